@@ -1,0 +1,1 @@
+"""Training runs, baselines, comparisons and their records."""

@@ -1,0 +1,209 @@
+"""What a comparison measured: frozen records that survive a round trip through JSON, and the verdict on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Comparison", "Point", "RecordError", "Run", "Sweep", "SweepRow", "Verdict"]
+
+FORMAT = "imstep-compare/1"
+
+
+class RecordError(ValueError):
+    """A file is not the record of a comparison; the message says what it is instead."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Losses over the whole data set after `cost` gradient-equivalents (evaluations are not charged).
+
+    Args:
+        cost: gradient-equivalents spent so far (a gradient of the full batch is 1).
+        seconds: time spent in steps so far, evaluations excluded.
+        steps: steps taken so far.
+        epochs: passes over the training data by gradients alone.
+        train: mean training loss; nan or inf if the run diverged.
+        heldout: mean held-out loss.
+    """
+
+    cost: float
+    seconds: float
+    steps: int
+    epochs: float
+    train: float
+    heldout: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer's path from the common initial weights.
+
+    Args:
+        optimizer: registered name, for example "newton-krylov".
+        label: for tables and legends, for example "Adam, lr 0.003, cosine".
+        options: what the optimizer was made with.
+        points: at least the start; costs ascend and never exceed the budget.
+        products: curvature-vector products (0 for first-order methods).
+        statuses: how the inner solves ended, name -> count; empty for first-order methods.
+        note: empty, or why the run ended before its budget.
+        anatomy: one dict per step from `StepRecord.to_dict`; empty for other optimizers.
+        pictures: held-out reconstructions, shape (examples, height, width), 0 to 255; empty if none.
+    """
+
+    optimizer: str
+    label: str
+    options: dict[str, Any]
+    points: tuple[Point, ...]
+    products: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+    anatomy: tuple[dict[str, Any], ...] = ()
+    pictures: tuple[Any, ...] = ()
+
+    @property
+    def final(self) -> Point:
+        return self.points[-1]
+
+    @property
+    def best(self) -> Point:
+        """The point of the lowest training loss; the start if nothing after it was finite."""
+        return min(self.points, key=lambda point: point.train if math.isfinite(point.train) else math.inf)
+
+    def first_below(self, loss: float) -> Point | None:
+        """The first point whose training loss is at most `loss`, or None."""
+        return next((point for point in self.points if point.train <= loss), None)
+
+    def within_seconds(self, seconds: float) -> Point:
+        """The point of the lowest training loss within so many seconds."""
+        inside = [point for point in self.points if point.seconds <= seconds and math.isfinite(point.train)]
+        return min(inside or [self.points[0]], key=lambda point: point.train)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One setting that was tried: the lowest training loss it reached within the sweep's budget."""
+
+    options: dict[str, Any]
+    loss: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a baseline's setting was chosen: every row had `budget` gradient-equivalents; the lowest loss wins."""
+
+    optimizer: str
+    budget: float
+    rows: tuple[SweepRow, ...]
+
+    @property
+    def chosen(self) -> SweepRow:
+        return min(self.rows, key=lambda row: row.loss if math.isfinite(row.loss) else math.inf)
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best learning rate is the largest or the smallest tried: the true best may lie outside."""
+        rates = sorted({float(row.options["lr"]) for row in self.rows if "lr" in row.options})
+        best = self.chosen.options.get("lr")
+        return len(rates) > 1 and best is not None and float(best) in (rates[0], rates[-1])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who reached the lowest training loss within the budget, and by what factor.
+
+    Args:
+        headline: one sentence; says plainly when NewtonKrylov is not the winner.
+        details: further sentences: cost to the rival's loss, the clock, the held-out loss.
+        won: whether the subject of the comparison (the first run) won.
+        factor: loss of the second divided by loss of the winner, >= 1.
+    """
+
+    headline: str
+    details: tuple[str, ...]
+    won: bool
+    factor: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several optimizers on one task from one initial point within one budget; the first is the subject."""
+
+    task: str
+    title: str
+    description: str
+    parameters: int
+    seed: int
+    budget: float
+    batch_size: int | None
+    runs: tuple[Run, ...]
+    sweeps: tuple[Sweep, ...]
+    environment: dict[str, str]
+    command: str
+    seconds: float
+    originals: tuple[Any, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: a number that is not finite becomes null."""
+        return {"format": FORMAT, "verdict": asdict(_verdict_of(self)), **_finite(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Comparison:
+        """The inverse of `to_dict` (null becomes nan).
+
+        Raises:
+            RecordError: `record` is of another format or lacks an entry.
+        """
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise RecordError(f"expected a record of format {FORMAT!r}, got {found!r}. Run imstep compare again.")
+        try:
+            return _read(record)
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"the comparison's record is damaged: {error}. Run imstep compare again.") from error
+
+    @property
+    def verdict(self) -> Verdict:
+        return _verdict_of(self)
+
+
+def _verdict_of(comparison: Comparison) -> Verdict:
+    from imstep.bench.verdict import judge
+
+    return judge(comparison)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with tuples as lists and numbers that JSON does not know as None."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _read(record: dict[str, Any]) -> Comparison:
+    entries = {key: value for key, value in record.items() if key not in ("format", "verdict")}
+    runs = tuple(_read_run(run) for run in entries.pop("runs"))
+    sweeps = tuple(
+        Sweep(s["optimizer"], s["budget"], tuple(SweepRow(**{**r, "loss": _number(r["loss"])}) for r in s["rows"]))
+        for s in entries.pop("sweeps")
+    )
+    originals = tuple(entries.pop("originals"))
+    return Comparison(**entries, runs=runs, sweeps=sweeps, originals=originals)
+
+
+def _read_run(run: dict[str, Any]) -> Run:
+    points = tuple(
+        Point(**{**p, "train": _number(p["train"]), "heldout": _number(p["heldout"])}) for p in run["points"]
+    )
+    return Run(**{**run, "points": points, "anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])})

@@ -1,0 +1,8 @@
+"""Complex-step arithmetic: derivatives of PyTorch code from an imaginary perturbation of its inputs."""
+
+from imstep.complexstep.arithmetic import Arithmetic
+from imstep.complexstep.errors import ComplexStepError, UnsupportedOperatorError
+from imstep.complexstep.functional import derivative, hvp, jvp
+from imstep.complexstep.tensor import ComplexStepTensor
+
+__all__ = ["Arithmetic", "ComplexStepError", "ComplexStepTensor", "UnsupportedOperatorError", "derivative", "hvp", "jvp"]

@@ -1,0 +1,35 @@
+"""What the engine refuses, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
+_LIBRARY = str(Path(__file__).resolve().parents[1])
+
+
+class ComplexStepError(RuntimeError):
+    """An imaginary part would have been lost or is not defined."""
+
+
+class UnsupportedOperatorError(ComplexStepError, NotImplementedError):
+    """An operator has neither a rule nor a decomposition for complex-step numbers."""
+
+    def __init__(self, operator: object, reason: str, remedy: str) -> None:
+        self.operator = str(operator)
+        where = user_line()
+        at = f" (called from {where})" if where else ""
+        super().__init__(f"{self.operator}{at}: {reason} {remedy}")
+
+
+def user_line() -> str | None:
+    """The innermost line on the stack that is neither PyTorch's nor this library's."""
+    frame = sys._getframe(1)
+    torch_home = str(Path(sys.modules["torch"].__file__ or "").resolve().parent)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, torch_home, "<")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

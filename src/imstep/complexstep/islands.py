@@ -1,0 +1,109 @@
+"""Where the user cuts the graph, the imaginary part ends: ``no_grad``, ``detach``, ``.data``.
+
+Below autograd these cuts cannot be told from PyTorch's own bookkeeping (a saved output is detached, the forward of
+an ``autograd.Function`` runs without gradients), so they are watched one level up, as Python calls. A result made inside
+an island is a constant, exactly as it is for ``loss.backward(create_graph=True)``. The backward pass is no island:
+its operators run without gradients, and their imaginary parts are what we are after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+_CUTS = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.detach_copy if hasattr(Tensor, "detach_copy") else None}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+class Islands(TorchFunctionMode):
+    """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative.
+
+    The fused attention and recurrent kernels compute their backward pass from hidden state that no rule can
+    reach; the mathematical formulations they stand for are used instead while this mode is active.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._toggles: list[bool] = []
+        self._cut = False
+        self.outermost = False  # whether the gradient being taken now is the one to differentiate
+        self._stack = ExitStack()
+
+    @property
+    def active(self) -> bool:
+        """Whether a result made now is a constant."""
+        return self._cut and torch._C._current_graph_task_id() == -1
+
+    def __enter__(self) -> Islands:
+        super().__enter__()
+        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._toggles, self._cut = [], False
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.close()
+        super().__exit__(*exc)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self._toggle(bool(args[0]))
+            return func(*args, **kwargs)
+        if func in _CUTS:
+            with self.cut():
+                return func(*args, **kwargs)
+        if func in _RECURRENT:
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self._inner_gradient(func, args, kwargs)
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """An island for the time of this context."""
+        before, self._cut = self._cut, True
+        try:
+            yield
+        finally:
+            self._cut = before
+
+    def _toggle(self, enable: bool) -> None:
+        # Contexts nest and only changes count, so each change either opens a context or closes the last one opened.
+        # Gradients that are off without a change seen here were switched off by autograd itself: no island.
+        if enable == torch.is_grad_enabled():
+            return
+        if self._toggles and self._toggles[-1] != enable:
+            self._toggles.pop()
+            self._cut = bool(self._toggles) and not self._toggles[-1]
+        else:
+            self._toggles.append(enable)
+            self._cut = not enable
+
+    def _inner_gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
+        create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
+        gradients = func(*args, **kwargs)
+        if create_graph or self.outermost or not torch.is_grad_enabled():
+            return gradients
+        with self.cut():
+            return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, gradients)
+
+    def _gumbel_softmax(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+        # PyTorch's own detaches inside, out of sight of this mode.
+        soft = F.gumbel_softmax(logits, tau, False, dim=dim)
+        if not hard:
+            return soft
+        with self.cut():
+            constant = soft.clone()
+        choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
+        return choice - constant + soft

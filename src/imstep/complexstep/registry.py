@@ -1,0 +1,246 @@
+"""The rules: what each PyTorch operator does to a complex-step number.
+
+A rule maps the operator's real arguments to ``(outputs, push)``. ``push`` is the linear map from the imaginary
+parts of the operator's tensor arguments, in the order of its schema and None where absent, to the imaginary
+parts of its outputs. It is the operator's Frechet derivative at those arguments, so a tape of maps can be applied to
+further directions without touching the real parts again.
+
+In *infinitesimal* arithmetic that is the whole rule. In *finite* arithmetic, where h² terms are kept,
+a rule that is linear once the real parts have made their choices serves unchanged (``exact``); products add
+-h²·B(a', b'); elementwise functions are evaluated on a complex argument; everything else is decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
+
+Push = Callable[..., Any]
+Linearize = Callable[..., tuple[Any, Push | None]]
+Finite = Callable[..., tuple[Any, Any]]
+Operator = OpOverload | OpOverloadPacket
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one operator acts on complex-step numbers.
+
+    Attributes:
+        family: the group shown by ``explain()``: "linear", "multilinear", "elementwise", "piecewise", ...
+        linearize: ``(func, args, kwargs) -> (outputs, push)``; ``push`` is None where the derivative vanishes.
+        finite: ``(func, args, kwargs, ims, h) -> (outputs, imaginary outputs)``, or None: decompose.
+    """
+
+    family: str
+    linearize: Linearize
+    finite: Finite | None = None
+
+
+_RULES: dict[Operator, Rule] = {}
+
+
+def register(operators: Iterable[Operator], rule: Rule) -> None:
+    """Enter a rule for operators (an overload, or a packet for all of its overloads)."""
+    for op in operators:
+        if op in _RULES:
+            raise ValueError(f"{op} has a rule already ({_RULES[op].family}); an operator has exactly one.")
+        _RULES[op] = rule
+
+
+def lookup(op: OpOverload) -> Rule | None:
+    """The rule of ``op``: its own, or that of its packet."""
+    return _RULES.get(op) or _RULES.get(op.overloadpacket)
+
+
+def families() -> dict[str, list[str]]:
+    """The names of all operators that have a rule, by family."""
+    found: dict[str, list[str]] = {}
+    for op, rule in _RULES.items():
+        found.setdefault(rule.family, []).append(str(op))
+    return {family: sorted(names) for family, names in sorted(found.items())}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the schema of an operator says of its tensor arguments.
+
+    Attributes:
+        tensors: (position, name, is a list, is written to) of each tensor argument; position -1: keyword only.
+        mutates: whether an argument is overwritten.
+        view: whether the output shares memory with an argument, by the schema.
+        functional: the operator that computes the same without overwriting, if there is one.
+    """
+
+    tensors: tuple[tuple[int, str, bool, bool], ...]
+    mutates: bool
+    view: bool
+    functional: OpOverload | None
+
+    def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The tensor arguments (a tensor, a list, or None also for a number) in the order of the schema."""
+        count = len(args)
+        found = [args[at] if 0 <= at < count else kwargs.get(name) for at, name, _, _ in self.tensors]
+        return [t if isinstance(t, (Tensor, list, tuple)) else None for t in found]
+
+    def replace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the tensor arguments exchanged for ``tensors``."""
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for (at, name, _, _), value in zip(self.tensors, tensors, strict=True):
+            if 0 <= at < len(new_args):
+                new_args[at] = value
+            elif name in new_kwargs:
+                new_kwargs[name] = value
+        return tuple(new_args), new_kwargs
+
+
+@cache
+def signature(op: OpOverload) -> Signature:
+    """The signature of ``op``, computed once."""
+    tensors = []
+    for at, argument in enumerate(op._schema.arguments):
+        kind = str(argument.type)
+        if "Tensor" in kind:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            position = -1 if argument.kwarg_only else at
+            tensors.append((position, argument.name, kind.startswith("List"), written))
+    mutates = any(written for *_, written in tensors)
+    view = not mutates and any(r.alias_info is not None for r in op._schema.returns)
+    return Signature(tuple(tensors), mutates, view, _functional(op) if mutates else None)
+
+
+def _functional(op: OpOverload) -> OpOverload | None:
+    name = op.overloadpacket.__name__
+    home = getattr(torch.ops, op.namespace)
+    overload = op._overloadname
+    if name.endswith("_") and not name.endswith("__"):
+        packet = getattr(home, name[:-1], None)
+    elif "out" in overload:
+        packet = op.overloadpacket
+        overload = overload.removesuffix("_out").removesuffix("out") or "default"
+    else:
+        return None
+    return getattr(packet, overload, None) if packet is not None else None
+
+
+# --- the families -----------------------------------------------------------------------------------------------
+
+
+def constant(*operators: Operator) -> None:
+    """Operators whose derivative is zero (or zero almost everywhere): the imaginary part ends there."""
+    linearize = lambda func, args, kwargs: (func(*args, **kwargs), None)
+    finite = lambda func, args, kwargs, ims, h: (func(*args, **kwargs), None)
+    register(operators, Rule("constant", linearize, finite))
+
+
+def linear(*operators: Operator) -> None:
+    """Operators linear in their first tensor argument, the others (indices, masks) being constant."""
+
+    def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
+        rest = args[1:]
+
+        def push(dx: Tensor, *others: Any) -> Any:
+            if dx is None or any(o is not None for o in others if not isinstance(o, list)):
+                raise UnsupportedOperatorError(
+                    func, "a perturbed tensor stands where this rule expects a constant.", REPORT
+                )
+            return func(dx, *rest, **kwargs)
+
+        return func(*args, **kwargs), push
+
+    register(operators, Rule("linear", linearize, exact(linearize)))
+
+
+def multilinear(*operators: Operator, factors: tuple[int, ...] = (0, 1)) -> None:
+    """Operators linear in each of two tensor arguments, ``factors``: d(ab) = a'b + ab'."""
+
+    def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
+        def push(*ims: Any) -> Tensor | None:
+            total = None
+            for i in factors:
+                if ims[i] is not None:
+                    term = func(*args[:i], ims[i], *args[i + 1 :], **kwargs)
+                    total = term if total is None else total + term
+            return total
+
+        return func(*args, **kwargs), push
+
+    register(operators, Rule("multilinear", linearize, bilinear(linearize, factors)))
+
+
+def elementwise(
+    op: Operator,
+    derivative: Callable[..., Tensor],
+    on_complex: Callable[..., Tensor] | None = None,
+) -> None:
+    """A function of one tensor, entry by entry: ``derivative(x, y, *rest)`` is f'(x), y = f(x).
+
+    ``on_complex`` is the function for complex arguments; PyTorch's own operator where None.
+    """
+
+    def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
+        y = func(*args, **kwargs)
+        slope = derivative(args[0], y, *args[1:], **kwargs)
+        return y, lambda dx, *_: dx * slope
+
+    def finite(
+        func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ims: list[Any], h: float
+    ) -> tuple[Tensor, Tensor]:
+        f = on_complex or func
+        x = args[0]
+        w = f(torch.complex(x, (h * ims[0]).expand_as(x).to(x.dtype)), *args[1:], **kwargs)
+        return w.real.clone(), w.imag / h
+
+    register([op], Rule("elementwise", linearize, finite))
+
+
+def rule(*operators: Operator, family: str, finite: Callable[[Linearize], Finite] | None = None) -> Callable[..., Any]:
+    """Register a hand-written rule ``f(*args, **kwargs) -> (outputs, push)``.
+
+    ``finite=exact`` where the operator is linear once the real parts have chosen (relu, max, pooling).
+    """
+
+    def decorate(f: Callable[..., tuple[Any, Push | None]]) -> Callable[..., tuple[Any, Push | None]]:
+        linearize = lambda func, args, kwargs: f(*args, **kwargs)
+        register(operators, Rule(family, linearize, finite(linearize) if finite else None))
+        return f
+
+    return decorate
+
+
+# --- finite arithmetic from a linear map ------------------------------------------------------------------------
+
+
+def exact(linearize: Linearize) -> Finite:
+    """Finite arithmetic of an operator without h² terms: the same linear map."""
+
+    def finite(func: Any, args: Any, kwargs: Any, ims: list[Any], h: float) -> tuple[Any, Any]:
+        outputs, push = linearize(func, args, kwargs)
+        return outputs, None if push is None else push(*ims)
+
+    return finite
+
+
+def bilinear(linearize: Linearize, factors: tuple[int, ...]) -> Finite:
+    """Finite arithmetic of a product: re = ab - h² a'b', im = a'b + ab'."""
+
+    def finite(func: Any, args: Any, kwargs: Any, ims: list[Any], h: float) -> tuple[Any, Any]:
+        outputs, push = linearize(func, args, kwargs)
+        assert push is not None
+        i, j = factors
+        if ims[i] is not None and ims[j] is not None and h * h != 0.0:
+            both = list(args)
+            both[i], both[j] = ims[i], ims[j]
+            outputs = outputs - h * h * func(*both, **kwargs)
+        return outputs, push(*ims)
+
+    return finite

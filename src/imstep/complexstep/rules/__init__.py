@@ -1,0 +1,45 @@
+"""The rules of PyTorch's operators, one file per family, and the fallback to PyTorch's decompositions."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+_FAMILIES = (
+    "constant",
+    "linear",
+    "multilinear",
+    "elementwise",
+    "piecewise",
+    "reductions",
+    "convolution",
+    "normalisation",
+    "pooling",
+    "losses",
+    "random",
+)
+
+
+def load() -> None:
+    """Enter all rules into the registry."""
+    for family in _FAMILIES:
+        importlib.import_module(f"{__name__}.{family}")
+
+
+@cache
+def decomposition(func: OpOverload) -> Callable[..., Any] | None:
+    """A function that computes ``func`` by simpler operators, or None."""
+    implementation = getattr(func, "impl_aten", None)
+    if implementation is not None:  # torch._prims: the operators that decompositions are written in
+        return implementation
+    if func._can_decompose():
+        return func.decompose
+    import torch._decomp.decompositions
+    import torch._refs  # noqa: F401  (registers further decompositions)
+
+    return torch._decomp.decomposition_table.get(func)

@@ -1,0 +1,59 @@
+"""Operators linear in one tensor argument: the same operator on the imaginary part.
+
+    y = L(x; constants)   =>   dy = L(dx; constants)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from imstep.complexstep.registry import exact, linear, rule
+
+aten = torch.ops.aten
+
+# Views need no rule (see imstep.complexstep.tensor); these copy.
+linear(aten.clone, aten._to_copy, aten.neg, aten.view_copy, aten.constant_pad_nd, aten.flip, aten.roll, aten.repeat)
+linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum)
+linear(aten.gather, aten.index_select, aten.take, aten.masked_select, aten.index.Tensor)
+linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_backward, aten.slice_backward)
+linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding, aten.embedding_dense_backward)
+
+
+def _scaled(dx, factor):
+    return dx if factor == 1 or dx is None else dx * factor
+
+
+def plus(a, b):
+    """a + b where either may be absent."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+@rule(aten.add.Tensor, family="linear", finite=exact)
+def add(x, y, *, alpha=1):
+    return torch.add(x, y, alpha=alpha), lambda dx, dy: plus(dx, _scaled(dy, alpha))
+
+
+@rule(aten.sub.Tensor, family="linear", finite=exact)
+def sub(x, y, *, alpha=1):
+    return torch.sub(x, y, alpha=alpha), lambda dx, dy: plus(dx, _scaled(dy, -alpha))
+
+
+@rule(aten.rsub.Scalar, family="linear", finite=exact)
+def rsub(x, other, alpha=1):
+    return torch.rsub(x, other, alpha=alpha), lambda dx: dx * -alpha
+
+
+def _joined(op):
+    def joined(tensors, dim=0):
+        def push(dxs):
+            return op([torch.zeros_like(x) if dx is None else dx for x, dx in zip(tensors, dxs, strict=True)], dim)
+
+        return op(tensors, dim), push
+
+    return joined
+
+
+for _op in (aten.cat.default, aten.stack.default):
+    rule(_op, family="linear", finite=exact)(_joined(_op))

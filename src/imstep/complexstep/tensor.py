@@ -1,0 +1,155 @@
+"""The number re + i·h·im: a real tensor, and an imaginary part that lies beside its memory.
+
+Every strided tensor is a window (size, stride, offset) onto a storage. A complex-step number keeps its
+imaginary part in a second storage of the same layout, attached to the first. Three things follow:
+
+* views, transposes, slices and ``expand`` need no rule: the same window onto the second storage is their
+  imaginary part, and a write through any view is seen by all;
+* ``re`` stays the user's own tensor: parameters, buffers, hooks and ``.grad`` need no substitution, and nothing
+  has to be put back when a closure raises;
+* the imaginary part lives exactly as long as the storage, also inside autograd's saved tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_points = itertools.count()
+_OWNED = "_imstep_imaginary_of_another"
+_CONSTANT = "_imstep_constant_copy"
+
+
+@dataclass(frozen=True)
+class ComplexStepTensor:
+    """The value ``re + i·h·im`` as a pair of real tensors of one shape; ``im`` is None where it vanishes."""
+
+    re: Tensor
+    im: Tensor | None = None
+
+    @property
+    def imaginary(self) -> Tensor:
+        """The imaginary part, with zeros made explicit; shape of ``re``."""
+        return torch.zeros_like(self.re) if self.im is None else self.im
+
+
+class Window:
+    """How a tensor looks onto its storage: what is needed to look onto another one in the same way."""
+
+    __slots__ = ("conj", "dtype", "neg", "offset", "size", "stride")
+
+    def __init__(self, t: Tensor) -> None:
+        self.size, self.stride, self.offset = t.shape, t.stride(), t.storage_offset()
+        self.dtype, self.conj, self.neg = t.dtype, t.is_conj(), t.is_neg()
+
+    def fits(self, t: Tensor) -> bool:
+        """Whether ``t`` already is this window onto its own storage."""
+        return (
+            t.shape == self.size
+            and t.stride() == self.stride
+            and t.storage_offset() == self.offset
+            and t.dtype is self.dtype
+            and t.is_conj() == self.conj
+            and t.is_neg() == self.neg
+        )
+
+    def onto(self, base: Tensor, shift: int = 0) -> Tensor:
+        """This window onto the storage of ``base``, moved by ``shift`` entries."""
+        if shift == 0 and self.fits(base):
+            return base
+        if base.dtype is self.dtype and not (base.is_conj() or base.is_neg()):
+            t = base.as_strided(self.size, self.stride, self.offset + shift)
+        else:
+            t = torch.empty(0, dtype=self.dtype, device=base.device)
+            t.set_(base.untyped_storage(), self.offset + shift, self.size, self.stride)
+        t = t.conj() if self.conj else t
+        return torch._neg_view(t) if self.neg else t
+
+
+class Imaginary:
+    """The imaginary part of one storage: ``base`` owns memory laid out like it; ``slot`` names it on a tape."""
+
+    __slots__ = ("base", "slot")
+
+    def __init__(self, base: Tensor, slot: int = -1) -> None:
+        self.base, self.slot = base, slot
+
+
+class Plane:
+    """All imaginary parts of one evaluation; parts of another plane are invisible to it."""
+
+    def __init__(self) -> None:
+        self._key = f"_imstep_imaginary_{next(_points)}"
+
+    def find(self, t: Tensor) -> Imaginary | None:
+        """The imaginary part attached to the storage of ``t``, whole; None where there is none."""
+        if t.layout is not torch.strided:
+            return None
+        return t.untyped_storage().__dict__.get(self._key)
+
+    def get(self, t: Tensor) -> Tensor | None:
+        """The imaginary part of ``t``: a view of the attached memory, shape of ``t``."""
+        found = self.find(t)
+        return None if found is None else Window(t).onto(found.base)
+
+    def put(self, t: Tensor, im: Tensor, slot: int = -1) -> Imaginary:
+        """Attach ``im`` to the fresh tensor ``t``; takes the memory of ``im`` over unless something shares it."""
+        storage = t.untyped_storage()
+        held = im.untyped_storage()
+        if (
+            im.shape != t.shape
+            or im.stride() != t.stride()
+            or im.storage_offset() != t.storage_offset()
+            or im.dtype is not t.dtype
+            or held.nbytes() < storage.nbytes()
+            or _OWNED in held.__dict__
+            or held is storage
+            or im.is_conj() != t.is_conj()
+            or im.is_neg() != t.is_neg()
+        ):
+            base = mirror(t)
+            Window(t).onto(base).copy_(im)
+            im, held = base, base.untyped_storage()
+        held.__dict__[_OWNED] = True
+        attached = Imaginary(im, slot)
+        storage.__dict__[self._key] = attached
+        return attached
+
+    def write(self, t: Tensor, im: Tensor | None) -> Imaginary | None:
+        """Overwrite the imaginary part of ``t`` in place, as after an in-place operator."""
+        found = self.find(t)
+        if found is None:
+            if im is None:
+                return None
+            found = self.put(t, torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape))
+        window = Window(t).onto(found.base)
+        if im is None:
+            window.zero_()
+        else:
+            window.copy_(im)
+        return found
+
+    def drop(self, t: Tensor) -> None:
+        """Forget the imaginary part of the storage of ``t``."""
+        if t.layout is torch.strided:
+            t.untyped_storage().__dict__.pop(self._key, None)
+
+
+def mirror(t: Tensor) -> Tensor:
+    """Zeroed memory laid out like the whole storage of ``t``, not only the part that ``t`` shows."""
+    entries = t.untyped_storage().nbytes() // t.element_size()
+    return torch.zeros(entries, dtype=t.dtype, device=t.device)
+
+
+def mark_constant(t: Tensor) -> Tensor:
+    """Mark ``t`` as the copy that stands for a detached view; see :func:`is_constant_copy`."""
+    t.untyped_storage().__dict__[_CONSTANT] = True
+    return t
+
+
+def is_constant_copy(t: Tensor) -> bool:
+    """Whether ``t`` is a copy standing for a detached view, so that writing to it would be lost."""
+    return t.layout is torch.strided and _CONSTANT in t.untyped_storage().__dict__

@@ -1,0 +1,169 @@
+"""The method of conjugate gradients, ended by the first direction whose curvature must not be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.cg_system import CGState, DampedSystem, Probe, dots
+from imstep.linalg.halved import HalvedOperator, NoiseTest
+from imstep.linalg.operator import LinearOperator, check_alike, check_vectors
+from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule
+
+
+def conjugate_gradient(
+    operator: LinearOperator,
+    rhs: Tensor,
+    *,
+    damping: float = 0.0,
+    preconditioner: LinearOperator | None = None,
+    stopping: Sequence[StoppingRule] = (RelativeResidual(1e-5),),
+    max_iterations: int | None = None,
+    curvature_floor: float = 0.0,
+    noise: NoiseTest | None = None,
+    radius: float | None = None,
+    x0: Tensor | None = None,
+    recompute_residual_every: int | None = None,
+) -> KrylovResult:
+    """Solve (A + λI) x = b, equivalently maximise bᵀx - xᵀ(A + λI)x/2, as far as A can be trusted.
+
+    With r = b - (A + λI)x and z = P r, each iteration makes the one product A p and moves by
+
+        c = pᵀAp + λ pᵀp,   a = rᵀz / c,   x += a p,   r -= a (A p + λ p),   p <- z' + (r'ᵀz' / rᵀz) p.
+
+    A search direction *disturbs*, and ends the solve before x moves along it, if
+    (a) c <= curvature_floor · pᵀp, or c is below the rounding error of its own inner product; or
+    (b) `noise` finds the curvatures of the two halves of the batch, damping included, within noise of zero.
+    Every iterate before that is a descent direction for the model, so it can be used as it is.
+    If the first direction disturbs, the solution is the start (zero) and the direction is in the result.
+
+    Args:
+        operator: A, self-adjoint, size n; definite or not.
+        rhs: b, (n,); the negative gradient in a Newton method.
+        damping: λ >= 0.
+        preconditioner: P, symmetric positive definite, applied to residuals: P ≈ (A + λI)⁻¹. It changes the path
+            to the solution only: the residual norm, the curvature test and the radius stay Euclidean.
+        stopping: rules asked after every iteration, in this order.
+        max_iterations: at least 0; default 10 n, as in SciPy.
+        curvature_floor: smallest trusted curvature per pᵀp, >= 0.
+        noise: needs a `HalvedOperator`; None switches test (b) off.
+        radius: Δ > 0, bound on ‖x‖. The solve ends on the boundary when an iterate would cross it, and follows a
+            direction of negative curvature, though not a noisy one, to the boundary.
+        x0: start, (n,), inside the radius; costs a product. Default zero.
+        recompute_residual_every: replace the recurrence for r by b - (A + λI)x after so many iterations, at one product
+            each; worth it for many hundreds of iterations in float32.
+
+    Returns:
+        A `KrylovResult`. Non-finite numbers are a status, never an exception.
+
+    Raises:
+        TypeError: `noise` without a HalvedOperator; a vector of another dtype.
+        ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive definite.
+
+    Cost: one product per iteration; 6 vectors of size n.
+
+    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithms 5.3 and 7.1 (CG, Newton-CG); with a radius
+    Algorithm 7.2 (Steihaug, SIAM J. Numer. Anal. 20, 1983). The definition of a disturbing direction is our choice.
+
+    Example:
+        >>> from imstep.linalg import DenseOperator
+        >>> A = DenseOperator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]))
+        >>> result = conjugate_gradient(A, torch.tensor([1.0, 2.0]))
+        >>> result.status.name, result.products, [round(x, 4) for x in result.solution.tolist()]
+        ('CONVERGED', 2, [0.0909, 0.6364])
+        >>> saddle = DenseOperator(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
+        >>> result = conjugate_gradient(saddle, torch.tensor([0.0, 1.0]))
+        >>> result.status.name, result.disturbing_curvature
+        ('DISTURBING_NEGATIVE_CURVATURE', -2.0)
+    """
+    _check_numbers(damping, curvature_floor, radius, max_iterations, recompute_residual_every)
+    _check_operators(operator, rhs, x0, preconditioner, noise)
+    system = DampedSystem(
+        operator, rhs.detach(), damping, preconditioner, curvature_floor, noise, radius, recompute_residual_every
+    )
+    limit = 10 * operator.size if max_iterations is None else max_iterations
+    state, status = system.start(x0)
+    probe = None
+    while status is None and (status := _ending(system, state, stopping, limit)) is None:
+        probe = system.probe(state.direction)
+        state = state.after_products(1)
+        status = system.disturbance(probe)
+        if status is None:
+            state, status = system.advance(state, probe)
+        elif status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE and radius is not None:
+            state = system.move_to_boundary(state, probe)
+    return _result(system, state, status, probe)
+
+
+def _ending(
+    system: DampedSystem, state: CGState, stopping: Sequence[StoppingRule], limit: int
+) -> KrylovStatus | None:
+    # Below rounding level of the right-hand side the recurrence for r says nothing about b - (A + λI)x any more.
+    if state.residual_norm <= torch.finfo(system.rhs.dtype).eps * system.rhs_norm:
+        return KrylovStatus.CONVERGED
+    progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
+    answers = (rule.check(progress) for rule in stopping)
+    status = next((answer for answer in answers if answer is not None), None)
+    if status is None and progress.iteration >= limit:
+        return KrylovStatus.MAX_ITERATIONS
+    return status
+
+
+def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: Probe | None) -> KrylovResult:
+    disturbing = probe if status.disturbing else None
+    (curvature, squared_norm) = dots((state.solution, state.image), (state.solution, state.solution))
+    damped_decrease = state.decreases[-1]
+    return KrylovResult(
+        solution=state.solution,
+        image=state.image,
+        status=status,
+        iterations=state.iteration,
+        products=state.products,
+        residual_norm=state.residual_norm,
+        predicted_decrease=damped_decrease + system.damping * squared_norm / 2,
+        damped_decrease=damped_decrease,
+        curvature=curvature,
+        decreases=state.decreases,
+        disturbing_direction=None if disturbing is None else disturbing.direction,
+        disturbing_curvature=None if disturbing is None else disturbing.curvature,
+    )
+
+
+def _check_numbers(
+    damping: float, floor: float, radius: float | None, limit: int | None, refresh: int | None
+) -> None:
+    for name, value in (("damping", damping), ("curvature_floor", floor)):
+        if not (0 <= value < math.inf):
+            raise ValueError(f"{name} must be finite and not negative, got {value}.")
+    if radius is not None and not radius > 0:
+        raise ValueError(f"radius must be positive, got {radius}. For no bound pass radius=None.")
+    if limit is not None and limit < 0:
+        raise ValueError(f"max_iterations must be at least 0, got {limit}.")
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"recompute_residual_every must be at least 1, got {refresh}. For never pass None.")
+
+
+def _check_operators(
+    operator: LinearOperator,
+    rhs: Tensor,
+    x0: Tensor | None,
+    preconditioner: LinearOperator | None,
+    noise: NoiseTest | None,
+) -> None:
+    for vector in (rhs, rhs if x0 is None else x0):
+        check_vectors(operator, vector)
+        if vector.ndim != 1:
+            raise ValueError(
+                f"conjugate_gradient solves for one vector (n,), got {tuple(vector.shape)}. Solve column by column."
+            )
+    if preconditioner is not None:
+        check_alike(operator, preconditioner)
+    if noise is not None and not isinstance(operator, HalvedOperator):
+        raise TypeError(
+            f"the noise test compares the two halves of a batch, but {type(operator).__name__} has no halves. "
+            "Pass a HalvedOperator such as SplitOperator(first, second), or noise=None."
+        )

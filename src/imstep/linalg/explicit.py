@@ -1,0 +1,84 @@
+"""Operators whose matrix is known: dense, diagonal, identity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.operator import LinearOperator
+
+
+class DenseOperator(LinearOperator):
+    """A symmetric matrix that is stored, (n, n).
+
+    Raises:
+        ValueError: the matrix is not square.
+
+    Example:
+        >>> DenseOperator(torch.eye(3)).size
+        3
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a DenseOperator needs a square matrix, got shape {tuple(matrix.shape)}.")
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matrix @ vector
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.matrix @ block
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self.matrix.mT @ vector
+
+
+class DiagonalOperator(LinearOperator):
+    """diag(d) for a vector d of shape (n,).
+
+    Raises:
+        ValueError: d is not a vector.
+
+    Example:
+        >>> DiagonalOperator(torch.tensor([1.0, 4.0])) @ torch.ones(2)
+        tensor([1., 4.])
+    """
+
+    def __init__(self, diagonal: Tensor) -> None:
+        if diagonal.ndim != 1:
+            raise ValueError(f"a DiagonalOperator needs a vector of shape (n,), got {tuple(diagonal.shape)}.")
+        super().__init__(diagonal.shape[0], diagonal.dtype, diagonal.device)
+        self.diagonal = diagonal
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.diagonal * vector
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.diagonal[:, None] * block
+
+
+class IdentityOperator(LinearOperator):
+    """The identity of size n; `IdentityOperator.like(A)` for another operator's size, dtype and device.
+
+    Example:
+        >>> IdentityOperator(2) @ torch.ones(2)
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(size, dtype, device)
+
+    @classmethod
+    def like(cls, operator: LinearOperator) -> IdentityOperator:
+        """The identity that can be added to `operator`."""
+        return cls(operator.size, dtype=operator.dtype, device=operator.device)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return vector.clone()
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return block.clone()

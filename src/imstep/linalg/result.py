@@ -1,0 +1,70 @@
+"""What a Krylov solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class KrylovStatus(Enum):
+    """Why a Krylov solver ended; a member's value is its message, its lower-case name the word for files.
+
+    Example:
+        >>> KrylovStatus.DISTURBING_NEGATIVE_CURVATURE.name.lower()
+        'disturbing_negative_curvature'
+        >>> KrylovStatus.BOUNDARY.message
+        'the iterate reached the boundary of the trust region'
+    """
+
+    CONVERGED = "the residual meets the tolerance, or is at rounding level"
+    DISTURBING_NEGATIVE_CURVATURE = "a search direction with negative or vanishing curvature was found"
+    DISTURBING_NOISE = "a search direction whose curvature cannot be told from mini-batch noise was found"
+    STALLED = "further products would bring too little progress"
+    BOUNDARY = "the iterate reached the boundary of the trust region"
+    MAX_ITERATIONS = "the limit on iterations or products was reached"
+    NON_FINITE = "a product or an iterate was not finite; the last finite iterate is returned"
+
+    @property
+    def message(self) -> str:
+        """A clause that explains the status to a reader."""
+        return self.value
+
+    @property
+    def disturbing(self) -> bool:
+        """Whether a disturbing direction ended the solve."""
+        return self in (KrylovStatus.DISTURBING_NEGATIVE_CURVATURE, KrylovStatus.DISTURBING_NOISE)
+
+
+@dataclass(frozen=True, eq=False)
+class KrylovResult:
+    """An approximate solution x of (A + λI) x = b, and what the solver learnt on the way.
+
+    Attributes:
+        solution: x, (n,).
+        image: A x, (n,), without the damping λ; from the recurrence, no extra product.
+        status: why the solver ended.
+        iterations: directions along which x moved.
+        products: products with A that were spent (also on a disturbing direction, a warm start, a refresh).
+        residual_norm: ‖b - (A + λI) x‖, from the recurrence.
+        predicted_decrease: bᵀx - xᵀAx/2, the decrease of the model *without* damping.
+        damped_decrease: bᵀx - xᵀ(A + λI)x/2, what the solver maximises.
+        curvature: xᵀAx, without damping.
+        decreases: the damped decrease at x₀, x₁, ..., one per iterate.
+        disturbing_direction: the search direction p, (n,), that ended a disturbed solve, else None.
+        disturbing_curvature: pᵀAp, without damping, for that direction, else None.
+    """
+
+    solution: Tensor
+    image: Tensor
+    status: KrylovStatus
+    iterations: int
+    products: int
+    residual_norm: float
+    predicted_decrease: float
+    damped_decrease: float
+    curvature: float
+    decreases: tuple[float, ...]
+    disturbing_direction: Tensor | None = None
+    disturbing_curvature: float | None = None

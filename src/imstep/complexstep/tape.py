@@ -1,13 +1,14 @@
 """Linearise once, replay many times.
 
 In infinitesimal arithmetic the real parts do not depend on the direction. A tape keeps, for every operator of one
-evaluation, the linear map from imaginary inputs to imaginary outputs; applying it to a further direction runs
-only these maps. Memory is addressed by slots, one per storage, and windows onto them, as in :mod:`imstep.complexstep.tensor`.
+evaluation, the linear map from imaginary inputs to imaginary outputs. Recording it costs one evaluation of the real
+parts; applying it to a direction runs only the maps. Memory is addressed by slots, one per storage,
+and windows onto them, as in :mod:`imstep.complexstep.tensor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +20,36 @@ from imstep.complexstep.tensor import Window
 Reference = tuple[int, Window | None]
 
 
+class TapeChangedError(RuntimeError):
+    """A tensor that the tape holds was overwritten after it was recorded."""
+
+
 @dataclass(frozen=True)
 class _Slot:
+    """The imaginary part of one storage: its first window onto it, and how many entries the storage has."""
+
     window: Window
     entries: int
-    zero: bool = False
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One linear map: ``push`` applied to ``inputs`` gives ``outputs``; without ``push`` a write into ``target``."""
+    """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into the window ``target``."""
 
     push: Any
-    inputs: Any
+    inputs: list[Any]
     outputs: Any
     target: Reference | None = None
 
+    @property
+    def writes(self) -> list[int]:
+        """The slots that this step defines or overwrites."""
+        return [self.target[0]] if self.target else list(_flat(self.outputs))
 
-class TapeChangedError(RuntimeError):
-    """A tensor that the tape holds was overwritten after it was recorded."""
+    @property
+    def reads(self) -> list[int]:
+        """The slots that this step looks at."""
+        return [ref[0] for ref in _flat(self.inputs)]
 
 
 class Tape:
@@ -48,68 +60,65 @@ class Tape:
         self._steps: list[_Step] = []
         self._inputs: list[int] = []
         self._outputs: list[Reference | None] = []
-        self._last_use: dict[int, list[int]] = {}
+        self._last_use: list[list[int]] = []
+        self._overwritten: set[int] = set()
         self._held: list[tuple[Tensor, int]] = []
 
     # --- recording ----------------------------------------------------------------------------------------------
 
     def input(self, t: Tensor) -> int:
-        """A slot for an input direction laid out like ``t``."""
-        slot = self.define(t)
-        self._inputs.append(slot)
-        return slot
+        """A slot for the direction of the input ``t``."""
+        self._inputs.append(self.define(t))
+        return self._inputs[-1]
 
-    def define(self, t: Tensor, zero: bool = False) -> int:
-        """A slot for the imaginary part of the fresh tensor ``t``."""
+    def define(self, t: Tensor) -> int:
+        """A slot for the imaginary part of the storage of the fresh tensor ``t``."""
         entries = t.untyped_storage().nbytes() // t.element_size()
-        self._slots.append(_Slot(Window(t), entries, zero))
+        self._slots.append(_Slot(Window(t), entries))
         return len(self._slots) - 1
 
-    def define_zero(self, t: Tensor) -> int:
-        """A slot that starts as zeros, to be written to."""
-        return self.define(t, zero=True)
-
-    @staticmethod
-    def window(t: Tensor, base: Tensor) -> Window | None:
-        """How ``t`` looks onto ``base``; None where it shows the whole of it."""
+    def reference(self, slot: int, t: Tensor) -> Reference:
+        """How ``t`` looks onto ``slot``: no window where it shows it as it was defined."""
         window = Window(t)
-        return None if window.fits(base) else window
+        return slot, None if window.same(self._slots[slot].window) else window
 
-    def record(self, push: Any, inputs: Any, outputs: Any) -> None:
+    def record(self, push: Any, inputs: list[Any], outputs: Any) -> None:
         """Append a linear map; remembers the tensors it holds, to notice when they are overwritten."""
         self._steps.append(_Step(push, inputs, outputs))
         self._held.extend((t, t._version) for t in _captured(push) if not t.is_inference())
 
     def record_write(self, source: Reference | None, target: Reference) -> None:
-        """Append the overwriting of ``target`` by ``source`` (zeros if None)."""
+        """Append the overwriting of ``target`` by ``source`` (by zeros if None)."""
         self._steps.append(_Step(None, [source], None, target))
 
     def finish(self, outputs: Sequence[Reference | None]) -> None:
-        """Name the outputs; drops what they do not depend on and finds where each slot is used last."""
+        """Name the outputs; drops what they do not depend on and finds where each slot is used last.
+
+        Raises:
+            TapeChangedError: the evaluation overwrote a tensor that one of its maps still needs.
+        """
         self._outputs = list(outputs)
-        needed = {ref[0] for ref in outputs if ref is not None}
+        self._drop_unneeded()
+        self._overwritten = {step.target[0] for step in self._steps if step.target}
+        seen = {ref[0] for ref in outputs if ref is not None}
+        last_use = []
+        for step in reversed(self._steps):
+            used = set(step.reads) | set(step.writes)
+            last_use.append([slot for slot in used if slot not in seen])
+            seen |= used
+        self._last_use = last_use[::-1]
+        self.check()
+
+    def _drop_unneeded(self) -> None:
+        needed = {ref[0] for ref in self._outputs if ref is not None}
         kept: list[_Step] = []
         for step in reversed(self._steps):
-            produced = [step.target[0]] if step.target else list(_slots(step.outputs))
-            if any(slot in needed for slot in produced):
+            if any(slot in needed for slot in step.writes):
                 kept.append(step)
-                needed.update(ref[0] for ref in _references(step.inputs))
+                needed.update(step.reads)
         self._steps = kept[::-1]
-        self._schedule()
         held = {id(t) for step in self._steps if step.push for t in _captured(step.push)}
         self._held = [(t, version) for t, version in self._held if id(t) in held]
-
-    def _schedule(self) -> None:
-        keep = {ref[0] for ref in self._outputs if ref is not None}
-        seen: set[int] = set(keep)
-        self._last_use = {}
-        for at in range(len(self._steps) - 1, -1, -1):
-            step = self._steps[at]
-            used = {ref[0] for ref in _references(step.inputs)} | set(_slots(step.outputs))
-            if step.target:
-                used.add(step.target[0])
-            self._last_use[at] = [slot for slot in used if slot not in seen]
-            seen |= used
 
     # --- what it holds ------------------------------------------------------------------------------------------
 
@@ -133,90 +142,101 @@ class Tape:
 
     # --- replay -------------------------------------------------------------------------------------------------
 
-    def replay(self, directions: Sequence[Tensor]) -> list[Tensor | None]:
-        """Apply the recorded maps to ``directions``, one per input, each of the shape of that input."""
-        values: dict[int, Tensor] = dict(zip(self._inputs, directions, strict=True))
-        written = {step.target[0] for step in self._steps if step.target}
-        for slot in written & values.keys():
-            values[slot] = values[slot].clone()
-        for at, step in enumerate(self._steps):
-            if step.target is not None:
-                self._write(values, step)
-            else:
-                ims = [self._read(values, ref) for ref in step.inputs]
-                self._assign(values, step.outputs, step.push(*ims), written)
-            for slot in self._last_use[at]:
-                values.pop(slot, None)
-        return [self._read(values, ref) for ref in self._outputs]
+    def replay(self, directions: Iterable[Tensor]) -> list[Tensor | None]:
+        """Apply the recorded maps to ``directions``, one per input, each of the shape of that input.
 
-    def _read(self, values: dict[int, Tensor], ref: Any) -> Any:
+        Returns:
+            The imaginary parts of the outputs, in their order; None where one vanishes.
+        """
+        return _Replay(self._slots, self._overwritten).run(
+            zip(self._inputs, directions, strict=True), self._steps, self._last_use, self._outputs
+        )
+
+
+class _Replay:
+    """One pass over a tape: the values of its slots."""
+
+    def __init__(self, slots: list[_Slot], overwritten: set[int]) -> None:
+        self._slots, self._overwritten = slots, overwritten
+        self._values: dict[int, Tensor] = {}
+
+    def run(
+        self,
+        inputs: Iterable[tuple[int, Tensor]],
+        steps: list[_Step],
+        last_use: list[list[int]],
+        outputs: list[Reference | None],
+    ) -> list[Tensor | None]:
+        for slot, direction in inputs:
+            self._assign(slot, direction)
+        for step, done in zip(steps, last_use, strict=True):
+            ims = [self._read(ref) for ref in step.inputs]
+            if step.target is not None:
+                self._write(step.target, ims[0])
+            elif next(_flat(ims), None) is not None:
+                self._assign(step.outputs, step.push(*ims))
+            for slot in done:
+                self._values.pop(slot, None)
+        return [self._read(ref) for ref in outputs]
+
+    def _read(self, ref: Any) -> Any:
         if ref is None:
             return None
         if isinstance(ref, list):
-            return [self._read(values, r) for r in ref]
+            return [self._read(r) for r in ref]
         slot, window = ref
-        value = values[slot]
-        if window is None:
+        value = self._values.get(slot)
+        if value is None or window is None:
             return value
-        meta = self._slots[slot].window
-        if value.shape != meta.size or value.stride() != meta.stride or value.dtype is not meta.dtype:
-            value = values[slot] = self._restride(value, slot)
-            if value.dim() == 1 and len(meta.size) != 1:
-                return window.onto(value)
-        return window.onto(value, value.storage_offset() - meta.offset)
+        first = self._slots[slot].window
+        if value.stride() != first.stride or value.dtype is not first.dtype:
+            value = self._values[slot] = self._laid_out(slot, value)
+        return window.onto(value, value.storage_offset() - first.offset)
 
-    def _restride(self, value: Tensor, slot: int) -> Tensor:
+    def _assign(self, slots: Any, ims: Any) -> None:
+        if isinstance(slots, list):
+            for slot, im in zip(slots, ims if ims is not None else [None] * len(slots), strict=True):
+                self._assign(slot, im)
+        elif slots is not None and ims is not None:
+            first = self._slots[slots].window
+            ims = ims if ims.shape == first.size else ims.expand(first.size)
+            if slots in self._overwritten:
+                ims = self._laid_out(slots, ims)
+            self._values[slots] = ims if ims.dtype is first.dtype else ims.to(first.dtype)
+
+    def _write(self, target: Reference, source: Tensor | None) -> None:
+        slot, window = target
+        if slot not in self._values:
+            if source is None:
+                return
+            zero = torch.zeros((), dtype=self._slots[slot].window.dtype, device=source.device)
+            self._values[slot] = self._laid_out(slot, zero)
+        shown = self._read((slot, window or self._slots[slot].window))
+        if source is None:
+            shown.zero_()
+        else:
+            shown.copy_(source)
+
+    def _laid_out(self, slot: int, value: Tensor) -> Tensor:
+        """A copy of ``value`` in memory laid out like the storage that the slot stands for."""
         meta = self._slots[slot]
         full = torch.zeros(meta.entries, dtype=meta.window.dtype, device=value.device)
         shown = meta.window.onto(full)
         shown.copy_(value)
         return shown
 
-    def _assign(self, values: dict[int, Tensor], slots: Any, ims: Any, written: set[int]) -> None:
-        if isinstance(slots, list):
-            for slot, im in zip(slots, ims, strict=True):
-                self._assign(values, slot, im, written)
-        elif slots is not None:
-            meta = self._slots[slots].window
-            if ims.shape != meta.size:
-                ims = ims.expand(meta.size)
-            values[slots] = self._restride(ims, slots) if slots in written else ims.to(meta.dtype)
 
-    def _write(self, values: dict[int, Tensor], step: _Step) -> None:
-        assert step.target is not None
-        source = self._read(values, step.inputs[0])
-        slot, window = step.target
-        if slot not in values:
-            zero = torch.zeros((), dtype=self._slots[slot].window.dtype, device=self._slots_device(values))
-            values[slot] = self._restride(zero, slot)
-        target = self._read(values, (slot, window if window is not None else self._slots[slot].window))
-        if source is None:
-            target.zero_()
-        else:
-            target.copy_(source)
-
-    def _slots_device(self, values: dict[int, Tensor]) -> torch.device:
-        return next(iter(values.values())).device
-
-
-def _references(refs: Any) -> Iterator[Reference]:
-    for ref in refs:
-        if isinstance(ref, list):
-            yield from _references(ref)
-        elif ref is not None:
-            yield ref
-
-
-def _slots(slots: Any) -> Iterator[int]:
-    if isinstance(slots, list):
-        for slot in slots:
-            yield from _slots(slot)
-    elif slots is not None:
-        yield slots
+def _flat(nested: Any) -> Iterator[Any]:
+    """The entries of nested lists that are not None."""
+    for item in nested if isinstance(nested, list) else [nested]:
+        if isinstance(item, list):
+            yield from _flat(item)
+        elif item is not None:
+            yield item
 
 
 def _captured(function: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors that a function holds in its closure, through nested functions and tuples."""
+    """The tensors that a function holds in its closure, through nested functions and sequences."""
     for cell in getattr(function, "__closure__", None) or ():
         try:
             held = cell.cell_contents

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,10 @@ class Window:
             and t.is_neg() == self.neg
         )
 
+    def same(self, other: Window) -> bool:
+        """Whether both look onto a storage in one way."""
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
     def onto(self, base: Tensor, shift: int = 0) -> Tensor:
         """This window onto the storage of ``base``, moved by ``shift`` entries."""
         if shift == 0 and self.fits(base):
@@ -69,33 +74,32 @@ class Window:
         return torch._neg_view(t) if self.neg else t
 
 
-class Imaginary:
-    """The imaginary part of one storage: ``base`` owns memory laid out like it; ``slot`` names it on a tape."""
-
-    __slots__ = ("base", "slot")
-
-    def __init__(self, base: Tensor, slot: int = -1) -> None:
-        self.base, self.slot = base, slot
-
-
 class Plane:
-    """All imaginary parts of one evaluation; parts of another plane are invisible to it."""
+    """All imaginary parts of one evaluation; parts of another plane are invisible to it.
+
+    What is attached to a storage is a tensor that owns memory laid out like it or, while a tape is
+    recorded, the number of a slot on the tape.
+    """
 
     def __init__(self) -> None:
         self._key = f"_imstep_imaginary_{next(_points)}"
 
-    def find(self, t: Tensor) -> Imaginary | None:
-        """The imaginary part attached to the storage of ``t``, whole; None where there is none."""
+    def find(self, t: Tensor) -> Any:
+        """What is attached to the storage of ``t``, whole; None where there is nothing."""
         if t.layout is not torch.strided:
             return None
         return t.untyped_storage().__dict__.get(self._key)
 
     def get(self, t: Tensor) -> Tensor | None:
         """The imaginary part of ``t``: a view of the attached memory, shape of ``t``."""
-        found = self.find(t)
-        return None if found is None else Window(t).onto(found.base)
+        base = self.find(t)
+        return None if base is None else Window(t).onto(base)
 
-    def put(self, t: Tensor, im: Tensor, slot: int = -1) -> Imaginary:
+    def name(self, t: Tensor, slot: int) -> None:
+        """Attach the number of a slot to the storage of ``t``."""
+        t.untyped_storage().__dict__[self._key] = slot
+
+    def put(self, t: Tensor, im: Tensor) -> Tensor:
         """Attach ``im`` to the fresh tensor ``t``; takes the memory of ``im`` over unless something shares it."""
         storage = t.untyped_storage()
         held = im.untyped_storage()
@@ -114,23 +118,21 @@ class Plane:
             Window(t).onto(base).copy_(im)
             im, held = base, base.untyped_storage()
         held.__dict__[_OWNED] = True
-        attached = Imaginary(im, slot)
-        storage.__dict__[self._key] = attached
-        return attached
+        storage.__dict__[self._key] = im
+        return im
 
-    def write(self, t: Tensor, im: Tensor | None) -> Imaginary | None:
-        """Overwrite the imaginary part of ``t`` in place, as after an in-place operator."""
-        found = self.find(t)
-        if found is None:
+    def write(self, t: Tensor, im: Tensor | None) -> None:
+        """Overwrite the imaginary part of ``t`` in place, as after an in-place operator; None stands for zero."""
+        base = self.find(t)
+        if base is None:
             if im is None:
-                return None
-            found = self.put(t, torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape))
-        window = Window(t).onto(found.base)
+                return
+            base = self.put(t, torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape))
+        window = Window(t).onto(base)
         if im is None:
             window.zero_()
         else:
             window.copy_(im)
-        return found
 
     def drop(self, t: Tensor) -> None:
         """Forget the imaginary part of the storage of ``t``."""

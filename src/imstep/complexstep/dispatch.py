@@ -1,0 +1,215 @@
+"""One operator at a time: find the imaginary parts of its arguments, apply its rule, attach those of its outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imstep.complexstep import rules
+from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
+from imstep.complexstep.islands import Islands
+from imstep.complexstep.registry import Signature, lookup, signature
+from imstep.complexstep.tape import Tape
+from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant
+
+rules.load()
+
+_evaluations = itertools.count()
+_RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch normalisation, unknown to its schema
+
+
+class Dispatch(TorchDispatchMode):
+    """Carries out the operators of one :class:`~imstep.complexstep.arithmetic.Arithmetic`."""
+
+    def __init__(
+        self,
+        plane: Plane,
+        islands: Islands,
+        counts: Counter[tuple[str, str]],
+        h: float | None,
+        tape: Tape | None,
+        before_write: Callable[[Tensor], None] | None,
+    ) -> None:
+        super().__init__()
+        self._plane, self._islands, self._counts = plane, islands, counts
+        self._h, self._tape, self._before_write = h, tape, before_write
+        self._born = f"_imstep_born_{next(_evaluations)}"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sig = signature(func)
+        tensors = sig.gather(args, kwargs)
+        if self._before_write is not None:
+            self._watch(sig, tensors)
+            outputs = self._carry_out(func, sig, tensors, args, kwargs)
+            if not (sig.view or sig.mutates):
+                self._mark_born(outputs)
+            return outputs
+        return self._carry_out(func, sig, tensors, args, kwargs)
+
+    def _carry_out(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if sig.mutates:
+            return self._mutate(func, sig, tensors, args, kwargs)
+        if not self._live(tensors):
+            return func(*args, **kwargs)
+        if self._islands.active:
+            return self._constant(func, sig, args, kwargs)
+        if sig.view:
+            return func(*args, **kwargs)
+        return self._apply(func, tensors, args, kwargs)
+
+    def _live(self, tensors: list[Any]) -> bool:
+        find = self._plane.find
+        for t in tensors:
+            if isinstance(t, (list, tuple)):
+                if any(u is not None and find(u) is not None for u in t):
+                    return True
+            elif t is not None and find(t) is not None:
+                return True
+        return False
+
+    def _count(self, func: OpOverload, how: str) -> None:
+        self._counts[str(func), how] += 1
+
+    def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
+        """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
+        self._count(func, "cut")
+        outputs = func(*args, **kwargs)
+        copy = lambda t: mark_constant(t.clone()) if self._plane.find(t) is not None else t
+        if isinstance(outputs, Tensor):
+            return copy(outputs)
+        return type(outputs)(copy(t) if isinstance(t, Tensor) else t for t in outputs) if sig.view else outputs
+
+    # --- rules --------------------------------------------------------------------------------------------------
+
+    def _apply(self, func: OpOverload, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        rule = lookup(func)
+        if rule is None or (self._h is not None and rule.finite is None):
+            return self._decompose(func, args, kwargs)
+        self._count(func, rule.family)
+        if self._h is not None and rule.finite is not None:
+            outputs, d_outputs = rule.finite(func, args, kwargs, self._imaginary(tensors), self._h)
+            self._store(outputs, d_outputs)
+            return outputs
+        outputs, push = rule.linearize(func, args, kwargs)
+        if push is None:
+            return outputs
+        if self._tape is None:
+            self._store(outputs, push(*self._imaginary(tensors)))
+        else:
+            inputs = self.reference(tensors)
+            self._tape.record(push, inputs, self._define(outputs))
+        return outputs
+
+    def _imaginary(self, t: Any) -> Any:
+        if isinstance(t, (list, tuple)):
+            return [self._imaginary(u) for u in t]
+        return None if t is None else self._plane.get(t)
+
+    def _store(self, outputs: Any, d_outputs: Any) -> None:
+        """Attach imaginary parts to fresh outputs; one that shares memory with an argument has its own already."""
+        if isinstance(outputs, Tensor):
+            if d_outputs is not None and self._plane.find(outputs) is None:
+                self._plane.put(outputs, d_outputs)
+        elif d_outputs is not None and isinstance(outputs, (list, tuple)):
+            for output, d_output in zip(outputs, d_outputs, strict=True):
+                self._store(output, d_output)
+
+    def reference(self, t: Any) -> Any:
+        """The slots on the tape, and the windows onto them, that tensors stand for; None where constant."""
+        if isinstance(t, (list, tuple)):
+            return [self.reference(u) for u in t]
+        slot = None if t is None else self._plane.find(t)
+        return None if slot is None else self._tape.reference(slot, t)  # type: ignore[union-attr]
+
+    def _define(self, outputs: Any) -> Any:
+        """New slots for fresh outputs that can carry an imaginary part."""
+        if isinstance(outputs, (list, tuple)):
+            return [self._define(t) for t in outputs]
+        if not isinstance(outputs, Tensor) or not (outputs.is_floating_point() or outputs.is_complex()):
+            return None
+        if outputs.layout is not torch.strided or self._plane.find(outputs) is not None:
+            return None
+        slot = self._tape.define(outputs)  # type: ignore[union-attr]
+        self._plane.name(outputs, slot)
+        return slot
+
+    def _decompose(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """Carry out an operator without a rule through the simpler operators it is defined by."""
+        decomposition = rules.decomposition(func)
+        if decomposition is None:
+            if self._h is not None and lookup(func) is not None:
+                raise UnsupportedOperatorError(
+                    func, "it has no formula for a finite step h.", "Use h=None (infinitesimal arithmetic)."
+                )
+            raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", REPORT)
+        self._count(func, "decomposition")
+        with self:
+            return decomposition(*args, **kwargs)
+
+    # --- in-place operators -------------------------------------------------------------------------------------
+
+    def _mutate(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        targets = [t for t, (*_, written) in zip(tensors, sig.tensors, strict=True) if written]
+        for t in targets:
+            if isinstance(t, Tensor) and is_constant_copy(t):
+                raise UnsupportedOperatorError(
+                    func,
+                    "it writes into a view made by .detach(), .data or under no_grad of a tensor that is being "
+                    "differentiated.",
+                    "Write to the tensor itself, or clone() the detached view first.",
+                )
+        if not self._live(tensors):
+            return func(*args, **kwargs)
+        if self._islands.active:
+            return func(*args, **kwargs)  # autograd does not see this write either: values change, derivatives stay
+        if func is torch.ops.aten.copy_.default:
+            return self._copy(func, args, kwargs)
+        if sig.functional is None or len(targets) != 1 or not isinstance(targets[0], Tensor):
+            raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
+        kwargs = {k: v for k, v in kwargs.items() if v is not targets[0]}
+        with self:
+            result = sig.functional(*args, **kwargs)
+            if targets[0].shape != result.shape:
+                targets[0].resize_(result.shape)
+            targets[0].copy_(result)
+        return targets[0]
+
+    def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        target, source = args[0], args[1]
+        outputs = func(*args, **kwargs)
+        if not (target.is_floating_point() or target.is_complex()):
+            return outputs
+        if self._tape is None:
+            self._plane.write(target, self._plane.get(source))
+            return outputs
+        read = self.reference(source)
+        if self._plane.find(target) is None:
+            self._plane.name(target, self._tape.define(target))
+        self._tape.record_write(read, self.reference(target))
+        return outputs
+
+    # --- what existed before ------------------------------------------------------------------------------------
+
+    def _watch(self, sig: Signature, tensors: list[Any]) -> None:
+        for t, (_, name, _, written) in zip(tensors, sig.tensors, strict=True):
+            if written or name in _RUNNING_STATISTICS:
+                for u in t if isinstance(t, (list, tuple)) else [t]:
+                    if isinstance(u, Tensor) and u.layout is torch.strided:
+                        if self._born not in u.untyped_storage().__dict__:
+                            self._before_write(u)  # type: ignore[misc]
+
+    def _mark_born(self, outputs: Any) -> None:
+        if isinstance(outputs, Tensor):
+            if outputs.layout is torch.strided:
+                outputs.untyped_storage().__dict__.setdefault(self._born, True)
+        elif isinstance(outputs, (list, tuple)):
+            for output in outputs:
+                self._mark_born(output)

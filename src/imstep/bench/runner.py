@@ -118,6 +118,7 @@ class Trainer:
             "evaluated_at": self._evaluated_at,
             "next_evaluation": self._next_evaluation,
             "non_finite": self._non_finite,
+            "converged": self._converged,
             "random": self._random.state_dict(),
         }
 
@@ -127,7 +128,7 @@ class Trainer:
         self._evaluated_at = state["evaluated_at"]
         self._next_evaluation = state["next_evaluation"]
         self._non_finite = state["non_finite"]
-        self._converged = False
+        self._converged = state["converged"]
         self._random.load_state_dict(state["random"])
 
     def _now(self) -> float:

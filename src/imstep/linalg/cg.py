@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from imstep.linalg.cg_system import CGState, DampedSystem, Probe, dots
@@ -45,31 +45,35 @@ def conjugate_gradient(
         operator: A, self-adjoint, size n; definite or not.
         rhs: b, (n,); the negative gradient in a Newton method.
         damping: λ >= 0.
-        preconditioner: P, symmetric positive definite, applied to residuals: P ≈ (A + λI)⁻¹. It changes the path
+        preconditioner: P, symmetric positive definite, applied to residuals: P ≈ (A + λI)⁻¹. It changes the
+            path
             to the solution only: the residual norm, the curvature test and the radius stay Euclidean.
         stopping: rules asked after every iteration, in this order.
         max_iterations: at least 0; default 10 n, as in SciPy.
         curvature_floor: smallest trusted curvature per pᵀp, >= 0.
         noise: needs a `HalvedOperator`; None switches test (b) off.
-        radius: Δ > 0, bound on ‖x‖. The solve ends on the boundary when an iterate would cross it, and follows a
-            direction of negative curvature, though not a noisy one, to the boundary.
+        radius: Δ > 0, bound on ‖x‖. The solve ends on the boundary when an iterate would cross it, and
+            follows a direction of negative curvature, though not a noisy one, to the boundary.
         x0: start, (n,), inside the radius; costs a product. Default zero.
-        recompute_residual_every: replace the recurrence for r by b - (A + λI)x after so many iterations, at one product
-            each; worth it for many hundreds of iterations in float32.
+        recompute_residual_every: replace the recurrence for r by b - (A + λI)x after so many iterations, at
+            one product each; worth it for many hundreds of iterations in float32.
 
     Returns:
         A `KrylovResult`. Non-finite numbers are a status, never an exception.
 
     Raises:
         TypeError: `noise` without a HalvedOperator; a vector of another dtype.
-        ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive definite.
+        ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive
+            definite.
 
     Cost: one product per iteration; 6 vectors of size n.
 
-    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithms 5.3 and 7.1 (CG, Newton-CG); with a radius
-    Algorithm 7.2 (Steihaug, SIAM J. Numer. Anal. 20, 1983). The definition of a disturbing direction is our choice.
+    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithms 5.3 and 7.1 (CG, Newton-CG); with a
+    radius Algorithm 7.2 (Steihaug, SIAM J. Numer. Anal. 20, 1983). The definition of a disturbing direction
+    is our choice.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DenseOperator
         >>> A = DenseOperator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]))
         >>> result = conjugate_gradient(A, torch.tensor([1.0, 2.0]))
@@ -83,14 +87,21 @@ def conjugate_gradient(
     _check_numbers(damping, curvature_floor, radius, max_iterations, recompute_residual_every)
     _check_operators(operator, rhs, x0, preconditioner, noise)
     system = DampedSystem(
-        operator, rhs.detach(), damping, preconditioner, curvature_floor, noise, radius, recompute_residual_every
+        operator,
+        rhs.detach(),
+        damping,
+        preconditioner,
+        curvature_floor,
+        noise,
+        radius,
+        recompute_residual_every,
     )
     limit = 10 * operator.size if max_iterations is None else max_iterations
     state, status = system.start(x0)
     probe = None
     while status is None and (status := _ending(system, state, stopping, limit)) is None:
         probe = system.probe(state.direction)
-        state = state.after_products(1)
+        state = replace(state, products=state.products + 1)
         status = system.disturbance(probe)
         if status is None:
             state, status = system.advance(state, probe)
@@ -102,13 +113,16 @@ def conjugate_gradient(
 def _ending(
     system: DampedSystem, state: CGState, stopping: Sequence[StoppingRule], limit: int
 ) -> KrylovStatus | None:
-    # Below rounding level of the right-hand side the recurrence for r says nothing about b - (A + λI)x any more.
-    if state.residual_norm <= torch.finfo(system.rhs.dtype).eps * system.rhs_norm:
+    # Below rounding level of the right-hand side the recurrence for r says nothing about b - (A + λI)x any
+    # more.
+    if state.residual_norm <= system.rounding * system.rhs_norm:
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
     answers = (rule.check(progress) for rule in stopping)
     status = next((answer for answer in answers if answer is not None), None)
-    if status is None and progress.iteration >= limit:
+    if status is None and state.descent <= 0:
+        return KrylovStatus.STALLED  # rounding has made the preconditioner indefinite; no direction is left
+    if status is None and state.iteration >= limit:
         return KrylovStatus.MAX_ITERATIONS
     return status
 
@@ -158,12 +172,14 @@ def _check_operators(
         check_vectors(operator, vector)
         if vector.ndim != 1:
             raise ValueError(
-                f"conjugate_gradient solves for one vector (n,), got {tuple(vector.shape)}. Solve column by column."
+                f"conjugate_gradient solves for one vector (n,), got {tuple(vector.shape)}. "
+                "Solve column by column."
             )
     if preconditioner is not None:
         check_alike(operator, preconditioner)
     if noise is not None and not isinstance(operator, HalvedOperator):
         raise TypeError(
-            f"the noise test compares the two halves of a batch, but {type(operator).__name__} has no halves. "
+            "the noise test compares the two halves of a batch, but "
+            f"{type(operator).__name__} has no halves. "
             "Pass a HalvedOperator such as SplitOperator(first, second), or noise=None."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator, check_alike
@@ -33,6 +32,7 @@ class SplitOperator(HalvedOperator):
         ValueError: the two differ in size, dtype or device.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DiagonalOperator
         >>> A = SplitOperator(DiagonalOperator(torch.tensor([1.0])), DiagonalOperator(torch.tensor([3.0])))
         >>> A @ torch.ones(1), A.halves(torch.ones(1))
@@ -55,8 +55,8 @@ class SplitOperator(HalvedOperator):
 class NoiseTest:
     """Whether a curvature can be told from mini-batch noise.
 
-    With c₁, c₂ the curvatures of the two halves, the mean is (c₁ + c₂)/2 and its standard error is estimated by
-    |c₁ - c₂|/2; the direction disturbs if mean <= z · standard error.
+    With c₁, c₂ the curvatures of the two halves, the mean is (c₁ + c₂)/2 and its standard error is estimated
+    by |c₁ - c₂|/2; the direction disturbs if mean <= z · standard error.
 
     Args:
         z: how many standard errors the mean must exceed, > 0; 1 to 2 is sensible.

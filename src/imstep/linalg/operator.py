@@ -106,7 +106,8 @@ class LinearOperator(ABC):
         if self.size > limit:
             raise ValueError(
                 f"to_dense of an operator of size {self.size} would need {self.size} products and "
-                f"{self.size**2} numbers; the limit is {limit}. Use products (A @ v), or pass limit={self.size}."
+                f"{self.size**2} numbers; the limit is {limit}. "
+                f"Use products (A @ v), or pass limit={self.size}."
             )
         return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
 
@@ -176,7 +177,8 @@ def check_vectors(operator: LinearOperator, vectors: Tensor) -> None:
     """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
     if not isinstance(vectors, Tensor):
         raise TypeError(
-            f"an operator multiplies torch tensors, not {type(vectors).__name__}. Convert with torch.as_tensor."
+            f"an operator multiplies torch tensors, not {type(vectors).__name__}. "
+            "Convert with torch.as_tensor."
         )
     n = operator.size
     if vectors.ndim not in (1, 2) or vectors.shape[0] != n:

@@ -52,7 +52,8 @@ class RelativeResidual(StoppingRule):
     Source: Nocedal & Wright, Numerical Optimization (2nd ed.), section 7.1, inexact Newton methods.
 
     Example:
-        >>> RelativeResidual(0.1).check(Progress(1, residual_norm=0.05, rhs_norm=1.0, decreases=[0.0, 1.0])).name
+        >>> progress = Progress(1, residual_norm=0.05, rhs_norm=1.0, decreases=[0.0, 1.0])
+        >>> RelativeResidual(0.1).check(progress).name
         'CONVERGED'
     """
 
@@ -119,7 +120,8 @@ class BestRate(StoppingRule):
     Args:
         window: iterations over which the present rate is averaged, >= 1.
         product_cost: cost of a product in gradients, > 0; 2 is the arithmetic count for an exact Hessian.
-        fixed_cost: what a step costs besides products, in gradients, > 0: by default a gradient (1) and a trial loss (1/3).
+        fixed_cost: what a step costs besides products, in gradients, > 0: by default a gradient (1) and a
+            trial loss (1/3).
 
     Raises:
         ValueError: an argument is out of range.
@@ -127,10 +129,11 @@ class BestRate(StoppingRule):
     Source: our choice; a discrete form of Charnov's marginal value theorem (1976).
 
     Example:
-        >>> Progress_ = lambda q: Progress(len(q) - 1, residual_norm=0.5, rhs_norm=1.0, decreases=q)
-        >>> BestRate().check(Progress_([0.0, 1.0, 2.0, 3.0, 4.0])) is None
-        True
-        >>> BestRate().check(Progress_([0.0, 1.0, 1.1, 1.11, 1.111])).name
+        >>> steady = Progress(4, residual_norm=0.5, rhs_norm=1.0, decreases=[0.0, 1.0, 2.0, 3.0, 4.0])
+        >>> print(BestRate().check(steady))
+        None
+        >>> flat = Progress(4, residual_norm=0.5, rhs_norm=1.0, decreases=[0.0, 1.0, 1.1, 1.11, 1.111])
+        >>> BestRate().check(flat).name
         'STALLED'
     """
 

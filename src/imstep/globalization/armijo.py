@@ -1,0 +1,106 @@
+"""Baselines for the step length: backtracking, and none at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from imstep.globalization.model import LineModel
+from imstep.globalization.search import (
+    Reason,
+    SearchState,
+    StepSearch,
+    Verdict,
+    decrease_ratio,
+    require_descent,
+)
+
+
+@dataclass(frozen=True)
+class Armijo(StepSearch):
+    """Backtrack from t = 1 until f(w + t d) <= f + c1 t s.
+
+    Args:
+        c1: fraction of the linear decrease to ask for, in (0, 1).
+        shrink: factor between trials, in (0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Cost: a loss per trial.
+
+    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithm 3.1.
+
+    Example:
+        >>> model = LineModel(loss=1.0, slope=-1.0, curvature=0.0, norm=1.0)
+        >>> Armijo().judge(SearchState(), model, 1.0, trial_loss=0.5).accepted
+        True
+    """
+
+    c1: float = 1e-4
+    shrink: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (0 < self.c1 < 1 and 0 < self.shrink < 1):
+            raise ValueError(f"c1 and shrink must lie in (0, 1), got {self.c1} and {self.shrink}.")
+
+    def initial(self) -> SearchState:
+        return SearchState()
+
+    def propose(self, state: SearchState, model: LineModel) -> float:
+        require_descent(model)
+        return 1.0
+
+    def weigh(self, state: SearchState, model: LineModel, step_length: float, taylor_error: float) -> Verdict:
+        rho = decrease_ratio(model, step_length, taylor_error)
+        if not math.isfinite(taylor_error):
+            return Verdict(False, self.shrink * step_length, rho, taylor_error, state, Reason.NON_FINITE)
+        decrease = model.decrease(step_length) - taylor_error
+        if decrease >= -self.c1 * step_length * model.slope:
+            return Verdict(True, step_length, rho, taylor_error, state, Reason.ACCEPTED)
+        return Verdict(
+            False, self.shrink * step_length, rho, taylor_error, state, Reason.INSUFFICIENT_DECREASE
+        )
+
+    def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
+        return state
+
+
+@dataclass(frozen=True)
+class FixedStep(StepSearch):
+    """Take the same step length whatever happens, unless the trial is not finite.
+
+    Args:
+        step_length: t > 0; 1 is the undamped Newton step.
+
+    Raises:
+        ValueError: the step length is not positive.
+
+    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), section 3.3, the pure Newton method.
+
+    Example:
+        >>> model = LineModel(loss=1.0, slope=-1.0, curvature=0.0, norm=1.0)
+        >>> FixedStep(0.1).propose(SearchState(), model)
+        0.1
+    """
+
+    step_length: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_length < math.inf:
+            raise ValueError(f"step_length must be positive and finite, got {self.step_length}.")
+
+    def initial(self) -> SearchState:
+        return SearchState()
+
+    def propose(self, state: SearchState, model: LineModel) -> float:
+        return self.step_length
+
+    def weigh(self, state: SearchState, model: LineModel, step_length: float, taylor_error: float) -> Verdict:
+        rho = decrease_ratio(model, step_length, taylor_error)
+        if not math.isfinite(taylor_error):
+            return Verdict(False, step_length / 2, rho, taylor_error, state, Reason.NON_FINITE)
+        return Verdict(True, step_length, rho, taylor_error, state, Reason.ACCEPTED)
+
+    def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
+        return state

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from imstep.complexstep.tensor import Window
@@ -209,7 +208,7 @@ class _Replay:
         if slot not in self._values:
             if source is None:
                 return
-            zero = torch.zeros((), dtype=self._slots[slot].window.dtype, device=source.device)
+            zero = source.new_zeros((), dtype=self._slots[slot].window.dtype)
             self._values[slot] = self._laid_out(slot, zero)
         shown = self._read((slot, window or self._slots[slot].window))
         if source is None:
@@ -220,7 +219,7 @@ class _Replay:
     def _laid_out(self, slot: int, value: Tensor) -> Tensor:
         """A copy of ``value`` in memory laid out like the storage that the slot stands for."""
         meta = self._slots[slot]
-        full = torch.zeros(meta.entries, dtype=meta.window.dtype, device=value.device)
+        full = value.new_zeros((meta.entries,), dtype=meta.window.dtype)  # batched if value is, under vmap
         shown = meta.window.onto(full)
         shown.copy_(value)
         return shown

@@ -1,0 +1,94 @@
+"""Between a model's parameters and flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ParameterVector:
+    """Parameters seen as one vector of shape (n,): concatenated in order, each in row-major order.
+
+    The vector's dtype is float64 if a parameter is, else float32; parameters of half precision are converted at
+    the edge. Parameters that do not require gradients are frozen and not part of the vector.
+
+    Args:
+        params: a module, or an iterable of parameters; a parameter that appears twice counts once.
+
+    Raises:
+        ValueError: no parameter requires gradients, or they live on several devices.
+        TypeError: a parameter is complex, or ``params`` holds something else than tensors.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> ParameterVector(layer).size
+        3
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
+        candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
+        for p in candidates:
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"parameters must be tensors, got {type(p).__name__}. Pass a module or model.parameters()."
+                )
+        self.tensors = list({id(p): p for p in candidates if p.requires_grad}.values())
+        if not self.tensors:
+            raise ValueError(
+                "there is no parameter to differentiate: "
+                + ("none was given." if not candidates else f"all {len(candidates)} have requires_grad=False.")
+            )
+        _check(self.tensors)
+        self._sizes = [p.numel() for p in self.tensors]
+        self.size = sum(self._sizes)
+        self.device = self.tensors[0].device
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One vector (n,) from one tensor per parameter; None stands for zeros."""
+        parts = [
+            torch.zeros(n, dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1).to(self.dtype)
+            for t, n in zip(tensors, self._sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector`` (n,), one per parameter, in its shape and dtype (converted where that differs)."""
+        parts = vector.split(self._sizes)
+        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.tensors, strict=True)]
+
+    def get(self) -> Tensor:
+        """A copy of the parameters as a vector (n,)."""
+        return self.flatten(self.tensors)
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the parameters in their own dtypes, to restore them bit for bit."""
+        return [p.detach().clone() for p in self.tensors]
+
+    def restore(self, snapshot: Sequence[Tensor]) -> None:
+        """Set the parameters to a snapshot."""
+        with torch.no_grad():
+            for p, saved in zip(self.tensors, snapshot, strict=True):
+                p.copy_(saved)
+
+    def move(self, snapshot: Sequence[Tensor], direction: Tensor, step_length: float) -> None:
+        """Set the parameters to snapshot + step_length * direction, with ``direction`` (n,)."""
+        with torch.no_grad():
+            for p, saved, d in zip(self.tensors, snapshot, self.unflatten(direction), strict=True):
+                torch.add(saved, d, alpha=step_length, out=p)
+
+
+def _check(tensors: Sequence[Tensor]) -> None:
+    for p in tensors:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"a parameter has dtype {p.dtype}; the complex step differentiates with respect to real floating-point "
+                "parameters. Store real and imaginary parts as two real parameters (torch.view_as_complex joins them)."
+            )
+        if p.layout is not torch.strided:
+            raise TypeError(f"a parameter has layout {p.layout}; only dense (strided) parameters are supported.")
+    devices = sorted({str(p.device) for p in tensors})
+    if len(devices) > 1:
+        raise ValueError(f"parameters live on several devices ({', '.join(devices)}). Move the model to one device.")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-import imstep
 from imstep.bench.optimizers import get_optimizer
 from imstep.bench.rows import Limits, Schedule, TrainingError
 from imstep.bench.runner import Trainer
 from imstep.tasks import get_task
 
-__all__ = ["RunConfig", "environment"]
+__all__ = ["RunConfig"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LIMITS = ("epochs", "budget", "seconds")
@@ -137,14 +135,3 @@ class RunConfig:
             reason = str(error).splitlines()[0]
             raise TrainingError(f"device={self.device!r} cannot be used here: {reason}") from error
         return device
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine: what has to agree for two runs to agree bit for bit."""
-    return {
-        "imstep": imstep.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-    }

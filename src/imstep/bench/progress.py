@@ -69,15 +69,14 @@ class TrainingProgress:
         done, now = self._fraction(trainer), time.monotonic()
         if self._start is None:
             self._start = (now, done)
-        line = self._line(trainer)
+        reached, used = self._reached(trainer), self._used(trainer)
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, eta=self._remaining(now, done))
-            self._live.update(Group(self._bar, Text(line, style="dim"), Text(self._note, style="yellow")))
+            self._live.update(Group(self._bar, Text(reached), Text(used), Text(self._note, style="yellow")))
         elif now - self._printed > LINE_INTERVAL:
             self._printed = now
-            self._console.print(
-                f"{100 * done:3.0f} %  {line}  eta {self._remaining(now, done)}", soft_wrap=True
-            )
+            line = f"{100 * done:3.0f} %  {reached}  {used}  eta {self._remaining(now, done)}"
+            self._console.print(line, soft_wrap=True, highlight=False)
 
     def _fraction(self, trainer: Trainer) -> float:
         """How near the nearest limit is, 0 to 1."""
@@ -95,9 +94,12 @@ class TrainingProgress:
         seconds = round((now - start) * (1 - done) / (done - before))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
-    def _line(self, trainer: Trainer) -> str:
-        totals = trainer.totals
-        parts = [f"epoch {_of(trainer.epoch, self._limits.epochs)}", f"step {totals.steps}"]
+    def _used(self, trainer: Trainer) -> str:
+        epoch, cost = _of(trainer.epoch, self._limits.epochs), _of(trainer.totals.cost, self._limits.budget)
+        return f"epoch {epoch}  step {trainer.totals.steps}  gradient-equivalents {cost}"
+
+    def _reached(self, trainer: Trainer) -> str:
+        parts = []
         if self._loss is not None:
             parts.append(f"loss {self._loss:.4e}")
         if self._heldout is not None:
@@ -105,7 +107,6 @@ class TrainingProgress:
             metric = trainer.problem.metric
             if metric is not None and self._heldout.heldout_metric is not None:
                 parts.append(f"{metric.name} {self._heldout.heldout_metric:.3f}")
-        parts.append(f"gradient-equivalents {_of(totals.cost, self._limits.budget)}")
         return "  ".join(parts)
 
 

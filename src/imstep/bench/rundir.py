@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from imstep.bench.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from imstep.bench.config import RunConfig, environment
+from imstep.bench.config import RunConfig
+from imstep.bench.environment import environment
 from imstep.bench.files import write_atomically, write_json
 from imstep.bench.rows import Row, TrainingError
 from imstep.bench.runner import Trainer
@@ -102,7 +103,8 @@ class RunDirectory:
     def differences(self) -> list[str]:
         """In what this machine differs from the one the run was begun on; then bits may differ, too."""
         here = environment()
-        pairs = [(name, self._made_in.get(name), now) for name, now in here.items()]
+        decisive = ("imstep", "PyTorch", "system", "processor", "threads")
+        pairs = [(name, self._made_in.get(name), here[name]) for name in decisive]
         return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
 
     def extend(self, **limits: float | None) -> None:

@@ -15,7 +15,7 @@ from imstep.bench.interrupt import Interrupt
 from imstep.bench.progress import TrainingProgress
 from imstep.bench.rundir import RunDirectory
 from imstep.bench.runner import Trainer
-from imstep.bench.tensorboard import TensorBoardLog
+from imstep.bench.tensorboard import TensorBoardLog, writer_class
 from imstep.bench.train import Observer, train
 
 __all__ = ["resume_run", "start_run"]
@@ -37,10 +37,12 @@ def start_run(
         Whether the run reached its end; False if it was interrupted (and saved).
 
     Raises:
-        TaskError, OptimizerError, TrainingError, RunDirectoryError: it cannot be started; says why. Nothing is
+        TaskError, OptimizerError, TrainingError, RunDirectoryError: cannot be started; says why. Nothing is
             written unless all of the run could be built.
     """
     _ = config.limits
+    if tensorboard:
+        writer_class()
     trainer = config.build()
     with RunDirectory.create(path, config) as run:
         return _go(trainer, run, console, tensorboard, save_every)

@@ -7,7 +7,22 @@ from pathlib import Path
 from imstep.bench.rows import Row, StepRow, TrainingError
 from imstep.bench.runner import Trainer
 
-__all__ = ["TensorBoardLog"]
+__all__ = ["TensorBoardLog", "writer_class"]
+
+
+def writer_class() -> type:
+    """torch's SummaryWriter.
+
+    Raises:
+        TrainingError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError(
+            "--tensorboard needs TensorBoard, which is not installed: pip install 'imstep[tensorboard]'."
+        ) from error
+    return SummaryWriter
 
 
 class TensorBoardLog:
@@ -22,13 +37,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, run: Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise TrainingError(
-                "--tensorboard needs TensorBoard, which is not installed: pip install 'imstep[tensorboard]'."
-            ) from error
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = writer_class()(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
         values = row.to_dict()

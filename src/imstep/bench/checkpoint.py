@@ -117,7 +117,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not the manifest of an imstep checkpoint.")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint version {manifest.get('version')}; this imstep reads version {VERSION}. "
+            f"{folder} has checkpoint version {manifest.get('version')}; this imstep reads {VERSION}. "
             "Resume with the imstep that wrote it."
         )
     return manifest

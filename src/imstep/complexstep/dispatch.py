@@ -41,6 +41,7 @@ class Dispatch(TorchDispatchMode):
         self._plane, self._islands, self._counts = plane, islands, counts
         self._h, self._tape, self._before_write = h, tape, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
+        self._decomposing: list[OpOverload] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,15 +145,19 @@ class Dispatch(TorchDispatchMode):
     def _decompose(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Carry out an operator without a rule through the simpler operators it is defined by."""
         decomposition = rules.decomposition(func)
-        if decomposition is None:
+        if decomposition is None or func in self._decomposing:  # some refer back to themselves
             if self._h is not None and lookup(func) is not None:
                 raise UnsupportedOperatorError(
                     func, "it has no formula for a finite step h.", "Use h=None (infinitesimal arithmetic)."
                 )
             raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", REPORT)
         self._count(func, "decomposition")
-        with self:
-            return decomposition(*args, **kwargs)
+        self._decomposing.append(func)
+        try:
+            with self:
+                return decomposition(*args, **kwargs)
+        finally:
+            self._decomposing.pop()
 
     # --- in-place operators -------------------------------------------------------------------------------------
 

@@ -110,15 +110,27 @@ class LBFGSStepper(Stepper):
 
         def closure() -> torch.Tensor:
             nonlocal calls
-            calls += 1
             self._optimizer.zero_grad(set_to_none=True)
             loss = evaluate()
+            if calls == 0 and not _finite(loss.detach().item()):
+                # torch would go on and write nan into the parameters; its state is untouched up to here.
+                raise _NonFiniteStartError(loss.detach().item())
+            calls += 1
             loss.backward()
             return loss
 
-        value = self._optimizer.step(closure).detach().item()
-        status = None if _finite(value) else "non_finite"
-        return StepResult(value, float(calls), gradients=calls, status=status)
+        try:
+            value = self._optimizer.step(closure).detach().item()
+        except _NonFiniteStartError as start:
+            return StepResult(start.loss, LOSS_COST, losses=1, status="non_finite")
+        return StepResult(value, float(calls), gradients=calls)
+
+
+class _NonFiniteStartError(Exception):
+    """The loss at the start of an L-BFGS step is not finite."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
 
 
 def _finite(value: float) -> bool:

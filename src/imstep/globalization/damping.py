@@ -27,7 +27,7 @@ class LevenbergMarquardt(Damping):
     A rho that is not a number counts as failure.
 
     Args:
-        start: λ of the first step, in [floor, ceiling].
+        initial: λ of the first step, in [floor, ceiling].
         factor: > 1.
         lower, upper: 0 <= lower < upper.
         floor, ceiling: 0 < floor <= ceiling, finite; the floor keeps λ able to grow again.
@@ -36,15 +36,15 @@ class LevenbergMarquardt(Damping):
         ValueError: an argument is out of range.
 
     Source: Marquardt (1963); thresholds as in Martens (2010), section 4.1, and Nocedal & Wright, Algorithm
-    4.1; factor, start and floor are our choice by measurement.
+    4.1; factor, initial and floor are our choice by measurement.
 
     Example:
-        >>> rule = LevenbergMarquardt(start=1e-3)
+        >>> rule = LevenbergMarquardt(initial=1e-3)
         >>> rule.update(rule.initial, rho=0.1), rule.update(rule.initial, rho=0.9)
         (0.002, 0.0005)
     """
 
-    start: float = 1e-3
+    initial: float = 1e-3
     factor: float = 2.0
     lower: float = 0.25
     upper: float = 0.75
@@ -52,10 +52,10 @@ class LevenbergMarquardt(Damping):
     ceiling: float = 1e6
 
     def __post_init__(self) -> None:
-        if not (0 < self.floor <= self.start <= self.ceiling < math.inf):
+        if not (0 < self.floor <= self.initial <= self.ceiling < math.inf):
             raise ValueError(
-                "damping needs 0 < floor <= start <= ceiling, got "
-                f"{self.floor}, {self.start} and {self.ceiling}. "
+                "damping needs 0 < floor <= initial <= ceiling, got "
+                f"{self.floor}, {self.initial} and {self.ceiling}. "
                 "For no damping use NoDamping()."
             )
         if not (self.factor > 1 and 0 <= self.lower < self.upper):
@@ -63,10 +63,6 @@ class LevenbergMarquardt(Damping):
                 "damping needs factor > 1 and 0 <= lower < upper, got "
                 f"{self.factor}, {self.lower} and {self.upper}."
             )
-
-    @property
-    def initial(self) -> float:
-        return self.start
 
     def update(self, damping: float, rho: float) -> float:
         if rho > self.upper:

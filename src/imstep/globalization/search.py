@@ -98,7 +98,7 @@ class StepSearch(ABC):
 
     @abstractmethod
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
-        """The state after a step that was given up, `step_length` being the last one tried."""
+        """The state after a step that was given up; `step_length` is the first one tried, the proposal."""
 
     def judge(self, state: SearchState, model: LineModel, step_length: float, trial_loss: float) -> Verdict:
         """The verdict on a trial by its loss f(w + t d)."""

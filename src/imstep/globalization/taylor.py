@@ -31,7 +31,7 @@ class TaylorMonitor(StepSearch):
     region:
 
         accepted:  M <- max(M observed, M/2);   Δ <- t‖d‖/2 if rho < 1/4,  2Δ if rho > 3/4 at the bound
-        given up:  Δ <- t‖d‖/2
+        given up:  Δ <- half the length of the first trial
 
     It is cautious on evidence only: without any it takes the model's minimiser.
 
@@ -96,32 +96,34 @@ class TaylorMonitor(StepSearch):
                 max(observed, state.third_derivative / 2), self._radius_after(state, model, step_length, rho)
             )
             return Verdict(True, step_length, rho, taylor_error, new_state, Reason.ACCEPTED)
-        seen = max(state.third_derivative, observed)
-        shorter = min(max(self._within_error(seen, model), step_length / 10), step_length / 2)
+        # A rejected trial shortens this step only: an error that is no cubic (a jump, a noisy loss) would
+        # leave an absurd M behind, and M forgets by halves.
         if not math.isfinite(taylor_error):
-            # A jump to infinity is no sample of a third derivative: it must not enter M.
             return Verdict(False, step_length / 10, rho, taylor_error, state, Reason.NON_FINITE)
-        new_state = SearchState(seen, state.radius)
-        return Verdict(False, shorter, rho, taylor_error, new_state, Reason.INSUFFICIENT_DECREASE)
+        within = self._within_error(max(state.third_derivative, observed), model)
+        shorter = min(max(within, step_length / 10), step_length / 2)
+        return Verdict(False, shorter, rho, taylor_error, state, Reason.INSUFFICIENT_DECREASE)
 
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
-        return SearchState(state.third_derivative, min(state.radius, step_length * model.norm / 2))
+        return SearchState(state.third_derivative, min(state.radius, step_length * model.norm) / 2)
 
     def _within_error(self, third_derivative: float, model: LineModel) -> float:
         """t*, the root of C t³ = θ q(t); infinite where the error never reaches θ q."""
-        cubic = third_derivative * model.norm**3 / 6
-        linear = self.theta * -model.slope
-        half = self.theta * model.curvature / 2
+        # In the length t‖d‖, so that no cube of the norm can overflow.
+        cubic = third_derivative / 6
+        linear = self.theta * -model.slope / model.norm
+        half = self.theta * model.curvature / model.norm / model.norm / 2
         root = math.sqrt(half * half + 4 * cubic * linear)
         # Each form adds numbers of one sign.
         if half > 0:
-            return 2 * linear / (half + root)
-        return (root - half) / (2 * cubic) if cubic > 0 else math.inf
+            return 2 * linear / (half + root) / model.norm
+        return (root - half) / (2 * cubic) / model.norm if cubic > 0 else math.inf
 
     def _observed(self, model: LineModel, step_length: float, taylor_error: float) -> float:
-        """6 |E| / (t ‖d‖)³, of the part of E that two losses can resolve."""
+        """6 |E| / (t ‖d‖)³, of the part of E above the rounding of two losses."""
         resolved = max(abs(taylor_error) - model.rounding, 0.0)
-        return 6 * resolved / (step_length * model.norm) ** 3
+        length = step_length * model.norm
+        return 6 * resolved / length / length / length
 
     def _radius_after(self, state: SearchState, model: LineModel, step_length: float, rho: float) -> float:
         length = step_length * model.norm

@@ -3,6 +3,7 @@
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
+from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.stopping import (
@@ -18,10 +19,12 @@ __all__ = [
     "BestRate",
     "DenseOperator",
     "DiagonalOperator",
+    "Eigenpair",
     "HalvedOperator",
     "IdentityOperator",
     "KrylovResult",
     "KrylovStatus",
+    "LanczosResult",
     "LinearOperator",
     "NoiseTest",
     "ProductBudget",
@@ -33,4 +36,7 @@ __all__ = [
     "StoppingRule",
     "SumOperator",
     "conjugate_gradient",
+    "lanczos",
+    "largest_eigenpair",
+    "smallest_eigenpair",
 ]

@@ -211,7 +211,8 @@ class DampedSystem:
         residual = self.rhs - image - self.damping * state.solution
         drift = residual - state.residual
         squared_norm, drift_squared = dots((residual, residual), (drift, drift))
-        # A residual that is mostly drift is orthogonal to nothing: r'ᵀz' / rᵀz would blow up the old direction.
+        # A residual that is largely drift is orthogonal to nothing, and r'ᵀz'/rᵀz could blow up the last
+        # direction by orders of magnitude: start afresh from it, as iterative refinement does.
         restart = drift_squared > 0.01 * squared_norm
         return replace(
             state,

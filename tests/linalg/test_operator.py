@@ -1,0 +1,148 @@
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imstep.linalg import (
+    DenseOperator,
+    DiagonalOperator,
+    IdentityOperator,
+    LinearOperator,
+    SplitOperator,
+)
+
+
+class ByVectors(LinearOperator):
+    """A matrix behind `matvec` only, so that the default `matmat` is tested."""
+
+    def __init__(self, matrix):
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+        self.products = 0
+
+    def matvec(self, vector):
+        self.products += 1
+        return self.matrix @ vector
+
+
+@pytest.fixture
+def matrix(with_spectrum):
+    return with_spectrum([3.0, 1.0, -2.0, 0.5])[0]
+
+
+OPERATORS = {
+    "dense": lambda A: (DenseOperator(A), A),
+    "by vectors": lambda A: (ByVectors(A), A),
+    "diagonal": lambda A: (DiagonalOperator(A.diag()), torch.diag(A.diag())),
+    "identity": lambda A: (IdentityOperator.like(DenseOperator(A)), torch.eye(len(A), dtype=A.dtype)),
+    "sum": lambda A: (DenseOperator(A) + DiagonalOperator(A[0]), A + torch.diag(A[0])),
+    "difference": lambda A: (DenseOperator(A) - ByVectors(2 * A), -A),
+    "multiple": lambda A: (-3 * DenseOperator(A) * 2, -6 * A),
+    "negative": lambda A: (-DenseOperator(A), -A),
+    "shift": lambda A: (
+        DenseOperator(A) + 0.1 * IdentityOperator.like(DenseOperator(A)),
+        A + 0.1 * torch.eye(len(A), dtype=A.dtype),
+    ),
+    "split": lambda A: (SplitOperator(DenseOperator(A), DenseOperator(3 * A)), 2 * A),
+}
+
+
+@pytest.mark.parametrize("build", OPERATORS.values(), ids=OPERATORS.keys())
+def test_products_agree_with_the_dense_matrix(build, matrix, normal):
+    operator, dense = build(matrix)
+    vector, block = normal(4), normal(12).reshape(4, 3)
+    torch.testing.assert_close(operator @ vector, dense @ vector)
+    torch.testing.assert_close(operator @ block, dense @ block)
+    torch.testing.assert_close(operator @ block[:, :0], dense @ block[:, :0])
+    torch.testing.assert_close(operator.rmatvec(vector), dense.T @ vector)
+    torch.testing.assert_close(operator.to_dense(), dense)
+    assert operator.shape == (4, 4)
+
+
+@pytest.mark.parametrize("build", OPERATORS.values(), ids=OPERATORS.keys())
+def test_scipy_sees_the_same_operator(build, matrix, normal):
+    operator, dense = build(matrix)
+    foreign = operator.to_scipy()
+    vector = normal(4).numpy()
+    np.testing.assert_allclose(foreign @ vector, dense.numpy() @ vector, atol=1e-13)
+    np.testing.assert_allclose(foreign.rmatvec(vector), dense.numpy().T @ vector, atol=1e-13)
+    np.testing.assert_allclose(foreign @ np.eye(4), dense.numpy(), atol=1e-13)
+    assert foreign.dtype == np.float64
+
+
+def test_a_matrix_that_is_not_symmetric_keeps_its_transpose(normal):
+    matrix = normal(9).reshape(3, 3)
+    operator = 2 * DenseOperator(matrix) + DenseOperator(matrix)
+    torch.testing.assert_close(operator.rmatvec(normal(3)), 3 * matrix.T @ normal(3))
+
+
+def test_scipy_eigenvalues_through_the_bridge(with_spectrum):
+    matrix, _ = with_spectrum(torch.linspace(-2.0, 5.0, 40))
+    smallest = scipy.sparse.linalg.eigsh(DenseOperator(matrix).to_scipy(), k=1, which="SA")[0]
+    assert smallest[0] == pytest.approx(-2.0, abs=1e-9)
+
+
+def test_to_scipy_without_scipy_says_what_to_install(matrix, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        DenseOperator(matrix).to_scipy()
+
+
+def test_to_dense_is_guarded():
+    with pytest.raises(ValueError, match="limit is 4096"):
+        IdentityOperator(5000).to_dense()
+    assert IdentityOperator(5).to_dense(limit=5).equal(torch.eye(5))
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (torch.ones(3, dtype=torch.float64), ValueError, r"shape \(4,\)"),
+        (torch.ones(2, 4, dtype=torch.float64), ValueError, "Flatten or transpose"),
+        (torch.ones(4, 1, 1, dtype=torch.float64), ValueError, r"\(4, 1, 1\)"),
+        (torch.ones(4), TypeError, r"v.to\(torch.float64\)"),
+        (torch.ones(4, dtype=torch.float64, device="meta"), ValueError, "lives on cpu"),
+        (np.ones(4), TypeError, "torch.as_tensor"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(matrix, other, error, message):
+    with pytest.raises(error, match=message):
+        DenseOperator(matrix) @ other
+
+
+def test_operators_that_do_not_fit_are_refused(matrix):
+    with pytest.raises(ValueError, match="agree in size, dtype and device"):
+        DenseOperator(matrix) + IdentityOperator(4)
+    with pytest.raises(ValueError, match="agree in size"):
+        SplitOperator(IdentityOperator(3), IdentityOperator(4))
+    with pytest.raises(ValueError, match="square"):
+        DenseOperator(matrix[:2])
+    with pytest.raises(ValueError, match="vector"):
+        DiagonalOperator(matrix)
+    with pytest.raises(ValueError, match="at least 0"):
+        IdentityOperator(-1)
+    with pytest.raises(TypeError):
+        DenseOperator(matrix) + 1.0
+    with pytest.raises(TypeError):
+        DenseOperator(matrix) * "2"
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    alpha=st.floats(-10, 10),
+    beta=st.floats(-10, 10),
+    n=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_products_are_linear_and_symmetric(alpha, beta, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix, u, v = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((n, n), (n,), (n,)))
+    A = DenseOperator(matrix + matrix.T) + alpha * IdentityOperator(n, dtype=torch.float64)
+    torch.testing.assert_close(
+        A @ (alpha * u + beta * v), alpha * (A @ u) + beta * (A @ v), atol=1e-9, rtol=1e-9
+    )
+    torch.testing.assert_close(u @ (A @ v), v @ (A @ u), atol=1e-9, rtol=1e-9)

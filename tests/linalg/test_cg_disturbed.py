@@ -250,3 +250,15 @@ def test_any_symmetric_system_ends_in_a_certificate(n, seed, shift, radius):
         assert (p @ matrix @ p).item() <= 1e-12 * (p @ p).item() * matrix.norm().item()
     else:
         assert result.status in (KrylovStatus.BOUNDARY, KrylovStatus.MAX_ITERATIONS)
+
+
+def test_a_result_shares_no_memory_with_its_arguments():
+    rhs, x0 = torch.ones(3), torch.full((3,), 0.1)
+    for result in (
+        conjugate_gradient(DenseOperator(-torch.eye(3)), rhs),
+        conjugate_gradient(DenseOperator(-torch.eye(3)), rhs, x0=x0),
+    ):
+        for part in (result.solution, result.image, result.disturbing_direction):
+            part.fill_(7.0)
+    assert rhs.equal(torch.ones(3))
+    assert x0.equal(torch.full((3,), 0.1))

@@ -30,7 +30,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class SearchState:
-    """What a search remembers from step to step; plain floats, so `dataclasses.asdict` can be saved.
+    """What a search remembers from step to step: plain floats, to be saved by `dataclasses.asdict`.
 
     Attributes:
         third_derivative: M >= 0, the estimate of |D³f[e, e, e]| along recent directions e of norm 1.
@@ -63,8 +63,7 @@ class Verdict:
 
 
 class StepSearch(ABC):
-    """A rule for the step length t along a direction d that stays fixed. Pure: it neither evaluates nor
-    remembers.
+    """A rule for the step length t along a fixed direction d; pure, it neither evaluates nor remembers.
 
     One step is: `propose` a t; evaluate f(w + t d); `judge` it; while not accepted, try `verdict.step_length`
     with `verdict.state`; or give up with `reject`. Where the loss has changed by rounding only

@@ -20,15 +20,13 @@ from imstep.globalization.search import (
 class TaylorMonitor(StepSearch):
     """Go as far as the model's predicted relative error stays below theta.
 
-    The error E(t) = f(w + t d) - m(t) is third order, E ≈ C t³ with C = M ‖d‖³ / 6. With a running estimate
-    of M,
+    The error E(t) = f(w + t d) - m(t) is third order, E ≈ C t³ with C = M ‖d‖³ / 6. A running estimate of M,
 
         C t³ = θ q(t)   gives   t* = 2 θ |s| / (θk/2 + √(θ²k²/4 + 4 C θ |s|)),
 
-    and the proposal is min(t*, |s|/k if k > 0, Δ/‖d‖). A trial is accepted if rho >= acceptance; otherwise t*
-    is taken again with the M that the trial has shown, kept within t/10 and t/2. So the direction stays fixed
-    while t shrinks, as in a line search; M and the radius Δ carry over to the next step, as in a trust
-    region:
+    bounds the proposal min(t*, |s|/k if k > 0, Δ/‖d‖). A trial is accepted if rho >= acceptance; otherwise t*
+    is taken again with the M that the trial has shown, kept within t/10 and t/2. The direction stays fixed
+    while t shrinks, as in a line search; M and Δ carry over to the next step, as in a trust region:
 
         accepted:  M <- max(M observed, M/2);   Δ <- t‖d‖/2 if rho < 1/4,  2Δ if rho > 3/4 at the bound
         given up:  Δ <- half the length of the first trial

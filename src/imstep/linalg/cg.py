@@ -38,16 +38,15 @@ def conjugate_gradient(
     A search direction *disturbs*, and ends the solve before x moves along it, if
     (a) c <= curvature_floor · pᵀp, or c is below the rounding error of its own inner product; or
     (b) `noise` finds the curvatures of the two halves of the batch, damping included, within noise of zero.
-    Every iterate before that is a descent direction for the model, so it can be used as it is.
-    If the first direction disturbs, the solution is the start (zero) and the direction is in the result.
+    Every iterate from zero before that has bᵀx > 0, a direction of descent, and can be used as it is. If the
+    first direction disturbs, the solution is the start, and the result holds the direction and its curvature.
 
     Args:
         operator: A, self-adjoint, size n; definite or not.
         rhs: b, (n,); the negative gradient in a Newton method.
         damping: λ >= 0.
         preconditioner: P, symmetric positive definite, applied to residuals: P ≈ (A + λI)⁻¹. It changes the
-            path
-            to the solution only: the residual norm, the curvature test and the radius stay Euclidean.
+            path to the solution only: the residual norm, the curvature test and the radius stay Euclidean.
         stopping: rules asked after every iteration, in this order.
         max_iterations: at least 0; default 10 n, as in SciPy.
         curvature_floor: smallest trusted curvature per pᵀp, >= 0.
@@ -66,7 +65,7 @@ def conjugate_gradient(
         ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive
             definite.
 
-    Cost: one product per iteration; 6 vectors of size n.
+    Cost: one product per iteration; 9 vectors of size n while it runs.
 
     Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithms 5.3 and 7.1 (CG, Newton-CG); with a
     radius Algorithm 7.2 (Steihaug, SIAM J. Numer. Anal. 20, 1983). The definition of a disturbing direction
@@ -113,8 +112,7 @@ def conjugate_gradient(
 def _ending(
     system: DampedSystem, state: CGState, stopping: Sequence[StoppingRule], limit: int
 ) -> KrylovStatus | None:
-    # Below rounding level of the right-hand side the recurrence for r says nothing about b - (A + λI)x any
-    # more.
+    # Below rounding level of b the recurrence for r no longer says anything about b - (A + λI)x.
     if state.residual_norm <= system.rounding * system.rhs_norm:
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
@@ -129,7 +127,7 @@ def _ending(
 
 def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: Probe | None) -> KrylovResult:
     disturbing = probe if status.disturbing else None
-    (curvature, squared_norm) = dots((state.solution, state.image), (state.solution, state.solution))
+    curvature, squared_norm = dots((state.solution, state.image), (state.solution, state.solution))
     damped_decrease = state.decreases[-1]
     return KrylovResult(
         solution=state.solution,

@@ -82,7 +82,7 @@ class DampedSystem:
             return zero, KrylovStatus.NON_FINITE
         if zero.residual_norm == 0:
             return zero, KrylovStatus.CONVERGED
-        state = zero if x0 is None else self._at(x0.detach())
+        state = zero if x0 is None else self._at(x0.detach().clone())
         if not math.isfinite(state.residual_norm):
             return replace(zero, products=state.products), KrylovStatus.NON_FINITE
         if self.radius is not None and state.norm >= self.radius:
@@ -124,9 +124,8 @@ class DampedSystem:
         """Why x must not move along the direction, or None if it may."""
         if not (math.isfinite(probe.curvature) and math.isfinite(probe.image_norm)):
             return KrylovStatus.NON_FINITE
-        # For definite A of condition κ the cosine of p and A p is at least 2√κ/(κ + 1) (Kantorovich), so a
-        # sum pᵀAp below its own rounding error means indefiniteness, or κ beyond the square of what the dtype
-        # resolves.
+        # For definite A of condition κ the cosine of p and A p is at least 2√κ/(κ + 1) (Kantorovich). A sum
+        # pᵀAp below its own rounding error therefore means that A is not definite, or κ > 1/eps².
         rounding_error = self.rounding * math.sqrt(probe.squared_norm) * probe.image_norm
         if probe.damped_curvature <= max(self.curvature_floor * probe.squared_norm, rounding_error):
             return KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
@@ -158,12 +157,13 @@ class DampedSystem:
         return self._moved(state, probe, step_length)
 
     def _at_zero(self) -> CGState:
-        zero = torch.zeros_like(self.rhs)
+        # Copies, so that nothing in a result shares memory with an argument or another part of the result.
+        residual = self.rhs.clone()
         return CGState(
-            solution=zero,
-            image=zero,
-            residual=self.rhs,
-            direction=self.rhs,
+            solution=torch.zeros_like(residual),
+            image=torch.zeros_like(residual),
+            residual=residual,
+            direction=residual,
             descent=0.0,
             norm=0.0,
             residual_norm=self.rhs_norm,

@@ -60,8 +60,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
     """An orthonormal basis of span{q, A q, A² q, ...} in which A is tridiagonal.
 
     Every new vector is orthogonalised twice against all earlier ones, so the basis stays orthonormal to
-    rounding and no eigenvalue appears twice. Ends early when the space is invariant, or when a product is not
-    finite.
+    rounding and no eigenvalue appears twice. Ends early at an invariant space, or a non-finite product.
 
     Args:
         operator: A, self-adjoint, size n.

@@ -22,4 +22,4 @@ constant(aten.logical_xor, aten.any, aten.all, aten.argmax, aten.argmin, aten.ar
 constant(aten.searchsorted, aten.bucketize, aten.isin, aten._local_scalar_dense, aten.is_nonzero, aten.count_nonzero)
 
 # Steps: the derivative is zero almost everywhere.
-constant(aten.sign, aten.sgn, aten.floor, aten.ceil, aten.round, aten.trunc, aten.heaviside, aten.floor_divide)
+constant(aten.sign, aten.floor, aten.ceil, aten.round, aten.trunc, aten.heaviside, aten.floor_divide)

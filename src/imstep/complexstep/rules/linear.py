@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import exact, linear, rule
+from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
 
@@ -19,15 +20,12 @@ linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_
 linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding, aten.embedding_dense_backward)
 
 
-def _scaled(dx, factor):
+def times(dx, factor):
     return dx if factor == 1 or dx is None else dx * factor
 
 
-def plus(a, b):
-    """a + b where either may be absent."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _scaled(dx, factor):
+    return dx if factor == 1 or dx is None else dx * factor
 
 
 @rule(aten.add.Tensor, family="linear", finite=exact)

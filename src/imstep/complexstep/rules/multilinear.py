@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, multilinear, register, rule
-from imstep.complexstep.rules.linear import plus
+from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
 

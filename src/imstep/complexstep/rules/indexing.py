@@ -1,0 +1,89 @@
+"""Reading and writing at indices: linear in what is read and in what is written, the indices being constant."""
+
+from __future__ import annotations
+
+import torch
+
+from imstep.complexstep.registry import exact, linear, rule
+from imstep.complexstep.rules.forms import jointly_linear, plus, register_linear, times, zeros_of
+
+aten = torch.ops.aten
+
+# Reading.
+linear(aten._unsafe_index.Tensor, aten.masked_scatter_backward.default, aten.unfold_copy.default)
+register_linear(jointly_linear("self", scalar="fill"), aten._unsafe_masked_index.default)
+
+# Writing over.
+register_linear(jointly_linear("self", scalar="value"), aten.masked_fill.Scalar, aten.index_fill.int_Scalar, aten.scatter.value)
+register_linear(jointly_linear("self", "value"), aten.masked_fill.Tensor, aten.index_fill.int_Tensor, aten.fill.Tensor)
+register_linear(jointly_linear("self", "values"), aten.index_put.default, aten._unsafe_index_put.default)
+register_linear(jointly_linear("self", "values"), aten._unsafe_masked_index_put_accumulate.default)
+register_linear(jointly_linear("self", "source"), aten.index_copy.default, aten.index_add.default, aten.put.default)
+register_linear(jointly_linear("self", "source"), aten.masked_scatter.default)
+register_linear(jointly_linear("self", "src"), aten.scatter.src, aten.scatter_add.default, aten.select_scatter.default)
+register_linear(jointly_linear("self", "src"), aten.slice_scatter.default, aten.diagonal_scatter.default)
+
+
+@rule(aten.as_strided_scatter.default, family="linear", finite=exact)
+def as_strided_scatter(x, src, size, stride, offset=None):
+    absent = zeros_of(src)
+
+    def push(dx, dsrc):
+        # Which entry is meant depends on the strides of x.
+        target = torch.zeros_like(x) if dx is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(dx)
+        return torch.as_strided_scatter(target, absent if dsrc is None else dsrc, size, stride, offset)
+
+    return torch.as_strided_scatter(x, src, size, stride, offset), push
+
+
+# --- reductions at indices --------------------------------------------------------------------------------------
+
+
+def _product_slopes(x, index, dim, src, result_of):
+    """The product of the others at each entry's place, for x and for src; zeros are counted, not divided by."""
+    x_kept = torch.where(x == 0, 1, x)
+    src_kept = torch.where(src == 0, 1, src)
+    product = result_of(x_kept, src_kept)
+    count = (x == 0).to(x.dtype).scatter_add(dim, index, (src == 0).to(x.dtype))
+    alone = lambda t, kept, p, n: torch.where(t == 0, torch.where(n == 1, p, 0), torch.where(n == 0, p / kept, 0))
+    return alone(x, x_kept, product, count), alone(src, src_kept, product.gather(dim, index), count.gather(dim, index))
+
+
+def _scatter_reduce(x, dim, index, src, reduce, include_self):
+    """The linear map of :func:`torch.scatter_reduce` and its result."""
+    op = lambda a, b: torch.scatter_reduce(a, dim, index, b, reduce, include_self=include_self)
+    y = op(x, src)
+    if x.dim() == 0 or reduce in ("sum", "mean"):
+        return y, lambda dx, ds: op(zeros_of(y) if dx is None else dx, zeros_of(src) if ds is None else ds)
+    if reduce == "prod":
+        own = x if include_self else x.scatter(dim, index, torch.ones_like(src))
+        plain = lambda a, b: torch.scatter_reduce(a, dim, index, b, "prod", include_self=True)
+        by_x, by_src = _product_slopes(own, index, dim, src, plain)
+    else:
+        attained_by_x, attained_by_src = (x == y).to(x.dtype), (src == y.gather(dim, index)).to(x.dtype)
+        count = attained_by_x.scatter_add(dim, index, attained_by_src)
+        by_x, by_src = attained_by_x / count.clamp_min(1), attained_by_src / count.gather(dim, index).clamp_min(1)
+    if not include_self:
+        by_x = by_x.scatter(dim, index, 0.0)
+
+    def push(dx, ds):
+        written = None if ds is None else zeros_of(y).scatter_add(dim, index, ds * by_src)
+        return plus(times(dx, by_x), written)
+
+    return y, push
+
+
+@rule(aten.scatter_reduce.two, family="piecewise")
+def scatter_reduce(x, dim, index, src, reduce, *, include_self=True):
+    y, push = _scatter_reduce(x, dim, index, src, reduce, include_self)
+    return y, lambda dx, _, ds: push(dx, ds)
+
+
+@rule(aten.index_reduce.default, family="piecewise")
+def index_reduce(x, dim, index, source, reduce, *, include_self=True):
+    shape = [1] * source.dim()
+    if source.dim():
+        shape[dim] = -1
+    everywhere = index.reshape(shape).expand_as(source)
+    y, push = _scatter_reduce(x, dim, everywhere, source, reduce, include_self)
+    return y, lambda dx, _, ds: push(dx, ds)

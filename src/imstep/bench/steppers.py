@@ -1,0 +1,124 @@
+"""Optimizers that report what a step cost.
+
+Cost is counted in gradient-equivalents of the batch at hand: a forward and a backward pass are 1, a
+forward pass alone is 1/3 (a backward pass does twice the matrix products of a forward pass).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imstep.tasks import Batch, Problem
+
+__all__ = ["LOSS_COST", "GradientStepper", "LBFGSStepper", "StepResult", "Stepper"]
+
+LOSS_COST = 1 / 3
+"""Gradient-equivalents of one forward pass."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Args:
+        loss: loss on the batch at the start of the step.
+        cost: gradient-equivalents of this batch.
+        gradients: forward and backward passes.
+        products: curvature products.
+        losses: forward passes alone.
+        new_loss: loss on the batch at the end, when the optimizer knows it without asking again.
+        status: how the step ended in the optimizer's words, or None.
+        converged: the optimizer sees nothing left to do on this batch.
+        record: the optimizer's own record, JSON-able, or None.
+    """
+
+    loss: float
+    cost: float
+    gradients: int = 0
+    products: int = 0
+    losses: int = 0
+    new_loss: float | None = None
+    status: str | None = None
+    converged: bool = False
+    record: Mapping[str, Any] | None = None
+
+
+class Stepper(ABC):
+    """An optimizer bound to a problem's parameters: makes steps, and says what they cost."""
+
+    @abstractmethod
+    def step(self, problem: Problem, batch: Batch) -> StepResult:
+        """Update the parameters once by what `batch` says."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, whose state is saved and restored."""
+
+
+class GradientStepper(Stepper):
+    """One gradient a step: Adam, SGD and their kind. A loss that is not finite moves nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def step(self, problem: Problem, batch: Batch) -> StepResult:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = problem.closure(batch)()
+        value = loss.item()
+        if not _finite(value):
+            return StepResult(value, LOSS_COST, losses=1, status="non_finite")
+        loss.backward()
+        self._optimizer.step()
+        return StepResult(value, 1.0, gradients=1)
+
+
+class _NonFiniteStartError(Exception):
+    """The loss at the start of an L-BFGS step is not finite."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+
+class LBFGSStepper(Stepper):
+    """torch's L-BFGS: a step is up to `max_iter` iterations; each evaluation of its closure is a gradient."""
+
+    def __init__(self, optimizer: torch.optim.LBFGS) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def step(self, problem: Problem, batch: Batch) -> StepResult:
+        evaluate, calls = problem.closure(batch), 0
+
+        def closure() -> torch.Tensor:
+            nonlocal calls
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = evaluate()
+            if calls == 0 and not _finite(loss.detach().item()):
+                # torch would go on and write nan into the parameters; its state is untouched up to here.
+                raise _NonFiniteStartError(loss.detach().item())
+            calls += 1
+            loss.backward()
+            return loss
+
+        try:
+            value = self._optimizer.step(closure).detach().item()
+        except _NonFiniteStartError as start:
+            return StepResult(start.loss, LOSS_COST, losses=1, status="non_finite")
+        return StepResult(value, float(calls), gradients=calls)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0

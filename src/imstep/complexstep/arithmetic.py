@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
-from imstep.complexstep.tape import Tape
+from imstep.complexstep.tape import Reference, Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane
 
 
@@ -30,6 +30,7 @@ class Arithmetic:
         tape: where to record the linear maps instead of applying them (infinitesimal arithmetic only).
         before_write: called with each tensor that an operator is about to overwrite and that existed before this
             evaluation: the buffers of a model.
+        keep_graph: whether autograd's graph survives the gradient, for further backward passes.
 
     Attributes:
         counts: how often each operator was met, by (name, how it was treated).
@@ -49,6 +50,7 @@ class Arithmetic:
         h: float | None = None,
         tape: Tape | None = None,
         before_write: Callable[[Tensor], None] | None = None,
+        keep_graph: bool = False,
     ) -> None:
         if h is not None and not h > 0:
             raise ValueError(f"h must be positive, got {h}. Use h=None for infinitesimal arithmetic.")
@@ -57,7 +59,7 @@ class Arithmetic:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._plane = Plane()
         self._tape = tape
-        self._islands = Islands()
+        self._islands = Islands(keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self.counts, h, tape, before_write)
         self._stack = ExitStack()
 
@@ -94,18 +96,16 @@ class Arithmetic:
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""
-        if not loss.requires_grad:
-            return [None] * len(inputs)
-        self._islands.outermost = True
-        try:
-            return list(torch.autograd.grad(loss, inputs, allow_unused=True))
-        finally:
-            self._islands.outermost = False
+        return self._islands.gradient(loss, inputs) if loss.requires_grad else [None] * len(inputs)
 
     def finish(self, outputs: list[Tensor | None]) -> None:
         """End the recording: ``outputs`` are what the tape computes."""
         assert self._tape is not None
         self._tape.finish([None if t is None else self._dispatch.reference(t) for t in outputs])
+
+    def reference(self, t: Tensor) -> Reference | None:
+        """What ``t`` is on the tape; None for a constant."""
+        return self._dispatch.reference(t)
 
     def release(self, t: Tensor) -> None:
         """Forget the imaginary part of ``t``."""

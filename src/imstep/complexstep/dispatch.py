@@ -16,7 +16,7 @@ from imstep.complexstep import rules
 from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Signature, lookup, signature
-from imstep.complexstep.tape import Tape
+from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
 from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant
 
 rules.load()
@@ -106,8 +106,16 @@ class Dispatch(TorchDispatchMode):
             self._store(outputs, push(*self._imaginary(tensors)))
         else:
             inputs = self.reference(tensors)
-            self._tape.record(push, inputs, self._define(outputs))
+            self._tape.record(push, inputs, self._define(outputs), self._call(func, args))
         return outputs
+
+    def _call(self, func: OpOverload, args: Any) -> Call:
+        """Where an operator comes from: the node of autograd's graph that it belongs to, forward or backward."""
+        if self._islands.final:
+            node = torch._C._current_autograd_node()
+            return Call(func, (), True, -1 if node is None else node._sequence_nr())
+        # The node is made before the operator runs, so it has the last number given out.
+        return Call(func, args if func in LOSS_OPERATORS else (), False, torch.autograd._get_sequence_nr() - 1)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):
@@ -198,7 +206,7 @@ class Dispatch(TorchDispatchMode):
         read = self.reference(source)
         if self._plane.find(target) is None:
             self._plane.name(target, self._tape.define(target))
-        self._tape.record_write(read, self.reference(target))
+        self._tape.record_write(read, self.reference(target), self._call(func, args))
         return outputs
 
     # --- what existed before ------------------------------------------------------------------------------------

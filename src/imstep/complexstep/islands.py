@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from imstep.complexstep.substitutes import SUBSTITUTES
+
 _CUTS = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.detach_copy if hasattr(Tensor, "detach_copy") else None}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
@@ -30,11 +32,12 @@ class Islands(TorchFunctionMode):
     reach; the mathematical formulations they stand for are used instead while this mode is active.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_graph: bool = False) -> None:
         super().__init__()
+        self._keep_graph = keep_graph
         self._toggles: list[bool] = []
         self._cut = False
-        self.outermost = False  # whether the gradient being taken now is the one to differentiate
+        self.final = False  # whether the backward pass that runs now is the one to differentiate
         self._stack = ExitStack()
 
     @property
@@ -45,6 +48,8 @@ class Islands(TorchFunctionMode):
     def __enter__(self) -> Islands:
         super().__enter__()
         self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         self._toggles, self._cut = [], False
         return self
 
@@ -60,11 +65,15 @@ class Islands(TorchFunctionMode):
         if func in _CUTS:
             with self.cut():
                 return func(*args, **kwargs)
+        if func in SUBSTITUTES:
+            return SUBSTITUTES[func](*args, **kwargs)
         if func in _RECURRENT:
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._inner_gradient(func, args, kwargs)
+        if func is Tensor.backward or func is torch.autograd.backward:
+            return self._closure_backward(func, args, kwargs)
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
@@ -90,10 +99,30 @@ class Islands(TorchFunctionMode):
             self._toggles.append(enable)
             self._cut = not enable
 
+    def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+        """The gradient that is to be differentiated; None for an input that ``loss`` does not depend on."""
+        with self._final_pass():
+            return list(torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=self._keep_graph))
+
+    @contextmanager
+    def _final_pass(self) -> Iterator[None]:
+        before, self.final = self.final, True
+        try:
+            yield
+        finally:
+            self.final = before
+
+    def _closure_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._keep_graph and not (len(args) > 2 and args[2]):
+            kwargs = {**kwargs, "retain_graph": True}
+            args = args[:2]
+        with self._final_pass():
+            return func(*args, **kwargs)
+
     def _inner_gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
         create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
         gradients = func(*args, **kwargs)
-        if create_graph or self.outermost or not torch.is_grad_enabled():
+        if create_graph or self.final or not torch.is_grad_enabled():
             return gradients
         with self.cut():
             return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, gradients)

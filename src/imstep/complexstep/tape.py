@@ -12,11 +12,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from imstep.complexstep.tensor import Window
 
 Reference = tuple[int, Window | None]
+
+_aten = torch.ops.aten
+LOSS_OPERATORS = {
+    _aten.mul.Tensor,
+    _aten.mul.Scalar,
+    _aten.div.Tensor,
+    _aten.div.Scalar,
+    _aten.pow.Tensor_Scalar,
+    _aten.mse_loss.default,
+    _aten.huber_loss.default,
+    _aten.smooth_l1_loss.default,
+    _aten.binary_cross_entropy.default,
+    _aten.binary_cross_entropy_with_logits.default,
+    _aten.softplus.default,
+    _aten._log_softmax.default,
+}
+"""Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""
 
 
 class TapeChangedError(RuntimeError):
@@ -31,24 +50,42 @@ class _Slot:
     entries: int
 
 
-@dataclass(frozen=True)
-class _Step:
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Where a linear map comes from.
+
+    Attributes:
+        func: the operator.
+        args: its arguments, where the operator may be a loss; else empty.
+        backward: whether it belongs to the backward pass that is being differentiated.
+        node: sequence number of the node of autograd's graph that it belongs to.
+    """
+
+    func: OpOverload
+    args: tuple[Any, ...]
+    backward: bool
+    node: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
     """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into the window ``target``."""
 
     push: Any
     inputs: list[Any]
     outputs: Any
+    call: Call
     target: Reference | None = None
 
     @property
     def writes(self) -> list[int]:
         """The slots that this step defines or overwrites."""
-        return [self.target[0]] if self.target else list(_flat(self.outputs))
+        return [self.target[0]] if self.target else list(flat(self.outputs))
 
     @property
     def reads(self) -> list[int]:
         """The slots that this step looks at."""
-        return [ref[0] for ref in _flat(self.inputs)]
+        return [ref[0] for ref in flat(self.inputs)]
 
 
 class Tape:
@@ -56,7 +93,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._slots: list[_Slot] = []
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._inputs: list[int] = []
         self._outputs: list[Reference | None] = []
         self._last_use: list[list[int]] = []
@@ -81,14 +118,14 @@ class Tape:
         window = Window(t)
         return slot, None if window.same(self._slots[slot].window) else window
 
-    def record(self, push: Any, inputs: list[Any], outputs: Any) -> None:
+    def record(self, push: Any, inputs: list[Any], outputs: Any, call: Call) -> None:
         """Append a linear map; remembers the tensors it holds, to notice when they are overwritten."""
-        self._steps.append(_Step(push, inputs, outputs))
+        self._steps.append(Step(push, inputs, outputs, call))
         self._held.extend((t, t._version) for t in _captured(push) if not t.is_inference())
 
-    def record_write(self, source: Reference | None, target: Reference) -> None:
+    def record_write(self, source: Reference | None, target: Reference, call: Call) -> None:
         """Append the overwriting of ``target`` by ``source`` (by zeros if None)."""
-        self._steps.append(_Step(None, [source], None, target))
+        self._steps.append(Step(None, [source], None, call, target))
 
     def finish(self, outputs: Sequence[Reference | None]) -> None:
         """Name the outputs; drops what they do not depend on and finds where each slot is used last.
@@ -110,7 +147,7 @@ class Tape:
 
     def _drop_unneeded(self) -> None:
         needed = {ref[0] for ref in self._outputs if ref is not None}
-        kept: list[_Step] = []
+        kept: list[Step] = []
         for step in reversed(self._steps):
             if any(slot in needed for slot in step.writes):
                 kept.append(step)
@@ -118,6 +155,23 @@ class Tape:
         self._steps = kept[::-1]
         held = {id(t) for step in self._steps if step.push for t in _captured(step.push)}
         self._held = [(t, version) for t, version in self._held if id(t) in held]
+
+    def with_steps(self, steps: list[Step]) -> Tape:
+        """A tape on the same memory with other steps."""
+        other = Tape()
+        other._slots, other._inputs, other._held, other._steps = self._slots, self._inputs, self._held, steps
+        other.finish(self._outputs)
+        return other
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps, in order; read only."""
+        return self._steps
+
+    @property
+    def inputs(self) -> list[int]:
+        """The slots of the inputs, in order."""
+        return self._inputs
 
     # --- what it holds ------------------------------------------------------------------------------------------
 
@@ -162,7 +216,7 @@ class _Replay:
     def run(
         self,
         inputs: Iterable[tuple[int, Tensor]],
-        steps: list[_Step],
+        steps: list[Step],
         last_use: list[list[int]],
         outputs: list[Reference | None],
     ) -> list[Tensor | None]:
@@ -172,7 +226,7 @@ class _Replay:
             ims = [self._read(ref) for ref in step.inputs]
             if step.target is not None:
                 self._write(step.target, ims[0])
-            elif next(_flat(ims), None) is not None:
+            elif next(flat(ims), None) is not None:
                 self._assign(step.outputs, step.push(*ims))
             for slot in done:
                 self._values.pop(slot, None)
@@ -225,11 +279,11 @@ class _Replay:
         return shown
 
 
-def _flat(nested: Any) -> Iterator[Any]:
+def flat(nested: Any) -> Iterator[Any]:
     """The entries of nested lists that are not None."""
     for item in nested if isinstance(nested, list) else [nested]:
         if isinstance(item, list):
-            yield from _flat(item)
+            yield from flat(item)
         elif item is not None:
             yield item
 

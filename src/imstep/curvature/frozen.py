@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
+from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector
 
@@ -34,11 +35,13 @@ class Linearisation:
         loss: 0-dim tensor.
         gradient: (n,).
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
+        split: the loss as a convex function of outputs; None where it has another form.
     """
 
     loss: Tensor
     gradient: Tensor
     tape: Tape
+    split: LossSplit | None
 
 
 class FrozenClosure:
@@ -61,13 +64,20 @@ class FrozenClosure:
 
     # --- evaluations --------------------------------------------------------------------------------------------
 
-    def linearise(self) -> Linearisation:
-        """Loss, gradient and tape at the current parameters, from one evaluation."""
+    def linearise(self, observer: AbstractContextManager[Any] | None = None) -> Linearisation:
+        """Loss, gradient and tape at the current parameters, from one evaluation.
+
+        Args:
+            observer: a context entered around the closure; autograd's graph then survives the evaluation, so that
+                what it has seen can be differentiated further.
+        """
         tape = Tape()
-        arithmetic = Arithmetic(tape=tape, before_write=self._writes.before)
-        loss, gradients = self._differentiate(arithmetic)
+        arithmetic = Arithmetic(tape=tape, before_write=self._writes.before, keep_graph=observer is not None)
+        with observer or nullcontext():
+            loss, gradients = self._differentiate(arithmetic)
+        split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        return Linearisation(loss, self._parameters.flatten(gradients), tape)
+        return Linearisation(loss.detach(), self._parameters.flatten(gradients), tape, split)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -103,7 +113,7 @@ class FrozenClosure:
         finally:
             for p in inputs:
                 arithmetic.release(p)
-        return loss.detach(), gradients
+        return loss, gradients
 
     def _call(self) -> Tensor:
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The Hessian of a closure's loss, as a linear operator."""
+"""The Hessian of a closure's loss, and its Gauss-Newton part, as linear operators."""
 
 from __future__ import annotations
 
@@ -7,13 +7,52 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from imstep.complexstep.tape import TapeChangedError
-from imstep.curvature.frozen import Closure, FrozenClosure
+from imstep.complexstep.gauss_newton import gauss_newton
+from imstep.complexstep.tape import Tape
+from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
 
 
-class Hessian(LinearOperator):
+class TapeOperator(LinearOperator):
+    """A symmetric matrix whose products are replays of a tape from parameters to gradients.
+
+    Args:
+        parameters: the vector that the tape's inputs and outputs are parts of.
+        tape: its inputs and outputs are the parameters' directions and the gradient's derivative.
+
+    Attributes:
+        products: how many products were made, a block of k counting k.
+    """
+
+    def __init__(self, parameters: ParameterVector, tape: Tape) -> None:
+        super().__init__(parameters.size, parameters.dtype, parameters.device)
+        self.parameters, self._tape, self.products = parameters, tape, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the recorded derivative keeps alive, the parameters included."""
+        return self._tape.nbytes
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        self._tape.check()
+        self.products += 1
+        with torch.no_grad():
+            return self._apply(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        self._tape.check()
+        self.products += block.shape[1]
+        if block.shape[1] == 0:
+            return torch.empty_like(block)
+        with torch.no_grad():
+            return torch.vmap(self._apply, in_dims=1, out_dims=1)(block)
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        return self.parameters.flatten(self._tape.replay(self.parameters.unflatten(vector)))
+
+
+class Hessian(TapeOperator):
     """The Hessian of the loss that ``closure`` returns, at the parameters' values when it was built.
 
         H v = d/dt ∇f(w + t v) at t = 0  =  Im ∇f(w + ihv) / h
@@ -34,7 +73,7 @@ class Hessian(LinearOperator):
         ValueError, TypeError: see :class:`ParameterVector`; the closure returned no usable loss.
         UnsupportedOperatorError: the closure uses an operator without a rule.
 
-    Cost: one gradient and the memory of its intermediate values to build; two gradients a product.
+    Cost: about 4/3 of a gradient and the memory of its intermediate values to build; two gradients a product.
 
     Source: Pearlmutter, Neural Computation 6 (1994), 147-160, section 3, in its complex-step form.
 
@@ -48,46 +87,26 @@ class Hessian(LinearOperator):
     """
 
     def __init__(self, closure: Closure, params: nn.Module | Iterable[Tensor]) -> None:
-        self.parameters = ParameterVector(params)
-        frozen = FrozenClosure(closure, self.parameters)
-        try:
-            self._setup(frozen)
-        finally:
-            frozen.leave(accepted=True)
-
-    @classmethod
-    def at(cls, frozen: FrozenClosure, parameters: ParameterVector) -> Hessian:
-        """The Hessian of a closure that is evaluated elsewhere too, as in a step of an optimizer."""
-        self = cls.__new__(cls)
-        self.parameters = parameters
-        self._setup(frozen)
-        return self
-
-    def _setup(self, frozen: FrozenClosure) -> None:
-        super().__init__(self.parameters.size, self.parameters.dtype, self.parameters.device)
-        self.products = 0
-        point = frozen.linearise()
-        self.loss, self.gradient, self._tape = point.loss, point.gradient, point.tape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the recorded derivative keeps alive, the parameters included."""
-        return self._tape.nbytes
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        self._tape.check()
-        self.products += 1
-        with torch.no_grad():
-            return self.parameters.flatten(self._tape.replay(self.parameters.unflatten(vector)))
-
-    def matmat(self, block: Tensor) -> Tensor:
-        self._tape.check()
-        self.products += block.shape[1]
-        if block.shape[1] == 0:
-            return torch.empty_like(block)
-        apply = lambda v: self.parameters.flatten(self._tape.replay(self.parameters.unflatten(v)))
-        with torch.no_grad():
-            return torch.vmap(apply, in_dims=1, out_dims=1)(block)
+        parameters = ParameterVector(params)
+        point = evaluate_once(closure, parameters)
+        super().__init__(parameters, point.tape)
+        self.loss, self.gradient = point.loss, point.gradient
 
 
-__all__ = ["Hessian", "TapeChangedError"]
+def evaluate_once(closure: Closure, parameters: ParameterVector) -> Linearisation:
+    """The linearisation of a closure at its parameters, leaving random state and buffers as one evaluation does."""
+    frozen = FrozenClosure(closure, parameters)
+    try:
+        return frozen.linearise()
+    finally:
+        frozen.leave(accepted=True)
+
+
+def hessian_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator:
+    """The Hessian at a point that was evaluated already."""
+    return TapeOperator(parameters, point.tape)
+
+
+def gauss_newton_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator | None:
+    """The Gauss-Newton matrix at a point that was evaluated already; None where the loss has no convex end."""
+    return None if point.split is None else TapeOperator(parameters, gauss_newton(point.tape, point.split))

@@ -1,35 +1,28 @@
 """The figure that made the complex step famous: error of a Hessian product over the step h.
 
-A real difference of gradients trades truncation (h too large) against cancellation (h too small): a V. The complex
-step subtracts nothing, so its error falls to rounding level and stays there until h underflows.
+A real difference of gradients trades truncation (h too large) against cancellation (h too small): a V.
+The complex step subtracts nothing, so its error falls to rounding level and stays there until h underflows.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
-from torch.func import functional_call
 
-from imstep.bench.environment import environment, write_atomically
+from imstep.bench.environment import environment
+from imstep.bench.subjects import NETWORKS, Network, Scalar, Subject
 
 __all__ = [
     "METHODS",
-    "NETWORKS",
     "AccuracyResult",
     "Curve",
-    "Network",
     "Plateau",
-    "Subject",
     "measure",
     "measure_accuracy",
     "plateau",
-    "save_accuracy",
     "steps_of",
 ]
 
@@ -37,83 +30,7 @@ FORMAT = "imstep-accuracy/1"
 PLATEAU_FACTOR = 32.0
 """Rounding level is 32 units of roundoff: a few for the reference, a few for each sum in a product."""
 
-Scalar = Callable[[torch.Tensor], torch.Tensor]
 Method = Callable[[Scalar, torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A scalar function of a flat vector, a point and a direction: the product H(point) direction is measured.
-
-    Args:
-        loss: maps a point (n,) to a 0-dim tensor; made for any dtype by `loss_in`.
-        point: (n,), float64 values that are exact in float32.
-        direction: (n,), likewise.
-    """
-
-    loss_in: Callable[[torch.dtype], Scalar]
-    point: torch.Tensor
-    direction: torch.Tensor
-
-    def reference(self) -> torch.Tensor:
-        """H(point) direction by double backward in float64, shape (n,)."""
-        x = self.point.double().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss_in(torch.float64)(x), x, create_graph=True)
-        (product,) = torch.autograd.grad(gradient, x, self.direction.double())
-        return product
-
-
-@dataclass(frozen=True)
-class Network:
-    """A small network whose loss is the subject of a measurement."""
-
-    name: str
-    title: str
-    model: Callable[[], nn.Module]
-    input_shape: tuple[int, ...]
-    classes: int
-    examples: int = 16
-
-    def subject(self, seed: int) -> Subject:
-        """Weights, data and direction drawn from `seed`, all exact in float32 so that both dtypes see one point."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.model().eval()
-            inputs = torch.randn(self.examples, *self.input_shape)
-            targets = torch.randint(self.classes, (self.examples,))
-            point = nn.utils.parameters_to_vector(model.parameters()).detach()
-            direction = torch.randn_like(point)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-
-        def loss_in(dtype: torch.dtype) -> Scalar:
-            data = inputs.to(dtype)
-
-            def loss(x: torch.Tensor) -> torch.Tensor:
-                pieces = x.split([shape.numel() for shape in shapes.values()])
-                weights = {n: p.reshape(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)}
-                return nn.functional.cross_entropy(functional_call(model, weights, (data,)), targets)
-
-            return loss
-
-        return Subject(loss_in, point.double(), direction.double())
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 5))
-
-
-def _convolutional() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2),
-        nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Linear(32, 5),
-    )  # fmt: skip
-
-
-NETWORKS = (
-    Network("mlp", "tanh MLP 16-24-24-5, cross entropy", _mlp, (16,), 5),
-    Network("conv", "conv net, 4 and 8 channels, cross entropy", _convolutional, (1, 8, 8), 5),
-)
 
 
 def _gradient(loss: Scalar, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +158,7 @@ class AccuracyResult:
         return [c for c in self.curves if (c.network, c.dtype) == (network, dtype)]
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-able; the layout is in `save_accuracy`."""
+        """JSON-able; the layout is in `accuracy_report.save_accuracy`."""
         return {
             "format": FORMAT,
             "seed": self.seed,
@@ -284,19 +201,3 @@ def measure_accuracy(
                 steps = steps_of(dtype)
                 curves.append(Curve(network.name, dtype, name, steps, measure(subject, method, dtype, steps)))
     return AccuracyResult(seed, tuple(curves), environment())
-
-
-def save_accuracy(result: AccuracyResult, out: Path) -> tuple[Path, Path]:
-    """Write `accuracy.json` and `accuracy.png` into `out` (made if it is not there); returns both paths.
-
-    JSON: format, seed, environment, reference, plateau_tolerance, curves: a list of {network, dtype, method,
-    steps: [h], errors: [relative error or null], best: {h, error}, plateau: {largest_h, smallest_h, worst_error,
-    decades} or null}.
-    """
-    from imstep.bench.plots import accuracy_figure, save_png
-
-    out.mkdir(parents=True, exist_ok=True)
-    record, figure = out / "accuracy.json", out / "accuracy.png"
-    write_atomically(record, json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
-    save_png(accuracy_figure(result), figure)
-    return record, figure

@@ -1,4 +1,4 @@
-"""What a comparison measured: frozen records that survive a round trip through JSON, and the verdict on them."""
+"""What a comparison measured: frozen records that survive a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a baseline's setting was chosen: every row had `budget` gradient-equivalents; the lowest loss wins."""
+    """How a baseline's setting was chosen: every row had the whole `budget`; the lowest loss wins."""
 
     optimizer: str
     budget: float
@@ -105,7 +105,7 @@ class Sweep:
 
     @property
     def at_the_edge(self) -> bool:
-        """Whether the best learning rate is the largest or the smallest tried: the true best may lie outside."""
+        """Whether the best rate is the largest or the smallest tried: a better one may lie outside."""
         rates = sorted({float(row.options["lr"]) for row in self.rows if "lr" in row.options})
         best = self.chosen.options.get("lr")
         return len(rates) > 1 and best is not None and float(best) in (rates[0], rates[-1])
@@ -130,7 +130,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of several optimizers on one task from one initial point within one budget; the first is the subject."""
+    """Runs on one task from one initial point within one budget; the first run is the subject."""
 
     task: str
     title: str
@@ -144,11 +144,12 @@ class Comparison:
     environment: dict[str, str]
     command: str
     seconds: float
+    verdict: Verdict
     originals: tuple[Any, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: a number that is not finite becomes null."""
-        return {"format": FORMAT, "verdict": asdict(_verdict_of(self)), **_finite(asdict(self))}
+        return {"format": FORMAT, **_finite(asdict(self))}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Comparison:
@@ -159,21 +160,11 @@ class Comparison:
         """
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             found = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise RecordError(f"expected a record of format {FORMAT!r}, got {found!r}. Run imstep compare again.")
+            raise RecordError(f"expected a record of format {FORMAT!r}, got {found!r}: run imstep compare.")
         try:
             return _read(record)
         except (KeyError, TypeError) as error:
-            raise RecordError(f"the comparison's record is damaged: {error}. Run imstep compare again.") from error
-
-    @property
-    def verdict(self) -> Verdict:
-        return _verdict_of(self)
-
-
-def _verdict_of(comparison: Comparison) -> Verdict:
-    from imstep.bench.verdict import judge
-
-    return judge(comparison)
+            raise RecordError(f"the comparison's record is damaged ({error}): run imstep compare.") from error
 
 
 def _finite(value: Any) -> Any:
@@ -192,18 +183,25 @@ def _number(value: float | None) -> float:
 
 
 def _read(record: dict[str, Any]) -> Comparison:
-    entries = {key: value for key, value in record.items() if key not in ("format", "verdict")}
+    entries = {key: value for key, value in record.items() if key != "format"}
     runs = tuple(_read_run(run) for run in entries.pop("runs"))
     sweeps = tuple(
-        Sweep(s["optimizer"], s["budget"], tuple(SweepRow(**{**r, "loss": _number(r["loss"])}) for r in s["rows"]))
-        for s in entries.pop("sweeps")
+        Sweep(**{**sweep, "rows": tuple(_read_row(row) for row in sweep["rows"])})
+        for sweep in entries.pop("sweeps")
     )
+    verdict = Verdict(**{**entries.pop("verdict"), "details": tuple(record["verdict"]["details"])})
     originals = tuple(entries.pop("originals"))
-    return Comparison(**entries, runs=runs, sweeps=sweeps, originals=originals)
+    return Comparison(**entries, runs=runs, sweeps=sweeps, verdict=verdict, originals=originals)
+
+
+def _read_row(row: dict[str, Any]) -> SweepRow:
+    return SweepRow(**{**row, "loss": _number(row["loss"])})
 
 
 def _read_run(run: dict[str, Any]) -> Run:
     points = tuple(
         Point(**{**p, "train": _number(p["train"]), "heldout": _number(p["heldout"])}) for p in run["points"]
     )
-    return Run(**{**run, "points": points, "anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])})
+    return Run(
+        **{**run, "points": points, "anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])}
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 
@@ -20,11 +22,14 @@ except ImportError as error:  # pragma: no cover (the test environment has them)
 
 import imstep
 from imstep.bench.checkpoint import CheckpointError
+from imstep.bench.compare import DEFAULT_BUDGET as COMPARISON_BUDGET
+from imstep.bench.compare import DEFAULT_OPTIMIZERS
 from imstep.bench.config import RunConfig
 from imstep.bench.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
 from imstep.bench.rows import TrainingError
 from imstep.bench.rundir import RunDirectoryError
-from imstep.bench.session import resume_run, start_run
+from imstep.bench.session import Manner, resume_run, start_run
+from imstep.bench.studies import ComparisonRequest, run_accuracy, run_comparison
 from imstep.tasks import TASKS, TaskError
 
 __all__ = ["app", "main"]
@@ -34,7 +39,7 @@ DEFAULT_BATCH = 128
 FULL_BATCH_EVALUATION = 10.0
 """Epochs between evaluations when an epoch is one step; each costs two thirds of a gradient in time."""
 
-_EXPECTED = (CheckpointError, OptimizerError, RunDirectoryError, TaskError, TrainingError)
+_EXPECTED = (CheckpointError, OSError, OptimizerError, RunDirectoryError, TaskError, TrainingError)
 _MAY_CHANGE_ON_RESUME = ("resume", "epochs", "budget", "seconds", "tensorboard", "save_every")
 
 
@@ -118,33 +123,24 @@ def train(
     ] = None,
 ) -> None:
     """Train a task. Ctrl-C finishes the step, saves, and says how to resume."""
-    console = Console()
-    try:
+    limits = {"epochs": epochs, "budget": budget, "seconds": seconds}
+    with _explained():
+        manner = Manner(Console(), tensorboard=tensorboard, save_every=save_every)
         if resume is not None:
             _refuse_settings(ctx)
-            done = resume_run(
-                resume,
-                console,
-                epochs=epochs,
-                budget=budget,
-                seconds=seconds,
-                tensorboard=tensorboard,
-                save_every=save_every,
-            )
+            done = resume_run(resume, manner, **limits)
         else:
             if task is None:
                 raise TaskError(f"name a task to train, or give --resume DIR. Tasks: {', '.join(TASKS)}.")
             size = _batch_size(batch_size, optimizer)
-            if epochs is None and budget is None and seconds is None:
-                budget = DEFAULT_BUDGET
+            if all(limit is None for limit in limits.values()):
+                limits["budget"] = DEFAULT_BUDGET
             config = RunConfig(
                 task=task,
                 optimizer=optimizer,
                 options=_options(lr, option),
                 seed=seed,
-                epochs=epochs,
-                budget=budget,
-                seconds=seconds,
+                **limits,
                 batch_size=size,
                 device=device,
                 dtype=dtype,
@@ -153,12 +149,7 @@ def train(
                 examples=examples,
                 evaluate_every=evaluate_every or (FULL_BATCH_EVALUATION if size is None else 1.0),
             )
-            path = out or Path("runs") / f"{task}-{optimizer}-{datetime.now():%Y%m%d-%H%M%S}"
-            done = start_run(config, path, console, tensorboard=tensorboard, save_every=save_every)
-    except _EXPECTED as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _stop("stopped at once; the last checkpoint is kept.")
+            done = start_run(config, out or _dated(f"{task}-{optimizer}"), manner)
     if not done:
         raise typer.Exit(130)
 
@@ -197,6 +188,62 @@ def _options(lr: float | None, pairs: list[str] | None) -> dict[str, float]:
 
 
 @app.command()
+def compare(
+    task: Annotated[str, typer.Argument(help="What to train; see `imstep tasks`.")],
+    optimizers: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Who takes part; the first is measured against the others.")
+    ] = ",".join(DEFAULT_OPTIMIZERS),
+    budget: Annotated[float, typer.Option(help="Gradient-equivalents for each.")] = COMPARISON_BUDGET,
+    tune: Annotated[bool, typer.Option(help="Choose learning rates by a sweep at the full budget.")] = True,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per step for all; default: the full batch.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the common initial weights.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as torch chooses.")] = None,
+    device: Annotated[str, typer.Option(help="For example cpu or cuda:0.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; default runs/compare-TASK-TIME.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Train on the first so many examples only.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
+) -> None:
+    """Train by several optimizers from the same start at the same cost; write a report."""
+    names = [name.strip() for name in optimizers.split(",") if name.strip()]
+    request = ComparisonRequest(
+        task, names, budget, seed, batch_size, threads, data, examples, device, tune=tune
+    )
+    with _explained():
+        run_comparison(request, out or _dated(f"compare-{task}"), Console(), overwrite=overwrite)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report; an earlier one is replaced.")] = Path(
+        "demo"
+    ),
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as torch chooses.")] = None,
+) -> None:
+    """The main job: compare on the digits autoencoder, about a minute on two cores."""
+    request = ComparisonRequest("digits-autoencoder", threads=threads)
+    with _explained():
+        run_comparison(request, out, Console(), overwrite=True)
+
+
+@app.command()
+def accuracy(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for figure and record; default runs/accuracy-TIME.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides weights, data and directions.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+) -> None:
+    """Error of the complex step and of real differences over the step h."""
+    with _explained():
+        run_accuracy(out or _dated("accuracy"), Console(), seed=seed, overwrite=overwrite)
+
+
+@app.command()
 def tasks() -> None:
     """List the tasks and the optimizers that there are."""
     console = Console()
@@ -218,14 +265,22 @@ def _describe(name: str) -> str:
     return f"{spec.description} Options: {options or 'none'}."
 
 
-def _fail(error: Exception) -> NoReturn:
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2) from error
+def _dated(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _stop(message: str) -> NoReturn:
-    Console(stderr=True).print(message)
-    raise typer.Exit(130)
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of use as one line instead of a traceback; bugs keep theirs."""
+    console = Console(stderr=True)
+    try:
+        yield
+    except _EXPECTED as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        console.print("stopped at once; what was saved before is kept.")
+        raise typer.Exit(130) from error
 
 
 def main() -> None:

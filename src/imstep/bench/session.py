@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from imstep.bench.config import RunConfig
 from imstep.bench.interrupt import Interrupt
 from imstep.bench.progress import TrainingProgress
+from imstep.bench.rows import TrainingError
 from imstep.bench.rundir import RunDirectory
 from imstep.bench.runner import Trainer
 from imstep.bench.tensorboard import TensorBoardLog, writer_class
@@ -21,17 +23,37 @@ from imstep.bench.train import Observer, train
 __all__ = ["resume_run", "start_run"]
 
 
-def start_run(
-    config: RunConfig, path: Path, console: Console, *, tensorboard: bool = False, save_every: float = 30.0
-) -> bool:
+@dataclass(frozen=True)
+class Manner:
+    """How a run is shown and saved; none of it changes its numbers.
+
+    Args:
+        console: where progress and summary go.
+        tensorboard: also write TensorBoard scalars.
+        save_every: seconds between checkpoints (> 0).
+
+    Raises:
+        TrainingError: `save_every` is not above zero, or TensorBoard is wanted but not installed.
+    """
+
+    console: Console
+    tensorboard: bool = False
+    save_every: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.save_every > 0:
+            raise TrainingError(f"save_every={self.save_every}: give seconds above 0.")
+        if self.tensorboard:
+            writer_class()
+
+
+def start_run(config: RunConfig, path: Path, manner: Manner) -> bool:
     """Train from the start in a new run directory.
 
     Args:
         config: the run.
         path: its directory; must not exist or be empty.
-        console: where progress and summary go.
-        tensorboard: also write TensorBoard scalars.
-        save_every: seconds between checkpoints.
+        manner: how it is shown and saved.
 
     Returns:
         Whether the run reached its end; False if it was interrupted (and saved).
@@ -41,30 +63,28 @@ def start_run(
             written unless all of the run could be built.
     """
     _ = config.limits
-    if tensorboard:
-        writer_class()
     trainer = config.build()
     with RunDirectory.create(path, config) as run:
-        return _go(trainer, run, console, tensorboard, save_every)
+        return _go(trainer, run, manner)
 
 
 def resume_run(
     path: Path,
-    console: Console,
+    manner: Manner,
     *,
     epochs: float | None = None,
     budget: float | None = None,
     seconds: float | None = None,
-    tensorboard: bool = False,
-    save_every: float = 30.0,
 ) -> bool:
     """Go on from a run's checkpoint, to the same numbers as if it had never stopped.
 
     Args:
         path: the run directory.
+        manner: how it is shown and saved.
         epochs, budget, seconds: new limits in place of the run's own, if any is given.
 
-    Returns, and further arguments: as `start_run`.
+    Returns:
+        Whether the run reached its end.
 
     Raises:
         RunDirectoryError, CheckpointError: no run there, or a damaged or foreign checkpoint.
@@ -75,14 +95,12 @@ def resume_run(
         run.restore(trainer)
         run.extend(epochs=epochs, budget=budget, seconds=seconds)
         for difference in run.differences():
-            console.print(
-                f"[yellow]note:[/] {escape(difference)}; the numbers may differ in their last digits."
-            )
-        return _go(trainer, run, console, tensorboard, save_every)
+            manner.console.print(f"[yellow]note:[/] {escape(difference)}; last digits may differ.")
+        return _go(trainer, run, manner)
 
 
-def _go(trainer: Trainer, run: RunDirectory, console: Console, tensorboard: bool, save_every: float) -> bool:
-    config, first = run.config, trainer.totals.steps
+def _go(trainer: Trainer, run: RunDirectory, manner: Manner) -> bool:
+    console, config, first = manner.console, run.config, trainer.totals.steps
     problem = trainer.problem
     batch = "full batch" if config.batch_size is None else f"batches of {config.batch_size}"
     console.print(
@@ -93,7 +111,7 @@ def _go(trainer: Trainer, run: RunDirectory, console: Console, tensorboard: bool
     )
     with ExitStack() as stack:
         observers: list[Observer] = []
-        if tensorboard:
+        if manner.tensorboard:
             log = TensorBoardLog(run.path, first)
             stack.callback(log.close)
             observers.append(log)
@@ -103,10 +121,12 @@ def _go(trainer: Trainer, run: RunDirectory, console: Console, tensorboard: bool
                 lambda: progress.announce("finishing this step, then saving (Ctrl-C again: stop at once)")
             )
         )
-        train(trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=save_every)
+        train(
+            trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every
+        )
     _summarise(trainer, run, console)
     if trainer.ending is None:
-        flag = " --tensorboard" if tensorboard else ""
+        flag = " --tensorboard" if manner.tensorboard else ""
         console.print(f"Interrupted after step {trainer.totals.steps}, saved. Resume with:")
         console.print(
             f"  imstep train --resume {shlex.quote(str(run.path))}{flag}", markup=False, soft_wrap=True

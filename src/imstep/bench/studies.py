@@ -1,0 +1,126 @@
+"""Comparisons and the accuracy sweep as the user sees them: progress, files, a table, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from imstep.bench.accuracy import measure_accuracy
+from imstep.bench.compare import DEFAULT_BUDGET, DEFAULT_OPTIMIZERS, compare, contestants
+from imstep.bench.live import ComparisonProgress, result_table
+from imstep.bench.rundir import RunDirectoryError
+
+__all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
+
+
+@dataclass(frozen=True)
+class ComparisonRequest:
+    """What is to be compared; see `imstep.bench.compare.compare`.
+
+    Args:
+        tune: choose learning rates by a sweep; otherwise each optimizer's default is taken.
+    """
+
+    task: str
+    optimizers: Sequence[str] = DEFAULT_OPTIMIZERS
+    budget: float = DEFAULT_BUDGET
+    seed: int = 0
+    batch_size: int | None = None
+    threads: int | None = None
+    data: Path | None = None
+    examples: int | None = None
+    device: str = "cpu"
+    tune: bool = True
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats it."""
+        words = ["imstep", "compare", self.task, "--budget", f"{self.budget:g}", "--seed", str(self.seed)]
+        words += ["--optimizers", ",".join(self.optimizers)]
+        given = {
+            "--batch-size": self.batch_size,
+            "--threads": self.threads,
+            "--data": self.data,
+            "--examples": self.examples,
+        }
+        words += [str(word) for pair in given.items() if pair[1] is not None for word in pair]
+        words += ["--device", self.device] if self.device != "cpu" else []
+        return " ".join(words + ([] if self.tune else ["--no-tune"]))
+
+
+def run_comparison(
+    request: ComparisonRequest, out: Path, console: Console, *, overwrite: bool = False
+) -> None:
+    """Compare, then write report.html, summary.png and comparison.json into `out`.
+
+    Raises:
+        TaskError, OptimizerError, TrainingError: a setting that cannot be.
+        RunDirectoryError: `out` holds something that may not be replaced.
+    """
+    from imstep.bench.report import save_report  # matplotlib is slow to import: not before it is needed
+
+    _claim(out, "comparison.json", overwrite)
+    rivals = contestants(request.optimizers, batch_size=request.batch_size)
+    if not request.tune:
+        rivals = [replace(rival, learning_rates=()) for rival in rivals]
+    with ComparisonProgress(console) as progress:
+        comparison = compare(
+            request.task,
+            rivals,
+            budget=request.budget,
+            seed=request.seed,
+            threads=request.threads,
+            data=request.data,
+            examples=request.examples,
+            device=request.device,
+            command=request.command,
+            listener=progress,
+        )
+    files = save_report(comparison, out)
+    console.print(result_table(comparison))
+    console.print(f"[bold]{escape(comparison.verdict.headline)}[/]")
+    for detail in comparison.verdict.details:
+        console.print(escape(detail), highlight=False)
+    console.print(
+        f"report: {files.page}\nfigure: {files.picture}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def run_accuracy(out: Path, console: Console, *, seed: int = 0, overwrite: bool = False) -> None:
+    """Sweep h, then write accuracy.json and accuracy.png into `out`.
+
+    Raises:
+        RunDirectoryError: `out` holds something that may not be replaced.
+    """
+    from imstep.bench.accuracy_report import save_accuracy
+
+    _claim(out, "accuracy.json", overwrite)
+    with console.status("") as status:
+        result = measure_accuracy(seed=seed, progress=status.update)
+    record, figure = save_accuracy(result, out)
+    for curve in result.curves:
+        reached = (
+            "no plateau" if curve.plateau is None else f"plateau over {curve.plateau.decades:.0f} decades"
+        )
+        console.print(
+            f"{curve.network:<16} {curve.dtype}  {curve.method:<20} {reached}", highlight=False, markup=False
+        )
+    console.print(f"figure: {figure}\nrecord: {record}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _claim(out: Path, record: str, overwrite: bool) -> None:
+    """Refuse to mix with, or silently replace, what is there already."""
+    try:
+        occupied = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise RunDirectoryError(f"{out} cannot be used as a folder: {error.strerror}.") from error
+    if not occupied:
+        return
+    if not (out / record).exists():
+        raise RunDirectoryError(f"{out} exists and holds other files. Choose another --out.")
+    if not overwrite:
+        raise RunDirectoryError(f"{out} holds an earlier result. Choose another --out, or add --overwrite.")

@@ -1,0 +1,199 @@
+"""The commands do what they say, and what cannot be done is one line that says why."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import imstep
+from imstep.bench.optimizers import OPTIMIZERS
+from imstep.cli import app
+from imstep.tasks import TASKS
+
+SMALL = ["--examples", "40", "--threads", "1"]
+
+
+def imstep_command(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def refused(*words: str) -> str:
+    """The error message of a command that must be refused."""
+    result = imstep_command(*words)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds")
+        if row.get("record"):
+            row["record"].pop("seconds", None)
+    return rows
+
+
+def test_tasks_lists_everything() -> None:
+    output = imstep_command("tasks").output
+    assert all(name in output for name in (*TASKS, *OPTIMIZERS))
+
+
+def test_version() -> None:
+    assert imstep_command("--version").output.startswith(f"imstep {imstep.__version__} (torch ")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train = ["train", "digits-mlp", "-o", optimizer, "--batch-size", "20", *SMALL]
+    assert imstep_command(*train, "--epochs", "4", "--out", str(whole)).exit_code == 0
+    first = imstep_command(*train, "--epochs", "2", "--out", str(parts))
+    assert "all epochs done" in first.output
+    second = imstep_command("train", "--resume", str(parts), "--epochs", "4")
+    assert second.exit_code == 0, second.output
+    assert numbers(parts) == numbers(whole)
+    assert "nothing left to do" in imstep_command("train", "--resume", str(parts)).output
+
+
+def test_the_summary_lists_uncharged_evaluations(tmp_path: Path) -> None:
+    words = ["train", "digits-cnn", "-o", "sgd", "--lr", "0.05", "--batch-size", "full", *SMALL]
+    result = imstep_command(*words, "--budget", "3", "--evaluate-every", "1", "--out", str(tmp_path / "r"))
+    output = " ".join(result.output.split())
+    assert "gradient-equivalents 3.0 (gradients 3, products 0, losses 0)" in output
+    assert re.search(r"evaluations 4 \(not charged: [\d.]+ gradient-equivalents", output)
+    assert "accuracy train" in output
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
+    assert config["options"] == {"lr": 0.05}
+    assert config["batch_size"] is None
+
+
+def test_defaults_follow_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for optimizer, size in (("adam", 128), ("lbfgs", None)):
+        result = imstep_command("train", "digits-mlp", "-o", optimizer, "--seconds", "0.01", *SMALL)
+        assert result.exit_code == 0, result.output
+        (run,) = (tmp_path / "runs").glob(f"digits-mlp-{optimizer}-*")
+        assert json.loads((run / "config.json").read_text())["config"]["batch_size"] == size
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["train", "digits-mlp", "-o", "adam", "--epochs", "2", *SMALL, "--tensorboard"]
+    assert imstep_command(*words, "--out", str(tmp_path / "r")).exit_code == 0
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("step/loss")]
+    expected = [row["loss"] for row in numbers(tmp_path / "r") if row["kind"] == "step"]
+    assert logged == pytest.approx(expected, rel=1e-6)
+    assert "evaluation/heldout_loss" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = refused("train", "digits-mlp", "-o", "adam", "--tensorboard", "--out", str(tmp_path / "r"))
+    assert "pip install 'imstep[tensorboard]'" in message
+    assert not (tmp_path / "r").exists()
+
+
+REFUSED = {
+    "no task": ([], "name a task to train, or give --resume DIR"),
+    "unknown task": (["digits-mpl"], "Did you mean 'digits-mlp'? Tasks: digits-autoencoder, "),
+    "unknown optimizer": (["digits-mlp", "-o", "adma"], "Did you mean 'adam'? Optimizers: "),
+    "unknown option": (
+        ["digits-mlp", "-o", "adam", "-O", "mu=1"],
+        "adam has no option 'mu'. Its options: lr=",
+    ),
+    "malformed option": (["digits-mlp", "-o", "adam", "-O", "beta1"], "write NAME=NUMBER"),
+    "rate without use": (["digits-mlp", "-o", "sgd", "--lr", "-1"], "sgd refuses"),
+    "batch size": (["digits-mlp", "-o", "adam", "--batch-size", "0"], "a whole number above 0, or full"),
+    "epochs": (["digits-mlp", "-o", "adam", "--epochs", "0"], "epochs=0.0: give a number above 0"),
+    "dtype": (["digits-mlp", "-o", "adam", "--dtype", "half"], "float32 or float64"),
+    "device": (["digits-mlp", "-o", "adam", "--device", "abacus"], "device='abacus' cannot be used here"),
+    "threads": (["digits-mlp", "-o", "adam", "--threads", "0"], "threads=0: give at least one"),
+    "examples": (["digits-mlp", "-o", "adam", "--examples", "0"], "examples=0"),
+    "data": (["fashion-mlp", "-o", "adam", "--data", "absent"], "apt-get install dataset-fashion-mnist"),
+    "evaluations": (["digits-mlp", "-o", "adam", "--evaluate-every", "-1"], "every -1.0 epochs"),
+    "saving": (["digits-mlp", "-o", "adam", "--save-every", "0"], "save_every=0.0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path, case: str) -> None:
+    words, message = REFUSED[case]
+    assert message in refused("train", *words, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_names_the_nearest() -> None:
+    result = imstep_command("train", "digits-mlp", "--optimiser", "adam")
+    assert result.exit_code == 2
+    assert "--optimizer" in result.output
+
+
+def test_run_directories_are_guarded(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", "digits-mlp", "-o", "adam", "--epochs", "1", *SMALL, "--out", str(run)]
+    assert imstep_command(*words).exit_code == 0
+    assert "imstep train --resume" in refused(*words)
+    assert "--lr cannot be given with --resume" in refused("train", "--resume", str(run), "--lr", "1")
+    assert "TASK cannot be given with --resume" in refused("train", "digits-mlp", "--resume", str(run))
+    assert "holds no run" in refused("train", "--resume", str(tmp_path / "absent"))
+    model = run / "checkpoint" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:100])
+    assert "truncated" in refused("train", "--resume", str(run))
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, so that it can be sent a signal."""
+    code = "import sys; from imstep.cli import main; sys.argv[0] = 'imstep'; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+
+
+def wait_for_steps(run: Path, steps: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    log = run / "steps.jsonl"
+    while time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) > steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{log} did not reach {steps} lines in {seconds} s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_an_interruption_saves_and_prints_the_command_that_resumes(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "my run"
+    words = ["train", "digits-mlp", "-o", "adam", "--batch-size", "10", *SMALL]
+    process = start(*words, "--epochs", "1000000", "--out", str(run))
+    wait_for_steps(run, 30)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "finishing this step" in output
+    command = next(line for line in output.splitlines() if "--resume" in line)
+    done = max(row["step"] for row in numbers(run))
+    # The printed words are a command that works, here with a nearer end.
+    epochs = str(-(-done // 4) + 3)
+    resumed = imstep_command(*shlex.split(command)[1:], "--epochs", epochs)
+    assert resumed.exit_code == 0, resumed.output
+    assert imstep_command(*words, "--epochs", epochs, "--out", str(whole)).exit_code == 0
+    assert numbers(run) == numbers(whole)

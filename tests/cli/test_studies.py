@@ -1,0 +1,74 @@
+"""`compare`, `demo` and `accuracy` write their files and never replace what is not theirs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from imstep.bench.studies import ComparisonRequest
+from imstep.cli import app
+
+
+def imstep_command(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+QUICK = ["--optimizers", "lbfgs,adam", "--budget", "12", "--examples", "30", "--threads", "1", "--no-tune"]
+
+
+def test_compare_writes_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    result = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "report.html", "summary.png"}
+    assert "L-BFGS" in result.output
+    again = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out))
+    assert again.exit_code == 2
+    assert "--overwrite" in again.output
+    assert imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out), "--overwrite").exit_code == 0
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (["compare", "digits-mlp", *QUICK], ["demo"], ["accuracy"]):
+        result = imstep_command(*words, "--out", str(tmp_path))
+        assert result.exit_code == 2
+        assert "holds other files" in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits-mlpp"], "Did you mean 'digits-mlp'"),
+        (["digits-mlp", "--optimizers", "adam,bfgs"], "there is no optimizer 'bfgs'"),
+        (["digits-mlp", "--optimizers", "adam,adam"], "named twice"),
+        (["digits-mlp", "--optimizers", ""], "at least one optimizer"),
+        (["digits-mlp", "--optimizers", "adam", "--budget", "-3"], "budget=-3.0"),
+    ],
+)
+def test_bad_comparisons_are_explained(tmp_path: Path, words: list[str], message: str) -> None:
+    result = imstep_command("compare", *words, "--out", str(tmp_path / "c"))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_command_in_the_report_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ComparisonRequest("digits-mlp", ("lbfgs", "adam"), 12, 3, 10, 1, None, 30, tune=False)
+    seen: list[ComparisonRequest] = []
+    monkeypatch.setattr("imstep.cli.run_comparison", lambda found, *_, **__: seen.append(found))
+    assert imstep_command(*request.command.split()[1:]).exit_code == 0
+    assert seen[0].command == request.command
+
+
+def test_accuracy_writes_figure_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imstep.bench import accuracy
+
+    few = {"float64": (1e-3, 1e-20), "float32": (1e-3, 1e-20)}
+    monkeypatch.setattr(accuracy, "steps_of", few.__getitem__)
+    result = imstep_command("accuracy", "--out", str(tmp_path / "a"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a" / "accuracy.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "a" / "accuracy.json").read_text())["curves"]

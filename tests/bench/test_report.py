@@ -113,7 +113,8 @@ def test_page_holds_every_part() -> None:
     page = render(comparison_of())
     for part in (
         "NewtonKrylov reached the lowest training loss", "Result", "Loss curves",
-        "Anatomy of the Newton steps", "disturbing negative curvature", "Tuning of the baselines", "0.001", "Held-out reconstructions",
+        "Anatomy of the Newton steps", "disturbing negative curvature", "Tuning of the baselines", "0.001",
+        "Held-out reconstructions",
         "Settings and versions", "imstep compare digits-autoencoder", "at the edge of the grid",
     ):  # fmt: skip
         assert part in page

@@ -132,6 +132,25 @@ def _functional(op: OpOverload) -> OpOverload | None:
     return getattr(packet, overload, None) if packet is not None else None
 
 
+_DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {}
+
+
+def defined_as(*operators: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function that computes operators by simpler ones, where PyTorch has no decomposition."""
+
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
+        for op in operators:
+            _DEFINITIONS[op] = f
+        return f
+
+    return decorate
+
+
+def definition(op: OpOverload) -> Callable[..., Any] | None:
+    """The function entered for ``op`` by :func:`defined_as`, or None."""
+    return _DEFINITIONS.get(op)
+
+
 # --- the families -----------------------------------------------------------------------------------------------
 
 

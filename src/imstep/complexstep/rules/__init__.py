@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from imstep.complexstep.registry import definition
+
 _FAMILIES = (
     "constant",
     "linear",
@@ -24,10 +26,16 @@ _FAMILIES = (
     "indexing",
     "reductions",
     "complex_tensors",
+    "factorisations",
+    "linalg",
     "convolution",
+    "batchnorm",
     "normalisation",
     "pooling",
     "losses",
+    "margins",
+    "distances",
+    "bags",
     "random",
 )
 
@@ -41,6 +49,9 @@ def load() -> None:
 @cache
 def decomposition(func: OpOverload) -> Callable[..., Any] | None:
     """A function that computes ``func`` by simpler operators, or None."""
+    own = definition(func)
+    if own is not None:
+        return own
     implementation = getattr(func, "impl_aten", None)
     if implementation is not None:  # torch._prims: the operators that decompositions are written in
         return implementation

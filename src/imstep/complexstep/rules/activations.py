@@ -69,7 +69,7 @@ def _softplus_on_complex(z, beta=1, threshold=20):
 
 
 def hardswish_curvature(x):
-    return torch.where((x > -3) & (x < 3), 1 / 3, 0.0).to(x.dtype)
+    return ((x > -3) & (x < 3)).to(x.dtype) / 3
 
 
 def _hardswish_on_complex(z):

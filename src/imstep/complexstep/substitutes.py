@@ -1,0 +1,165 @@
+"""Functions whose fused kernels PyTorch cannot differentiate twice, written with operators that it can.
+
+They stand in for the originals while an arithmetic is active, one level above autograd, so that autograd records the
+simple operators. Values and gradients are those of the originals to rounding, for inputs where these are
+differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MODES = ("bilinear", "nearest", "bicubic")
+_PADDINGS = ("zeros", "border", "reflection")
+_BILINEAR, _NEAREST, _BICUBIC = 0, 1, 2
+_ZEROS, _BORDER, _REFLECTION = 0, 1, 2
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+
+# --- sampling on a grid ---------------------------------------------------------------------------------------------
+
+
+def grid_sample(
+    x: Tensor, grid: Tensor, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool | None = None
+) -> Tensor:
+    """:func:`torch.nn.functional.grid_sample`."""
+    if mode not in _MODES or padding_mode not in _PADDINGS or grid.dim() != x.dim() or grid.shape[-1] != x.dim() - 2:
+        return F.grid_sample(x, grid, mode, padding_mode, align_corners)  # raises
+    return grid_sampler(x, grid, _MODES.index(mode), _PADDINGS.index(padding_mode), bool(align_corners))
+
+
+def grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
+    """``torch.grid_sampler``: x (N, C, *spatial) sampled at grid (N, *points, d), coordinates in [-1, 1]."""
+    if mode == _BICUBIC:
+        from torch._decomp.decompositions import _grid_sampler_2d
+
+        return _grid_sampler_2d(x, grid, mode, padding, align_corners)
+    sizes = x.shape[2:]
+    places = []  # the coordinates of x and grid run in opposite order
+    for size, coordinate in zip(sizes, reversed(grid.unbind(-1)), strict=True):
+        place = (coordinate + 1) / 2 * (size - 1) if align_corners else ((coordinate + 1) * size - 1) / 2
+        places.append(_padded(place, size, padding, align_corners))
+    if mode == _NEAREST:
+        return _taken(x, [p.round() for p in places])
+    below = [p.floor() for p in places]
+    total: Any = 0.0
+    for corner in product((0, 1), repeat=len(sizes)):
+        weight: Any = 1.0
+        for up, place, low in zip(corner, places, below, strict=True):
+            weight = weight * (place - low if up else low + 1 - place)
+        total = total + _taken(x, [low + up for low, up in zip(below, corner, strict=True)]) * weight.unsqueeze(1)
+    return total
+
+
+def _padded(place: Tensor, size: int, padding: int, align_corners: bool) -> Tensor:
+    if padding == _ZEROS:
+        return place
+    if padding == _REFLECTION:
+        low, span = (0.0, size - 1.0) if align_corners else (-0.5, float(size))
+        if span == 0:
+            return torch.zeros_like(place)
+        distance = (place - low).abs()
+        turns = (distance / span).floor()
+        rest = distance - turns * span
+        place = torch.where(turns % 2 == 0, rest, span - rest) + low
+    return place.clamp(0, size - 1)
+
+
+def _taken(x: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """The entries of x at integer places, zero outside; (N, C, *points)."""
+    sizes = x.shape[2:]
+    inside = torch.ones_like(places[0], dtype=torch.bool)
+    flat: Any = 0
+    for size, place in zip(sizes, places, strict=True):
+        inside = inside & (place >= 0) & (place <= size - 1)
+        flat = flat * size + place.clamp(0, size - 1).long()
+    count, channels = x.shape[:2]
+    index = flat.reshape(count, 1, -1).expand(-1, channels, -1)
+    values = x.reshape(count, channels, -1).gather(2, index).reshape(count, channels, *inside.shape[1:])
+    return values * inside.unsqueeze(1)
+
+
+# --- connectionist temporal classification --------------------------------------------------------------------------
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.ctc_loss`."""
+    code = ("none", "mean", "sum").index(reduction)
+    return ctc_sum(log_probs, targets, input_lengths, target_lengths, blank, code, zero_infinity)
+
+
+def ctc_sum(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: int = _MEAN,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """``torch.ctc_loss`` by the forward recursion of Graves et al. (2006), equations (6) and (7), on logarithms."""
+    alone = log_probs.dim() == 2
+    if alone:
+        log_probs = log_probs.unsqueeze(1)
+    times = [int(n) for n in _listed(input_lengths)]
+    labels = [int(n) for n in _listed(target_lengths)]
+    rows = targets.split(labels) if targets.dim() == 1 else [t[:n] for t, n in zip(targets, labels, strict=True)]
+    losses = torch.stack(
+        [
+            _ctc_one(log_probs[:time, i], row.to(log_probs.device), blank)
+            for i, (time, row) in enumerate(zip(times, rows, strict=True))
+        ]
+    )
+    if zero_infinity:
+        losses = torch.where(losses.isinf(), 0, losses)
+    if reduction == _MEAN:
+        return (losses / losses.new_tensor(labels).clamp(min=1)).mean()
+    if reduction == _SUM:
+        return losses.sum()
+    return losses[0] if alone else losses
+
+
+def _listed(lengths: Tensor | Sequence[int]) -> list[int]:
+    return lengths.reshape(-1).tolist() if isinstance(lengths, Tensor) else list(lengths)
+
+
+def _ctc_one(log_probs: Tensor, target: Tensor, blank: int) -> Tensor:
+    """The loss of one sequence: log_probs (time, classes), target (labels,)."""
+    if len(log_probs) == 0:
+        return log_probs.sum() + (0.0 if len(target) == 0 else math.inf)
+    states = torch.full((2 * len(target) + 1,), blank, dtype=torch.long, device=log_probs.device)
+    states[1::2] = target
+    skips = torch.zeros_like(states, dtype=torch.bool)
+    skips[2:] = (states[2:] != blank) & (states[2:] != states[:-2])
+    emitted = log_probs[:, states]
+    never = torch.finfo(log_probs.dtype).min / 4  # -inf would give nan in the derivative of logaddexp
+    alpha = torch.where(torch.arange(len(states), device=states.device) < 2, emitted[0], never)
+    for step in emitted[1:]:
+        before = F.pad(alpha, (2, 0), value=never)
+        skipped = torch.where(skips, before[:-2], never)
+        alpha = torch.logsumexp(torch.stack([alpha, before[1:-1], skipped]), 0) + step
+    loss = -torch.logsumexp(alpha[-2:], 0)
+    return torch.where(loss > -never / 2, math.inf, loss)
+
+
+SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
+    F.grid_sample: grid_sample,
+    torch.grid_sampler: grid_sampler,
+    F.ctc_loss: ctc_loss,
+    torch.ctc_loss: ctc_sum,
+}

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from imstep.bench.live import ComparisonProgress, result_table
+from imstep.bench.live import ComparisonProgress, endings, result_table
 from imstep.bench.records import Comparison, Point, Run, Sweep, SweepRow
 from imstep.bench.report import render, save_report
 from imstep.bench.verdict import judge
@@ -164,10 +164,23 @@ def test_progress_and_table_without_a_terminal() -> None:
             progress.candidate(1, f"Adam, lr {rate}")
             progress.advance(1, 30.0, 0.05, 0.5)
         progress.end(1, whole.runs[1])
+    assert "NewtonKrylov: lowest training loss 2.50e-2, 1.5 s" in console.file.getvalue()
+
+
+def test_table_fits_a_terminal_of_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    whole = comparison_of()
+    adam = replace(whole.runs[1], label="Adam, batch 150, lr 0.003", note="diverged")
+    whole = replace(whole, runs=(whole.runs[0], adam))
     console.print(result_table(whole))
     text = console.file.getvalue()
-    assert "NewtonKrylov: lowest training loss 0.025" in text.replace("2.50e-2", "0.025")
-    assert "disturbing negative curvature 1" in text
+    assert "…" not in text
+    for shown in ("Adam, batch 150, lr 0.003", "2.50e-2", "12"):
+        assert shown in text
+    assert endings(whole) == [
+        "NewtonKrylov: stalled 1, disturbing negative curvature 1",
+        "Adam, batch 150, lr 0.003: diverged",
+    ]
 
 
 def test_progress_draws_one_bar_for_each_optimizer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.text import Text
 from imstep.bench.records import Comparison, Run
 from imstep.bench.verdict import short
 
-__all__ = ["ComparisonProgress", "result_table"]
+__all__ = ["ComparisonProgress", "endings", "result_table"]
 
 
 class _Losses(ProgressColumn):
@@ -90,21 +91,32 @@ class ComparisonProgress:
 
 
 def result_table(comparison: Comparison) -> Table:
-    """The comparison as a table for the terminal; the lowest training loss is bold."""
+    """The comparison as a table of at most 80 columns; the lowest training loss is bold."""
     title = f"{comparison.title}: {comparison.budget:,.0f} gradient-equivalents each"
-    table = Table(title=title, title_justify="left")
-    table.add_column("optimizer")
-    for name in ("lowest train", "final train", "held-out", "epochs", "grad.-eq.", "products", "seconds"):
-        table.add_column(name, justify="right")
-    table.add_column("how steps ended")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=0
+    )
+    table.add_column("\noptimizer", no_wrap=True)
+    losses = ("lowest\ntrain", "final\ntrain", "final\nheld-out")
+    for name in (*losses, "\nepochs", "grad.\neq.", "\nproducts", "\nsec."):
+        table.add_column(name, justify="right", no_wrap=True)
     best = min(run.best.train for run in comparison.runs)
     for run in comparison.runs:
         end = run.final
-        ended = [f"{name.replace('_', ' ')} {count}" for name, count in run.statuses.items()]
         table.add_row(
             run.label, short(run.best.train), short(end.train), short(end.heldout), f"{end.epochs:,.0f}",
             f"{end.cost:,.0f}", f"{run.products:,}" if run.products else "–", f"{end.seconds:.1f}",
-            ", ".join(ended) or run.note or "–",
             style="bold" if run.best.train == best else "",
         )  # fmt: skip
     return table
+
+
+def endings(comparison: Comparison) -> list[str]:
+    """One line for each run that says how its steps, or the run itself, ended."""
+    lines = []
+    for run in comparison.runs:
+        words = [f"{name.replace('_', ' ')} {count}" for name, count in run.statuses.items()]
+        words += [run.note] if run.note else []
+        if words:
+            lines.append(f"{run.label}: {', '.join(words)}")
+    return lines

@@ -23,7 +23,7 @@ class Point:
         cost: gradient-equivalents spent so far (a gradient of the full batch is 1).
         seconds: time spent in steps so far, evaluations excluded.
         steps: steps taken so far.
-        epochs: passes over the training data by gradients alone.
+        epochs: how often every batch was drawn; one step may pass over its batch several times.
         train: mean training loss; nan or inf if the run diverged.
         heldout: mean held-out loss.
     """

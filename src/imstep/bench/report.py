@@ -111,7 +111,8 @@ def _table(comparison: Comparison) -> str:
     note = (
         "A forward and backward pass over the training set costs 1 gradient-equivalent, a loss alone 1/3, a "
         "replayed Hessian product 2. A step that would exceed the budget does not count, and evaluations are "
-        "not charged. Seconds are those of the chosen setting's steps; sweeps are not included."
+        "not charged. An epoch draws every batch once; one step of L-BFGS or NewtonKrylov passes over its "
+        "batch several times. Seconds are those of the chosen setting's steps; sweeps are not included."
     )
     content = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return _section("Result", note, content)

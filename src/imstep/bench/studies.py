@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from imstep.bench.accuracy import measure_accuracy
 from imstep.bench.compare import DEFAULT_BUDGET, DEFAULT_OPTIMIZERS, compare, contestants
-from imstep.bench.live import ComparisonProgress, result_table
+from imstep.bench.live import ComparisonProgress, endings, result_table
 from imstep.bench.rundir import RunDirectoryError
 
 __all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
@@ -81,7 +81,11 @@ def run_comparison(
             listener=progress,
         )
     files = save_report(comparison, out)
+    console.print()
     console.print(result_table(comparison))
+    console.print()
+    for line in endings(comparison):
+        console.print(escape(line), highlight=False)
     console.print(f"[bold]{escape(comparison.verdict.headline)}[/]")
     for detail in comparison.verdict.details:
         console.print(escape(detail), highlight=False)

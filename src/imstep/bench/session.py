@@ -6,6 +6,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -124,7 +125,7 @@ def _go(trainer: Trainer, run: RunDirectory, manner: Manner) -> bool:
         train(
             trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every
         )
-    _summarise(trainer, run, console)
+    _conclude(trainer, run, console)
     if trainer.ending is None:
         flag = " --tensorboard" if manner.tensorboard else ""
         console.print(f"Interrupted after step {trainer.totals.steps}, saved. Resume with:")
@@ -136,37 +137,48 @@ def _go(trainer: Trainer, run: RunDirectory, manner: Manner) -> bool:
     return trainer.ending is not None
 
 
-def _summarise(trainer: Trainer, run: RunDirectory, console: Console) -> None:
-    """A table of what was reached and what it cost."""
-    totals = trainer.totals
-    evaluations = [row for row in run.rows() if row["kind"] == "evaluation"]
+def _conclude(trainer: Trainer, run: RunDirectory, console: Console) -> None:
+    """Show what was reached and what it cost, and write the page about it."""
+    rows = run.rows()
+    facts = _facts(trainer, rows)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("ended", trainer.ending.message if trainer.ending else "interrupted")
+    for name, text in facts.items():
+        table.add_row(name, escape(text))
+    console.print(table)
+    try:
+        from imstep.bench.run_report import save_run_report  # matplotlib: slow to import, and an extra
+    except ImportError:
+        console.print(f"run directory: {run.path}  (for a page with plots: pip install 'imstep[report]')")
+        return
+    page = save_run_report(run.path, run.config, rows, facts)
+    console.print(f"run directory: {run.path}\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _facts(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, str]:
+    totals, facts = trainer.totals, {"ended": trainer.ending.message if trainer.ending else "interrupted"}
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         last = evaluations[-1]
         at = "" if last["step"] == totals.steps else f"  (at step {last['step']})"
-        table.add_row("train loss", _number(last["train_loss"]) + at)
-        table.add_row("held-out loss", _number(last["heldout_loss"]) + at)
+        facts["train loss"] = _number(last["train_loss"]) + at
+        facts["held-out loss"] = _number(last["heldout_loss"]) + at
         if trainer.problem.metric is not None:
             values = (_number(last["train_metric"]), _number(last["heldout_metric"]))
-            table.add_row(trainer.problem.metric.name, f"train {values[0]}, held-out {values[1]}{at}")
-    table.add_row("steps, epochs", f"{totals.steps}, {trainer.epoch:g}")
-    table.add_row(
-        "gradient-equivalents",
-        f"{totals.cost:.1f}  (gradients {totals.gradients}, products {totals.products}, "
-        f"losses {totals.losses})",
+            facts[trainer.problem.metric.name] = f"train {values[0]}, held-out {values[1]}{at}"
+    facts["steps, epochs"] = f"{totals.steps:,}, {trainer.epoch:g}"
+    facts["gradient-equivalents"] = (
+        f"{totals.cost:,.1f}  (gradients {totals.gradients}, products {totals.products}, "
+        f"losses {totals.losses})"
     )
-    table.add_row("seconds", f"{totals.seconds:.1f}")
-    table.add_row(
-        "evaluations",
+    facts["seconds"] = f"{totals.seconds:.1f}"
+    facts["evaluations"] = (
         f"{totals.evaluations}  (not charged: {totals.evaluation_cost:.1f} gradient-equivalents, "
-        f"{totals.evaluation_seconds:.1f} s)",
+        f"{totals.evaluation_seconds:.1f} s)"
     )
     if totals.statuses:
         counts = sorted(totals.statuses.items(), key=lambda item: -item[1])
-        table.add_row("statuses", ", ".join(f"{name} {count}" for name, count in counts))
-    table.add_row("run directory", escape(str(run.path)))
-    console.print(table)
+        facts["steps ended by"] = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts)
+    return facts
 
 
 def _number(value: float | None) -> str:

@@ -22,6 +22,10 @@ from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant
 rules.load()
 
 _evaluations = itertools.count()
+_RESHAPED_IN_PLACE = {
+    getattr(torch.ops.aten, name)
+    for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_")
+}
 _RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch normalisation, unknown to its schema
 
 
@@ -106,16 +110,17 @@ class Dispatch(TorchDispatchMode):
             self._store(outputs, push(*self._imaginary(tensors)))
         else:
             inputs = self.reference(tensors)
-            self._tape.record(push, inputs, self._define(outputs), self._call(func, args))
+            self._tape.record(push, inputs, self._define(outputs), self._call(func, args, outputs))
         return outputs
 
-    def _call(self, func: OpOverload, args: Any) -> Call:
+    def _call(self, func: OpOverload, args: Any = (), result: Any = None) -> Call:
         """Where an operator comes from: the node of autograd's graph that it belongs to, forward or backward."""
         if self._islands.final:
             node = torch._C._current_autograd_node()
-            return Call(func, (), True, -1 if node is None else node._sequence_nr())
+            return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
         # The node is made before the operator runs, so it has the last number given out.
-        return Call(func, args if func in LOSS_OPERATORS else (), False, torch.autograd._get_sequence_nr() - 1)
+        kept = (args, result) if func in LOSS_OPERATORS else ((), None)
+        return Call(func, *kept, False, torch.autograd._get_sequence_nr() - 1)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):
@@ -185,6 +190,10 @@ class Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)  # autograd does not see this write either: values change, derivatives stay
         if func is torch.ops.aten.copy_.default:
             return self._copy(func, args, kwargs)
+        if func.overloadpacket in _RESHAPED_IN_PLACE:
+            return func(*args, **kwargs)  # another window onto the same memory
+        if sig.functional is None and lookup(func) is not None:
+            return self._apply(func, tensors, args, kwargs)  # what it overwrites is beside the point: statistics
         if sig.functional is None or len(targets) != 1 or not isinstance(targets[0], Tensor):
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
         kwargs = {k: v for k, v in kwargs.items() if v is not targets[0]}
@@ -206,7 +215,7 @@ class Dispatch(TorchDispatchMode):
         read = self.reference(source)
         if self._plane.find(target) is None:
             self._plane.name(target, self._tape.define(target))
-        self._tape.record_write(read, self.reference(target), self._call(func, args))
+        self._tape.record_write(read, self.reference(target), self._call(func))
         return outputs
 
     # --- what existed before ------------------------------------------------------------------------------------

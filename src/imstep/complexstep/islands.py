@@ -25,6 +25,18 @@ _CUTS = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.detach_copy if
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
+@contextmanager
+def _native_recurrence() -> Iterator[None]:
+    """Recurrent networks step by step (torch.backends.mkldnn.flags warns of other settings that it touches)."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 class Islands(TorchFunctionMode):
     """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative.
 
@@ -68,7 +80,7 @@ class Islands(TorchFunctionMode):
         if func in SUBSTITUTES:
             return SUBSTITUTES[func](*args, **kwargs)
         if func in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            with _native_recurrence():
                 return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._inner_gradient(func, args, kwargs)

@@ -133,7 +133,7 @@ def native_batch_norm_no_stats(x, w, b, training, momentum, eps):
     return (y, m, s), _forward_training(x, w, m, s)
 
 
-@rule(aten._native_batch_norm_legit.default, family="normalisation")
+@rule(aten._native_batch_norm_legit.default, family="normalisation", finite=evaluated(_complex_batch_norm))
 def native_batch_norm_legit(x, w, b, mean, var, training, momentum, eps):
     return native_batch_norm(x, w, b, mean, var, training, momentum, eps)
 

@@ -142,7 +142,8 @@ def _dot(color: str) -> str:
 
 
 def _figure(make: Callable[..., object], *arguments: object, name: str, title: str) -> str:
-    return svg(partial(make, *arguments), name, escape(title))  # type: ignore[arg-type]
+    drawn = svg(partial(make, *arguments), name, escape(title))  # type: ignore[arg-type]
+    return f'<div class="scroll">{drawn}</div>'
 
 
 def _curves(comparison: Comparison) -> str:
@@ -205,7 +206,7 @@ def _tuning(comparison: Comparison) -> str:
     )
     tables = "".join(_sweep_table(sweep) for sweep in comparison.sweeps)
     content = (
-        f'<div class="pair"><div>{chart}</div><div>{heldout}</div></div><div class="pair">{tables}</div>'
+        f'<div class="pair">{chart}{heldout}</div><div class="pair">{tables}</div>'
     )
     return _section("Tuning of the baselines, and held-out loss", escape(note), content)
 

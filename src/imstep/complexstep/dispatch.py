@@ -194,15 +194,24 @@ class Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)  # another window onto the same memory
         if sig.functional is None and lookup(func) is not None:
             return self._apply(func, tensors, args, kwargs)  # what it overwrites is beside the point: statistics
-        if sig.functional is None or len(targets) != 1 or not isinstance(targets[0], Tensor):
+        if sig.functional is None:
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
-        kwargs = {k: v for k, v in kwargs.items() if v is not targets[0]}
+        kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
         with self:
-            result = sig.functional(*args, **kwargs)
-            if targets[0].shape != result.shape:
-                targets[0].resize_(result.shape)
-            targets[0].copy_(result)
-        return targets[0]
+            self._overwrite(targets, sig.functional(*args, **kwargs))
+        alone = len(targets) == 1 and isinstance(targets[0], Tensor)
+        return targets[0] if alone else None if not func._schema.returns else tuple(targets)
+
+    def _overwrite(self, targets: Any, results: Any) -> None:
+        """Write results over targets, a tensor or a list over each."""
+        if isinstance(results, Tensor):
+            results = [results]
+        elif len(targets) == 1 and isinstance(targets[0], (list, tuple)):
+            targets = targets[0]
+        for target, result in zip(targets, results, strict=True):
+            if target.shape != result.shape:
+                target.resize_(result.shape)
+            target.copy_(result)
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         target, source = args[0], args[1]

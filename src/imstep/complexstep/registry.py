@@ -121,15 +121,23 @@ def signature(op: OpOverload) -> Signature:
 def _functional(op: OpOverload) -> OpOverload | None:
     name = op.overloadpacket.__name__
     home = getattr(torch.ops, op.namespace)
-    overload = op._overloadname
+    packets = [op.overloadpacket]
     if name.endswith("_") and not name.endswith("__"):
-        packet = getattr(home, name[:-1], None)
-    elif "out" in overload:
-        packet = op.overloadpacket
-        overload = overload.removesuffix("_out").removesuffix("out") or "default"
-    else:
-        return None
-    return getattr(packet, overload, None) if packet is not None else None
+        packets = [p for p in (getattr(home, name[:-1], None), op.overloadpacket) if p is not None]
+    # An out= argument is no input; names of overloads do not correspond (pow_.Scalar is pow.Tensor_Scalar), arguments do.
+    taken = [(a.name, str(a.type)) for a in op._schema.arguments if not _is_output(a)]
+    for packet in packets:
+        for overload in packet.overloads():
+            candidate = getattr(packet, overload)
+            if any(a.alias_info is not None and a.alias_info.is_write for a in candidate._schema.arguments):
+                continue
+            if [(a.name, str(a.type)) for a in candidate._schema.arguments] == taken:
+                return candidate
+    return None
+
+
+def _is_output(argument: Any) -> bool:
+    return argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write
 
 
 _DEFINITIONS: dict[OpOverload, Callable[..., Any]] = {}

@@ -108,16 +108,16 @@ def tanh_backward(g, y):
     f1 = 1 - y * y
     by_y = -2 * g * y
     if y.is_complex():  # autograd conjugates the derivative; a conjugate has no complex derivative
-        return g * f1.conj(), lambda dg, dy: plus(times(dg, f1.conj()), None if dy is None else dy.conj() * (-2 * g * y.conj()))
+        return g * f1.conj_physical(), lambda dg, dy: plus(times(dg, f1.conj_physical()), None if dy is None else dy.conj_physical() * (-2 * g * y.conj_physical()))
     return g * f1, lambda dg, dy: plus(times(dg, f1), times(dy, by_y))
 
 
 @rule(aten.sigmoid_backward.default, family="elementwise")
 def sigmoid_backward(g, y):
     if y.is_complex():
-        c = y.conj().resolve_conj()
+        c = y.conj_physical()
         f1, by_c = c * (1 - c), g * (1 - 2 * c)
-        return g * f1, lambda dg, dy: plus(times(dg, f1), None if dy is None else dy.conj() * by_c)
+        return g * f1, lambda dg, dy: plus(times(dg, f1), None if dy is None else dy.conj_physical() * by_c)
     f1, by_y = y * (1 - y), g * (1 - 2 * y)
     return g * f1, lambda dg, dy: plus(times(dg, f1), times(dy, by_y))
 
@@ -230,3 +230,11 @@ def rrelu_with_noise_backward(g, x, noise, *parameters):
     op = aten.rrelu_with_noise_backward
     push = lambda dg, dx, _: None if dg is None else op(dg, x, noise, *parameters)
     return op(g, x, noise, *parameters), push
+
+
+@rule(aten.rrelu_with_noise.default, family="piecewise", finite=exact)
+def rrelu_with_noise(x, noise, lower=0.125, upper=1 / 3, training=False, generator=None):
+    """In training the kernel writes the slopes it has drawn over ``noise``."""
+    y = aten.rrelu_with_noise(x, noise, lower, upper, training, generator)
+    slope = noise if training else torch.where(x > 0, 1, (lower + upper) / 2)
+    return y, lambda dx, _: None if dx is None else dx * slope

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from imstep.complexstep.registry import elementwise
+from imstep.complexstep.registry import elementwise, rule
 
 aten = torch.ops.aten
 
@@ -71,3 +71,11 @@ elementwise(aten.deg2rad.default, lambda x, y: math.pi / 180)
 elementwise(aten.rad2deg.default, lambda x, y: 180 / math.pi)
 elementwise(aten.frac.default, lambda x, y: 1, lambda z: torch.complex(torch.frac(z.real), z.imag))
 elementwise(aten.square.default, lambda x, y: 2 * x)
+
+
+@rule(aten.frexp.Tensor, family="piecewise")
+def frexp(x):
+    """x = mantissa * 2**exponent, the exponent being locally constant."""
+    mantissa, exponent = torch.frexp(x)
+    scale = torch.ldexp(torch.ones_like(x), -exponent)
+    return (mantissa, exponent), lambda dx: (dx * scale, None)

@@ -18,6 +18,7 @@ import torch
 
 from imstep.complexstep.errors import ComplexStepError
 from imstep.complexstep.registry import rule
+from imstep.complexstep.rules.forms import dagger
 
 aten = torch.ops.aten
 
@@ -40,15 +41,15 @@ def _left_divided(lower, x, unitriangular=False):
 
 
 def _cholesky_push(factor, upper):
-    lower = factor.mH if upper else factor
+    lower = dagger(factor) if upper else factor
 
     def push(da):
         middle = _left_divided(lower, da)
-        middle = _left_divided(lower, middle.mH).mH
+        middle = dagger(_left_divided(lower, dagger(middle)))
         # As PyTorch does, a change of A counts through its Hermitian part.
-        middle = (middle + middle.mH) / 2
+        middle = (middle + dagger(middle)) / 2
         d = lower @ _half_diagonal(middle.tril())
-        return d.mH if upper else d
+        return dagger(d) if upper else d
 
     return push
 
@@ -69,9 +70,11 @@ def cholesky(a, upper=False):
 # --- LU ---------------------------------------------------------------------------------------------------------
 
 
-def lu_transposed(a):
-    """Whether PyTorch's solve and det factor the transpose, which is contiguous in the order of LAPACK."""
-    return a.is_contiguous() and not a.is_complex()
+def lu_transposed(a, lu, pivots):
+    """Whether the factors are those of the transpose, as where that lies in the order of LAPACK: PyTorch does not say."""
+    p, lower, upper = unpacked(lu, pivots)
+    product = p @ lower @ upper
+    return bool((product - a.mT).abs().sum() < (product - a).abs().sum())
 
 
 def unpacked(lu, pivots):
@@ -147,12 +150,12 @@ def qr(a, mode="reduced"):
 
     def push(da):
         scaled = _right_divided(da[..., :, :k], r1)
-        x = q.mH @ scaled
-        t = _half_diagonal((x + x.mH).triu())
+        x = dagger(q) @ scaled
+        t = _half_diagonal((x + dagger(x)).triu())
         dq = scaled - q @ t
         if m >= n:
             return dq, t @ r
-        return dq, dq.mH @ a + q.mH @ da
+        return dq, dagger(dq) @ a + dagger(q) @ da
 
     return (q, r), push
 
@@ -175,7 +178,7 @@ def eigh(a, uplo="L", compute_v=True):
 
     def push(da):
         # As PyTorch does, a change of A counts through its Hermitian part.
-        middle = v.mH @ ((da + da.mH) / 2) @ v
+        middle = dagger(v) @ ((da + dagger(da)) / 2) @ v
         dw = middle.diagonal(0, -2, -1).real
         return dw, v @ (gaps * middle) if compute_v else None
 
@@ -191,7 +194,7 @@ def eig(a):
     def push(da):
         middle = torch.linalg.solve(v, da.to(v.dtype) @ v)
         dv = v @ (gaps * middle)
-        along = (v.conj() * dv).real.sum(-2, keepdim=True)
+        along = (v.conj_physical() * dv).real.sum(-2, keepdim=True)
         return middle.diagonal(0, -2, -1), dv - v * along
 
     return (w, v), push
@@ -204,7 +207,7 @@ def _completed(basis, d_leading):
     """The change of a square unitary matrix from that of its leading columns, by keeping it unitary."""
     k = d_leading.size(-1)
     rest = basis[..., k:]
-    return torch.cat([d_leading, -basis[..., :k] @ (d_leading.mH @ rest)], -1)
+    return torch.cat([d_leading, -basis[..., :k] @ (dagger(d_leading) @ rest)], -1)
 
 
 @rule(aten._linalg_svd.default, family="factorisation")
@@ -212,29 +215,29 @@ def svd(a, full_matrices=False, compute_uv=True, *, driver=None):
     outputs = aten._linalg_svd(a, full_matrices, compute_uv, driver=driver)
     u_full, s, vh_full = outputs if compute_uv else torch.linalg.svd(a, full_matrices=False)
     k = s.size(-1)
-    u, v = u_full[..., :k], vh_full[..., :k, :].mH
+    u, v = u_full[..., :k], dagger(vh_full[..., :k, :])
     m, n = a.shape[-2:]
     squares = _reciprocal_gaps(s * s)
 
     def push(da):
-        p = u.mH @ da @ v
+        p = dagger(u) @ da @ v
         ds = p.diagonal(0, -2, -1).real
         if not compute_uv:
             return None, ds, None
         ps, sp = p * s.unsqueeze(-2), s.unsqueeze(-1) * p
-        turn_u, turn_v = squares * (ps + ps.mH), squares * (sp + sp.mH)
+        turn_u, turn_v = squares * (ps + dagger(ps)), squares * (sp + dagger(sp))
         if a.is_complex():  # the phase of each pair of vectors, shared between the two
             phase = torch.diag_embed(p.diagonal(0, -2, -1).imag / (2 * s) * 1j)
             turn_u, turn_v = turn_u + phase, turn_v - phase
         du, dv = u @ turn_u, v @ turn_v
         if m > k:
             outside = da @ v / s.unsqueeze(-2)
-            du = du + outside - u @ (u.mH @ outside)
+            du = du + outside - u @ (dagger(u) @ outside)
         if n > k:
-            outside = da.mH @ u / s.unsqueeze(-2)
-            dv = dv + outside - v @ (v.mH @ outside)
+            outside = dagger(da) @ u / s.unsqueeze(-2)
+            dv = dv + outside - v @ (dagger(v) @ outside)
         if full_matrices:
-            du, dv = _completed(u_full, du), _completed(vh_full.mH, dv)
-        return du, ds, dv.mH
+            du, dv = _completed(u_full, du), _completed(dagger(vh_full), dv)
+        return du, ds, dagger(dv)
 
     return tuple(outputs), push

@@ -32,6 +32,11 @@ def real_like(d, x):
     return d.real if d is not None and d.is_complex() and not x.is_complex() else d
 
 
+def dagger(a):
+    """The conjugate transpose. A lazy conjugation (``.mH``, ``.conj()``) goes unnoticed below dispatch, where rules run."""
+    return a.mT.conj_physical()
+
+
 def evaluated(formula):
     """Finite arithmetic of an analytic formula: evaluated once on truly complex arguments.
 

@@ -15,7 +15,7 @@ import torch
 
 from imstep.complexstep.registry import defined_as, rule
 from imstep.complexstep.rules.factorisations import lu_change, lu_transposed, unpacked
-from imstep.complexstep.rules.forms import plus
+from imstep.complexstep.rules.forms import dagger, plus
 
 aten = torch.ops.aten
 
@@ -40,12 +40,12 @@ def inverse(a, *, check_errors=False):
 
 def pseudo_inverse_change(a, pinv, da):
     """A⁺' for a change of A that keeps its rank."""
-    left = pinv.mH @ pinv if a.size(-2) >= a.size(-1) else None
+    left = dagger(pinv) @ pinv if a.size(-2) >= a.size(-1) else None
     change = -pinv @ da @ pinv
-    dah = da.mH
-    within = pinv @ pinv.mH @ dah
+    dah = dagger(da)
+    within = pinv @ dagger(pinv) @ dah
     change = change + within - within @ a @ pinv
-    outside = dah @ (pinv.mH @ pinv if left is None else left)
+    outside = dah @ (dagger(pinv) @ pinv if left is None else left)
     return change + outside - pinv @ (a @ outside)
 
 
@@ -59,12 +59,12 @@ def pseudo_inverse(a, *, atol=None, rtol=None, hermitian=False):
 def cholesky_inverse(factor, upper=False):
     """(L Lᴴ)⁻¹ from L."""
     inv = torch.cholesky_inverse(factor, upper)
-    lower = factor.triu().mH if upper else factor.tril()
+    lower = dagger(factor.triu()) if upper else factor.tril()
 
     def push(d):
-        d = d.triu().mH if upper else d.tril()
-        half = d @ lower.mH
-        return -inv @ (half + half.mH) @ inv
+        d = dagger(d.triu()) if upper else d.tril()
+        half = d @ dagger(lower)
+        return -inv @ (half + dagger(half)) @ inv
 
     return inv, push
 
@@ -82,8 +82,8 @@ def _as_columns(b, a):
 def solve(a, b, *, left=True, check_errors=False):
     outputs = aten._linalg_solve_ex(a, b, left=left, check_errors=check_errors)
     x, lu, pivots, _ = outputs
-    transposed = lu_transposed(a)
-    columns, vector = _as_columns(b, a)
+    transposed = lu_transposed(a, lu, pivots)
+    _, vector = _as_columns(b, a)
     wide = x.unsqueeze(-1) if vector else x
 
     def push(da, db):
@@ -106,7 +106,7 @@ def lu_solve(lu, pivots, b, *, left=True, adjoint=False):
         by_a = None
         if d_lu is not None:
             da = p @ (d_lu.tril(-1) @ upper + lower @ d_lu.triu())
-            da = da.mH if adjoint else da
+            da = dagger(da) if adjoint else da
             by_a = da @ x if left else x @ da
         return torch.linalg.lu_solve(lu, pivots, _minus(db, by_a).expand(x.shape), left=left, adjoint=adjoint)
 
@@ -116,13 +116,13 @@ def lu_solve(lu, pivots, b, *, left=True, adjoint=False):
 @rule(aten.cholesky_solve.default, family="factorisation")
 def cholesky_solve(b, factor, upper=False):
     x = torch.cholesky_solve(b, factor, upper)
-    lower = factor.triu().mH if upper else factor.tril()
+    lower = dagger(factor.triu()) if upper else factor.tril()
 
     def push(db, d):
         by_factor = None
         if d is not None:
-            half = (d.triu().mH if upper else d.tril()) @ lower.mH
-            by_factor = (half + half.mH) @ x
+            half = (dagger(d.triu()) if upper else d.tril()) @ dagger(lower)
+            by_factor = (half + dagger(half)) @ x
         return torch.cholesky_solve(_minus(db, by_factor).expand(x.shape), factor, upper)
 
     return x, push
@@ -155,7 +155,7 @@ def triangular_solve(b, a, upper=True, transpose=False, unitriangular=False):
     def push(db, da):
         by_a = None
         if da is not None:
-            by_a = (_triangle(da, upper, unitriangular).mH if transpose else _triangle(da, upper, unitriangular)) @ x
+            by_a = (dagger(_triangle(da, upper, unitriangular)) if transpose else _triangle(da, upper, unitriangular)) @ x
         change = _minus(db, by_a).expand(x.shape)
         return aten.triangular_solve(change, a, upper, transpose, unitriangular)[0], da
 
@@ -181,7 +181,7 @@ def least_squares(a, b, rcond=None, *, driver=None):
         d_residuals = None
         if residuals.numel():
             change = _minus(db, None if da is None else da @ wide)
-            d_residuals = 2 * (rest.conj() * change).real.sum(-2)
+            d_residuals = 2 * (rest.conj_physical() * change).real.sum(-2)
         return (dx.squeeze(-1) if vector else dx), d_residuals, None, None
 
     return tuple(outputs), push
@@ -197,7 +197,7 @@ def _adjugate(a):
     rows = s.unsqueeze(-2).expand(*s.shape, n)
     others = torch.where(torch.eye(n, dtype=torch.bool, device=a.device), 1, rows).prod(-1)
     phase = torch.linalg.det(u) * torch.linalg.det(vh)
-    return phase[..., None, None] * (vh.mH * others.unsqueeze(-2).to(a.dtype)) @ u.mH
+    return phase[..., None, None] * (dagger(vh) * others.unsqueeze(-2).to(a.dtype)) @ dagger(u)
 
 
 @rule(aten._linalg_det.default, family="factorisation")
@@ -205,7 +205,7 @@ def determinant(a):
     outputs = aten._linalg_det(a)
     det, lu, pivots = outputs
     adjugate = _adjugate(a)
-    transposed = lu_transposed(a)
+    transposed = lu_transposed(a, lu, pivots)
 
     def push(da):
         return _trace_of_product(adjugate, da), lu_change(lu, pivots, da.mT if transposed else da), None
@@ -218,7 +218,7 @@ def sign_and_log_determinant(a):
     outputs = aten._linalg_slogdet(a)
     sign, _, lu, pivots = outputs
     inv = torch.linalg.inv_ex(a)[0]
-    transposed = lu_transposed(a)
+    transposed = lu_transposed(a, lu, pivots)
 
     def push(da):
         trace = _trace_of_product(inv, da)
@@ -246,7 +246,7 @@ def householder_product(reflectors, tau):
     q = torch.eye(m, n, dtype=reflectors.dtype, device=reflectors.device).expand(reflectors.shape)
     for i in reversed(range(tau.size(-1))):
         v = _reflector(reflectors, i)
-        q = q - tau[..., i, None, None] * v @ (v.mH @ q)
+        q = q - tau[..., i, None, None] * v @ (dagger(v) @ q)
     return q
 
 
@@ -258,8 +258,8 @@ def multiply_by_reflections(reflectors, tau, other, left=True, transpose=False):
     for i in order if left == transpose else reversed(order):
         v = _reflector(reflectors, i)
         t = tau[..., i, None, None]
-        t = t.conj() if transpose else t
-        y = y - t * v @ (v.mH @ y) if left else y - t * (y @ v) @ v.mH
+        t = t.conj_physical() if transpose else t
+        y = y - t * v @ (dagger(v) @ y) if left else y - t * (y @ v) @ dagger(v)
     return y
 
 

@@ -24,7 +24,7 @@ def _chosen(condition, d):
 def absolute(x):
     sign = torch.sgn(x)
     if x.is_complex():  # |z| has the derivative Re(conj(z) z') / |z|
-        return torch.abs(x), lambda dx: (sign.conj() * dx).real
+        return torch.abs(x), lambda dx: (sign.conj_physical() * dx).real
     return torch.abs(x), lambda dx: dx * sign
 
 
@@ -34,7 +34,7 @@ def sgn(x):
     if not x.is_complex():
         return y, None
     inverse = torch.where(x == 0, 0, 1 / torch.abs(x))
-    return y, lambda dx: (dx - y * (y.conj() * dx).real) * inverse
+    return y, lambda dx: (dx - y * (y.conj_physical() * dx).real) * inverse
 
 
 @rule(aten.angle.default, family="piecewise", finite=exact)

@@ -88,7 +88,7 @@ def _norm_map(x, y, p, dim, keepdim):
     dims = tuple(dim) if dim is not None and len(dim) else tuple(range(x.dim()))
     wide = expanded(y, dims, keepdim)
     # conj(sgn x) x' is the change of |x| where x is complex: its real part.
-    signed = (lambda dx: (torch.sgn(x).conj() * dx).real) if x.is_complex() else (lambda dx: torch.sgn(x) * dx)
+    signed = (lambda dx: (torch.sgn(x).conj_physical() * dx).real) if x.is_complex() else (lambda dx: torch.sgn(x) * dx)
     if p == 0:
         return None
     if math.isinf(p):
@@ -97,7 +97,7 @@ def _norm_map(x, y, p, dim, keepdim):
     if p == 1:
         weights = None
     elif p == 2:
-        weights = x.conj() * _reciprocal(wide)
+        weights = x.conj_physical() * _reciprocal(wide)
         if x.is_complex():
             return lambda dx: (weights * dx).real.sum(dims, keepdim=keepdim)
         return lambda dx: (weights * dx).sum(dims, keepdim=keepdim)
@@ -150,7 +150,7 @@ def _ratio(a, b):
 
 
 def _inner(a, dx):
-    return (a.conj() * dx).real if a.is_complex() else a * dx
+    return (a.conj_physical() * dx).real if a.is_complex() else a * dx
 
 
 def _var_on_complex(z, dim=None, *, correction=None, keepdim=False):

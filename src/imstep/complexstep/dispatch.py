@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from imstep.complexstep import rules
 from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
-from imstep.complexstep.registry import Signature, lookup, signature
+from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
 from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant
 
@@ -159,11 +159,10 @@ class Dispatch(TorchDispatchMode):
         """Carry out an operator without a rule through the simpler operators it is defined by."""
         decomposition = rules.decomposition(func)
         if decomposition is None or func in self._decomposing:  # some refer back to themselves
-            if self._h is not None and lookup(func) is not None:
-                raise UnsupportedOperatorError(
-                    func, "it has no formula for a finite step h.", "Use h=None (infinitesimal arithmetic)."
-                )
-            raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", REPORT)
+            rule = lookup(func)
+            if self._h is None or rule is None:
+                raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", REPORT)
+            return self._below_rounding(func, rule, args, kwargs, self._h)
         self._count(func, "decomposition")
         self._decomposing.append(func)
         try:
@@ -171,6 +170,21 @@ class Dispatch(TorchDispatchMode):
                 return decomposition(*args, **kwargs)
         finally:
             self._decomposing.pop()
+
+    def _below_rounding(self, func: OpOverload, rule: Rule, args: Any, kwargs: Any, h: float) -> Any:
+        """Finite arithmetic where only the linear map is known: complete as long as h² is lost to rounding."""
+        tensors = signature(func).gather(args, kwargs)
+        dtype = next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.float64)
+        if h * h > 1e-3 * torch.finfo(dtype).eps:
+            raise UnsupportedOperatorError(
+                func,
+                f"it has no formula for a finite step of h={h:g}, only one that drops h².",
+                "Use a smaller h, or h=None (infinitesimal arithmetic).",
+            )
+        self._count(func, rule.family)
+        outputs, d_outputs = exact(rule.linearize)(func, args, kwargs, self._imaginary(tensors), h)
+        self._store(outputs, d_outputs)
+        return outputs
 
     # --- in-place operators -------------------------------------------------------------------------------------
 

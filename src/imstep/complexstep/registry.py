@@ -214,20 +214,30 @@ def elementwise(
     ``on_complex`` is the function for complex arguments; PyTorch's own operator where None.
     """
 
+    def finite(
+        func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ims: list[Any], h: float
+    ) -> tuple[Tensor, Tensor]:
+        x = args[0]
+        w = (on_complex or func)(torch.complex(x, h * ims[0]), *args[1:], **kwargs)
+        # Outside its domain the real function is not a number, however well the complex one is defined there.
+        outside = torch.isnan(func(*args, **kwargs))
+        return torch.where(outside, torch.nan, w.real), w.imag / h
+
+    register([op], Rule("elementwise", _slope(derivative), finite))
+
+
+def real_elementwise(op: Operator, derivative: Callable[..., Tensor]) -> None:
+    """As :func:`elementwise`, for a function that PyTorch evaluates on real arguments only."""
+    register([op], Rule("elementwise", _slope(derivative)))
+
+
+def _slope(derivative: Callable[..., Tensor]) -> Linearize:
     def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
         y = func(*args, **kwargs)
         slope = derivative(args[0], y, *args[1:], **kwargs)
         return y, lambda dx, *_: dx * slope
 
-    def finite(
-        func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ims: list[Any], h: float
-    ) -> tuple[Tensor, Tensor]:
-        f = on_complex or func
-        x = args[0]
-        w = f(torch.complex(x, (h * ims[0]).expand_as(x).to(x.dtype)), *args[1:], **kwargs)
-        return w.real.clone(), w.imag / h
-
-    register([op], Rule("elementwise", linearize, finite))
+    return linearize
 
 
 def rule(*operators: Operator, family: str, finite: Callable[[Linearize], Finite] | None = None) -> Callable[..., Any]:

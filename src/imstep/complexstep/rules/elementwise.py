@@ -67,8 +67,8 @@ def _logit_on_complex(z, eps=None):
 
 
 elementwise(aten.logit.default, _logit_slope, _logit_on_complex)
-elementwise(aten.deg2rad.default, lambda x, y: math.pi / 180)
-elementwise(aten.rad2deg.default, lambda x, y: 180 / math.pi)
+elementwise(aten.deg2rad.default, lambda x, y: math.pi / 180, lambda z: z * (math.pi / 180))
+elementwise(aten.rad2deg.default, lambda x, y: 180 / math.pi, lambda z: z * (180 / math.pi))
 elementwise(aten.frac.default, lambda x, y: 1, lambda z: torch.complex(torch.frac(z.real), z.imag))
 elementwise(aten.square.default, lambda x, y: 2 * x)
 

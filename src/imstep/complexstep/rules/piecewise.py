@@ -45,6 +45,11 @@ def angle(x):
     return torch.angle(x), lambda dx: (dx * inverse).imag
 
 
+@rule(aten.nextafter.default, family="piecewise", finite=exact)
+def nextafter(x, y):
+    return torch.nextafter(x, y), lambda dx, dy: dx
+
+
 @rule(aten.nan_to_num.default, family="piecewise", finite=exact)
 def nan_to_num(x, nan=None, posinf=None, neginf=None):
     finite = torch.isfinite(x)

@@ -33,7 +33,7 @@ def products_of_others(x, dim):
     return before * after
 
 
-@rule(aten.prod.default, family="multilinear")
+@rule(aten.prod.default, family="multilinear", finite=evaluated(torch.prod))
 def prod(x, *, dtype=None):
     if x.numel() == 0:
         return torch.prod(x, dtype=dtype), None
@@ -41,7 +41,7 @@ def prod(x, *, dtype=None):
     return torch.prod(x, dtype=dtype), lambda dx: (dx * others).sum(dtype=dtype)
 
 
-@rule(aten.prod.dim_int, family="multilinear")
+@rule(aten.prod.dim_int, family="multilinear", finite=evaluated(torch.prod))
 def prod_dim(x, dim, keepdim=False, *, dtype=None):
     y = torch.prod(x, dim, keepdim, dtype=dtype)
     if x.numel() == 0:
@@ -52,7 +52,7 @@ def prod_dim(x, dim, keepdim=False, *, dtype=None):
     return y, lambda dx: (dx * others).sum(dim, keepdim, dtype=dtype)
 
 
-@rule(aten.cumprod.default, family="multilinear")
+@rule(aten.cumprod.default, family="multilinear", finite=evaluated(torch.cumprod))
 def cumprod(x, dim, *, dtype=None):
     """y_i = y_(i-1) x_i, so y_i' = sum over j <= i of x_j' times the product of the others up to i.
 
@@ -109,10 +109,17 @@ def _norm_map(x, y, p, dim, keepdim):
 
 
 def _norm_on_complex(z, p=2, dim=None, keepdim=False, **_):
-    if p != 2:
-        raise NotImplementedError("only the 2-norm has a finite step; use h=None (infinitesimal arithmetic).")
     dims = tuple(dim) if dim is not None and len(dim) else tuple(range(z.dim()))
-    return torch.sqrt((z * z).sum(dims, keepdim=keepdim))
+    if p == 2 or p is None:
+        return torch.sqrt((z * z).sum(dims, keepdim=keepdim))
+    magnitude = torch.where(z.real < 0, -z, z)
+    if p == 0:
+        return (magnitude.real != 0).to(z.dtype).sum(dims, keepdim=keepdim)
+    if math.isinf(p):
+        extreme = torch.amax if p > 0 else torch.amin
+        at = magnitude.real == extreme(magnitude.real, dims, keepdim=True)
+        return torch.where(at, magnitude, 0).sum(dims, keepdim=keepdim) / at.sum(dims, keepdim=keepdim)
+    return torch.pow(torch.pow(magnitude, p).sum(dims, keepdim=keepdim), 1 / p)
 
 
 @rule(aten.linalg_vector_norm.default, family="reduction", finite=evaluated(_norm_on_complex))
@@ -240,10 +247,11 @@ def renorm(x, p, dim, maxnorm):
     return torch.renorm(x, p, dim, maxnorm), lambda dx: dx * scale + x * (slope * change(dx))
 
 
-@rule(aten.dist.default, family="reduction")
+@rule(aten.dist.default, family="reduction", finite=evaluated(lambda x, y, p=2: _norm_on_complex(x - y, p)))
 def dist(x, y, p=2):
     value = torch.dist(x, y, p)
     push = _norm_map(x - y, value, float(p), None, False)
-    return value, lambda dx, dy: push(total(dx, None if dy is None else -dy).expand(torch.broadcast_shapes(x.shape, y.shape)))
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return value, lambda dx, dy: push(total(dx, None if dy is None else -dy).expand(shape))
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 
 from imstep.complexstep.errors import UnsupportedOperatorError
-from imstep.complexstep.registry import elementwise, rule
+from imstep.complexstep.registry import elementwise, real_elementwise, rule
 
 aten = torch.ops.aten
 _TWO_OVER_ROOT_PI = 2 / math.sqrt(math.pi)
@@ -41,14 +41,18 @@ def _erfc_on_complex(z):
 
 elementwise(aten.erf.default, lambda x, y: _TWO_OVER_ROOT_PI * torch.exp(-x * x), erf_on_complex)
 elementwise(aten.erfc.default, lambda x, y: -_TWO_OVER_ROOT_PI * torch.exp(-x * x), _erfc_on_complex)
-elementwise(aten.erfinv.default, lambda x, y: torch.exp(y * y) / _TWO_OVER_ROOT_PI, None)
-elementwise(aten.special_erfcx.default, lambda x, y: 2 * x * y - _TWO_OVER_ROOT_PI)
-elementwise(aten.special_ndtri.default, lambda x, y: math.sqrt(2 * math.pi) * torch.exp(y * y / 2))
-elementwise(
+real_elementwise(aten.erfinv.default, lambda x, y: torch.exp(y * y) / _TWO_OVER_ROOT_PI)
+real_elementwise(aten.special_erfcx.default, lambda x, y: 2 * x * y - _TWO_OVER_ROOT_PI)
+real_elementwise(aten.special_ndtri.default, lambda x, y: math.sqrt(2 * math.pi) * torch.exp(y * y / 2))
+real_elementwise(
     aten.special_log_ndtr.default,
     lambda x, y: math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2)),  # pdf / cdf without underflow
 )
-elementwise(aten.special_entr.default, lambda x, y: torch.where(x > 0, -torch.log(x) - 1, torch.inf))
+elementwise(
+    aten.special_entr.default,
+    lambda x, y: torch.where(x > 0, -torch.log(x) - 1, torch.inf),
+    lambda z: -z * torch.log(z),
+)
 
 
 @rule(aten.special_ndtr.default, family="elementwise")
@@ -59,8 +63,8 @@ def ndtr(x):
 
 # --- gamma functions --------------------------------------------------------------------------------------------
 
-elementwise(aten.lgamma.default, lambda x, y: torch.digamma(x))
-elementwise(aten.digamma.default, lambda x, y: torch.polygamma(1, x))
+real_elementwise(aten.lgamma.default, lambda x, y: torch.digamma(x))
+real_elementwise(aten.digamma.default, lambda x, y: torch.polygamma(1, x))
 
 
 @rule(aten.polygamma.default, family="elementwise")
@@ -120,7 +124,7 @@ def _over(y, x):
     return torch.where(zero, 0.5, y / torch.where(zero, 1, x))
 
 
-elementwise(aten.i0.default, lambda x, y: torch.special.i1(x))
-elementwise(aten.special_i0e.default, lambda x, y: torch.special.i1e(x) - torch.sgn(x) * y)
-elementwise(aten.special_i1.default, lambda x, y: torch.special.i0(x) - _over(y, x))
-elementwise(aten.special_i1e.default, lambda x, y: torch.special.i0e(x) - torch.sgn(x) * y - _over(y, x))
+real_elementwise(aten.i0.default, lambda x, y: torch.special.i1(x))
+real_elementwise(aten.special_i0e.default, lambda x, y: torch.special.i1e(x) - torch.sgn(x) * y)
+real_elementwise(aten.special_i1.default, lambda x, y: torch.special.i0(x) - _over(y, x))
+real_elementwise(aten.special_i1e.default, lambda x, y: torch.special.i0e(x) - torch.sgn(x) * y - _over(y, x))

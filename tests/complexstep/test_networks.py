@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.func import functional_call
 
 import imstep
+from imstep.complexstep.arithmetic import Arithmetic
+from imstep.complexstep.tape import Tape
 
 
 class _Residual(nn.Module):
@@ -231,6 +233,26 @@ def test_product_is_double_backward(network, dtype, tolerance):
     assert _relative(subject.product(), expected) < tolerance
     for name, buffer in subject.buffers_after.items():  # running statistics: updated once, from the real part
         torch.testing.assert_close(buffer, running[name])
+
+
+@by_name
+def test_replays_agree_with_products(network):
+    subject = _Subject(network, torch.float64)
+    tape = Tape()
+    arithmetic = Arithmetic(tape=tape)
+    leaves = {k: t.clone().requires_grad_() for k, t in subject.point.items()}
+    for t in leaves.values():
+        arithmetic.attach(t)
+    with arithmetic:
+        arithmetic.finish(arithmetic.gradient(subject(leaves), list(leaves.values())))
+    directions = [torch.stack([d, d.flip(0) + 1]) for d in subject.direction.values()]
+    with torch.no_grad():
+        first = tape.replay([d[0] for d in directions])
+        second = tape.replay([d[1] for d in directions])
+        both = torch.vmap(tape.replay)(directions)
+    assert _relative(_flat(first), subject.product()) < 1e-13
+    assert _relative(_flat(b[0] for b in both), _flat(first)) < 1e-12
+    assert _relative(_flat(b[1] for b in both), _flat(second)) < 1e-12
 
 
 @by_name

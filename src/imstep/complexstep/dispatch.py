@@ -17,7 +17,7 @@ from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
-from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant
+from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant, whole
 
 rules.load()
 
@@ -198,6 +198,10 @@ class Dispatch(TorchDispatchMode):
                     "differentiated.",
                     "Write to the tensor itself, or clone() the detached view first.",
                 )
+        if self._tape is not None:
+            for t in targets:
+                if isinstance(t, Tensor):
+                    self._tape.protect(t)
         if not self._live(tensors):
             return func(*args, **kwargs)
         if self._islands.active:
@@ -237,7 +241,7 @@ class Dispatch(TorchDispatchMode):
             return outputs
         read = self.reference(source)
         if self._plane.find(target) is None:
-            self._plane.name(target, self._tape.define(target))
+            self._plane.name(target, self._tape.define(whole(target)))
         self._tape.record_write(read, self.reference(target), self._call(func))
         return outputs
 

@@ -9,13 +9,14 @@ and windows onto them, as in :mod:`imstep.complexstep.tensor`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.tensor import Window
 
 Reference = tuple[int, Window | None]
@@ -57,12 +58,14 @@ class Call:
     Attributes:
         func: the operator.
         args: its arguments, where the operator may be a loss; else empty.
+        result: its output, likewise; else None.
         backward: whether it belongs to the backward pass that is being differentiated.
         node: sequence number of the node of autograd's graph that it belongs to.
     """
 
     func: OpOverload
     args: tuple[Any, ...]
+    result: Any
     backward: bool
     node: int
 
@@ -99,6 +102,7 @@ class Tape:
         self._last_use: list[list[int]] = []
         self._overwritten: set[int] = set()
         self._held: list[tuple[Tensor, int]] = []
+        self._holders: dict[int, list[tuple[Tensor, int | None, Any]]] = {}  # while recording, by storage
 
     # --- recording ----------------------------------------------------------------------------------------------
 
@@ -121,7 +125,23 @@ class Tape:
     def record(self, push: Any, inputs: list[Any], outputs: Any, call: Call) -> None:
         """Append a linear map; remembers the tensors it holds, to notice when they are overwritten."""
         self._steps.append(Step(push, inputs, outputs, call))
-        self._held.extend((t, t._version) for t in _captured(push) if not t.is_inference())
+        for t in captured(push):
+            self._hold(t, push)
+
+    def _hold(self, t: Tensor, push: Any) -> None:
+        place = t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+        self._holders.setdefault(place, []).append((t, None if t.is_inference() else t._version, push))
+
+    def protect(self, t: Tensor) -> None:
+        """Give recorded maps that hold the memory of ``t`` a copy of it, because it is about to be overwritten."""
+        if t.layout is not torch.strided:
+            return
+        holders = self._holders.pop(t.untyped_storage()._cdata, [])
+        copies = {id(held): held.detach().clone() for held, *_ in holders}
+        for _, _, push in holders:
+            exchange(push, lambda held: copies.get(id(held), held))
+        for held, _, push in holders:
+            self._hold(copies[id(held)], push)
 
     def record_write(self, source: Reference | None, target: Reference, call: Call) -> None:
         """Append the overwriting of ``target`` by ``source`` (by zeros if None)."""
@@ -152,8 +172,11 @@ class Tape:
             if any(slot in needed for slot in step.writes):
                 kept.append(step)
                 needed.update(step.reads)
-        self._steps = kept[::-1]
-        held = {id(t) for step in self._steps if step.push for t in _captured(step.push)}
+        # The arguments of possible losses have served their purpose.
+        self._steps = [replace(step, call=replace(step.call, args=(), result=None)) for step in reversed(kept)]
+        self._held += [(t, v) for ts in self._holders.values() for t, v, _ in ts if v is not None]
+        self._holders = {}
+        held = {id(t) for step in self._steps if step.push for t in captured(step.push)}
         self._held = [(t, version) for t, version in self._held if id(t) in held]
 
     def with_steps(self, steps: list[Step]) -> Tape:
@@ -286,17 +309,3 @@ def flat(nested: Any) -> Iterator[Any]:
             yield from flat(item)
         elif item is not None:
             yield item
-
-
-def _captured(function: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors that a function holds in its closure, through nested functions and sequences."""
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            held = cell.cell_contents
-        except ValueError:  # a cell not filled yet
-            continue
-        for item in held if isinstance(held, (list, tuple)) else (held,):
-            if isinstance(item, Tensor):
-                yield item
-            elif depth and callable(item):
-                yield from _captured(item, depth - 1)

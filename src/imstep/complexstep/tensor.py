@@ -140,6 +140,12 @@ class Plane:
             t.untyped_storage().__dict__.pop(self._key, None)
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of the storage of ``t`` as one dimension."""
+    entries = t.untyped_storage().nbytes() // t.element_size()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, (entries,), (1,))
+
+
 def mirror(t: Tensor) -> Tensor:
     """Zeroed memory laid out like the whole storage of ``t``, not only the part that ``t`` shows."""
     entries = t.untyped_storage().nbytes() // t.element_size()

@@ -20,7 +20,7 @@ import torch
 
 from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.registry import rule
-from imstep.complexstep.rules.forms import evaluated, plus
+from imstep.complexstep.rules.forms import add_, addcmul_, evaluated, plus
 
 aten = torch.ops.aten
 
@@ -46,11 +46,11 @@ def _affine(dy, dw, db, x, m, s):
     if dw is not None:
         shift = -m * s * dw if db is None else db - m * s * dw
         slope = _per_channel(s * dw, x)
-        scaled = x * slope if dy is None else dy.addcmul_(x, slope)
-        return scaled.add_(_per_channel(shift, x))
+        scaled = x * slope if dy is None else addcmul_(dy, x, slope)
+        return add_(scaled, _per_channel(shift, x))
     if db is None:
         return dy
-    return _per_channel(db, x) if dy is None else dy.add_(_per_channel(db, x))
+    return _per_channel(db, x) if dy is None else add_(dy, _per_channel(db, x))
 
 
 def _forward_training(x, w, m, s):
@@ -215,11 +215,11 @@ def _backward_training(g, x, w, m, s, mask):
             for v, slope, centre in ((g, p, s1), (x, q, m), (dx, r, dm)):
                 if v is not None and slope is not None:
                     slope_x = _per_channel(slope, x)
-                    dgx = v * slope_x if dgx is None else dgx.addcmul_(v, slope_x)
+                    dgx = v * slope_x if dgx is None else addcmul_(dgx, v, slope_x)
                 if slope is not None and centre is not None:
                     shift = plus(shift, -slope * centre)
             if shift is not None:
-                dgx = plus(dgx, _per_channel(shift, x))
+                dgx = _per_channel(shift, x) if dgx is None else add_(dgx, _per_channel(shift, x))
         dgw = plus(first[1], None if t is None else count * t) if mask[1] else None
         return dgx, dgw, first[2]
 
@@ -229,7 +229,7 @@ def _backward_training(g, x, w, m, s, mask):
 def _backward_evaluation(op, g, x, w, mean, var, eps, mask):
     s = torch.rsqrt(var + eps)
     kernel = lambda dg, wanted: aten.native_batch_norm_backward(
-        dg, x, w, mean, var, None, None, False, eps, wanted
+        dg, x, w, mean, var, mean, s, False, eps, wanted  # the statistics again: vmap insists on them
     )
     dims = [0, *range(2, x.dim())]
 

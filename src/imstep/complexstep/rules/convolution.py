@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, linear, register, rule
+from imstep.complexstep.rules.forms import add_
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ def _onto(first, second):
     """first + second, in the memory of the first; either may be absent."""
     if first is None or second is None:
         return second if first is None else first
-    return first.add_(second)
+    return add_(first, second)
 
 
 # --- convolution --------------------------------------------------------------------------------------------

@@ -27,6 +27,33 @@ def total(*terms):
     return result
 
 
+# --- accumulation in place: under vmap, where a batch may stretch the result, out of place ---------------------
+
+
+def _stretched(*tensors):
+    return any(torch._C._functorch.is_batchedtensor(t) for t in tensors)
+
+
+def add_(c, a):
+    """c + a, in the memory of c."""
+    return c + a if _stretched(c, a) else c.add_(a)
+
+
+def addcmul_(c, a, b, value=1):
+    """c + value a b entry by entry, in the memory of c."""
+    return torch.addcmul(c, a, b, value=value) if _stretched(c, a, b) else c.addcmul_(a, b, value=value)
+
+
+def addmm_(c, a, b):
+    """c + a b, in the memory of c."""
+    return c + torch.mm(a, b) if _stretched(c, a, b) else c.addmm_(a, b)
+
+
+def baddbmm_(c, a, b):
+    """c + a b for each of a batch, in the memory of c."""
+    return c + torch.bmm(a, b) if _stretched(c, a, b) else c.baddbmm_(a, b)
+
+
 def real_like(d, x):
     """What autograd keeps of a tangent of a real tensor that went through a complex formula."""
     return d.real if d is not None and d.is_complex() and not x.is_complex() else d

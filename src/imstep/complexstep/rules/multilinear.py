@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, multilinear, register, rule
-from imstep.complexstep.rules.forms import plus
+from imstep.complexstep.rules.forms import addcmul_, addmm_, baddbmm_, plus
 
 aten = torch.ops.aten
 
@@ -36,9 +36,9 @@ def _product(op, accumulate):
     return Rule("multilinear", linearize, finite)
 
 
-register([aten.mm.default], _product(torch.mm, lambda c, a, b: c.addmm_(a, b)))
-register([aten.bmm.default], _product(torch.bmm, lambda c, a, b: c.baddbmm_(a, b)))
-register([aten.mul.Tensor], _product(torch.mul, lambda c, a, b: torch.addcmul(c, a, b)))
+register([aten.mm.default], _product(torch.mm, addmm_))
+register([aten.bmm.default], _product(torch.bmm, baddbmm_))
+register([aten.mul.Tensor], _product(torch.mul, addcmul_))
 
 
 @rule(aten.mul.Scalar, family="linear")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.registry import rule
-from imstep.complexstep.rules.forms import plus
+from imstep.complexstep.rules.forms import addcmul_, plus
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ class _Normalised:
         if dx is not None:
             along = self.mean(n * dx)
             dm = None if self.m is None else self.mean(dx)
-            dn = (dx if dm is None else dx - dm).addcmul(n, along, value=-1).mul_(self.s)
+            dn = (dx if dm is None else dx - dm).addcmul(n, along, value=-1) * self.s
             dy, ds = self.scaled(dn, self.w), -self.s * self.s * along
         if dw is not None:
             dy = n * dw if dy is None else torch.addcmul(dy, n, dw)
@@ -77,7 +77,7 @@ class _Normalised:
         un = self.mean(u * n)
         dgx = None if du is None else self.project(n, du)
         if dn is not None:
-            dgx = plus(dgx, (dn * un).addcmul_(n, self.mean(u * dn)).mul_(self.s).neg_())
+            dgx = plus(dgx, addcmul_(dn * un, n, self.mean(u * dn)) * -self.s)
         if ds is not None:
             dgx = plus(dgx, self.project(n, u) * (ds / self.s))
         dgw = plus(None if dg is None else dg * n, None if dn is None else g * dn)
@@ -228,8 +228,8 @@ def log_softmax_backward(g, y, dim, dtype):
     def push(dg, dy):
         total = None if dg is None else aten._log_softmax_backward_data(dg, y, dim, y.dtype)
         if dy is not None:
-            other = y.exp().mul_(dy).mul_(g.sum(dim, keepdim=True))
-            total = -other if total is None else total.sub_(other)
+            other = y.exp() * g.sum(dim, keepdim=True) * dy
+            total = -other if total is None else total - other
         return total.to(dtype)
 
     return aten._log_softmax_backward_data(g, y, dim, dtype), push

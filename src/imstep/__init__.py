@@ -1,7 +1,18 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
 from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp
+from imstep.curvature import Hessian
+from imstep.optim import NewtonKrylov
 
 __version__ = "0.1.0"
 
-__all__ = ["ComplexStepTensor", "UnsupportedOperatorError", "__version__", "derivative", "hvp", "jvp"]
+__all__ = [
+    "ComplexStepTensor",
+    "Hessian",
+    "NewtonKrylov",
+    "UnsupportedOperatorError",
+    "__version__",
+    "derivative",
+    "hvp",
+    "jvp",
+]

@@ -41,11 +41,13 @@ class ConvexLoss:
     Attributes:
         func: the operator.
         args: its arguments, real parts; the first is the output z.
+        result: its value.
         outputs: the slots of z (and of further arguments that depend on the parameters).
     """
 
     func: Any
     args: tuple[Any, ...]
+    result: Tensor
     outputs: tuple[int, ...]
 
 
@@ -122,11 +124,11 @@ def _convex(step: Step, producers: dict[int, Step]) -> ConvexLoss | None:
         packet is aten.mul and len(slots) == 2 and slots[0] == slots[1] and args[0] is args[1]
     )
     if packet in _CONVEX or square:
-        return ConvexLoss(func, args, tuple(slots))
+        return ConvexLoss(func, args, step.call.result, tuple(slots))
     if packet is aten.nll_loss_forward or packet is aten.nll_loss2d_forward:
         softmax = producers.get(slots[0])
         if softmax is not None and softmax.call.func is aten._log_softmax.default:
-            return ConvexLoss(softmax.call.func, softmax.call.args, tuple(softmax.reads))
+            return ConvexLoss(softmax.call.func, softmax.call.args, softmax.call.result, tuple(softmax.reads))
     return None
 
 

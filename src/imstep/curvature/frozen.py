@@ -32,7 +32,7 @@ class Linearisation:
     """Loss and gradient at a point, and the tape of the gradient's derivative there.
 
     Attributes:
-        loss: 0-dim tensor.
+        loss: 0-dim tensor; with its graph if the evaluation was observed.
         gradient: (n,).
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
         split: the loss as a convex function of outputs; None where it has another form.
@@ -77,7 +77,7 @@ class FrozenClosure:
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        return Linearisation(loss.detach(), self._parameters.flatten(gradients), tape, split)
+        return Linearisation(loss if observer else loss.detach(), self._parameters.flatten(gradients), tape, split)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""

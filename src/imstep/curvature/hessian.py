@@ -21,13 +21,16 @@ class TapeOperator(LinearOperator):
         parameters: the vector that the tape's inputs and outputs are parts of.
         tape: its inputs and outputs are the parameters' directions and the gradient's derivative.
 
+        definite: whether the matrix is positive semidefinite by construction.
+
     Attributes:
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, tape: Tape) -> None:
+    def __init__(self, parameters: ParameterVector, tape: Tape, definite: bool = False) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
-        self.parameters, self._tape, self.products = parameters, tape, 0
+        self.parameters, self.definite, self.products = parameters, definite, 0
+        self._tape = tape
 
     @property
     def nbytes(self) -> int:
@@ -109,4 +112,6 @@ def hessian_of(point: Linearisation, parameters: ParameterVector) -> TapeOperato
 
 def gauss_newton_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator | None:
     """The Gauss-Newton matrix at a point that was evaluated already; None where the loss has no convex end."""
-    return None if point.split is None else TapeOperator(parameters, gauss_newton(point.tape, point.split))
+    if point.split is None:
+        return None
+    return TapeOperator(parameters, gauss_newton(point.tape, point.split), definite=True)

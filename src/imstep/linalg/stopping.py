@@ -112,7 +112,7 @@ class ProgressStall(StoppingRule):
 class BestRate(StoppingRule):
     """Stalled as soon as further products earn less per unit cost than the step has earned so far.
 
-    (q_j - q_{j-w}) / (w c) < q_j / (fixed_cost + j c), with w = window and c = product_cost.
+    (q_j - q_{j-w}) / (w c) < patience · q_j / (fixed_cost + j c), with w = window and c = product_cost.
 
     It maximises model decrease per unit cost over the whole step: few products while a fresh gradient is
     worth more, many near a solution, without a setting to tune.
@@ -122,6 +122,8 @@ class BestRate(StoppingRule):
         product_cost: cost of a product in gradients, > 0; 2 is the arithmetic count for an exact Hessian.
         fixed_cost: what a step costs besides products, in gradients, > 0: by default a gradient (1) and a
             trial loss (1/3).
+        patience: fraction of the rate so far that is still worth a product, in (0, 1]; less than 1 where accuracy
+            will pay in later steps.
 
     Raises:
         ValueError: an argument is out of range.
@@ -140,8 +142,11 @@ class BestRate(StoppingRule):
     window: int = 3
     product_cost: float = 2.0
     fixed_cost: float = 4 / 3
+    patience: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.patience <= 1:
+            raise ValueError(f"patience must lie in (0, 1], got {self.patience}.")
         if not (self.window >= 1 and self.product_cost > 0 and self.fixed_cost > 0):
             raise ValueError(
                 "window must be at least 1 and both costs positive, got "
@@ -154,7 +159,7 @@ class BestRate(StoppingRule):
             return None
         rate_now = (decreases[j] - decreases[j - self.window]) / (self.window * self.product_cost)
         rate_so_far = decreases[j] / (self.fixed_cost + j * self.product_cost)
-        return KrylovStatus.STALLED if rate_now < rate_so_far else None
+        return KrylovStatus.STALLED if rate_now < self.patience * rate_so_far else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""The Kronecker-factored approximation of the Gauss-Newton matrix, as a preconditioner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.frozen import Linearisation
+from imstep.curvature.layers import LayerObserver, LayerUse
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.sampling import sample_output_gradients
+from imstep.linalg import LinearOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The factors of one weight (and its bias): the matrix G ⊗ A.
+
+    Attributes:
+        weight, bias: positions among the parameters.
+        inputs: A = E[a aᵀ] over the rows a that the weight multiplies, (in, in).
+        outputs: G = Σ g gᵀ over the gradients g of sampled targets at its outputs, (out, out).
+    """
+
+    weight: int
+    bias: int | None
+    inputs: Tensor
+    outputs: Tensor
+
+
+class KroneckerFactors:
+    """Running averages of the Kronecker factors of a model's layers; a diagonal for all other parameters.
+
+        block of a layer = A ⊗ G,   A = E[a aᵀ],   G = E[g gᵀ] summed over the batch
+
+    Args:
+        parameters: the vector the preconditioner works on.
+        decay: weight of the past in the running averages, in [0, 1); the first estimates are averaged evenly.
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 3 and 5; for convolutions Grosse and Martens, ICML
+        2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
+    """
+
+    def __init__(self, parameters: ParameterVector, decay: float = 0.95) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        self._parameters, self._decay = parameters, decay
+        self._blocks: dict[int, Block] = {}
+        self._diagonals: dict[int, Tensor] = {}
+        self._updates = 0
+
+    def update(self, point: Linearisation, observer: LayerObserver, generator: torch.Generator) -> None:
+        """Take the layers seen at a point into the averages: one backward pass with sampled targets."""
+        assert point.split is not None
+        ends = point.split.losses
+        u = sample_output_gradients(point.loss, ends, generator)
+        rest = self._not_layers(observer.uses)
+        tensors = self._parameters.tensors
+        gradients = torch.autograd.grad(
+            [end.args[0] for end in ends],
+            [use.edge for use in observer.uses] + [tensors[at] for at in rest],
+            u,
+            allow_unused=True,
+        )
+        keep = min(1 - 1 / (self._updates + 1), self._decay)
+        self._updates += 1
+        for at, block in _factors(observer.uses, gradients[: len(observer.uses)]).items():
+            self._blocks[at] = _average(self._blocks.get(at), block, keep)
+        for at, g in zip(rest, gradients[len(observer.uses) :], strict=True):
+            square = torch.zeros_like(tensors[at]) if g is None else g.detach() ** 2
+            old = self._diagonals.get(at)
+            self._diagonals[at] = square if old is None else keep * old + (1 - keep) * square
+
+    def preconditioner(self, damping: float) -> LinearOperator | None:
+        """(approximation + damping I)⁻¹; None before the first update."""
+        if not self._blocks and not self._diagonals:
+            return None
+        return _KroneckerInverse(self._parameters, list(self._blocks.values()), self._diagonals, damping)
+
+    def _not_layers(self, uses: list[LayerUse]) -> list[int]:
+        layered = {at for use in uses for at in (use.weight, use.bias)} | {
+            at for block in self._blocks.values() for at in (block.weight, block.bias)
+        }
+        return [at for at in range(len(self._parameters.tensors)) if at not in layered]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, as tensors and numbers."""
+        blocks = [
+            {"weight": b.weight, "bias": b.bias, "inputs": b.inputs, "outputs": b.outputs} for b in self._blocks.values()
+        ]
+        diagonals = [{"parameter": at, "values": d} for at, d in self._diagonals.items()]
+        return {"updates": self._updates, "blocks": blocks, "diagonals": diagonals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._updates = state["updates"]
+        self._blocks = {b["weight"]: Block(**b) for b in state["blocks"]}
+        self._diagonals = {d["parameter"]: d["values"] for d in state["diagonals"]}
+
+
+def _factors(uses: list[LayerUse], gradients: tuple[Tensor | None, ...]) -> dict[int, Block]:
+    """The factors of each weight over all its uses."""
+    blocks: dict[int, Block] = {}
+    rows: dict[int, int] = {}
+    for use, g in zip(uses, gradients, strict=True):
+        if g is None:
+            continue
+        a = use.inputs
+        g = g.detach().movedim(use.channels, -1)
+        g = g.reshape(-1, g.shape[-1])
+        block = Block(use.weight, use.bias, a.T @ a, g.T @ g)
+        old = blocks.get(use.weight)
+        if old is not None and old.inputs.shape == block.inputs.shape:
+            block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
+        blocks[use.weight] = block
+        rows[use.weight] = rows.get(use.weight, 0) + len(a)
+    return {at: Block(b.weight, b.bias, b.inputs / rows[at], b.outputs) for at, b in blocks.items()}
+
+
+def _average(old: Block | None, new: Block, keep: float) -> Block:
+    if old is None or old.inputs.shape != new.inputs.shape:
+        return new
+    mix = lambda a, b: keep * a + (1 - keep) * b
+    return Block(new.weight, new.bias, mix(old.inputs, new.inputs), mix(old.outputs, new.outputs))
+
+
+class _KroneckerInverse(LinearOperator):
+    """Applies (A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹ block by block, π² = (tr A / dim A) / (tr G / dim G).
+
+    Source: factored damping, Martens and Grosse, arXiv 1503.05671, section 6.3.
+    """
+
+    def __init__(
+        self, parameters: ParameterVector, blocks: list[Block], diagonals: dict[int, Tensor], damping: float
+    ) -> None:
+        super().__init__(parameters.size, parameters.dtype, parameters.device)
+        self._parameters = parameters
+        self._inverses = [(b, *_damped_inverses(b, damping)) for b in blocks]
+        typical = _typical_curvature(blocks, diagonals)
+        # A parameter without any sampled curvature is moved on the scale of the others.
+        self._scales = {
+            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping) for at, d in diagonals.items()
+        }
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        parts: list[Tensor | None] = list(self._parameters.unflatten(vector))
+        for at, scale in self._scales.items():
+            parts[at] = parts[at] * scale  # type: ignore[operator]
+        for block, of_inputs, of_outputs in self._inverses:
+            weight = parts[block.weight]
+            bias = None if block.bias is None else parts[block.bias]
+            assert weight is not None
+            matrix = weight.reshape(len(weight), -1)
+            if bias is not None:
+                matrix = torch.cat([matrix, bias[:, None]], dim=1)
+            solved = of_outputs @ matrix @ of_inputs
+            if bias is not None and block.bias is not None:
+                parts[block.bias] = solved[:, -1]
+                solved = solved[:, :-1]
+            parts[block.weight] = solved.reshape(weight.shape)
+        return self._parameters.flatten(parts)
+
+
+def _damped_inverses(block: Block, damping: float) -> tuple[Tensor, Tensor]:
+    a, g = block.inputs.double(), block.outputs.double()
+    tiny = torch.finfo(torch.float32).tiny
+    mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
+    balance = math.sqrt(mean_a / mean_g)
+    # The shift also lifts factors of low rank above rounding.
+    shift_a = max(balance * math.sqrt(damping), 1e-7 * mean_a)
+    shift_g = max(math.sqrt(damping) / balance, 1e-7 * mean_g)
+    invert = lambda m, shift: torch.cholesky_inverse(torch.linalg.cholesky(m + shift * torch.eye(len(m), dtype=m.dtype, device=m.device)))
+    return invert(a, shift_a).to(block.inputs.dtype), invert(g, shift_g).to(block.inputs.dtype)
+
+
+def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> Tensor:
+    """The mean diagonal entry of the approximation, where it is positive."""
+    means = [b.inputs.diagonal().mean() * b.outputs.diagonal().mean() for b in blocks]
+    means += [d[d > 0].mean() for d in diagonals.values() if bool((d > 0).any())]
+    reference = next(iter(diagonals.values()), None)
+    one = torch.ones((), device=reference.device if reference is not None else None)
+    return torch.stack([m.float() for m in means]).mean() if means else one

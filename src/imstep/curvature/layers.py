@@ -1,0 +1,83 @@
+"""Watching the layers of a model: which parameters multiply what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUse:
+    """One use of a weight as a matrix: y = W a + b for every row a.
+
+    Attributes:
+        weight, bias: positions among the parameters; bias None without one.
+        inputs: a, (rows, in), with a column of ones appended if there is a bias.
+        edge: where autograd's graph leaves the layer, before anything overwrites its output.
+        channels: dimension of the output that W's rows belong to.
+    """
+
+    weight: int
+    bias: int | None
+    inputs: Tensor
+    edge: GradientEdge
+    channels: int
+
+
+class LayerObserver(TorchFunctionMode):
+    """Collects the uses of parameters as matrices in linear layers and convolutions (1d and 2d, one group)."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._position = {id(p): at for at, p in enumerate(parameters)}
+        self.uses: list[LayerUse] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.linear or func is torch.conv2d or func is torch.conv1d:
+            self._note(func, output, *args, **kwargs)
+        return output
+
+    def _note(
+        self, func: Any, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        at = self._position.get(id(weight))
+        if at is None or not output.requires_grad or not isinstance(output, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(output):
+            return
+        rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
+        if rows is None:
+            return
+        rows = rows.reshape(-1, rows.shape[-1])
+        at_bias = None if bias is None else self._position.get(id(bias))
+        if at_bias is not None:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        channels = output.ndim - 1 if func is F.linear else 1
+        self.uses.append(LayerUse(at, at_bias, rows, get_gradient_edge(output), channels))
+
+
+def _patches(
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """The rows (batch, positions, in · kernel) that a convolution multiplies; None where it is no plain matrix product."""
+    if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
+        return None
+    flat = func is torch.conv1d
+    pair = lambda v, fill: (fill, v if isinstance(v, int) else v[0]) if flat else v
+    if flat:
+        input, weight = input.unsqueeze(2), weight.unsqueeze(2)
+    patches = F.unfold(input, weight.shape[2:], pair(dilation, 1), pair(padding, 0), pair(stride, 1))
+    return patches.transpose(1, 2)

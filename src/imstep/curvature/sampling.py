@@ -1,0 +1,55 @@
+"""Random output gradients whose covariance is the curvature of the loss.
+
+With E[u uᵀ] = L''(z), the vectors Jᵀu have the Gauss-Newton matrix as covariance; from one backward pass with such a u come
+the Kronecker factors of every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep import hvp
+from imstep.complexstep.gauss_newton import ConvexLoss
+
+
+def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator: torch.Generator) -> list[Tensor]:
+    """One random u per convex operator, of the shape of its z.
+
+    Args:
+        loss: 0-dim, with its graph; the graph is kept.
+        ends: the convex operators that the loss is a positive combination of.
+        generator: where the random numbers come from, on the device of ``z``.
+
+    Source: for softmax, labels sampled from the model's own distribution, as Martens and Grosse, ICML 2015 (arXiv
+        1503.05671), section 2.2; for losses that act entry by entry L'' is diagonal and u = sqrt(diag L'') times signs.
+    """
+    results = [end.result for end in ends]
+    weights = torch.autograd.grad(loss, results, retain_graph=True)
+    return [_sample(end, weight.detach(), generator) for end, weight in zip(ends, weights, strict=True)]
+
+
+def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator) -> Tensor:
+    z = end.args[0].detach()
+    if end.func is torch.ops.aten._log_softmax.default:
+        return _softmax_sample(z, end.args[1], weight, generator)
+    rest = (z if a is end.args[0] else a for a in end.args[1:])  # z * z has z twice
+    if end.func is torch.ops.aten.mul.Tensor:
+        diagonal = 2 * weight
+    else:
+        args = tuple(rest)
+        diagonal = hvp(lambda t: (end.func(t, *args) * weight).sum(), z, torch.ones_like(z))
+    signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    return diagonal.clamp_(min=0).sqrt_().mul_(signs)
+
+
+def _softmax_sample(z: Tensor, dim: int, weight: Tensor, generator: torch.Generator) -> Tensor:
+    p = z.softmax(dim)
+    rows = p.movedim(dim, -1)
+    labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
+    chosen = torch.zeros_like(rows.reshape(-1, rows.shape[-1])).scatter_(1, labels, 1.0)
+    chosen = chosen.reshape(rows.shape).movedim(-1, dim)
+    scale = (-weight).sum(dim, keepdim=True).clamp_(min=0).sqrt_()
+    return (p - chosen) * scale

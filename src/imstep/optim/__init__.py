@@ -1,0 +1,21 @@
+"""Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
+
+from imstep.curvature.choice import ExactHessian, GaussNewtonIfConvex
+from imstep.optim.forcing import BestRateForcing, ResidualForcing
+from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
+from imstep.optim.preconditioning import Kronecker, NoPreconditioning
+from imstep.optim.record import Cost, StepOutcome, StepRecord
+
+__all__ = [
+    "BestRateForcing",
+    "Cost",
+    "ExactHessian",
+    "GaussNewtonIfConvex",
+    "Kronecker",
+    "NewtonKrylov",
+    "NoPreconditioning",
+    "NonFiniteLossError",
+    "ResidualForcing",
+    "StepOutcome",
+    "StepRecord",
+]

@@ -1,0 +1,53 @@
+"""What the optimizer carries from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from imstep.globalization import SearchState
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Plain numbers, so that a saved optimizer resumes exactly.
+
+    Attributes:
+        search: what the step search remembers.
+        damping: λ relative to ``curvature_scale``.
+        curvature_scale: |gᵀAg| / gᵀg at the first gradient; 0 before.
+        steps: steps taken.
+        refusals: consecutive steps up to now whose loss or gradient was not finite.
+        gradient_norm: ‖g‖ at the last point; 0 before the first.
+        largest_gradient_norm: the largest ‖g‖ met; 0 before the first.
+        full_steps: how many steps in a row, up to the last, were full Newton steps that the model foresaw.
+        products: of the last step.
+    """
+
+    search: SearchState
+    damping: float
+    curvature_scale: float = 0.0
+    steps: int = 0
+    refusals: int = 0
+    gradient_norm: float = 0.0
+    largest_gradient_norm: float = 0.0
+    full_steps: int = 0
+    products: int = 0
+
+    def meet(self, gradient_norm: float) -> Memory:
+        """The memory at a new point with a finite gradient."""
+        return replace(
+            self,
+            refusals=0,
+            gradient_norm=gradient_norm,
+            largest_gradient_norm=max(self.largest_gradient_norm, gradient_norm),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and a nested dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Memory:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**state, "search": SearchState(**state["search"])})

@@ -1,0 +1,116 @@
+"""How a Krylov iteration is preconditioned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imstep.curvature.frozen import Linearisation
+from imstep.curvature.kronecker import KroneckerFactors
+from imstep.curvature.layers import LayerObserver
+from imstep.curvature.parameters import ParameterVector
+from imstep.linalg import LinearOperator
+
+
+class Preconditioner(ABC):
+    """A preconditioner that lives as long as an optimizer; made by a :class:`Preconditioning`."""
+
+    @abstractmethod
+    def observer(self) -> LayerObserver | None:
+        """What should watch the next evaluation; None if nothing."""
+
+    @abstractmethod
+    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
+        """Take what the observer saw into account; costs one backward pass."""
+
+    @abstractmethod
+    def operator(self, damping: float) -> LinearOperator | None:
+        """P ≈ (A + damping I)⁻¹, or None."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class Preconditioning(ABC):
+    """A kind of preconditioner, for the parameters of one optimizer."""
+
+    @abstractmethod
+    def make(self, parameters: ParameterVector) -> Preconditioner:
+        """A fresh preconditioner."""
+
+
+@dataclass(frozen=True)
+class NoPreconditioning(Preconditioning):
+    """Plain Krylov iterations."""
+
+    def make(self, parameters: ParameterVector) -> Preconditioner:
+        return _None()
+
+
+class _None(Preconditioner):
+    def observer(self) -> LayerObserver | None:
+        return None
+
+    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
+        pass
+
+    def operator(self, damping: float) -> LinearOperator | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Kronecker(Preconditioning):
+    """Kronecker factors of linear and convolutional layers, a diagonal for the rest.
+
+    Where the loss has no convex end, or the model no such layer, the iterations stay plain.
+
+    Args:
+        every: steps between two refreshes of the factors, >= 1.
+        decay: weight of the past in the running averages, in [0, 1).
+        seed: of the sampled targets; they do not touch the global random state.
+    """
+
+    every: int = 5
+    decay: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every, the steps between two refreshes, is at least 1, got {self.every}.")
+
+    def make(self, parameters: ParameterVector) -> Preconditioner:
+        return _KroneckerPreconditioner(self, parameters)
+
+
+class _KroneckerPreconditioner(Preconditioner):
+    def __init__(self, kind: Kronecker, parameters: ParameterVector) -> None:
+        self._kind, self._parameters = kind, parameters
+        self._factors = KroneckerFactors(parameters, kind.decay)
+        self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
+        self._steps = 0
+
+    def observer(self) -> LayerObserver | None:
+        due = self._steps % self._kind.every == 0
+        self._steps += 1
+        return LayerObserver(self._parameters.tensors) if due else None
+
+    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
+        self._factors.update(point, observer, self._generator)
+
+    def operator(self, damping: float) -> LinearOperator | None:
+        return self._factors.preconditioner(damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, "generator": self._generator.get_state(), "factors": self._factors.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+        self._generator.set_state(state["generator"].cpu())
+        self._factors.load_state_dict(state["factors"])

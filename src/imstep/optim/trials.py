@@ -1,0 +1,88 @@
+"""How far to go: trial steps along a fixed direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imstep.globalization import LineModel, SearchState, StepSearch
+from imstep.optim.record import Cost
+
+ESCAPE_TRIALS = 40
+ESCAPE_SHRINK = 0.25
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What came of the trials.
+
+    Attributes:
+        accepted: whether the last trial is the new point.
+        step_length: of the last trial.
+        loss: at the last trial; at the start where nothing was accepted.
+        rho, taylor_error: of the last trial.
+        count: how many were made.
+        state: of the search, for the next step.
+        cost: evaluations spent.
+    """
+
+    accepted: bool
+    step_length: float
+    loss: float
+    rho: float
+    taylor_error: float
+    count: int
+    state: SearchState
+    cost: Cost
+
+
+def try_steps(
+    search: StepSearch,
+    state: SearchState,
+    model: LineModel,
+    loss_at: Callable[[float], float],
+    slope_at: Callable[[float], float],
+    limit: int,
+) -> Trials:
+    """Propose, evaluate and judge until a trial is accepted, at most ``limit`` times.
+
+    Where the losses differ by rounding only, the slope at the trial decides, for a gradient.
+    """
+    first = step_length = search.propose(state, model)
+    cost = Cost()
+    for count in range(1, limit + 1):
+        loss = loss_at(step_length)
+        cost += Cost(losses=1)
+        if math.isfinite(loss) and search.rounding_level(model, loss):
+            verdict = search.judge_by_gradient(state, model, step_length, slope_at(step_length))
+            cost += Cost(gradients=1)
+        else:
+            verdict = search.judge(state, model, step_length, loss)
+        state = verdict.state
+        if verdict.accepted:
+            return Trials(True, step_length, loss, verdict.rho, verdict.taylor_error, count, state, cost)
+        if count < limit:
+            step_length = verdict.step_length
+    state = search.reject(state, model, first)
+    return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, limit, state, cost)
+
+
+def try_escape(
+    state: SearchState, model: LineModel, loss_at: Callable[[float], float], length: float, acceptance: float = 1e-4
+) -> Trials:
+    """Leave a stationary point along negative curvature: the longest of a geometric sequence of steps that keeps
+    a fraction ``acceptance`` of the promised decrease.
+
+    Source: curvilinear backtracking, Nocedal and Wright, Numerical Optimization (2nd ed.), section 3.4; our choice of lengths.
+    """
+    step_length = length / model.norm
+    rho = error = math.nan
+    for count in range(1, ESCAPE_TRIALS + 1):
+        loss = loss_at(step_length)
+        error = model.error_by_loss(step_length, loss)
+        rho = (model.loss - loss) / model.decrease(step_length)
+        if rho >= acceptance and loss < model.loss:
+            return Trials(True, step_length, loss, rho, error, count, state, Cost(losses=count))
+        step_length *= ESCAPE_SHRINK
+    return Trials(False, step_length, model.loss, rho, error, count, state, Cost(losses=count))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from imstep.bench.newton_krylov import OPTIONS, make_newton_krylov
 from imstep.bench.steppers import LOSS_COST, GradientStepper, LBFGSStepper, Stepper, StepResult
 from imstep.tasks import Problem
 
@@ -106,6 +107,14 @@ def _lbfgs(problem: Problem, options: Mapping[str, float]) -> Stepper:
 
 
 _ALL = (
+    OptimizerSpec(
+        "newton-krylov",
+        "NewtonKrylov",
+        "Newton steps by CG on complex-step curvature, Taylor error monitored. No learning rate.",
+        make_newton_krylov,
+        OPTIONS,
+        full_batch=True,
+    ),
     OptimizerSpec(
         "adam",
         "Adam",

@@ -250,7 +250,10 @@ class _Replay:
             if step.target is not None:
                 self._write(step.target, ims[0])
             elif next(flat(ims), None) is not None:
-                self._assign(step.outputs, step.push(*ims))
+                d_outputs = step.push(*ims)
+                if self._overwritten and not self._overwritten.isdisjoint(step.reads):
+                    d_outputs = _copied(d_outputs)  # it may be an alias of what will be overwritten
+                self._assign(step.outputs, d_outputs)
             for slot in done:
                 self._values.pop(slot, None)
         return [self._read(ref) for ref in outputs]
@@ -300,6 +303,12 @@ class _Replay:
         shown = meta.window.onto(full)
         shown.copy_(value)
         return shown
+
+
+def _copied(ims: Any) -> Any:
+    if isinstance(ims, (list, tuple)):
+        return [_copied(im) for im in ims]
+    return None if ims is None else ims.clone()
 
 
 def flat(nested: Any) -> Iterator[Any]:

@@ -67,11 +67,22 @@ class Window:
             return base
         if base.dtype is self.dtype and not (base.is_conj() or base.is_neg()):
             t = base.as_strided(self.size, self.stride, self.offset + shift)
+        elif base.is_complex() and not self.dtype.is_complex:
+            t = torch.view_as_real(base).as_strided(self.size, self.stride, self.offset + 2 * shift)
+        elif self.dtype.is_complex and not base.is_complex():
+            pairs = base.as_strided((self._end() + shift // 2, 2), (2, 1), 0)
+            t = torch.view_as_complex(pairs).as_strided(self.size, self.stride, self.offset + shift // 2)
         else:
             t = torch.empty(0, dtype=self.dtype, device=base.device)
             t.set_(base.untyped_storage(), self.offset + shift, self.size, self.stride)
         t = t.conj() if self.conj else t
         return torch._neg_view(t) if self.neg else t
+
+    def _end(self) -> int:
+        """One more than the last entry of the storage that the window shows."""
+        if 0 in self.size:
+            return self.offset
+        return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
 
 class Plane:

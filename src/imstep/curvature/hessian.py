@@ -52,7 +52,10 @@ class TapeOperator(LinearOperator):
             return torch.vmap(self._apply, in_dims=1, out_dims=1)(block)
 
     def _apply(self, vector: Tensor) -> Tensor:
-        return self.parameters.flatten(self._tape.replay(self.parameters.unflatten(vector)))
+        parts = self.parameters.unflatten(vector)
+        changes = self._tape.replay(parts)
+        # Explicit zeros, so that a product that vanishes has the batch of a block as well.
+        return self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in zip(parts, changes, strict=True)])
 
 
 class Hessian(TapeOperator):

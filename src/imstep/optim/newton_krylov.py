@@ -283,7 +283,7 @@ class _Attempt:
         memory = replace(
             memory,
             search=trials.state,
-            damping=optimizer._damping.update(memory.damping, trials.rho),
+            damping=optimizer._damping.update(memory.damping, _realised(model, trials)),
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             products=setting.operator.products,
         )
@@ -334,3 +334,10 @@ class _Attempt:
     def _slope_at(self, direction: Direction, step_length: float) -> float:
         _, gradient = self._frozen.gradient()  # the parameters are at the trial already
         return float(gradient @ direction.vector)
+
+
+def _realised(model: LineModel, trials: Trials) -> float:
+    """The actual decrease over what the whole direction promised: small also where the step had to be shortened."""
+    if model.curvature <= 0 or not math.isfinite(trials.rho):
+        return trials.rho
+    return trials.rho * model.decrease(trials.step_length) / model.decrease(model.minimizer)

@@ -14,8 +14,9 @@ linear(aten._unsafe_index.Tensor, aten.masked_scatter_backward.default, aten.unf
 register_linear(jointly_linear("self", scalar="fill"), aten._unsafe_masked_index.default)
 
 # Writing over.
-register_linear(jointly_linear("self", scalar="value"), aten.masked_fill.Scalar, aten.index_fill.int_Scalar, aten.scatter.value)
-register_linear(jointly_linear("self", "value"), aten.masked_fill.Tensor, aten.index_fill.int_Tensor, aten.fill.Tensor)
+register_linear(jointly_linear("self", scalar="value"), aten.masked_fill.Scalar, aten.scatter.value)
+register_linear(jointly_linear("self", scalar="value"), aten.index_fill.int_Scalar)
+register_linear(jointly_linear("self", "value"), aten.index_fill.int_Tensor, aten.fill.Tensor)
 register_linear(jointly_linear("self", "values"), aten.index_put.default, aten._unsafe_index_put.default)
 register_linear(jointly_linear("self", "values"), aten._unsafe_masked_index_put_accumulate.default)
 register_linear(jointly_linear("self", "source"), aten.index_copy.default, aten.index_add.default, aten.put.default)
@@ -24,14 +25,22 @@ register_linear(jointly_linear("self", "src"), aten.scatter.src, aten.scatter_ad
 register_linear(jointly_linear("self", "src"), aten.slice_scatter.default, aten.diagonal_scatter.default)
 
 
+@rule(aten.masked_fill.Tensor, family="linear", finite=exact)
+def masked_fill(x, mask, value):
+    push = lambda dx, _, dvalue: torch.where(mask, 0 if dvalue is None else dvalue, 0 if dx is None else dx)
+    return torch.masked_fill(x, mask, value), push
+
+
 @rule(aten.as_strided_scatter.default, family="linear", finite=exact)
 def as_strided_scatter(x, src, size, stride, offset=None):
-    absent = zeros_of(src)
+    """Which entries are meant depends on the strides of x, so the operator itself finds them."""
+    laid_out = torch.empty_strided(x.shape, x.stride(), dtype=torch.long, device=x.device).fill_(-1)
+    numbers = torch.arange(src.numel(), device=x.device).reshape(src.shape)
+    source = torch.as_strided_scatter(laid_out, numbers, size, stride, offset)
+    kept, source = source < 0, source.clamp_min(0)
 
     def push(dx, dsrc):
-        # Which entry is meant depends on the strides of x.
-        target = torch.zeros_like(x) if dx is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(dx)
-        return torch.as_strided_scatter(target, absent if dsrc is None else dsrc, size, stride, offset)
+        return torch.where(kept, 0 if dx is None else dx, 0 if dsrc is None else dsrc.reshape(-1)[source])
 
     return torch.as_strided_scatter(x, src, size, stride, offset), push
 

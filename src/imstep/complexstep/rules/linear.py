@@ -13,7 +13,7 @@ from imstep.complexstep.rules.forms import plus
 aten = torch.ops.aten
 
 # Views need no rule (see imstep.complexstep.tensor); these copy.
-linear(aten.clone, aten._to_copy, aten.neg, aten.view_copy, aten.constant_pad_nd, aten.flip, aten.roll, aten.repeat)
+linear(aten.neg, aten.view_copy, aten.constant_pad_nd, aten.flip, aten.roll, aten.repeat)
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum)
 linear(aten.gather, aten.index_select, aten.take, aten.masked_select, aten.index.Tensor)
 linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_backward, aten.slice_backward)
@@ -41,6 +41,21 @@ def sub(x, y, *, alpha=1):
 @rule(aten.rsub.Scalar, family="linear", finite=exact)
 def rsub(x, other, alpha=1):
     return torch.rsub(x, other, alpha=alpha), lambda dx: dx * -alpha
+
+
+@rule(aten.clone.default, family="linear", finite=exact)
+def clone(x, *, memory_format=None):
+    # An alias will do: what is attached to the fresh tensor is laid out like it.
+    return torch.clone(x, memory_format=memory_format or torch.preserve_format), lambda dx: dx.resolve_conj().resolve_neg()
+
+
+@rule(aten._to_copy.default, family="linear", finite=exact)
+def to_copy(x, **kwargs):
+    y = aten._to_copy(x, **kwargs)
+    if not (y.is_floating_point() or y.is_complex()):
+        return y, None
+    dtype, device, real = y.dtype, y.device, not y.is_complex()
+    return y, lambda dx: (dx.real if real and dx.is_complex() else dx).to(device, dtype)
 
 
 def _joined(op):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
+from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
 from imstep.curvature.parameters import ParameterVector
@@ -58,7 +59,26 @@ class TapeOperator(LinearOperator):
         return self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in zip(parts, changes, strict=True)])
 
 
-class Hessian(TapeOperator):
+class PointOperator(TapeOperator):
+    """A curvature matrix together with what its one evaluation of the closure has shown.
+
+    Attributes:
+        loss: f(w), a 0-dim tensor.
+        gradient: ∇f(w), (n,).
+        products: how many products were made, a block of k counting k.
+    """
+
+    def __init__(self, parameters: ParameterVector, point: Linearisation, tape: Tape, definite: bool) -> None:
+        super().__init__(parameters, tape, definite)
+        self.loss, self.gradient = point.loss, point.gradient
+        self._report = point.report
+
+    def explain(self) -> OperatorReport:
+        """The operators that the closure met, how often, and how each was differentiated."""
+        return self._report
+
+
+class Hessian(PointOperator):
     """The Hessian of the loss that ``closure`` returns, at the parameters' values when it was built.
 
         H v = d/dt ∇f(w + t v) at t = 0  =  Im ∇f(w + ihv) / h
@@ -70,10 +90,7 @@ class Hessian(TapeOperator):
         closure: returns the loss, a tensor with one entry; it may also call ``zero_grad()`` and ``backward()``.
         params: a module or an iterable of parameters; those with ``requires_grad=False`` are left out.
 
-    Attributes:
-        loss: f(w), a 0-dim tensor.
-        gradient: ∇f(w), (n,).
-        products: how many products were made, a block of k counting k.
+    Attributes: see :class:`PointOperator`.
 
     Raises:
         ValueError, TypeError: see :class:`ParameterVector`; the closure returned no usable loss.
@@ -95,8 +112,50 @@ class Hessian(TapeOperator):
     def __init__(self, closure: Closure, params: nn.Module | Iterable[Tensor]) -> None:
         parameters = ParameterVector(params)
         point = evaluate_once(closure, parameters)
-        super().__init__(parameters, point.tape)
-        self.loss, self.gradient = point.loss, point.gradient
+        super().__init__(parameters, point, point.tape, definite=False)
+
+
+class GaussNewton(PointOperator):
+    """The Gauss-Newton matrix Jᵀ L'' J of a loss L of a model's outputs, at the parameters' values when it was built.
+
+    Args:
+        closure: returns ``(outputs, targets)``.
+        params: as for :class:`Hessian`.
+        loss: maps outputs and targets to a scalar; convex in the outputs and built from squares, PyTorch's mean squared
+            error, cross entropy, binary cross entropy, Huber or smooth L1 losses, sums and means of these.
+
+    Attributes: see :class:`PointOperator`.
+
+    Raises:
+        ValueError: the loss is of another form; and as for :class:`Hessian`.
+
+    Cost: as :class:`Hessian` to build; 4/3 of a gradient a product.
+
+    Source: Schraudolph, Neural Computation 14 (2002), 1723-1738, section 3.
+
+    Example:
+        >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
+        >>> G = GaussNewton(lambda: (model(x), torch.zeros(1, 1)), model)
+        >>> G.to_dense()
+        tensor([[2., 4.],
+                [4., 8.]])
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], tuple[Tensor, Tensor]],
+        params: nn.Module | Iterable[Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        evaluate = loss or nn.MSELoss()
+        parameters = ParameterVector(params)
+        point = evaluate_once(lambda: evaluate(*closure()), parameters)
+        if point.split is None:
+            raise ValueError(
+                "the loss is not recognised as a convex function of the outputs, so it has no Gauss-Newton matrix here. "
+                "Use a loss made of squares, cross entropies or Huber terms by sums and means, or Hessian(closure, params)."
+            )
+        super().__init__(parameters, point, gauss_newton(point.tape, point.split), definite=True)
 
 
 def evaluate_once(closure: Closure, parameters: ParameterVector) -> Linearisation:

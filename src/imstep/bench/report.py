@@ -109,7 +109,7 @@ def _table(comparison: Comparison) -> str:
     head = "<th>optimizer</th>" + "".join(f"<th>{name}</th>" for name in heads)
     head += "<th class=text>how steps ended</th>"
     note = (
-        "A forward and backward pass over the training set costs 1 gradient-equivalent, a loss alone 1/3, a "
+        "A forward and backward pass over the training set costs 1 gradient-equivalent, a loss 1/3, a "
         "recorded gradient 4/3, a replayed Hessian product 2, a Gauss-Newton product 4/3. Work that is no pass "
         "over the data, such as factorising a preconditioner, shows in the seconds only. A step that would "
         "exceed the budget does not count, and evaluations are not charged. An epoch draws every batch once; "

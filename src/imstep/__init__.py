@@ -1,13 +1,14 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
 from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp
-from imstep.curvature import Hessian
-from imstep.optim import NewtonKrylov
+from imstep.curvature import GaussNewton, Hessian
+from imstep.optim import NewtonKrylov, minimize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ComplexStepTensor",
+    "GaussNewton",
     "Hessian",
     "NewtonKrylov",
     "UnsupportedOperatorError",
@@ -15,4 +16,5 @@ __all__ = [
     "derivative",
     "hvp",
     "jvp",
+    "minimize",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
+from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Reference, Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane
 
@@ -106,6 +107,10 @@ class Arithmetic:
     def reference(self, t: Tensor) -> Reference | None:
         """What ``t`` is on the tape; None for a constant."""
         return self._dispatch.reference(t)
+
+    def report(self) -> OperatorReport:
+        """Which operators were met so far, and how they were differentiated."""
+        return OperatorReport.of(self.counts.items())
 
     def release(self, t: Tensor) -> None:
         """Forget the imaginary part of ``t``."""

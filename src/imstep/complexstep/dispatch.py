@@ -119,8 +119,8 @@ class Dispatch(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
         # The node is made before the operator runs, so it has the last number given out.
-        kept = (args, result) if func in LOSS_OPERATORS else ((), None)
-        return Call(func, *kept, False, torch.autograd._get_sequence_nr() - 1)
+        node = torch.autograd._get_sequence_nr() - 1
+        return Call(func, args, result, False, node) if func in LOSS_OPERATORS else Call(func, (), None, False, node)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
+from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector
 
@@ -36,12 +37,14 @@ class Linearisation:
         gradient: (n,).
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
         split: the loss as a convex function of outputs; None where it has another form.
+        report: the operators that the evaluation met.
     """
 
     loss: Tensor
     gradient: Tensor
     tape: Tape
     split: LossSplit | None
+    report: OperatorReport
 
 
 class FrozenClosure:
@@ -77,7 +80,7 @@ class FrozenClosure:
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        return Linearisation(loss if observer else loss.detach(), self._parameters.flatten(gradients), tape, split)
+        return Linearisation(loss if observer else loss.detach(), self._parameters.flatten(gradients), tape, split, arithmetic.report())
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -103,8 +106,8 @@ class FrozenClosure:
         self, arithmetic: Arithmetic, directions: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         inputs = self._parameters.tensors
-        for p, d in zip(inputs, directions or [None] * len(inputs), strict=True):
-            arithmetic.attach(p, d)
+        for at, p in enumerate(inputs):
+            arithmetic.attach(p, None if directions is None else directions[at])
         try:
             with self._same_state(), self._own_gradients(), arithmetic:
                 loss = self._call()
@@ -219,7 +222,7 @@ class _Writes:
         """Note the whole storage of ``t``, which is about to be overwritten, unless it is known."""
         storage = t.untyped_storage()
         if storage._cdata not in self._before:
-            whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)
             self._before[storage._cdata] = whole, whole.clone()
 
     def keep(self) -> None:

@@ -2,6 +2,7 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonIfConvex
 from imstep.optim.forcing import BestRateForcing, ResidualForcing
+from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
 from imstep.optim.preconditioning import Kronecker, NoPreconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -12,10 +13,13 @@ __all__ = [
     "ExactHessian",
     "GaussNewtonIfConvex",
     "Kronecker",
+    "MinimizeResult",
     "NewtonKrylov",
     "NoPreconditioning",
     "NonFiniteLossError",
     "ResidualForcing",
     "StepOutcome",
     "StepRecord",
+    "Termination",
+    "minimize",
 ]

@@ -209,7 +209,8 @@ class _Attempt:
         )
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
-        contraction = min(gradient_norm / memory.gradient_norm, 1.0) if memory.full_steps >= 2 else 1.0
+        shrunk = memory.full_steps >= 2 and gradient_norm < memory.gradient_norm
+        contraction = gradient_norm / memory.gradient_norm if shrunk else 1.0
         memory = memory.meet(gradient_norm)
         if gradient_norm <= optimizer._tolerance:
             return self._escape(record, memory)

@@ -10,7 +10,7 @@ from imstep.bench.steppers import Stepper, StepResult
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     ExactHessian,
-    GaussNewtonIfConvex,
+    GaussNewtonFirst,
     Kronecker,
     NewtonKrylov,
     NoPreconditioning,
@@ -74,7 +74,7 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
     return NewtonKrylovStepper(
         NewtonKrylov(
             problem.parameters,
-            curvature=ExactHessian() if options["hessian"] else GaussNewtonIfConvex(),
+            curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
             step=TaylorMonitor(theta=options["theta"]),
             damping=LevenbergMarquardt(initial=options["damping"]),
             preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),

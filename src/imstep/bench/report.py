@@ -110,11 +110,11 @@ def _table(comparison: Comparison) -> str:
     head += "<th class=text>how steps ended</th>"
     note = (
         "A forward and backward pass over the training set costs 1 gradient-equivalent, a loss 1/3, a "
-        "recorded gradient 4/3, a replayed Hessian product 2, a Gauss-Newton product 4/3. Work that is no pass "
-        "over the data, such as factorising a preconditioner, shows in the seconds only. A step that would "
-        "exceed the budget does not count, and evaluations are not charged. An epoch draws every batch once; "
-        "one step of L-BFGS or NewtonKrylov passes over its batch several times. Seconds are those of the "
-        "chosen setting's steps, without the sweeps."
+        "recorded gradient 4/3, a replayed Hessian product 2, a Gauss-Newton product 4/3. Work that is not "
+        "a pass over the data, such as factorising a preconditioner, shows in the seconds only. A step that "
+        "would exceed the budget does not count, and evaluations are not charged. An epoch draws every batch "
+        "once; one step of L-BFGS or NewtonKrylov passes over its batch several times. Seconds are those of "
+        "the chosen setting's steps, without the sweeps."
     )
     content = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return _section("Result", note, content)

@@ -93,7 +93,8 @@ def _heldout(runs: Sequence[Run]) -> str:
     """Training loss is what is optimized; the held-out loss is what one wants in the end."""
     ranked = sorted(runs, key=lambda run: run.best.heldout if _ok(run) else math.inf)
     best = ranked[0]
-    loss = short(best.best.heldout)
+    others = "" if best is runs[0] else f"; {runs[0].label} {short(runs[0].best.heldout)}"
+    loss = f"{short(best.best.heldout)}{others}"
     return f"Where each has its lowest training loss, {best.label} has the lowest held-out loss ({loss})."
 
 

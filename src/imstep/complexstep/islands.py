@@ -77,6 +77,8 @@ class Islands(TorchFunctionMode):
         if func in _CUTS:
             with self.cut():
                 return func(*args, **kwargs)
+        if func is Tensor.detach_:
+            return self._detach_in_place(*args)
         if func in SUBSTITUTES:
             return SUBSTITUTES[func](*args, **kwargs)
         if func in _RECURRENT:
@@ -89,6 +91,12 @@ class Islands(TorchFunctionMode):
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _detach_in_place(self, t: Tensor) -> Tensor:
+        # What was saved of it before stays as it was; from here on it is a constant in memory of its own.
+        with self.cut():
+            t.detach_().data = t.clone()
+        return t
 
     @contextmanager
     def cut(self) -> Iterator[None]:

@@ -123,7 +123,8 @@ def _functional(op: OpOverload) -> OpOverload | None:
     home = getattr(torch.ops, op.namespace)
     packets = [op.overloadpacket]
     if name.endswith("_") and not name.endswith("__"):
-        packets = [p for p in (getattr(home, name[:-1], None), op.overloadpacket) if p is not None]
+        names = (name[:-1], f"{name}functional")
+        packets = [getattr(home, n) for n in names if hasattr(home, n)] + packets
     # An out= argument is no input; names of overloads do not correspond (pow_.Scalar is pow.Tensor_Scalar), arguments do.
     taken = [(a.name, str(a.type)) for a in op._schema.arguments if not _is_output(a)]
     for packet in packets:

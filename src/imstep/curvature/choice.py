@@ -10,32 +10,57 @@ from imstep.curvature.hessian import TapeOperator, gauss_newton_of, hessian_of
 from imstep.curvature.parameters import ParameterVector
 
 class CurvatureChoice(ABC):
-    """Chooses the curvature matrix at a point; both matrices are read off the same record."""
+    """Chooses the curvature matrix at a point; all candidates are read off the same record."""
 
     @abstractmethod
-    def at(self, point: Linearisation, parameters: ParameterVector) -> TapeOperator:
-        """The matrix for the step at ``point``."""
+    def candidates(
+        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+    ) -> list[TapeOperator]:
+        """The matrices for the step at ``point``, in order: a later one serves if an earlier one proves indefinite.
+
+        Args:
+            point: the record.
+            parameters: the vector it is about.
+            relative_gradient: ‖g‖ over the largest met, in (0, 1].
+            probe: whether it is time to see if the Hessian has become definite.
+        """
 
 
 @dataclass(frozen=True)
 class ExactHessian(CurvatureChoice):
     """The Hessian itself, of any loss: negative curvature is seen, and convergence is superlinear."""
 
-    def at(self, point: Linearisation, parameters: ParameterVector) -> TapeOperator:
-        return hessian_of(point, parameters)
+    def candidates(
+        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+    ) -> list[TapeOperator]:
+        return [hessian_of(point, parameters)]
 
 
 @dataclass(frozen=True)
-class GaussNewtonIfConvex(CurvatureChoice):
-    """The Gauss-Newton matrix where the loss is a convex function of outputs, else the Hessian.
+class GaussNewtonFirst(CurvatureChoice):
+    """The Gauss-Newton matrix where the loss is a convex function of outputs; close to a minimum the Hessian.
 
-    It is positive semidefinite and a third cheaper per product. For linear models both are the same.
+    Gauss-Newton is positive semidefinite and a third cheaper per product, but where residuals stay large it
+    converges linearly only. So once the gradient is small the Hessian is tried, and kept while it shows no
+    negative curvature. Where the loss has another form it is the Hessian always.
 
-    Source: Schraudolph, Neural Computation 14 (2002), 1723-1738; as the default our choice by measurement.
+    Args:
+        close: relative gradient norm from which the Hessian is tried, in [0, 1]; 0 for never.
+
+    Source: Schraudolph, Neural Computation 14 (2002), 1723-1738, for the matrix; the switch is our choice.
     """
 
-    def at(self, point: Linearisation, parameters: ParameterVector) -> TapeOperator:
-        operator = gauss_newton_of(point, parameters)
-        if operator is None:
-            return ExactHessian().at(point, parameters)
-        return operator
+    close: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.close <= 1:
+            raise ValueError(f"close, a relative gradient norm, must lie in [0, 1], got {self.close}.")
+
+    def candidates(
+        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+    ) -> list[TapeOperator]:
+        approximation = gauss_newton_of(point, parameters)
+        exact = hessian_of(point, parameters)
+        if approximation is None:
+            return [exact]
+        return [exact, approximation] if probe and relative_gradient <= self.close else [approximation]

@@ -1,6 +1,6 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonIfConvex
+from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, ResidualForcing
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
@@ -11,7 +11,7 @@ __all__ = [
     "BestRateForcing",
     "Cost",
     "ExactHessian",
-    "GaussNewtonIfConvex",
+    "GaussNewtonFirst",
     "Kronecker",
     "MinimizeResult",
     "NewtonKrylov",

@@ -7,6 +7,8 @@ from typing import Any
 
 from imstep.globalization import SearchState
 
+LONGEST_WAIT = 64
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -22,6 +24,8 @@ class Memory:
         largest_gradient_norm: the largest ‖g‖ met; 0 before the first.
         full_steps: how many steps in a row, up to the last, were full Newton steps that the model foresaw.
         products: of the last step.
+        probe_in: steps until the Hessian is tried in place of an approximation.
+        probe_wait: how long to wait after its next failure.
     """
 
     search: SearchState
@@ -33,6 +37,8 @@ class Memory:
     largest_gradient_norm: float = 0.0
     full_steps: int = 0
     products: int = 0
+    probe_in: int = 0
+    probe_wait: int = 1
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
@@ -42,6 +48,14 @@ class Memory:
             gradient_norm=gradient_norm,
             largest_gradient_norm=max(self.largest_gradient_norm, gradient_norm),
         )
+
+    def probed(self, definite: bool | None) -> Memory:
+        """The memory after a step that found the Hessian definite or not; None where it was not tried."""
+        if definite is None:
+            return replace(self, probe_in=max(self.probe_in - 1, 0))
+        if definite:
+            return replace(self, probe_in=0, probe_wait=1)
+        return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and a nested dictionary."""

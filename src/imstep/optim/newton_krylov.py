@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.curvature.choice import CurvatureChoice, GaussNewtonIfConvex
+from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.hessian import TapeOperator, hessian_of
 from imstep.curvature.layers import LayerObserver
@@ -103,7 +103,7 @@ class NewtonKrylov(torch.optim.Optimizer):
             raise ValueError(f"max_trials and max_refusals are at least 1, got {max_trials} and {max_refusals}.")
         super().__init__(params, {})
         self._parameters = ParameterVector(p for group in self.param_groups for p in group["params"])
-        self._curvature = curvature or GaussNewtonIfConvex()
+        self._curvature = curvature or GaussNewtonFirst()
         self._forcing = forcing or BestRateForcing()
         self._search = step or TaylorMonitor()
         self._damping = damping or LevenbergMarquardt()
@@ -179,13 +179,18 @@ class NewtonKrylov(torch.optim.Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class _Setting:
-    """What a step works with once the point is known."""
+    """What the Krylov iteration of a step works with."""
 
-    operator: TapeOperator
+    candidates: list[TapeOperator]
     preconditioner: LinearOperator | None
     damping: float
-    cost: Cost
-    memory: Memory
+    situation: Situation
+
+    @property
+    def products(self) -> Cost:
+        """The products made so far."""
+        definite = sum(a.products for a in self.candidates if a.definite)
+        return Cost(gauss_newton_products=definite, hessian_products=sum(a.products for a in self.candidates) - definite)
 
 
 class _Attempt:
@@ -214,9 +219,18 @@ class _Attempt:
         memory = memory.meet(gradient_norm)
         if gradient_norm <= optimizer._tolerance:
             return self._escape(record, memory)
-        setting = self._set_up(observer, memory, gradient_norm)
-        direction = self._solve(setting, gradient_norm, contraction)
-        return self._move(record, setting, direction)
+        cost = self._refresh(observer)
+        setting, memory = self._set_up(memory, record.cost + cost, contraction)
+        direction, memory = self._solve(setting, memory)
+        record = replace(
+            record,
+            status=direction.status,
+            iterations=direction.iterations,
+            products=setting.products.products,
+            damping=setting.damping,
+            cost=record.cost + cost + setting.products,
+        )
+        return self._move(record, memory, direction)
 
     def leave(self) -> None:
         """Put back what must not stay: after a rejected step everything, else what later evaluations did."""
@@ -226,49 +240,54 @@ class _Attempt:
 
     # --- direction ----------------------------------------------------------------------------------------------
 
-    def _set_up(self, observer: LayerObserver | None, memory: Memory, gradient_norm: float) -> _Setting:
-        optimizer, cost = self._optimizer, Cost(linearisations=1)
-        if observer is not None and self.point.split is not None and observer.uses:
-            optimizer._preconditioner.refresh(self.point, observer)
-            cost += Cost(refreshes=1)
-        operator = optimizer._curvature.at(self.point, self._parameters)
+    def _refresh(self, observer: LayerObserver | None) -> Cost:
+        if observer is None or self.point.split is None or not observer.uses:
+            return Cost()
+        self._optimizer._preconditioner.refresh(self.point, observer)
+        return Cost(refreshes=1)
+
+    def _set_up(self, memory: Memory, cost: Cost, contraction: float) -> tuple[_Setting, Memory]:
+        optimizer = self._optimizer
+        relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
+        candidates = optimizer._curvature.candidates(
+            self.point, self._parameters, relative_gradient, probe=memory.probe_in == 0
+        )
         if memory.curvature_scale == 0.0:
-            unit = self.point.gradient / gradient_norm
-            scale = abs(float(unit @ (operator @ unit)))
+            unit = self.point.gradient / memory.gradient_norm
+            scale = abs(float(unit @ (candidates[-1] @ unit)))
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
-        vanishing = math.sqrt(gradient_norm / memory.largest_gradient_norm)
-        damping = memory.damping * memory.curvature_scale * vanishing
-        return _Setting(operator, optimizer._preconditioner.operator(damping), damping, cost, memory)
-
-    def _solve(self, setting: _Setting, gradient_norm: float, contraction: float) -> Direction:
-        optimizer, memory = self._optimizer, setting.memory
+        damping = memory.damping * memory.curvature_scale * math.sqrt(relative_gradient)
         situation = Situation(
-            relative_gradient=gradient_norm / memory.largest_gradient_norm,
+            relative_gradient=relative_gradient,
             contraction=contraction,
             last_products=memory.products,
-            fixed_cost=setting.cost.gradient_equivalents + LOSS_COST,
-            product_cost=GAUSS_NEWTON_PRODUCT_COST if setting.operator.definite else HESSIAN_PRODUCT_COST,
+            fixed_cost=cost.gradient_equivalents + LOSS_COST,
+            product_cost=GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST,
         )
-        return krylov_direction(
-            setting.operator,
-            self.point.gradient,
-            damping=setting.damping,
-            preconditioner=setting.preconditioner,
-            stopping=optimizer._forcing.rules(situation),
-            curvature_floor=optimizer._curvature_floor,
-        )
+        return _Setting(candidates, optimizer._preconditioner.operator(damping), damping, situation), memory
+
+    def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
+        """The direction by the first candidate that does not prove indefinite, or else by the last."""
+        for operator in setting.candidates:
+            direction = krylov_direction(
+                operator,
+                self.point.gradient,
+                damping=setting.damping,
+                preconditioner=setting.preconditioner,
+                stopping=self._optimizer._forcing.rules(setting.situation),
+                curvature_floor=self._optimizer._curvature_floor,
+            )
+            if not direction.status.disturbing:
+                break
+        tried = len(setting.candidates) > 1
+        memory = memory.probed(operator is setting.candidates[0] if tried else None)
+        return direction, replace(memory, products=operator.products)
 
     # --- step length --------------------------------------------------------------------------------------------
 
-    def _move(self, record: StepRecord, setting: _Setting, direction: Direction) -> tuple[StepRecord, Memory]:
-        optimizer, memory = self._optimizer, setting.memory
-        products = setting.operator.products
-        spent = Cost(gauss_newton_products=products) if setting.operator.definite else Cost(hessian_products=products)
-        record = replace(
-            record, status=direction.status, iterations=direction.iterations, products=products,
-            damping=setting.damping, cost=setting.cost + spent,
-        )  # fmt: skip
+    def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
+        optimizer = self._optimizer
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory
         model = self._line(direction)
@@ -286,7 +305,6 @@ class _Attempt:
             search=trials.state,
             damping=optimizer._damping.update(memory.damping, _realised(model, trials)),
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
-            products=setting.operator.products,
         )
         return self._finish(record, model, direction, trials), memory
 

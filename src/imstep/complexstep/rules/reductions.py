@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from imstep.complexstep.registry import exact, linear, rule
+from imstep.complexstep.registry import defined_as, exact, linear, rule
 from imstep.complexstep.rules.forms import evaluated, times, total
 from imstep.complexstep.rules.piecewise import expanded, shared_extreme
 
@@ -255,3 +255,9 @@ def dist(x, y, p=2):
     return value, lambda dx, dy: push(total(dx, None if dy is None else -dy).expand(shape))
 
 
+@defined_as(aten._weight_norm_interface_backward.default)
+def weight_norm_backward(gw, v, g, norms, dim):
+    """Of w = g v/|v|, the norms being taken over all dimensions but ``dim``."""
+    dims = [d for d in range(v.dim()) if d != dim]
+    along = (gw * v).sum(dims, keepdim=True) / norms
+    return g / norms * (gw - v * (along / norms)), along

@@ -222,7 +222,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report; an earlier one is replaced.")] = Path(
         "demo"
     ),
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as torch chooses.")] = None,
+    # A network this small gains little from a second thread, and slows many times where cores are shared.
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """The main job: compare on the digits autoencoder, about a minute on two cores."""
     request = ComparisonRequest("digits-autoencoder", threads=threads)

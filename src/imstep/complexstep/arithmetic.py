@@ -19,8 +19,10 @@ from torch import Tensor
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.report import OperatorReport
-from imstep.complexstep.tape import Reference, Tape
+from imstep.complexstep.tape import Call, Reference, Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane
+
+_INPUT = Call(torch.ops.aten.copy_.default, (), None, False, -2)  # of no node: no operator of the user's
 
 
 class Arithmetic:
@@ -77,13 +79,23 @@ class Arithmetic:
         torch.clear_autocast_cache()
 
     def attach(self, t: Tensor, im: Tensor | None = None) -> None:
-        """Perturb ``t`` by ``im`` (copied; shape of ``t``); on a tape ``t`` becomes the next input, without ``im``."""
-        self._plane.drop(t)
+        """Perturb ``t`` by ``im`` (copied; shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.
+
+        Inputs may be parts of one storage, as the weights of a recurrent network on a GPU are.
+        """
+        known = self._plane.find(t)
         if self._tape is not None:
-            self._plane.name(t, self._tape.input(t))
+            slot = self._tape.input(t)
+            if known is None:
+                self._plane.name(t, slot)
+            else:
+                self._tape.record_write((slot, None), self._tape.reference(known, t), _INPUT)
         elif im is not None:
             with torch.no_grad():
-                self._plane.put(t, im.to(t.dtype).clone())
+                if known is None:
+                    self._plane.put(t, im.to(t.dtype).clone())
+                else:
+                    self._plane.write(t, im)
 
     def number(self, re: Tensor, im: Tensor) -> Tensor:
         """A copy of ``re`` with the imaginary part ``im``; it does not require gradients."""

@@ -14,14 +14,14 @@ class CurvatureChoice(ABC):
 
     @abstractmethod
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
     ) -> list[TapeOperator]:
         """The matrices for the step at ``point``, in order: a later one serves if an earlier one proves indefinite.
 
         Args:
             point: the record.
             parameters: the vector it is about.
-            relative_gradient: ‖g‖ over the largest met, in (0, 1].
+            progress: relative decrease of the loss in the last step; infinite before the first.
             probe: whether it is time to see if the Hessian has become definite.
         """
 
@@ -31,7 +31,7 @@ class ExactHessian(CurvatureChoice):
     """The Hessian itself, of any loss: negative curvature is seen, and convergence is superlinear."""
 
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
     ) -> list[TapeOperator]:
         return [hessian_of(point, parameters)]
 
@@ -41,26 +41,26 @@ class GaussNewtonFirst(CurvatureChoice):
     """The Gauss-Newton matrix where the loss is a convex function of outputs; close to a minimum the Hessian.
 
     Gauss-Newton is positive semidefinite and a third cheaper per product, but where residuals stay large it
-    converges linearly only. So once the gradient is small the Hessian is tried, and kept while it shows no
+    converges linearly only. So once steps bring little the Hessian is tried, and kept while it shows no
     negative curvature. Where the loss has another form it is the Hessian always.
 
     Args:
-        close: relative gradient norm from which the Hessian is tried, in [0, 1]; 0 for never.
+        close: relative decrease of the loss per step below which the Hessian is tried, in [0, 1]; 0 for never.
 
     Source: Schraudolph, Neural Computation 14 (2002), 1723-1738, for the matrix; the switch is our choice.
     """
 
-    close: float = 0.03
+    close: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0 <= self.close <= 1:
-            raise ValueError(f"close, a relative gradient norm, must lie in [0, 1], got {self.close}.")
+            raise ValueError(f"close, a relative decrease, must lie in [0, 1], got {self.close}.")
 
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, relative_gradient: float, probe: bool
+        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
     ) -> list[TapeOperator]:
         approximation = gauss_newton_of(point, parameters)
         exact = hessian_of(point, parameters)
         if approximation is None:
             return [exact]
-        return [exact, approximation] if probe and relative_gradient <= self.close else [approximation]
+        return [exact, approximation] if probe and progress < self.close else [approximation]

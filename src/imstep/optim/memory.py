@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ class Memory:
         largest_gradient_norm: the largest ‖g‖ met; 0 before the first.
         full_steps: how many steps in a row, up to the last, were full Newton steps that the model foresaw.
         products: of the last step.
+        progress: relative decrease of the loss in the last step; infinite before the first.
         probe_in: steps until the Hessian is tried in place of an approximation.
         probe_wait: how long to wait after its next failure.
     """
@@ -37,6 +39,7 @@ class Memory:
     largest_gradient_norm: float = 0.0
     full_steps: int = 0
     products: int = 0
+    progress: float = math.inf
     probe_in: int = 0
     probe_wait: int = 1
 

@@ -250,7 +250,7 @@ class _Attempt:
         optimizer = self._optimizer
         relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
         candidates = optimizer._curvature.candidates(
-            self.point, self._parameters, relative_gradient, probe=memory.probe_in == 0
+            self.point, self._parameters, memory.progress, probe=memory.probe_in == 0
         )
         if memory.curvature_scale == 0.0:
             unit = self.point.gradient / memory.gradient_norm
@@ -305,6 +305,7 @@ class _Attempt:
             search=trials.state,
             damping=optimizer._damping.update(memory.damping, _realised(model, trials)),
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
+            progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
         return self._finish(record, model, direction, trials), memory
 

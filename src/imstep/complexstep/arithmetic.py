@@ -20,7 +20,7 @@ from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Call, Reference, Tape
-from imstep.complexstep.tensor import ComplexStepTensor, Plane
+from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
 _INPUT = Call(torch.ops.aten.copy_.default, (), None, False, -2)  # of no node: no operator of the user's
 
@@ -86,10 +86,13 @@ class Arithmetic:
         known = self._plane.find(t)
         if self._tape is not None:
             slot = self._tape.input(t)
-            if known is None:
+            if known is None and whole(t).numel() == t.numel():
                 self._plane.name(t, slot)
-            else:
-                self._tape.record_write((slot, None), self._tape.reference(known, t), _INPUT)
+                return
+            if known is None:
+                known = self._tape.define(whole(t))
+                self._plane.name(t, known)
+            self._tape.record_write((slot, None), self._tape.reference(known, t), _INPUT)
         elif im is not None:
             with torch.no_grad():
                 if known is None:

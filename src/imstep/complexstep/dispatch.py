@@ -32,6 +32,11 @@ _RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch no
 class Dispatch(TorchDispatchMode):
     """Carries out the operators of one :class:`~imstep.complexstep.arithmetic.Arithmetic`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every operator the wrapper by which PyTorch keeps its compiler out of a mode (a quarter of the cost)."""
+        return False
+
     def __init__(
         self,
         plane: Plane,
@@ -215,8 +220,8 @@ class Dispatch(TorchDispatchMode):
         if sig.functional is None:
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
         kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
-        with self:
-            self._overwrite(targets, sig.functional(*args, **kwargs))
+        known = signature(sig.functional)
+        self._overwrite(targets, self._carry_out(sig.functional, known, known.gather(args, kwargs), args, kwargs))
         alone = len(targets) == 1 and isinstance(targets[0], Tensor)
         return targets[0] if alone else None if not func._schema.returns else tuple(targets)
 
@@ -229,7 +234,13 @@ class Dispatch(TorchDispatchMode):
         for target, result in zip(targets, results, strict=True):
             if target.shape != result.shape:
                 target.resize_(result.shape)
-            target.copy_(result)
+            if self._tape is not None:
+                self._tape.protect(target)
+            if self._plane.interchangeable(target, result):
+                target.copy_(result)
+                self._plane.hand_over(result, target)
+            else:
+                self._copy(torch.ops.aten.copy_.default, (target, result), {})
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         target, source = args[0], args[1]
@@ -241,6 +252,8 @@ class Dispatch(TorchDispatchMode):
             return outputs
         read = self.reference(source)
         if self._plane.find(target) is None:
+            if read is None:
+                return outputs
             self._plane.name(target, self._tape.define(whole(target)))
         self._tape.record_write(read, self.reference(target), self._call(func))
         return outputs

@@ -119,8 +119,7 @@ class Tape:
 
     def reference(self, slot: int, t: Tensor) -> Reference:
         """How ``t`` looks onto ``slot``: no window where it shows it as it was defined."""
-        window = Window(t)
-        return slot, None if window.same(self._slots[slot].window) else window
+        return slot, None if self._slots[slot].window.fits(t) else Window(t)
 
     def record(self, push: Any, inputs: list[Any], outputs: Any, call: Call) -> None:
         """Append a linear map; remembers the tensors it holds, to notice when they are overwritten."""
@@ -173,7 +172,8 @@ class Tape:
                 kept.append(step)
                 needed.update(step.reads)
         # The arguments of possible losses have served their purpose.
-        self._steps = [replace(step, call=replace(step.call, args=(), result=None)) for step in reversed(kept)]
+        forget = lambda step: replace(step, call=replace(step.call, args=(), result=None)) if step.call.args else step
+        self._steps = [forget(step) for step in reversed(kept)]
         self._held += [(t, v) for ts in self._holders.values() for t, v, _ in ts if v is not None]
         self._holders = {}
         held = {id(t) for step in self._steps if step.push for t in captured(step.push)}

@@ -59,7 +59,14 @@ class Window:
 
     def same(self, other: Window) -> bool:
         """Whether both look onto a storage in one way."""
-        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        return (
+            self.size == other.size
+            and self.stride == other.stride
+            and self.offset == other.offset
+            and self.dtype is other.dtype
+            and self.conj == other.conj
+            and self.neg == other.neg
+        )
 
     def onto(self, base: Tensor, shift: int = 0) -> Tensor:
         """This window onto the storage of ``base``, moved by ``shift`` entries."""
@@ -105,6 +112,23 @@ class Plane:
         """The imaginary part of ``t``: a view of the attached memory, shape of ``t``."""
         base = self.find(t)
         return None if base is None else Window(t).onto(base)
+
+    def interchangeable(self, t: Tensor, other: Tensor) -> bool:
+        """Whether two tensors fill different storages in the same way, so that one's imaginary part suits the other."""
+        storage, others = t.untyped_storage(), other.untyped_storage()
+        return (
+            storage.nbytes() == others.nbytes() == t.numel() * t.element_size()
+            and storage._cdata != others._cdata
+            and Window(t).fits(other)
+        )
+
+    def hand_over(self, source: Tensor, target: Tensor) -> None:
+        """Give what is attached to the storage of ``source``, which is used no more, to that of ``target``."""
+        held = source.untyped_storage().__dict__.pop(self._key, None)
+        if held is None:
+            self.drop(target)
+        else:
+            target.untyped_storage().__dict__[self._key] = held
 
     def name(self, t: Tensor, slot: int) -> None:
         """Attach the number of a slot to the storage of ``t``."""

@@ -210,7 +210,14 @@ class _Attempt:
         self.point = self._frozen.linearise(observer)
         loss, gradient_norm = float(self.point.loss.detach()), float(self.point.gradient.norm())
         record = StepRecord(
-            memory.steps, StepOutcome.ACCEPTED, None, loss, loss, gradient_norm, cost=Cost(linearisations=1)
+            step=memory.steps,
+            outcome=StepOutcome.ACCEPTED,
+            status=None,
+            loss=loss,
+            new_loss=loss,
+            gradient_norm=gradient_norm,
+            radius=memory.search.radius,
+            cost=Cost(linearisations=1),
         )
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
@@ -338,7 +345,6 @@ class _Attempt:
             actual_decrease=model.decrease(trials.step_length) - trials.taylor_error,
             rho=trials.rho,
             taylor_error=trials.taylor_error,
-            radius=trials.state.radius,
             cost=record.cost + trials.cost,
         )
 

@@ -95,6 +95,8 @@ class _KroneckerPreconditioner(Preconditioner):
         self._factors = KroneckerFactors(parameters, kind.decay)
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
         self._steps = 0
+        self._inverse: LinearOperator | None = None
+        self._inverse_damping = 0.0  # 0: out of date
 
     def observer(self) -> LayerObserver | None:
         due = self._steps % self._kind.every == 0
@@ -103,14 +105,25 @@ class _KroneckerPreconditioner(Preconditioner):
 
     def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
         self._factors.update(point, observer, self._generator)
+        self._inverse_damping = 0.0
 
     def operator(self, damping: float) -> LinearOperator | None:
-        return self._factors.preconditioner(damping)
+        # Inverting costs as much as several gradients on wide layers; a factor of two in λ is not worth it.
+        if not 0.5 * self._inverse_damping < damping < 2 * self._inverse_damping:
+            self._inverse, self._inverse_damping = self._factors.preconditioner(damping), damping
+        return self._inverse
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, "generator": self._generator.get_state(), "factors": self._factors.state_dict()}
+        return {
+            "steps": self._steps,
+            "generator": self._generator.get_state(),
+            "inverse_damping": self._inverse_damping,
+            "factors": self._factors.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])
+        self._inverse_damping = state["inverse_damping"]
+        self._inverse = self._factors.preconditioner(self._inverse_damping) if self._inverse_damping else None

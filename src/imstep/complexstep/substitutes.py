@@ -160,6 +160,11 @@ def _ctc_one(log_probs: Tensor, target: Tensor, blank: int) -> Tensor:
 SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
     F.grid_sample: grid_sample,
     torch.grid_sampler: grid_sampler,
+    torch.grid_sampler_2d: grid_sampler,
+    torch.grid_sampler_3d: grid_sampler,
     F.ctc_loss: ctc_loss,
     torch.ctc_loss: ctc_sum,
 }
+
+if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13; its option to work in chunks computes gradients in the forward pass
+    SUBSTITUTES[F.linear_cross_entropy] = lambda *args, options=None, **kwargs: F.linear_cross_entropy(*args, **kwargs)

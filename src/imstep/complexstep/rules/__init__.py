@@ -36,6 +36,7 @@ _FAMILIES = (
     "margins",
     "distances",
     "bags",
+    "segments",
     "random",
 )
 

@@ -168,7 +168,7 @@ def elu_backward(g, alpha, scale, input_scale, is_result, x):
     """``x`` is the result where the activation was taken in place."""
     y = x if is_result else aten.elu(x, alpha, scale, input_scale)
     f1 = elu_slope(x, y, alpha, scale, input_scale)
-    f2 = torch.where(x > 0, 0, input_scale if is_result else input_scale * f1)
+    f2 = torch.where(x > 0, 0, torch.full_like(x, input_scale) if is_result else input_scale * f1)
     by_x = g * f2
     return g * f1, lambda dg, dx: plus(times(dg, f1), times(dx, by_x))
 
@@ -236,5 +236,5 @@ def rrelu_with_noise_backward(g, x, noise, *parameters):
 def rrelu_with_noise(x, noise, lower=0.125, upper=1 / 3, training=False, generator=None):
     """In training the kernel writes the slopes it has drawn over ``noise``."""
     y = aten.rrelu_with_noise(x, noise, lower, upper, training, generator)
-    slope = noise if training else torch.where(x > 0, 1, (lower + upper) / 2)
+    slope = noise if training else torch.where(x > 0, 1, torch.full_like(x, (lower + upper) / 2))
     return y, lambda dx, _: None if dx is None else dx * slope

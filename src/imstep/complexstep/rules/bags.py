@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from imstep.complexstep.registry import multilinear, rule
+from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.registry import defined_as, multilinear, rule
 from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
@@ -54,3 +55,17 @@ def embedding_bag_backward(g, indices, bag, size, maxima, rows, by_freq, mode, s
         return first if ds is None else plus(first, scatter(g, ds))
 
     return scatter(g, s), push
+
+
+@defined_as(aten._embedding_bag_backward.default)
+def embedding_bag_backward_of_any_layout(
+    g, indices, offsets, bag, size, maxima, rows, by_freq, mode, sparse, s, padding=-1
+):
+    if sparse:
+        raise UnsupportedOperatorError(
+            aten._embedding_bag_backward.default, "a sparse gradient carries no imaginary part.", "Use sparse=False."
+        )
+    if bag.numel() == 0:  # the kernel leaves it out where it can do without
+        places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
+        bag = torch.searchsorted(offsets, places, right=True).to(indices.dtype) - 1
+    return aten._embedding_bag_dense_backward(g, indices, bag, size, maxima, rows, by_freq, mode, s, padding)

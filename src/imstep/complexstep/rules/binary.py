@@ -106,9 +106,16 @@ def power(x, c):
     return torch.pow(x, c), lambda dx: dx * slope
 
 
+def _log(x):
+    """The logarithm of a tensor, or of a number in double precision; not a number below zero."""
+    if isinstance(x, Tensor):
+        return torch.log(x)
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
 def _powers_on_complex(z, e):
     if not isinstance(z, Tensor) or not z.is_complex():
-        return torch.exp(e * torch.log(torch.as_tensor(z)))
+        return torch.exp(e * _log(z))
     negative = z.real < 0
     magnitude = torch.exp(e * torch.log(torch.where(negative, -z, z)))
     if e.is_complex():
@@ -225,11 +232,11 @@ def _by_argument(arguments, ims):
 
 
 def _xlogy_on_complex(x, y):
-    return x * torch.log(torch.as_tensor(y))
+    return x * _log(y)
 
 
 def _xlog1py_on_complex(x, y):
-    return x * torch.log1p(torch.as_tensor(y))
+    return x * (torch.log1p(y) if isinstance(y, Tensor) else math.log1p(y))
 
 
 rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Other, aten.xlogy.Scalar_Self, family="elementwise", finite=evaluated(_xlogy_on_complex))(

@@ -81,8 +81,11 @@ class _Normalised:
         if ds is not None:
             dgx = plus(dgx, self.project(n, u) * (ds / self.s))
         dgw = plus(None if dg is None else dg * n, None if dn is None else g * dn)
-        dgw = None if dgw is None else dgw.sum(self.rows, keepdim=True)
-        return dgx, dgw, None if dg is None else dg.sum(self.rows, keepdim=True)
+        return dgx, self.over_rows(dgw), self.over_rows(dg)
+
+    def over_rows(self, v):
+        """The sum over what shares a weight; none does where the normalised dimensions are all there are."""
+        return v if v is None or not self.rows else v.sum(self.rows, keepdim=True)
 
 
 def _shape(v, like):

@@ -8,6 +8,7 @@ the loss arrive here as ordinary operators.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -69,6 +70,8 @@ class Arithmetic:
     def __enter__(self) -> Arithmetic:
         torch.clear_autocast_cache()  # casts made before would lack the imaginary part
         with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled: its kernels have no derivative
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()

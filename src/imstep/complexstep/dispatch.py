@@ -17,7 +17,7 @@ from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
-from imstep.complexstep.tensor import Plane, is_constant_copy, mark_constant, whole
+from imstep.complexstep.tensor import Plane, whole
 
 rules.load()
 
@@ -92,7 +92,7 @@ class Dispatch(TorchDispatchMode):
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
         self._count(func, "cut")
         outputs = func(*args, **kwargs)
-        copy = lambda t: mark_constant(t.clone()) if self._plane.find(t) is not None else t
+        copy = lambda t: self._plane.constant(t) if self._plane.find(t) is not None else t
         if isinstance(outputs, Tensor):
             return copy(outputs)
         return type(outputs)(copy(t) if isinstance(t, Tensor) else t for t in outputs) if sig.view else outputs
@@ -115,17 +115,18 @@ class Dispatch(TorchDispatchMode):
             self._store(outputs, push(*self._imaginary(tensors)))
         else:
             inputs = self.reference(tensors)
-            self._tape.record(push, inputs, self._define(outputs), self._call(func, args, outputs))
+            self._tape.record(push, inputs, self._define(outputs), self._call(func, args, outputs, kwargs.get("alpha", 1)))
         return outputs
 
-    def _call(self, func: OpOverload, args: Any = (), result: Any = None) -> Call:
+    def _call(self, func: OpOverload, args: Any = (), result: Any = None, alpha: Any = 1) -> Call:
         """Where an operator comes from: the node of autograd's graph that it belongs to, forward or backward."""
         if self._islands.final:
             node = torch._C._current_autograd_node()
             return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
         # The node is made before the operator runs, so it has the last number given out.
         node = torch.autograd._get_sequence_nr() - 1
-        return Call(func, args, result, False, node) if func in LOSS_OPERATORS else Call(func, (), None, False, node)
+        kept = (args, result) if func in LOSS_OPERATORS else ((), None)
+        return Call(func, *kept, False, node, alpha)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):
@@ -196,7 +197,7 @@ class Dispatch(TorchDispatchMode):
     def _mutate(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         targets = [t for t, (*_, written) in zip(tensors, sig.tensors, strict=True) if written]
         for t in targets:
-            if isinstance(t, Tensor) and is_constant_copy(t):
+            if isinstance(t, Tensor) and self._plane.is_constant(t):
                 raise UnsupportedOperatorError(
                     func,
                     "it writes into a view made by .detach(), .data or under no_grad of a tensor that is being "

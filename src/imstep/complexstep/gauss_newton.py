@@ -5,8 +5,8 @@ where the backward pass of z multiplies by values that depend on w. Read these a
 Jᵀ L'' J. What remains exact is the loss itself, with everything it does to z, and terms that
 bypass z, such as weight decay.
 
-The split into z and loss is read off the tape: walk back from the loss through linear operators with
-positive factors; the arguments of the first convex operators on the way are the outputs z. Our own choice; for the
+The split into z and loss is read off the tape: walk back from the loss through linear operators, keeping account of
+signs; the arguments of the first convex operators on the way are the outputs z. Our own choice; for the
 matrix itself see Schraudolph, Neural Computation 14 (2002), 1723-1738, section 3.
 """
 
@@ -23,11 +23,10 @@ from imstep.complexstep.tape import Reference, Step, Tape
 aten = torch.ops.aten
 
 _SUMS = {aten.sum, aten.mean, aten.add, aten.clone, aten._to_copy, aten.stack, aten.cat, aten.index, aten.select_backward}
-_SCALINGS = {aten.mul, aten.div}
-_CONVEX = {
-    aten.mse_loss,
-    aten.huber_loss,
-    aten.smooth_l1_loss,
+_SUMS |= {aten.masked_fill, aten.where}
+_NLL = {aten.nll_loss_forward, aten.nll_loss2d_forward}
+_JOINTLY_CONVEX = {aten.mse_loss, aten.huber_loss, aten.smooth_l1_loss}  # in both arguments
+_CONVEX = _JOINTLY_CONVEX | {
     aten.binary_cross_entropy,
     aten.binary_cross_entropy_with_logits,
     aten.softplus,
@@ -40,15 +39,25 @@ class ConvexLoss:
 
     Attributes:
         func: the operator.
-        args: its arguments, real parts; the first is the output z.
+        args: its arguments, real parts.
         result: its value.
-        outputs: the slots of z (and of further arguments that depend on the parameters).
+        outputs: the slots of the arguments that depend on the parameters.
     """
 
     func: Any
     args: tuple[Any, ...]
     result: Tensor
     outputs: tuple[int, ...]
+
+    @property
+    def position(self) -> int:
+        """Which argument is the output z: the first that depends on the parameters."""
+        return next(at for at, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad)
+
+    @property
+    def z(self) -> Tensor:
+        """The output z."""
+        return self.args[self.position]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +88,21 @@ def split_loss(tape: Tape, loss: Reference | None) -> LossSplit | None:
 
 def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     """The convex operators whose positive combination is the loss; empty if the loss has another form."""
-    producers = {slot: step for step in tape.steps for slot in step.writes}
-    found: dict[int, ConvexLoss] = {}
-    pending = [] if loss is None else [loss[0]]
-    while pending:
-        step = producers.get(pending.pop())
-        if step is None or step.call.backward:
+    found: list[ConvexLoss] = []
+    wanted = {} if loss is None else {loss[0]: 1}  # slots that the loss is made of, and with which sign
+    for step in reversed(tape.steps):
+        signs = {wanted.pop(slot) for slot in step.writes if slot in wanted}
+        if not signs:
+            continue
+        sign = signs.pop()
+        end = _convex(step, sign)
+        if end is not None:
+            found.append(end)
+            continue
+        parts = None if signs or step.call.backward else _linear(step, sign)
+        if parts is None or any(wanted.setdefault(slot, s) != s for slot, s in parts):
             return []
-        packet = step.call.func.overloadpacket
-        convex = _convex(step, producers)
-        if convex is not None:
-            found[id(step)] = convex
-        elif packet in _SUMS or (packet in _SCALINGS and _positive_factor(step.call.args)):
-            pending.extend(step.reads)
-        else:
-            return []
-    return list(found.values())
+    return [] if wanted else found
 
 
 def gauss_newton(tape: Tape, split: LossSplit) -> Tape:
@@ -116,25 +124,52 @@ def _through_outputs(step: Step, split: LossSplit) -> bool:
     return step.call.backward and step.call.node not in split.nodes
 
 
-def _convex(step: Step, producers: dict[int, Step]) -> ConvexLoss | None:
+def _convex(step: Step, sign: int) -> ConvexLoss | None:
+    """The operator as a convex end, if it is one with this sign."""
     func, args = step.call.func, step.call.args
-    packet = func.overloadpacket
-    slots = step.reads
+    packet, slots = func.overloadpacket, step.reads
+    if step.call.backward:
+        return None
     square = (packet is aten.pow and len(args) > 1 and args[1] == 2) or (
         packet is aten.mul and len(slots) == 2 and slots[0] == slots[1] and args[0] is args[1]
     )
-    if packet in _CONVEX or square:
+    convex = square or packet in _JOINTLY_CONVEX or (packet in _CONVEX and len(slots) == 1)
+    if (convex and sign > 0) or (func is aten._log_softmax.default and sign < 0):
         return ConvexLoss(func, args, step.call.result, tuple(slots))
-    if packet is aten.nll_loss_forward or packet is aten.nll_loss2d_forward:
-        softmax = producers.get(slots[0])
-        if softmax is not None and softmax.call.func is aten._log_softmax.default:
-            return ConvexLoss(softmax.call.func, softmax.call.args, softmax.call.result, tuple(softmax.reads))
     return None
 
 
-def _positive_factor(args: tuple[Any, ...]) -> bool:
-    factors = [a for a in args[:2] if not (isinstance(a, Tensor) and a.requires_grad)]
-    return len(factors) == 1 and all(bool((torch.as_tensor(a) >= 0).all()) for a in factors)
+def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
+    """The slots that a linear operator adds up, each with its sign; None for another operator, or mixed signs."""
+    packet, alpha = step.call.func.overloadpacket, step.call.alpha
+    slots = step.reads
+    if packet in _SUMS or packet is aten.sub:
+        second = alpha if packet is not aten.sub else -alpha
+        if second == 1:
+            return [(slot, sign) for slot in slots]
+        refs = list(zip(step.inputs, (1, second), strict=False))
+        return [(ref[0], sign if factor > 0 else -sign) for ref, factor in refs if ref is not None]
+    if packet is aten.neg or packet in _NLL:
+        return [(slots[0], -sign)] if len(slots) == 1 else None
+    if packet is aten.copy_:
+        return [(slot, sign) for slot in slots] if step.target is not None and step.target[1] is None else None
+    factor = _factor_sign(packet, step.call.args)
+    return None if factor is None else [(slot, sign * factor) for slot in slots]
+
+
+def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
+    """The sign of the constant factor of a product or quotient; None if there is none, or if it varies."""
+    if packet not in (aten.mul, aten.div):
+        return None
+    factors = [a for a in (args[:2] if packet is aten.mul else args[1:2]) if not _differentiated(a)]
+    if len(factors) != 1 or not _differentiated(args[0] if factors[0] is args[1] else args[1]):
+        return None
+    factor = torch.as_tensor(factors[0])
+    return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else None
+
+
+def _differentiated(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.requires_grad
 
 
 def _ancestors(steps: list[Step], needed: set[int]) -> list[bool]:

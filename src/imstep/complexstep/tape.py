@@ -61,6 +61,7 @@ class Call:
         result: its output, likewise; else None.
         backward: whether it belongs to the backward pass that is being differentiated.
         node: sequence number of the node of autograd's graph that it belongs to.
+        alpha: factor of the second argument of a sum or difference.
     """
 
     func: OpOverload
@@ -68,6 +69,7 @@ class Call:
     result: Any
     backward: bool
     node: int
+    alpha: Any = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 _points = itertools.count()
 _OWNED = "_imstep_imaginary_of_another"
-_CONSTANT = "_imstep_constant_copy"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class Plane:
     """
 
     def __init__(self) -> None:
-        self._key = f"_imstep_imaginary_{next(_points)}"
+        number = next(_points)
+        self._key, self._constant = f"_imstep_imaginary_{number}", f"_imstep_constant_{number}"
 
     def find(self, t: Tensor) -> Any:
         """What is attached to the storage of ``t``, whole; None where there is nothing."""
@@ -169,6 +169,16 @@ class Plane:
         else:
             window.copy_(im)
 
+    def constant(self, t: Tensor) -> Tensor:
+        """A copy of ``t`` without imaginary part, to stand for a detached view of it."""
+        copy = t.clone()
+        copy.untyped_storage().__dict__[self._constant] = True
+        return copy
+
+    def is_constant(self, t: Tensor) -> bool:
+        """Whether ``t`` is a copy standing for a detached view, so that writing to it would be lost."""
+        return t.layout is torch.strided and self._constant in t.untyped_storage().__dict__
+
     def drop(self, t: Tensor) -> None:
         """Forget the imaginary part of the storage of ``t``."""
         if t.layout is torch.strided:
@@ -185,14 +195,3 @@ def mirror(t: Tensor) -> Tensor:
     """Zeroed memory laid out like the whole storage of ``t``, not only the part that ``t`` shows."""
     entries = t.untyped_storage().nbytes() // t.element_size()
     return torch.zeros(entries, dtype=t.dtype, device=t.device)
-
-
-def mark_constant(t: Tensor) -> Tensor:
-    """Mark ``t`` as the copy that stands for a detached view; see :func:`is_constant_copy`."""
-    t.untyped_storage().__dict__[_CONSTANT] = True
-    return t
-
-
-def is_constant_copy(t: Tensor) -> bool:
-    """Whether ``t`` is a copy standing for a detached view, so that writing to it would be lost."""
-    return t.layout is torch.strided and _CONSTANT in t.untyped_storage().__dict__

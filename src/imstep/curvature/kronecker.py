@@ -61,7 +61,7 @@ class KroneckerFactors:
         rest = self._not_layers(observer.uses)
         tensors = self._parameters.tensors
         gradients = torch.autograd.grad(
-            [end.args[0] for end in ends],
+            [end.z for end in ends],
             [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],
             u,
             allow_unused=True,

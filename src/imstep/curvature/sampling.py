@@ -32,15 +32,14 @@ def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator:
 
 
 def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator) -> Tensor:
-    z = end.args[0].detach()
+    z, at = end.z.detach(), end.position
     if end.func is torch.ops.aten._log_softmax.default:
         return _softmax_sample(z, end.args[1], weight, generator)
-    rest = (z if a is end.args[0] else a for a in end.args[1:])  # z * z has z twice
     if end.func is torch.ops.aten.mul.Tensor:
         diagonal = 2 * weight
     else:
-        args = tuple(rest)
-        diagonal = hvp(lambda t: (end.func(t, *args) * weight).sum(), z, torch.ones_like(z))
+        loss = lambda t: (end.func(*end.args[:at], t, *end.args[at + 1 :]) * weight).sum()
+        diagonal = hvp(loss, z, torch.ones_like(z))
     signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
     return diagonal.clamp_(min=0).sqrt_().mul_(signs)
 

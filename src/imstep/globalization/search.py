@@ -99,6 +99,10 @@ class StepSearch(ABC):
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         """The state after a step that was given up; `step_length` is the first one tried, the proposal."""
 
+    def extend(self, model: LineModel, verdict: Verdict) -> float | None:
+        """A longer t to try after an accepted one, or None; it is kept if the loss falls further."""
+        return None
+
     def judge(self, state: SearchState, model: LineModel, step_length: float, trial_loss: float) -> Verdict:
         """The verdict on a trial by its loss f(w + t d)."""
         return self.weigh(state, model, step_length, model.error_by_loss(step_length, trial_loss))

@@ -15,6 +15,8 @@ from imstep.globalization.search import (
     require_descent,
 )
 
+_NOTABLE = 0.1  # deviations of rho from 1 below this are taken as agreement
+
 
 @dataclass(frozen=True)
 class TaylorMonitor(StepSearch):
@@ -33,8 +35,12 @@ class TaylorMonitor(StepSearch):
 
     It is cautious on evidence only: without any it takes the model's minimiser.
 
+    Where an accepted trial shows that caution was not needed, because the loss fell more than the model said or as much
+    though t was short of the minimiser, it goes on forward while the loss falls.
+
     Args:
         theta: θ in (0, 1), the relative error |E|/q that a proposal may be predicted to have.
+        forward: factor by which an accepted t is lengthened where that looks worth a trial, >= 1; 1 for never.
         acceptance: the least rho of an accepted trial, in [0, 1).
         third_derivative: M before the first step, >= 0.
         radius: Δ before the first step, > 0.
@@ -58,6 +64,7 @@ class TaylorMonitor(StepSearch):
     """
 
     theta: float = 0.25
+    forward: float = 2.0
     acceptance: float = 1e-4
     third_derivative: float = 0.0
     radius: float = math.inf
@@ -67,11 +74,20 @@ class TaylorMonitor(StepSearch):
             raise ValueError(
                 f"theta must lie in (0, 1) and acceptance in [0, 1), got {self.theta} and {self.acceptance}."
             )
+        if not 1 <= self.forward < math.inf:
+            raise ValueError(f"forward, a factor on the step length, is at least 1, got {self.forward}.")
         if not (0 <= self.third_derivative < math.inf and self.radius > 0):
             raise ValueError(
                 "third_derivative must be finite and not negative, radius positive, got "
                 f"{self.third_derivative} and {self.radius}."
             )
+
+    def extend(self, model: LineModel, verdict: Verdict) -> float | None:
+        better_than_foreseen = not verdict.rho <= 1 + _NOTABLE  # nan: beyond what the model foresees
+        held_back = verdict.step_length < 0.7 * model.minimizer and verdict.rho > 1 - _NOTABLE
+        if self.forward == 1 or not (better_than_foreseen or held_back):
+            return None
+        return self.forward * verdict.step_length
 
     def initial(self) -> SearchState:
         return SearchState(self.third_derivative, self.radius)

@@ -332,6 +332,8 @@ class _Attempt:
 
     def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
         self._keep = trials.accepted
+        if trials.accepted:  # the last trial need not be the best
+            self._parameters.move(self._snapshot, direction.vector, trials.step_length)
         return replace(
             record,
             outcome=StepOutcome.ACCEPTED if trials.accepted else StepOutcome.REJECTED,
@@ -364,6 +366,6 @@ class _Attempt:
 
 def _realised(model: LineModel, trials: Trials) -> float:
     """The actual decrease over what the whole direction promised: small also where the step had to be shortened."""
-    if model.curvature <= 0 or not math.isfinite(trials.rho):
+    if not trials.accepted or model.curvature <= 0:
         return trials.rho
-    return trials.rho * model.decrease(trials.step_length) / model.decrease(model.minimizer)
+    return (model.loss - trials.loss) / model.decrease(model.minimizer)

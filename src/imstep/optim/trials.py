@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from imstep.globalization import LineModel, SearchState, StepSearch
+from imstep.globalization import LineModel, SearchState, StepSearch, Verdict
 from imstep.optim.record import Cost
 
 ESCAPE_TRIALS = 40
@@ -59,13 +59,36 @@ def try_steps(
             cost += Cost(gradients=1)
         else:
             verdict = search.judge(state, model, step_length, loss)
-        state = verdict.state
         if verdict.accepted:
-            return Trials(True, step_length, loss, verdict.rho, verdict.taylor_error, count, state, cost)
+            found = Trials(True, step_length, loss, verdict.rho, verdict.taylor_error, count, verdict.state, cost)
+            return _go_on(search, state, model, verdict, found, loss_at, limit)
+        state = verdict.state
         if count < limit:
             step_length = verdict.step_length
     state = search.reject(state, model, first)
     return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, limit, state, cost)
+
+
+def _go_on(
+    search: StepSearch,
+    state: SearchState,
+    model: LineModel,
+    verdict: Verdict,
+    found: Trials,
+    loss_at: Callable[[float], float],
+    limit: int,
+) -> Trials:
+    """Lengthen an accepted step as long as the search suggests it and the loss falls; the best trial is found last."""
+    while found.count < limit and (longer := search.extend(model, verdict)) is not None:
+        loss = loss_at(longer)
+        cost, count = found.cost + Cost(losses=1), found.count + 1
+        if not loss < found.loss:
+            return replace(found, cost=cost, count=count)
+        verdict = search.judge(state, model, longer, loss)
+        # Beyond twice the minimiser the model promises nothing, so there is nothing to judge it by.
+        kept = verdict.state if verdict.accepted else found.state
+        found = Trials(True, longer, loss, verdict.rho, verdict.taylor_error, count, kept, cost)
+    return found
 
 
 def try_escape(

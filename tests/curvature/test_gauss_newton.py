@@ -1,0 +1,238 @@
+"""Gauss-Newton products read off a tape, against Jᵀ L'' J assembled with PyTorch's own derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from imstep.curvature import FrozenClosure, ParameterVector
+from imstep.curvature.hessian import gauss_newton_of
+
+F64 = torch.float64
+EXAMPLES, INPUTS, OUTPUTS = 6, 3, 4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+X = normal(EXAMPLES, INPUTS)
+Y = normal(EXAMPLES, OUTPUTS, seed=1)
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+SOFT = normal(EXAMPLES, OUTPUTS, seed=2).softmax(1)
+BINARY = (Y > 0).double()
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64)
+
+
+def network(last: nn.Module | None = None) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, OUTPUTS)]
+        return nn.Sequential(*layers, *([last] if last else [])).double()
+
+
+def by_hand_squares(z: Tensor) -> Tensor:
+    return ((z - Y) ** 2).mean()
+
+
+def products_of_residuals(z: Tensor) -> Tensor:
+    r = z - Y
+    return 0.5 * (r * r).sum()
+
+
+def in_place_sum(z: Tensor) -> Tensor:
+    loss = F.mse_loss(z, Y)
+    loss += 0.3 * F.huber_loss(z, Y)
+    return loss
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse": lambda z: F.mse_loss(z, Y),
+    "mse, sum": lambda z: F.mse_loss(z, Y, reduction="sum"),
+    "mse, arguments exchanged": lambda z: F.mse_loss(Y, z),
+    "mse, none then mean": lambda z: F.mse_loss(z, Y, reduction="none").sum(1).mean(),
+    "mse, weighted": lambda z: (F.mse_loss(z, Y, reduction="none") * WEIGHTS).mean(),
+    "mse, over a view": lambda z: F.mse_loss(z.t().reshape(-1), Y.t().reshape(-1)),
+    "mse of an affine map of outputs": lambda z: F.mse_loss(3 * z[:, :2] + 1, Y[:, :2]),
+    "squares": by_hand_squares,
+    "residual times itself": products_of_residuals,
+    "huber": lambda z: F.huber_loss(z, Y, delta=0.7),
+    "smooth l1": lambda z: F.smooth_l1_loss(z, Y, beta=0.7),
+    "cross entropy": lambda z: F.cross_entropy(z, LABELS),
+    "cross entropy, class weights": lambda z: F.cross_entropy(z, LABELS, weight=WEIGHTS),
+    "cross entropy, ignored labels": lambda z: F.cross_entropy(z, LABELS, ignore_index=1),
+    "cross entropy, probabilities": lambda z: F.cross_entropy(z, SOFT),
+    "cross entropy, smoothed": lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.1),
+    "nll of log-softmax": lambda z: F.nll_loss(z.log_softmax(1), LABELS),
+    "nll over rows of a sequence": lambda z: F.nll_loss(z.log_softmax(1).t().contiguous().t(), LABELS),
+    "kl": lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean"),
+    "bce with logits": lambda z: F.binary_cross_entropy_with_logits(z, BINARY, pos_weight=WEIGHTS),
+    "softplus": lambda z: F.softplus(-Y * z).mean(),
+    "losses added": lambda z: 0.2 * F.cross_entropy(z, LABELS) + F.mse_loss(z, Y) / 3,
+    "losses added in place": in_place_sum,
+    "losses stacked": lambda z: torch.stack([F.mse_loss(z, Y), 2 * F.huber_loss(z, Y)]).sum(),
+    "minus the negative": lambda z: -(-2 * F.mse_loss(z, Y)),
+    "difference of a constant": lambda z: F.mse_loss(z, Y) - (Y**2).mean(),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A closure and the parts it is made of: outputs z = model(w), loss L(z)."""
+
+    closure: Callable[[], Tensor]
+    model: nn.Module
+    outputs: Callable[[dict[str, Tensor]], Tensor]
+    loss: Callable[[Tensor], Tensor]
+
+    def dense(self) -> Tensor:
+        """Jᵀ L'' J by PyTorch's reverse mode alone."""
+        names = [name for name, _ in self.model.named_parameters()]
+        sizes = [p.numel() for p in self.model.parameters()]
+        shapes = [p.shape for p in self.model.parameters()]
+        w = torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+
+        def z(vector: Tensor) -> Tensor:
+            parts = [part.view(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)]
+            return self.outputs(dict(zip(names, parts, strict=True)))
+
+        at = z(w).detach()
+        jacobian = torch.autograd.functional.jacobian(z, w).reshape(at.numel(), -1)
+        flat = lambda t: self.loss(t.view(at.shape))
+        curvature = torch.autograd.functional.hessian(flat, at.reshape(-1))
+        return jacobian.T @ curvature @ jacobian
+
+
+def case(loss: Callable[[Tensor], Tensor], model: nn.Module | None = None) -> Case:
+    model = model or network()
+    return Case(
+        lambda: loss(model(X)), model, lambda parts: functional_call(model, parts, (X,)), loss
+    )
+
+
+def products(closure: Callable[[], Tensor], model: nn.Module) -> Tensor | None:
+    parameters = ParameterVector(model)
+    operator = gauss_newton_of(FrozenClosure(closure, parameters).linearise(), parameters)
+    if operator is None:
+        return None
+    assert operator.definite
+    singles = torch.stack([operator @ e for e in torch.eye(parameters.size, dtype=parameters.dtype)], dim=1)
+    torch.testing.assert_close(operator.to_dense(), singles, rtol=1e-12, atol=1e-13)
+    return singles
+
+
+def assert_dense(actual: Tensor | None, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert actual is not None
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_against_the_dense_matrix(name: str) -> None:
+    c = case(LOSSES[name])
+    matrix = products(c.closure, c.model)
+    assert_dense(matrix, c.dense())
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-12
+
+
+@pytest.mark.parametrize("last", [nn.Tanh(), nn.ReLU(), nn.LayerNorm(OUTPUTS), nn.Sigmoid()])
+def test_nonlinear_outputs_count_as_model(last: nn.Module) -> None:
+    c = case(LOSSES["mse"], network(last.double()))
+    assert_dense(products(c.closure, c.model), c.dense())
+
+
+def test_bce_of_probabilities() -> None:
+    c = case(lambda p: F.binary_cross_entropy(p, BINARY), network(nn.Sigmoid()))
+    # PyTorch's second derivative of this loss adds 1e-12 to its denominator.
+    assert_dense(products(c.closure, c.model), c.dense(), 1e-10)
+
+
+def test_single_precision() -> None:
+    c = case(LOSSES["cross entropy"])
+    expected = c.dense()
+    model = c.model.float()
+    matrix = products(lambda: F.cross_entropy(model(X.float()), LABELS), model)
+    assert_dense(matrix.double() if matrix is not None else None, expected, 1e-5)
+
+
+def test_closure_that_calls_backward() -> None:
+    c = case(LOSSES["cross entropy"])
+
+    def closure() -> Tensor:
+        c.model.zero_grad()
+        loss = c.closure()
+        loss.backward()
+        return loss
+
+    assert_dense(products(closure, c.model), c.dense())
+
+
+@pytest.mark.parametrize("power", [lambda p: p**2, lambda p: p * p, torch.square])
+def test_weight_decay_is_exact(power: Callable[[Tensor], Tensor]) -> None:
+    c = case(LOSSES["mse"])
+    decay = lambda: 0.05 * sum(power(p).sum() for p in c.model.parameters())
+    matrix = products(lambda: c.closure() + decay(), c.model)
+    expected = c.dense()
+    assert_dense(matrix, expected + 0.1 * torch.eye(len(expected), dtype=F64))
+
+
+def test_checkpointed_model() -> None:
+    model = network()
+    plain = case(LOSSES["cross entropy"], model)
+    again = lambda: F.cross_entropy(checkpoint(model, X, use_reentrant=False), LABELS)
+    assert_dense(products(again, model), plain.dense())
+
+
+def test_two_models_share_a_loss() -> None:
+    first, second = network(), network(nn.Tanh())
+    both = nn.ModuleList([first, second])
+    matrix = products(lambda: F.mse_loss(first(X), second(X)), both)
+    outputs = lambda parts: functional_call(
+        first, {k[2:]: v for k, v in parts.items() if k[0] == "0"}, (X,)
+    ) - functional_call(second, {k[2:]: v for k, v in parts.items() if k[0] == "1"}, (X,))
+    expected = Case(lambda: X.sum(), both, outputs, lambda z: (z**2).mean()).dense()
+    assert_dense(matrix, expected)
+
+
+def test_derivatives_of_outputs_by_inputs_are_outputs() -> None:
+    """A physics-informed loss: the residual u' - u is what the square sees."""
+    model = network()
+    x = X.clone().requires_grad_()
+
+    def residual(parts: dict[str, Tensor]) -> Tensor:
+        u = functional_call(model, parts, (x,)).sum(1)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return slope.sum(1) - u
+
+    closure = lambda: (residual(dict(model.named_parameters())) ** 2).mean()
+    expected = Case(closure, model, residual, lambda r: (r**2).mean()).dense()
+    assert_dense(products(closure, model), expected)
+
+
+NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "sine": lambda z: z.sin().sum(),
+    "cube": lambda z: (z**3).mean(),
+    "negative squares": lambda z: -((z - Y) ** 2).mean(),
+    "difference of losses": lambda z: F.mse_loss(z, Y) - 0.1 * F.huber_loss(z, Y),
+    "added with a negative factor": lambda z: torch.add(F.mse_loss(z, Y), F.mse_loss(z, -Y), alpha=-1),
+    "negative scale": lambda z: -2.0 * F.mse_loss(z, Y),
+    "weights of both signs": lambda z: (F.mse_loss(z, Y, reduction="none") * Y).mean(),
+    "reciprocal": lambda z: 1 / F.mse_loss(z, Y),
+    "constant over loss": lambda z: torch.tensor(2.0, dtype=F64) / F.mse_loss(z, Y),
+    "logarithm of a loss": lambda z: F.mse_loss(z, Y).log(),
+    "product of losses": lambda z: F.mse_loss(z, Y) * F.huber_loss(z, Y),
+    "log-likelihood, to be minimised": lambda z: -F.cross_entropy(z, LABELS),
+    "targets that depend on the model": lambda z: F.binary_cross_entropy_with_logits(z, z.flip(1).sigmoid()),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CONVEX)
+def test_losses_without_a_convex_end_are_not_split(name: str) -> None:
+    c = case(NOT_CONVEX[name])
+    assert products(c.closure, c.model) is None

@@ -125,8 +125,9 @@ class Dispatch(TorchDispatchMode):
             return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
         # The node is made before the operator runs, so it has the last number given out.
         node = torch.autograd._get_sequence_nr() - 1
-        kept = (args, result) if func in LOSS_OPERATORS else ((), None)
-        return Call(func, *kept, False, node, alpha)
+        if func not in LOSS_OPERATORS:
+            args, result = (), None
+        return Call(func, args, result, False, node, alpha)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):

@@ -22,8 +22,8 @@ from imstep.complexstep.tape import Reference, Step, Tape
 
 aten = torch.ops.aten
 
-_SUMS = {aten.sum, aten.mean, aten.add, aten.clone, aten._to_copy, aten.stack, aten.cat, aten.index, aten.select_backward}
-_SUMS |= {aten.masked_fill, aten.where}
+_SUMS = {aten.sum, aten.mean, aten.add, aten.clone, aten._to_copy, aten.stack, aten.cat, aten.index}
+_SUMS |= {aten.select_backward, aten.masked_fill, aten.where}
 _NLL = {aten.nll_loss_forward, aten.nll_loss2d_forward}
 _JOINTLY_CONVEX = {aten.mse_loss, aten.huber_loss, aten.smooth_l1_loss}  # in both arguments
 _CONVEX = _JOINTLY_CONVEX | {

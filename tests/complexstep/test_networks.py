@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imstep
 from imstep.complexstep.arithmetic import Arithmetic

@@ -1,4 +1,4 @@
-"""The stand-ins for kernels without a second derivative: values and gradients of the originals, products by differences."""
+"""Stand-ins for kernels without a second derivative: the originals' values and gradients, products by differences."""
 
 from __future__ import annotations
 

@@ -166,5 +166,5 @@ SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
     torch.ctc_loss: ctc_sum,
 }
 
-if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13; its option to work in chunks computes gradients in the forward pass
+if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13; working in chunks, it computes gradients in its forward pass
     SUBSTITUTES[F.linear_cross_entropy] = lambda *args, options=None, **kwargs: F.linear_cross_entropy(*args, **kwargs)

@@ -38,7 +38,7 @@ def _per_channel(v, x):
 
 def _refuse_perturbed(op, *statistics):
     if any(s is not None for s in statistics):
-        raise UnsupportedOperatorError(op, "a running statistic is perturbed; autograd has no derivative there.", REPORT)
+        raise UnsupportedOperatorError(op, "a running statistic is perturbed; autograd has no derivative.", REPORT)
 
 
 def _affine(dy, dw, db, x, m, s):

@@ -124,10 +124,10 @@ class Dispatch(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
         # The node is made before the operator runs, so it has the last number given out.
-        node = torch.autograd._get_sequence_nr() - 1
+        number = torch.autograd._get_sequence_nr() - 1
         if func not in LOSS_OPERATORS:
             args, result = (), None
-        return Call(func, args, result, False, node, alpha)
+        return Call(func, args, result, False, number, alpha)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):

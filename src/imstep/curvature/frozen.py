@@ -9,7 +9,7 @@ statistics, power iterations, counters).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class FrozenClosure:
         self._closure, self._parameters = closure, parameters
         self._random = _RandomState(parameters.device)
         self._random_after: _RandomState | None = None
-        self._writes = _Writes()
+        self._writes = _Writes(parameters.tensors)
         self.gradients = self.losses = 0
 
     # --- evaluations --------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class FrozenClosure:
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
         self.losses += 1
-        with self._same_state(), _NoBackward():
+        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors):
             return self._call().detach()
 
     def _differentiate(
@@ -159,6 +159,11 @@ class FrozenClosure:
             self._random_after.restore()
         self._writes.finish(accepted)
 
+    def undo(self) -> None:
+        """End the step as if no evaluation had been made."""
+        self._random.restore()
+        self._writes.finish(False)
+
     @contextmanager
     def _same_state(self) -> Iterator[None]:
         first = self._random_after is None
@@ -185,12 +190,21 @@ class FrozenClosure:
 
 
 class _NoBackward(TorchFunctionMode):
-    """Skips ``loss.backward()``: for a trial step only the loss is wanted."""
+    """Skips ``loss.backward()``: for a trial step only the loss is wanted; gradients read as zeros."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward or func is torch.autograd.backward:
-            return None
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # With create_graph it may be part of the loss, such as a penalty on a gradient.
+        create_graph = kwargs.get("create_graph", args[3] if len(args) > 3 else False)
+        if func not in (Tensor.backward, torch.autograd.backward) or create_graph:
+            return func(*args, **kwargs)
+        for p in self._tensors:
+            p.grad = torch.zeros_like(p)
+        return None
 
 
 class _RandomState:
@@ -212,16 +226,20 @@ class _RandomState:
 
 
 class _Writes:
-    """Tensors of the model that the closure overwrites: their contents before and after the first evaluation."""
+    """Tensors of the model that the closure overwrites: their contents before and after the first evaluation.
 
-    def __init__(self) -> None:
+    Parameters are not among them, though a closure may overwrite them as well: an embedding with ``max_norm`` does.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = {p.untyped_storage()._cdata for p in parameters}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._after: dict[int, Tensor] = {}
 
     def before(self, t: Tensor) -> None:
         """Note the whole storage of ``t``, which is about to be overwritten, unless it is known."""
         storage = t.untyped_storage()
-        if storage._cdata not in self._before:
+        if storage._cdata not in self._before and storage._cdata not in self._parameters:
             whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)
             self._before[storage._cdata] = whole, whole.clone()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.complexstep.report import OperatorReport
-from imstep.complexstep.tape import Tape
+from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
@@ -38,14 +38,18 @@ class TapeOperator(LinearOperator):
         """Bytes that the recorded derivative keeps alive, the parameters included."""
         return self._tape.nbytes
 
-    def matvec(self, vector: Tensor) -> Tensor:
+    def check(self) -> None:
+        """Raise :class:`TapeChangedError` if the point is not the one that was recorded any more."""
         self._tape.check()
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        self.check()
         self.products += 1
         with torch.no_grad():
             return self._apply(vector)
 
     def matmat(self, block: Tensor) -> Tensor:
-        self._tape.check()
+        self.check()
         self.products += block.shape[1]
         if block.shape[1] == 0:
             return torch.empty_like(block)
@@ -72,6 +76,16 @@ class PointOperator(TapeOperator):
         super().__init__(parameters, tape, definite)
         self.loss, self.gradient = point.loss, point.gradient
         self._report = point.report
+        self._values = [p.detach() for p in parameters.tensors], parameters.snapshot()
+
+    def check(self) -> None:
+        super().check()
+        # Writes through .data leave no trace in a version counter.
+        if not all(torch.allclose(p, saved, 0, 0, equal_nan=True) for p, saved in zip(*self._values, strict=True)):
+            raise TapeChangedError(
+                "a parameter was changed in place after the operator was built; the operator belongs to the old values. "
+                "Build it anew at the new point."
+            )
 
     def explain(self) -> OperatorReport:
         """The operators that the closure met, how often, and how each was differentiated."""

@@ -69,6 +69,8 @@ class KroneckerFactors:
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
         for at, block in _factors(observer.uses, gradients[: len(observer.uses)]).items():
+            if not bool(torch.isfinite(block.inputs.sum() + block.outputs.sum())):
+                continue  # products of large numbers overflow before a gradient does
             self._blocks[at] = _average(self._blocks.get(at), block, keep)
         for at, g in zip(rest, gradients[len(observer.uses) :], strict=True):
             square = torch.zeros_like(tensors[at]) if g is None else g.detach() ** 2
@@ -139,11 +141,15 @@ class _KroneckerInverse(LinearOperator):
     ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
-        self._inverses = [(b, *_damped_inverses(b, damping)) for b in blocks]
+        blocks = _disjoint(blocks)
         typical = _typical_curvature(blocks, diagonals)
+        self._inverses = [(b, *_damped_inverses(b, damping, typical)) for b in blocks]
+        blocked = {at for b in blocks for at in (b.weight, b.bias)}
         # A parameter without any sampled curvature is moved on the scale of the others.
         self._scales = {
-            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping) for at, d in diagonals.items()
+            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping)
+            for at, d in diagonals.items()
+            if at not in blocked
         }
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -165,8 +171,23 @@ class _KroneckerInverse(LinearOperator):
         return self._parameters.flatten(parts)
 
 
-def _damped_inverses(block: Block, damping: float) -> tuple[Tensor, Tensor]:
+def _disjoint(blocks: list[Block]) -> list[Block]:
+    """The blocks, a bias that several layers share being part of the first only."""
+    taken: set[int] = set()
+    disjoint = []
+    for b in blocks:
+        if b.bias in taken:
+            b = Block(b.weight, None, b.inputs[:-1, :-1], b.outputs)
+        if b.bias is not None:
+            taken.add(b.bias)
+        disjoint.append(b)
+    return disjoint
+
+
+def _damped_inverses(block: Block, damping: float, typical: float) -> tuple[Tensor, Tensor]:
     a, g = block.inputs.double(), block.outputs.double()
+    if not a.diagonal().any() or not g.diagonal().any():  # a layer that nothing passes through
+        damping = max(damping, 1e-3 * typical)
     tiny = torch.finfo(torch.float32).tiny
     mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
     balance = math.sqrt(mean_a / mean_g)
@@ -177,10 +198,9 @@ def _damped_inverses(block: Block, damping: float) -> tuple[Tensor, Tensor]:
     return invert(a, shift_a).to(block.inputs.dtype), invert(g, shift_g).to(block.inputs.dtype)
 
 
-def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> Tensor:
+def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> float:
     """The mean diagonal entry of the approximation, where it is positive."""
     means = [b.inputs.diagonal().mean() * b.outputs.diagonal().mean() for b in blocks]
     means += [d[d > 0].mean() for d in diagonals.values() if bool((d > 0).any())]
-    reference = next(iter(diagonals.values()), None)
-    one = torch.ones((), device=reference.device if reference is not None else None)
-    return torch.stack([m.float() for m in means]).mean() if means else one
+    positive = [float(m) for m in means if m > 0]
+    return sum(positive) / len(positive) if positive else 1.0

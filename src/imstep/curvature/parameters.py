@@ -19,7 +19,7 @@ class ParameterVector:
 
     Raises:
         ValueError: no parameter requires gradients, or they live on several devices.
-        TypeError: a parameter is complex, or ``params`` holds something else than tensors.
+        TypeError: a parameter is complex or sparse, or ``params`` is no module or iterable of tensors.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -28,6 +28,8 @@ class ParameterVector:
     """
 
     def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
         candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
         for p in candidates:
             if not isinstance(p, Tensor):

@@ -102,12 +102,13 @@ class NewtonKrylov(torch.optim.Optimizer):
         if max_trials < 1 or max_refusals < 1:
             raise ValueError(f"max_trials and max_refusals are at least 1, got {max_trials} and {max_refusals}.")
         super().__init__(params, {})
-        self._parameters = ParameterVector(p for group in self.param_groups for p in group["params"])
+        self._preconditioning = preconditioning or Kronecker()
+        self._parameters = _vector(self.param_groups)
+        self._preconditioner = self._preconditioning.make(self._parameters)
         self._curvature = curvature or GaussNewtonFirst()
         self._forcing = forcing or BestRateForcing()
         self._search = step or TaylorMonitor()
         self._damping = damping or LevenbergMarquardt()
-        self._preconditioner = (preconditioning or Kronecker()).make(self._parameters)
         self._tolerance, self._curvature_floor = tolerance, curvature_floor
         self._max_trials, self._max_refusals = max_trials, max_refusals
         self._memory = Memory(search=self._search.initial(), damping=self._damping.initial)
@@ -132,11 +133,18 @@ class NewtonKrylov(torch.optim.Optimizer):
         if closure is None:
             raise TypeError("NewtonKrylov.step needs a closure that evaluates the model and returns the loss.")
         started = time.perf_counter()
+        self._follow_parameters()
         attempt = _Attempt(self, FrozenClosure(closure, self._parameters))
+        before = self._preconditioner.state_dict()
         try:
             record, memory = attempt.run()
-        finally:
-            attempt.leave()
+        except BaseException:  # an interrupt as well: the next step finds everything as this one did
+            attempt.undo()
+            self._preconditioner.load_state_dict(before)
+            raise
+        attempt.leave()
+        if record.outcome is StepOutcome.NON_FINITE:
+            self._preconditioner.load_state_dict(before)
         self._memory = replace(memory, steps=memory.steps + 1)
         self.last_step = replace(record, seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
@@ -149,12 +157,20 @@ class NewtonKrylov(torch.optim.Optimizer):
             )
         return attempt.point.loss.detach()
 
+    def _follow_parameters(self) -> None:
+        """Take up parameters that were added, frozen or unfrozen since; the preconditioner then starts afresh."""
+        parameters = _vector(self.param_groups)
+        if list(map(id, parameters.tensors)) != list(map(id, self._parameters.tensors)):
+            self._parameters = parameters
+            self._preconditioner = self._preconditioning.make(parameters)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue bit for bit; tensors, numbers, strings, lists and dictionaries."""
         state = super().state_dict()
         state["newton_krylov"] = {
             "memory": self._memory.to_dict(),
             "cost": asdict(self.cost),
+            "shapes": [list(p.shape) for p in self._parameters.tensors],
             "preconditioner": self._preconditioner.state_dict(),
         }
         return state
@@ -171,10 +187,21 @@ class NewtonKrylov(torch.optim.Optimizer):
                 "Load it into the optimizer that saved it."
             )
         own = state_dict["newton_krylov"]
+        self._follow_parameters()
+        shapes = [list(p.shape) for p in self._parameters.tensors]
+        if own.get("shapes") != shapes:
+            raise ValueError(
+                f"this state belongs to parameters of shapes {own.get('shapes')}, the optimizer has {shapes}. "
+                "Load it into an optimizer of the same model, with the same parameters frozen."
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "newton_krylov"})
+        self._preconditioner.load_state_dict(own["preconditioner"])
         self._memory = Memory.from_dict(own["memory"])
         self.cost = Cost(**own["cost"])
-        self._preconditioner.load_state_dict(own["preconditioner"])
+
+
+def _vector(groups: list[dict[str, Any]]) -> ParameterVector:
+    return ParameterVector(p for group in groups for p in group["params"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +271,11 @@ class _Attempt:
         if not self._keep:
             self._parameters.restore(self._snapshot)
         self._frozen.leave(self._keep)
+
+    def undo(self) -> None:
+        """Put back everything, as if the step had not been tried."""
+        self._parameters.restore(self._snapshot)
+        self._frozen.undo()
 
     # --- direction ----------------------------------------------------------------------------------------------
 

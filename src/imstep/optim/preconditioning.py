@@ -14,6 +14,7 @@ from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
 
+_OTHER = "the state was saved with another preconditioning. Give the optimizer the same strategies before loading."
 
 class Preconditioner(ABC):
     """A preconditioner that lives as long as an optimizer; made by a :class:`Preconditioning`."""
@@ -63,6 +64,10 @@ class _None(Preconditioner):
 
     def operator(self, damping: float) -> LinearOperator | None:
         return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(_OTHER)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class _KroneckerPreconditioner(Preconditioner):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "factors" not in state:
+            raise ValueError(_OTHER)
         self._steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])

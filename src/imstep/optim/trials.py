@@ -105,7 +105,7 @@ def try_escape(
         loss = loss_at(step_length)
         error = model.error_by_loss(step_length, loss)
         rho = (model.loss - loss) / model.decrease(step_length)
-        if rho >= acceptance and loss < model.loss:
+        if math.isfinite(loss) and rho >= acceptance and loss < model.loss:
             return Trials(True, step_length, loss, rho, error, count, state, Cost(losses=count))
         step_length *= ESCAPE_SHRINK
     return Trials(False, step_length, model.loss, rho, error, count, state, Cost(losses=count))

@@ -1,7 +1,7 @@
 """Walk PyTorch's operator database and record which operators the complex step differentiates.
 
-    python benchmarks/coverage.py                  # all entries, six samples each; writes records/coverage.json
-    python benchmarks/coverage.py --only linalg    # entries whose name contains a word; writes nothing
+python benchmarks/coverage.py                  # all entries, six samples each; writes records/coverage.json
+python benchmarks/coverage.py --only linalg    # entries whose name contains a word; writes nothing
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
 from operator_walk import Entry, Judgement, judge, yardstick
 
 HERE = Path(__file__).resolve().parent
@@ -55,10 +56,12 @@ def table(entries: list[Entry], counts: dict[str, int]) -> str:
     lines = [
         "# Operator coverage",
         "",
-        f"PyTorch {torch.__version__}: {counts['entries']} entries of its operator database support autograd in float64, "
+        f"PyTorch {torch.__version__}: {counts['entries']} entries of its operator database support autograd "
+        "in float64, "
         f"{counts['usable']} of them have a sample that PyTorch can differentiate once; "
         f"the complex-step Hessian product is right on **{counts['passed']}**. "
-        f"{counts['passed_by_differences']} of these include a sample on which PyTorch's double backward fails or is wrong, "
+        f"{counts['passed_by_differences']} of these include a sample on which PyTorch's double backward fails or is "
+        "wrong, "
         "judged by central differences of the gradient. Written by `benchmarks/coverage.py`.",
         "",
         "| operator | what happened |",
@@ -66,8 +69,8 @@ def table(entries: list[Entry], counts: dict[str, int]) -> str:
     ]
     for e in entries:
         if not e.passed:
-            s = e.worst if e.samples else None
-            lines.append(f"| `{e.name}` | {s.judgement.value + ': ' + s.message.replace('|', '/') if s else 'no usable sample'} |")
+            what = f"{e.worst.judgement.value}: {e.worst.message}" if e.samples else "no usable sample"
+            lines.append(f"| `{e.name}` | {what.replace('|', '/')} |")
     lines += ["", "Judged by differences:", "", "| operator | double backward |", "|---|---|"]
     for e in entries:
         reason = next((s.message for s in e.samples if s.judgement is Judgement.DIFFERENCES), None)
@@ -95,7 +98,13 @@ def main() -> None:
     RECORD.parent.mkdir(exist_ok=True)
     machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
     date = datetime.date.today().isoformat()
-    record = {"date": date, **machine, **counts, "samples": arguments.samples, "operators": [e.to_dict() for e in entries]}
+    record = {
+        "date": date,
+        **machine,
+        **counts,
+        "samples": arguments.samples,
+        "operators": [e.to_dict() for e in entries],
+    }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(entries, counts))

@@ -75,12 +75,25 @@ class Entry:
     def worst(self) -> Sample:
         """The sample to look at first."""
         order = list(Judgement)
-        return max(self.samples, key=lambda s: (s.judgement in (Judgement.WRONG, Judgement.REPLAY, Judgement.ERROR), s.error, order.index(s.judgement)))
+        return max(
+            self.samples,
+            key=lambda s: (
+                s.judgement in (Judgement.WRONG, Judgement.REPLAY, Judgement.ERROR),
+                s.error,
+                order.index(s.judgement),
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON record."""
         samples = [{**asdict(s), "judgement": s.judgement.name.lower()} for s in self.samples]
-        return {"name": self.name, "passed": self.passed, "usable": self.usable, "seconds": self.seconds, "samples": samples}
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "usable": self.usable,
+            "seconds": self.seconds,
+            "samples": samples,
+        }
 
 
 def yardstick(dtype: torch.dtype = torch.float64) -> list[OpInfo]:
@@ -213,7 +226,9 @@ def _compare(problem: Scalar, v: list[Tensor], product: Tensor) -> Sample:
         return Sample(Judgement.DIFFERENCES, error_of_differences, reason)
     if not bool(fine.isfinite().all()) or _relative(coarse, fine) > 0.1:
         return Sample(Judgement.UNDEFINED, message=reason)
-    return Sample(Judgement.WRONG, min(error, error_of_differences), f"{reason}; differences off by {error_of_differences:.1e}")
+    return Sample(
+        Judgement.WRONG, min(error, error_of_differences), f"{reason}; differences off by {error_of_differences:.1e}"
+    )
 
 
 def _gradient(problem: Scalar, leaves: list[Tensor], create_graph: bool = False) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """What users build around operators: views, in-place writes, nested derivatives, checkpoints, hooks, parametrizations.
 
-Every loss here is differentiated twice by the complex step, evaluated and replayed, and compared with central differences
-of the gradient that PyTorch computes, extrapolated once; where PyTorch has a second derivative, with that as well.
+Every loss here is differentiated twice by the complex step, evaluated and replayed, and compared with central
+differences of the gradient that PyTorch computes, extrapolated once; where PyTorch has a second derivative, with that
+as well.
 """
 
 from __future__ import annotations
@@ -178,7 +179,9 @@ def func_functional_call(x: Tensor) -> Tensor:
 
 def checkpointed(reentrant: bool) -> Loss:
     block = lambda t: torch.sin(t) * torch.exp(-t * t)
-    return lambda x: checkpoint(block, checkpoint(block, x, use_reentrant=reentrant), use_reentrant=reentrant).pow(2).sum()
+    return lambda x: (
+        checkpoint(block, checkpoint(block, x, use_reentrant=reentrant), use_reentrant=reentrant).pow(2).sum()
+    )
 
 
 # --- functions of the user ------------------------------------------------------------------------------------------
@@ -406,6 +409,7 @@ def test_writing_into_a_detached_view_is_refused() -> None:
 
 def test_shared_memory_is_seen_by_all_views() -> None:
     """An imaginary part written through one view is read through another, also after a copy to another dtype."""
+
     def f(x: Tensor) -> Tensor:
         h = torch.zeros(2, N, dtype=torch.float64)
         h[0].copy_(x.sin())

@@ -125,7 +125,7 @@ def _functional(op: OpOverload) -> OpOverload | None:
     if name.endswith("_") and not name.endswith("__"):
         names = (name[:-1], f"{name}functional")
         packets = [getattr(home, n) for n in names if hasattr(home, n)] + packets
-    # An out= argument is no input; names of overloads do not correspond (pow_.Scalar is pow.Tensor_Scalar), arguments do.
+    # An out= argument is no input. Arguments correspond, names of overloads do not: pow_.Scalar is pow.Tensor_Scalar.
     taken = [(a.name, str(a.type)) for a in op._schema.arguments if not _is_output(a)]
     for packet in packets:
         for overload in packet.overloads():
@@ -207,7 +207,7 @@ def multilinear(*operators: Operator, factors: tuple[int, ...] = (0, 1)) -> None
 
 def elementwise(
     op: Operator,
-    derivative: Callable[..., Tensor],
+    derivative: Callable[..., Tensor | float],
     on_complex: Callable[..., Tensor] | None = None,
 ) -> None:
     """A function of one tensor, entry by entry: ``derivative(x, y, *rest)`` is f'(x), y = f(x).
@@ -227,12 +227,12 @@ def elementwise(
     register([op], Rule("elementwise", _slope(derivative), finite))
 
 
-def real_elementwise(op: Operator, derivative: Callable[..., Tensor]) -> None:
+def real_elementwise(op: Operator, derivative: Callable[..., Tensor | float]) -> None:
     """As :func:`elementwise`, for a function that PyTorch evaluates on real arguments only."""
     register([op], Rule("elementwise", _slope(derivative)))
 
 
-def _slope(derivative: Callable[..., Tensor]) -> Linearize:
+def _slope(derivative: Callable[..., Tensor | float]) -> Linearize:
     def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
         y = func(*args, **kwargs)
         slope = derivative(args[0], y, *args[1:], **kwargs)

@@ -87,8 +87,8 @@ class Window:
     def _end(self) -> int:
         """One more than the last entry of the storage that the window shows."""
         if 0 in self.size:
-            return self.offset
-        return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+            return int(self.offset)
+        return int(self.offset) + 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
 
 class Plane:

@@ -1,10 +1,12 @@
 """Activation functions and their backward operators.
 
-A smooth activation has a slope f' and a curvature f''. Its backward operator (g, x) -> g f'(x) is differentiated in turn:
+A smooth activation has a slope f' and a curvature f''. Its backward operator (g, x) -> g f'(x) is differentiated
+in turn:
 
     d(g f'(x)) = g' f'(x) + g f''(x) x'
 
-PyTorch's fused backward kernel, applied to ones, gives f' in one pass. In finite arithmetic backward operators are decomposed.
+PyTorch's fused backward kernel, applied to ones, gives f' in one pass. In finite arithmetic backward operators are
+decomposed.
 """
 
 from __future__ import annotations
@@ -108,7 +110,9 @@ def tanh_backward(g, y):
     f1 = 1 - y * y
     by_y = -2 * g * y
     if y.is_complex():  # autograd conjugates the derivative; a conjugate has no complex derivative
-        return g * f1.conj_physical(), lambda dg, dy: plus(times(dg, f1.conj_physical()), None if dy is None else dy.conj_physical() * (-2 * g * y.conj_physical()))
+        return g * f1.conj_physical(), lambda dg, dy: plus(
+            times(dg, f1.conj_physical()), None if dy is None else dy.conj_physical() * (-2 * g * y.conj_physical())
+        )
     return g * f1, lambda dg, dy: plus(times(dg, f1), times(dy, by_y))
 
 

@@ -68,7 +68,9 @@ def _remainder(op, rounding):
 
 
 rule(aten.fmod.Tensor, aten.fmod.Scalar, family="piecewise", finite=exact)(_remainder(torch.fmod, "trunc"))
-rule(aten.remainder.Tensor, aten.remainder.Scalar, family="piecewise", finite=exact)(_remainder(torch.remainder, "floor"))
+rule(aten.remainder.Tensor, aten.remainder.Scalar, family="piecewise", finite=exact)(
+    _remainder(torch.remainder, "floor")
+)
 
 
 @rule(aten.remainder.Scalar_Tensor, family="piecewise", finite=exact)
@@ -143,7 +145,11 @@ def power_tensor(x, e):
 @rule(aten.pow.Scalar, family="elementwise", finite=evaluated(_powers_on_complex))
 def power_of_number(c, e):
     y = torch.pow(c, e)
-    slope = torch.where(e >= 0, 0, y * -math.inf) if c == 0 else y * torch.log(torch.as_tensor(c, dtype=y.dtype, device=y.device))
+    slope = (
+        torch.where(e >= 0, 0, y * -math.inf)
+        if c == 0
+        else y * torch.log(torch.as_tensor(c, dtype=y.dtype, device=y.device))
+    )
     return y, lambda de: de * slope
 
 
@@ -217,7 +223,9 @@ def _x_log(op, log, shift):
             by_x = None
             if dx is not None:
                 logarithm = log(torch.as_tensor(y, dtype=dx.dtype, device=dx.device))
-                by_x = dx * torch.where((torch.as_tensor(x) == 0) & (logarithm.isnan() | logarithm.isinf()), 0, logarithm)
+                by_x = dx * torch.where(
+                    (torch.as_tensor(x) == 0) & (logarithm.isnan() | logarithm.isinf()), 0, logarithm
+                )
             return plus(by_x, None if dy is None else dy * (x / (y + shift)))
 
         return op(x, y), push
@@ -239,9 +247,13 @@ def _xlog1py_on_complex(x, y):
     return x * (torch.log1p(y) if isinstance(y, Tensor) else math.log1p(y))
 
 
-rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Other, aten.xlogy.Scalar_Self, family="elementwise", finite=evaluated(_xlogy_on_complex))(
-    _x_log(torch.xlogy, torch.log, 0)
-)
+rule(
+    aten.xlogy.Tensor,
+    aten.xlogy.Scalar_Other,
+    aten.xlogy.Scalar_Self,
+    family="elementwise",
+    finite=evaluated(_xlogy_on_complex),
+)(_x_log(torch.xlogy, torch.log, 0))
 rule(
     aten.special_xlog1py.default,
     aten.special_xlog1py.other_scalar,
@@ -268,7 +280,9 @@ def lerp_scalar(start, end, weight):
     return torch.lerp(start, end, weight), lambda ds, de: total(times(ds, 1 - weight), times(de, weight))
 
 
-@rule(aten.lerp.Tensor, family="multilinear", finite=evaluated(lambda start, end, weight: start + weight * (end - start)))
+@rule(
+    aten.lerp.Tensor, family="multilinear", finite=evaluated(lambda start, end, weight: start + weight * (end - start))
+)
 def lerp(start, end, weight):
     def push(ds, de, dw):
         by_weight = None if dw is None else dw * (end - start)

@@ -1,8 +1,8 @@
 """The user's own complex tensors, and Fourier transforms.
 
-A complex tensor z = a + jb inside the model carries a complex imaginary part z' = a' + jb' of its own: the change of a and of
-b with the step. Everything here is linear over the real numbers, conjugation and real part included. In finite
-arithmetic the step would need a second imaginary unit; linear operators do not mind.
+A complex tensor z = a + jb inside the model carries a complex imaginary part z' = a' + jb' of its own: the change of
+a and of b with the step. Everything here is linear over the real numbers, conjugation and real part included. In
+finite arithmetic the step would need a second imaginary unit; linear operators do not mind.
 """
 
 from __future__ import annotations

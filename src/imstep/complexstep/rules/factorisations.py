@@ -71,7 +71,7 @@ def cholesky(a, upper=False):
 
 
 def lu_transposed(a, lu, pivots):
-    """Whether the factors are those of the transpose, as where that lies in the order of LAPACK: PyTorch does not say."""
+    """Whether the factors are those of the transpose: PyTorch takes the one that lies in LAPACK's order, unsaid."""
     p, lower, upper = unpacked(lu, pivots)
     product = p @ lower @ upper
     return bool((product - a.mT).abs().sum() < (product - a).abs().sum())
@@ -142,7 +142,8 @@ def qr(a, mode="reduced"):
     m, n = a.shape[-2:]
     if mode == "r" or (mode == "complete" and m > n):
         raise ComplexStepError(
-            f"qr with mode={mode!r} of a matrix of {m} rows and {n} columns has no derivative: Q is not determined by it. "
+            f"qr with mode={mode!r} of a matrix of {m} rows and {n} columns has no derivative: "
+            "Q is not determined by it. "
             "Use mode='reduced'."
         )
     k = min(m, n)

@@ -60,7 +60,7 @@ def real_like(d, x):
 
 
 def dagger(a):
-    """The conjugate transpose. A lazy conjugation (``.mH``, ``.conj()``) goes unnoticed below dispatch, where rules run."""
+    """The conjugate transpose, made at once: below dispatch, where rules run, a lazy one (``.mH``) goes unnoticed."""
     return a.mT.conj_physical()
 
 
@@ -75,7 +75,9 @@ def evaluated(formula):
             sig = signature(func)
             tensors = sig.gather(args, kwargs)
             if any(t is not None and t.is_complex() for t, d in zip(tensors, ims, strict=True) if d is not None):
-                raise NotImplementedError("finite arithmetic on complex tensors; use h=None (infinitesimal arithmetic).")
+                raise NotImplementedError(
+                    "finite arithmetic on complex tensors; use h=None (infinitesimal arithmetic)."
+                )
             arguments = [t if d is None else torch.complex(t, h * d) for t, d in zip(tensors, ims, strict=True)]
             numbers = [a if t is None else t for a, t in zip(_given(sig, args, kwargs), arguments, strict=True)]
             new_args, new_kwargs = sig.replace(args, kwargs, numbers)

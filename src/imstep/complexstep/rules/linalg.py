@@ -155,7 +155,9 @@ def triangular_solve(b, a, upper=True, transpose=False, unitriangular=False):
     def push(db, da):
         by_a = None
         if da is not None:
-            by_a = (dagger(_triangle(da, upper, unitriangular)) if transpose else _triangle(da, upper, unitriangular)) @ x
+            by_a = (
+                dagger(_triangle(da, upper, unitriangular)) if transpose else _triangle(da, upper, unitriangular)
+            ) @ x
         change = _minus(db, by_a).expand(x.shape)
         return aten.triangular_solve(change, a, upper, transpose, unitriangular)[0], da
 
@@ -203,7 +205,7 @@ def _adjugate(a):
 @rule(aten._linalg_det.default, family="factorisation")
 def determinant(a):
     outputs = aten._linalg_det(a)
-    det, lu, pivots = outputs
+    _, lu, pivots = outputs
     adjugate = _adjugate(a)
     transposed = lu_transposed(a, lu, pivots)
 

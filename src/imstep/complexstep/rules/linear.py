@@ -1,6 +1,6 @@
 """Operators linear in one tensor argument: the same operator on the imaginary part.
 
-    y = L(x; constants)   =>   dy = L(dx; constants)
+y = L(x; constants)   =>   dy = L(dx; constants)
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def rsub(x, other, alpha=1):
 @rule(aten.clone.default, family="linear", finite=exact)
 def clone(x, *, memory_format=None):
     # An alias will do: what is attached to the fresh tensor is laid out like it.
-    return torch.clone(x, memory_format=memory_format or torch.preserve_format), lambda dx: dx.resolve_conj().resolve_neg()
+    return torch.clone(
+        x, memory_format=memory_format or torch.preserve_format
+    ), lambda dx: dx.resolve_conj().resolve_neg()
 
 
 @rule(aten._to_copy.default, family="linear", finite=exact)

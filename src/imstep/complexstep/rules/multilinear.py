@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, multilinear, register, rule
-from imstep.complexstep.rules.forms import addcmul_, addmm_, baddbmm_, plus
+from imstep.complexstep.rules.forms import addcmul_, addmm_, baddbmm_
 
 aten = torch.ops.aten
 

@@ -18,7 +18,9 @@ linear(aten.trace.default)
 @rule(aten.nansum.default, family="linear", finite=exact)
 def nansum(x, dim=None, keepdim=False, *, dtype=None):
     number = ~torch.isnan(x)
-    return torch.nansum(x, dim, keepdim, dtype=dtype), lambda dx: torch.where(number, dx, 0).sum(dim, keepdim, dtype=dtype)
+    return torch.nansum(x, dim, keepdim, dtype=dtype), lambda dx: torch.where(number, dx, 0).sum(
+        dim, keepdim, dtype=dtype
+    )
 
 
 # --- products ---------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def logcumsumexp(x, dim):
 
 @rule(aten.renorm.default, family="reduction")
 def renorm(x, p, dim, maxnorm):
-    """Slices along ``dim`` with a norm n above the bound are scaled by c = bound / (n + 1e-7), as PyTorch's kernel does."""
+    """Slices along ``dim`` with a norm n above the bound are scaled by bound / (n + 1e-7), as in PyTorch's kernel."""
     dims = tuple(d for d in range(x.dim()) if d != dim % x.dim())
     n = torch.linalg.vector_norm(x, p, dims, keepdim=True)
     change = _norm_map(x, n, float(p), dims, True)

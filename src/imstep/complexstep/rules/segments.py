@@ -17,7 +17,9 @@ def _segments(data, lengths, offsets, axis):
     ends = offsets.narrow(axis, 1, offsets.size(axis) - 1) if lengths is None else lengths.cumsum(axis)
     lengths = offsets.diff(dim=axis) if lengths is None else lengths
     places = torch.arange(data.size(axis), device=data.device, dtype=ends.dtype).expand(*ends.shape[:-1], -1)
-    segment = torch.searchsorted(ends.contiguous(), places.contiguous(), right=True).clamp_max(max(ends.size(axis) - 1, 0))
+    segment = torch.searchsorted(ends.contiguous(), places.contiguous(), right=True).clamp_max(
+        max(ends.size(axis) - 1, 0)
+    )
     trailing = (1,) * (data.dim() - axis - 1)
     return segment.reshape(*segment.shape, *trailing).expand_as(data), lengths.reshape(*lengths.shape, *trailing)
 

@@ -80,7 +80,7 @@ def mvlgamma(x, p):
 
 
 def _incomplete_gamma(op, sign):
-    """d/dx P(a, x) = exp(-x) x^(a-1) / Gamma(a); PyTorch has no derivative with respect to a, nor is one in closed form."""
+    """d/dx P(a, x) = exp(-x) x^(a-1) / Gamma(a); with respect to a there is no closed form, nor one in PyTorch."""
 
     def incomplete(a, x):
         slope = sign * torch.exp((a - 1) * torch.log(x) - x - torch.lgamma(a))
@@ -108,7 +108,9 @@ def zeta(s, q):
     def push(ds, dq):
         if ds is not None:
             raise UnsupportedOperatorError(
-                aten.special_zeta.default, "its derivative with respect to the exponent is not implemented.", "Keep it constant."
+                aten.special_zeta.default,
+                "its derivative with respect to the exponent is not implemented.",
+                "Keep it constant.",
             )
         return None if dq is None else dq * slope
 

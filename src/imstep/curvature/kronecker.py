@@ -62,7 +62,7 @@ class KroneckerFactors:
         tensors = self._parameters.tensors
         gradients = torch.autograd.grad(
             [end.z for end in ends],
-            [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],
+            [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],  # type: ignore[arg-type]
             u,
             allow_unused=True,
         )

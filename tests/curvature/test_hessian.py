@@ -1,0 +1,301 @@
+"""The Hessian as an operator: against double backward, as a linear and symmetric map, and when its point is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.backends import mkldnn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import imstep
+from imstep.complexstep.tape import TapeChangedError
+from imstep.curvature import FrozenClosure, Hessian, ParameterVector
+from imstep.linalg import conjugate_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+Problem = tuple[nn.Module, Callable[[], Tensor]]
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(tokens)))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> Problem:
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    x, labels = normal(8, 4, dtype=dtype), torch.arange(8) % 3
+    return model, lambda: F.cross_entropy(model(x), labels)
+
+
+def conv(dtype: torch.dtype) -> Problem:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    ).to(dtype)
+    x, y = normal(5, 2, 8, 8, dtype=dtype), normal(5, 2, seed=1, dtype=dtype)
+    return model, lambda: F.mse_loss(model(x), y)
+
+
+def lstm(dtype: torch.dtype) -> Problem:
+    model = _Recurrent().to(dtype)
+    x, y = normal(4, 5, 3, dtype=dtype), normal(4, 2, seed=1, dtype=dtype)
+    return model, lambda: F.huber_loss(model(x), y)
+
+
+def attention(dtype: torch.dtype) -> Problem:
+    model = _Attention().to(dtype)
+    tokens = torch.arange(12).reshape(2, 6) % 7
+    return model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
+PROBLEMS = {"mlp": mlp, "conv": conv, "lstm": lstm, "attention": attention}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def double_backward(params: list[Tensor], closure: Callable[[], Tensor], block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and H V by PyTorch, kernels without a second derivative switched off."""
+    native = mkldnn.flags(enabled=False)
+    with native, sdpa_kernel(SDPBackend.MATH):
+        loss = closure()
+        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, params, create_graph=True)])
+        columns = [
+            torch.cat([p.reshape(-1) for p in torch.autograd.grad(gradient @ v, params, retain_graph=True)])
+            for v in block.unbind(1)
+        ]
+    return loss.detach(), gradient.detach(), torch.stack(columns, dim=1)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((actual - expected).norm() <= tolerance * expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_double_backward(name: str, dtype: torch.dtype) -> None:
+    model, closure = PROBLEMS[name](dtype)
+    H = Hessian(closure, model)
+    assert (H.dtype, H.size) == (dtype, sum(p.numel() for p in model.parameters()))
+    block = normal(H.size, 3, seed=2, dtype=dtype)
+    loss, gradient, expected = double_backward(list(model.parameters()), closure, block)
+    tolerance = TOLERANCE[dtype]
+    assert close(H.loss, loss, tolerance)
+    assert close(H.gradient, gradient, tolerance)
+    products = H @ block
+    assert H.products == 3
+    assert close(products, expected, tolerance)
+    singles = torch.stack([H @ v for v in block.unbind(1)], dim=1)
+    assert close(singles, products, tolerance / 10)
+    assert H.products == 6
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_replay_is_the_one_shot_product(name: str) -> None:
+    model, closure = PROBLEMS[name](torch.float64)
+    vector = ParameterVector(model)
+    v = normal(vector.size, seed=3)
+    product = Hessian(closure, model) @ v
+    assert close(FrozenClosure(closure, vector).product(v), product, 1e-13)
+    assert close(FrozenClosure(closure, vector).product(v, h=1e-30), product, 1e-12)
+
+
+def test_is_the_hvp_of_the_functional_interface() -> None:
+    model, _ = mlp()
+    x = normal(8, 4)
+    f = lambda parts: functional_call(model, parts, (x,)).logsumexp(1).sum()
+    parts = {k: p.detach() for k, p in model.named_parameters()}
+    directions = {k: normal(*p.shape, seed=i) for i, (k, p) in enumerate(parts.items())}
+    by_function = imstep.hvp(f, parts, directions)
+    H = Hessian(lambda: f(dict(model.named_parameters())), model)
+    flat = lambda tree: torch.cat([t.reshape(-1) for t in tree.values()])
+    assert close(H @ flat(directions), flat(by_function), 1e-13)
+
+
+@given(st.integers(0, 2**31), st.floats(-3, 3), st.floats(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_linear_and_symmetric(seed: int, a: float, b: float) -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    u, v = normal(H.size, seed=seed), normal(H.size, seed=seed + 1)
+    Hu, Hv = H @ u, H @ v
+    assert (H @ (a * u + b * v) - a * Hu - b * Hv).norm() <= 1e-12 * (abs(a) * Hu.norm() + abs(b) * Hv.norm() + 1e-300)
+    assert abs(u @ Hv - v @ Hu) <= 1e-12 * u.norm() * Hv.norm()
+
+
+def test_dense() -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    _, _, expected = double_backward(list(model.parameters()), closure, torch.eye(H.size, dtype=torch.float64))
+    assert close(H.to_dense(), expected, 1e-12)
+    assert (H @ torch.zeros(H.size, 0, dtype=H.dtype)).shape == (H.size, 0)
+
+
+def test_works_with_a_solver() -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    x = conjugate_gradient(H, H.gradient, damping=5.0).solution
+    assert (H @ x + 5 * x - H.gradient).norm() <= 1e-5 * H.gradient.norm()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_closures_that_call_backward(set_to_none: bool) -> None:
+    model, closure = mlp()
+    v = normal(ParameterVector(model).size, seed=1)
+    expected = Hessian(closure, model)
+    kept = [torch.full_like(p, 7.0) for p in model.parameters()]
+    for p, g in zip(model.parameters(), kept, strict=True):
+        p.grad = g
+
+    def lbfgs_form() -> Tensor:
+        model.zero_grad(set_to_none=set_to_none)
+        loss = closure()
+        loss.backward()
+        return loss
+
+    H = Hessian(lbfgs_form, model)
+    assert torch.equal(H.gradient, expected.gradient)
+    assert torch.equal(H @ v, expected @ v)
+    assert all(p.grad is g and bool((g == 7).all()) for p, g in zip(model.parameters(), kept, strict=True))
+
+
+def test_gradients_accumulated_over_parts_of_a_batch() -> None:
+    model, _ = mlp()
+    x, y = normal(8, 4), normal(8, 3, seed=1)
+
+    def accumulate() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for part in (slice(0, 3), slice(3, 8)):
+            loss = F.mse_loss(model(x[part]), y[part], reduction="sum")
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    H = Hessian(accumulate, model)
+    whole = Hessian(lambda: F.mse_loss(model(x), y, reduction="sum"), model)
+    v = normal(H.size, seed=2)
+    assert close(H.loss, whole.loss, 1e-14)
+    assert close(H @ v, whole @ v, 1e-13)
+
+
+def test_mixed_precisions() -> None:
+    a = nn.Parameter(torch.tensor([1.0, 2.0]))
+    b = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    H = Hessian(lambda: (a.double() ** 2 * b).sum() + b.sum() ** 3, [a, b])
+    expected = torch.tensor([[6.0, 0.0, 2.0], [0.0, 6.0, 4.0], [2.0, 4.0, 18.0]], dtype=torch.float64)
+    torch.testing.assert_close(H.to_dense(), expected)
+
+
+def test_parameters_in_one_storage() -> None:
+    memory = normal(9)
+    a, b = nn.Parameter(memory[1:4]), nn.Parameter(memory[4:8].view(2, 2))
+    loss = lambda a, b: (a**3).sum() + (b.reshape(-1)[:3] ** 2 * a).sum() + b.prod()
+    H = Hessian(lambda: loss(a, b), [a, b])
+    together = torch.cat([a.detach(), b.detach().reshape(-1)])
+    expected = torch.autograd.functional.hessian(lambda q: loss(q[:3], q[3:].view(2, 2)), together)
+    assert close(H.to_dense(), expected, 1e-14)
+    v = normal(7, seed=1)
+    assert close(H @ v, expected @ v, 1e-14)
+    assert close(FrozenClosure(lambda: loss(a, b), ParameterVector([a, b])).product(v, h=1e-30), expected @ v, 1e-12)
+
+
+def test_parameters_that_the_loss_ignores() -> None:
+    used, unused = nn.Parameter(normal(3)), nn.Parameter(normal(2))
+    H = Hessian(lambda: (used**2).sum(), [used, unused])
+    assert H.to_dense().diagonal().tolist() == [2, 2, 2, 0, 0]
+    assert H.gradient[3:].tolist() == [0, 0]
+
+
+def overwrite(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+
+
+def write_through_data(model: nn.Sequential) -> None:
+    model[2].weight.data.mul_(2)
+
+
+def take_an_sgd_step(model: nn.Sequential) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("change", [overwrite, write_through_data, take_an_sgd_step])
+def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    v = normal(H.size)
+    H @ v
+    change(model)
+    with pytest.raises(TapeChangedError, match=r"changed in place .* new point"):
+        H @ v
+    with pytest.raises(TapeChangedError):
+        H @ v[:, None]
+
+
+def test_changed_data_is_noticed() -> None:
+    layer, x = nn.Linear(3, 2).double(), normal(5, 3)
+    H = Hessian(lambda: layer(x).tanh().sum(), layer)
+    x.zero_()
+    with pytest.raises(TapeChangedError, match="changed in place"):
+        H @ normal(H.size)
+
+
+def test_replaced_parameters_leave_the_old_point() -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    v = normal(H.size)
+    before = H @ v
+    nn.utils.vector_to_parameters(normal(H.size, seed=1), model.parameters())
+    assert torch.equal(H @ v, before)
+
+
+def test_products_do_not_touch_random_numbers() -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    state = torch.get_rng_state()
+    H @ normal(H.size)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_wrong_vectors() -> None:
+    model, closure = mlp()
+    H = Hessian(closure, model)
+    with pytest.raises(ValueError, match="shape"):
+        H @ normal(H.size + 1)
+    with pytest.raises(TypeError, match="float32"):
+        H @ normal(H.size).float()

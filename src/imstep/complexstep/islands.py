@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from imstep.complexstep import recurrent
 from imstep.complexstep.substitutes import SUBSTITUTES
 
 _CUTS = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.detach_copy if hasattr(Tensor, "detach_copy") else None}
@@ -81,6 +82,8 @@ class Islands(TorchFunctionMode):
             return self._detach_in_place(*args)
         if func in SUBSTITUTES:
             return SUBSTITUTES[func](*args, **kwargs)
+        if func is torch.lstm and recurrent.takes(args, kwargs):
+            return recurrent.lstm(*args)
         if func in _RECURRENT:
             with _native_recurrence():
                 return func(*args, **kwargs)

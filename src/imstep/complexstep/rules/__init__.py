@@ -37,6 +37,7 @@ _FAMILIES = (
     "distances",
     "bags",
     "segments",
+    "recurrence",
     "random",
 )
 

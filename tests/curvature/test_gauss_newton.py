@@ -112,9 +112,7 @@ class Case:
 
 def case(loss: Callable[[Tensor], Tensor], model: nn.Module | None = None) -> Case:
     model = model or network()
-    return Case(
-        lambda: loss(model(X)), model, lambda parts: functional_call(model, parts, (X,)), loss
-    )
+    return Case(lambda: loss(model(X)), model, lambda parts: functional_call(model, parts, (X,)), loss)
 
 
 def products(closure: Callable[[], Tensor], model: nn.Module) -> Tensor | None:
@@ -193,9 +191,10 @@ def test_two_models_share_a_loss() -> None:
     first, second = network(), network(nn.Tanh())
     both = nn.ModuleList([first, second])
     matrix = products(lambda: F.mse_loss(first(X), second(X)), both)
-    outputs = lambda parts: functional_call(
-        first, {k[2:]: v for k, v in parts.items() if k[0] == "0"}, (X,)
-    ) - functional_call(second, {k[2:]: v for k, v in parts.items() if k[0] == "1"}, (X,))
+    outputs = lambda parts: (
+        functional_call(first, {k[2:]: v for k, v in parts.items() if k[0] == "0"}, (X,))
+        - functional_call(second, {k[2:]: v for k, v in parts.items() if k[0] == "1"}, (X,))
+    )
     expected = Case(lambda: X.sum(), both, outputs, lambda z: (z**2).mean()).dense()
     assert_dense(matrix, expected)
 

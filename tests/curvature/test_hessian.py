@@ -58,7 +58,12 @@ def mlp(dtype: torch.dtype = torch.float64) -> Problem:
 
 def conv(dtype: torch.dtype) -> Problem:
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.BatchNorm2d(3),
+        nn.SiLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
     ).to(dtype)
     x, y = normal(5, 2, 8, 8, dtype=dtype), normal(5, 2, seed=1, dtype=dtype)
     return model, lambda: F.mse_loss(model(x), y)
@@ -86,7 +91,9 @@ def _seeded():
         yield
 
 
-def double_backward(params: list[Tensor], closure: Callable[[], Tensor], block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def double_backward(
+    params: list[Tensor], closure: Callable[[], Tensor], block: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and H V by PyTorch, kernels without a second derivative switched off."""
     native = mkldnn.flags(enabled=False)
     with native, sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""The LSTM that stands in for PyTorch's fused kernels: against double backward through PyTorch's own steps."""
+"""The LSTM and GRU that stand in for PyTorch's kernels: against double backward through PyTorch's own steps."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def _check(f, point: dict[str, Tensor], h: float | None = None) -> None:
     torch.testing.assert_close(list(found.values()), list(expected), rtol=1e-11, atol=1e-13)
 
 
-def _network(**options) -> tuple[nn.LSTM, dict[str, Tensor]]:
+def _network(kind: type[nn.RNNBase] = nn.LSTM, **options) -> tuple[nn.RNNBase, dict[str, Tensor]]:
     torch.manual_seed(0)
-    module = nn.LSTM(3, 4, **options).double()
+    module = kind(3, 4, **options).double()
     return module, {k: p.detach().clone() for k, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("h", [None, 1e-20])
 @pytest.mark.parametrize(("layers", "bidirectional"), product((1, 2), (False, True)))
 @pytest.mark.parametrize(("bias", "batch_first"), product((True, False), (True, False)))
-def test_variants(layers, bidirectional, bias, batch_first, h):
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_variants(kind, layers, bidirectional, bias, batch_first, h):
     dropout = 0.3 if layers > 1 else 0.0
     module, point = _network(
-        num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first, dropout=dropout
+        kind, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first, dropout=dropout
     )
     states = (layers * (1 + bidirectional), 5 if batch_first else 2, 4)
     point |= {"x": X.clone(), "h": torch.rand(states).double(), "c": torch.rand(states).double()}
@@ -47,8 +48,9 @@ def test_variants(layers, bidirectional, bias, batch_first, h):
     def f(q):
         torch.manual_seed(1)  # the dropout mask is drawn as PyTorch draws it
         weights = {k: t for k, t in q.items() if k not in ("x", "h", "c")}
-        y, (last_h, last_c) = functional_call(module, weights, (q["x"], (q["h"], q["c"])))
-        return y.tanh().pow(2).sum() + last_h.pow(2).sum() + last_c.sin().sum()
+        states = (q["h"], q["c"]) if kind is nn.LSTM else q["h"] * q["c"]
+        y, last = functional_call(module, weights, (q["x"], states))
+        return y.tanh().pow(2).sum() + sum(s.sin().sum() for s in (last if kind is nn.LSTM else [last]))
 
     _check(f, point, h)
 
@@ -72,9 +74,10 @@ def _unbatched(module, q):
     return functional_call(module, q, (X[:, 0],))[0].pow(2).sum()
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("loss", [_through_input_gradient, _through_transform, _through_checkpoint, _unbatched])
-def test_compositions(loss):
-    module, point = _network()
+def test_compositions(loss, kind):
+    module, point = _network(kind)
     _check(lambda q: loss(module, q), point)
 
 

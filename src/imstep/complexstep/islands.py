@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_map
 from imstep.complexstep import recurrent
 from imstep.complexstep.substitutes import SUBSTITUTES
 
-_CUTS = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.detach_copy if hasattr(Tensor, "detach_copy") else None}
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
+_STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -82,8 +84,8 @@ class Islands(TorchFunctionMode):
             return self._detach_in_place(*args)
         if func in SUBSTITUTES:
             return SUBSTITUTES[func](*args, **kwargs)
-        if func is torch.lstm and recurrent.takes(args, kwargs):
-            return recurrent.lstm(*args)
+        if func in _STEPWISE and recurrent.takes(args, kwargs):
+            return _STEPWISE[func](*args)
         if func in _RECURRENT:
             with _native_recurrence():
                 return func(*args, **kwargs)

@@ -1,4 +1,6 @@
-"""LSTM networks step by step, with one operator for a cell: the fused kernels hide the state that a derivative needs.
+"""LSTM and GRU networks step by step: the fused kernels hide the state that a derivative needs.
+
+The cell of an LSTM is one operator:
 
     i, f, g, o = a = (sigmoid, sigmoid, tanh, sigmoid)(gates)
     c' = f c + i g,    t = tanh c',    h = o t
@@ -12,11 +14,14 @@ PyTorch's own steps take a dozen operators and three times as many backward; eac
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
 _LIBRARY = torch.library.Library("imstep", "DEF")
 _LIBRARY.define("lstm_cell(Tensor gates, Tensor c) -> (Tensor, Tensor, Tensor)")
@@ -69,10 +74,8 @@ class _Cell(torch.autograd.Function):
         return ggates if ga is None else ggates + ga * slope(a), gbefore
 
 
-def _direction(
-    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], backwards: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction of one layer: x (time, batch, features); returns all h (time, batch, hidden), the last h and c."""
+def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
+    h, c = state
     bias = weights[2] + weights[3] if len(weights) > 2 else None
     recurrent = weights[1].t()
     outputs = []
@@ -80,31 +83,49 @@ def _direction(
     for projected in reversed(steps) if backwards else steps:
         h, c, _ = _Cell.apply(torch.addmm(projected, h, recurrent), c)
         outputs.append(h)
-    return torch.stack(outputs[::-1] if backwards else outputs), h, c
+    return torch.stack(outputs[::-1] if backwards else outputs), (h, c)
+
+
+def _gru_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
+    (h,) = state
+    bias, recurrent_bias = (weights[2], weights[3]) if len(weights) > 2 else (None, None)
+    size = h.shape[-1]
+    outputs = []
+    steps = F.linear(x, weights[0], bias).unbind(0)
+    for projected in reversed(steps) if backwards else steps:
+        own = F.linear(h, weights[1], recurrent_bias)
+        reset, update = torch.sigmoid(projected[:, : 2 * size] + own[:, : 2 * size]).chunk(2, 1)
+        new = torch.tanh(projected[:, 2 * size :] + reset * own[:, 2 * size :])
+        h = new + update * (h - new)
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if backwards else outputs), (h,)
 
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`lstm` covers a call of ``torch.lstm``.
+    """Whether :func:`lstm` and :func:`gru` cover a call of PyTorch's.
 
-    It leaves packed sequences, projections, autocast, function transforms and checkpoints (which would come
+    They leave packed sequences, projections, autocast, function transforms and checkpoints (which would come
     back to PyTorch's own) to the original.
     """
-    if kwargs or isinstance(args[1], Tensor) or args[1][0].shape[-1] != args[1][1].shape[-1]:
+    if kwargs or not isinstance(args[3], bool):  # packed sequences have their batch sizes among the arguments
         return False
+    states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
     x = args[0]
     return (
         x.dim() == 3
         and x.numel() > 0
         and x.is_floating_point()
+        and all(s.shape[-1] == states[0].shape[-1] for s in states)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 
-def lstm(
+def _network(
+    direction: Callable[..., _Direction],
     x: Tensor,
-    state: list[Tensor],
+    states: Sequence[Tensor],
     weights: list[Tensor],
     has_biases: bool,
     layers: int,
@@ -112,20 +133,30 @@ def lstm(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm`` for sequences of one length."""
+) -> tuple[Tensor, ...]:
+    """All layers and directions; returns the outputs and the last states."""
     x = x.transpose(0, 1) if batch_first else x
     per, directions = (4 if has_biases else 2), (2 if bidirectional else 1)
-    hs, cs = [], []
+    last = []
     for layer in range(layers):
         outputs = []
         for at in range(layer * directions, (layer + 1) * directions):
             own = list(weights[at * per : (at + 1) * per])
-            y, h, c = _direction(x, state[0][at], state[1][at], own, bool(at % directions))
+            y, final = direction(x, tuple(s[at] for s in states), own, bool(at % directions))
             outputs.append(y)
-            hs.append(h)
-            cs.append(c)
+            last.append(final)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and train and layer < layers - 1:
             x = F.dropout(x, dropout, True)
-    return x.transpose(0, 1) if batch_first else x, torch.stack(hs), torch.stack(cs)
+    finals = (torch.stack(s) for s in zip(*last, strict=True))
+    return (x.transpose(0, 1) if batch_first else x, *finals)
+
+
+def lstm(x: Tensor, states: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.lstm`` for sequences of one length."""
+    return _network(_lstm_direction, x, states, *rest)
+
+
+def gru(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.gru`` for sequences of one length."""
+    return _network(_gru_direction, x, [state], *rest)

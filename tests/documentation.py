@@ -20,9 +20,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 def run(page: Path) -> None:
     """Execute the page's blocks in one namespace; a traceback shows the page's own line numbers."""
-    namespace = {"__name__": page.stem}
+    namespace = {"__name__": "__main__"}  # dataclasses look their module up
     for line, source in blocks(page):
-        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+        exec(compile("\n" * (line - 1) + source, str(page), "exec", dont_inherit=True), namespace)
 
 
 def broken_links(page: Path) -> list[str]:

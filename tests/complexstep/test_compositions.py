@@ -119,6 +119,14 @@ def memory_reused(x: Tensor) -> Tensor:
     return (kept**3 * copy).sum() + h.sum()
 
 
+def lists_of_tensors(x: Tensor) -> Tensor:
+    parts = list(torch.sin(x).split(4))
+    parts = torch._foreach_mul(torch._foreach_exp(parts), 0.5)
+    parts = torch._foreach_addcmul(parts, list(x.split(4)), parts[::-1], 2.0)
+    torch._foreach_add_(parts, list(x.split(4)), alpha=0.3)
+    return torch.stack(torch._foreach_norm(parts)).prod()
+
+
 # --- derivatives inside the loss ------------------------------------------------------------------------------------
 
 
@@ -293,6 +301,7 @@ LOSSES: dict[str, Loss] = {
         strided_views,
         indexed_writes,
         memory_reused,
+        lists_of_tensors,
         create_graph_inside,
         func_grad,
         func_vmap_grad,

@@ -18,26 +18,43 @@ def _cells(function: Any, depth: int = _DEPTH) -> Iterator[Any]:
         except ValueError:  # a cell not filled yet
             continue
         yield cell
-        for item in held if isinstance(held, (list, tuple)) else (held,):
+        for item in _items(held):
             if depth and callable(item) and not isinstance(item, Tensor):
                 yield from _cells(item, depth - 1)
 
 
+def _items(held: Any) -> Iterator[Any]:
+    """What nested sequences and dictionaries hold in the end, as arguments of operators are kept."""
+    if isinstance(held, (list, tuple)):
+        for item in held:
+            yield from _items(item)
+    elif isinstance(held, dict):
+        for item in held.values():
+            yield from _items(item)
+    else:
+        yield held
+
+
 def captured(function: Any) -> Iterator[Tensor]:
-    """The tensors that a function holds in its closure, through nested functions and sequences."""
+    """The tensors that a function holds in its closure, through nested functions, sequences and dictionaries."""
     for cell in _cells(function):
-        held = cell.cell_contents
-        for item in held if isinstance(held, (list, tuple)) else (held,):
+        for item in _items(cell.cell_contents):
             if isinstance(item, Tensor):
                 yield item
 
 
 def exchange(function: Any, other: Callable[[Tensor], Tensor]) -> None:
     """Let a function hold ``other(t)`` instead of ``t`` for each tensor in its closure."""
-    replaced = lambda item: other(item) if isinstance(item, Tensor) else item
     for cell in _cells(function):
-        held = cell.cell_contents
-        if isinstance(held, Tensor):
-            cell.cell_contents = other(held)
-        elif type(held) in (list, tuple) and any(isinstance(item, Tensor) for item in held):
-            cell.cell_contents = type(held)(replaced(item) for item in held)
+        if any(isinstance(item, Tensor) for item in _items(cell.cell_contents)):
+            cell.cell_contents = _exchanged(cell.cell_contents, other)
+
+
+def _exchanged(held: Any, other: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(held, Tensor):
+        return other(held)
+    if type(held) in (list, tuple):
+        return type(held)(_exchanged(item, other) for item in held)
+    if type(held) is dict:
+        return {key: _exchanged(item, other) for key, item in held.items()}
+    return held

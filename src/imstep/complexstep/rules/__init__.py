@@ -11,6 +11,7 @@ import torch
 from torch._ops import OpOverload
 
 from imstep.complexstep.registry import definition
+from imstep.complexstep.rules.lists import on_lists
 
 _FAMILIES = (
     "constant",
@@ -51,7 +52,7 @@ def load() -> None:
 @cache
 def decomposition(func: OpOverload) -> Callable[..., Any] | None:
     """A function that computes ``func`` by simpler operators, or None."""
-    own = definition(func)
+    own = definition(func) or on_lists(func)
     if own is not None:
         return own
     implementation = getattr(func, "impl_aten", None)
@@ -59,7 +60,6 @@ def decomposition(func: OpOverload) -> Callable[..., Any] | None:
         return implementation
     if func._can_decompose():
         return func.decompose
-    import torch._decomp.decompositions
-    import torch._refs  # noqa: F401  (registers further decompositions)
-
+    for home in ("torch._decomp.decompositions", "torch._refs"):  # they enter decompositions when imported
+        importlib.import_module(home)
     return torch._decomp.decomposition_table.get(func)

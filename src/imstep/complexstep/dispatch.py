@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep import rules
-from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
@@ -168,7 +168,8 @@ class Dispatch(TorchDispatchMode):
         if decomposition is None or func in self._decomposing:  # some refer back to themselves
             rule = lookup(func)
             if self._h is None or rule is None:
-                raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", REPORT)
+                remedy = DENSE if "sparse" in func.__name__ else REPORT
+                raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", remedy)
             return self._below_rounding(func, rule, args, kwargs, self._h)
         self._count(func, "decomposition")
         self._decomposing.append(func)

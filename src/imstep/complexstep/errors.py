@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
+DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 
 

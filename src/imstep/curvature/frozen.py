@@ -121,7 +121,9 @@ class FrozenClosure:
     def _call(self) -> Tensor:
         with torch.enable_grad():
             loss = self._closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            one = isinstance(loss, Tensor) and loss.numel() == 1
+            scalar = loss.reshape(()) if one else loss
+        if not one:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
             raise ValueError(
                 f"closure returned {got}; a step needs the loss, a tensor with one entry. "
@@ -129,7 +131,7 @@ class FrozenClosure:
             )
         if loss.is_complex():
             raise ValueError(f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs().")
-        return loss.reshape(())
+        return scalar
 
     def _gradients_of(self, loss: Tensor, take: Callable[..., Any]) -> list[Tensor | None]:
         self.gradients += 1

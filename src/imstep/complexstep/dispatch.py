@@ -16,7 +16,7 @@ from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
-from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape
+from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape, flat
 from imstep.complexstep.tensor import Plane, whole
 
 rules.load()
@@ -26,6 +26,7 @@ _RESHAPED_IN_PLACE = {
     getattr(torch.ops.aten, name)
     for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_")
 }
+_EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
 _RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch normalisation, unknown to its schema
 
 
@@ -34,7 +35,7 @@ class Dispatch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Spare every operator the wrapper by which PyTorch keeps its compiler out of a mode (a quarter of the cost)."""
+        """Spare every operator the wrapper that keeps PyTorch's compiler out of a mode (a quarter of the cost)."""
         return False
 
     def __init__(
@@ -56,6 +57,16 @@ class Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         sig = signature(func)
         tensors = sig.gather(args, kwargs)
+        if any(isinstance(t, Tensor) and t.is_complex() for t in flat(tensors)):
+            with torch._C._PreserveDispatchKeyGuard():
+                # PyTorch leaves these out below a mode, and kernels that conjugate lazily, such as pinv's, then
+                # compute wrong values.
+                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
+                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
+                return self._observe(func, sig, tensors, args, kwargs)
+        return self._observe(func, sig, tensors, args, kwargs)
+
+    def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._before_write is not None:
             self._watch(sig, tensors)
             outputs = self._carry_out(func, sig, tensors, args, kwargs)
@@ -105,6 +116,8 @@ class Dispatch(TorchDispatchMode):
             return self._decompose(func, args, kwargs)
         self._count(func, rule.family)
         if self._h is not None and rule.finite is not None:
+            if rule.family in _EVALUATED and any(isinstance(t, Tensor) and t.is_complex() for t in tensors):
+                return self._below_rounding(func, rule, args, kwargs, self._h)  # it takes a second imaginary unit
             outputs, d_outputs = rule.finite(func, args, kwargs, self._imaginary(tensors), self._h)
             self._store(outputs, d_outputs)
             return outputs
@@ -224,12 +237,15 @@ class Dispatch(TorchDispatchMode):
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
         kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
         known = signature(sig.functional)
-        self._overwrite(targets, self._carry_out(sig.functional, known, known.gather(args, kwargs), args, kwargs))
+        given = known.gather(args, kwargs)
+        self._overwrite(targets, self._carry_out(sig.functional, known, given, args, kwargs), given)
         alone = len(targets) == 1 and isinstance(targets[0], Tensor)
         return targets[0] if alone else None if not func._schema.returns else tuple(targets)
 
-    def _overwrite(self, targets: Any, results: Any) -> None:
-        """Write results over targets, a tensor or a list over each."""
+    def _overwrite(self, targets: Any, results: Any, given: list[Any]) -> None:
+        """Write results over targets, a tensor or a list over each; a result may be one of the tensors given."""
+        given = [u for t in given for u in (t if isinstance(t, (list, tuple)) else [t]) if isinstance(u, Tensor)]
+        kept = {t.untyped_storage()._cdata for t in given if t.layout is torch.strided}
         if isinstance(results, Tensor):
             results = [results]
         elif len(targets) == 1 and isinstance(targets[0], (list, tuple)):
@@ -239,7 +255,7 @@ class Dispatch(TorchDispatchMode):
                 target.resize_(result.shape)
             if self._tape is not None:
                 self._tape.protect(target)
-            if self._plane.interchangeable(target, result):
+            if result.untyped_storage()._cdata not in kept and self._plane.interchangeable(target, result):
                 target.copy_(result)
                 self._plane.hand_over(result, target)
             else:

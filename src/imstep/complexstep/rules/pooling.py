@@ -60,8 +60,10 @@ linear(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)
 adjoint(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
 adjoint(aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default)
 
-_MODES = ("nearest1d", "nearest2d", "nearest3d", "_nearest_exact1d", "_nearest_exact2d", "_nearest_exact3d")
-_MODES += ("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "_bilinear2d_aa", "_bicubic2d_aa")
+_MODES = (
+    *("nearest1d", "nearest2d", "nearest3d", "_nearest_exact1d", "_nearest_exact2d", "_nearest_exact3d"),
+    *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "_bilinear2d_aa", "_bicubic2d_aa"),
+)
 for _mode in _MODES:
     _name = f"_upsample{_mode}" if _mode.startswith("_") else f"upsample_{_mode}"
     linear(getattr(aten, _name).default, getattr(aten, f"{_name}_backward").default)

@@ -165,6 +165,8 @@ def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
     if len(factors) != 1 or not _differentiated(args[0] if factors[0] is args[1] else args[1]):
         return None
     factor = torch.as_tensor(factors[0])
+    if factor.is_complex():
+        return None
     return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else None
 
 

@@ -155,9 +155,7 @@ def triangular_solve(b, a, upper=True, transpose=False, unitriangular=False):
     def push(db, da):
         by_a = None
         if da is not None:
-            by_a = (
-                dagger(_triangle(da, upper, unitriangular)) if transpose else _triangle(da, upper, unitriangular)
-            ) @ x
+            by_a = (_triangle(da, upper, unitriangular).mT if transpose else _triangle(da, upper, unitriangular)) @ x
         change = _minus(db, by_a).expand(x.shape)
         return aten.triangular_solve(change, a, upper, transpose, unitriangular)[0], da
 

@@ -1,4 +1,4 @@
-"""Properties of Hessian products that hold for every network, on random small networks drawn from a grammar of layers."""
+"""Properties of Hessian products that hold for every network, on random networks drawn from a grammar of layers."""
 
 from __future__ import annotations
 

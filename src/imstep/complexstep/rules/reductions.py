@@ -26,6 +26,11 @@ def nansum(x, dim=None, keepdim=False, *, dtype=None):
 # --- products ---------------------------------------------------------------------------------------------------
 
 
+def _without_dtype(op):
+    """A real dtype asked for would cut the imaginary part off."""
+    return lambda *args, dtype=None: op(*args)
+
+
 def products_of_others(x, dim):
     """prod over j != i of x_j along ``dim``, at every i, by running products from both ends: zeros do no harm."""
     ones = torch.ones_like(x.narrow(dim, 0, 1))
@@ -35,7 +40,7 @@ def products_of_others(x, dim):
     return before * after
 
 
-@rule(aten.prod.default, family="multilinear", finite=evaluated(torch.prod))
+@rule(aten.prod.default, family="multilinear", finite=evaluated(_without_dtype(torch.prod)))
 def prod(x, *, dtype=None):
     if x.numel() == 0:
         return torch.prod(x, dtype=dtype), None
@@ -43,7 +48,7 @@ def prod(x, *, dtype=None):
     return torch.prod(x, dtype=dtype), lambda dx: (dx * others).sum(dtype=dtype)
 
 
-@rule(aten.prod.dim_int, family="multilinear", finite=evaluated(torch.prod))
+@rule(aten.prod.dim_int, family="multilinear", finite=evaluated(_without_dtype(torch.prod)))
 def prod_dim(x, dim, keepdim=False, *, dtype=None):
     y = torch.prod(x, dim, keepdim, dtype=dtype)
     if x.numel() == 0:
@@ -54,7 +59,7 @@ def prod_dim(x, dim, keepdim=False, *, dtype=None):
     return y, lambda dx: (dx * others).sum(dim, keepdim, dtype=dtype)
 
 
-@rule(aten.cumprod.default, family="multilinear", finite=evaluated(torch.cumprod))
+@rule(aten.cumprod.default, family="multilinear", finite=evaluated(_without_dtype(torch.cumprod)))
 def cumprod(x, dim, *, dtype=None):
     """y_i = y_(i-1) x_i, so y_i' = sum over j <= i of x_j' times the product of the others up to i.
 

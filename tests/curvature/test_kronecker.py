@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imstep.curvature import FrozenClosure, ParameterVector
+from imstep.curvature import FrozenClosure, Hessian, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
 from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.layers import LayerObserver
@@ -153,6 +153,20 @@ def test_never_changes_the_solution(damping: float) -> None:
     solve = lambda P: conjugate_gradient(operator, point.gradient, damping=damping, preconditioner=P, stopping=rule)
     plain, preconditioned = solve(None), solve(found.preconditioner(damping))
     torch.testing.assert_close(preconditioned.solution, plain.solution, rtol=1e-6, atol=1e-9)
+
+
+def test_knows_weight_decay() -> None:
+    """Where the layers have no curvature the decay has: the preconditioner must not take it for flat."""
+    layer, x = nn.Linear(4, 3).double(), normal(50, 4)
+    x[:, 2:] = 0
+    closure = lambda: F.mse_loss(layer(x), x[:, :3]) + 0.05 * sum((p**2).sum() for p in layer.parameters())
+    found, parameters = factors(closure, layer)
+    exact = Hessian(closure, layer).to_dense()
+    P = found.preconditioner(1e-12)
+    assert P is not None
+    product = torch.linalg.eigvals(P.to_dense() @ exact).real
+    assert parameters.size == len(product)
+    assert product.max() / product.min() < 20
 
 
 def test_saves_products() -> None:

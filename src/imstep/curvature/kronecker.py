@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector
@@ -51,6 +53,7 @@ class KroneckerFactors:
         self._parameters, self._decay = parameters, decay
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
+        self._direct: dict[int, float] = {}  # mean curvature of losses of a parameter itself, such as weight decay
         self._updates = 0
 
     def update(self, point: Linearisation, observer: LayerObserver, generator: torch.Generator) -> None:
@@ -60,6 +63,7 @@ class KroneckerFactors:
         u = sample_output_gradients(point.loss, ends, generator)
         rest = self._not_layers(observer.uses)
         tensors = self._parameters.tensors
+        self._direct = _direct_curvature(tensors, ends, u)
         gradients = torch.autograd.grad(
             [end.z for end in ends],
             [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],  # type: ignore[arg-type]
@@ -81,7 +85,7 @@ class KroneckerFactors:
         """(approximation + damping I)⁻¹; None before the first update."""
         if not self._blocks and not self._diagonals:
             return None
-        return _KroneckerInverse(self._parameters, list(self._blocks.values()), self._diagonals, damping)
+        return _KroneckerInverse(self._parameters, list(self._blocks.values()), self._diagonals, self._direct, damping)
 
     def _not_layers(self, uses: list[LayerUse]) -> list[int]:
         layered = {at for use in uses for at in (use.weight, use.bias)} | {
@@ -95,13 +99,26 @@ class KroneckerFactors:
             {"weight": b.weight, "bias": b.bias, "inputs": b.inputs, "outputs": b.outputs} for b in self._blocks.values()
         ]
         diagonals = [{"parameter": at, "values": d} for at, d in self._diagonals.items()]
-        return {"updates": self._updates, "blocks": blocks, "diagonals": diagonals}
+        direct = [{"parameter": at, "value": value} for at, value in self._direct.items()]
+        return {"updates": self._updates, "blocks": blocks, "diagonals": diagonals, "direct": direct}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._updates = state["updates"]
         self._blocks = {b["weight"]: Block(**b) for b in state["blocks"]}
         self._diagonals = {d["parameter"]: d["values"] for d in state["diagonals"]}
+        self._direct = {d["parameter"]: d["value"] for d in state["direct"]}
+
+
+def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> dict[int, float]:
+    """The mean curvature of losses whose output is a parameter; u² is the exact diagonal there."""
+    position = {id(p): at for at, p in enumerate(tensors)}
+    found: dict[int, float] = {}
+    for end, signs in zip(ends, u, strict=True):
+        at = position.get(id(end.z))
+        if at is not None:
+            found[at] = found.get(at, 0.0) + float((signs**2).mean())
+    return found
 
 
 def _factors(uses: list[LayerUse], gradients: tuple[Tensor | None, ...]) -> dict[int, Block]:
@@ -137,13 +154,19 @@ class _KroneckerInverse(LinearOperator):
     """
 
     def __init__(
-        self, parameters: ParameterVector, blocks: list[Block], diagonals: dict[int, Tensor], damping: float
+        self,
+        parameters: ParameterVector,
+        blocks: list[Block],
+        diagonals: dict[int, Tensor],
+        direct: dict[int, float],
+        damping: float,
     ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
         blocks = _disjoint(blocks)
         typical = _typical_curvature(blocks, diagonals)
-        self._inverses = [(b, *_damped_inverses(b, damping, typical)) for b in blocks]
+        shift = lambda b: damping + direct.get(b.weight, 0.0)
+        self._inverses = [(b, *_damped_inverses(b, shift(b), typical)) for b in blocks]
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
         # A parameter without any sampled curvature is moved on the scale of the others.
         self._scales = {

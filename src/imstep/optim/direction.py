@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,10 +66,13 @@ def krylov_direction(
     if result.iterations == 0 and result.disturbing_direction is not None:
         vector, curvature = result.disturbing_direction, result.disturbing_curvature or 0.0
     slope, norm = float(gradient @ vector), float(vector.norm())
-    if not slope <= -1e-10 * float(gradient.norm()) * norm or not norm < float("inf") or curvature != curvature:
+    descends = 0 < norm < math.inf and slope <= -1e-10 * float(gradient.norm()) * norm
+    if not descends or not math.isfinite(curvature):
         vector = -gradient
         slope, norm = -float(gradient @ gradient), float(gradient.norm())
         curvature = float(vector @ (operator @ vector))
+        # Nothing is known of the curvature then; the trials will tell.
+        curvature = curvature if math.isfinite(curvature) else 0.0
     return Direction(vector, slope, curvature, norm, result.status, result.iterations)
 
 

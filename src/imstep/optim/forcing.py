@@ -55,10 +55,7 @@ class BestRateForcing(Forcing):
     max_products: int = 300
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta < 1:
-            raise ValueError(f"eta must lie in (0, 1), got {self.eta}.")
-        if self.max_products < 1:
-            raise ValueError(f"max_products is at least 1, got {self.max_products}.")
+        _check(self.eta, self.max_products)
 
     def rules(self, situation: Situation) -> tuple[StoppingRule, ...]:
         patience = max(min(situation.contraction, 1.0) ** 3, 1e-30)
@@ -84,6 +81,16 @@ class ResidualForcing(Forcing):
     eta: float = 0.5
     max_products: int = 300
 
+    def __post_init__(self) -> None:
+        _check(self.eta, self.max_products)
+
     def rules(self, situation: Situation) -> tuple[StoppingRule, ...]:
         eta = min(self.eta, math.sqrt(situation.relative_gradient))
         return RelativeResidual(eta), ProgressStall(), ProductBudget(self.max_products)
+
+
+def _check(eta: float, max_products: int) -> None:
+    if not 0 < eta < 1:
+        raise ValueError(f"eta must lie in (0, 1), got {eta}.")
+    if max_products < 1:
+        raise ValueError(f"max_products is at least 1, got {max_products}.")

@@ -194,10 +194,13 @@ class NewtonKrylov(torch.optim.Optimizer):
                 f"this state belongs to parameters of shapes {own.get('shapes')}, the optimizer has {shapes}. "
                 "Load it into an optimizer of the same model, with the same parameters frozen."
             )
+        try:
+            memory, cost, preconditioner = Memory.from_dict(own["memory"]), Cost(**own["cost"]), own["preconditioner"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this state is damaged or of another version of the library: {error}.") from error
+        self._preconditioner.load_state_dict(preconditioner)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "newton_krylov"})
-        self._preconditioner.load_state_dict(own["preconditioner"])
-        self._memory = Memory.from_dict(own["memory"])
-        self.cost = Cost(**own["cost"])
+        self._memory, self.cost = memory, cost
 
 
 def _vector(groups: list[dict[str, Any]]) -> ParameterVector:

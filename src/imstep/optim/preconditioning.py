@@ -89,6 +89,8 @@ class Kronecker(Preconditioning):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every, the steps between two refreshes, is at least 1, got {self.every}.")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}.")
 
     def make(self, parameters: ParameterVector) -> Preconditioner:
         return _KroneckerPreconditioner(self, parameters)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -272,4 +273,5 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 def _short(e: BaseException) -> str:
     lines = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {lines[0][:300] if lines else ''}"
+    where = str(Path(__file__).resolve().parents[1]) + "/"
+    return f"{type(e).__name__}: {lines[0][:300].replace(where, '') if lines else ''}"

@@ -427,3 +427,11 @@ def test_shared_memory_is_seen_by_all_views() -> None:
         return (pairs * pairs.conj()).real.pow(2).sum() + pairs.prod().abs()
 
     agree(f)
+
+
+def test_values_that_leave_pytorch_are_refused_unless_detached() -> None:
+    x, v = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(imstep.UnsupportedOperatorError, match=r"outside PyTorch.*detach"):
+        imstep.jvp(lambda t: torch.from_numpy(t.numpy() ** 2), (x,), (v,))
+    _, product = imstep.jvp(lambda t: t * torch.from_numpy(t.detach().numpy()), (x,), (v,))
+    assert torch.equal(product, x)

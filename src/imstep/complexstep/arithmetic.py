@@ -63,7 +63,7 @@ class Arithmetic:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._plane = Plane()
         self._tape = tape
-        self._islands = Islands(keep_graph)
+        self._islands = Islands(self._plane, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self.counts, h, tape, before_write)
         self._stack = ExitStack()
 

@@ -20,10 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from imstep.complexstep import recurrent
+from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.substitutes import SUBSTITUTES
+from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
+_EXITS = {Tensor.numpy, Tensor.__array__}
 _STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
@@ -47,9 +50,9 @@ class Islands(TorchFunctionMode):
     reach; the mathematical formulations they stand for are used instead while this mode is active.
     """
 
-    def __init__(self, keep_graph: bool = False) -> None:
+    def __init__(self, plane: Plane, keep_graph: bool = False) -> None:
         super().__init__()
-        self._keep_graph = keep_graph
+        self._plane, self._keep_graph = plane, keep_graph
         self._toggles: list[bool] = []
         self._cut = False
         self.final = False  # whether the backward pass that runs now is the one to differentiate
@@ -80,6 +83,8 @@ class Islands(TorchFunctionMode):
         if func in _CUTS:
             with self.cut():
                 return func(*args, **kwargs)
+        if func in _EXITS:
+            self._refuse_exit(func, args[0])
         if func is Tensor.detach_:
             return self._detach_in_place(*args)
         if func in SUBSTITUTES:
@@ -96,6 +101,14 @@ class Islands(TorchFunctionMode):
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _refuse_exit(self, func: Any, t: Tensor) -> None:
+        if not self.active and self._plane.find(t) is not None:
+            raise UnsupportedOperatorError(
+                f"Tensor.{func.__name__}",
+                "the imaginary part of a tensor that is being differentiated would be lost outside PyTorch.",
+                "Compute with torch functions, or call .detach() first to treat the values as constants.",
+            )
 
     def _detach_in_place(self, t: Tensor) -> Tensor:
         # What was saved of it before stays as it was; from here on it is a constant in memory of its own.

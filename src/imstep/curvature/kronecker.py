@@ -214,11 +214,19 @@ def _damped_inverses(block: Block, damping: float, typical: float) -> tuple[Tens
     tiny = torch.finfo(torch.float32).tiny
     mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
     balance = math.sqrt(mean_a / mean_g)
-    # The shift also lifts factors of low rank above rounding.
-    shift_a = max(balance * math.sqrt(damping), 1e-7 * mean_a)
-    shift_g = max(math.sqrt(damping) / balance, 1e-7 * mean_g)
-    invert = lambda m, shift: torch.cholesky_inverse(torch.linalg.cholesky(m + shift * torch.eye(len(m), dtype=m.dtype, device=m.device)))
-    return invert(a, shift_a).to(block.inputs.dtype), invert(g, shift_g).to(block.inputs.dtype)
+    inverse_a = _shifted_inverse(a, max(balance * math.sqrt(damping), 1e-7 * mean_a))
+    inverse_g = _shifted_inverse(g, max(math.sqrt(damping) / balance, 1e-7 * mean_g))
+    return inverse_a.to(block.inputs.dtype), inverse_g.to(block.inputs.dtype)
+
+
+def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
+    """(M + shift I)⁻¹ of a positive semidefinite M; the shift grows where rounding has made M indefinite."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
+    while int(info) != 0:
+        shift *= 10
+        factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
+    return torch.cholesky_inverse(factor)
 
 
 def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> float:

@@ -217,6 +217,7 @@ def test_derivatives_of_outputs_by_inputs_are_outputs() -> None:
 NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": lambda z: z.sin().sum(),
     "cube": lambda z: (z**3).mean(),
+    "norm, squared": lambda z: (z - Y).norm() ** 2,
     "negative squares": lambda z: -((z - Y) ** 2).mean(),
     "difference of losses": lambda z: F.mse_loss(z, Y) - 0.1 * F.huber_loss(z, Y),
     "added with a negative factor": lambda z: torch.add(F.mse_loss(z, Y), F.mse_loss(z, -Y), alpha=-1),

@@ -89,15 +89,19 @@ def split_loss(tape: Tape, loss: Reference | None) -> LossSplit | None:
 def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     """The convex operators whose positive combination is the loss; empty if the loss has another form."""
     found: list[ConvexLoss] = []
+    outputs: set[int] = set()
     wanted = {} if loss is None else {loss[0]: 1}  # slots that the loss is made of, and with which sign
     for step in reversed(tape.steps):
         signs = {wanted.pop(slot) for slot in step.writes if slot in wanted}
         if not signs:
+            if step.call.func.overloadpacket is aten.linalg_vector_norm and not outputs.isdisjoint(step.writes):
+                return []  # the square of a norm is many residuals, of which this split would see one
             continue
         sign = signs.pop()
         end = _convex(step, sign)
         if end is not None:
             found.append(end)
+            outputs.update(end.outputs)
             continue
         parts = None if signs or step.call.backward else _linear(step, sign)
         if parts is None or any(wanted.setdefault(slot, s) != s for slot, s in parts):

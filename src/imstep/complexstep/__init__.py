@@ -5,4 +5,12 @@ from imstep.complexstep.errors import ComplexStepError, UnsupportedOperatorError
 from imstep.complexstep.functional import derivative, hvp, jvp
 from imstep.complexstep.tensor import ComplexStepTensor
 
-__all__ = ["Arithmetic", "ComplexStepError", "ComplexStepTensor", "UnsupportedOperatorError", "derivative", "hvp", "jvp"]
+__all__ = [
+    "Arithmetic",
+    "ComplexStepError",
+    "ComplexStepTensor",
+    "UnsupportedOperatorError",
+    "derivative",
+    "hvp",
+    "jvp",
+]

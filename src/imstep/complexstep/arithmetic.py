@@ -2,8 +2,8 @@
 
 It sits below autograd (``TorchDispatchMode``), so autograd records real formulas, and the backward pass it derives
 from them runs on complex-step numbers as well: the gradient that comes out is the analytic continuation of
-the gradient, and its imaginary part is the Hessian-vector product. ``create_graph`` and ``torch.func`` transforms *inside*
-the loss arrive here as ordinary operators.
+the gradient, and its imaginary part is the Hessian-vector product. ``create_graph`` and ``torch.func`` transforms
+*inside* the loss arrive here as ordinary operators.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
         return f(torch.complex(x, torch.full_like(x, h))).imag / h
     h = DEFAULT_H if h is None else h
     if isinstance(x, np.ndarray) and x.dtype.kind != "f":
-        raise TypeError(f"x is an array of dtype {x.dtype}; the complex step needs real floating point. Use x.astype(float).")
+        raise TypeError(
+            f"x is an array of dtype {x.dtype}; the complex step needs real floating point. Use x.astype(float)."
+        )
     return np.imag(f(x + 1j * h)) / h
 
 
@@ -120,7 +122,8 @@ def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> A
         _require_scalar(loss)
         gradients = arithmetic.gradient(loss, inputs)
     products = [
-        torch.zeros_like(t) if g is None else arithmetic.value(g).imaginary for t, g in zip(leaves, gradients, strict=True)
+        torch.zeros_like(t) if g is None else arithmetic.value(g).imaginary
+        for t, g in zip(leaves, gradients, strict=True)
     ]
     return tree_unflatten([p.detach() for p in products], structure)
 
@@ -145,13 +148,18 @@ def _leaf(t: Any) -> Tensor:
 def _require_real(t: Any, name: str) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         kind = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name} is {kind}; the complex step needs real floating-point tensors. Convert it with .float() or .double().")
+        raise TypeError(
+            f"{name} is {kind}; the complex step needs real floating-point tensors. "
+            "Convert it with .float() or .double()."
+        )
 
 
 def _require_scalar(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"f returned {got}; a Hessian product needs a scalar. Reduce it, for instance with .sum() or .mean().")
+        raise ValueError(
+            f"f returned {got}; a Hessian product needs a scalar. Reduce it, for instance with .sum() or .mean()."
+        )
 
 
 def _match(tree: Any, leaves: list[Tensor], structure: Any, name: str, other: str) -> list[Tensor]:

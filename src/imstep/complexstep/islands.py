@@ -1,9 +1,9 @@
 """Where the user cuts the graph, the imaginary part ends: ``no_grad``, ``detach``, ``.data``.
 
 Below autograd these cuts cannot be told from PyTorch's own bookkeeping (a saved output is detached, the forward of
-an ``autograd.Function`` runs without gradients), so they are watched one level up, as Python calls. A result made inside
-an island is a constant, exactly as it is for ``loss.backward(create_graph=True)``. The backward pass is no island:
-its operators run without gradients, and their imaginary parts are what we are after.
+an ``autograd.Function`` runs without gradients), so they are watched one level up, as Python calls. A result made
+inside an island is a constant, exactly as it is for ``loss.backward(create_graph=True)``. The backward pass is no
+island: its operators run without gradients, and their imaginary parts are what we are after.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
-_EXITS = {Tensor.numpy, Tensor.__array__}
+_EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
@@ -165,7 +165,9 @@ class Islands(TorchFunctionMode):
         with self.cut():
             return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, gradients)
 
-    def _gumbel_softmax(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
         # PyTorch's own detaches inside, out of sight of this mode.
         soft = F.gumbel_softmax(logits, tau, False, dim=dim)
         if not hard:

@@ -9,6 +9,7 @@ from imstep.curvature.frozen import Linearisation
 from imstep.curvature.hessian import TapeOperator, gauss_newton_of, hessian_of
 from imstep.curvature.parameters import ParameterVector
 
+
 class CurvatureChoice(ABC):
     """Chooses the curvature matrix at a point; all candidates are read off the same record."""
 

@@ -80,7 +80,8 @@ class FrozenClosure:
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        return Linearisation(loss if observer else loss.detach(), self._parameters.flatten(gradients), tape, split, arithmetic.report())
+        kept = loss if observer else loss.detach()
+        return Linearisation(kept, self._parameters.flatten(gradients), tape, split, arithmetic.report())
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -130,7 +131,9 @@ class FrozenClosure:
                 "Reduce it, for instance with .mean(), and return it."
             )
         if loss.is_complex():
-            raise ValueError(f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs().")
+            raise ValueError(
+                f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
+            )
         return scalar
 
     def _gradients_of(self, loss: Tensor, take: Callable[..., Any]) -> list[Tensor | None]:

@@ -60,7 +60,8 @@ class TapeOperator(LinearOperator):
         parts = self.parameters.unflatten(vector)
         changes = self._tape.replay(parts)
         # Explicit zeros, so that a product that vanishes has the batch of a block as well.
-        return self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in zip(parts, changes, strict=True)])
+        pairs = zip(parts, changes, strict=True)
+        return self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in pairs])
 
 
 class PointOperator(TapeOperator):
@@ -83,8 +84,8 @@ class PointOperator(TapeOperator):
         # Writes through .data leave no trace in a version counter.
         if not all(_same(p, saved) for p, saved in zip(*self._values, strict=True)):
             raise TapeChangedError(
-                "a parameter was changed in place after the operator was built; the operator belongs to the old values. "
-                "Build it anew at the new point."
+                "a parameter was changed in place after the operator was built; the operator belongs to the old "
+                "values. Build it anew at the new point."
             )
 
     def explain(self) -> OperatorReport:
@@ -171,8 +172,8 @@ class GaussNewton(PointOperator):
         point = evaluate_once(lambda: evaluate(*closure()), parameters)
         if point.split is None:
             raise ValueError(
-                "the loss is not recognised as a convex function of the outputs, so it has no Gauss-Newton matrix here. "
-                "Use a loss made of squares, cross entropies or Huber terms by sums and means, or Hessian(closure, params)."
+                "the loss is not recognised as a convex function of the outputs, so it has no Gauss-Newton matrix. "
+                "Use a loss made of squares, cross entropies or Huber terms by sums and means, or Hessian(...)."
             )
         super().__init__(parameters, point, gauss_newton(point.tape, point.split), definite=True)
 

@@ -43,8 +43,8 @@ class KroneckerFactors:
         parameters: the vector the preconditioner works on.
         decay: weight of the past in the running averages, in [0, 1); the first estimates are averaged evenly.
 
-    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 3 and 5; for convolutions Grosse and Martens, ICML
-        2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 3 and 5; for convolutions Grosse and Martens,
+        ICML 2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
     """
 
     def __init__(self, parameters: ParameterVector, decay: float = 0.95) -> None:
@@ -96,7 +96,8 @@ class KroneckerFactors:
     def state_dict(self) -> dict[str, Any]:
         """The averages, as tensors and numbers."""
         blocks = [
-            {"weight": b.weight, "bias": b.bias, "inputs": b.inputs, "outputs": b.outputs} for b in self._blocks.values()
+            {"weight": b.weight, "bias": b.bias, "inputs": b.inputs, "outputs": b.outputs}
+            for b in self._blocks.values()
         ]
         diagonals = [{"parameter": at, "values": d} for at, d in self._diagonals.items()]
         direct = [{"parameter": at, "value": value} for at, value in self._direct.items()]

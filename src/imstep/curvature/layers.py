@@ -47,10 +47,17 @@ class LayerObserver(TorchFunctionMode):
         return output
 
     def _note(
-        self, func: Any, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        func: Any,
+        output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         at = self._position.get(id(weight))
-        if at is None or not output.requires_grad or not isinstance(output, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(output):
+        if at is None or not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
         if rows is None:
@@ -72,7 +79,7 @@ def _patches(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """The rows (batch, positions, in · kernel) that a convolution multiplies; None where it is no plain matrix product."""
+    """The rows (batch, positions, in · kernel) that a convolution multiplies; None where that is not so simple."""
     if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
         return None
     flat = func is torch.conv1d

@@ -1,7 +1,7 @@
 """Random output gradients whose covariance is the curvature of the loss.
 
-With E[u uᵀ] = L''(z), the vectors Jᵀu have the Gauss-Newton matrix as covariance; from one backward pass with such a u come
-the Kronecker factors of every layer.
+With E[u uᵀ] = L''(z), the vectors Jᵀu have the Gauss-Newton matrix as covariance; from one backward pass with such
+a u come the Kronecker factors of every layer.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ from imstep.optim.record import (
 )
 from imstep.optim.trials import Trials, try_escape, try_steps
 
+CONFIDENCE = 0.6
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient was not finite in several steps in a row."""
@@ -152,7 +154,8 @@ class NewtonKrylov(torch.optim.Optimizer):
             p.grad = g.clone()
         if memory.refusals >= self._max_refusals:
             raise NonFiniteLossError(
-                f"the loss or its gradient was not finite in {memory.refusals} steps in a row (last loss: {record.loss}). "
+                f"the loss or its gradient was not finite in {memory.refusals} steps in a row "
+                f"(last loss: {record.loss}). "
                 "Parameters are unchanged since. Look for an empty batch, a logarithm or division at zero, or bad data."
             )
         return attempt.point.loss.detach()
@@ -219,8 +222,10 @@ class _Setting:
     @property
     def products(self) -> Cost:
         """The products made so far."""
-        definite = sum(a.products for a in self.candidates if a.definite)
-        return Cost(gauss_newton_products=definite, hessian_products=sum(a.products for a in self.candidates) - definite)
+        return Cost(
+            gauss_newton_products=sum(a.products for a in self.candidates if a.definite),
+            hessian_products=sum(a.products for a in self.candidates if not a.definite),
+        )
 
 
 class _Attempt:
@@ -253,6 +258,8 @@ class _Attempt:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         shrunk = memory.full_steps >= 2 and gradient_norm < memory.gradient_norm
         contraction = gradient_norm / memory.gradient_norm if shrunk else 1.0
+        # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
+        contraction = min(contraction, CONFIDENCE ** max(memory.full_steps - 2, 0))
         memory = memory.meet(gradient_norm)
         if gradient_norm <= optimizer._tolerance:
             return self._escape(record, memory)

@@ -35,7 +35,7 @@ class Preconditioner(ABC):
         """What has to be saved."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (stateless ones have nothing to load)
         """The inverse of :meth:`state_dict`."""
 
 

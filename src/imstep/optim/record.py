@@ -62,8 +62,9 @@ class Cost:
     def gradient_equivalents(self) -> float:
         """The cost in gradients: 1, 4/3, 2, 4/3, 1/3 and 2/3 for the six kinds.
 
-        Counted in matrix products a layer, of which a gradient makes 3, a Hessian product 6, a Gauss-Newton product 4, a loss 1
-        and a backward pass 2; recording was measured at 1.2 gradients on a deep autoencoder and is charged 4/3.
+        Counted in matrix products a layer, of which a gradient makes 3, a Hessian product 6, a Gauss-Newton product 4,
+        a loss 1 and a backward pass 2; recording was measured at 1.2 gradients on a deep autoencoder and is charged
+        4/3. The linear algebra on vectors and Kronecker factors is not counted; it shows in seconds.
         """
         return (
             GRADIENT_COST * self.gradients
@@ -82,7 +83,7 @@ class StepRecord:
     Attributes:
         step: how many steps were taken before this one.
         outcome: what became of the step.
-        status: why the Krylov iteration ended; None if there was none.
+        status: why the Krylov iteration ended, which is not what became of the step; None if there was none.
         loss, new_loss: f before and after the step; equal unless it was accepted.
         gradient_norm: ‖g‖ before the step.
         iterations: Krylov iterations, that is, directions the solution was built from.
@@ -90,7 +91,7 @@ class StepRecord:
         trials: trial points evaluated.
         step_length: t of the last trial.
         direction_norm: ‖d‖; the step moved the parameters by t‖d‖.
-        slope, curvature: s = gᵀd and k = dᵀHd.
+        slope, curvature: s = gᵀd and k = dᵀAd, A being the curvature matrix of the step, undamped.
         predicted_decrease: q(t) = -t s - t²k/2.
         actual_decrease: f(w) - f(w + t d).
         rho: actual over predicted decrease.

@@ -97,7 +97,7 @@ def try_escape(
     """Leave a stationary point along negative curvature: the longest of a geometric sequence of steps that keeps
     a fraction ``acceptance`` of the promised decrease.
 
-    Source: curvilinear backtracking, Nocedal and Wright, Numerical Optimization (2nd ed.), section 3.4; our choice of lengths.
+    Source: backtracking, Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 3.1; lengths are our choice.
     """
     step_length = length / model.norm
     rho = error = math.nan

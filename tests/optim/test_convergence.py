@@ -86,6 +86,19 @@ def test_superlinear_on_strongly_convex_problems(name: str, seed: int) -> None:
     assert fitted_order(norms) >= 1.4
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_ill_conditioned_problems(condition: float, seed: int) -> None:
+    """Truncated iterations leave gradients that grow and fall; the effort must grow all the same."""
+    w = nn.Parameter(normal(50, seed=seed))
+    scale = torch.logspace(0, math.log10(condition), 50, dtype=F64)
+    turn, _ = torch.linalg.qr(normal(50, 50, seed=seed + 7))
+    optimizer = NewtonKrylov([w])
+    for _ in range(40):
+        optimizer.step(lambda: 0.5 * (scale * (turn @ w) ** 2).sum() + 0.1 * (turn @ w - 0.3).exp().sum())
+    assert optimizer.last_step.gradient_norm < 1e-13 * condition
+
+
 def test_quadratic_in_few_steps() -> None:
     w = nn.Parameter(normal(20))
     scale = torch.logspace(-1, 1, 20, dtype=F64)

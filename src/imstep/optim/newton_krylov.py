@@ -34,8 +34,6 @@ from imstep.optim.trials import Trials, try_escape, try_steps
 
 CONFIDENCE = 0.6
 
-CONFIDENCE = 0.6
-
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient was not finite in several steps in a row."""
@@ -260,8 +258,6 @@ class _Attempt:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         shrunk = memory.full_steps >= 2 and gradient_norm < memory.gradient_norm
         contraction = gradient_norm / memory.gradient_norm if shrunk else 1.0
-        # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
-        contraction = min(contraction, CONFIDENCE ** max(memory.full_steps - 2, 0))
         # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
         contraction = min(contraction, CONFIDENCE ** max(memory.full_steps - 2, 0))
         memory = memory.meet(gradient_norm)

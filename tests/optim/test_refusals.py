@@ -1,0 +1,189 @@
+"""What NewtonKrylov refuses: losses that are not finite, and misuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imstep.globalization import LevenbergMarquardt, TaylorMonitor
+from imstep.optim import (
+    BestRateForcing,
+    Cost,
+    Kronecker,
+    NewtonKrylov,
+    NonFiniteLossError,
+    ResidualForcing,
+    StepOutcome,
+)
+
+F64 = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+X, LABELS = normal(30, 4), torch.arange(30) % 3
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+
+
+def rosenbrock(w: Tensor) -> Tensor:
+    return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_several_refusals_raise() -> None:
+    w = nn.Parameter(normal(3))
+    before = w.detach().clone()
+    optimizer = NewtonKrylov([w], max_refusals=3)
+    for _ in range(2):
+        optimizer.step(lambda: (w * math.nan).sum())
+    with pytest.raises(NonFiniteLossError, match=r"3 steps in a row .* empty batch"):
+        optimizer.step(lambda: (w * math.nan).sum())
+    assert torch.equal(w, before)
+    assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
+    optimizer.step(lambda: (w**2).sum())
+    assert optimizer.last_step.accepted
+
+
+def test_refusals_are_counted_in_a_row() -> None:
+    w = nn.Parameter(normal(3))
+    optimizer = NewtonKrylov([w], max_refusals=2)
+    for _ in range(4):
+        optimizer.step(lambda: (w * math.nan).sum())
+        optimizer.step(lambda: (w**2).cosh().sum())
+
+
+def test_gradient_that_is_not_finite() -> None:
+    w = nn.Parameter(torch.zeros(2, dtype=F64))
+    optimizer = NewtonKrylov([w])
+    assert float(optimizer.step(lambda: w.abs().sqrt().sum())) == 0
+    assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
+    assert not w.any()
+
+
+def test_empty_batch() -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = NewtonKrylov(model.parameters())
+    loss = optimizer.step(lambda: F.cross_entropy(model(X[:0]), LABELS[:0]))
+    assert math.isnan(loss)
+    assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_function_that_falls_to_minus_infinity_is_not_followed() -> None:
+    """From the exact saddle at zero: log is -inf where the escape first lands, and nothing is accepted there."""
+    w = nn.Parameter(torch.zeros(2, dtype=F64))
+    loss = lambda: (1 - (w**2).sum()).clamp(min=0).log()
+    optimizer = NewtonKrylov([w])
+    optimizer.step(loss)
+    assert math.isfinite(optimizer.last_step.new_loss)
+    assert bool(w.isfinite().all())
+
+
+def test_products_that_are_not_finite_do_not_end_the_run() -> None:
+    """|w|^1.5 has a gradient at zero, but no second derivative."""
+    w = nn.Parameter(torch.tensor([0.0, 0.0], dtype=F64))
+    optimizer = NewtonKrylov([w])
+    loss = lambda: (w.abs() ** 1.5).sum() + ((w - 1) ** 2).sum()
+    start = float(optimizer.step(loss))
+    assert float(loss().detach()) < start
+
+
+# --- misuse -------------------------------------------------------------------------------------------------------
+
+
+def step_with(result: Callable[[Tensor], Any]) -> tuple[nn.Parameter, NewtonKrylov]:
+    w = nn.Parameter(normal(3))
+    before, optimizer = w.detach().clone(), NewtonKrylov([w])
+    with pytest.raises(ValueError, match=r"closure returned|depends on none"):
+        optimizer.step(lambda: result(w))
+    assert torch.equal(w, before)
+    assert w.grad is None
+    assert optimizer.last_step is None
+    assert optimizer.cost == Cost()
+    return w, optimizer
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda w: w,
+        lambda w: None,
+        lambda w: float(w.detach().sum()),
+        lambda w: (w**2).sum().detach(),
+        lambda w: (w * 1j).sum(),
+        lambda w: normal(2).requires_grad_().sum(),
+    ],
+)
+def test_closures_that_return_no_usable_loss(result: Callable[[Tensor], Any]) -> None:
+    w, optimizer = step_with(result)
+    optimizer.step(lambda: (w**2).sum())
+    assert optimizer.last_step.accepted
+
+
+def test_no_closure() -> None:
+    with pytest.raises(TypeError, match="needs a closure"):
+        NewtonKrylov([nn.Parameter(torch.ones(1))]).step()
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ([], ValueError, "empty parameter list"),
+        ([nn.Parameter(torch.ones(2), requires_grad=False)], ValueError, "requires_grad=False"),
+        ([nn.Parameter(torch.ones(2, dtype=torch.complex128))], TypeError, "complex128"),
+        ([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))], ValueError, "several devices"),
+        ([torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
+    ],
+)
+def test_parameters_that_cannot_be_optimised(params: list[Tensor], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        NewtonKrylov(params)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tolerance": -1.0},
+        {"tolerance": math.nan},
+        {"curvature_floor": -1e-3},
+        {"max_trials": 0},
+        {"max_refusals": 0},
+    ],
+)
+def test_numbers_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        NewtonKrylov([nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Kronecker(every=0),
+        lambda: Kronecker(decay=1.0),
+        lambda: BestRateForcing(eta=0.0),
+        lambda: BestRateForcing(max_products=0),
+        lambda: ResidualForcing(eta=1.0),
+        lambda: ResidualForcing(max_products=0),
+        lambda: TaylorMonitor(theta=2.0),
+        lambda: LevenbergMarquardt(factor=0.5),
+    ],
+)
+def test_strategies_out_of_range(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"got"):
+        make()

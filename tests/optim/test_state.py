@@ -1,0 +1,133 @@
+"""Parameters that come and go, and saved states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imstep.globalization import LevenbergMarquardt, NoDamping
+from imstep.optim import (
+    NewtonKrylov,
+    NoPreconditioning,
+)
+
+F64 = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+X, LABELS = normal(30, 4), torch.arange(30) % 3
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+
+
+def rosenbrock(w: Tensor) -> Tensor:
+    return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
+
+
+# --- parameters that come and go ----------------------------------------------------------------------------------
+
+
+def test_groups_can_be_added() -> None:
+    a, b = nn.Parameter(normal(2)), nn.Parameter(normal(3, seed=1))
+    optimizer = NewtonKrylov([a])
+    loss = lambda: ((a - 1) ** 4).sum() + ((b - 2) ** 2).sum()
+    optimizer.step(loss)
+    before = b.detach().clone()
+    assert torch.equal(b, before)
+    optimizer.add_param_group({"params": [b]})
+    for _ in range(30):
+        optimizer.step(loss)
+    torch.testing.assert_close(b.detach(), torch.full((3,), 2.0, dtype=F64), rtol=0, atol=1e-6)
+
+
+def test_parameters_can_be_frozen_and_thawed() -> None:
+    model = network()
+    closure = lambda: F.cross_entropy(model(X), LABELS)
+    optimizer = NewtonKrylov(model.parameters())
+    optimizer.step(closure)
+    model[0].requires_grad_(False)
+    kept = model[0].weight.detach().clone()
+    for _ in range(3):
+        optimizer.step(closure)
+    assert torch.equal(model[0].weight, kept)
+    model[0].requires_grad_(True)
+    optimizer.step(closure)
+    assert not torch.equal(model[0].weight, kept)
+
+
+def test_all_frozen_later() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = NewtonKrylov([w])
+    w.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad=False"):
+        optimizer.step(lambda: (w**2).sum())
+
+
+# --- saved states -------------------------------------------------------------------------------------------------
+
+
+def saved() -> tuple[NewtonKrylov, dict[str, Any]]:
+    model = network()
+    optimizer = NewtonKrylov(model.parameters())
+    optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
+    return optimizer, optimizer.state_dict()
+
+
+def without(state: dict[str, Any], *path: str) -> dict[str, Any]:
+    copied = {**state, "newton_krylov": dict(state["newton_krylov"])}
+    del copied["newton_krylov"][path[0]]
+    return copied
+
+
+@pytest.mark.parametrize("entry", ["memory", "cost", "preconditioner", "shapes"])
+def test_damaged_states_are_refused(entry: str) -> None:
+    optimizer, state = saved()
+    before = repr(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"this state"):
+        optimizer.load_state_dict(without(state, entry))
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_foreign_states_are_refused() -> None:
+    optimizer, _ = saved()
+    before = repr(optimizer.state_dict())
+    with pytest.raises(ValueError, match="not saved by NewtonKrylov"):
+        optimizer.load_state_dict(torch.optim.Adam(network().parameters()).state_dict())
+    other = NewtonKrylov(nn.Linear(4, 6).to(F64).parameters())
+    with pytest.raises(ValueError, match=r"shapes \[\[6, 4\], \[6\]\]"):
+        optimizer.load_state_dict(other.state_dict())
+    plain = NewtonKrylov(network().parameters(), preconditioning=NoPreconditioning())
+    with pytest.raises(ValueError, match="another preconditioning"):
+        optimizer.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="another preconditioning"):
+        plain.load_state_dict(optimizer.state_dict())
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_damping_is_remembered() -> None:
+    w = nn.Parameter(2 * normal(5))
+    optimizer = NewtonKrylov([w], damping=LevenbergMarquardt(initial=0.5))
+    for _ in range(5):
+        optimizer.step(lambda: rosenbrock(w))
+    state = optimizer.state_dict()["newton_krylov"]["memory"]
+    assert state["damping"] != 0.5
+    assert state["steps"] == 5
+
+
+def test_no_damping_is_none() -> None:
+    w = nn.Parameter(2 * normal(5))
+    optimizer = NewtonKrylov([w], damping=NoDamping())
+    for _ in range(5):
+        optimizer.step(lambda: rosenbrock(w))
+        assert optimizer.last_step.damping == 0

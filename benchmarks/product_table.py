@@ -1,0 +1,156 @@
+"""The page of the documentation, from a record: ratios to the gradient, and which figures are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from product_sides import BLOCK, GRADIENT, OWN, PEERS
+
+FIRST, REPLAYED, IN_BLOCK, GAUSS_NEWTON = (side.name for side in OWN)
+_HESSIAN_PEERS = [side.name for side in PEERS if side.matrix == "Hessian"]
+
+Sides = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach: the value computed from a model's sides, and the bound for each model."""
+
+    name: str
+    value: Callable[[Sides], float]
+    bounds: dict[str, float]
+
+
+def _bounds(*values: float) -> dict[str, float]:
+    return dict(zip(("MLP", "ResNet-18", "LSTM", "GPT", "PINN"), values, strict=True))
+
+
+def best_peer(sides: Sides) -> str:
+    """The peer with the fastest Hessian product, its graph kept if it can."""
+    return min((n for n in _HESSIAN_PEERS if "seconds" in sides[n]), key=lambda n: sides[n]["seconds"])
+
+
+def _ratio(key: str, above: str, below: str) -> Callable[[Sides], float]:
+    return lambda sides: sides[above][key] / sides[below][key]
+
+
+TARGETS = (
+    Target(
+        "replayed Hessian product / the best peer's",
+        lambda sides: sides[REPLAYED]["seconds"] / sides[best_peer(sides)]["seconds"],
+        _bounds(1.0, 1.0, 0.7, 0.8, 0.8),
+    ),
+    Target("first product, gradients", _ratio("seconds", FIRST, GRADIENT.name), _bounds(2.6, 3.2, 5, 4, 4)),
+    Target(
+        "replayed Gauss-Newton product, gradients",
+        _ratio("seconds", GAUSS_NEWTON, GRADIENT.name),
+        _bounds(1.3, 1.6, 2.5, 1.8, 1.8),
+    ),
+    Target(
+        f"block of {BLOCK}, per product / single", _ratio("seconds", IN_BLOCK, REPLAYED), _bounds(0.9, 1.0, 0.4, 0.8, 0.5)
+    ),
+    Target(
+        "peak memory of a product / the gradient's", _ratio("peak_bytes", FIRST, GRADIENT.name), _bounds(2.2, 2.2, 2.5, 2.2, 2.2)
+    ),
+)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [_row(head), _row(["---"] * len(head)), *map(_row, rows), ""]
+
+
+def _targets(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for target in TARGETS:
+        cells = [target.name]
+        for name, model in models.items():
+            value, bound = target.value(model["sides"]), target.bounds[name]
+            cells.append(f"{value:.2f} ({'met' if value <= bound else '**missed**'}, <= {bound:g})")
+        rows.append(cells)
+    return _table(["figure", *models], rows)
+
+
+def _cells(models: dict[str, Any], side: str, show: Callable[[dict[str, Any], Sides], str]) -> list[str]:
+    cells = []
+    for model in models.values():
+        entry = model["sides"][side]
+        cells.append(show(entry, model["sides"]) if "seconds" in entry else entry["failure"].split(":")[0])
+    return cells
+
+
+def _section(device: str, models: dict[str, Any]) -> list[str]:
+    names = [side.name for side in (GRADIENT, *OWN, *PEERS)]
+    time = lambda e, sides: f"{e['seconds'] / sides[GRADIENT.name]['seconds']:.2f}"
+    memory = lambda e, sides: f"{e['peak_bytes'] / sides[GRADIENT.name]['peak_bytes']:.2f}"
+    error = lambda e, sides: f"{e['relative_error']:.0e}" if "relative_error" in e else ""
+    unit = lambda key, scale: [f"{m['sides'][GRADIENT.name][key] * scale:.1f}" for m in models.values()]
+    fastest = [best_peer(m["sides"]) for m in models.values()]
+    return [
+        f"## {device.upper()}",
+        "",
+        "### Figures to reach",
+        "",
+        *_targets(models),
+        "### Time of a product, in gradients",
+        "",
+        *_table(
+            ["side", *models],
+            [["gradient, ms", *unit("seconds", 1e3)]]
+            + [[n, *_cells(models, n, time)] for n in names[1:]]
+            + [["best peer", *fastest]],
+        ),
+        "### Peak memory of preparation and one product, above model and data, in gradients",
+        "",
+        *_table(
+            ["side", *models],
+            [["gradient, MiB", *unit("peak_bytes", 2**-20)]] + [[n, *_cells(models, n, memory)] for n in names[1:]],
+        ),
+        "### Relative difference of the products",
+        "",
+        "Hessian products from those of double backward, Gauss-Newton products from those of curvlinops; float32.",
+        "",
+        *_table(["side", *models], [[n, *_cells(models, n, error)] for n in names[1:]]),
+        *_failures(models),
+    ]
+
+
+def _failures(models: dict[str, Any]) -> list[str]:
+    found = [
+        f"- {name}, {side}: `{entry['failure']}`"
+        for name, model in models.items()
+        for side, entry in model["sides"].items()
+        if "failure" in entry
+    ]
+    return ["### Failures", "", *found, ""] if found else []
+
+
+def page(record: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    lines = [
+        "# Speed and memory of products",
+        "",
+        "Generated by `benchmarks/products.py`: all sides in one run, in interleaved rounds; a figure is the median of its "
+        "rounds. Times are of one product with a new direction at a point that was evaluated before, except where a side "
+        "evaluates it anew each time (first product, double backward, `torch.func.jvp`, curvlinops, hessian-eigenthings). "
+        "The gradient, the unit, uses PyTorch's own kernels, fused attention and recurrent ones included; sides that "
+        "cannot differentiate these take others.",
+        "",
+        "Peak memory counts what PyTorch's allocator hands out above the model and its data: on a CPU the sum of the "
+        "allocations and releases that `torch.profiler` reports, on a GPU the allocator's own statistics.",
+        "",
+        f"{record['date']}; {record['cpu']}, {record['cores']} cores, {record['threads']} threads, "
+        f"load average {record['load_average']:.1f} at the start; GPU: {record['gpu'] or 'none'}; {versions}; "
+        f"{record['dtype']}, seed {record['seed']}.",
+        "",
+    ]
+    for device, models in record["devices"].items():
+        lines += [f"- {name}: {m['description']}; {m['parameters']:,} parameters" for name, m in models.items()] + [""]
+        lines += _section(device, models)
+    return "\n".join(lines).rstrip() + "\n"

@@ -209,10 +209,12 @@ def elementwise(
     op: Operator,
     derivative: Callable[..., Tensor | float],
     on_complex: Callable[..., Tensor] | None = None,
+    kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """A function of one tensor, entry by entry: ``derivative(x, y, *rest)`` is f'(x), y = f(x).
 
-    ``on_complex`` is the function for complex arguments; PyTorch's own operator where None.
+    ``on_complex`` is the function for complex arguments; PyTorch's own operator where None. ``kernel(dx, y)`` is
+    f'(x) dx for a real y, where that takes no slope to be kept.
     """
 
     def finite(
@@ -224,7 +226,7 @@ def elementwise(
         outside = torch.isnan(func(*args, **kwargs))
         return torch.where(outside, torch.nan, w.real), w.imag / h
 
-    register([op], Rule("elementwise", _slope(derivative), finite))
+    register([op], Rule("elementwise", _slope(derivative, kernel), finite))
 
 
 def real_elementwise(op: Operator, derivative: Callable[..., Tensor | float]) -> None:
@@ -232,9 +234,13 @@ def real_elementwise(op: Operator, derivative: Callable[..., Tensor | float]) ->
     register([op], Rule("elementwise", _slope(derivative)))
 
 
-def _slope(derivative: Callable[..., Tensor | float]) -> Linearize:
+def _slope(
+    derivative: Callable[..., Tensor | float], kernel: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Linearize:
     def linearize(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Push]:
         y = func(*args, **kwargs)
+        if kernel is not None and not y.is_complex():
+            return y, lambda dx, *_: kernel(dx, y)
         slope = derivative(args[0], y, *args[1:], **kwargs)
         return y, lambda dx, *_: dx * slope
 

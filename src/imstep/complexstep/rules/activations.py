@@ -16,7 +16,7 @@ import math
 import torch
 
 from imstep.complexstep.registry import elementwise, exact, rule
-from imstep.complexstep.rules.forms import plus, times
+from imstep.complexstep.rules.forms import plus, plus_times_, times
 from imstep.complexstep.rules.special import erf_on_complex
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def _smooth(forward, backward, curvature, on_complex=None):
     def backward_rule(g, x, *args, **kwargs):
         f1 = backward(torch.ones_like(x), x, *args, **kwargs)
         by_x = g * curvature(x, *args, **kwargs)
-        return g * f1, lambda dg, dx: plus(times(dg, f1), times(dx, by_x))
+        return g * f1, lambda dg, dx: plus_times_(times(dg, f1), dx, by_x)
 
 
 def gelu_curvature(x, *, approximate="none"):
@@ -107,13 +107,14 @@ def softplus_backward(g, x, beta, threshold):
 
 @rule(aten.tanh_backward.default, family="elementwise")
 def tanh_backward(g, y):
-    f1 = 1 - y * y
-    by_y = -2 * g * y
     if y.is_complex():  # autograd conjugates the derivative; a conjugate has no complex derivative
+        f1 = 1 - y * y
         return g * f1.conj_physical(), lambda dg, dy: plus(
             times(dg, f1.conj_physical()), None if dy is None else dy.conj_physical() * (-2 * g * y.conj_physical())
         )
-    return g * f1, lambda dg, dy: plus(times(dg, f1), times(dy, by_y))
+    kernel = aten.tanh_backward.default
+    by_y = (g * y).mul_(-2)
+    return kernel(g, y), lambda dg, dy: plus_times_(None if dg is None else kernel(dg, y), dy, by_y)
 
 
 @rule(aten.sigmoid_backward.default, family="elementwise")
@@ -122,8 +123,9 @@ def sigmoid_backward(g, y):
         c = y.conj_physical()
         f1, by_c = c * (1 - c), g * (1 - 2 * c)
         return g * f1, lambda dg, dy: plus(times(dg, f1), None if dy is None else dy.conj_physical() * by_c)
-    f1, by_y = y * (1 - y), g * (1 - 2 * y)
-    return g * f1, lambda dg, dy: plus(times(dg, f1), times(dy, by_y))
+    kernel = aten.sigmoid_backward.default
+    by_y = torch.addcmul(g, g, y, value=-2)
+    return kernel(g, y), lambda dg, dy: plus_times_(None if dg is None else kernel(dg, y), dy, by_y)
 
 
 @rule(aten.log_sigmoid_forward.default, family="elementwise")

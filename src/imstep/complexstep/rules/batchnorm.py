@@ -20,7 +20,8 @@ import torch
 
 from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
 from imstep.complexstep.registry import rule
-from imstep.complexstep.rules.forms import add_, addcmul_, evaluated, plus
+from imstep.complexstep.rules.blocks import addcmul_
+from imstep.complexstep.rules.forms import add_, evaluated, plus
 
 aten = torch.ops.aten
 

@@ -36,7 +36,7 @@ elementwise(aten.acos.default, lambda x, y: -torch.rsqrt(1 - x * x))
 elementwise(aten.atan.default, lambda x, y: 1 / (1 + x * x))
 elementwise(aten.sinh.default, lambda x, y: torch.cosh(x))
 elementwise(aten.cosh.default, lambda x, y: torch.sinh(x))
-elementwise(aten.tanh.default, lambda x, y: 1 - y * y)
+elementwise(aten.tanh.default, lambda x, y: 1 - y * y, kernel=aten.tanh_backward.default)
 elementwise(aten.asinh.default, lambda x, y: torch.rsqrt(x * x + 1))
 # (x - 1)(x + 1) under one root would be real for x < -1, where the function is not; complex x needs the product.
 elementwise(aten.acosh.default, lambda x, y: torch.rsqrt(x - 1) * torch.rsqrt(x + 1))
@@ -51,7 +51,7 @@ def sinc_slope(x, y):
 
 
 elementwise(aten.sinc.default, sinc_slope)
-elementwise(aten.sigmoid.default, lambda x, y: y * (1 - y))
+elementwise(aten.sigmoid.default, lambda x, y: y * (1 - y), kernel=aten.sigmoid_backward.default)
 
 
 def _logit_slope(x, y, eps=None):

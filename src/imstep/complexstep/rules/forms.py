@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, exact, register, signature
+from imstep.complexstep.rules.blocks import addcmul_, in_place
 
 
 def plus(a, b):
@@ -27,31 +28,19 @@ def total(*terms):
     return result
 
 
-# --- accumulation in place: under vmap, where a batch may stretch the result, out of place ---------------------
-
-
-def _stretched(*tensors):
-    return any(torch._C._functorch.is_batchedtensor(t) for t in tensors)
+# --- accumulation in place: out of place where a block of directions stretches the result -----------------------
 
 
 def add_(c, a):
     """c + a, in the memory of c."""
-    return c + a if _stretched(c, a) else c.add_(a)
+    return c.add_(a) if in_place(c, a) else c + a
 
 
-def addcmul_(c, a, b, value=1):
-    """c + value a b entry by entry, in the memory of c."""
-    return torch.addcmul(c, a, b, value=value) if _stretched(c, a, b) else c.addcmul_(a, b, value=value)
-
-
-def addmm_(c, a, b):
-    """c + a b, in the memory of c."""
-    return c + torch.mm(a, b) if _stretched(c, a, b) else c.addmm_(a, b)
-
-
-def baddbmm_(c, a, b):
-    """c + a b for each of a batch, in the memory of c."""
-    return c + torch.bmm(a, b) if _stretched(c, a, b) else c.baddbmm_(a, b)
+def plus_times_(c, d, factor):
+    """c + d * factor where either may be absent, in the memory of c."""
+    if c is None or d is None:
+        return times(d, factor) if c is None else c
+    return addcmul_(c, d, factor) if d.shape == c.shape == factor.shape else c + d * factor
 
 
 def real_like(d, x):

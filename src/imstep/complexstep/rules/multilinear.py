@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, multilinear, register, rule
-from imstep.complexstep.rules.forms import addcmul_, addmm_, baddbmm_
+from imstep.complexstep.rules.blocks import addcmul_, product
 
 aten = torch.ops.aten
 
 multilinear(aten.dot, aten.mv, aten.outer, aten.ger)
 
 
-def _product(op, accumulate):
-    """op(a, b) with a' b + a b' accumulated into one output; finite arithmetic keeps -h² a' b'."""
+def _product(op, change, accumulate):
+    """op(a, b) with a' b + a b' accumulated into one output; finite arithmetic keeps -h² a' b'.
+
+    ``change(a, b)`` is op on one of the factors' imaginary parts, ``accumulate(c, a, b)`` adds it to c.
+    """
 
     def linearize(func, args, kwargs):
         a, b = args
 
         def push(da, db):
             if da is None:
-                return op(a, db)
-            first = op(da, b)
+                return change(a, db)
+            first = change(da, b)
             return first if db is None else accumulate(first, a, db)
 
         return op(a, b), push
@@ -36,9 +39,9 @@ def _product(op, accumulate):
     return Rule("multilinear", linearize, finite)
 
 
-register([aten.mm.default], _product(torch.mm, addmm_))
-register([aten.bmm.default], _product(torch.bmm, baddbmm_))
-register([aten.mul.Tensor], _product(torch.mul, addcmul_))
+for _op, _kernel in ((aten.mm.default, torch.mm), (aten.bmm.default, torch.bmm)):
+    register([_op], _product(_kernel, product, lambda c, a, b: product(a, b, onto=c)))
+register([aten.mul.Tensor], _product(torch.mul, torch.mul, addcmul_))
 
 
 @rule(aten.mul.Scalar, family="linear")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.registry import rule
-from imstep.complexstep.rules.forms import addcmul_, plus
+from imstep.complexstep.rules.blocks import addcmul_
+from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
 

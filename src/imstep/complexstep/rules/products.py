@@ -10,28 +10,31 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import Rule, multilinear, register
-from imstep.complexstep.rules.forms import total
+from imstep.complexstep.rules.blocks import product
+from imstep.complexstep.rules.forms import add_, total
 
 aten = torch.ops.aten
 
 
 def _sum_and_product(op, product, accumulate):
-    """beta C + alpha (A, B): ``product(a, b)`` and ``accumulate(c, a, b)`` = c + (a, b)."""
+    """beta C + alpha (A, B): ``product(a, b)``, fresh, and ``accumulate(c, a, b)`` = c + (a, b), c being fresh.
+
+    C' comes last: it may be one row for all.
+    """
 
     def linearize(func, args, kwargs):
         _, a, b = args[:3]
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
 
         def push(dc, da, db):
-            change = None if dc is None or beta == 0 else (dc if beta == 1 else dc * beta)
-            for x, y in ((da, b), (a, db)):
-                if x is None or y is None:
-                    continue
-                if change is None:
-                    change = product(x, y) if alpha == 1 else product(x, y) * alpha
-                else:
-                    change = accumulate(change, x, y, alpha)
-            return change
+            dc = None if dc is None or beta == 0 else (dc if beta == 1 else dc * beta)
+            change = None if da is None else product(da, b)
+            if db is not None:
+                change = product(a, db) if change is None else accumulate(change, a, db)
+            if change is None:
+                return dc
+            change = change if alpha == 1 else change.mul_(alpha)
+            return change if dc is None else add_(change, dc)
 
         return func(*args, **kwargs), push
 
@@ -45,13 +48,13 @@ def _sum_and_product(op, product, accumulate):
     register([op], Rule("multilinear", linearize, finite))
 
 
-_sum_and_product(aten.addmm.default, torch.mm, lambda c, a, b, alpha: torch.addmm(c, a, b, alpha=alpha))
-_sum_and_product(aten.addmv.default, torch.mv, lambda c, a, b, alpha: torch.addmv(c, a, b, alpha=alpha))
-_sum_and_product(aten.addr.default, torch.outer, lambda c, a, b, alpha: torch.addr(c, a, b, alpha=alpha))
-_sum_and_product(aten.baddbmm.default, torch.bmm, lambda c, a, b, alpha: torch.baddbmm(c, a, b, alpha=alpha))
-_sum_and_product(
-    aten.addbmm.default, lambda a, b: torch.bmm(a, b).sum(0), lambda c, a, b, alpha: torch.addbmm(c, a, b, alpha=alpha)
-)
+_onto = lambda c, a, b: product(a, b, onto=c)
+
+_sum_and_product(aten.addmm.default, product, _onto)
+_sum_and_product(aten.addmv.default, torch.mv, torch.addmv)
+_sum_and_product(aten.addr.default, torch.outer, torch.addr)
+_sum_and_product(aten.baddbmm.default, product, _onto)
+_sum_and_product(aten.addbmm.default, lambda a, b: torch.bmm(a, b).sum(0), torch.addbmm)
 
 multilinear(aten.linalg_cross.default)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def _accuracy_panel(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
         ]
         x, y = zip(*pairs, strict=True) if pairs else ((), ())
         mark, width = _METHOD_MARKS.get(curve.method, "o"), 2.4 if index == 0 else 1.4
-        look = {"ms": 3.6, "lw": width, "color": theme.series[index], "zorder": 5 - index}
+        look: dict[str, Any] = {"ms": 3.6, "lw": width, "color": theme.series[index], "zorder": 5 - index}
         axes.plot(x, y, f"-{mark}", label=curve.method, **look)
         if index == 0 and curve.plateau is not None:
             text = f"{math.floor(curve.plateau.decades + 1e-9)} decades at rounding level"

@@ -19,6 +19,10 @@ class OperatorUse:
 class OperatorReport:
     """All operators that carried an imaginary part, the most frequent first; ``print`` shows a table.
 
+    Attributes:
+        uses: the operators.
+        note: what else there is to say; empty if nothing.
+
     Example:
         >>> print(OperatorReport.of([(("aten.mm.default", "multilinear"), 6)]))
         operator         treatment    count
@@ -26,6 +30,7 @@ class OperatorReport:
     """
 
     uses: tuple[OperatorUse, ...]
+    note: str = ""
 
     @classmethod
     def of(cls, counts: Iterable[tuple[tuple[str, str], int]]) -> OperatorReport:
@@ -37,4 +42,5 @@ class OperatorReport:
         rows = [("operator", "treatment", "count")]
         rows += [(use.operator, use.treatment, str(use.count)) for use in self.uses]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+        table = "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+        return f"{table}\n{self.note}" if self.note else table

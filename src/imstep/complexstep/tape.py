@@ -43,6 +43,10 @@ class TapeChangedError(RuntimeError):
     """A tensor that the tape holds was overwritten after it was recorded."""
 
 
+class TapeTooLargeError(RuntimeError):
+    """What a tape holds would take more memory than it was given."""
+
+
 @dataclass(frozen=True)
 class _Slot:
     """The imaginary part of one storage: its first window onto it, and how many entries the storage has."""
@@ -94,9 +98,16 @@ class Step:
 
 
 class Tape:
-    """The linear maps of one evaluation, in order."""
+    """The linear maps of one evaluation, in order.
 
-    def __init__(self) -> None:
+    Args:
+        memory_budget: bytes that its maps may hold, parameters included; None for no limit.
+    """
+
+    replays_blocks = True  # maps can be applied to many directions at once, by vmap
+
+    def __init__(self, memory_budget: int | None = None) -> None:
+        self._memory_budget, self._bytes = memory_budget, 0
         self._slots: list[_Slot] = []
         self._steps: list[Step] = []
         self._inputs: list[int] = []
@@ -130,7 +141,14 @@ class Tape:
             self._hold(t, push)
 
     def _hold(self, t: Tensor, push: Any) -> None:
-        place = t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+        storage = t.untyped_storage() if t.layout is torch.strided else None
+        place = id(t) if storage is None else storage._cdata
+        if storage is not None and self._memory_budget is not None and place not in self._holders:
+            self._bytes += storage.nbytes()
+            if self._bytes > self._memory_budget:
+                raise TapeTooLargeError(
+                    f"the recorded derivative takes more than the memory budget of {self._memory_budget} bytes."
+                )
         self._holders.setdefault(place, []).append((t, None if t.is_inference() else t._version, push))
 
     def protect(self, t: Tensor) -> None:

@@ -56,6 +56,7 @@ class FrozenClosure:
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
+        report: the operators that the last :meth:`product` met.
     """
 
     def __init__(self, closure: Closure, parameters: ParameterVector) -> None:
@@ -64,17 +65,25 @@ class FrozenClosure:
         self._random_after: _RandomState | None = None
         self._writes = _Writes(parameters.tensors)
         self.gradients = self.losses = 0
+        self.report = OperatorReport(())
 
     # --- evaluations --------------------------------------------------------------------------------------------
 
-    def linearise(self, observer: AbstractContextManager[Any] | None = None) -> Linearisation:
+    def linearise(
+        self, observer: AbstractContextManager[Any] | None = None, memory_budget: int | None = None
+    ) -> Linearisation:
         """Loss, gradient and tape at the current parameters, from one evaluation.
 
         Args:
+            memory_budget: bytes that the tape may hold; None for no limit.
             observer: a context entered around the closure; autograd's graph then survives the evaluation, so that
                 what it has seen can be differentiated further.
+
+        Raises:
+            TapeTooLargeError: the tape would not fit the budget.
+            TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape = Tape()
+        tape = Tape(memory_budget)
         arithmetic = Arithmetic(tape=tape, before_write=self._writes.before, keep_graph=observer is not None)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
@@ -87,6 +96,7 @@ class FrozenClosure:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
         arithmetic = Arithmetic(h, before_write=self._writes.before)
         _, gradients = self._differentiate(arithmetic, self._parameters.unflatten(direction))
+        self.report = arithmetic.report()
         parts = [None if g is None else arithmetic.value(g).im for g in gradients]
         return self._parameters.flatten(parts)
 
@@ -97,6 +107,12 @@ class FrozenClosure:
             gradients = self._gradients_of(loss, torch.autograd.grad)
         return loss.detach(), self._parameters.flatten(gradients)
 
+    def watched_gradient(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`gradient`, noting what the closure overwrites; for a first evaluation without a tape."""
+        arithmetic = Arithmetic(before_write=self._writes.before)
+        loss, gradients = self._differentiate(arithmetic, [None] * len(self._parameters.tensors))
+        return loss.detach(), self._parameters.flatten(gradients)
+
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
         self.losses += 1
@@ -104,7 +120,7 @@ class FrozenClosure:
             return self._call().detach()
 
     def _differentiate(
-        self, arithmetic: Arithmetic, directions: list[Tensor] | None = None
+        self, arithmetic: Arithmetic, directions: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         inputs = self._parameters.tensors
         for at, p in enumerate(inputs):
@@ -168,6 +184,16 @@ class FrozenClosure:
         """End the step as if no evaluation had been made."""
         self._random.restore()
         self._writes.finish(False)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Evaluations inside leave no trace: random numbers and buffers are put back to what they are now."""
+        now, contents = _RandomState(self._parameters.device), self._writes.contents()
+        try:
+            yield
+        finally:
+            now.restore()
+            self._writes.replace(contents)
 
     @contextmanager
     def _same_state(self) -> Iterator[None]:
@@ -250,7 +276,16 @@ class _Writes:
 
     def keep(self) -> None:
         """Remember the contents after the first evaluation: those that stay."""
-        self._after = {key: whole.clone() for key, (whole, _) in self._before.items()}
+        self._after = self.contents()
+
+    def contents(self) -> dict[int, Tensor]:
+        """Copies of what the tensors hold now."""
+        return {key: whole.clone() for key, (whole, _) in self._before.items()}
+
+    def replace(self, contents: dict[int, Tensor]) -> None:
+        """Put the given contents back."""
+        for key, saved in contents.items():
+            self._before[key][0].copy_(saved)
 
     def rewind(self) -> None:
         """Put everything back to what it was before the first evaluation."""

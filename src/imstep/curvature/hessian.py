@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.complexstep.report import OperatorReport
-from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
 from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.recomputed import RecomputedProducts
 from imstep.linalg import LinearOperator
 
 
@@ -21,14 +22,15 @@ class TapeOperator(LinearOperator):
     Args:
         parameters: the vector that the tape's inputs and outputs are parts of.
         tape: its inputs and outputs are the parameters' directions and the gradient's derivative.
-
         definite: whether the matrix is positive semidefinite by construction.
 
     Attributes:
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, tape: Tape, definite: bool = False) -> None:
+    def __init__(
+        self, parameters: ParameterVector, tape: Tape | RecomputedProducts, definite: bool = False
+    ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self.parameters, self.definite, self.products = parameters, definite, 0
         self._tape = tape
@@ -49,6 +51,8 @@ class TapeOperator(LinearOperator):
             return self._apply(vector)
 
     def matmat(self, block: Tensor) -> Tensor:
+        if not self._tape.replays_blocks:
+            return super().matmat(block)
         self.check()
         self.products += block.shape[1]
         if block.shape[1] == 0:
@@ -73,10 +77,18 @@ class PointOperator(TapeOperator):
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, point: Linearisation, tape: Tape, definite: bool) -> None:
+    def __init__(
+        self,
+        parameters: ParameterVector,
+        loss: Tensor,
+        gradient: Tensor,
+        tape: Tape | RecomputedProducts,
+        report: OperatorReport,
+        definite: bool,
+    ) -> None:
         super().__init__(parameters, tape, definite)
-        self.loss, self.gradient = point.loss, point.gradient
-        self._report = point.report
+        self.loss, self.gradient = loss, gradient
+        self._report = report
         self._values = [p.detach() for p in parameters.tensors], parameters.snapshot()
 
     def check(self) -> None:
@@ -109,11 +121,17 @@ class Hessian(PointOperator):
     Args:
         closure: returns the loss, a tensor with one entry; it may also call ``zero_grad()`` and ``backward()``.
         params: a module or an iterable of parameters; those with ``requires_grad=False`` are left out.
+        memory_budget: bytes that the record may keep alive, parameters included; None for no limit. Where it would
+            take more, and where the closure overwrites what it would need, every product evaluates the closure anew:
+            the closure must then compute the same loss each time.
 
-    Attributes: see :class:`PointOperator`.
+    Attributes:
+        recomputes: why every product evaluates the closure anew, a sentence; None where the record is replayed.
+        loss, gradient, products: see :class:`PointOperator`.
 
     Raises:
-        ValueError, TypeError: see :class:`ParameterVector`; the closure returned no usable loss.
+        ValueError, TypeError: see :class:`ParameterVector`; the closure returned no usable loss; the budget is
+            negative.
         UnsupportedOperatorError: the closure uses an operator without a rule.
 
     Cost: about 4/3 of a gradient and the memory of its intermediate values to build; two gradients a product.
@@ -129,10 +147,34 @@ class Hessian(PointOperator):
         (tensor(9.), tensor([ 3., 12.]))
     """
 
-    def __init__(self, closure: Closure, params: nn.Module | Iterable[Tensor]) -> None:
+    def __init__(
+        self, closure: Closure, params: nn.Module | Iterable[Tensor], memory_budget: int | None = None
+    ) -> None:
+        if memory_budget is not None and memory_budget < 0:
+            raise ValueError(f"memory_budget must be None or at least 0 bytes, got {memory_budget}.")
         parameters = ParameterVector(params)
-        point = evaluate_once(closure, parameters)
-        super().__init__(parameters, point, point.tape, definite=False)
+        frozen = FrozenClosure(closure, parameters)
+        self._recomputed: RecomputedProducts | None = None
+        try:
+            point = frozen.linearise(memory_budget=memory_budget)
+        except (TapeTooLargeError, TapeChangedError) as error:
+            frozen.undo()
+            self._recomputed = RecomputedProducts(frozen, parameters, str(error))
+            loss, gradient = frozen.watched_gradient()
+            super().__init__(parameters, loss, gradient, self._recomputed, OperatorReport(()), definite=False)
+        else:
+            super().__init__(parameters, point.loss, point.gradient, point.tape, point.report, definite=False)
+        finally:
+            frozen.leave(accepted=True)
+
+    @property
+    def recomputes(self) -> str | None:
+        """Why every product evaluates the closure anew; None where the record of one evaluation is replayed."""
+        return None if self._recomputed is None else self._recomputed.reason
+
+    def explain(self) -> OperatorReport:
+        """The operators that the closure met; where products are recomputed, those of the last one, and the reason."""
+        return super().explain() if self._recomputed is None else self._recomputed.report
 
 
 class GaussNewton(PointOperator):
@@ -175,7 +217,8 @@ class GaussNewton(PointOperator):
                 "the loss is not recognised as a convex function of the outputs, so it has no Gauss-Newton matrix. "
                 "Use a loss made of squares, cross entropies or Huber terms by sums and means, or Hessian(...)."
             )
-        super().__init__(parameters, point, gauss_newton(point.tape, point.split), definite=True)
+        tape = gauss_newton(point.tape, point.split)
+        super().__init__(parameters, point.loss, point.gradient, tape, point.report, definite=True)
 
 
 def evaluate_once(closure: Closure, parameters: ParameterVector) -> Linearisation:

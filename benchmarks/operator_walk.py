@@ -35,6 +35,7 @@ DIFFERENCE_TOLERANCE = 3e-5  # central differences are only good for about two t
 class Judgement(str, Enum):
     """How a sample ended."""
 
+    REVERSE = "agrees with reverse mode"
     DOUBLE_BACKWARD = "agrees with double backward"
     DIFFERENCES = "agrees with central differences of the gradient"
     WRONG = "disagrees with both references"
@@ -103,7 +104,14 @@ def yardstick(dtype: torch.dtype = torch.float64) -> list[OpInfo]:
 
 
 def judge(entry: OpInfo, count: int, h: float | None = None, dtype: torch.dtype = torch.float64) -> Entry:
-    """Judge up to ``count`` samples of an operator."""
+    """Judge the Hessian products of up to ``count`` samples of an operator."""
+    return judge_by(lambda problem: _judge_sample(problem, h), entry, count, dtype)
+
+
+def judge_by(
+    verdict: Callable[[Scalar], Sample], entry: OpInfo, count: int, dtype: torch.dtype = torch.float64
+) -> Entry:
+    """The verdicts on up to ``count`` usable samples of an operator."""
     start = time.perf_counter()
     torch.manual_seed(0)
     results: list[Sample] = []
@@ -113,7 +121,7 @@ def judge(entry: OpInfo, count: int, h: float | None = None, dtype: torch.dtype 
             problem = Scalar.of(entry, sample)
             if problem is None:
                 continue
-            results.append(_judge_sample(problem, h))
+            results.append(verdict(problem))
             if sum(r.judgement not in (Judgement.UNUSABLE, Judgement.UNDEFINED) for r in results) >= count:
                 break
     return Entry(entry.formatted_name, tuple(results), time.perf_counter() - start)
@@ -125,10 +133,14 @@ def _samples(entry: OpInfo, dtype: torch.dtype) -> Iterator[SampleInput]:
 
 @dataclass(frozen=True)
 class Scalar:
-    """phi as a function of the differentiable leaves of a sample."""
+    """phi as a function of the differentiable leaves of a sample; ``outputs`` are what it is a scalar of."""
 
-    f: Callable[[list[Tensor]], Tensor]
+    outputs: Callable[[list[Tensor]], list[Any]]
     leaves: list[Tensor]
+
+    def f(self, leaves: list[Tensor]) -> Tensor:
+        """phi."""
+        return _smooth(self.outputs(leaves))
 
     @classmethod
     def of(cls, entry: OpInfo, sample: SampleInput) -> Scalar | None:
@@ -139,39 +151,48 @@ class Scalar:
             return None
         constants = [t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in flat]
 
-        def f(leaves: list[Tensor]) -> Tensor:
+        def evaluate(leaves: list[Tensor]) -> list[Any]:
             inputs = list(constants)
             for i, leaf in zip(at, leaves, strict=True):
                 inputs[i] = leaf
             torch.manual_seed(0)
             x, args, kwargs = tree_unflatten(inputs, structure)
             # The wrapper makes inputs what the operator assumes them to be, such as Hermitian.
-            return _smooth(sample.output_process_fn_grad(entry.gradcheck_wrapper(entry.op, x, *args, **kwargs)))
+            outputs = sample.output_process_fn_grad(entry.gradcheck_wrapper(entry.op, x, *args, **kwargs))
+            return list(tree_flatten(outputs)[0])
 
-        def safe(leaves: list[Tensor]) -> Tensor:
+        def safe(leaves: list[Tensor]) -> list[Any]:
             # In-place operators may not overwrite a leaf.
-            return f([t.clone() for t in leaves]) if _overwrites(entry) else f(leaves)
+            return evaluate([t.clone() for t in leaves] if _overwrites(entry) else leaves)
 
-        leaves = [flat[i].detach() for i in at]
+        problem = cls(safe, [flat[i].detach() for i in at])
         try:
-            loss = safe([t.clone().requires_grad_() for t in leaves])
+            loss = problem.f([t.clone().requires_grad_() for t in problem.leaves])
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             return None
-        return cls(safe, leaves) if loss.requires_grad else None
+        return problem if loss.requires_grad else None
 
 
 def _overwrites(entry: OpInfo) -> bool:
     return entry.name.endswith("_") and not entry.name.startswith("__")
 
 
-def _smooth(outputs: Any) -> Tensor:
+def differentiable(y: Any) -> bool:
+    """Whether autograd differentiates an output."""
+    return isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex()) and y.requires_grad
+
+
+def as_real(y: Tensor) -> Tensor:
+    """An output as a dense real tensor."""
+    y = y.to_dense() if y.layout is not torch.strided else y
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+
+
+def _smooth(outputs: list[Any]) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros((), dtype=torch.float64)
-    for y in tree_flatten(outputs)[0]:
-        if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()) or not y.requires_grad:
-            continue
-        y = y.to_dense() if y.layout is not torch.strided else y
-        y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+    for y in filter(differentiable, outputs):
+        y = as_real(y)
         w = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         total = total + torch.tanh(w * y).sum()
     return total
@@ -183,12 +204,12 @@ def _judge_sample(problem: Scalar, h: float | None) -> Sample:
     try:
         _gradient(problem, problem.leaves)
     except (RuntimeError, NotImplementedError, ValueError) as e:
-        return Sample(Judgement.UNUSABLE, message=_short(e))
+        return Sample(Judgement.UNUSABLE, message=short(e))
     try:
         product = _flat(imstep.hvp(problem.f, problem.leaves, v, h=h))
         replayed = [] if h is not None else _replayed(problem, v)
     except Exception as e:  # any failure is a finding
-        return Sample(Judgement.ERROR, message=_short(e))
+        return Sample(Judgement.ERROR, message=short(e))
     sample = _compare(problem, v, product)
     deviation = max((_relative(r, product) for r in replayed), default=0.0)
     if sample.judgement in (Judgement.DOUBLE_BACKWARD, Judgement.DIFFERENCES) and deviation > _tolerance(problem):
@@ -218,7 +239,7 @@ def _compare(problem: Scalar, v: list[Tensor], product: Tensor) -> Sample:
     try:
         error = _relative(product, _flat(double_backward(problem, v)))
     except (RuntimeError, NotImplementedError, IndexError, TypeError) as e:
-        reason = _short(e)
+        reason = short(e)
     if error <= tolerance:
         return Sample(Judgement.DOUBLE_BACKWARD, error)
     coarse, fine = (_flat(central_differences(problem, v, step)) for step in (2e-4, 1e-4))
@@ -271,7 +292,8 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / (expected.norm() + 1e-3))
 
 
-def _short(e: BaseException) -> str:
+def short(e: BaseException) -> str:
+    """The first line of an error, without the path of this checkout."""
     lines = str(e).strip().splitlines()
     where = str(Path(__file__).resolve().parents[1]) + "/"
     return f"{type(e).__name__}: {lines[0][:300].replace(where, '') if lines else ''}"

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-WALK = Path(__file__).resolve().parents[2] / "benchmarks" / "operator_walk.py"
-spec = importlib.util.spec_from_file_location("operator_walk", WALK)
-assert spec is not None
-assert spec.loader is not None
-walk = importlib.util.module_from_spec(spec)
-sys.modules["operator_walk"] = walk  # its dataclasses look their module up
-spec.loader.exec_module(walk)
+import directional_walk
+import operator_walk
+from operator_walk import Entry
 
-ENTRIES = {entry.formatted_name: entry for entry in walk.yardstick()}
+ENTRIES = {entry.formatted_name: entry for entry in operator_walk.yardstick()}
 
 # What has no rule; each must be refused by name, not computed wrongly.
 UNSUPPORTED = {
@@ -29,7 +21,15 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_operator(name: str) -> None:
-    entry = walk.judge(ENTRIES[name], 2)
+    _expect(name, operator_walk.judge(ENTRIES[name], 2))
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES))
+def test_directional_derivative(name: str) -> None:
+    _expect(name, directional_walk.judge_directional(ENTRIES[name], 4))
+
+
+def _expect(name: str, entry: Entry) -> None:
     if name in UNSUPPORTED:
         assert "UnsupportedOperatorError" in entry.worst.message
         pytest.xfail(UNSUPPORTED[name])

@@ -60,9 +60,13 @@ def _product_slopes(x, index, dim, src, result_of):
 
 def _scatter_reduce(x, dim, index, src, reduce, include_self):
     """The linear map of :func:`torch.scatter_reduce` and its result."""
+    if x.dim() == 0:
+        y, push = _scatter_reduce(x[None], 0, index.reshape(-1), src.reshape(-1), reduce, include_self)
+        one = lambda d: None if d is None else d.reshape(1)
+        return y[0], lambda dx, ds: push(one(dx), one(ds))[0]
     op = lambda a, b: torch.scatter_reduce(a, dim, index, b, reduce, include_self=include_self)
     y = op(x, src)
-    if x.dim() == 0 or reduce in ("sum", "mean"):
+    if reduce in ("sum", "mean"):
         return y, lambda dx, ds: op(zeros_of(y) if dx is None else dx, zeros_of(src) if ds is None else ds)
     if reduce == "prod":
         own = x if include_self else x.scatter(dim, index, torch.ones_like(src))

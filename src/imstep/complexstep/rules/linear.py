@@ -13,7 +13,7 @@ from imstep.complexstep.rules.forms import plus
 aten = torch.ops.aten
 
 # Views need no rule (see imstep.complexstep.tensor); these copy.
-linear(aten.neg, aten.view_copy, aten.constant_pad_nd, aten.flip, aten.roll, aten.repeat)
+linear(aten.neg, aten.view_copy, aten.flip, aten.roll, aten.repeat)
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum)
 linear(aten.gather, aten.index_select, aten.take, aten.masked_select, aten.index.Tensor)
 linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_backward, aten.slice_backward)
@@ -26,6 +26,11 @@ def times(dx, factor):
 
 def _scaled(dx, factor):
     return dx if factor == 1 or dx is None else dx * factor
+
+
+@rule(aten.constant_pad_nd.default, family="linear", finite=exact)
+def constant_pad(x, pad, value=0):
+    return aten.constant_pad_nd(x, pad, value), lambda dx: aten.constant_pad_nd(dx, pad)
 
 
 @rule(aten.add.Tensor, family="linear", finite=exact)

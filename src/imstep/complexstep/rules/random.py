@@ -1,17 +1,20 @@
-"""Dropout: the mask is drawn once, from the generator that the evaluation set, and is never perturbed.
+"""Random operators: what is drawn comes from the generator that the evaluation set, and is never perturbed. Dropout:
 
     y = x * mask / (1 - p)      dy = dx * mask / (1 - p)
+
+A sample of ``torch.normal`` is a constant, as it is for autograd; ``Normal.rsample`` follows mean and deviation.
 """
 
 from __future__ import annotations
 
 import torch
 
-from imstep.complexstep.registry import exact, linear, rule
+from imstep.complexstep.registry import constant, exact, linear, rule
 
 aten = torch.ops.aten
 
 linear(aten.native_dropout_backward.default)
+constant(aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
 @rule(aten.native_dropout.default, family="random", finite=exact)

@@ -9,7 +9,6 @@ the gradient, and its imaginary part is the Hessian-vector product. ``create_gra
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
-from imstep.complexstep.report import OperatorReport
+from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.tape import Call, Reference, Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
@@ -35,9 +34,6 @@ class Arithmetic:
         before_write: called with each tensor that an operator is about to overwrite and that existed before this
             evaluation: the buffers of a model.
         keep_graph: whether autograd's graph survives the gradient, for further backward passes.
-
-    Attributes:
-        counts: how often each operator was met, by (name, how it was treated).
 
     Example:
         >>> import torch
@@ -60,11 +56,11 @@ class Arithmetic:
             raise ValueError(f"h must be positive, got {h}. Use h=None for infinitesimal arithmetic.")
         if h is not None and tape is not None:
             raise ValueError("a tape records linear maps; finite arithmetic (h given) has none. Use h=None.")
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self._ledger = Ledger()
         self._plane = Plane()
         self._tape = tape
-        self._islands = Islands(self._plane, keep_graph)
-        self._dispatch = Dispatch(self._plane, self._islands, self.counts, h, tape, before_write)
+        self._islands = Islands(self._plane, self._ledger, keep_graph)
+        self._dispatch = Dispatch(self._plane, self._islands, self._ledger, h, tape, before_write)
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:
@@ -75,9 +71,11 @@ class Arithmetic:
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()
+        self._ledger.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
 
@@ -126,9 +124,14 @@ class Arithmetic:
         """What ``t`` is on the tape; None for a constant."""
         return self._dispatch.reference(t)
 
+    @property
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How often each operator was met, by (name, how it was treated)."""
+        return self._ledger.counts
+
     def report(self) -> OperatorReport:
-        """Which operators were met so far, and how they were differentiated."""
-        return OperatorReport.of(self.counts.items())
+        """Which operators were met so far, and how they were differentiated, and what time each took."""
+        return self._ledger.report()
 
     def release(self, t: Tensor) -> None:
         """Forget the imaginary part of ``t``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
+from imstep.complexstep.report import Ledger
 from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape, flat
 from imstep.complexstep.tensor import Plane, whole
 
@@ -42,13 +42,13 @@ class Dispatch(TorchDispatchMode):
         self,
         plane: Plane,
         islands: Islands,
-        counts: Counter[tuple[str, str]],
+        ledger: Ledger,
         h: float | None,
         tape: Tape | None,
         before_write: Callable[[Tensor], None] | None,
     ) -> None:
         super().__init__()
-        self._plane, self._islands, self._counts = plane, islands, counts
+        self._plane, self._islands, self._ledger = plane, islands, ledger
         self._h, self._tape, self._before_write = h, tape, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
@@ -96,13 +96,11 @@ class Dispatch(TorchDispatchMode):
                 return True
         return False
 
-    def _count(self, func: OpOverload, how: str) -> None:
-        self._counts[str(func), how] += 1
-
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
-        self._count(func, "cut")
+        self._ledger.enter(func, "cut")
         outputs = func(*args, **kwargs)
+        self._ledger.leave()
         copy = lambda t: self._plane.constant(t) if self._plane.find(t) is not None else t
         if isinstance(outputs, Tensor):
             return copy(outputs)
@@ -114,7 +112,13 @@ class Dispatch(TorchDispatchMode):
         rule = lookup(func)
         if rule is None or (self._h is not None and rule.finite is None):
             return self._decompose(func, args, kwargs)
-        self._count(func, rule.family)
+        self._ledger.enter(func, rule.family)
+        try:
+            return self._by_rule(rule, func, tensors, args, kwargs)
+        finally:
+            self._ledger.leave()
+
+    def _by_rule(self, rule: Rule, func: OpOverload, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._h is not None and rule.finite is not None:
             if rule.family in _EVALUATED and any(isinstance(t, Tensor) and t.is_complex() for t in tensors):
                 return self._below_rounding(func, rule, args, kwargs, self._h)  # it takes a second imaginary unit
@@ -128,7 +132,8 @@ class Dispatch(TorchDispatchMode):
             self._store(outputs, push(*self._imaginary(tensors)))
         else:
             inputs = self.reference(tensors)
-            self._tape.record(push, inputs, self._define(outputs), self._call(func, args, outputs, kwargs.get("alpha", 1)))
+            call = self._call(func, args, outputs, kwargs.get("alpha", 1))
+            self._tape.record(push, inputs, self._define(outputs), call)
         return outputs
 
     def _call(self, func: OpOverload, args: Any = (), result: Any = None, alpha: Any = 1) -> Call:
@@ -183,14 +188,19 @@ class Dispatch(TorchDispatchMode):
             if self._h is None or rule is None:
                 remedy = DENSE if "sparse" in func.__name__ else REPORT
                 raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", remedy)
-            return self._below_rounding(func, rule, args, kwargs, self._h)
-        self._count(func, "decomposition")
+            self._ledger.enter(func, rule.family)
+            try:
+                return self._below_rounding(func, rule, args, kwargs, self._h)
+            finally:
+                self._ledger.leave()
+        self._ledger.enter(func, "decomposition")
         self._decomposing.append(func)
         try:
             with self:
                 return decomposition(*args, **kwargs)
         finally:
             self._decomposing.pop()
+            self._ledger.leave()
 
     def _below_rounding(self, func: OpOverload, rule: Rule, args: Any, kwargs: Any, h: float) -> Any:
         """Finite arithmetic where only the linear map is known: complete as long as h² is lost to rounding."""
@@ -202,7 +212,6 @@ class Dispatch(TorchDispatchMode):
                 f"it has no formula for a finite step of h={h:g}, only one that drops h².",
                 "Use a smaller h, or h=None (infinitesimal arithmetic).",
             )
-        self._count(func, rule.family)
         outputs, d_outputs = exact(rule.linearize)(func, args, kwargs, self._imaginary(tensors), h)
         self._store(outputs, d_outputs)
         return outputs

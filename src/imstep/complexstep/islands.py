@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
 
 from imstep.complexstep import recurrent
 from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.report import Ledger
 from imstep.complexstep.substitutes import SUBSTITUTES
 from imstep.complexstep.tensor import Plane
 
@@ -29,6 +30,11 @@ _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_AVOIDED = {F.scaled_dot_product_attention, *_RECURRENT}
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or str(getattr(func, "__name__", func))
 
 
 @contextmanager
@@ -50,9 +56,9 @@ class Islands(TorchFunctionMode):
     reach; the mathematical formulations they stand for are used instead while this mode is active.
     """
 
-    def __init__(self, plane: Plane, keep_graph: bool = False) -> None:
+    def __init__(self, plane: Plane, ledger: Ledger, keep_graph: bool = False) -> None:
         super().__init__()
-        self._plane, self._keep_graph = plane, keep_graph
+        self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
         self._toggles: list[bool] = []
         self._cut = False
         self.final = False  # whether the backward pass that runs now is the one to differentiate
@@ -88,7 +94,9 @@ class Islands(TorchFunctionMode):
         if func is Tensor.detach_:
             return self._detach_in_place(*args)
         if func in SUBSTITUTES:
-            return SUBSTITUTES[func](*args, **kwargs)
+            return self._substitute(func, args, kwargs)
+        if func in _AVOIDED or func is F.multi_head_attention_forward:
+            self._note(func, args, kwargs)
         if func in _STEPWISE and recurrent.takes(args, kwargs):
             return _STEPWISE[func](*args)
         if func in _RECURRENT:
@@ -101,6 +109,27 @@ class Islands(TorchFunctionMode):
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _substitute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        stands_in, needed = SUBSTITUTES[func]
+        named = next((k for k in ("input", "A") if k in kwargs), None)
+        if named is not None:  # what PyTorch calls the first argument
+            args, kwargs = (kwargs[named], *args), {k: v for k, v in kwargs.items() if k != named}
+        if not needed(*args):
+            return func(*args, **kwargs)
+        self._ledger.avoid(_name(func))
+        return stands_in(*args, **kwargs)
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func in _AVOIDED:
+            self._ledger.avoid(_name(func))
+            return
+        # What PyTorch calls from here is out of sight: attention without weights is the fused one.
+        if not kwargs.get("need_weights", True):
+            self._ledger.avoid(_name(F.scaled_dot_product_attention))
+        recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if not kwargs.get("training", True) and not recorded:
+            self._ledger.avoid("torch._native_multi_head_attention")
 
     def _refuse_exit(self, func: Any, t: Tensor) -> None:
         if not self.active and self._plane.find(t) is not None:

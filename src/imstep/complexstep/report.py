@@ -1,46 +1,133 @@
-"""Which operators an evaluation met, and how each was differentiated."""
+"""Which operators an evaluation met, how each was differentiated, and where the time went."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+AVOIDED = "avoided kernel"
 
 
 @dataclass(frozen=True)
 class OperatorUse:
-    """One operator: its name, the family of its rule (or "decomposition", "cut"), how often it was met."""
+    """One operator and what became of it.
+
+    Attributes:
+        operator: its name.
+        treatment: the family of its rule; or "decomposition", "cut" (a constant: under no_grad or detached), "avoided
+            kernel" (a fused kernel whose derivative is out of reach: simpler operators, listed as well, stand for it).
+        count: how often it was met, forward and backward.
+        seconds: time on the host that was spent on it, without what it called; 0 for an avoided kernel.
+        share: ``seconds`` over the time of the whole evaluation, in [0, 1].
+    """
 
     operator: str
     treatment: str
     count: int
+    seconds: float = 0.0
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """All operators that carried an imaginary part, the most frequent first; ``print`` shows a table.
+    """All operators that carried an imaginary part, the most expensive first; ``print`` shows a table.
 
     Attributes:
         uses: the operators.
         note: what else there is to say; empty if nothing.
+        seconds: time of the evaluation, the user's own code and autograd included. On a GPU, which works on its own
+            time, all times are those of the host.
 
     Example:
-        >>> print(OperatorReport.of([(("aten.mm.default", "multilinear"), 6)]))
-        operator         treatment    count
-        aten.mm.default  multilinear      6
+        >>> print(OperatorReport.of([(("aten.mm.default", "multilinear"), 6, 0.3)], seconds=0.5))
+        operator         treatment    count  share
+        aten.mm.default  multilinear      6    60%
+        everything else                        40%
     """
 
     uses: tuple[OperatorUse, ...]
     note: str = ""
+    seconds: float = 0.0
 
     @classmethod
-    def of(cls, counts: Iterable[tuple[tuple[str, str], int]]) -> OperatorReport:
-        """A report from ((operator, treatment), count) pairs."""
-        uses = (OperatorUse(name, how, count) for (name, how), count in counts)
-        return cls(tuple(sorted(uses, key=lambda use: (-use.count, use.operator))))
+    def of(cls, met: Iterable[tuple[tuple[str, str], int, float]], seconds: float) -> OperatorReport:
+        """A report from ((operator, treatment), count, seconds) and the time of the whole evaluation."""
+        total = max(seconds, 1e-9)
+        uses = (OperatorUse(name, how, count, spent, spent / total) for (name, how), count, spent in met)
+        return cls(tuple(sorted(uses, key=lambda use: (-use.seconds, -use.count, use.operator))), seconds=seconds)
 
     def __str__(self) -> str:
-        rows = [("operator", "treatment", "count")]
-        rows += [(use.operator, use.treatment, str(use.count)) for use in self.uses]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        table = "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+        rows = [("operator", "treatment", "count", "share")]
+        for use in self.uses:
+            share = "" if use.treatment == AVOIDED else f"{use.share:.0%}"
+            rows.append((use.operator, use.treatment, str(use.count), share))
+        rows.append(("everything else", "", "", f"{max(0.0, 1 - sum(use.share for use in self.uses)):.0%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        table = "\n".join(
+            f"{name:<{widths[0]}}  {how:<{widths[1]}}  {count:>{widths[2]}}  {share:>{widths[3]}}"
+            for name, how, count, share in rows
+        )
         return f"{table}\n{self.note}" if self.note else table
+
+
+class Ledger:
+    """Counts and times the operators of one evaluation as it goes; two looks at the clock for each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[Any, str]] = Counter()
+        self._seconds: dict[tuple[Any, str], float] = {}
+        self._open: list[tuple[Any, str]] = []
+        self._mark = self._total = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """The evaluation begins, or goes on."""
+        self._started = perf_counter()
+
+    def stop(self) -> None:
+        """The evaluation ends."""
+        self._total += self._running()
+        self._started = None
+
+    def _running(self) -> float:
+        return 0.0 if self._started is None else perf_counter() - self._started
+
+    def enter(self, operator: Any, treatment: str) -> None:
+        """Work on an operator begins; that on the one around it rests."""
+        now = perf_counter()
+        if self._open:
+            self._charge(now)
+        self._open.append((operator, treatment))
+        self._counts[operator, treatment] += 1
+        self._mark = now
+
+    def leave(self) -> None:
+        """Work on the operator that was entered last ends."""
+        now = perf_counter()
+        self._charge(now)
+        self._open.pop()
+        self._mark = now
+
+    def _charge(self, now: float) -> None:
+        key = self._open[-1]
+        self._seconds[key] = self._seconds.get(key, 0.0) + now - self._mark
+
+    def avoid(self, kernel: str) -> None:
+        """A kernel was replaced by simpler operators."""
+        self._counts[kernel, AVOIDED] += 1
+
+    @property
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How often each operator was met, by (name, treatment)."""
+        return {(str(operator), how): count for (operator, how), count in self._counts.items()}
+
+    def report(self) -> OperatorReport:
+        """What was met so far."""
+        met = (
+            ((str(operator), how), count, self._seconds.get((operator, how), 0.0))
+            for (operator, how), count in self._counts.items()
+        )
+        return OperatorReport.of(met, self._total + self._running())

@@ -163,39 +163,42 @@ def _ctc_one(log_probs: Tensor, target: Tensor, blank: int) -> Tensor:
 
 def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """:func:`torch.cumprod`, whose gradient at zeros is a formula that holds only there and so has no derivative."""
-    if not _has_zeros(x):
-        return torch.cumprod(x, dim, dtype=dtype)
     return torch.stack(list(accumulate(x.to(dtype or x.dtype).unbind(dim), torch.mul)), dim)
 
 
 def prod(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """:func:`torch.prod`, whose gradient is a constant where there are two zeros."""
-    if not _has_zeros(x):
-        whole = dim is None
-        return torch.prod(x, dtype=dtype) if whole else torch.prod(x, dim, keepdim, dtype=dtype)  # type: ignore[arg-type]
     x = x.to(dtype or x.dtype)
     total = reduce(torch.mul, x.reshape(-1).unbind(0) if dim is None else x.unbind(dim))
     return total.unsqueeze(dim) if keepdim and dim is not None else total
 
 
-def _has_zeros(x: Tensor) -> bool:
+def _has_zeros(x: Tensor, *_: Any) -> bool:
     if x.dim() == 0 or not x.is_floating_point() or torch._C._functorch.maybe_current_level() is not None:
         return False  # under a transform the entries cannot be asked for
     return bool((x == 0).any())
 
 
-SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
-    F.grid_sample: grid_sample,
-    torch.grid_sampler: grid_sampler,
-    torch.grid_sampler_2d: grid_sampler,
-    torch.grid_sampler_3d: grid_sampler,
-    F.ctc_loss: ctc_loss,
-    torch.cumprod: cumprod,
-    Tensor.cumprod: cumprod,
-    torch.prod: prod,
-    Tensor.prod: prod,
-    torch.ctc_loss: ctc_sum,
+def _always(*_: Any) -> bool:
+    return True
+
+
+SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
+    F.grid_sample: (grid_sample, _always),
+    torch.grid_sampler: (grid_sampler, _always),
+    torch.grid_sampler_2d: (grid_sampler, _always),
+    torch.grid_sampler_3d: (grid_sampler, _always),
+    F.ctc_loss: (ctc_loss, _always),
+    torch.ctc_loss: (ctc_sum, _always),
+    torch.cumprod: (cumprod, _has_zeros),
+    Tensor.cumprod: (cumprod, _has_zeros),
+    torch.prod: (prod, _has_zeros),
+    Tensor.prod: (prod, _has_zeros),
 }
+"""What stands in for a function, and for which arguments it has to."""
 
 if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13; working in chunks, it computes gradients in its forward pass
-    SUBSTITUTES[F.linear_cross_entropy] = lambda *args, options=None, **kwargs: F.linear_cross_entropy(*args, **kwargs)
+    SUBSTITUTES[F.linear_cross_entropy] = (
+        lambda *args, options=None, **kwargs: F.linear_cross_entropy(*args, **kwargs),
+        _always,
+    )

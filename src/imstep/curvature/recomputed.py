@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -40,4 +41,4 @@ class RecomputedProducts:
     @property
     def report(self) -> OperatorReport:
         """The operators that the last product met, with the reason."""
-        return OperatorReport(self._frozen.report.uses, f"every product evaluates the closure anew: {self.reason}")
+        return replace(self._frozen.report, note=f"every product evaluates the closure anew: {self.reason}")

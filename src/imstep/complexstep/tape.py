@@ -227,6 +227,12 @@ class Tape:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in self._held}
         return sum(storages.values())
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest imaginary part that a replay computes."""
+        written = {slot for step in self._steps for slot in step.writes}
+        return max((self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written), default=0)
+
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if a tensor that the tape holds was overwritten since."""
         for t, version in self._held:

@@ -16,6 +16,14 @@ from imstep.curvature.recomputed import RecomputedProducts
 from imstep.linalg import LinearOperator
 
 
+_ROOM = {False: 2**21, True: 2**28}
+"""Bytes, on CPU and GPU, within which k directions together are faster than one by one.
+
+Measured on CPU: beyond the caches a block gains nothing and takes k times the memory. A GPU gains as long as it is not
+filled.
+"""
+
+
 class TapeOperator(LinearOperator):
     """A symmetric matrix whose products are replays of a tape from parameters to gradients.
 
@@ -58,7 +66,16 @@ class TapeOperator(LinearOperator):
         if block.shape[1] == 0:
             return torch.empty_like(block)
         with torch.no_grad():
-            return torch.vmap(self._apply, in_dims=1, out_dims=1)(block)
+            parts = [self._together(rows) for rows in block.t().contiguous().split(self._at_once())]
+            return torch.cat(parts).t()
+
+    def _together(self, rows: Tensor) -> Tensor:
+        """Products with a few directions (k, n), by one replay."""
+        return self._apply(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.vmap(self._apply)(rows)
+
+    def _at_once(self) -> int:
+        """How many directions to replay together: as many as the largest intermediate value has room for."""
+        return max(1, _ROOM[self.device.type == "cuda"] // max(self._tape.largest, 1))
 
     def _apply(self, vector: Tensor) -> Tensor:
         parts = self.parameters.unflatten(vector)

@@ -24,7 +24,7 @@ class RecomputedProducts:
     """
 
     replays_blocks = False
-    nbytes = 0
+    nbytes = largest = 0
 
     def __init__(self, frozen: FrozenClosure, parameters: ParameterVector, reason: str) -> None:
         self._frozen, self._parameters, self.reason = frozen, parameters, reason

@@ -1,65 +1,98 @@
-"""The LSTM cell and its backward pass; symbols as in :mod:`imstep.complexstep.recurrent`.
+"""A layer of an LSTM and its backward pass; symbols as in :mod:`imstep.complexstep.recurrent`.
 
-    da = S dgates,   dc' = df c + f dc + di g + i dg,   dh = do t + o (1 - t²) dc'
-    m = (u g, u c, u i, gh t):   dggates = dm S + m S' da,   S' = (1 - 2i, 1 - 2f, -2g, 1 - 2o)
+    d = dp + W dh + dW h                                    change of the gates
+    dc' = f dc + (g, c, i) S d,    dh' = t S d + o (1 - t²) dc',    da = S d
+
+    du = dgc' + o (1 - t²) dgh' + gh' (1 - t²) do - 2 gh' o (1 - t²) t dc'
+    m = (u g, u c, u i, gh' t):   dggates = dm S + m S' da,   dgc = f du + u df,   dgh = dghs + Wᵀ dggates + dWᵀ ggates
+
+with S' = (1 - 2i, 1 - 2f, -2g, 1 - 2o). Only what a step takes from its neighbour is left in the loop over time; the
+rest is computed for all steps at once.
 """
 
 from __future__ import annotations
 
 import torch
 
-from imstep.complexstep.recurrent import cell, cell_backward, slope
+from imstep.complexstep.recurrent import backward_steps, before, layer, layer_backward, slope
 from imstep.complexstep.registry import defined_as, rule
-from imstep.complexstep.rules.forms import plus, times, total
+from imstep.complexstep.rules.blocks import addcmul_, product
+from imstep.complexstep.rules.forms import add_, plus, times, total, zeros_of
 
-_cell, _backward = torch.ops.imstep.lstm_cell.default, torch.ops.imstep.lstm_cell_backward.default
-defined_as(_cell)(cell)
-defined_as(_backward)(cell_backward)
+_layer, _backward = torch.ops.imstep.lstm_layer.default, torch.ops.imstep.lstm_layer_backward.default
+defined_as(_layer)(layer)
+defined_as(_backward)(layer_backward)
 
 
-@rule(_cell, family="recurrence")
-def lstm_cell(gates, c):
-    h, after, a = cell(gates, c)
-    i, f, g, o = a.chunk(4, 1)
-    t = torch.tanh(after)
-    s, back = slope(a), o * (1 - t * t)
+def _by_rows(a, b):
+    """a b for each step, as one product."""
+    return product(a.flatten(0, 1), b).unflatten(0, a.shape[:2])
 
-    def push(dgates, dc):
-        da, dh = None, None
-        d_after = times(dc, f)
-        if dgates is not None:
-            da = dgates * s
-            di, df, dg, do = da.chunk(4, 1)
-            d_after = plus(d_after, di * g + df * c + dg * i)
-            dh = do * t
-        return plus(dh, times(d_after, back)), d_after, da
 
-    return (h, after, a), push
+@rule(_layer, family="recurrence")
+def lstm_layer(p, h, c, w):
+    hs, cs, a = layer(p, h, c, w)
+    i, f, g, o = a.chunk(4, -1)
+    t, s = torch.tanh(cs), slope(a)
+    h_before, recurrent, hidden = before(h, hs), w.t(), h.shape[-1]
+    to_c = torch.cat([g, before(c, cs), i], -1) * s[..., : 3 * hidden]
+    to_h, back = t * s[..., 3 * hidden :], o * (1 - t * t)
+
+    def push(dp, dh, dc, dw):
+        d_gates = dp if dw is None else _by_rows(h_before, dw.t())
+        d_gates = d_gates if dw is None or dp is None else add_(d_gates, dp)
+        d_gates = zeros_of(p) if d_gates is None else d_gates
+        gates, ds, dcs = [], [], []
+        for at in range(len(p)):
+            d = d_gates[at] if dh is None else torch.addmm(d_gates[at], dh, recurrent)
+            d_after = (d[:, : 3 * hidden] * to_c[at]).unflatten(1, (3, hidden)).sum(1)
+            dc = d_after if dc is None else addcmul_(d_after, dc, f[at])
+            dh = addcmul_(d[:, 3 * hidden :] * to_h[at], dc, back[at])
+            gates.append(d)
+            ds.append(dh)
+            dcs.append(dc)
+        return torch.stack(ds), torch.stack(dcs), torch.stack(gates).mul_(s)
+
+    return (hs, cs, a), push
 
 
 @rule(_backward, family="recurrence")
-def lstm_cell_backward(gh, gc, a, c, after):
-    outputs = cell_backward(gh, gc, a, c, after)
-    i, f, g, o = a.chunk(4, 1)
-    t = torch.tanh(after)
+def lstm_layer_backward(gh, gc, a, cs, c, w):
+    made = backward_steps(gh, gc, a, cs, c, w)
+    gates, gh, u, t, s, back, to_gates = made.gates, made.gh, made.u, made.t, made.s, made.back, made.to_gates
+    i, f, g, o = a.chunk(4, -1)
     rest = 1 - t * t
-    back = o * rest
-    u = gc + gh * back
-    s = slope(a)
-    turn = torch.cat([u * g, u * c, u * i, gh * t], 1) * torch.cat([1 - 2 * i, 1 - 2 * f, -2 * g, 1 - 2 * o], 1)
     direct, bend = gh * rest, -2 * gh * back * t
+    turn = torch.cat([u * g * (1 - 2 * i), u * before(c, cs) * (1 - 2 * f), -2 * u * i * g, gh * t * (1 - 2 * o)], -1)
 
-    def push(dgh, dgc, da, dc, d_after):
-        di, df, dg, do = (None,) * 4 if da is None else da.chunk(4, 1)
-        du = total(dgc, times(dgh, back), times(do, direct), times(d_after, bend))
-        dt = times(d_after, rest)
-        parts = [
-            plus(times(du, g), times(dg, u)),
-            plus(times(du, c), times(dc, u)),
-            plus(times(du, i), times(di, u)),
-            plus(times(dgh, t), times(dt, gh)),
-        ]
-        dm = torch.cat([torch.zeros_like(u) if p is None else p for p in parts], 1)
-        return plus(dm * s, times(da, turn)), plus(times(du, f), times(df, u))
+    def bent(da, dcs, dc):
+        """The change of the gates' gradients that does not pass through h and c."""
+        if da is None and dcs is None and dc is None:
+            return None
+        zero = zeros_of(u)
+        di, _, dg, _ = (zero,) * 4 if da is None else da.chunk(4, -1)
+        started = before(zeros_of(c) if dc is None else dc, zero if dcs is None else dcs)
+        dt = zero if dcs is None else dcs * rest
+        by_factor = torch.cat([u * dg, u * started, u * di, gh * dt], -1).mul_(s)
+        return by_factor if da is None else addcmul_(by_factor, da, turn)
 
-    return outputs, push
+    def push(dgh, dgc, da, dcs, dc, dw):
+        through_w = None
+        if dw is not None and len(cs) > 1:
+            through_w = torch.cat([_by_rows(gates[1:], dw), torch.zeros_like(gates[:1] @ dw)])
+        to_h = plus(through_w, dgh)
+        to_h = zeros_of(u) if to_h is None else to_h
+        d_output, d_forget = (None, None) if da is None else (da.chunk(4, -1)[3], da.chunk(4, -1)[1])
+        to_c = total(times(d_output, direct), times(dcs, bend), dgc)
+        added, forgotten = bent(da, dcs, dc), times(d_forget, u)
+        at_step = lambda v, at: None if v is None else v[at]
+        steps, carried = [], None
+        for at in reversed(range(len(cs))):
+            reached = torch.addmm(to_h[at], steps[-1], w) if steps else to_h[at]
+            du = plus(reached * back[at], plus(at_step(to_c, at), carried))
+            change = torch.cat([du, du, du, reached], 1) * to_gates[at]
+            steps.append(change if added is None else change + added[at])
+            carried = plus(du * f[at], at_step(forgotten, at))
+        return torch.stack(steps[::-1]), carried
+
+    return (gates, made.first_c), push

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
@@ -21,26 +22,6 @@ from imstep.optim import (
     ResidualForcing,
     StepOutcome,
 )
-
-F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-X, LABELS = normal(30, 4), torch.arange(30) % 3
-
-
-def network(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
-
-
-def rosenbrock(w: Tensor) -> Tensor:
-    return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
-
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 

@@ -7,19 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from imstep.bench import plots
 from imstep.bench.anatomy import anatomy_figure, status_color, status_counts
 from imstep.bench.files import write_atomically, write_json
+from imstep.bench.page import page, section
 from imstep.bench.records import Comparison, Run, Sweep, SweepRow
-from imstep.bench.theme import DARK, LIGHT, PAGE, css_variables, save_png, svg
+from imstep.bench.theme import PAGE, save_png, svg
 from imstep.bench.verdict import short
 
 __all__ = ["ReportFiles", "render", "save_report"]
-
-_GROUND = {"light": "#f5f6f9", "dark": "#0d1117"}
 
 
 @dataclass(frozen=True)
@@ -54,37 +52,11 @@ def render(comparison: Comparison) -> str:
         _settings(comparison),
     ]
     body = "\n".join(section for section in sections if section)
-    style = resources.files("imstep.bench").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>imstep: {escape(comparison.title)}</title>
-<style>
-:root {{ color-scheme: light dark; {css_variables(LIGHT)} --ground: {_GROUND["light"]}; }}
-@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(DARK)} --ground: {_GROUND["dark"]}; }} }}
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">imstep compare {escape(comparison.task)}</p>
-<h1>{escape(comparison.title)}</h1>
-<p class="lead">{escape(comparison.description)} {comparison.parameters:,} parameters, the same initial
-weights for all, {comparison.budget:,.0f} gradient-equivalents each.</p>
-</header>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def _section(title: str, note: str, content: str) -> str:
-    text = f'<p class="note">{note}</p>\n' if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{text}{content}\n</section>"
+    lead = (
+        f"{comparison.description} {comparison.parameters:,} parameters, the same initial weights for all, "
+        f"{comparison.budget:,.0f} gradient-equivalents each."
+    )
+    return page(comparison.title, f"imstep compare {comparison.task}", lead, body)
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -117,7 +89,7 @@ def _table(comparison: Comparison) -> str:
         "the chosen setting's steps, without the sweeps."
     )
     content = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return _section("Result", note, content)
+    return section("Result", content, note)
 
 
 def _sortable(loss: float) -> float:
@@ -154,7 +126,7 @@ def _curves(comparison: Comparison) -> str:
         "Right: what counts is time on this machine."
     )
     picture = _figure(plots.loss_figure, comparison, name="loss", title="Training loss over cost and seconds")
-    return _section("Loss curves", note, picture)
+    return section("Loss curves", picture, note)
 
 
 def _anatomy(comparison: Comparison) -> str:
@@ -177,7 +149,7 @@ def _anatomy(comparison: Comparison) -> str:
     )
     picture = _figure(anatomy_figure, run, name="anatomy", title="Newton-Krylov steps")
     content = f'<div class="bar">{bar}</div><ul class="chips">{chips}</ul>{picture}'
-    return _section("Anatomy of the Newton steps", escape(note), content)
+    return section("Anatomy of the Newton steps", content, escape(note))
 
 
 def _page_color(status: str) -> str:
@@ -190,7 +162,7 @@ def _page_color(status: str) -> str:
 def _tuning(comparison: Comparison) -> str:
     heldout = _figure(plots.heldout_figure, comparison, name="heldout", title="Held-out loss over cost")
     if not comparison.sweeps:
-        return _section("Held-out loss", "", heldout)
+        return section("Held-out loss", heldout)
     chart = _figure(plots.sweep_figure, comparison, name="sweep", title="Loss over learning rate")
     edge = [sweep.optimizer for sweep in comparison.sweeps if sweep.at_the_edge]
     tuned = {sweep.optimizer for sweep in comparison.sweeps}
@@ -210,7 +182,7 @@ def _tuning(comparison: Comparison) -> str:
     content = (
         f'<div class="pair">{chart}{heldout}</div><div class="pair">{tables}</div>'
     )
-    return _section("Tuning of the baselines, and held-out loss", escape(note), content)
+    return section("Tuning of the baselines, and held-out loss", content, escape(note))
 
 
 def _sweep_table(sweep: Sweep) -> str:
@@ -230,7 +202,7 @@ def _pictures(comparison: Comparison) -> str:
         return ""
     picture = _figure(plots.pictures_figure, comparison, name="pictures", title="Held-out reconstructions")
     note = "Pictures that no optimizer trained on, as each final network reconstructs them."
-    return _section("Held-out reconstructions", note, picture)
+    return section("Held-out reconstructions", picture, note)
 
 
 def _settings(comparison: Comparison) -> str:
@@ -248,7 +220,7 @@ def _settings(comparison: Comparison) -> str:
         "One seed and one machine: losses repeat with the same versions and threads, seconds do not. "
         "All numbers of this page are in comparison.json."
     )
-    return _section("Settings and versions", note, f"{command}<dl>{items}</dl>")
+    return section("Settings and versions", f"{command}<dl>{items}</dl>", note)
 
 
 def _options(run: Run) -> str:

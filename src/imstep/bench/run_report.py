@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from matplotlib.figure import Figure
 from imstep.bench.anatomy import anatomy_figure
 from imstep.bench.config import RunConfig
 from imstep.bench.files import write_atomically
+from imstep.bench.page import page, section
 from imstep.bench.records import Run
-from imstep.bench.theme import DARK, LIGHT, Theme, css_variables, linear_axis, log_axis, svg
+from imstep.bench.theme import Theme, linear_axis, log_axis, svg
 from imstep.tasks import get_task
 
 __all__ = ["save_run_report"]
@@ -41,16 +41,16 @@ def save_run_report(path: Path, config: RunConfig, rows: Rows, facts: Mapping[st
     losses = svg(partial(_losses, rows), "losses", "Losses over cost and seconds")
     steps = tuple({**row["record"], "cost": row["cost"]} for row in rows if row.get("record"))
     sections = [
-        _section("Losses", losses),
-        _section("Steps", svg(partial(anatomy_figure, _as_run(config, steps)), "steps", "Steps"))
+        section("Losses", losses),
+        section("Steps", svg(partial(anatomy_figure, _as_run(config, steps)), "steps", "Steps"))
         if steps
         else "",
-        _section("What it reached and used", _list(facts)),
-        _section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
+        section("What it reached and used", _list(facts)),
+        section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
     ]
-    page = _page(task.title, f"{task.description} Trained by {config.optimizer}.", "\n".join(sections))
+    text = page(task.title, "imstep train", f"{task.description} Trained by {config.optimizer}.", "\n".join(sections))
     file = path / "report.html"
-    write_atomically(file, page.encode())
+    write_atomically(file, text.encode())
     return file
 
 
@@ -91,38 +91,6 @@ def _lines(axes: Axes, rows: Rows, clock: str, theme: Theme) -> None:
     log_axis(axes, "y", decades=decades)
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
-
-
 def _list(facts: Mapping[str, str]) -> str:
     entries = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return f"<dl>{entries}</dl>"
-
-
-def _page(title: str, lead: str, body: str) -> str:
-    style = resources.files("imstep.bench").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>imstep: {escape(title)}</title>
-<style>
-:root {{ color-scheme: light dark; {css_variables(LIGHT)} --ground: #f5f6f9; }}
-@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(DARK)} --ground: #0d1117; }} }}
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">imstep train</p>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(lead)}</p>
-</header>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Here:
         return seconds
 
     def peak(self) -> int:
-        """Bytes allocated above what the model and the data take, at the worst moment of preparation and one product."""
+        """Bytes allocated above model and data, at the worst moment of preparation and one product."""
         self._product = None  # type: ignore[assignment]
         gc.collect()
 
@@ -173,7 +174,7 @@ def measure(subject_name: str, device: str, seed: int, rounds: int) -> dict[str,
     for _ in range(rounds):
         for name, prepared in running.items():
             times[name].append(prepared.seconds())
-    for name, prepared in running.items():
+    for name in running:
         per = BLOCK if "block" in name else 1
         entries[name] |= {
             "seconds": statistics.median(times[name]) / per,
@@ -184,7 +185,8 @@ def measure(subject_name: str, device: str, seed: int, rounds: int) -> dict[str,
         prepared.close()
     subject = build(subject_name, torch.device("cpu"), seed)
     size = sum(p.numel() for p in subject.parameters)
-    return {"description": subject.description, "parameters": size, "rounds": rounds, "sides": entries}
+    about = {"description": subject.description, "parameters": size, "rounds": rounds}
+    return {**about, "load_average": os.getloadavg()[0], "sides": entries}
 
 
 def _agree(entries: dict[str, dict[str, Any]], results: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def autoencoder(device: torch.device) -> Subject:
     """The deep autoencoder of Hinton and Salakhutdinov (Science 313, 2006, 504-507), with tanh."""
     widths = _WIDTHS + _WIDTHS[-2::-1]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).to(device)
     x = torch.rand(512, _WIDTHS[0], device=device)
@@ -138,8 +139,9 @@ class _Attention(nn.Module):
 
 
 class _Gpt(nn.Module):
-    def __init__(self, vocabulary: int = 256, length: int = 64, width: int = 128, heads: int = 4, layers: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        vocabulary, length, width, heads, layers = 256, 64, 128, 4, 4
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.layers = nn.Sequential(*(_Attention(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
@@ -168,7 +170,7 @@ class _WaveResiduals(nn.Module):
         super().__init__()
         widths = (2, 50, 50, 50, 50, 1)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.Tanh()]
         self.u = nn.Sequential(*layers[:-1])
         self.inner = inner
@@ -189,7 +191,8 @@ def pinn(device: torch.device) -> Subject:
     points[inner + edge // 2 :, 0] = points[inner + edge // 2 :, 0].round()  # both ends
     targets = torch.where(points[:, 1] == 0, torch.sin(math.pi * points[:, 0]), 0.0)
     model = _WaveResiduals(inner).to(device)
-    return Subject("PINN", "2-50-50-50-50-1 tanh, wave equation, 1,000 + 200 points", model, points, targets, nn.MSELoss())
+    description = "2-50-50-50-50-1 tanh, wave equation, 1,000 + 200 points"
+    return Subject("PINN", description, model, points, targets, nn.MSELoss())
 
 
 SUBJECTS: dict[str, Callable[[torch.device], Subject]] = {

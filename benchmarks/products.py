@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE / "records" / "products.json"
 PAGE = HERE.parent / "docs" / "products.md"
 SEED = 0
+_ORDER = ("LSTM", "PINN", "GPT", "MLP", "ResNet-18")  # the quick ones first
 PACKAGES = ("imstep", "torch", "numpy", "curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings")
 
 
@@ -73,18 +74,18 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         torch.set_num_threads(options.threads)
-        names = [options.only] if options.only else list(SUBJECTS)
+        names = [options.only] if options.only else sorted(SUBJECTS, key=_ORDER.index)
         record: dict[str, Any] = {**environment(options.threads), "devices": {}}
         for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
             models = record["devices"][device] = {}
             for name in names:
                 models[name] = measure(name, device, SEED, options.rounds)
-                print(f"{device}, {name}: done", flush=True)
-        record["load_average_at_end"] = os.getloadavg()[0]
+                print(f"{device}, {name}: done, load average {os.getloadavg()[0]:.1f}", flush=True)
+                if not options.only:  # what is measured stays, should a later model fail
+                    RECORD.write_text(json.dumps(record, indent=1) + "\n")
         if options.only:
             print(page(record))
             return
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RECORD.read_text())))
     print(PAGE.read_text())
 

@@ -15,7 +15,6 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.recomputed import RecomputedProducts
 from imstep.linalg import LinearOperator
 
-
 _ROOM = {False: 2**21, True: 2**28}
 """Bytes, on CPU and GPU, within which k directions together are faster than one by one.
 

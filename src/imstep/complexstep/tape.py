@@ -114,7 +114,7 @@ class Tape:
         self._outputs: list[Reference | None] = []
         self._last_use: list[list[int]] = []
         self._overwritten: set[int] = set()
-        self._held: list[tuple[Tensor, int]] = []
+        self._held: list[tuple[Tensor, int, Any]] = []  # a tensor, its version, the map that holds it
         self._holders: dict[int, list[tuple[Tensor, int | None, Any]]] = {}  # while recording, by storage
 
     # --- recording ----------------------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ class Tape:
         # The arguments of possible losses have served their purpose.
         forget = lambda step: replace(step, call=replace(step.call, args=(), result=None)) if step.call.args else step
         self._steps = [forget(step) for step in reversed(kept)]
-        self._held += [(t, v) for ts in self._holders.values() for t, v, _ in ts if v is not None]
+        self._held += [(t, v, push) for ts in self._holders.values() for t, v, push in ts if v is not None]
         self._holders = {}
-        held = {id(t) for step in self._steps if step.push for t in captured(step.push)}
-        self._held = [(t, version) for t, version in self._held if id(t) in held]
+        maps = {id(step.push) for step in self._steps}
+        self._held = [held for held in self._held if id(held[2]) in maps]
 
     def with_steps(self, steps: list[Step]) -> Tape:
         """A tape on the same memory with other steps."""
@@ -224,7 +224,7 @@ class Tape:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tape keeps alive, parameters included; each storage counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, _ in self._held}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, *_ in self._held}
         return sum(storages.values())
 
     @property
@@ -235,7 +235,7 @@ class Tape:
 
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if a tensor that the tape holds was overwritten since."""
-        for t, version in self._held:
+        for t, version, _ in self._held:
             if t._version != version:
                 raise TapeChangedError(
                     f"a tensor of shape {tuple(t.shape)} was changed in place after its use was recorded; "

@@ -292,9 +292,9 @@ class Dispatch(TorchDispatchMode):
         for t, (_, name, _, written) in zip(tensors, sig.tensors, strict=True):
             if written or name in _RUNNING_STATISTICS:
                 for u in t if isinstance(t, (list, tuple)) else [t]:
-                    if isinstance(u, Tensor) and u.layout is torch.strided:
-                        if self._born not in u.untyped_storage().__dict__:
-                            self._before_write(u)  # type: ignore[misc]
+                    strided = isinstance(u, Tensor) and u.layout is torch.strided
+                    if strided and self._born not in u.untyped_storage().__dict__:
+                        self._before_write(u)  # type: ignore[misc]
 
     def _mark_born(self, outputs: Any) -> None:
         if isinstance(outputs, Tensor):

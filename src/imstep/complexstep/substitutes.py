@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imstep.complexstep.determinants import determinant, is_nearly_singular
+
 _MODES = ("bilinear", "nearest", "bicubic")
 _PADDINGS = ("zeros", "border", "reflection")
 _BILINEAR, _NEAREST, _BICUBIC = 0, 1, 2
@@ -194,6 +196,9 @@ SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
     Tensor.cumprod: (cumprod, _has_zeros),
     torch.prod: (prod, _has_zeros),
     Tensor.prod: (prod, _has_zeros),
+    torch.det: (determinant, is_nearly_singular),
+    torch.linalg.det: (determinant, is_nearly_singular),
+    Tensor.det: (determinant, is_nearly_singular),
 }
 """What stands in for a function, and for which arguments it has to."""
 

@@ -11,6 +11,7 @@ aten = torch.ops.aten
 # Fresh tensors that take only the shape of their argument.
 constant(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones)
 constant(aten.new_full, aten.new_empty, aten.new_empty_strided, aten.zero, aten.fill.Scalar)
+constant(aten._new_zeros_with_same_feature_meta)
 
 # Random numbers: drawn once per point, never perturbed.
 constant(aten.rand_like, aten.randn_like, aten.randint_like, aten.bernoulli, aten.multinomial, aten.poisson)

@@ -14,6 +14,8 @@ differentiation (2008), section 3; Townsend, Differentiating the singular value 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from imstep.complexstep.errors import ComplexStepError
@@ -70,11 +72,21 @@ def cholesky(a, upper=False):
 # --- LU ---------------------------------------------------------------------------------------------------------
 
 
-def lu_transposed(a, lu, pivots):
-    """Whether the factors are those of the transpose: PyTorch takes the one that lies in LAPACK's order, unsaid."""
+@cache
+def _takes_transpose(factorise, device, dtype, contiguous):
+    probe = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=dtype, device=device)
+    lu, pivots = factorise(probe if contiguous else probe.mT.contiguous().mT)
     p, lower, upper = unpacked(lu, pivots)
-    product = p @ lower @ upper
-    return bool((product - a.mT).abs().sum() < (product - a).abs().sum())
+    return bool((p @ lower @ upper - probe).abs().sum() > 1)
+
+
+def lu_transposed(factorise, a):
+    """Whether the factors that an operator gives, by ``factorise``, are those of the transpose of ``a``.
+
+    PyTorch takes the one that lies in LAPACK's order, unsaid. The factors themselves do not tell for a symmetric
+    matrix, so a matrix is tried that is none.
+    """
+    return _takes_transpose(factorise, a.device, a.dtype, a.is_contiguous())
 
 
 def unpacked(lu, pivots):

@@ -78,11 +78,15 @@ def _as_columns(b, a):
     return b.unsqueeze(-1) if vector else b, vector
 
 
+def _factors_of_solve(a):
+    return aten._linalg_solve_ex(a, torch.eye(a.size(-1), dtype=a.dtype, device=a.device))[1:3]
+
+
 @rule(aten._linalg_solve_ex.default, family="factorisation")
 def solve(a, b, *, left=True, check_errors=False):
     outputs = aten._linalg_solve_ex(a, b, left=left, check_errors=check_errors)
     x, lu, pivots, _ = outputs
-    transposed = lu_transposed(a, lu, pivots)
+    transposed = lu_transposed(_factors_of_solve, a)
     _, vector = _as_columns(b, a)
     wide = x.unsqueeze(-1) if vector else x
 
@@ -200,15 +204,29 @@ def _adjugate(a):
     return phase[..., None, None] * (dagger(vh) * others.unsqueeze(-2).to(a.dtype)) @ dagger(u)
 
 
+def _factors_of_det(a):
+    return aten._linalg_det(a)[1:]
+
+
+def _factors_of_slogdet(a):
+    return aten._linalg_slogdet(a)[2:]
+
+
 @rule(aten._linalg_det.default, family="factorisation")
 def determinant(a):
     outputs = aten._linalg_det(a)
     _, lu, pivots = outputs
     adjugate = _adjugate(a)
-    transposed = lu_transposed(a, lu, pivots)
+    transposed = lu_transposed(_factors_of_det, a)
+    # The factors of a singular matrix have no derivative. It should not come to here, but be taken by
+    # imstep.complexstep.determinants; should it come in another way, not a number is better than a wrong one.
+    pivot = lu.diagonal(0, -2, -1).abs()
+    singular = (pivot <= 1e3 * torch.finfo(a.dtype).eps * pivot.amax(-1, keepdim=True)).any(-1) if a.numel() else None
 
     def push(da):
-        return _trace_of_product(adjugate, da), lu_change(lu, pivots, da.mT if transposed else da), None
+        d_lu = lu_change(lu, pivots, da.mT if transposed else da)
+        d_lu = d_lu if singular is None else torch.where(singular[..., None, None], torch.nan, d_lu)
+        return _trace_of_product(adjugate, da), d_lu, None
 
     return tuple(outputs), push
 
@@ -218,7 +236,7 @@ def sign_and_log_determinant(a):
     outputs = aten._linalg_slogdet(a)
     sign, _, lu, pivots = outputs
     inv = torch.linalg.inv_ex(a)[0]
-    transposed = lu_transposed(a, lu, pivots)
+    transposed = lu_transposed(_factors_of_slogdet, a)
 
     def push(da):
         trace = _trace_of_product(inv, da)

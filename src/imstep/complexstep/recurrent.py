@@ -72,7 +72,6 @@ class Backward:
     gh: Tensor
     u: Tensor
     t: Tensor
-    s: Tensor
     back: Tensor
     to_gates: Tensor
 
@@ -94,7 +93,7 @@ def backward_steps(
         steps.append((gates if direct is None else gates + direct[at], reached, u))
         carried = u * f[at]
     all_gates, all_reached, all_u = (torch.stack(s) for s in zip(*steps[::-1], strict=True))
-    return Backward(all_gates, carried, all_reached, all_u, t, s, back, to_gates)
+    return Backward(all_gates, carried, all_reached, all_u, t, back, to_gates)
 
 
 def layer_backward(

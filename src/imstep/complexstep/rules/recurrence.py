@@ -16,9 +16,10 @@ import torch
 
 from imstep.complexstep.recurrent import backward_steps, before, layer, layer_backward, slope
 from imstep.complexstep.registry import defined_as, rule
-from imstep.complexstep.rules.blocks import addcmul_, product
+from imstep.complexstep.rules.blocks import addcmul_, in_place, product
 from imstep.complexstep.rules.forms import add_, plus, times, total, zeros_of
 
+aten = torch.ops.aten
 _layer, _backward = torch.ops.imstep.lstm_layer.default, torch.ops.imstep.lstm_layer_backward.default
 defined_as(_layer)(layer)
 defined_as(_backward)(layer_backward)
@@ -27,6 +28,16 @@ defined_as(_backward)(layer_backward)
 def _by_rows(a, b):
     """a b for each step, as one product."""
     return product(a.flatten(0, 1), b).unflatten(0, a.shape[:2])
+
+
+def _room(parts, like):
+    """Zeros for all steps, with the batches of a part that is there."""
+    return next(d for d in parts if d is not None).new_zeros(like.shape)
+
+
+def _filled(all_steps, steps):
+    """What was computed step by step in the memory of ``all_steps``, or beside it where a block found no room."""
+    return all_steps if in_place(all_steps, *steps) else torch.stack(steps)
 
 
 @rule(_layer, family="recurrence")
@@ -39,19 +50,21 @@ def lstm_layer(p, h, c, w):
     to_h, back = t * s[..., 3 * hidden :], o * (1 - t * t)
 
     def push(dp, dh, dc, dw):
-        d_gates = dp if dw is None else _by_rows(h_before, dw.t())
-        d_gates = d_gates if dw is None or dp is None else add_(d_gates, dp)
-        d_gates = zeros_of(p) if d_gates is None else d_gates
+        if dw is None:
+            d_gates = _room((dh, dc), p) if dp is None else dp.clone()
+        else:
+            d_gates = _by_rows(h_before, dw.t())
+            d_gates = d_gates if dp is None else add_(d_gates, dp)
         gates, ds, dcs = [], [], []
         for at in range(len(p)):
-            d = d_gates[at] if dh is None else torch.addmm(d_gates[at], dh, recurrent)
+            d = d_gates[at] if dh is None else product(dh, recurrent, onto=d_gates[at])
             d_after = (d[:, : 3 * hidden] * to_c[at]).unflatten(1, (3, hidden)).sum(1)
             dc = d_after if dc is None else addcmul_(d_after, dc, f[at])
             dh = addcmul_(d[:, 3 * hidden :] * to_h[at], dc, back[at])
             gates.append(d)
             ds.append(dh)
             dcs.append(dc)
-        return torch.stack(ds), torch.stack(dcs), torch.stack(gates).mul_(s)
+        return torch.stack(ds), torch.stack(dcs), _filled(d_gates, gates).mul_(s)
 
     return (hs, cs, a), push
 
@@ -59,7 +72,7 @@ def lstm_layer(p, h, c, w):
 @rule(_backward, family="recurrence")
 def lstm_layer_backward(gh, gc, a, cs, c, w):
     made = backward_steps(gh, gc, a, cs, c, w)
-    gates, gh, u, t, s, back, to_gates = made.gates, made.gh, made.u, made.t, made.s, made.back, made.to_gates
+    gates, gh, u, t, back, to_gates = made.gates, made.gh, made.u, made.t, made.back, made.to_gates
     i, f, g, o = a.chunk(4, -1)
     rest = 1 - t * t
     direct, bend = gh * rest, -2 * gh * back * t
@@ -73,7 +86,10 @@ def lstm_layer_backward(gh, gc, a, cs, c, w):
         di, _, dg, _ = (zero,) * 4 if da is None else da.chunk(4, -1)
         started = before(zeros_of(c) if dc is None else dc, zero if dcs is None else dcs)
         dt = zero if dcs is None else dcs * rest
-        by_factor = torch.cat([u * dg, u * started, u * di, gh * dt], -1).mul_(s)
+        # The kernels multiply by S(a) without keeping it.
+        to_i, to_f = aten.sigmoid_backward(u * dg, i), aten.sigmoid_backward(u * started, f)
+        to_g, to_o = aten.tanh_backward(u * di, g), aten.sigmoid_backward(gh * dt, o)
+        by_factor = torch.cat([to_i, to_f, to_g, to_o], -1)
         return by_factor if da is None else addcmul_(by_factor, da, turn)
 
     def push(dgh, dgc, da, dcs, dc, dw):
@@ -84,15 +100,15 @@ def lstm_layer_backward(gh, gc, a, cs, c, w):
         to_h = zeros_of(u) if to_h is None else to_h
         d_output, d_forget = (None, None) if da is None else (da.chunk(4, -1)[3], da.chunk(4, -1)[1])
         to_c = total(times(d_output, direct), times(dcs, bend), dgc)
-        added, forgotten = bent(da, dcs, dc), times(d_forget, u)
+        changes, forgotten = bent(da, dcs, dc), times(d_forget, u)
+        changes = _room((dgh, dgc, dw), gates) if changes is None else changes
         at_step = lambda v, at: None if v is None else v[at]
         steps, carried = [], None
         for at in reversed(range(len(cs))):
             reached = torch.addmm(to_h[at], steps[-1], w) if steps else to_h[at]
             du = plus(reached * back[at], plus(at_step(to_c, at), carried))
-            change = torch.cat([du, du, du, reached], 1) * to_gates[at]
-            steps.append(change if added is None else change + added[at])
+            steps.append(addcmul_(changes[at], torch.cat([du, du, du, reached], 1), to_gates[at]))
             carried = plus(du * f[at], at_step(forgotten, at))
-        return torch.stack(steps[::-1]), carried
+        return _filled(changes, steps[::-1]), carried
 
     return (gates, made.first_c), push

@@ -98,6 +98,7 @@ class Dispatch(TorchDispatchMode):
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
+        self._islands.refuse_in_checkpoint(func)
         self._ledger.enter(func, "cut")
         outputs = func(*args, **kwargs)
         self._ledger.leave()

@@ -8,8 +8,10 @@ island: its operators run without gradients, and their imaginary parts are what 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from imstep.complexstep import recurrent
@@ -31,6 +34,10 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _AVOIDED = {F.scaled_dot_product_attention, *_RECURRENT}
+
+
+def _is_checkpoint(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == checkpoint.__file__
 
 
 def _name(func: Any) -> str:
@@ -60,7 +67,9 @@ class Islands(TorchFunctionMode):
         super().__init__()
         self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
         self._toggles: list[bool] = []
+        self._nested: list[bool] = []
         self._cut = False
+        self._recurrent_again = False  # whether the backward pass will run a recurrent network forward again
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self._stack = ExitStack()
 
@@ -74,7 +83,7 @@ class Islands(TorchFunctionMode):
         self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         self._stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        self._toggles, self._cut = [], False
+        self._toggles, self._nested, self._cut = [], [], False
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -98,8 +107,10 @@ class Islands(TorchFunctionMode):
         if func in _AVOIDED or func is F.multi_head_attention_forward:
             self._note(func, args, kwargs)
         if func in _STEPWISE and recurrent.takes(args, kwargs):
+            self._note_checkpoint()
             return _STEPWISE[func](*args)
         if func in _RECURRENT:
+            self._note_checkpoint()
             with _native_recurrence():
                 return func(*args, **kwargs)
         if func is torch.autograd.grad:
@@ -109,6 +120,26 @@ class Islands(TorchFunctionMode):
         if func is F.gumbel_softmax:
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def refuse_in_checkpoint(self, func: Any) -> None:
+        """Raise where a constant is made within a checkpoint: run again in the backward pass, it would be none."""
+        if self._in_checkpoint(sys._getframe(1)):
+            raise UnsupportedOperatorError(
+                func,
+                "a tensor that is being differentiated is detached, or used under no_grad, within a checkpoint; "
+                "when the checkpoint is run again, that cannot be seen.",
+                "Detach outside the checkpointed function, or leave the checkpoint out.",
+            )
+
+    @staticmethod
+    def _in_checkpoint(frame: FrameType | None) -> bool:
+        while frame is not None and not _is_checkpoint(frame):
+            frame = frame.f_back
+        return frame is not None
+
+    def _note_checkpoint(self) -> None:
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self._recurrent_again |= hooked or not torch.is_grad_enabled()
 
     def _substitute(self, func: Any, args: Any, kwargs: Any) -> Any:
         stands_in, needed = SUBSTITUTES[func]
@@ -158,6 +189,8 @@ class Islands(TorchFunctionMode):
         # Contexts nest and only changes count, so each change either opens a context or closes the last one opened.
         # Gradients that are off without a change seen here were switched off by autograd itself: no island.
         if enable == torch.is_grad_enabled():
+            if not enable:
+                self._nest(sys._getframe(3))
             return
         if self._toggles and self._toggles[-1] != enable:
             self._toggles.pop()
@@ -165,6 +198,15 @@ class Islands(TorchFunctionMode):
         else:
             self._toggles.append(enable)
             self._cut = not enable
+
+    def _nest(self, context: FrameType) -> None:
+        # Within a re-entrant checkpoint gradients are off already; the checkpoint's own context is none of the user's.
+        if context.f_code.co_name == "__exit__" and self._nested:
+            self._cut = self._nested.pop()
+        elif context.f_code.co_name == "__enter__" and torch._C._current_graph_task_id() == -1:
+            self._nested.append(self._cut)
+            user = context.f_back
+            self._cut = self._cut or (user is not None and self._in_checkpoint(user) and not _is_checkpoint(user))
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``loss`` does not depend on."""
@@ -174,8 +216,11 @@ class Islands(TorchFunctionMode):
     @contextmanager
     def _final_pass(self) -> Iterator[None]:
         before, self.final = self.final, True
+        # What a checkpoint runs again is out of sight of this mode.
+        recurrence = _native_recurrence() if self._recurrent_again else nullcontext()
         try:
-            yield
+            with recurrence:
+                yield
         finally:
             self.final = before
 

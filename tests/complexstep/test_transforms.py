@@ -1,0 +1,124 @@
+"""Compiled models, and PyTorch's own derivatives, inside the loss: against closed forms by double backward."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import functional
+
+import imstep
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X, U = _normal(3, seed=1), _normal(3, seed=2)
+
+
+def _value(w: Tensor, x: Tensor) -> Tensor:
+    return (torch.tanh(w.reshape(4, 3) @ x) ** 2).sum()
+
+
+def _vector(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(w.reshape(4, 3) @ x)
+
+
+def _jacobian(w: Tensor) -> Tensor:
+    """Of ``_vector`` in x, in closed form."""
+    w = w.reshape(4, 3)
+    return (1 - torch.tanh(w @ X) ** 2)[:, None] * w
+
+
+def _gradient(w: Tensor) -> Tensor:
+    return 2 * _vector(w, X) @ _jacobian(w)
+
+
+def _hessian(w: Tensor) -> Tensor:
+    """Of ``_value`` in x, in closed form."""
+    t = torch.tanh(w.reshape(4, 3) @ X)
+    weights = 2 * (1 - t**2) ** 2 - 4 * t**2 * (1 - t**2)
+    return w.reshape(4, 3).t() @ (weights[:, None] * w.reshape(4, 3))
+
+
+def _linearized(w: Tensor) -> Tensor:
+    value, push = torch.func.linearize(lambda x: _vector(w, x), X)
+    return value * push(U)
+
+
+PAIRS = {
+    "functional.jacobian": (
+        lambda w: functional.jacobian(lambda x: _vector(w, x), X, create_graph=True),
+        _jacobian,
+    ),
+    "functional.hessian": (lambda w: functional.hessian(lambda x: _value(w, x), X, create_graph=True), _hessian),
+    "functional.vjp": (
+        lambda w: functional.vjp(lambda x: _vector(w, x), X, torch.ones(4).double(), create_graph=True)[1],
+        lambda w: _jacobian(w).sum(0),
+    ),
+    "functional.jvp": (
+        lambda w: functional.jvp(lambda x: _vector(w, x), X, U, create_graph=True)[1],
+        lambda w: _jacobian(w) @ U,
+    ),
+    "functional.hvp": (
+        lambda w: functional.hvp(lambda x: _value(w, x), X, U, create_graph=True)[1],
+        lambda w: _hessian(w) @ U,
+    ),
+    "functional.vhp": (
+        lambda w: functional.vhp(lambda x: _value(w, x), X, U, create_graph=True)[1],
+        lambda w: _hessian(w) @ U,
+    ),
+    "func.jacfwd": (lambda w: torch.func.jacfwd(lambda x: _vector(w, x))(X), _jacobian),
+    "func.jacrev": (lambda w: torch.func.jacrev(lambda x: _vector(w, x))(X), _jacobian),
+    "func.hessian": (lambda w: torch.func.hessian(lambda x: _value(w, x))(X), _hessian),
+    # What linearize returns is folded into constants, for PyTorch's gradient as well.
+    "func.linearize": (_linearized, lambda w: _vector(w, X) * (_jacobian(w.detach()) @ U)),
+    "func.vjp": (
+        lambda w: torch.func.vjp(lambda x: _vector(w, x), X)[1](torch.ones(4).double())[0],
+        lambda w: _jacobian(w).sum(0),
+    ),
+    "jacfwd in the parameters": (
+        lambda w: torch.func.jacfwd(lambda p: _value(p, X))(w),
+        lambda w: ((2 * _vector(w, X) * (1 - _vector(w, X) ** 2))[:, None] * X).flatten(),
+    ),
+}
+
+
+def _double_backward(f, w: Tensor, v: Tensor) -> Tensor:
+    w = w.clone().requires_grad_()
+    g = torch.autograd.grad(f(w), w, create_graph=True)[0]
+    return torch.autograd.grad(g @ v, w)[0]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_derivatives_inside_the_loss(name):
+    inner, closed = PAIRS[name]
+    w, v = 0.5 * _normal(12, seed=3), _normal(12, seed=4)
+    loss = lambda f: lambda t: f(t).sin().pow(2).sum()
+    expected = _double_backward(loss(closed), w, v)
+    torch.testing.assert_close(imstep.hvp(loss(inner), w, v), expected, rtol=1e-11, atol=1e-12)
+    p = w.clone().requires_grad_()
+    hessian = imstep.Hessian(lambda: loss(inner)(p), [p])
+    torch.testing.assert_close(hessian @ v, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_run_uncompiled(backend):
+    """The same products before and after the model has been compiled, which it stays for the user."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x = _normal(7, 3)
+    plain = imstep.Hessian(lambda: model(x).square().mean(), model)
+    v = _normal(plain.size, seed=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, backend=backend)
+        fresh = imstep.Hessian(lambda: compiled(x).square().mean(), model) @ v
+        value = compiled(x)
+        warm = imstep.Hessian(lambda: compiled(x).square().mean(), model) @ v
+    torch.testing.assert_close(value, model(x))
+    torch.testing.assert_close(fresh, plain @ v, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(warm, plain @ v, rtol=1e-12, atol=1e-13)

@@ -19,7 +19,8 @@ from torch import Tensor
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.report import Ledger, OperatorReport
-from imstep.complexstep.tape import Call, Reference, Tape
+from imstep.complexstep.steps import Call, Reference
+from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
 _INPUT = Call(torch.ops.aten.copy_.default, (), None, False, -2)  # of no node: no operator of the user's

@@ -16,7 +16,8 @@ from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
-from imstep.complexstep.tape import LOSS_OPERATORS, Call, Tape, flat
+from imstep.complexstep.steps import Call, flat
+from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
 
 rules.load()

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.complexstep.tape import Reference, Step, Tape
+from imstep.complexstep.steps import Reference, Step
+from imstep.complexstep.tape import Tape
 
 aten = torch.ops.aten
 

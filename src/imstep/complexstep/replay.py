@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
-from imstep.complexstep.tensor import Window
-
-if TYPE_CHECKING:
-    from imstep.complexstep.tape import Step
-
-Reference = tuple[int, Window | None]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The imaginary part of one storage: its first window onto it, and how many entries the storage has."""
-
-    window: Window
-    entries: int
+from imstep.complexstep.steps import Reference, Slot, Step, flat
 
 
 class Replay:
@@ -104,12 +90,3 @@ def _copied(ims: Any) -> Any:
     if isinstance(ims, (list, tuple)):
         return [_copied(im) for im in ims]
     return None if ims is None else ims.clone()
-
-
-def flat(nested: Any) -> Iterator[Any]:
-    """The entries of nested lists that are not None."""
-    for item in nested if isinstance(nested, list) else [nested]:
-        if isinstance(item, list):
-            yield from flat(item)
-        elif item is not None:
-            yield item

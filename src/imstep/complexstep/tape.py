@@ -9,15 +9,15 @@ and windows onto them, as in :mod:`imstep.complexstep.tensor`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from imstep.complexstep.captured import captured, exchange
-from imstep.complexstep.replay import Reference, Replay, Slot, flat
+from imstep.complexstep.replay import Replay
+from imstep.complexstep.steps import Call, Reference, Slot, Step
 from imstep.complexstep.tensor import Window
 
 _aten = torch.ops.aten
@@ -44,48 +44,6 @@ class TapeChangedError(RuntimeError):
 
 class TapeTooLargeError(RuntimeError):
     """What a tape holds would take more memory than it was given."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """Where a linear map comes from.
-
-    Attributes:
-        func: the operator.
-        args: its arguments, where the operator may be a loss; else empty.
-        result: its output, likewise; else None.
-        backward: whether it belongs to the backward pass that is being differentiated.
-        node: sequence number of the node of autograd's graph that it belongs to.
-        alpha: factor of the second argument of a sum or difference.
-    """
-
-    func: OpOverload
-    args: tuple[Any, ...]
-    result: Any
-    backward: bool
-    node: int
-    alpha: Any = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into the window ``target``."""
-
-    push: Any
-    inputs: list[Any]
-    outputs: Any
-    call: Call
-    target: Reference | None = None
-
-    @property
-    def writes(self) -> list[int]:
-        """The slots that this step defines or overwrites."""
-        return [self.target[0]] if self.target else list(flat(self.outputs))
-
-    @property
-    def reads(self) -> list[int]:
-        """The slots that this step looks at."""
-        return [ref[0] for ref in flat(self.inputs)]
 
 
 class Tape:

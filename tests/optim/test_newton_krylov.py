@@ -172,3 +172,12 @@ def test_single_precision_at_the_end() -> None:
     losses = [float(optimizer.step(closure)) for _ in range(80)]
     assert optimizer.last_step.gradient_norm < 1e-4
     assert losses[-1] <= min(losses) * (1 + 1e-5)
+
+
+def test_wide_layers_get_a_diagonal_instead_of_factors() -> None:
+    model = network()  # 4-6-3
+    optimizer = NewtonKrylov(model.parameters(), preconditioning=Kronecker(largest=5))
+    first = float(optimizer.step(lambda: F.cross_entropy(model(X), LABELS)))
+    factors = optimizer.state_dict()["newton_krylov"]["preconditioner"]["factors"]
+    assert factors["blocks"] == []  # both layers touch the width 6
+    assert F.cross_entropy(model(X), LABELS).item() < first

@@ -32,10 +32,16 @@ class LayerUse:
 
 
 class LayerObserver(TorchFunctionMode):
-    """Collects the uses of parameters as matrices in linear layers and convolutions (1d and 2d, one group)."""
+    """Collects the uses of parameters as matrices in linear layers and convolutions (1d and 2d, one group).
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: those to look for.
+        largest: widest input or output of a layer that is collected; wider ones are passed over.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], largest: int = 4096) -> None:
         super().__init__()
+        self._largest = largest
         self._position = {id(p): at for at, p in enumerate(parameters)}
         self.uses: list[LayerUse] = []
 
@@ -57,7 +63,9 @@ class LayerObserver(TorchFunctionMode):
         **kwargs: Any,
     ) -> None:
         at = self._position.get(id(weight))
-        if at is None or not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
+        if at is None or max(len(weight), weight.numel() // max(len(weight), 1)) > self._largest:
+            return
+        if not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
         if rows is None:

@@ -80,13 +80,18 @@ class Kronecker(Preconditioning):
         every: steps between two refreshes of the factors, >= 1.
         decay: weight of the past in the running averages, in [0, 1).
         seed: of the sampled targets; they do not touch the global random state.
+        largest: widest input or output of a layer that gets factors, >= 1; they take the square of it in memory and
+            the cube in time. Wider layers, such as a large vocabulary's, get a diagonal.
     """
 
     every: int = 5
     decay: float = 0.95
     seed: int = 0
+    largest: int = 4096
 
     def __post_init__(self) -> None:
+        if self.largest < 1:
+            raise ValueError(f"largest, the widest layer with factors, is at least 1, got {self.largest}.")
         if self.every < 1:
             raise ValueError(f"every, the steps between two refreshes, is at least 1, got {self.every}.")
         if not 0 <= self.decay < 1:
@@ -108,7 +113,7 @@ class _KroneckerPreconditioner(Preconditioner):
     def observer(self) -> LayerObserver | None:
         due = self._steps % self._kind.every == 0
         self._steps += 1
-        return LayerObserver(self._parameters.tensors) if due else None
+        return LayerObserver(self._parameters.tensors, self._kind.largest) if due else None
 
     def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
         self._factors.update(point, observer, self._generator)

@@ -52,7 +52,7 @@ class NewtonKrylovStepper(Stepper):
             products=record.cost.products,
             losses=record.cost.losses,
             new_loss=record.new_loss,
-            status=word.name.lower(),
+            status=str(word),
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )

@@ -12,7 +12,7 @@ class KrylovStatus(Enum):
     """Why a Krylov solver ended; a member's value is its message, its lower-case name the word for files.
 
     Example:
-        >>> KrylovStatus.DISTURBING_NEGATIVE_CURVATURE.name.lower()
+        >>> str(KrylovStatus.DISTURBING_NEGATIVE_CURVATURE)
         'disturbing_negative_curvature'
         >>> KrylovStatus.BOUNDARY.message
         'the iterate reached the boundary of the trust region'
@@ -30,6 +30,9 @@ class KrylovStatus(Enum):
     def message(self) -> str:
         """A clause that explains the status to a reader."""
         return self.value
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
     @property
     def disturbing(self) -> bool:

@@ -30,6 +30,9 @@ class StepOutcome(Enum):
         """A clause that explains the outcome to a reader."""
         return self.value
 
+    def __str__(self) -> str:
+        return self.name.lower()
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -131,8 +134,8 @@ class StepRecord:
     def to_dict(self) -> dict[str, Any]:
         """A flat dictionary for JSON: enums as lower-case words, the cost's counts and its gradient-equivalents."""
         row = {k: v for k, v in self.__dict__.items() if k != "cost"}
-        row["outcome"] = self.outcome.name.lower()
-        row["status"] = None if self.status is None else self.status.name.lower()
+        row["outcome"] = str(self.outcome)
+        row["status"] = None if self.status is None else str(self.status)
         row.update(asdict(self.cost), products=self.cost.products)
         row["gradient_equivalents"] = self.cost.gradient_equivalents
         return row

@@ -60,14 +60,6 @@ def lookup(op: OpOverload) -> Rule | None:
     return _RULES.get(op) or _RULES.get(op.overloadpacket)
 
 
-def families() -> dict[str, list[str]]:
-    """The names of all operators that have a rule, by family."""
-    found: dict[str, list[str]] = {}
-    for op, rule in _RULES.items():
-        found.setdefault(rule.family, []).append(str(op))
-    return {family: sorted(names) for family, names in sorted(found.items())}
-
-
 @dataclass(frozen=True)
 class Signature:
     """What the schema of an operator says of its tensor arguments.

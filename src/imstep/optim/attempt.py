@@ -113,10 +113,7 @@ class Attempt:
         )
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
-        shrunk = memory.full_steps >= 2 and gradient_norm < memory.gradient_norm
-        contraction = gradient_norm / memory.gradient_norm if shrunk else 1.0
-        # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
-        contraction = min(contraction, CONFIDENCE ** max(memory.full_steps - 2, 0))
+        contraction = self._contraction(loss, gradient_norm)
         memory = memory.meet(gradient_norm)
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
@@ -143,6 +140,17 @@ class Attempt:
         """Put back everything, as if the step had not been tried."""
         self._parameters.restore(self._snapshot)
         self._frozen.undo()
+
+    def _contraction(self, loss: float, gradient_norm: float) -> float:
+        """How much the last full Newton steps tell that accuracy pays: a factor on the gradient, 1 for nothing."""
+        memory = self._memory
+        # A loss other than where the last step ended is that of another batch: accuracy would not carry over.
+        same = abs(loss - memory.loss) <= 1e2 * torch.finfo(self.point.loss.dtype).eps * abs(loss)
+        if not same or memory.full_steps < 2:
+            return 1.0
+        # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
+        fallen = gradient_norm / memory.gradient_norm if gradient_norm < memory.gradient_norm else 1.0
+        return min(fallen, CONFIDENCE ** (memory.full_steps - 2))
 
     # --- direction ----------------------------------------------------------------------------------------------
 
@@ -208,6 +216,7 @@ class Attempt:
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, _realised(model, trials)),
+            loss=trials.loss,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )

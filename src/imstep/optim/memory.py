@@ -23,6 +23,7 @@ class Memory:
         refusals: consecutive steps up to now whose loss or gradient was not finite.
         gradient_norm: ‖g‖ at the last point; 0 before the first.
         largest_gradient_norm: the largest ‖g‖ met; 0 before the first.
+        loss: where the last step ended; nan before the first.
         full_steps: how many steps in a row, up to the last, were full Newton steps that the model foresaw.
         products: of the last step.
         progress: relative decrease of the loss in the last step; infinite before the first.
@@ -37,6 +38,7 @@ class Memory:
     refusals: int = 0
     gradient_norm: float = 0.0
     largest_gradient_norm: float = 0.0
+    loss: float = math.nan
     full_steps: int = 0
     products: int = 0
     progress: float = math.inf

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imstep.globalization import Armijo, FixedStep, NoDamping
+from imstep.globalization import Armijo, FixedStep, NoDamping, TaylorMonitor
 from imstep.optim import (
+    ConjugateGradient,
     ExactHessian,
     Kronecker,
     NewtonKrylov,
     NoPreconditioning,
     ResidualForcing,
+    SteihaugToint,
     StepOutcome,
 )
 
@@ -37,9 +39,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "preconditioning": NoPreconditioning(),
         "forcing": ResidualForcing(),
         "damping": NoDamping(),
-        "curvature_floor": 1e-8,
+        "solver": ConjugateGradient(curvature_floor=1e-8),
     },
     "eager refresh": {"preconditioning": Kronecker(every=1, decay=0.5)},
+    "momentum": {"momentum": True},
+    "negative curvature": {"curvature": ExactHessian(), "solver": ConjugateGradient(follow=True)},
+    "warm start": {"solver": ConjugateGradient(warm_start=0.5)},
+    "trust region": {"curvature": ExactHessian(), "solver": SteihaugToint(), "step": TaylorMonitor(radius=1.0)},
 }
 Closure = Callable[[], Tensor]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from imstep.globalization import Armijo, FixedStep, NoDamping
 from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.optim import ExactHessian, Kronecker, NewtonKrylov, NoPreconditioning, ResidualForcing, StepOutcome
-from imstep.optim.direction import escape_direction, krylov_direction
+from imstep.optim.direction import escape_direction
+from imstep.optim.solving import ConjugateGradient, NewtonSystem
 
 F64 = torch.float64
 
@@ -305,14 +306,9 @@ def test_escape_points_downhill() -> None:
 @pytest.mark.parametrize("fill", [math.nan, math.inf])
 def test_products_that_are_not_finite_fall_back_to_the_gradient(fill: float) -> None:
     gradient = normal(4)
-    direction = krylov_direction(
-        Dense(torch.full((4, 4), fill, dtype=F64)),
-        gradient,
-        damping=0.0,
-        preconditioner=None,
-        stopping=(),
-        curvature_floor=0.0,
-    )
+    operator = Dense(torch.full((4, 4), fill, dtype=F64))
+    system = NewtonSystem(operator, gradient, 0.0, None, (), math.inf, None, None, None)
+    direction = ConjugateGradient().solve(system)
     assert torch.equal(direction.vector, -gradient)
     assert direction.curvature == 0
     assert direction.status is KrylovStatus.NON_FINITE

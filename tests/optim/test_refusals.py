@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     BestRateForcing,
+    ConjugateGradient,
     Cost,
     Kronecker,
     NewtonKrylov,
@@ -142,7 +143,6 @@ def test_parameters_that_cannot_be_optimised(params: list[Tensor], error: type[E
     [
         {"tolerance": -1.0},
         {"tolerance": math.nan},
-        {"curvature_floor": -1e-3},
         {"max_trials": 0},
         {"max_refusals": 0},
     ],
@@ -157,6 +157,8 @@ def test_numbers_out_of_range(options: dict[str, Any]) -> None:
     [
         lambda: Kronecker(every=0),
         lambda: Kronecker(decay=1.0),
+        lambda: ConjugateGradient(curvature_floor=-1e-3),
+        lambda: ConjugateGradient(warm_start=1.5),
         lambda: BestRateForcing(eta=0.0),
         lambda: BestRateForcing(max_products=0),
         lambda: ResidualForcing(eta=1.0),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.complexstep.steps import Reference, Step
+from imstep.complexstep.steps import Reference, Step, flat
 from imstep.complexstep.tape import Tape
 
 aten = torch.ops.aten
@@ -42,23 +42,38 @@ class ConvexLoss:
         func: the operator.
         args: its arguments, real parts.
         result: its value.
-        outputs: the slots of the arguments that depend on the parameters.
+        references: how the arguments that depend on the parameters look onto the tape's slots.
     """
 
     func: Any
     args: tuple[Any, ...]
     result: Tensor
-    outputs: tuple[int, ...]
+    references: tuple[Reference, ...]
+
+    @property
+    def positions(self) -> list[int]:
+        """Which arguments depend on the parameters."""
+        return [at for at, a in enumerate(self.args) if _differentiated(a)]
 
     @property
     def position(self) -> int:
         """Which argument is the output z: the first that depends on the parameters."""
-        return next(at for at, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad)
+        return self.positions[0]
 
     @property
     def z(self) -> Tensor:
         """The output z."""
         return self.args[self.position]
+
+    @property
+    def outputs(self) -> list[int]:
+        """The slots of the arguments that depend on the parameters."""
+        return [slot for slot, _ in self.references]
+
+    def value(self, *arguments: Tensor) -> Tensor:
+        """The operator with other values for the arguments that depend on the parameters."""
+        at = dict(zip(self.positions, arguments, strict=True))
+        return self.func(*(at.get(i, a) for i, a in enumerate(self.args)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +155,7 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
     )
     convex = square or packet in _JOINTLY_CONVEX or (packet in _CONVEX and len(slots) == 1)
     if (convex and sign > 0) or (func is aten._log_softmax.default and sign < 0):
-        return ConvexLoss(func, args, step.call.result, tuple(slots))
+        return ConvexLoss(func, args, step.call.result, tuple(flat(step.inputs)))
     return None
 
 

@@ -148,12 +148,16 @@ class Tape:
         maps = {id(step.push) for step in self._steps}
         self._held = [held for held in self._held if id(held[2]) in maps]
 
-    def with_steps(self, steps: list[Step]) -> Tape:
-        """A tape on the same memory with other steps."""
+    def with_steps(self, steps: list[Step], watched: Sequence[Reference] = ()) -> Tape:
+        """A tape on the same memory with other steps, and with ``watched`` as further outputs."""
         other = Tape()
         other._slots, other._inputs, other._held, other._steps = self._slots, self._inputs, self._held, steps
-        other.finish(self._outputs)
+        other.finish([*self._outputs, *watched])
         return other
+
+    def watching(self, references: Sequence[Reference]) -> Tape:
+        """A tape whose replays return the imaginary parts at ``references`` as well, after the outputs."""
+        return self.with_steps(self._steps, references)
 
     @property
     def steps(self) -> list[Step]:

@@ -33,7 +33,7 @@ class Linearisation:
     """Loss and gradient at a point, and the tape of the gradient's derivative there.
 
     Attributes:
-        loss: 0-dim tensor; with its graph if the evaluation was observed.
+        loss: 0-dim tensor; with its graph if the evaluation was to keep it.
         gradient: (n,).
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
         split: the loss as a convex function of outputs; None where it has another form.
@@ -70,26 +70,29 @@ class FrozenClosure:
     # --- evaluations --------------------------------------------------------------------------------------------
 
     def linearise(
-        self, observer: AbstractContextManager[Any] | None = None, memory_budget: int | None = None
+        self,
+        observer: AbstractContextManager[Any] | None = None,
+        memory_budget: int | None = None,
+        keep_graph: bool = False,
     ) -> Linearisation:
         """Loss, gradient and tape at the current parameters, from one evaluation.
 
         Args:
+            observer: a context entered around the closure; what it has seen can be differentiated further.
             memory_budget: bytes that the tape may hold; None for no limit.
-            observer: a context entered around the closure; autograd's graph then survives the evaluation, so that
-                what it has seen can be differentiated further.
+            keep_graph: whether autograd's graph survives the evaluation; it does for an observer.
 
         Raises:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape = Tape(memory_budget)
-        arithmetic = Arithmetic(tape=tape, before_write=self._writes.before, keep_graph=observer is not None)
+        tape, keep_graph = Tape(memory_budget), keep_graph or observer is not None
+        arithmetic = Arithmetic(tape=tape, before_write=self._writes.before, keep_graph=keep_graph)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        kept = loss if observer else loss.detach()
+        kept = loss if keep_graph else loss.detach()
         return Linearisation(kept, self._parameters.flatten(gradients), tape, split, arithmetic.report())
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:

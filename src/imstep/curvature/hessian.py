@@ -43,6 +43,12 @@ class TapeOperator(LinearOperator):
         self._tape = tape
 
     @property
+    def tape(self) -> Tape:
+        """The record that its products replay."""
+        assert isinstance(self._tape, Tape)
+        return self._tape
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the recorded derivative keeps alive, the parameters included."""
         return self._tape.nbytes
@@ -77,11 +83,16 @@ class TapeOperator(LinearOperator):
         return max(1, _ROOM[self.device.type == "cuda"] // max(self._tape.largest, 1))
 
     def _apply(self, vector: Tensor) -> Tensor:
+        return self._replay(vector)[0]
+
+    def _replay(self, vector: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The product, and what else the tape returns."""
         parts = self.parameters.unflatten(vector)
         changes = self._tape.replay(parts)
         # Explicit zeros, so that a product that vanishes has the batch of a block as well.
-        pairs = zip(parts, changes, strict=True)
-        return self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in pairs])
+        pairs = zip(parts, changes[: len(parts)], strict=True)
+        product = self.parameters.flatten([torch.zeros_like(p) if c is None else c for p, c in pairs])
+        return product, changes[len(parts) :]
 
 
 class PointOperator(TapeOperator):

@@ -26,20 +26,24 @@ def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator:
     Source: for softmax, labels sampled from the model's own distribution, as Martens and Grosse, ICML 2015 (arXiv
         1503.05671), section 2.2; for losses that act entry by entry L'' is diagonal and u = sqrt(diag L'') times signs.
     """
-    results = [end.result for end in ends]
-    weights = torch.autograd.grad(loss, results, retain_graph=True)
-    return [_sample(end, weight.detach(), generator) for end, weight in zip(ends, weights, strict=True)]
+    return [_sample(end, weight, generator) for end, weight in zip(ends, end_weights(loss, ends), strict=True)]
+
+
+def end_weights(loss: Tensor, ends: Sequence[ConvexLoss]) -> list[Tensor]:
+    """With which weights the results of convex operators enter the loss; the loss's graph is kept."""
+    weights = torch.autograd.grad(loss, [end.result for end in ends], retain_graph=True)
+    return [weight.detach() for weight in weights]
 
 
 def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator) -> Tensor:
-    z, at = end.z.detach(), end.position
+    z = end.z.detach()
     if end.func is torch.ops.aten._log_softmax.default:
         return _softmax_sample(z, end.args[1], weight, generator)
     if end.func is torch.ops.aten.mul.Tensor:
         diagonal = 2 * weight
     else:
-        loss = lambda t: (end.func(*end.args[:at], t, *end.args[at + 1 :]) * weight).sum()
-        diagonal = hvp(loss, z, torch.ones_like(z))
+        others = [end.args[at].detach() for at in end.positions[1:]]
+        diagonal = hvp(lambda t: (end.value(t, *others) * weight).sum(), z, torch.ones_like(z))
     signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
     return diagonal.clamp_(min=0).sqrt_().mul_(signs)
 

@@ -141,6 +141,7 @@ def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: P
         curvature=curvature,
         decreases=state.decreases,
         disturbing_direction=None if disturbing is None else disturbing.direction,
+        disturbing_image=None if disturbing is None else disturbing.image,
         disturbing_curvature=None if disturbing is None else disturbing.curvature,
     )
 

@@ -100,12 +100,10 @@ class DampedSystem:
     def probe(self, direction: Tensor) -> Probe:
         """One product with A along a direction."""
         if self.noise is None:
-            image = self.operator.matvec(direction)
-            halves = None
+            image, halves = self.operator.matvec(direction), None
         else:
-            first, second = cast(HalvedOperator, self.operator).halves(direction)
-            image = (first + second) / 2
-            halves = dots((direction, first), (direction, second))
+            image, first, second = cast(HalvedOperator, self.operator).measure(direction)
+            halves = first, second
         squared_norm, curvature, image_squared = dots(
             (direction, direction), (direction, image), (image, image)
         )

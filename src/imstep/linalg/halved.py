@@ -11,18 +11,17 @@ from imstep.linalg.operator import LinearOperator, check_alike
 
 
 class HalvedOperator(LinearOperator):
-    """A = (A₁ + A₂)/2 whose halves can be multiplied one by one: what `NoiseTest` needs.
+    """A = (A₁ + A₂)/2 that can tell the curvatures of its halves: what `NoiseTest` needs.
 
-    A subclass gives `halves`, at best from one pass over the batch. One call of it counts as one product.
+    A subclass gives `measure`, at best from one pass over the batch. One call of it counts as one product.
     """
 
     @abstractmethod
-    def halves(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """(A₁ v, A₂ v) for one vector (n,)."""
+    def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
+        """(A v, vᵀA₁v, vᵀA₂v) for one vector (n,)."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        first, second = self.halves(vector)
-        return (first + second) / 2
+        return self.measure(vector)[0]
 
 
 class SplitOperator(HalvedOperator):
@@ -35,8 +34,8 @@ class SplitOperator(HalvedOperator):
         >>> import torch
         >>> from imstep.linalg import DiagonalOperator
         >>> A = SplitOperator(DiagonalOperator(torch.tensor([1.0])), DiagonalOperator(torch.tensor([3.0])))
-        >>> A @ torch.ones(1), A.halves(torch.ones(1))
-        (tensor([2.]), (tensor([1.]), tensor([3.])))
+        >>> A.measure(torch.ones(1))
+        (tensor([2.]), 1.0, 3.0)
     """
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
@@ -44,8 +43,9 @@ class SplitOperator(HalvedOperator):
         super().__init__(first.size, first.dtype, first.device)
         self.first, self.second = first, second
 
-    def halves(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        return self.first.matvec(vector), self.second.matvec(vector)
+    def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
+        first, second = self.first.matvec(vector), self.second.matvec(vector)
+        return (first + second) / 2, float(vector @ first), float(vector @ second)
 
     def matmat(self, block: Tensor) -> Tensor:
         return (self.first.matmat(block) + self.second.matmat(block)) / 2

@@ -56,6 +56,7 @@ class KrylovResult:
         curvature: xᵀAx, without damping.
         decreases: the damped decrease at x₀, x₁, ..., one per iterate.
         disturbing_direction: the search direction p, (n,), that ended a disturbed solve, else None.
+        disturbing_image: A p, without damping, for that direction, else None.
         disturbing_curvature: pᵀAp, without damping, for that direction, else None.
     """
 
@@ -70,4 +71,5 @@ class KrylovResult:
     curvature: float
     decreases: tuple[float, ...]
     disturbing_direction: Tensor | None = None
+    disturbing_image: Tensor | None = None
     disturbing_curvature: float | None = None

@@ -6,18 +6,23 @@ from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
 from imstep.optim.preconditioning import Kronecker, NoPreconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.solving import ConjugateGradient, NewtonSystem, Solver, SteihaugToint
 
 __all__ = [
     "BestRateForcing",
+    "ConjugateGradient",
     "Cost",
     "ExactHessian",
     "GaussNewtonFirst",
     "Kronecker",
     "MinimizeResult",
     "NewtonKrylov",
+    "NewtonSystem",
     "NoPreconditioning",
     "NonFiniteLossError",
     "ResidualForcing",
+    "Solver",
+    "SteihaugToint",
     "StepOutcome",
     "StepRecord",
     "Termination",

@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from imstep.curvature.choice import CurvatureChoice
 from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hessian import TapeOperator, hessian_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import Damping, LineModel, StepSearch
 from imstep.linalg import LinearOperator
-from imstep.optim.direction import Direction, escape_direction, krylov_direction
+from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.forcing import Forcing, Situation
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Preconditioner
@@ -26,6 +28,7 @@ from imstep.optim.record import (
     StepOutcome,
     StepRecord,
 )
+from imstep.optim.solving import NewtonSystem, Solver
 from imstep.optim.trials import Trials, try_escape, try_steps
 
 CONFIDENCE = 0.6
@@ -37,25 +40,30 @@ class Strategies:
     """What a user chooses: see :class:`~imstep.optim.newton_krylov.NewtonKrylov`."""
 
     curvature: CurvatureChoice
+    solver: Solver
     forcing: Forcing
     step: StepSearch
     damping: Damping
+    momentum: bool
     tolerance: float
     max_trials: int
-    curvature_floor: float
 
     def __post_init__(self) -> None:
-        kinds = {"curvature": CurvatureChoice, "forcing": Forcing, "step": StepSearch, "damping": Damping}
+        kinds = {
+            "curvature": CurvatureChoice,
+            "solver": Solver,
+            "forcing": Forcing,
+            "step": StepSearch,
+            "damping": Damping,
+        }
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
                     f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}. "
                     "Pass an instance of a strategy, or leave it out."
                 )
-        if not self.tolerance >= 0 or not self.curvature_floor >= 0:
-            raise ValueError(
-                f"tolerance and curvature_floor are at least 0, got {self.tolerance} and {self.curvature_floor}."
-            )
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance is at least 0, got {self.tolerance}.")
         if self.max_trials < 1:
             raise ValueError(f"max_trials is at least 1, got {self.max_trials}.")
 
@@ -99,7 +107,7 @@ class Attempt:
         """The record of the step and what to remember."""
         memory = self._memory
         observer = self._preconditioner.observer()
-        self.point = self._frozen.linearise(observer)
+        self.point = self._frozen.linearise(observer, keep_graph=self._strategies.solver.needs_graph)
         loss, gradient_norm = float(self.point.loss.detach()), float(self.point.gradient.norm())
         record = StepRecord(
             step=memory.steps,
@@ -126,7 +134,7 @@ class Attempt:
             iterations=direction.iterations,
             products=setting.products.products,
             damping=setting.damping,
-            cost=record.cost + cost + setting.products,
+            cost=record.cost + cost + setting.products + direction.cost,
         )
         return self._move(record, memory, direction)
 
@@ -165,6 +173,8 @@ class Attempt:
         candidates = self._strategies.curvature.candidates(
             self.point, self._parameters, memory.progress, probe=memory.probe_in == 0
         )
+        if self._strategies.solver.needs_halves:
+            candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
         if memory.curvature_scale == 0.0:
             unit = self.point.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))
@@ -183,18 +193,25 @@ class Attempt:
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
         for operator in setting.candidates:
-            direction = krylov_direction(
+            system = NewtonSystem(
                 operator,
                 self.point.gradient,
-                damping=setting.damping,
-                preconditioner=setting.preconditioner,
-                stopping=self._strategies.forcing.rules(setting.situation),
-                curvature_floor=self._strategies.curvature_floor,
+                setting.damping,
+                setting.preconditioner,
+                self._strategies.forcing.rules(setting.situation),
+                memory.search.radius,
+                memory.last_move if self._strategies.solver.uses_last_move else None,
+                self.point,
+                self._parameters,
             )
+            direction = self._strategies.solver.solve(system)
             if not direction.status.disturbing:
                 break
         tried = len(setting.candidates) > 1
         memory = memory.probed(operator is setting.candidates[0] if tried else None)
+        if self._strategies.momentum and memory.last_move is not None:
+            image = operator @ memory.last_move
+            direction = combined(self.point.gradient, direction, memory.last_move, image, setting.damping)
         return direction, replace(memory, products=operator.products)
 
     # --- step length --------------------------------------------------------------------------------------------
@@ -218,9 +235,15 @@ class Attempt:
             damping=self._strategies.damping.update(memory.damping, _realised(model, trials)),
             loss=trials.loss,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
+            last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
         return self._finish(record, model, direction, trials), memory
+
+    def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
+        if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
+            return None
+        return trials.step_length * direction.vector if trials.accepted else self._memory.last_move
 
     def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a direction of negative curvature."""

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from imstep.linalg import (
-    KrylovStatus,
-    LinearOperator,
-    StoppingRule,
-    conjugate_gradient,
-    smallest_eigenpair,
-)
+from imstep.linalg import KrylovStatus, LinearOperator, smallest_eigenpair
+from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
 
@@ -26,54 +20,74 @@ class Direction:
 
     Attributes:
         vector: d, (n,).
+        image: A d, undamped, (n,).
         slope: gᵀd.
         curvature: dᵀAd, undamped.
         norm: ‖d‖.
-        status: why the Krylov iteration that found it ended.
-        iterations: of that iteration.
+        status: why the solver that found it ended.
+        iterations: of the solver.
+        cost: what finding it cost besides products with A.
     """
 
     vector: Tensor
+    image: Tensor
     slope: float
     curvature: float
     norm: float
     status: KrylovStatus
     iterations: int
+    cost: Cost = field(default_factory=Cost)
 
 
-def krylov_direction(
+def descent(
     operator: LinearOperator,
     gradient: Tensor,
-    *,
-    damping: float,
-    preconditioner: LinearOperator | None,
-    stopping: Sequence[StoppingRule],
-    curvature_floor: float,
+    vector: Tensor,
+    image: Tensor,
+    status: KrylovStatus,
+    iterations: int,
 ) -> Direction:
-    """The truncated solution of (A + λI) d = -g, or the first direction itself where it disturbs already.
+    """The direction ``vector`` with product ``image``; or, where rounding has left no descent, -g.
 
-    Falls back to -g where rounding has left no descent: s > -1e-10 ‖g‖‖d‖, or numbers that are not finite.
+    No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more.
     """
-    result = conjugate_gradient(
-        operator,
-        -gradient,
-        damping=damping,
-        preconditioner=preconditioner,
-        stopping=stopping,
-        curvature_floor=curvature_floor,
-    )
-    vector, curvature = result.solution, result.curvature
-    if result.iterations == 0 and result.disturbing_direction is not None:
-        vector, curvature = result.disturbing_direction, result.disturbing_curvature or 0.0
-    slope, norm = float(gradient @ vector), float(vector.norm())
+    slope, norm, curvature = _along(gradient, vector, image)
     descends = 0 < norm < math.inf and slope <= -1e-10 * float(gradient.norm()) * norm
     if not descends or not math.isfinite(curvature):
         vector = -gradient
-        slope, norm = -float(gradient @ gradient), float(gradient.norm())
-        curvature = float(vector @ (operator @ vector))
-        # Nothing is known of the curvature then; the trials will tell.
+        image = operator @ vector
+        slope, norm, curvature = _along(gradient, vector, image)
+        # Nothing is known of the curvature where it is not finite; the trials will tell.
         curvature = curvature if math.isfinite(curvature) else 0.0
-    return Direction(vector, slope, curvature, norm, result.status, result.iterations)
+    return Direction(vector, image, slope, curvature, norm, status, iterations)
+
+
+def combined(
+    gradient: Tensor, direction: Direction, other: Tensor, other_image: Tensor, damping: float
+) -> Direction:
+    """The minimiser of the damped model over all α d + β e, e being ``other``; d itself where that is no better known.
+
+        [dᵀBd  dᵀBe] [α]     [gᵀd]
+        [eᵀBd  eᵀBe] [β] = - [gᵀe],   B = A + λI
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), section 7.
+    """
+    d, e = direction.vector, other
+    dots = torch.stack([d @ direction.image, e @ direction.image, e @ other_image, d @ d, d @ e, e @ e, gradient @ e])
+    dd, de, ee, d2, de2, e2, ge = dots.double().tolist()
+    dd, de, ee = dd + damping * d2, de + damping * de2, ee + damping * e2
+    gd = direction.slope
+    determinant = dd * ee - de * de
+    # Nearly parallel vectors, and indefinite forms, leave the pair of factors to rounding.
+    if not (math.isfinite(determinant + ge) and dd > 0 and ee > 0 and determinant > 1e-4 * dd * ee):
+        return direction
+    alpha, beta = (de * ge - ee * gd) / determinant, (de * gd - dd * ge) / determinant
+    vector = torch.add(alpha * d, e, alpha=beta)
+    image = torch.add(alpha * direction.image, other_image, alpha=beta)
+    slope, norm, curvature = _along(gradient, vector, image)
+    if not (slope < 0 and 0 < norm < math.inf and math.isfinite(curvature)):
+        return direction
+    return replace(direction, vector=vector, image=image, slope=slope, norm=norm, curvature=curvature)
 
 
 def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> Direction | None:
@@ -92,9 +106,16 @@ def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> D
     vector = -pair.vector if slope > 0 else pair.vector
     return Direction(
         vector,
+        pair.value * vector,
         -abs(slope),
         float(pair.value),
         float(vector.norm()),
         KrylovStatus.DISTURBING_NEGATIVE_CURVATURE,
         0,
     )
+
+
+def _along(gradient: Tensor, vector: Tensor, image: Tensor) -> tuple[float, float, float]:
+    """gᵀd, ‖d‖ and dᵀAd."""
+    slope, squared, curvature = torch.stack([gradient @ vector, vector @ vector, vector @ image]).tolist()
+    return slope, math.sqrt(squared) if squared >= 0 else math.nan, curvature

@@ -6,14 +6,18 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from imstep.globalization import SearchState
 
 LONGEST_WAIT = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
-    """Plain numbers, so that a saved optimizer resumes exactly.
+    """What one step leaves to the next.
+
+    Plain numbers and one vector, so that a saved optimizer resumes exactly.
 
     Attributes:
         search: what the step search remembers.
@@ -29,6 +33,7 @@ class Memory:
         progress: relative decrease of the loss in the last step; infinite before the first.
         probe_in: steps until the Hessian is tried in place of an approximation.
         probe_wait: how long to wait after its next failure.
+        last_move: the last step, t d, (n,), where a strategy uses it; None before the first.
     """
 
     search: SearchState
@@ -44,6 +49,7 @@ class Memory:
     progress: float = math.inf
     probe_in: int = 0
     probe_wait: int = 1
+    last_move: Tensor | None = None
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
@@ -63,7 +69,7 @@ class Memory:
         return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and a nested dictionary."""
+        """Numbers, a tensor, and a nested dictionary."""
         return asdict(self)
 
     @classmethod

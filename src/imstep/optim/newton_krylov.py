@@ -19,6 +19,7 @@ from imstep.optim.forcing import BestRateForcing, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.solving import ConjugateGradient, Solver
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,14 +42,16 @@ class NewtonKrylov(torch.optim.Optimizer):
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         curvature: which matrix A is: by default Gauss-Newton where the loss is a convex function of the
             model's outputs, else the Hessian; ``ExactHessian()`` for the Hessian always.
-        forcing: how accurately the system is solved.
+        solver: how the system is solved: by default conjugate gradients.
+        forcing: how accurately it is solved.
         step: how the step length is chosen.
         damping: how λ develops; its numbers are relative to the curvature along the first gradient.
         preconditioning: of the Krylov iteration.
+        momentum: whether the direction is the model's minimiser over the solution and the last step together, for a
+            product more.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
-        curvature_floor: least curvature per ‖p‖² of a direction p that does not disturb, >= 0.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first.
@@ -76,25 +79,27 @@ class NewtonKrylov(torch.optim.Optimizer):
         params: Iterable[Any],
         *,
         curvature: CurvatureChoice | None = None,
+        solver: Solver | None = None,
         forcing: Forcing | None = None,
         step: StepSearch | None = None,
         damping: Damping | None = None,
         preconditioning: Preconditioning | None = None,
+        momentum: bool = False,
         tolerance: float = 1e-12,
         max_trials: int = 12,
         max_refusals: int = 5,
-        curvature_floor: float = 0.0,
     ) -> None:
         if max_refusals < 1:
             raise ValueError(f"max_refusals is at least 1, got {max_refusals}.")
         self._strategies = Strategies(
             curvature=curvature or GaussNewtonFirst(),
+            solver=solver or ConjugateGradient(),
             forcing=forcing or BestRateForcing(),
             step=step or TaylorMonitor(),
             damping=damping or LevenbergMarquardt(),
+            momentum=momentum,
             tolerance=tolerance,
             max_trials=max_trials,
-            curvature_floor=curvature_floor,
         )
         super().__init__(params, {})
         self._preconditioning = preconditioning or Kronecker()

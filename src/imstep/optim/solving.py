@@ -1,0 +1,167 @@
+"""How the Newton system of a step is solved: exchangeable solvers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.frozen import Linearisation
+from imstep.curvature.parameters import ParameterVector
+from imstep.linalg import (
+    KrylovResult,
+    KrylovStatus,
+    LinearOperator,
+    NoiseTest,
+    StoppingRule,
+    conjugate_gradient,
+)
+from imstep.optim.direction import Direction, descent
+
+
+@dataclass(frozen=True, eq=False)
+class NewtonSystem:
+    """The damped Newton system (A + λI) d = -g of a step.
+
+    Attributes:
+        operator: A; also tells the curvatures of the two halves of the batch if the solver asked for them.
+        gradient: g, (n,).
+        damping: λ >= 0.
+        preconditioner: P ≈ (A + λI)⁻¹, or None.
+        stopping: the rules that say when the solution is accurate enough.
+        radius: Δ of the step search, a bound on ‖d‖ that a solver may respect; infinite where there is none.
+        last_move: the last step, (n,); None before the first, and where the solver makes no use of it.
+        point: loss, gradient and record at the point; with the loss's graph if the solver asked for it.
+        parameters: the vector that all of this is about.
+    """
+
+    operator: LinearOperator
+    gradient: Tensor
+    damping: float
+    preconditioner: LinearOperator | None
+    stopping: tuple[StoppingRule, ...]
+    radius: float
+    last_move: Tensor | None
+    point: Linearisation
+    parameters: ParameterVector
+
+
+class Solver(ABC):
+    """Finds the direction of a step."""
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether its operator must tell the curvatures of the two halves of the batch."""
+        return False
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it differentiates the loss further, so that autograd's graph must survive the evaluation."""
+        return self.needs_halves
+
+    @property
+    def uses_last_move(self) -> bool:
+        """Whether it makes use of the last step, which is then kept."""
+        return False
+
+    @abstractmethod
+    def solve(self, system: NewtonSystem) -> Direction:
+        """A direction of descent."""
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Conjugate gradients, ended by the first disturbing direction.
+
+    If that is the very first direction, it becomes the direction of the step.
+
+    Args:
+        curvature_floor: least curvature per ‖p‖² of a direction p that does not disturb, >= 0.
+        noise: also directions disturb whose curvature cannot be told from mini-batch noise; None for no such test.
+            Needs a loss with a convex end.
+        follow: where a direction p of negative curvature ends the iteration, add the step along p that its curvature's
+            absolute value suggests, rather than leave p alone.
+        warm_start: fraction of the last step that the iteration starts from, in [0, 1]; 0 for a start at zero.
+
+    Source: Shen et al., arXiv 2009.07098, for the termination; the absolute value as Dauphin et al., NeurIPS 2014
+        (arXiv 1406.2572); warm starts as Martens, ICML 2010, section 4.5.
+    """
+
+    curvature_floor: float = 0.0
+    noise: NoiseTest | None = None
+    follow: bool = False
+    warm_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.curvature_floor >= 0:
+            raise ValueError(f"curvature_floor is at least 0, got {self.curvature_floor}.")
+        if not 0 <= self.warm_start <= 1:
+            raise ValueError(f"warm_start, a fraction of the last step, must lie in [0, 1], got {self.warm_start}.")
+
+    @property
+    def needs_halves(self) -> bool:
+        return self.noise is not None
+
+    @property
+    def uses_last_move(self) -> bool:
+        return self.warm_start > 0
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        result = conjugate_gradient(
+            system.operator,
+            -system.gradient,
+            damping=system.damping,
+            preconditioner=system.preconditioner,
+            stopping=system.stopping,
+            curvature_floor=self.curvature_floor,
+            noise=self.noise,
+            x0=None if system.last_move is None else self.warm_start * system.last_move,
+        )
+        vector, image = result.solution, result.image
+        p, p_image = result.disturbing_direction, result.disturbing_image
+        if result.iterations == 0 and p is not None and p_image is not None:
+            vector, image = p, p_image
+        elif self.follow and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
+            vector, image = _followed(system, result)
+        return descent(system.operator, system.gradient, vector, image, result.status, result.iterations)
+
+
+@dataclass(frozen=True)
+class SteihaugToint(Solver):
+    """Conjugate gradients within the step search's radius Δ, on to its boundary along negative curvature.
+
+    Where Δ is infinite and curvature negative, the direction is what the iteration had found before.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 7.2.
+    """
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        if system.radius == float("inf"):
+            return ConjugateGradient().solve(system)
+        result = conjugate_gradient(
+            system.operator,
+            -system.gradient,
+            damping=system.damping,
+            preconditioner=system.preconditioner,
+            stopping=system.stopping,
+            radius=system.radius,
+        )
+        return descent(
+            system.operator, system.gradient, result.solution, result.image, result.status, result.iterations
+        )
+
+
+def _followed(system: NewtonSystem, result: KrylovResult) -> tuple[Tensor, Tensor]:
+    """x + τp and its product, with τ = -(g + Ax + λx)ᵀp / |pᵀ(A + λI)p|, and ‖τp‖ at most ‖x‖."""
+    p, image = result.disturbing_direction, result.disturbing_image
+    assert p is not None
+    assert image is not None
+    assert result.disturbing_curvature is not None
+    residual = -system.gradient - result.image - system.damping * result.solution
+    curvature = abs(result.disturbing_curvature + system.damping * float(p @ p))
+    # Curvature that happens to vanish must not carry the step away from all that is known.
+    longest = float(result.solution.norm() / p.norm())
+    factor = min(float(residual @ p) / max(curvature, torch.finfo(p.dtype).tiny), longest)
+    return torch.add(result.solution, p, alpha=factor), torch.add(result.image, image, alpha=factor)

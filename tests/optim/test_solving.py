@@ -1,0 +1,130 @@
+"""What the solvers of a step do with what they are given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optim_cases import F64, LABELS, X, network, normal
+from torch import Tensor, nn
+
+from imstep.globalization import FixedStep, NoDamping
+from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget
+from imstep.optim import ConjugateGradient, ExactHessian, NewtonKrylov, NewtonSystem, NoPreconditioning, SteihaugToint
+from imstep.optim.direction import combined, descent
+from imstep.optim.forcing import Forcing
+
+
+class OneProduct(Forcing):
+    def rules(self, situation):
+        return (ProductBudget(1),)
+
+
+def system(matrix: Tensor, gradient: Tensor, **options) -> NewtonSystem:
+    given = {"damping": 0.0, "preconditioner": None, "stopping": (), "radius": math.inf, "last_move": None}
+    return NewtonSystem(DenseOperator(matrix), gradient, **{**given, **options}, point=None, parameters=None)
+
+
+def symmetric(values: Tensor, seed: int = 0) -> Tensor:
+    q, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
+    return q @ values.diag() @ q.T
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_following_negative_curvature_goes_further_down_the_model(seed: int) -> None:
+    matrix = symmetric(torch.cat([torch.tensor([-1.0, -0.1]), torch.logspace(-1, 1, 8)]).to(F64), seed)
+    gradient = normal(10, seed=seed + 10)
+    plain = ConjugateGradient().solve(system(matrix, gradient))
+    followed = ConjugateGradient(follow=True).solve(system(matrix, gradient))
+    model = lambda d: float(gradient @ d.vector + d.vector @ matrix @ d.vector / 2)
+    assert followed.status is plain.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
+    assert plain.iterations > 0
+    assert model(followed) < model(plain) < 0
+    torch.testing.assert_close(followed.image, matrix @ followed.vector)
+    assert followed.norm <= 2 * plain.norm * (1 + 1e-12)
+
+
+def test_noise_ends_the_iteration_of_a_step() -> None:
+    x = normal(40, 4)
+    y = x[:, :1] * torch.where(torch.arange(40) % 2 == 0, 30.0, 0.1)[:, None]  # the halves disagree along x₁
+    statuses = {}
+    for z in (0.1, 1e6):
+        net = nn.Linear(4, 1).to(F64)
+        scaled = lambda net=net: F.mse_loss(net(x) * torch.where(torch.arange(40) % 2 == 0, 3.0, 0.3)[:, None], y)
+        optimizer = NewtonKrylov(net.parameters(), solver=ConjugateGradient(noise=NoiseTest(z)))
+        optimizer.step(scaled)
+        statuses[z] = optimizer.last_step.status
+        assert optimizer.last_step.accepted
+    assert statuses[0.1] is not KrylovStatus.DISTURBING_NOISE
+    assert statuses[1e6] is KrylovStatus.DISTURBING_NOISE
+
+
+def test_noise_test_refuses_a_loss_without_examples() -> None:
+    w = nn.Parameter(torch.ones(3, dtype=F64))
+    optimizer = NewtonKrylov([w], solver=ConjugateGradient(noise=NoiseTest()))
+    with pytest.raises(ValueError, match="noise test"):
+        optimizer.step(lambda: w.prod().exp())
+    assert torch.equal(w, torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_momentum_minimises_the_model_over_two_directions(damping: float) -> None:
+    matrix, gradient, last = symmetric(torch.logspace(-1, 1, 10).to(F64)), normal(10, seed=1), normal(10, seed=2)
+    operator = DenseOperator(matrix)
+    d = ConjugateGradient().solve(system(matrix, gradient, damping=damping, stopping=(ProductBudget(2),)))
+    best = combined(gradient, d, last, matrix @ last, damping)
+    basis = torch.stack([d.vector, last], dim=1)
+    damped = matrix + damping * torch.eye(10, dtype=F64)
+    expected = basis @ torch.linalg.solve(basis.T @ damped @ basis, -basis.T @ gradient)
+    torch.testing.assert_close(best.vector, expected)
+    torch.testing.assert_close(best.image, matrix @ expected)
+    assert best.curvature == pytest.approx(float(expected @ matrix @ expected))
+    parallel = combined(gradient, d, 2 * d.vector, 2 * d.image, damping)
+    assert parallel is d
+    assert descent(operator, gradient, gradient, matrix @ gradient, d.status, 1).vector.equal(-gradient)
+
+
+def test_momentum_is_conjugate_gradients_on_a_quadratic() -> None:
+    """One product for the gradient, one for the last step: the minimiser of n = 5 dimensions after 5 steps."""
+    matrix, b = symmetric(torch.logspace(0, 2, 5).to(F64)), normal(5, seed=3)
+    w = nn.Parameter(torch.zeros(5, dtype=F64))
+    optimizer = NewtonKrylov(
+        [w],
+        curvature=ExactHessian(),
+        solver=ConjugateGradient(),
+        forcing=OneProduct(),
+        step=FixedStep(1.0),
+        damping=NoDamping(),
+        preconditioning=NoPreconditioning(),
+        momentum=True,
+    )
+    for _ in range(5):
+        optimizer.step(lambda: w @ matrix @ w / 2 - b @ w)
+    torch.testing.assert_close(w.detach(), torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-10)
+    assert optimizer.cost.products == 5 + 4 + 1  # and one for the scale of the curvature
+
+
+def test_steihaug_stays_within_the_radius() -> None:
+    matrix, gradient = symmetric(torch.linspace(-1, 3, 8).to(F64)), normal(8)
+    direction = SteihaugToint().solve(system(matrix, gradient, radius=0.25))
+    assert direction.norm == pytest.approx(0.25)
+    assert direction.slope < 0
+
+
+@pytest.mark.parametrize("options", [{"momentum": True}, {"solver": ConjugateGradient(warm_start=0.9)}])
+def test_the_last_move_survives_saving(options) -> None:
+    losses = []
+    for interrupted in (False, True):
+        net = network()
+        optimizer = NewtonKrylov(net.parameters(), **options)
+        closure = lambda net=net: F.cross_entropy(net(X), LABELS)
+        for step in range(6):
+            if interrupted and step == 3:
+                state = optimizer.state_dict()
+                optimizer = NewtonKrylov(net.parameters(), **options)
+                optimizer.load_state_dict(state)
+            optimizer.step(closure)
+        losses.append(float(closure().detach()))
+    assert losses[0] == losses[1]

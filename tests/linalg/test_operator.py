@@ -13,6 +13,7 @@ from imstep.linalg import (
     IdentityOperator,
     LinearOperator,
     SplitOperator,
+    conjugate_gradient,
 )
 
 
@@ -27,6 +28,18 @@ class ByVectors(LinearOperator):
     def matvec(self, vector):
         self.products += 1
         return self.matrix @ vector
+
+
+class Rectangular(ByVectors):
+    """A matrix of any shape behind products with single vectors."""
+
+    def __init__(self, matrix):
+        LinearOperator.__init__(self, tuple(matrix.shape), matrix.dtype, matrix.device)
+        self.matrix, self.products = matrix, 0
+
+    def rmatvec(self, vector):
+        self.products += 1
+        return self.matrix.T @ vector
 
 
 @pytest.fixture
@@ -78,6 +91,55 @@ def test_a_matrix_that_is_not_symmetric_keeps_its_transpose(normal):
     matrix = normal(9).reshape(3, 3)
     operator = 2 * DenseOperator(matrix) + DenseOperator(matrix)
     torch.testing.assert_close(operator.rmatvec(normal(3)), 3 * matrix.T @ normal(3))
+
+
+RECTANGULAR = {
+    "itself": lambda A: (Rectangular(A), A),
+    "transpose": lambda A: (Rectangular(A.T).T, A),
+    "twice transposed": lambda A: (Rectangular(A).T.T, A),
+    "sum": lambda A: (Rectangular(A) + Rectangular(A.flip(0)), A + A.flip(0)),
+    "multiple of a transpose": lambda A: (-2 * Rectangular(A.T).T, -2 * A),
+    "transpose of a sum": lambda A: ((Rectangular(A.T) - 3 * Rectangular(A.T)).T, -2 * A),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2), (3, 0)])
+@pytest.mark.parametrize("build", RECTANGULAR.values(), ids=RECTANGULAR.keys())
+def test_rectangular_operators(build, shape, normal):
+    m, n = shape
+    operator, dense = build(normal(m * n).reshape(m, n))
+    assert (operator.shape, operator.T.shape) == ((m, n), (n, m))
+    u, v = normal(3 * m).reshape(m, 3), normal(3 * n).reshape(n, 3)
+    torch.testing.assert_close(operator @ v, dense @ v)
+    torch.testing.assert_close(operator @ v[:, 0], dense @ v[:, 0])
+    torch.testing.assert_close(operator @ v[:, :0], dense @ v[:, :0])
+    torch.testing.assert_close(operator.T @ u, dense.T @ u)
+    torch.testing.assert_close(operator.T @ u[:, 0], dense.T @ u[:, 0])
+    torch.testing.assert_close(operator.to_dense(), dense)
+    foreign = operator.to_scipy()
+    assert foreign.shape == shape
+    np.testing.assert_allclose(foreign @ v.numpy(), dense.numpy() @ v.numpy(), atol=1e-13)
+    np.testing.assert_allclose(foreign.T @ u.numpy(), dense.numpy().T @ u.numpy(), atol=1e-13)
+    np.testing.assert_allclose(foreign.rmatvec(u[:, 0].numpy()), dense.numpy().T @ u[:, 0].numpy(), atol=1e-13)
+
+
+def test_dense_form_takes_the_shorter_side(normal):
+    wide = Rectangular(normal(12).reshape(2, 6))
+    wide.to_dense()
+    assert wide.products == 2
+    with pytest.raises(ValueError, match=r"limit is 3 squared.*limit=4"):
+        wide.to_dense(limit=3)
+    assert wide.to_dense(limit=4).shape == (2, 6)
+
+
+def test_solvers_refuse_rectangular_operators(normal):
+    wide = Rectangular(normal(12).reshape(2, 6))
+    with pytest.raises(ValueError, match=r"square operator.*\(2, 6\)"):
+        conjugate_gradient(wide, normal(6))
+    with pytest.raises(ValueError, match=r"\(2, 6\) multiplies vectors of shape \(6,\)"):
+        wide @ normal(2)
+    with pytest.raises(ValueError, match="agree in size"):
+        wide + wide.T
 
 
 def test_scipy_eigenvalues_through_the_bridge(with_spectrum):

@@ -1,8 +1,10 @@
-"""Linear operators: square matrices that are known by their products only."""
+"""Linear operators: matrices that are known by their products only."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,16 +15,19 @@ if TYPE_CHECKING:
 
 
 class LinearOperator(ABC):
-    """A square matrix A of size n that is known by its products A v.
+    """A matrix A of shape (m, n) that is known by its products A v.
 
-    An operator is self-adjoint unless its documentation says otherwise; one that is not overrides `rmatvec`.
-    A subclass passes its size to this constructor and gives `matvec`; also `matmat` where a block of products
-    is cheaper than its columns one by one.
+    An operator is square and self-adjoint unless its documentation says otherwise; one that is not overrides
+    `rmatvec`. A subclass passes its size to this constructor and gives `matvec`; also `matmat` and `rmatmat` where a
+    block of products is cheaper than its columns one by one.
 
     Args:
-        size: the number n of rows and of columns.
+        size: the number n of rows and of columns; for a rectangular matrix (m, n).
         dtype: of the vectors.
         device: of the vectors.
+
+    Attributes:
+        shape: (m, n).
 
     Example:
         >>> from imstep.linalg import DenseOperator, IdentityOperator
@@ -35,10 +40,10 @@ class LinearOperator(ABC):
     Source: the interface follows scipy.sparse.linalg.LinearOperator.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        if size < 0:
+    def __init__(self, size: int | tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.shape = (size, size) if isinstance(size, int) else size
+        if min(self.shape) < 0:
             raise ValueError(f"the size of an operator is at least 0, got {size}.")
-        self.size = size
         self.dtype = dtype
         self.device = torch.device(device)
 
@@ -47,19 +52,40 @@ class LinearOperator(ABC):
         """A v for one vector (n,); callers use `A @ v`, which checks v first."""
 
     def matmat(self, block: Tensor) -> Tensor:
-        """A V for a block (n, k); by default column after column, k products."""
-        if block.shape[1] == 0:
-            return torch.empty_like(block)
-        return torch.stack([self.matvec(column) for column in block.unbind(1)], dim=1)
+        """A V for a block (n, k), (m, k); by default column after column, k products."""
+        return self._by_columns(self.matvec, block, self.shape[0])
 
     def rmatvec(self, vector: Tensor) -> Tensor:
-        """Aᵀ v for one vector (n,); a self-adjoint operator inherits this."""
+        """Aᵀ u for one vector (m,); a self-adjoint operator inherits this."""
         return self.matvec(vector)
 
+    def rmatmat(self, block: Tensor) -> Tensor:
+        """Aᵀ U for a block (m, k), (n, k); by default column after column, k products."""
+        return self._by_columns(self.rmatvec, block, self.shape[1])
+
+    def _by_columns(self, product: Callable[[Tensor], Tensor], block: Tensor, rows: int) -> Tensor:
+        columns = [product(column) for column in block.unbind(1)]
+        return torch.stack(columns, dim=1) if columns else block.new_empty(rows, 0)
+
     @property
-    def shape(self) -> tuple[int, int]:
-        """(n, n)."""
-        return self.size, self.size
+    def size(self) -> int:
+        """The number n of rows and of columns.
+
+        Raises:
+            ValueError: the operator is rectangular.
+        """
+        rows, columns = self.shape
+        if rows != columns:
+            raise ValueError(
+                f"this needs a square operator, and one of shape ({rows}, {columns}) has no size. Use A.shape; "
+                "solvers work on square operators such as a Gauss-Newton matrix."
+            )
+        return rows
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose Aᵀ, an operator of shape (n, m)."""
+        return TransposedOperator(self)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """A v or A V.
@@ -68,7 +94,7 @@ class LinearOperator(ABC):
             other: vector (n,) or block of columns (n, k), of the operator's dtype and device.
 
         Returns:
-            A tensor of the same shape.
+            (m,) or (m, k).
 
         Raises:
             TypeError: `other` is not a tensor or has another dtype.
@@ -98,18 +124,20 @@ class LinearOperator(ABC):
         return ScaledOperator(-1.0, self)
 
     def to_dense(self, *, limit: int = 4096) -> Tensor:
-        """The matrix itself, (n, n): n products. For tests and small problems.
+        """The matrix itself, (m, n): min(m, n) products. For tests and small problems.
 
         Raises:
-            ValueError: n is larger than `limit`.
+            ValueError: it has more entries than `limit` squared.
         """
-        if self.size > limit:
+        rows, columns = self.shape
+        if rows * columns > limit**2:
             raise ValueError(
-                f"to_dense of an operator of size {self.size} would need {self.size} products and "
-                f"{self.size**2} numbers; the limit is {limit}. "
-                f"Use products (A @ v), or pass limit={self.size}."
+                f"to_dense of an operator of shape ({rows}, {columns}) would need {min(rows, columns)} products and "
+                f"{rows * columns} numbers; the limit is {limit} squared. "
+                f"Use products (A @ v), or pass limit={math.isqrt(rows * columns - 1) + 1}."
             )
-        return self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
+        identity = torch.eye(min(rows, columns), dtype=self.dtype, device=self.device)
+        return (self.T @ identity).mT if rows < columns else self @ identity
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """The same operator for `scipy.sparse.linalg` (NumPy vectors, any device; needs SciPy).
@@ -126,7 +154,7 @@ class SumOperator(LinearOperator):
     """A + B; what `A + B` builds.
 
     Raises:
-        ValueError: the two differ in size, dtype or device.
+        ValueError: the two differ in shape, dtype or device.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
@@ -137,7 +165,7 @@ class SumOperator(LinearOperator):
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         check_alike(first, second)
-        super().__init__(first.size, first.dtype, first.device)
+        super().__init__(first.shape, first.dtype, first.device)
         self.first, self.second = first, second
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -148,6 +176,9 @@ class SumOperator(LinearOperator):
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         return self.first.rmatvec(vector) + self.second.rmatvec(vector)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.first.rmatmat(block) + self.second.rmatmat(block)
 
 
 class ScaledOperator(LinearOperator):
@@ -160,7 +191,7 @@ class ScaledOperator(LinearOperator):
     """
 
     def __init__(self, factor: float, operator: LinearOperator) -> None:
-        super().__init__(operator.size, operator.dtype, operator.device)
+        super().__init__(operator.shape, operator.dtype, operator.device)
         self.factor, self.operator = factor, operator
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -172,6 +203,41 @@ class ScaledOperator(LinearOperator):
     def rmatvec(self, vector: Tensor) -> Tensor:
         return self.factor * self.operator.rmatvec(vector)
 
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.factor * self.operator.rmatmat(block)
+
+
+class TransposedOperator(LinearOperator):
+    """Aᵀ; what `A.T` builds.
+
+    Example:
+        >>> from imstep.linalg import DenseOperator
+        >>> DenseOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).T @ torch.tensor([1.0, 2.0])
+        tensor([0., 1.])
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        rows, columns = operator.shape
+        super().__init__((columns, rows), operator.dtype, operator.device)
+        self.operator = operator
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.operator.rmatvec(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.operator.rmatmat(block)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self.operator.matvec(vector)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.operator.matmat(block)
+
+    @property
+    def T(self) -> LinearOperator:
+        """A itself."""
+        return self.operator
+
 
 def check_vectors(operator: LinearOperator, vectors: Tensor) -> None:
     """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
@@ -180,10 +246,10 @@ def check_vectors(operator: LinearOperator, vectors: Tensor) -> None:
             f"an operator multiplies torch tensors, not {type(vectors).__name__}. "
             "Convert with torch.as_tensor."
         )
-    n = operator.size
+    m, n = operator.shape
     if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
         raise ValueError(
-            f"an operator of size {n} multiplies vectors of shape ({n},) or blocks of shape ({n}, k), "
+            f"an operator of shape ({m}, {n}) multiplies vectors of shape ({n},) or blocks of shape ({n}, k), "
             f"not {tuple(vectors.shape)}. Flatten or transpose the vectors first."
         )
     if vectors.dtype != operator.dtype:
@@ -200,7 +266,7 @@ def check_vectors(operator: LinearOperator, vectors: Tensor) -> None:
 
 def check_alike(first: LinearOperator, second: LinearOperator) -> None:
     """Raise unless the two operators multiply the same vectors."""
-    mine, other = ((a.size, a.dtype, a.device) for a in (first, second))
+    mine, other = ((a.shape, a.dtype, a.device) for a in (first, second))
     if mine != other:
         raise ValueError(
             f"operators that are combined must agree in size, dtype and device, got {mine} and {other}. "

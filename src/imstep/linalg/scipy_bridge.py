@@ -36,7 +36,8 @@ def to_scipy(operator: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     return ScipyOperator(
         operator.shape,
         matvec=lambda v: to_numpy(operator @ to_torch(v.reshape(-1))),
-        rmatvec=lambda v: to_numpy(operator.rmatvec(to_torch(v.reshape(-1)))),
+        rmatvec=lambda v: to_numpy(operator.T @ to_torch(v.reshape(-1))),
         matmat=lambda V: to_numpy(operator @ to_torch(V)),
+        rmatmat=lambda V: to_numpy(operator.T @ to_torch(V)),
         dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype,
     )

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linalg_cases import Failing
 
 from imstep.linalg import (
     DenseOperator,
     DiagonalOperator,
     KrylovStatus,
-    LinearOperator,
     NoiseTest,
     RelativeResidual,
     SplitOperator,
@@ -20,21 +20,6 @@ from imstep.linalg import (
 
 NEGATIVE = KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
 F64 = torch.float64
-
-
-class Failing(LinearOperator):
-    """A diagonal operator whose product number `fails_at` contains `value`."""
-
-    def __init__(self, diagonal, fails_at, value=math.nan):
-        super().__init__(diagonal.numel(), diagonal.dtype, diagonal.device)
-        self.diagonal, self.fails_at, self.value, self.products = diagonal, fails_at, value, 0
-
-    def matvec(self, vector):
-        self.products += 1
-        product = self.diagonal * vector
-        if self.products == self.fails_at:
-            product[-1] = self.value
-        return product
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -222,6 +207,7 @@ def test_every_status_has_a_message_and_a_word():
         "disturbing_noise",
         "stalled",
         "boundary",
+        "least_squares",
         "max_iterations",
         "non_finite",
     }

@@ -1,11 +1,20 @@
 """Linear operators and Krylov solvers on flat vectors; knows neither autograd nor models."""
 
 from imstep.linalg.cg import conjugate_gradient
+from imstep.linalg.dense import (
+    AbsoluteEigenvalues,
+    IndefiniteRule,
+    ShiftedEigenvalues,
+    dense_solve,
+    dense_trust_region,
+)
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
+from imstep.linalg.minres import minres
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
     ProductBudget,
@@ -16,12 +25,14 @@ from imstep.linalg.stopping import (
 )
 
 __all__ = [
+    "AbsoluteEigenvalues",
     "BestRate",
     "DenseOperator",
     "DiagonalOperator",
     "Eigenpair",
     "HalvedOperator",
     "IdentityOperator",
+    "IndefiniteRule",
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
@@ -32,11 +43,16 @@ __all__ = [
     "ProgressStall",
     "RelativeResidual",
     "ScaledOperator",
+    "ShiftedEigenvalues",
     "SplitOperator",
     "StoppingRule",
     "SumOperator",
     "conjugate_gradient",
+    "dense_solve",
+    "dense_trust_region",
     "lanczos",
     "largest_eigenpair",
+    "minres",
     "smallest_eigenpair",
+    "steihaug_toint",
 ]

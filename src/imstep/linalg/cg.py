@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from imstep.linalg.cg_system import CGState, DampedSystem, Probe, dots
+from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner, check_vector
+from imstep.linalg.cg_system import CGState, DampedSystem, Probe
 from imstep.linalg.halved import HalvedOperator, NoiseTest
-from imstep.linalg.operator import LinearOperator, check_alike, check_vectors
-from imstep.linalg.result import KrylovResult, KrylovStatus
-from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule
+from imstep.linalg.operator import LinearOperator
+from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
+from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule, first_answer
 
 
 def conjugate_gradient(
@@ -83,8 +83,9 @@ def conjugate_gradient(
         >>> result.status.name, result.disturbing_curvature
         ('DISTURBING_NEGATIVE_CURVATURE', -2.0)
     """
-    _check_numbers(damping, curvature_floor, radius, max_iterations, recompute_residual_every)
-    _check_operators(operator, rhs, x0, preconditioner, noise)
+    check_not_negative(damping=damping, curvature_floor=curvature_floor)
+    check_limit(max_iterations)
+    _check_arguments(operator, rhs, x0, preconditioner, noise, radius, recompute_residual_every)
     system = DampedSystem(
         operator,
         rhs.detach(),
@@ -116,8 +117,7 @@ def _ending(
     if state.residual_norm <= system.rounding * system.rhs_norm:
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
-    answers = (rule.check(progress) for rule in stopping)
-    status = next((answer for answer in answers if answer is not None), None)
+    status = first_answer(stopping, progress)
     if status is None and state.descent <= 0:
         return KrylovStatus.STALLED  # rounding has made the preconditioner indefinite; no direction is left
     if status is None and state.iteration >= limit:
@@ -127,18 +127,14 @@ def _ending(
 
 def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: Probe | None) -> KrylovResult:
     disturbing = probe if status.disturbing else None
-    curvature, squared_norm = dots((state.solution, state.image), (state.solution, state.solution))
-    damped_decrease = state.decreases[-1]
-    return KrylovResult(
-        solution=state.solution,
-        image=state.image,
+    return measured_result(
+        system.damping,
+        state.solution,
+        state.image,
         status=status,
         iterations=state.iteration,
         products=state.products,
         residual_norm=state.residual_norm,
-        predicted_decrease=damped_decrease + system.damping * squared_norm / 2,
-        damped_decrease=damped_decrease,
-        curvature=curvature,
         decreases=state.decreases,
         disturbing_direction=None if disturbing is None else disturbing.direction,
         disturbing_image=None if disturbing is None else disturbing.image,
@@ -146,36 +142,22 @@ def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: P
     )
 
 
-def _check_numbers(
-    damping: float, floor: float, radius: float | None, limit: int | None, refresh: int | None
-) -> None:
-    for name, value in (("damping", damping), ("curvature_floor", floor)):
-        if not (0 <= value < math.inf):
-            raise ValueError(f"{name} must be finite and not negative, got {value}.")
-    if radius is not None and not radius > 0:
-        raise ValueError(f"radius must be positive, got {radius}. For no bound pass radius=None.")
-    if limit is not None and limit < 0:
-        raise ValueError(f"max_iterations must be at least 0, got {limit}.")
-    if refresh is not None and refresh < 1:
-        raise ValueError(f"recompute_residual_every must be at least 1, got {refresh}. For never pass None.")
-
-
-def _check_operators(
+def _check_arguments(
     operator: LinearOperator,
     rhs: Tensor,
     x0: Tensor | None,
     preconditioner: LinearOperator | None,
     noise: NoiseTest | None,
+    radius: float | None,
+    refresh: int | None,
 ) -> None:
     for vector in (rhs, rhs if x0 is None else x0):
-        check_vectors(operator, vector)
-        if vector.ndim != 1:
-            raise ValueError(
-                f"conjugate_gradient solves for one vector (n,), got {tuple(vector.shape)}. "
-                "Solve column by column."
-            )
-    if preconditioner is not None:
-        check_alike(operator, preconditioner)
+        check_vector(operator, vector, "conjugate_gradient")
+    check_preconditioner(operator, preconditioner)
+    if radius is not None and not radius > 0:
+        raise ValueError(f"radius must be positive, got {radius}. For no bound pass radius=None.")
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"recompute_residual_every must be at least 1, got {refresh}. For never pass None.")
     if noise is not None and not isinstance(operator, HalvedOperator):
         raise TypeError(
             "the noise test compares the two halves of a batch, but "

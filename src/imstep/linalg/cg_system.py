@@ -10,14 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from imstep.linalg.arguments import not_positive_definite
+from imstep.linalg.dots import dots
 from imstep.linalg.halved import HalvedOperator, NoiseTest
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
-
-
-def dots(*pairs: tuple[Tensor, Tensor]) -> tuple[float, ...]:
-    """Inner products of pairs of vectors (n,), with one synchronisation of the device for all of them."""
-    return tuple(torch.stack([torch.dot(a, b) for a, b in pairs]).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +88,7 @@ class DampedSystem:
             )
         state, status = self._aimed(state)
         if status is None and state.descent <= 0 < state.residual_norm:
-            raise ValueError(
-                f"the preconditioner is not positive definite: rᵀPr = {state.descent:.3g}. "
-                "Pass a symmetric positive definite operator that approximates the inverse, or None."
-            )
+            raise not_positive_definite(state.descent)
         return state, status
 
     def probe(self, direction: Tensor) -> Probe:

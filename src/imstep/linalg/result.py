@@ -7,6 +7,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from imstep.linalg.dots import dots
+
 
 class KrylovStatus(Enum):
     """Why a Krylov solver ended; a member's value is its message, its lower-case name the word for files.
@@ -23,6 +25,7 @@ class KrylovStatus(Enum):
     DISTURBING_NOISE = "a search direction whose curvature cannot be told from mini-batch noise was found"
     STALLED = "further products would bring too little progress"
     BOUNDARY = "the iterate reached the boundary of the trust region"
+    LEAST_SQUARES = "the system has no solution; the residual is as small as it can be"
     MAX_ITERATIONS = "the limit on iterations or products was reached"
     NON_FINITE = "a product or an iterate was not finite; the last finite iterate is returned"
 
@@ -50,7 +53,7 @@ class KrylovResult:
         status: why the solver ended.
         iterations: directions along which x moved.
         products: products with A that were spent (also on a disturbing direction, a warm start, a refresh).
-        residual_norm: ‖b - (A + λI) x‖, from the recurrence.
+        residual_norm: ‖b - (A + λI) x‖, from the recurrence; with a multiplier μ of A + (λ + μ)I instead.
         predicted_decrease: bᵀx - xᵀAx/2, the decrease of the model *without* damping.
         damped_decrease: bᵀx - xᵀ(A + λI)x/2, what the solver maximises.
         curvature: xᵀAx, without damping.
@@ -58,6 +61,7 @@ class KrylovResult:
         disturbing_direction: the search direction p, (n,), that ended a disturbed solve, else None.
         disturbing_image: A p, without damping, for that direction, else None.
         disturbing_curvature: pᵀAp, without damping, for that direction, else None.
+        multiplier: μ >= 0 with (A + (λ + μ)I) x ≈ b, of a trust region or a shift; None where it is not known.
     """
 
     solution: Tensor
@@ -73,3 +77,39 @@ class KrylovResult:
     disturbing_direction: Tensor | None = None
     disturbing_image: Tensor | None = None
     disturbing_curvature: float | None = None
+    multiplier: float | None = None
+
+
+def measured_result(
+    damping: float,
+    solution: Tensor,
+    image: Tensor,
+    *,
+    status: KrylovStatus,
+    iterations: int,
+    products: int,
+    residual_norm: float,
+    decreases: tuple[float, ...],
+    disturbing_direction: Tensor | None = None,
+    disturbing_image: Tensor | None = None,
+    disturbing_curvature: float | None = None,
+    multiplier: float | None = None,
+) -> KrylovResult:
+    """The result at a solution x, completed by what x and its image A x tell."""
+    curvature, squared_norm = dots((solution, image), (solution, solution))
+    return KrylovResult(
+        solution=solution,
+        image=image,
+        status=status,
+        iterations=iterations,
+        products=products,
+        residual_norm=residual_norm,
+        predicted_decrease=decreases[-1] + damping * squared_norm / 2,
+        damped_decrease=decreases[-1],
+        curvature=curvature,
+        decreases=decreases,
+        disturbing_direction=disturbing_direction,
+        disturbing_image=disturbing_image,
+        disturbing_curvature=disturbing_curvature,
+        multiplier=multiplier,
+    )

@@ -39,6 +39,12 @@ class StoppingRule(ABC):
         """The status to end with, or None to go on."""
 
 
+def first_answer(rules: Sequence[StoppingRule], progress: Progress) -> KrylovStatus | None:
+    """The status that the first rule to answer gives; None if all would go on."""
+    answers = (rule.check(progress) for rule in rules)
+    return next((answer for answer in answers if answer is not None), None)
+
+
 @dataclass(frozen=True)
 class RelativeResidual(StoppingRule):
     """Converged as soon as ‖r_j‖ <= eta ‖b‖.

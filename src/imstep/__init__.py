@@ -1,6 +1,6 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
-from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp
+from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp, third_derivative
 from imstep.curvature import GaussNewton, Hessian
 from imstep.optim import NewtonKrylov, minimize
 
@@ -17,4 +17,5 @@ __all__ = [
     "hvp",
     "jvp",
     "minimize",
+    "third_derivative",
 ]

@@ -2,7 +2,7 @@
 
 from imstep.complexstep.arithmetic import Arithmetic
 from imstep.complexstep.errors import ComplexStepError, UnsupportedOperatorError
-from imstep.complexstep.functional import derivative, hvp, jvp
+from imstep.complexstep.functional import derivative, hvp, jvp, third_derivative
 from imstep.complexstep.tensor import ComplexStepTensor
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "derivative",
     "hvp",
     "jvp",
+    "third_derivative",
 ]

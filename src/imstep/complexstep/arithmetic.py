@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
-from imstep.complexstep.islands import Islands
+from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Call, Reference
 from imstep.complexstep.tape import Tape
@@ -96,7 +96,7 @@ class Arithmetic:
                 self._plane.name(t, known)
             self._tape.record_write((slot, None), self._tape.reference(known, t), _INPUT)
         elif im is not None:
-            with torch.no_grad():
+            with unseen(), torch.no_grad():
                 if known is None:
                     self._plane.put(t, im.to(t.dtype).clone())
                 else:
@@ -104,7 +104,8 @@ class Arithmetic:
 
     def number(self, re: Tensor, im: Tensor) -> Tensor:
         """A copy of ``re`` with the imaginary part ``im``; it does not require gradients."""
-        t = re.detach().clone()
+        with unseen():
+            t = re.detach().clone()
         self.attach(t, im)
         return t
 

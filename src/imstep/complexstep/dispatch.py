@@ -83,9 +83,18 @@ class Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._islands.active:
             return self._constant(func, sig, args, kwargs)
+        if sig.composite and lookup(func) is None:
+            # Autograd would have taken it apart; what a rule or a decomposition calls arrives whole, and one that is a
+            # view by its schema, such as reshape, may be a copy.
+            with self:
+                return func.decompose(*args, **kwargs)
         if sig.view:
             return func(*args, **kwargs)
         return self._apply(func, tensors, args, kwargs)
+
+    def carries(self, t: Tensor) -> bool:
+        """Whether ``t`` has an imaginary part here."""
+        return self._plane.find(t) is not None
 
     def _live(self, tensors: list[Any]) -> bool:
         find = self._plane.find

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from imstep.complexstep.arithmetic import Arithmetic
+from imstep.complexstep.islands import unseen
+from imstep.complexstep.nesting import refuse_lost_graph
 
 DEFAULT_H = 1e-20
 
@@ -121,11 +123,44 @@ def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> A
         loss = f(tree_unflatten(inputs, structure))
         _require_scalar(loss)
         gradients = arithmetic.gradient(loss, inputs)
+    refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
     products = [
         torch.zeros_like(t) if g is None else arithmetic.value(g).imaginary
         for t, g in zip(leaves, gradients, strict=True)
     ]
-    return tree_unflatten([p.detach() for p in products], structure)
+    return tree_unflatten([_without_graph(p) for p in products], structure)
+
+
+def third_derivative(f: Callable[[Any], Tensor], x: Any, v: Any, w: Any = None) -> Any:
+    """The third derivative along two directions, from one forward and one backward pass on numbers nested once more.
+
+        D³f(x)[v, w, ·] = Im_2 Im_1 ∇f(x + ih₁v + ih₂w) / (h₁h₂)
+
+    Its inner product with a third direction u is D³f(x)[v, w, u].
+
+    Args:
+        f: maps ``x`` to a scalar tensor (one entry).
+        x: a tensor or a pytree of real floating-point tensors, of any shapes.
+        v, w: directions, of the structure and shapes of ``x``; w = v if it is left out.
+
+    Returns:
+        D³f(x)[v, w, ·] in the structure, shapes and dtypes of ``x``.
+
+    Raises:
+        ValueError: ``f`` returns no scalar, or structures differ.
+        UnsupportedOperatorError: ``f`` uses an operator without a rule, or the rule of one does.
+
+    Cost: 25/3 gradients in matrix products: of two parts each a product makes 3, of four parts 8 or 9.
+
+    Source: the complex step on a Hessian product, which is one itself; multicomplex numbers, Lantoine, Russell and
+        Dargent, ACM Transactions on Mathematical Software 38 (2012), article 16, with h₁² and h₂² dropped.
+
+    Example:
+        >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+        >>> third_derivative(lambda t: (t ** 4).sum(), x, v)      # 24 x v²
+        tensor([ 24., 432.])
+    """
+    return jvp(lambda at: hvp(f, at, v), (x,), (v if w is None else w,))[1]
 
 
 def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor]) -> tuple[Any, Any]:
@@ -135,14 +170,21 @@ def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions
         arithmetic.attach(t, d)
     with arithmetic:
         outputs = f(inputs)
-    value = lambda t: t.detach() if isinstance(t, Tensor) else t
-    part = lambda t: arithmetic.value(t).imaginary.detach() if isinstance(t, Tensor) else t
+    refuse_lost_graph("jvp", [t for t in (*tree_leaves(outputs), *leaves, *directions) if isinstance(t, Tensor)])
+    value = lambda t: _without_graph(t) if isinstance(t, Tensor) else t
+    part = lambda t: _without_graph(arithmetic.value(t).imaginary) if isinstance(t, Tensor) else t
     return tree_map(value, outputs), tree_map(part, outputs)
 
 
 def _leaf(t: Any) -> Tensor:
     _require_real(t, "each leaf of x")
-    return t.detach().clone()
+    return _without_graph(t).clone()
+
+
+def _without_graph(t: Tensor) -> Tensor:
+    """``t`` for autograd a constant; within another arithmetic still what it is there."""
+    with unseen():
+        return t.detach()
 
 
 def _require_real(t: Any, name: str) -> None:

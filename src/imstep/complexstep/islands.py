@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,11 @@ def _is_checkpoint(frame: FrameType) -> bool:
 
 def _name(func: Any) -> str:
     return resolve_name(func) or str(getattr(func, "__name__", func))
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """A context whose calls no islands see, those of an arithmetic around this one either: no cuts of the user's."""
+    return torch._C.DisableTorchFunction()
 
 
 @contextmanager
@@ -190,7 +195,7 @@ class Islands(TorchFunctionMode):
         # Gradients that are off without a change seen here were switched off by autograd itself: no island.
         if enable == torch.is_grad_enabled():
             if not enable:
-                self._nest(sys._getframe(3))
+                self._nest(sys._getframe(1))
             return
         if self._toggles and self._toggles[-1] != enable:
             self._toggles.pop()
@@ -199,7 +204,10 @@ class Islands(TorchFunctionMode):
             self._toggles.append(enable)
             self._cut = not enable
 
-    def _nest(self, context: FrameType) -> None:
+    def _nest(self, frame: FrameType) -> None:
+        while frame.f_code.co_name == "__torch_function__":  # an arithmetic within this one has seen the change before
+            frame = cast(FrameType, frame.f_back)
+        context = cast(FrameType, frame.f_back)  # frame is that of set_grad_enabled
         # Within a re-entrant checkpoint gradients are off already; the checkpoint's own context is none of the user's.
         if context.f_code.co_name == "__exit__" and self._nested:
             self._cut = self._nested.pop()
@@ -210,7 +218,7 @@ class Islands(TorchFunctionMode):
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``loss`` does not depend on."""
-        with self._final_pass():
+        with self._final_pass(), unseen():
             return list(torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=self._keep_graph))
 
     @contextmanager

@@ -68,12 +68,14 @@ class Signature:
         tensors: (position, name, is a list, is written to) of each tensor argument; position -1: keyword only.
         mutates: whether an argument is overwritten.
         view: whether the output shares memory with an argument, by the schema.
+        composite: whether it is defined by other operators, for autograd as well.
         functional: the operator that computes the same without overwriting, if there is one.
     """
 
     tensors: tuple[tuple[int, str, bool, bool], ...]
     mutates: bool
     view: bool
+    composite: bool
     functional: OpOverload | None
 
     def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -107,7 +109,8 @@ def signature(op: OpOverload) -> Signature:
             tensors.append((position, argument.name, kind.startswith("List"), written))
     mutates = any(written for *_, written in tensors)
     view = not mutates and any(r.alias_info is not None for r in op._schema.returns)
-    return Signature(tuple(tensors), mutates, view, _functional(op) if mutates else None)
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    return Signature(tuple(tensors), mutates, view, composite, _functional(op) if mutates else None)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.islands import unseen
+
 
 class ParameterVector:
     """Parameters seen as one vector of shape (n,): concatenated in order, each in row-major order.
@@ -50,11 +52,13 @@ class ParameterVector:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One vector (n,) from one tensor per parameter; None stands for zeros."""
-        parts = [
-            torch.zeros(n, dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1).to(self.dtype)
-            for t, n in zip(tensors, self._sizes, strict=True)
-        ]
-        return torch.cat(parts)
+        empty = lambda n: torch.zeros(n, dtype=self.dtype, device=self.device)
+        with unseen():  # to leave autograd's graph is no cut of an arithmetic around this
+            parts = [
+                empty(n) if t is None else t.detach().reshape(-1).to(self.dtype)
+                for t, n in zip(tensors, self._sizes, strict=True)
+            ]
+            return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` (n,), one per parameter, in its shape and dtype (converted where that differs)."""

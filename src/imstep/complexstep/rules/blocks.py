@@ -1,13 +1,15 @@
 """Sums of matrix products, in one output, for one direction or for a block of directions.
 
 A block of k directions is replayed under ``torch.vmap``. PyTorch's own batching of a product copies matrices into
-layouts that it can fold into one, and cannot add onto an output; with the block in front and the constant factor
-shown k times by a stride of zero, one batched kernel does both, at the cost of k products.
+layouts that it can fold into one, and cannot add onto an output. Here the block is in front, and rows of a block times
+a constant matrix are one product; other products are one batched kernel if small, else k of their own.
 """
 
 from __future__ import annotations
 
 import torch
+
+from imstep.complexstep.gemm import multiply, multiply_onto, pays
 
 _C = torch._C._functorch
 
@@ -26,15 +28,10 @@ def product(a, b, onto=None):
     if _C.maybe_current_level() != 1 or (onto is not None and not _C.is_batchedtensor(onto)):
         return torch.matmul(a, b) if onto is None else onto + torch.matmul(a, b)
     k = _length(a) if _C.is_batchedtensor(a) else _length(b)
-    a, b = _in_front(a, k), _in_front(b, k)
     if onto is not None:
-        _accumulate(_in_front(onto, k), a, b)
+        _accumulate(_in_front(onto, k), a, b, k)
         return onto
-    result = torch.bmm(a, b) if a.dim() == 3 else a.new_empty((*a.shape[:-1], b.shape[-1]))
-    if a.dim() == 4:
-        for c, x, y in zip(result, a, b, strict=True):
-            torch.bmm(x, y, out=c)
-    return _C._add_batch_dim(result, 0, 1)
+    return _C._add_batch_dim(_fresh(a, b, k), 0, 1)
 
 
 def addcmul_(c, a, b, value=1):
@@ -58,17 +55,34 @@ def _aligned(t, k, dimensions):
 
 
 def _plain(a, b, onto):
-    if onto is None:
-        return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
-    return onto.addmm_(a, b) if a.dim() == 2 else onto.baddbmm_(a, b)
+    if a.dim() == 2:
+        return multiply(a, b) if onto is None else multiply_onto(onto, a, b)
+    return torch.bmm(a, b) if onto is None else onto.baddbmm_(a, b)
 
 
-def _accumulate(c, a, b):
+def _fresh(a, b, k):
+    """The physical product of matrices, or of batches of them."""
+    rows_alone = not _C.is_batchedtensor(b)
+    a, b = _in_front(a, k), _in_front(b, k)
     if a.dim() == 3:
+        if rows_alone and a.is_contiguous():
+            return multiply(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
+        if pays(a[0], b[0]):
+            return torch.stack([multiply(x, y) for x, y in zip(a, b, strict=True)])
+        return torch.bmm(a, b)
+    result = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    for c, x, y in zip(result, a, b, strict=True):
+        torch.bmm(x, y, out=c)
+    return result
+
+
+def _accumulate(c, a, b, k):
+    a, b = _in_front(a, k), _in_front(b, k)
+    if a.dim() == 3 and not pays(a[0], b[0]):
         c.baddbmm_(a, b)
         return
     for into, x, y in zip(c, a, b, strict=True):
-        into.baddbmm_(x, y)
+        _plain(x, y, into)
 
 
 def _length(t):

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from imstep.globalization import Armijo, FixedStep, NoDamping, TaylorMonitor
 from imstep.optim import (
     ConjugateGradient,
+    Direct,
     ExactHessian,
     Kronecker,
+    MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
+    Recycling,
     ResidualForcing,
     SteihaugToint,
     StepOutcome,
@@ -45,6 +48,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": True},
     "negative curvature": {"curvature": ExactHessian(), "solver": ConjugateGradient(follow=True)},
     "warm start": {"solver": ConjugateGradient(warm_start=0.5)},
+    "recycling": {"preconditioning": Recycling(pairs=5)},
+    "recycling plainly": {"preconditioning": Recycling(NoPreconditioning(), pairs=3), "momentum": True},
+    "minres": {"curvature": ExactHessian(), "solver": MinimalResidual()},
+    "direct": {"curvature": ExactHessian(), "solver": Direct()},
     "trust region": {"curvature": ExactHessian(), "solver": SteihaugToint(), "step": TaylorMonitor(radius=1.0)},
 }
 Closure = Callable[[], Tensor]

@@ -307,7 +307,7 @@ def test_escape_points_downhill() -> None:
 def test_products_that_are_not_finite_fall_back_to_the_gradient(fill: float) -> None:
     gradient = normal(4)
     operator = Dense(torch.full((4, 4), fill, dtype=F64))
-    system = NewtonSystem(operator, gradient, 0.0, None, (), math.inf, None, None, None)
+    system = NewtonSystem(operator, gradient, 0.0, None, 0, (), math.inf, None, None, None)
     direction = ConjugateGradient().solve(system)
     assert torch.equal(direction.vector, -gradient)
     assert direction.curvature == 0

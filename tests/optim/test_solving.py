@@ -11,7 +11,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.globalization import FixedStep, NoDamping
-from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget
+from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, conjugate_gradient
 from imstep.optim import ConjugateGradient, ExactHessian, NewtonKrylov, NewtonSystem, NoPreconditioning, SteihaugToint
 from imstep.optim.direction import combined, descent
 from imstep.optim.forcing import Forcing
@@ -23,8 +23,9 @@ class OneProduct(Forcing):
 
 
 def system(matrix: Tensor, gradient: Tensor, **options) -> NewtonSystem:
-    given = {"damping": 0.0, "preconditioner": None, "stopping": (), "radius": math.inf, "last_move": None}
-    return NewtonSystem(DenseOperator(matrix), gradient, **{**given, **options}, point=None, parameters=None)
+    given = {"damping": 0.0, "preconditioner": None, "keep_pairs": 0, "stopping": (), "radius": math.inf}
+    given |= {"last_move": None, "point": None, "parameters": None}
+    return NewtonSystem(DenseOperator(matrix), gradient, **{**given, **options})
 
 
 def symmetric(values: Tensor, seed: int = 0) -> Tensor:
@@ -72,7 +73,6 @@ def test_noise_test_refuses_a_loss_without_examples() -> None:
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_momentum_minimises_the_model_over_two_directions(damping: float) -> None:
     matrix, gradient, last = symmetric(torch.logspace(-1, 1, 10).to(F64)), normal(10, seed=1), normal(10, seed=2)
-    operator = DenseOperator(matrix)
     d = ConjugateGradient().solve(system(matrix, gradient, damping=damping, stopping=(ProductBudget(2),)))
     best = combined(gradient, d, last, matrix @ last, damping)
     basis = torch.stack([d.vector, last], dim=1)
@@ -83,7 +83,14 @@ def test_momentum_minimises_the_model_over_two_directions(damping: float) -> Non
     assert best.curvature == pytest.approx(float(expected @ matrix @ expected))
     parallel = combined(gradient, d, 2 * d.vector, 2 * d.image, damping)
     assert parallel is d
-    assert descent(operator, gradient, gradient, matrix @ gradient, d.status, 1).vector.equal(-gradient)
+
+
+def test_a_solution_that_does_not_descend_gives_way_to_the_gradient() -> None:
+    matrix, gradient = symmetric(torch.logspace(-1, 1, 10).to(F64)), normal(10, seed=1)
+    result = conjugate_gradient(DenseOperator(matrix), gradient)  # of the wrong sign
+    direction = descent(DenseOperator(matrix), gradient, result)
+    assert direction.vector.equal(-gradient)
+    assert direction.curvature == pytest.approx(float(gradient @ matrix @ gradient))
 
 
 def test_momentum_is_conjugate_gradients_on_a_quadratic() -> None:

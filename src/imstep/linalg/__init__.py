@@ -11,6 +11,7 @@ from imstep.linalg.dense import (
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
+from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus
@@ -36,6 +37,7 @@ __all__ = [
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
+    "LimitedMemoryPreconditioner",
     "LinearOperator",
     "NoiseTest",
     "ProductBudget",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ def conjugate_gradient(
     radius: float | None = None,
     x0: Tensor | None = None,
     recompute_residual_every: int | None = None,
+    keep_pairs: int = 0,
 ) -> KrylovResult:
     """Solve (A + λI) x = b, equivalently maximise bᵀx - xᵀ(A + λI)x/2, as far as A can be trusted.
 
@@ -54,6 +56,7 @@ def conjugate_gradient(
         radius: Δ > 0, bound on ‖x‖. The solve ends on the boundary when an iterate would cross it, and
             follows a direction of negative curvature, though not a noisy one, to the boundary.
         x0: start, (n,), inside the radius; costs a product. Default zero.
+        keep_pairs: how many of the last directions and their images to return, >= 0; two vectors each.
         recompute_residual_every: replace the recurrence for r by b - (A + λI)x after so many iterations, at
             one product each; worth it for many hundreds of iterations in float32.
 
@@ -99,15 +102,17 @@ def conjugate_gradient(
     limit = 10 * operator.size if max_iterations is None else max_iterations
     state, status = system.start(x0)
     probe = None
+    pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=keep_pairs)
     while status is None and (status := _ending(system, state, stopping, limit)) is None:
         probe = system.probe(state.direction)
         state = replace(state, products=state.products + 1)
+        pairs.append((probe.direction, probe.image))
         status = system.disturbance(probe)
         if status is None:
             state, status = system.advance(state, probe)
         elif status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE and radius is not None:
             state = system.move_to_boundary(state, probe)
-    return _result(system, state, status, probe)
+    return replace(_result(system, state, status, probe), pairs=tuple(pairs))
 
 
 def _ending(

@@ -62,6 +62,7 @@ class KrylovResult:
         disturbing_image: A p, without damping, for that direction, else None.
         disturbing_curvature: pᵀAp, without damping, for that direction, else None.
         multiplier: μ >= 0 with (A + (λ + μ)I) x ≈ b, of a trust region or a shift; None where it is not known.
+        pairs: the last directions p with their images A p, (n,) each, as many as the solver was asked to keep.
     """
 
     solution: Tensor
@@ -78,6 +79,7 @@ class KrylovResult:
     disturbing_image: Tensor | None = None
     disturbing_curvature: float | None = None
     multiplier: float | None = None
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def measured_result(

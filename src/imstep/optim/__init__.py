@@ -6,20 +6,24 @@ from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
 from imstep.optim.preconditioning import Kronecker, NoPreconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
-from imstep.optim.solving import ConjugateGradient, NewtonSystem, Solver, SteihaugToint
+from imstep.optim.recycling import Recycling
+from imstep.optim.solving import ConjugateGradient, Direct, MinimalResidual, NewtonSystem, Solver, SteihaugToint
 
 __all__ = [
     "BestRateForcing",
     "ConjugateGradient",
     "Cost",
+    "Direct",
     "ExactHessian",
     "GaussNewtonFirst",
     "Kronecker",
+    "MinimalResidual",
     "MinimizeResult",
     "NewtonKrylov",
     "NewtonSystem",
     "NoPreconditioning",
     "NonFiniteLossError",
+    "Recycling",
     "ResidualForcing",
     "Solver",
     "SteihaugToint",

@@ -198,6 +198,7 @@ class Attempt:
                 self.point.gradient,
                 setting.damping,
                 setting.preconditioner,
+                self._preconditioner.pairs_wanted,
                 self._strategies.forcing.rules(setting.situation),
                 memory.search.radius,
                 memory.last_move if self._strategies.solver.uses_last_move else None,
@@ -208,6 +209,7 @@ class Attempt:
             if not direction.status.disturbing:
                 break
         tried = len(setting.candidates) > 1
+        self._preconditioner.learn(direction.pairs)
         memory = memory.probed(operator is setting.candidates[0] if tried else None)
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move

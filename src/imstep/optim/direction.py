@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from imstep.linalg import KrylovStatus, LinearOperator, smallest_eigenpair
+from imstep.linalg import KrylovResult, KrylovStatus, LinearOperator, smallest_eigenpair
 from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
@@ -27,6 +27,7 @@ class Direction:
         status: why the solver that found it ended.
         iterations: of the solver.
         cost: what finding it cost besides products with A.
+        pairs: directions p with their products A p that were met on the way, as far as they were asked for.
     """
 
     vector: Tensor
@@ -37,20 +38,15 @@ class Direction:
     status: KrylovStatus
     iterations: int
     cost: Cost = field(default_factory=Cost)
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
-def descent(
-    operator: LinearOperator,
-    gradient: Tensor,
-    vector: Tensor,
-    image: Tensor,
-    status: KrylovStatus,
-    iterations: int,
-) -> Direction:
-    """The direction ``vector`` with product ``image``; or, where rounding has left no descent, -g.
+def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
+    """The solution that a solver has found; or, where rounding has left no descent, -g.
 
     No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more.
     """
+    vector, image = result.solution, result.image
     slope, norm, curvature = _along(gradient, vector, image)
     descends = 0 < norm < math.inf and slope <= -1e-10 * float(gradient.norm()) * norm
     if not descends or not math.isfinite(curvature):
@@ -59,7 +55,7 @@ def descent(
         slope, norm, curvature = _along(gradient, vector, image)
         # Nothing is known of the curvature where it is not finite; the trials will tell.
         curvature = curvature if math.isfinite(curvature) else 0.0
-    return Direction(vector, image, slope, curvature, norm, status, iterations)
+    return Direction(vector, image, slope, curvature, norm, result.status, result.iterations, pairs=result.pairs)
 
 
 def combined(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.kronecker import KroneckerFactors
@@ -14,7 +16,7 @@ from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
 
-_OTHER = "the state was saved with another preconditioning. Give the optimizer the same strategies before loading."
+OTHER_STATE = "the state was saved with another preconditioning. Give the optimizer the same strategies before loading."
 
 class Preconditioner(ABC):
     """A preconditioner that lives as long as an optimizer; made by a :class:`Preconditioning`."""
@@ -30,6 +32,14 @@ class Preconditioner(ABC):
     @abstractmethod
     def operator(self, damping: float) -> LinearOperator | None:
         """P ≈ (A + damping I)⁻¹, or None."""
+
+    @property
+    def pairs_wanted(self) -> int:
+        """How many directions with their products it learns from, at most."""
+        return 0
+
+    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 (most learn nothing from them)
+        """Take in directions p and products A p, (n,) each, that the solver of a step has met; oldest first."""
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved."""
@@ -67,7 +77,7 @@ class _None(Preconditioner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError(_OTHER)
+            raise ValueError(OTHER_STATE)
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class _KroneckerPreconditioner(Preconditioner):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "factors" not in state:
-            raise ValueError(_OTHER)
+            raise ValueError(OTHER_STATE)
         self._steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +12,18 @@ from torch import Tensor
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import (
+    AbsoluteEigenvalues,
+    IndefiniteRule,
     KrylovResult,
     KrylovStatus,
     LinearOperator,
     NoiseTest,
     StoppingRule,
     conjugate_gradient,
+    dense_solve,
+    dense_trust_region,
+    minres,
+    steihaug_toint,
 )
 from imstep.optim.direction import Direction, descent
 
@@ -30,6 +37,7 @@ class NewtonSystem:
         gradient: g, (n,).
         damping: λ >= 0.
         preconditioner: P ≈ (A + λI)⁻¹, or None.
+        keep_pairs: how many directions with their products are to be returned, at most.
         stopping: the rules that say when the solution is accurate enough.
         radius: Δ of the step search, a bound on ‖d‖ that a solver may respect; infinite where there is none.
         last_move: the last step, (n,); None before the first, and where the solver makes no use of it.
@@ -41,6 +49,7 @@ class NewtonSystem:
     gradient: Tensor
     damping: float
     preconditioner: LinearOperator | None
+    keep_pairs: int
     stopping: tuple[StoppingRule, ...]
     radius: float
     last_move: Tensor | None
@@ -118,43 +127,105 @@ class ConjugateGradient(Solver):
             curvature_floor=self.curvature_floor,
             noise=self.noise,
             x0=None if system.last_move is None else self.warm_start * system.last_move,
+            keep_pairs=system.keep_pairs,
         )
-        vector, image = result.solution, result.image
-        p, p_image = result.disturbing_direction, result.disturbing_image
-        if result.iterations == 0 and p is not None and p_image is not None:
-            vector, image = p, p_image
+        p, image = result.disturbing_direction, result.disturbing_image
+        if result.iterations == 0 and p is not None and image is not None:
+            result = replace(result, solution=p, image=image)
         elif self.follow and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
-            vector, image = _followed(system, result)
-        return descent(system.operator, system.gradient, vector, image, result.status, result.iterations)
+            result = _followed(system, result)
+        return descent(system.operator, system.gradient, result)
+
+
+@dataclass(frozen=True)
+class MinimalResidual(Solver):
+    """Minimal residuals, ended by the first direction of negative curvature.
+
+    If that is the very first residual's, it becomes the direction of the step. Against conjugate gradients the model
+    falls less per product, the residual more; stopping rules on the model's decrease serve both.
+
+    Args:
+        curvature_floor: least curvature per ‖p‖² of a direction p that does not disturb, >= 0.
+
+    Source: Liu and Roosta, SIAM J. Optim. 32 (2022), arXiv 2206.05732.
+    """
+
+    curvature_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.curvature_floor >= 0:
+            raise ValueError(f"curvature_floor is at least 0, got {self.curvature_floor}.")
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        result = minres(
+            system.operator,
+            -system.gradient,
+            damping=system.damping,
+            preconditioner=system.preconditioner,
+            stopping=system.stopping,
+            curvature_floor=self.curvature_floor,
+        )
+        p, image = result.disturbing_direction, result.disturbing_image
+        if result.iterations == 0 and p is not None and image is not None:
+            result = replace(result, solution=p, image=image)
+        return descent(system.operator, system.gradient, result)
 
 
 @dataclass(frozen=True)
 class SteihaugToint(Solver):
     """Conjugate gradients within the step search's radius Δ, on to its boundary along negative curvature.
 
-    Where Δ is infinite and curvature negative, the direction is what the iteration had found before.
+    Before there is a radius, as :class:`ConjugateGradient`.
 
     Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 7.2.
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        if system.radius == float("inf"):
+        if math.isinf(system.radius):
             return ConjugateGradient().solve(system)
-        result = conjugate_gradient(
+        result = steihaug_toint(
             system.operator,
             -system.gradient,
+            system.radius,
             damping=system.damping,
             preconditioner=system.preconditioner,
             stopping=system.stopping,
-            radius=system.radius,
         )
-        return descent(
-            system.operator, system.gradient, result.solution, result.image, result.status, result.iterations
-        )
+        return descent(system.operator, system.gradient, result)
 
 
-def _followed(system: NewtonSystem, result: KrylovResult) -> tuple[Tensor, Tensor]:
-    """x + τp and its product, with τ = -(g + Ax + λx)ᵀp / |pᵀ(A + λI)p|, and ‖τp‖ at most ‖x‖."""
+@dataclass(frozen=True)
+class Direct(Solver):
+    """The system's exact solution from the matrix itself, for few parameters: n products a step.
+
+    Within the step search's radius if there is one. Stopping rules and the preconditioner are not used.
+
+    Args:
+        indefinite: what stands for the eigenvalues where the matrix is not positive definite and there is no radius.
+        limit: largest number of parameters, >= 1.
+
+    Source: Moré and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983); without a radius Nocedal and Wright, Numerical
+        Optimization (2nd ed.), section 3.4.
+    """
+
+    indefinite: IndefiniteRule = field(default_factory=AbsoluteEigenvalues)
+    limit: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit, the largest number of parameters, is at least 1, got {self.limit}.")
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        operator, rhs, damping = system.operator, -system.gradient, system.damping
+        if math.isinf(system.radius):
+            result = dense_solve(operator, rhs, damping=damping, indefinite=self.indefinite, limit=self.limit)
+        else:
+            result = dense_trust_region(operator, rhs, system.radius, damping=damping, limit=self.limit)
+        return descent(operator, system.gradient, result)
+
+
+def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:
+    """x + τp in place of x, with τ = -(g + Ax + λx)ᵀp / |pᵀ(A + λI)p|, and ‖τp‖ at most ‖x‖."""
     p, image = result.disturbing_direction, result.disturbing_image
     assert p is not None
     assert image is not None
@@ -164,4 +235,8 @@ def _followed(system: NewtonSystem, result: KrylovResult) -> tuple[Tensor, Tenso
     # Curvature that happens to vanish must not carry the step away from all that is known.
     longest = float(result.solution.norm() / p.norm())
     factor = min(float(residual @ p) / max(curvature, torch.finfo(p.dtype).tiny), longest)
-    return torch.add(result.solution, p, alpha=factor), torch.add(result.image, image, alpha=factor)
+    return replace(
+        result,
+        solution=torch.add(result.solution, p, alpha=factor),
+        image=torch.add(result.image, image, alpha=factor),
+    )

@@ -1,0 +1,82 @@
+"""A preconditioner that keeps what the last Krylov iterations have found."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from imstep.curvature.frozen import Linearisation
+from imstep.curvature.layers import LayerObserver
+from imstep.curvature.parameters import ParameterVector
+from imstep.linalg import IdentityOperator, LimitedMemoryPreconditioner, LinearOperator
+from imstep.optim.preconditioning import OTHER_STATE, Kronecker, Preconditioner, Preconditioning
+
+
+@dataclass(frozen=True)
+class Recycling(Preconditioning):
+    """Another preconditioner, updated by the directions and products of the last steps.
+
+    From step to step the curvature changes little. Every product that a Krylov iteration made is used again, in the
+    BFGS formula, so that the next one does not find the same directions anew. It adds no product.
+
+    Args:
+        base: the preconditioner that is updated.
+        pairs: how many directions are kept, with their products, >= 1: twice as many vectors of memory, also in
+            ``state_dict``, and four inner products or sums of vectors for each in every iteration.
+
+    Source: Morales and Nocedal, SIAM J. Optim. 10 (2000), 1079-1096.
+    """
+
+    base: Preconditioning = field(default_factory=Kronecker)
+    pairs: int = 30
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Preconditioning):
+            raise TypeError(f"base must be a Preconditioning, got {self.base!r}. Pass Kronecker(), for instance.")
+        if self.pairs < 1:
+            raise ValueError(f"pairs is at least 1, got {self.pairs}. To keep none, use the base alone.")
+
+    def make(self, parameters: ParameterVector) -> Preconditioner:
+        return _Recycled(self.base.make(parameters), self.pairs, parameters)
+
+
+class _Recycled(Preconditioner):
+    def __init__(self, base: Preconditioner, pairs: int, parameters: ParameterVector) -> None:
+        self._base, self._parameters = base, parameters
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=pairs)
+
+    @property
+    def pairs_wanted(self) -> int:
+        return self._pairs.maxlen or 0
+
+    def observer(self) -> LayerObserver | None:
+        return self._base.observer()
+
+    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
+        self._base.refresh(point, observer)
+
+    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._pairs.extend(pairs)
+
+    def operator(self, damping: float) -> LinearOperator | None:
+        base = self._base.operator(damping)
+        if not self._pairs:
+            return base
+        if base is None:
+            base = IdentityOperator(self._parameters.size, dtype=self._parameters.dtype, device=self._parameters.device)
+        return LimitedMemoryPreconditioner(base, list(self._pairs), damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        pairs = [{"direction": p, "image": image} for p, image in self._pairs]
+        return {"pairs": pairs, "base": self._base.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "pairs" not in state:
+            raise ValueError(OTHER_STATE)
+        self._base.load_state_dict(state["base"])
+        self._pairs.clear()
+        self._pairs.extend((pair["direction"], pair["image"]) for pair in state["pairs"])

@@ -9,6 +9,7 @@ from imstep.linalg.dense import (
     dense_trust_region,
 )
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
+from imstep.linalg.gltr import gltr
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
@@ -52,6 +53,7 @@ __all__ = [
     "conjugate_gradient",
     "dense_solve",
     "dense_trust_region",
+    "gltr",
     "lanczos",
     "largest_eigenpair",
     "minres",

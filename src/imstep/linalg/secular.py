@@ -17,7 +17,7 @@ def solve_in_eigenbasis(values: Tensor, coefficients: Tensor, radius: float, rou
     along the least eigenvalue and y would end inside for μ = -θ₁, the first coordinate makes up the length.
 
     Args:
-        values: θ in ascending order, (k,), float64 on the CPU, k >= 1.
+        values: θ in ascending order, (k,), float64 on the CPU.
         coefficients: c, (k,), likewise.
         radius: > 0, finite.
         rounding: relative rounding error of θ and c.
@@ -26,6 +26,8 @@ def solve_in_eigenbasis(values: Tensor, coefficients: Tensor, radius: float, rou
     μ: it keeps its relative accuracy next to the hard case, where μ + θ₁ cancels.
     """
     k = values.numel()
+    if k == 0:
+        return coefficients, 0.0
     null = (values.abs() <= k * rounding * values.abs().max()) & (
         coefficients.abs() <= k * rounding * coefficients.norm()
     )

@@ -1,0 +1,154 @@
+"""A trust-region problem by its projections on a growing space; the steps of `gltr`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.arguments import not_positive_definite
+from imstep.linalg.dots import dots
+from imstep.linalg.lanczos import smallest_eigenpair
+from imstep.linalg.operator import LinearOperator
+from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
+from imstep.linalg.secular import solve_in_eigenbasis
+from imstep.linalg.stopping import Progress, StoppingRule, first_answer
+from imstep.linalg.subspace import Subspace
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """The solution over a space, in the space's coordinates and outside."""
+
+    coordinates: Tensor  # h, (k,), float64
+    solution: Tensor
+    image: Tensor  # A x, without damping
+    residual: Tensor  # b - (A + (λ + μ)I) x
+    residual_norm: float
+    rounding: float  # error of the residual's own evaluation
+    scale: float  # what the residual counts relative to
+    multiplier: float
+    decrease: float  # bᵀx - xᵀ(A + λI)x/2
+
+
+@dataclass(frozen=True, eq=False)
+class TrustRegion:
+    """Maximise bᵀx - xᵀ(A + λI)x/2 over ‖x‖ <= radius."""
+
+    operator: LinearOperator
+    rhs: Tensor
+    radius: float
+    damping: float
+    preconditioner: LinearOperator | None
+
+    def solve(self, space: Subspace) -> Point:
+        """The solution over the space: no product."""
+        eps = torch.finfo(self.rhs.dtype).eps
+        values, vectors = torch.linalg.eigh(space.projected + self.damping * torch.eye(space.size).double())
+        coefficients = vectors.mT @ (space.basis @ self.rhs).double().cpu()
+        y, multiplier = solve_in_eigenbasis(values, coefficients, self.radius, eps)
+        h = vectors @ y
+        solution, image = space.combined(h)
+        shift = self.damping + multiplier
+        residual = self.rhs - image - shift * solution
+        norms = dots((residual, residual), (self.rhs, self.rhs), (image, image), (solution, solution))
+        residual_norm, rhs_norm, image_norm, norm = (math.sqrt(square) for square in norms)
+        return Point(
+            coordinates=h,
+            solution=solution,
+            image=image,
+            residual=residual,
+            residual_norm=residual_norm,
+            rounding=eps * (rhs_norm + image_norm + shift * norm),
+            scale=max(rhs_norm, multiplier * self.radius),
+            multiplier=multiplier,
+            decrease=float(coefficients @ y - (values * y) @ y / 2),
+        )
+
+    def preconditioned(self, residual: Tensor) -> tuple[Tensor, float]:
+        """P r, and rᵀPr."""
+        direction = residual if self.preconditioner is None else self.preconditioner.matvec(residual)
+        return direction, dots((residual, direction))[0]
+
+
+class ProjectedSearch:
+    """A space, the solution over it, and what brings the two forward."""
+
+    def __init__(self, problem: TrustRegion, space: Subspace) -> None:
+        self._problem, self._space = problem, space
+        self._point = problem.solve(space)
+        self._previous = self._point.coordinates
+        self._decreases = [0.0]
+        self._probes = 0
+
+    def grow(self, stopping: Sequence[StoppingRule], limit: int) -> KrylovStatus:
+        """Add residuals to the space until a rule or an obstacle ends it."""
+        if not math.isfinite(self._point.residual_norm):
+            return KrylovStatus.NON_FINITE
+        while (status := self._ending(stopping, limit)) is None:
+            direction, squared_norm = self._problem.preconditioned(self._point.residual)
+            if squared_norm <= 0 and self._space.products == 0:
+                raise not_positive_definite(squared_norm)
+            if not squared_norm > 0:  # or nan
+                return KrylovStatus.STALLED if squared_norm <= 0 else KrylovStatus.NON_FINITE
+            if (status := self._advance(direction)) is not None:
+                return status
+        return status
+
+    def probe(self, generator: torch.Generator, steps: int) -> bool:
+        """Look for curvature below -μ from a random vector; whether the space has got a vector of such."""
+        pair = smallest_eigenpair(self._problem.operator, generator=generator, steps=steps)
+        self._probes = pair.products
+        if not pair.value + self._problem.damping + self._point.multiplier < 0:  # or nan
+            return False
+        return self._advance(pair.vector) is None
+
+    def result(self, status: KrylovStatus) -> KrylovResult:
+        """The present point as a result."""
+        point = self._point
+        bound = point.multiplier > 0 or float(point.coordinates.norm()) >= self._problem.radius
+        return measured_result(
+            self._problem.damping,
+            point.solution,
+            point.image,
+            status=KrylovStatus.BOUNDARY if status is KrylovStatus.CONVERGED and bound else status,
+            iterations=len(self._decreases) - 1,
+            products=self._space.products + self._probes,
+            residual_norm=point.residual_norm,
+            decreases=tuple(self._decreases),
+            multiplier=point.multiplier,
+        )
+
+    def _ending(self, stopping: Sequence[StoppingRule], limit: int) -> KrylovStatus | None:
+        point = self._point
+        if point.residual_norm <= point.rounding:
+            return KrylovStatus.CONVERGED
+        progress = Progress(self._space.products + self._probes, point.residual_norm, point.scale, self._decreases)
+        status = first_answer(stopping, progress)
+        return KrylovStatus.MAX_ITERATIONS if status is None and progress.iteration >= limit else status
+
+    def _advance(self, vector: Tensor) -> KrylovStatus | None:
+        """Take a vector into the space and solve there; a status where that cannot be."""
+        if self._space.full and self._space.size < self._problem.operator.size:
+            self._reduce()
+        unit = self._space.direction(vector)
+        if unit is None:  # a residual, orthogonal to the space, that lies in it is rounding
+            return KrylovStatus.CONVERGED
+        if not self._space.add(unit):
+            return KrylovStatus.NON_FINITE
+        self._previous, self._point = self._point.coordinates, self._problem.solve(self._space)
+        self._decreases.append(self._point.decrease)
+        return None
+
+    def _reduce(self) -> None:
+        """Keep what the next iterate is built from: the last two, and Ritz vectors of negative curvature."""
+        pad = lambda h: torch.nn.functional.pad(h, (0, self._space.size - len(h)))
+        last, previous = pad(self._point.coordinates), pad(self._previous)
+        values, vectors = torch.linalg.eigh(self._space.projected)
+        # Any other vector would spoil what two iterates keep of all directions before, as in conjugate gradients.
+        ritz = vectors[:, :2][:, values[:2] + self._problem.damping < 0]
+        kept = self._space.restart(torch.cat([last[:, None], previous[:, None], ritz], dim=1))
+        self._point, self._previous = replace(self._point, coordinates=kept.mT @ last), kept.mT @ previous

@@ -58,6 +58,10 @@ def test_evaluations_follow_the_clock() -> None:
     rows = [row for row in trainer.run(Limits(budget=35)) if isinstance(row, EvaluationRow)]
     assert [row.cost for row in rows] == [0, 10, 20, 30, 35]
 
+    trainer = digits(schedule=Schedule(0.02, Clock.SECONDS))
+    rows = [row for row in trainer.run(Limits(seconds=0.1)) if isinstance(row, EvaluationRow)]
+    assert [int(row.seconds / 0.02) for row in rows[:-1]] == sorted({int(row.seconds / 0.02) for row in rows[:-1]})
+
 
 def test_the_seconds_limit_ends_a_run() -> None:
     trainer = digits()

@@ -44,6 +44,7 @@ class Clock(enum.Enum):
 
     EPOCHS = "epochs"
     COST = "gradient-equivalents"
+    SECONDS = "seconds"
 
 
 @dataclass(frozen=True)

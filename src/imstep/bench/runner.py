@@ -132,7 +132,8 @@ class Trainer:
         self._random.load_state_dict(state["random"])
 
     def _now(self) -> float:
-        return self.epoch if self.schedule.clock is Clock.EPOCHS else self.totals.cost
+        now = {Clock.EPOCHS: self.epoch, Clock.COST: self.totals.cost, Clock.SECONDS: self.totals.seconds}
+        return now[self.schedule.clock]
 
     def _limit(self, limits: Limits) -> Ending | None:
         if self._converged:

@@ -1,0 +1,106 @@
+"""The strength benchmark in small: a run of it, what its record keeps, and how its tables judge."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from imstep.bench.records import Point
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+NAMES = ("peers", "strength", "strength_page", "strength_record", "strength_run", "strength_table", "strength_tasks")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+
+
+def made(bench: Any, side: str, seed: int, losses: list[float], seconds: float = 1.0) -> Any:
+    """A run with a point every 100 equivalents and every so many seconds."""
+    curve = tuple(Point(100.0 * k, seconds * k, k, float(k), f, 2 * f) for k, f in enumerate(losses))
+    return bench.strength_run.StrengthRun(
+        side, seed, {}, {"budget": 1.0}, "", curve, 0, {}, bench.strength_run.describe()
+    )
+
+
+def test_a_quick_run_is_kept_and_not_repeated(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["digits-cnn", "--quick", "--sides", "imstep", "adam", "--records", str(tmp_path)]
+    bench.strength.main(arguments)
+    path = bench.strength_record.path_of(tmp_path, "digits-cnn")
+    written = path.read_bytes()
+    record = bench.strength_record.load(tmp_path, "digits-cnn")
+    assert [(run.side, run.seed) for run in record.runs] == [("adam", 0), ("imstep", 0)]
+    for run in record.runs:
+        assert run.best_at("seconds", float("inf")).train < run.curve[0].train
+        assert run.curve[-1].seconds >= 1.199
+        assert len(next(s for s in record.sweeps if s.optimizer == run.side).rows) == 4
+    capsys.readouterr()
+    bench.strength.main(arguments)
+    assert path.read_bytes() == written
+    assert "Digits CNN" in capsys.readouterr().out
+
+
+def test_a_record_survives_its_file(bench: Any, tmp_path: Path) -> None:
+    run = made(bench, "imstep", 3, [1.0, float("nan"), 0.25])
+    record = bench.strength_record.add(tmp_path, "autoencoder", run)
+    assert repr(bench.strength_record.load(tmp_path, "autoencoder")) == repr(record)
+    again = bench.strength_record.add(tmp_path, "autoencoder", replace(run, products=7))
+    assert [r.products for r in again.runs] == [7]
+    (tmp_path / "strength-autoencoder.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a record"):
+        bench.strength_record.load(tmp_path, "autoencoder")
+
+
+def test_figures_are_judged_by_the_worst_seed(bench: Any) -> None:
+    task = bench.strength_tasks.TASKS["autoencoder"]
+    slow, fast = [0.1, 0.05, 0.02, 0.01, 5.8e-3, 5e-3, 4e-3], [0.1, 0.05, 0.02, 0.01, 5.6e-3, 5e-3, 4e-3]
+    soap = [made(bench, "soap", seed, slow, seconds=4.0) for seed in (0, 1)]
+    record = bench.strength_record.StrengthRecord
+    verdict = lambda own: [row[1:] for row in bench.strength_table.verdicts(task, record("x", (), (*own, *soap))).rows]
+    good = [made(bench, "imstep", seed, fast) for seed in (0, 1)]
+    assert verdict(good) == [("450", "400", "met"), ("1,200", "600", "met"), ("0.33", "0.25", "met")]
+    mixed = [good[0], made(bench, "imstep", 1, slow[:-1], seconds=2.0)]
+    missed = "**missed**"
+    assert verdict(mixed) == [("450", "500", missed), ("1,200", "never", missed), ("0.33", "never", missed)]
+
+
+def test_losses_are_read_at_the_marks(bench: Any) -> None:
+    run = made(bench, "imstep", 0, [1.0, 0.2, 0.3, 0.1])
+    assert run.best_at("cost", 250.0).train == 0.2
+    assert run.last_at("cost", 250.0).train == 0.3
+    assert run.last_at("cost", -1.0) is run.curve[0]
+    assert run.first_below(0.25) is run.curve[1]
+    assert run.first_below(0.05) is None
+
+
+def test_thinning_keeps_what_will_be_read(bench: Any) -> None:
+    task = replace(bench.strength_tasks.TASKS["autoencoder"], marks=(505.0,), levels=(0.2345,))
+    points = [Point(float(k), k / 7, k, float(k), 1 - k / 1000, 0.5) for k in range(1000)]
+    kept = bench.strength_run.thinned(points, task)
+    assert len(kept) <= bench.strength_run.KEPT_POINTS + 3
+    assert {0.0, 505.0, 766.0, 999.0} <= {p.cost for p in kept}
+
+
+def test_a_cosine_goes_from_one_to_zero(bench: Any) -> None:
+    assert [bench.peers.cosine(x) for x in (0.0, 1 / 3, 0.5, 1.0, 1.1)] == pytest.approx([1, 0.75, 0.5, 0, 0])
+
+
+def test_the_page_keeps_its_text(bench: Any, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    page = tmp_path / "strength.md"
+    page.write_text(f"before\n{bench.strength_page.BEGIN}old\n{bench.strength_page.END}after\n")
+    runs = tuple(made(bench, side, seed, [0.1, 0.05, 4e-3]) for side in ("imstep", "soap") for seed in (0, 1))
+    bench.strength_page.write_page([bench.strength_record.StrengthRecord("autoencoder", (), runs)], docs=tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| SOAP | 2 | 4.00e-3 |" in text
+    assert (tmp_path / "images" / "strength-autoencoder.png").stat().st_size > 0

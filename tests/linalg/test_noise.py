@@ -30,12 +30,12 @@ def test_the_rate_is_that_of_simulated_halves(z: float, signal: float) -> None:
     assert test.rate(signal) == pytest.approx(seen, abs=4 * 0.5 / math.sqrt(20_000))
 
 
-@given(z=st.floats(0.01, 100), signal=st.floats(-10, 30))
+@given(z=st.floats(0.01, 10), signal=st.floats(-10, 30))
 @settings(deadline=None)
 def test_the_rate_is_owens_formula(z: float, signal: float) -> None:
     h = signal / math.hypot(1, z)
     expected = special.ndtr(-h) + 2 * special.owens_t(h, z)
-    assert NoiseTest(z=z).rate(signal) == pytest.approx(expected, abs=1e-9)
+    assert NoiseTest(z=z).rate(signal) == pytest.approx(expected, abs=1e-11)
 
 
 @pytest.mark.parametrize("z", [0.5, 1.0, 2.0, 6.314])

@@ -1,15 +1,17 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
 from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp, third_derivative
-from imstep.curvature import GaussNewton, Hessian
+from imstep.curvature import Fisher, GaussNewton, Hessian, Jacobian
 from imstep.optim import NewtonKrylov, minimize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ComplexStepTensor",
+    "Fisher",
     "GaussNewton",
     "Hessian",
+    "Jacobian",
     "NewtonKrylov",
     "UnsupportedOperatorError",
     "__version__",

@@ -9,7 +9,7 @@ the gradient, and its imaginary part is the Hessian-vector product. ``create_gra
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -59,7 +59,7 @@ class Arithmetic:
             raise ValueError("a tape records linear maps; finite arithmetic (h given) has none. Use h=None.")
         self._ledger = Ledger()
         self._plane = Plane()
-        self._tape = tape
+        self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self._ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self._ledger, h, tape, before_write)
         self._stack = ExitStack()
@@ -115,7 +115,32 @@ class Arithmetic:
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""
-        return self._islands.gradient(loss, inputs) if loss.requires_grad else [None] * len(inputs)
+        return self._islands.gradient([loss], inputs) if loss.requires_grad else [None] * len(inputs)
+
+    def pullback(
+        self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """After the evaluation: real gradients of the outputs' inner product with ``weights``; None where independent.
+
+        Autograd's graph is used up unless it is to be kept.
+        """
+        with self._islands:
+            return self._islands.gradient(outputs, inputs, weights)
+
+    def transpose(self, output: Tensor, inputs: list[Tensor], tape: Tape) -> list[Tensor | None]:
+        """After the evaluation: record the backward pass alone on ``tape``, from a weight of ``output`` to gradients.
+
+        Returns:
+            The gradients for zero weights, real and without meaning; None where ``output`` does not depend on an input.
+        """
+        backward = Arithmetic(None, tape, self._before_write, self._keep_graph)
+        backward._islands.follow(self._islands)
+        weight = torch.zeros_like(output)
+        backward.attach(weight)
+        with backward:
+            gradients = backward._islands.gradient([output], inputs, [weight])
+        backward.finish(gradients)
+        return gradients
 
     def finish(self, outputs: list[Tensor | None]) -> None:
         """End the recording: ``outputs`` are what the tape computes."""

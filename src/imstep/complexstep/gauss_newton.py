@@ -12,6 +12,7 @@ matrix itself see Schraudolph, Neural Computation 14 (2002), 1723-1738, section 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,23 +126,23 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     return [] if wanted else found
 
 
-def gauss_newton(tape: Tape, split: LossSplit) -> Tape:
-    """The tape with the second derivatives of the outputs left out."""
+def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
+    """The tape with the second derivatives of the outputs left out; ``nodes`` of autograd's graph are of the loss."""
     forward = set(tape.inputs)
     for step in tape.steps:
         if not step.call.backward:
             forward.update(step.writes)
     constant = lambda ref: None if ref is None or ref[0] in forward else ref
     steps = [
-        replace(step, inputs=_map(constant, step.inputs)) if _through_outputs(step, split) else step
+        replace(step, inputs=_map(constant, step.inputs)) if _through_outputs(step, nodes) else step
         for step in tape.steps
     ]
     return tape.with_steps(steps)
 
 
-def _through_outputs(step: Step, split: LossSplit) -> bool:
+def _through_outputs(step: Step, nodes: Container[int]) -> bool:
     """Whether a step is of the backward pass of z; also where that recomputes z, as checkpoints do."""
-    return step.call.backward and step.call.node not in split.nodes
+    return step.call.backward and step.call.node not in nodes
 
 
 def _convex(step: Step, sign: int) -> ConvexLoss | None:

@@ -9,7 +9,7 @@ island: its operators run without gradients, and their imaginary parts are what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, cast
@@ -216,10 +216,19 @@ class Islands(TorchFunctionMode):
             user = context.f_back
             self._cut = self._cut or (user is not None and self._in_checkpoint(user) and not _is_checkpoint(user))
 
-    def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
-        """The gradient that is to be differentiated; None for an input that ``loss`` does not depend on."""
+    def gradient(
+        self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
         with self._final_pass(), unseen():
-            return list(torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=self._keep_graph))
+            gradients = torch.autograd.grad(
+                outputs, inputs, weights, allow_unused=True, retain_graph=self._keep_graph
+            )
+        return list(gradients)
+
+    def follow(self, forward: Islands) -> None:
+        """Take over from the evaluation whose backward pass is to come."""
+        self._recurrent_again = forward._recurrent_again
 
     @contextmanager
     def _final_pass(self) -> Iterator[None]:

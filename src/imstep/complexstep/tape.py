@@ -148,16 +148,30 @@ class Tape:
         maps = {id(step.push) for step in self._steps}
         self._held = [held for held in self._held if id(held[2]) in maps]
 
-    def with_steps(self, steps: list[Step], watched: Sequence[Reference] = ()) -> Tape:
-        """A tape on the same memory with other steps, and with ``watched`` as further outputs."""
-        other = Tape()
-        other._slots, other._inputs, other._held, other._steps = self._slots, self._inputs, self._held, steps
-        other.finish([*self._outputs, *watched])
-        return other
+    def with_steps(self, steps: list[Step]) -> Tape:
+        """A tape on the same memory with other steps."""
+        return self._derived(steps, self._inputs, self._outputs)
 
     def watching(self, references: Sequence[Reference]) -> Tape:
         """A tape whose replays return the imaginary parts at ``references`` as well, after the outputs."""
-        return self.with_steps(self._steps, references)
+        return self._derived(self._steps, self._inputs, [*self._outputs, *references])
+
+    def restricted(self, inputs: Sequence[int], outputs: Sequence[int]) -> Tape:
+        """A tape from some of the inputs to some of the outputs, by position, without steps that no path takes."""
+        chosen = [self._inputs[at] for at in inputs]
+        live = set(chosen)
+        steps = []
+        for step in self._steps:
+            if not live.isdisjoint([*step.reads, *([step.target[0]] if step.target else [])]):
+                steps.append(step)
+                live.update(step.writes)
+        return self._derived(steps, chosen, [self._outputs[at] for at in outputs])
+
+    def _derived(self, steps: list[Step], inputs: list[int], outputs: Sequence[Reference | None]) -> Tape:
+        other = Tape()
+        other._slots, other._held, other._steps, other._inputs = self._slots, self._held, steps, inputs
+        other.finish(outputs)
+        return other
 
     @property
     def steps(self) -> list[Step]:

@@ -1,7 +1,33 @@
 """Curvature of a model's loss as linear operators on flat vectors."""
 
+from imstep.curvature.batches import BatchOperator
+from imstep.curvature.fisher import Empirical, Exact, Expectation, Fisher, MonteCarlo
 from imstep.curvature.frozen import FrozenClosure
-from imstep.curvature.hessian import GaussNewton, Hessian
+from imstep.curvature.gauss_newton import GaussNewton
+from imstep.curvature.hessian import Hessian
+from imstep.curvature.jacobian import Jacobian
+from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
 
-__all__ = ["FrozenClosure", "GaussNewton", "Hessian", "ParameterVector"]
+__all__ = [
+    "BatchOperator",
+    "Bernoulli",
+    "Categorical",
+    "Empirical",
+    "Exact",
+    "Expectation",
+    "Fisher",
+    "FrozenClosure",
+    "GaussNewton",
+    "Gaussian",
+    "Hessian",
+    "Jacobian",
+    "Likelihood",
+    "MeanOverSamples",
+    "MonteCarlo",
+    "ParameterVector",
+    "Poisson",
+    "Reduction",
+    "SumOverBatches",
+]

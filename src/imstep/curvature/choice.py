@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.hessian import TapeOperator, gauss_newton_of, hessian_of
+from imstep.curvature.hessian import gauss_newton_of, hessian_of
+from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 
 

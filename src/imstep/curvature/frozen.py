@@ -8,13 +8,12 @@ statistics, power iterations, counters).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -24,6 +23,7 @@ from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.state import RandomState, Writes
 
 Closure = Callable[[], Any]
 
@@ -56,14 +56,14 @@ class FrozenClosure:
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
-        report: the operators that the last :meth:`product` met.
+        report: the operators that the last product met.
     """
 
     def __init__(self, closure: Closure, parameters: ParameterVector) -> None:
         self._closure, self._parameters = closure, parameters
-        self._random = _RandomState(parameters.device)
-        self._random_after: _RandomState | None = None
-        self._writes = _Writes(parameters.tensors)
+        self._random = RandomState(parameters.device)
+        self._random_after: RandomState | None = None
+        self._writes = Writes(parameters.tensors)
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -87,7 +87,7 @@ class FrozenClosure:
             TapeChangedError: the closure overwrote what the tape needs.
         """
         tape, keep_graph = Tape(memory_budget), keep_graph or observer is not None
-        arithmetic = Arithmetic(tape=tape, before_write=self._writes.before, keep_graph=keep_graph)
+        arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
@@ -97,23 +97,26 @@ class FrozenClosure:
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
-        arithmetic = Arithmetic(h, before_write=self._writes.before)
-        _, gradients = self._differentiate(arithmetic, self._parameters.unflatten(direction))
+        return self.loss_and_product(direction, h)[1]
+
+    def loss_and_product(self, direction: Tensor, h: float | None = None) -> tuple[Tensor, Tensor]:
+        """The loss (0-dim), and what :meth:`product` returns."""
+        arithmetic = self.arithmetic(h)
+        loss, gradients = self._differentiate(arithmetic, self._parameters.unflatten(direction))
         self.report = arithmetic.report()
         parts = [None if g is None else arithmetic.value(g).im for g in gradients]
-        return self._parameters.flatten(parts)
+        return loss.detach(), self._parameters.flatten(parts)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
         with self._same_state(), self._own_gradients():
             loss = self._call()
-            gradients = self._gradients_of(loss, torch.autograd.grad)
+            gradients = self._gradients_of(loss, partial(torch.autograd.grad, allow_unused=True))
         return loss.detach(), self._parameters.flatten(gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, noting what the closure overwrites; for a first evaluation without a tape."""
-        arithmetic = Arithmetic(before_write=self._writes.before)
-        loss, gradients = self._differentiate(arithmetic, [None] * len(self._parameters.tensors))
+        loss, gradients = self._differentiate(self.arithmetic())
         return loss.detach(), self._parameters.flatten(gradients)
 
     def loss(self) -> Tensor:
@@ -125,35 +128,14 @@ class FrozenClosure:
     def _differentiate(
         self, arithmetic: Arithmetic, directions: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        inputs = self._parameters.tensors
-        for at, p in enumerate(inputs):
-            arithmetic.attach(p, None if directions is None else directions[at])
-        try:
-            with self._same_state(), self._own_gradients(), arithmetic:
-                loss = self._call()
-                take = lambda loss, inputs, allow_unused: arithmetic.gradient(loss, inputs)
-                gradients = self._gradients_of(loss, take)
-        finally:
-            for p in inputs:
-                arithmetic.release(p)
+        with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
+            loss = self._call()
+            gradients = self._gradients_of(loss, arithmetic.gradient)
         return loss, gradients
 
     def _call(self) -> Tensor:
         with torch.enable_grad():
-            loss = self._closure()
-            one = isinstance(loss, Tensor) and loss.numel() == 1
-            scalar = loss.reshape(()) if one else loss
-        if not one:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-            raise ValueError(
-                f"closure returned {got}; a step needs the loss, a tensor with one entry. "
-                "Reduce it, for instance with .mean(), and return it."
-            )
-        if loss.is_complex():
-            raise ValueError(
-                f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
-            )
-        return scalar
+            return scalar(self.evaluate())
 
     def _gradients_of(self, loss: Tensor, take: Callable[..., Any]) -> list[Tensor | None]:
         self.gradients += 1
@@ -165,15 +147,35 @@ class FrozenClosure:
                     "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
                     "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
                 )
-            gradients = list(take(loss, inputs, allow_unused=True))
-        if all(g is None for g in gradients):
-            raise ValueError(
-                "the loss depends on none of the parameters: every gradient is None. "
-                "Check that the closure evaluates the model whose parameters were given."
-            )
-        if any(g is not None and g.layout is not torch.strided for g in gradients):
-            raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
-        return gradients
+            gradients = list(take(loss, inputs))
+        return usable(gradients)
+
+    # --- evaluations of another kind ----------------------------------------------------------------------------
+
+    def arithmetic(self, h: float | None = None, tape: Tape | None = None, keep_graph: bool = False) -> Arithmetic:
+        """An arithmetic for an evaluation, which notes what the closure overwrites."""
+        return Arithmetic(h, tape, self._writes.before, keep_graph)
+
+    @contextmanager
+    def perturbed(self, arithmetic: Arithmetic, directions: Sequence[Tensor | None]) -> Iterator[None]:
+        """What is evaluated inside is, on complex-step numbers and in the state of the first evaluation.
+
+        Args:
+            directions: imaginary parts of the parameters, in order; of those beyond its end none is an input.
+        """
+        inputs = self._parameters.tensors
+        for p, direction in zip(inputs, directions, strict=False):
+            arithmetic.attach(p, direction)
+        try:
+            with self._same_state(), self._own_gradients(), arithmetic, torch.enable_grad():
+                yield
+        finally:
+            for p in inputs:
+                arithmetic.release(p)
+
+    def evaluate(self) -> Any:
+        """What the closure returns, as it is."""
+        return self._closure()
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class FrozenClosure:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Evaluations inside leave no trace: random numbers and buffers are put back to what they are now."""
-        now, contents = _RandomState(self._parameters.device), self._writes.contents()
+        now, contents = RandomState(self._parameters.device), self._writes.contents()
         try:
             yield
         finally:
@@ -206,7 +208,7 @@ class FrozenClosure:
             self._writes.rewind()
         yield
         if first:
-            self._random_after = _RandomState(self._parameters.device)
+            self._random_after = RandomState(self._parameters.device)
             self._writes.keep()
 
     @contextmanager
@@ -221,6 +223,33 @@ class FrozenClosure:
         finally:
             for p, g in zip(inputs, before, strict=True):
                 p.grad = g
+
+
+def scalar(loss: Any) -> Tensor:
+    """``loss`` as a 0-dim tensor; raises if it is none."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+        raise ValueError(
+            f"closure returned {got}; a step needs the loss, a tensor with one entry. "
+            "Reduce it, for instance with .mean(), and return it."
+        )
+    if loss.is_complex():
+        raise ValueError(
+            f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
+        )
+    return loss.reshape(())
+
+
+def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
+    """The gradients of what ``name`` says; raises if none depends on a parameter, or one is sparse."""
+    if all(g is None for g in gradients):
+        raise ValueError(
+            f"{name} depends on none of the parameters: every gradient is None. "
+            "Check that the closure evaluates the model whose parameters were given."
+        )
+    if any(g is not None and g.layout is not torch.strided for g in gradients):
+        raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
+    return gradients
 
 
 class _NoBackward(TorchFunctionMode):
@@ -239,63 +268,3 @@ class _NoBackward(TorchFunctionMode):
         for p in self._tensors:
             p.grad = torch.zeros_like(p)
         return None
-
-
-class _RandomState:
-    """The state of all global random number generators that a closure may draw from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._device = device
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
-class _Writes:
-    """Tensors of the model that the closure overwrites: their contents before and after the first evaluation.
-
-    Parameters are not among them, though a closure may overwrite them as well: an embedding with ``max_norm`` does.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = {p.untyped_storage()._cdata for p in parameters}
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._after: dict[int, Tensor] = {}
-
-    def before(self, t: Tensor) -> None:
-        """Note the whole storage of ``t``, which is about to be overwritten, unless it is known."""
-        storage = t.untyped_storage()
-        if storage._cdata not in self._before and storage._cdata not in self._parameters:
-            whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)
-            self._before[storage._cdata] = whole, whole.clone()
-
-    def keep(self) -> None:
-        """Remember the contents after the first evaluation: those that stay."""
-        self._after = self.contents()
-
-    def contents(self) -> dict[int, Tensor]:
-        """Copies of what the tensors hold now."""
-        return {key: whole.clone() for key, (whole, _) in self._before.items()}
-
-    def replace(self, contents: dict[int, Tensor]) -> None:
-        """Put the given contents back."""
-        for key, saved in contents.items():
-            self._before[key][0].copy_(saved)
-
-    def rewind(self) -> None:
-        """Put everything back to what it was before the first evaluation."""
-        for whole, saved in self._before.values():
-            whole.copy_(saved)
-
-    def finish(self, accepted: bool) -> None:
-        """Leave the contents as after one evaluation, or as before it."""
-        for key, (whole, saved) in self._before.items():
-            whole.copy_(self._after.get(key, saved) if accepted else saved)

@@ -8,7 +8,7 @@ from torch import Tensor
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.hessian import TapeOperator
+from imstep.curvature.operators import TapeOperator
 from imstep.curvature.sampling import end_weights
 from imstep.linalg import HalvedOperator
 
@@ -45,18 +45,20 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
             )
         self._ends = point.split.losses
         self._weights = end_weights(point.loss, self._ends)
-        watched = operator.tape.watching([reference for end in self._ends for reference in end.references])
-        super().__init__(operator.parameters, watched, operator.definite)
+        self._watched = operator.tape.watching([reference for end in self._ends for reference in end.references])
+        super().__init__(operator.parameters, operator.tape, operator.definite)
 
     def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
         self.check()
         self.products += 1
+        parts = self.parameters.unflatten(vector)
         with torch.no_grad():
-            image, seen = self._replay(vector)
+            changes = self._watched.replay(parts)
+        image, seen = self.parameters.flatten(changes[: len(parts)]), changes[len(parts) :]
         curvature, spread = float(vector @ image), 0.0
         for end, weight in zip(self._ends, self._weights, strict=True):
-            changes, seen = seen[: len(end.references)], seen[len(end.references) :]
-            spread += _difference(_by_example(end, weight, changes)) / 2
+            given, seen = seen[: len(end.references)], seen[len(end.references) :]
+            spread += _difference(_by_example(end, weight, given)) / 2
         return image, curvature + spread, curvature - spread
 
 

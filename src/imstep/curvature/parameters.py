@@ -10,7 +10,48 @@ from torch import Tensor, nn
 from imstep.complexstep.islands import unseen
 
 
-class ParameterVector:
+class TensorVector:
+    """Tensors of given forms seen as one vector of shape (n,): concatenated in order, each in row-major order.
+
+    Args:
+        forms: shape and dtype of each tensor.
+        dtype: of the vector.
+        device: of all.
+    """
+
+    def __init__(
+        self, forms: Sequence[tuple[torch.Size, torch.dtype]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._forms, self.dtype, self.device = list(forms), dtype, device
+        self._sizes = [shape.numel() for shape, _ in forms]
+        self.size = sum(self._sizes)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One vector (n,) from one tensor per part; None stands for zeros."""
+        empty = lambda n: torch.zeros(n, dtype=self.dtype, device=self.device)
+        with unseen():  # to leave autograd's graph is no cut of an arithmetic around this
+            parts = [
+                empty(n) if t is None else t.detach().reshape(-1).to(self.dtype)
+                for t, n in zip(tensors, self._sizes, strict=True)
+            ]
+            return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector`` (n,), one per part, in its shape and dtype (converted where that differs)."""
+        parts = vector.split(self._sizes)
+        return [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, self._forms, strict=True)]
+
+    def part(self, positions: Sequence[int]) -> TensorVector:
+        """The vector of some of the tensors."""
+        return TensorVector([self._forms[at] for at in positions], self.dtype, self.device)
+
+    def entries(self, positions: Sequence[int]) -> Tensor:
+        """Where the entries of some of the tensors are, in the order of :meth:`part`."""
+        places = torch.arange(self.size, device=self.device).split(self._sizes)
+        return torch.cat([places[at] for at in positions])
+
+
+class ParameterVector(TensorVector):
     """Parameters seen as one vector of shape (n,): concatenated in order, each in row-major order.
 
     The vector's dtype is float64 if a parameter is, else float32; parameters of half precision are converted at
@@ -45,25 +86,24 @@ class ParameterVector:
                 + ("none was given." if not candidates else f"all {len(candidates)} have requires_grad=False.")
             )
         _check(self.tensors)
-        self._sizes = [p.numel() for p in self.tensors]
-        self.size = sum(self._sizes)
-        self.device = self.tensors[0].device
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
+        super().__init__([(p.shape, p.dtype) for p in self.tensors], dtype, self.tensors[0].device)
 
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One vector (n,) from one tensor per parameter; None stands for zeros."""
-        empty = lambda n: torch.zeros(n, dtype=self.dtype, device=self.device)
-        with unseen():  # to leave autograd's graph is no cut of an arithmetic around this
-            parts = [
-                empty(n) if t is None else t.detach().reshape(-1).to(self.dtype)
-                for t, n in zip(tensors, self._sizes, strict=True)
-            ]
-            return torch.cat(parts)
+    def positions(self, params: nn.Module | Iterable[Tensor]) -> list[int]:
+        """Where some of the parameters stand among all; those that are frozen are left out.
 
-    def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of ``vector`` (n,), one per parameter, in its shape and dtype (converted where that differs)."""
-        parts = vector.split(self._sizes)
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.tensors, strict=True)]
+        Raises:
+            ValueError: one is not among them.
+        """
+        place = {id(p): at for at, p in enumerate(self.tensors)}
+        wanted = ParameterVector(params).tensors
+        unknown = sum(id(p) not in place for p in wanted)
+        if unknown:
+            raise ValueError(
+                f"{unknown} of the {len(wanted)} parameters of the block are not among those of the operator. "
+                "Pass parameters that the operator was built with."
+            )
+        return [place[id(p)] for p in wanted]
 
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""

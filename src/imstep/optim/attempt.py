@@ -11,8 +11,9 @@ from torch import Tensor
 from imstep.curvature.choice import CurvatureChoice
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
-from imstep.curvature.hessian import TapeOperator, hessian_of
+from imstep.curvature.hessian import hessian_of
 from imstep.curvature.layers import LayerObserver
+from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import Damping, LineModel, StepSearch
 from imstep.linalg import LinearOperator

@@ -1,0 +1,232 @@
+"""Curvature of a data set: the matrices of its batches summed, though they need not fit into memory together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep.report import OperatorReport
+from imstep.curvature.evaluation import BatchCurvature, Point, checked_budget
+from imstep.curvature.frozen import Closure
+from imstep.curvature.operators import PointOperator
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.products import Products, SummedProducts
+from imstep.curvature.reduction import MeanOverSamples, Reduction
+from imstep.curvature.state import RandomState
+
+ROOM_FOR_RECORDS = 2**30
+"""Bytes that the records of all batches may take by default. Our choice: a share of a small machine's memory."""
+
+Progress = Callable[[int, "int | None"], None]
+"""Called after each batch: how many are done, and of how many (None if that is not known yet)."""
+
+_END = object()
+
+
+class BatchOperator(PointOperator):
+    """A curvature matrix of the loss over all batches; made by ``over`` of the matrix's class.
+
+    Attributes: see :class:`PointOperator`.
+        batches: how many there are.
+        recorded: of how many a record is replayed; products go through the iterable again for the others.
+    """
+
+    def __init__(self, parameters: ParameterVector, point: Point, batches: int, recorded: int) -> None:
+        super().__init__(parameters, point)
+        self.batches, self.recorded = batches, recorded
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Batches, and the matrix that each has.
+
+    Args:
+        batches: can be gone through several times, with the same batches in the same order where random numbers are
+            the same.
+        closure: called with a batch, returns what the matrix is made of.
+        parameters: the vector that is differentiated.
+        kind: the matrix of a closure; also given the number of the batch.
+
+    Raises:
+        TypeError: ``batches`` can be gone through only once.
+    """
+
+    batches: Iterable[Any]
+    closure: Callable[[Any], Any]
+    parameters: ParameterVector
+    kind: Callable[[Closure, ParameterVector, int], BatchCurvature]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Iterator):
+            raise TypeError(
+                f"batches is an iterator ({type(self.batches).__name__}), which can be gone through only once; "
+                "products may need the batches again. Pass a list, a DataLoader or another iterable that starts anew."
+            )
+
+    def curvature(self, batch: Any, number: int) -> BatchCurvature:
+        """The matrix of one batch."""
+        return self.kind(partial(self.closure, batch), self.parameters, number)
+
+    def random_state(self) -> RandomState:
+        """Where all random numbers are now."""
+        return RandomState(self.parameters.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """A batch without a record, and how to meet it again.
+
+    Attributes:
+        number: of the batch.
+        loading, evaluating: random numbers before it was loaded and before it was evaluated.
+        weight: how much it counts.
+        loss: its loss, 0-dim.
+    """
+
+    number: int
+    loading: RandomState
+    evaluating: RandomState
+    weight: float
+    loss: Tensor
+
+
+def over(
+    series: Series, reduction: Reduction | None, memory_budget: int | None, progress: Progress | None
+) -> BatchOperator:
+    """The operator of a series, by going through it once; see :meth:`Hessian.over`."""
+    room, reduction, progress = checked_budget(memory_budget), reduction or MeanOverSamples(), progress or _quiet
+    expected = len(series.batches) if isinstance(series.batches, Sized) else None
+    start = series.random_state()
+    tally, iterator = _Tally(room), iter(series.batches)
+    for number in itertools.count():
+        loading = series.random_state()
+        batch = next(iterator, _END)
+        if batch is _END:
+            break
+        evaluating, weight = series.random_state(), reduction.weight(batch)
+        loss = tally.meet(series.curvature(batch, number), weight)
+        if tally.reason is not None:
+            tally.visits.append(Visit(number, loading, evaluating, weight, loss))
+        progress(number + 1, expected)
+    if not tally.weights:
+        raise ValueError("there are no batches to sum over: the iterable is empty.")
+    scale = reduction.scale(sum(tally.weights))
+    parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
+    if tally.visits:
+        parts.append((scale, RevisitingProducts(series, start, tally.visits, progress)))
+    return BatchOperator(series.parameters, tally.point(scale, parts), len(tally.weights), len(tally.sources))
+
+
+class _Tally:
+    """What the batches so far have shown."""
+
+    def __init__(self, room: int | None) -> None:
+        self.weights: list[float] = []
+        self.sources: list[Products] = []
+        self.visits: list[Visit] = []
+        self.reason: str | None = None
+        self._room, self._definite = room, True
+        self._loss = self._gradient = torch.zeros(())
+        self._report = OperatorReport(())
+
+    def meet(self, curvature: BatchCurvature, weight: float) -> Tensor:
+        """Evaluate a batch; keeps its record if all before it were kept and there is room. Returns its loss."""
+        try:
+            # Once one has no record, those after it have none either: what is in memory is then full.
+            known = self.reason
+            point = curvature.evaluate(self._room) if known is None else curvature.without_record(known)
+        finally:
+            curvature.frozen.leave(accepted=False)
+        self.reason = point.recomputes
+        if self.reason is None:
+            self.sources.append(point.source)
+            self._room = None if self._room is None else self._room - point.source.nbytes
+        if not self.weights:
+            self._report = point.report()
+        self.weights.append(weight)
+        self._loss = self._loss + weight * point.loss
+        self._gradient = self._gradient + weight * point.gradient
+        self._definite = self._definite and point.definite and weight >= 0
+        return point.loss
+
+    def point(self, scale: float, parts: list[tuple[float, Products]]) -> Point:
+        """The whole."""
+        count, reason = len(self.weights), self.reason
+        if reason is not None:
+            reason = f"{len(self.visits)} of {count} batches are evaluated anew for every product: {reason}"
+        report = replace(self._report, note=f"the first of {count} batches" + (f"; {reason}" if reason else ""))
+        source = SummedProducts(parts)
+        return Point(scale * self._loss, scale * self._gradient, source, self._definite, lambda: report, reason)
+
+
+class RevisitingProducts(Products):
+    """Products with the weighted sum over batches without a record: each goes through the batches again.
+
+    Args:
+        series: the batches.
+        start: random numbers before they were gone through first.
+        visits: the batches without a record, in order.
+        progress: called after each batch.
+    """
+
+    def __init__(self, series: Series, start: RandomState, visits: list[Visit], progress: Progress) -> None:
+        super().__init__(series.parameters, series.parameters)
+        self._series, self._start, self._progress = series, start, progress
+        self._visits = {visit.number: visit for visit in visits}
+        self._count = visits[-1].number + 1
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self.several(direction.unsqueeze(0)).squeeze(0)
+
+    def several(self, directions: Tensor) -> Tensor:
+        now = self._series.random_state()
+        try:
+            return self._pass(directions)
+        finally:
+            now.restore()
+
+    def _pass(self, directions: Tensor) -> Tensor:
+        total = torch.zeros_like(directions)
+        self._start.restore()
+        iterator = iter(self._series.batches)
+        for number in range(self._count):
+            visit = self._visits.get(number)
+            if visit is not None:
+                visit.loading.restore()
+            batch = next(iterator, _END)
+            if batch is _END:
+                raise RuntimeError(f"the iterable ended after {number} batches; there were at least {self._count}.")
+            if visit is not None:
+                total += visit.weight * self._products(batch, visit, directions)
+            self._progress(number + 1, self._count)
+        return total
+
+    def _products(self, batch: Any, visit: Visit, directions: Tensor) -> Tensor:
+        visit.evaluating.restore()
+        curvature = self._series.curvature(batch, visit.number)
+        try:
+            pairs = [curvature.loss_and_product(direction) for direction in directions]
+        finally:
+            curvature.frozen.undo()
+        if not _same_loss(pairs[0][0], visit.loss):
+            raise RuntimeError(
+                f"batch {visit.number} has the loss {float(pairs[0][0]):g}; when the operator was built it was "
+                f"{float(visit.loss):g}. The iterable must give the same batches in the same order each time: do not "
+                "shuffle by a generator of its own, or raise memory_budget so that every record is kept."
+            )
+        return torch.stack([product for _, product in pairs])
+
+
+def _same_loss(a: Tensor, b: Tensor) -> bool:
+    """Up to what the order of additions may change."""
+    return torch.allclose(a, b, rtol=torch.finfo(a.dtype).eps ** 0.5, atol=torch.finfo(a.dtype).tiny, equal_nan=True)
+
+
+def _quiet(done: int, expected: int | None) -> None:
+    return None

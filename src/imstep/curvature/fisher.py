@@ -1,0 +1,169 @@
+"""The Fisher information matrix of a model's parameters as a linear operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, Progress, Series, over
+from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
+from imstep.curvature.likelihoods import Likelihood
+from imstep.curvature.operators import PointOperator
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.reduction import Reduction
+
+Pair = Callable[[], tuple[Tensor, Tensor]]
+
+
+class Fisher(PointOperator):
+    """The Fisher matrix of a model's distribution of targets, at the parameters' values when it was built.
+
+        F = 1/N Σ_i E[gᵢ gᵢᵀ],   gᵢ = -∇ log p(yᵢ | zᵢ(w)),   a mean over the N cases of the batch
+
+    Args:
+        closure: returns ``(outputs, targets)``.
+        params: as for :class:`Hessian`.
+        likelihood: the distribution p, such as ``Categorical()``.
+        expectation: over which targets: :class:`Exact`, :class:`MonteCarlo` or :class:`Empirical`.
+        memory_budget: as for :class:`Hessian`.
+
+    Attributes: see :class:`PointOperator`; ``loss`` is the mean of -log p over the cases, up to terms without w, and
+        ``gradient`` its gradient. The matrix is positive semidefinite.
+
+    Raises:
+        As for :class:`GaussNewton`.
+
+    Cost: as :class:`GaussNewton`; no gradient of a single case is ever stored.
+
+    Source: Martens, Journal of Machine Learning Research 21 (2020), number 146: the matrix, where it equals that of
+        Gauss-Newton, and the empirical one.
+
+    Example:
+        >>> from imstep.curvature import Empirical, Gaussian
+        >>> w = nn.Parameter(torch.tensor([1.0, 0.0]))
+        >>> x, y = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([3.0, 0.0])
+        >>> F = Fisher(lambda: (x @ w, y), [w], Gaussian())
+        >>> F.to_dense()                    # XᵀX / 2
+        tensor([[0.5000, 1.0000],
+                [1.0000, 2.5000]])
+        >>> Fisher(lambda: (x @ w, y), [w], Gaussian(), Empirical()).to_dense()
+        tensor([[2., 4.],
+                [4., 8.]])
+    """
+
+    def __init__(
+        self,
+        closure: Pair,
+        params: nn.Module | Iterable[Tensor],
+        likelihood: Likelihood,
+        expectation: Expectation | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        parameters = ParameterVector(params)
+        model = (expectation or Exact()).of(likelihood, closure)
+        super().__init__(parameters, BatchGaussNewton(model, parameters).once(memory_budget))
+
+    @classmethod
+    def over(
+        cls,
+        batches: Iterable[Any],
+        closure: Callable[[Any], tuple[Tensor, Tensor]],
+        params: nn.Module | Iterable[Tensor],
+        likelihood: Likelihood,
+        expectation: Expectation | None = None,
+        *,
+        reduction: Reduction | None = None,
+        memory_budget: int | None = ROOM_FOR_RECORDS,
+        progress: Progress | None = None,
+    ) -> BatchOperator:
+        """The Fisher matrix over all ``batches``; see :meth:`Hessian.over`.
+
+        Args:
+            closure: called with a batch, returns ``(outputs, targets)``.
+            likelihood, expectation: as for :class:`Fisher`.
+        """
+        of = (expectation or Exact()).of
+        kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
+        return over(Series(batches, closure, ParameterVector(params), kind), reduction, memory_budget, progress)
+
+
+class Expectation(ABC):
+    """Over which targets the products of gradients are averaged in a Fisher matrix."""
+
+    @abstractmethod
+    def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
+        """The mean loss, in two parts such that its Gauss-Newton matrix is the Fisher matrix.
+
+        Args:
+            likelihood: the distribution.
+            closure: returns ``(outputs, targets)``.
+            batch: number of the batch.
+        """
+
+
+@dataclass(frozen=True)
+class Exact(Expectation):
+    """Over all targets, each with its probability under the model: Jᵀ L'' J with L the mean of -log p."""
+
+    def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
+        return LossOfOutputs(closure, lambda z, y: likelihood.losses(z, y).mean(), convex=True)
+
+
+@dataclass(frozen=True)
+class MonteCarlo(Expectation):
+    """Over targets drawn from the model's distribution, once, when the operator is built: unbiased.
+
+    Args:
+        samples: targets drawn for each case, >= 1.
+        seed: of the generator they come from, >= 0; each batch has numbers of its own.
+
+    Raises:
+        ValueError: there are no samples, or the seed is negative.
+
+    Cost: the losses of ``samples`` targets a case; the model is evaluated once.
+    """
+
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is at least 1, got {self.samples}.")
+        if self.seed < 0:
+            raise ValueError(f"seed is at least 0, got {self.seed}.")
+
+    def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
+        def losses() -> tuple[Tensor, Tensor]:
+            outputs, targets = closure()
+            at = outputs.detach()
+            generator = torch.Generator(at.device).manual_seed(self._seed(batch))
+            drawn = [likelihood.losses(outputs, likelihood.sample(at, generator)) for _ in range(self.samples)]
+            return likelihood.losses(outputs, targets), torch.stack(drawn)
+
+        return LossOfOutputs(losses, lambda observed, drawn: observed.mean() + _outer_products(drawn), convex=True)
+
+    def _seed(self, batch: int) -> int:
+        return int(np.random.SeedSequence((self.seed, batch)).generate_state(1, np.uint64)[0])
+
+
+@dataclass(frozen=True)
+class Empirical(Expectation):
+    """Over the targets that were observed. Not the Fisher matrix of the model, only close to it where the model fits.
+
+    Source: Kunstner, Balles and Hennig, NeurIPS 2019 (arXiv 1905.12558), on where it is not.
+    """
+
+    def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
+        observed = lambda: (likelihood.losses(*closure()),)
+        return LossOfOutputs(observed, lambda losses: losses.mean() + _outer_products(losses), convex=True)
+
+
+def _outer_products(losses: Tensor) -> Tensor:
+    """Zero, with zero gradient; its Hessian in the losses makes the mean of g gᵀ the Gauss-Newton matrix."""
+    return ((losses - losses.detach()) ** 2).mean() / 2

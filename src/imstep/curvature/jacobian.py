@@ -1,0 +1,165 @@
+"""The Jacobian of a model's outputs as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imstep.complexstep.report import OperatorReport
+from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
+from imstep.curvature.evaluation import checked_budget
+from imstep.curvature.frozen import FrozenClosure, usable
+from imstep.curvature.operators import ProductsOperator, Unmoved
+from imstep.curvature.parameters import ParameterVector, TensorVector
+from imstep.curvature.products import Products, RecomputedProducts, ReplayedProducts
+
+
+class Jacobian(ProductsOperator):
+    """The Jacobian of the outputs that ``closure`` returns, at the parameters' values when it was built.
+
+        J v = d/dt z(w + t v) at t = 0  =  Im z(w + ihv) / h,      Jᵀu by the backward pass of z
+
+    Building it evaluates the closure once and records the derivative of the outputs and their backward pass; products
+    with J and with ``J.T`` replay the records.
+
+    Args:
+        closure: returns the outputs z, a tensor of any shape with m entries; rows are in row-major order of it.
+        params: a module or an iterable of parameters; those with ``requires_grad=False`` are left out.
+        memory_budget: as for :class:`Hessian`, for both records together.
+
+    Attributes:
+        shape: (m, n).
+        outputs: z(w), of the shape that the closure gave it.
+        recomputes: why products evaluate the closure anew, a sentence; None where records are replayed.
+        products: how many products were made with J and Jᵀ, a block of k counting k.
+
+    Raises:
+        ValueError, TypeError: see :class:`ParameterVector`; the closure returned no real tensor with a graph.
+        UnsupportedOperatorError: the closure uses an operator without a rule.
+
+    Cost: about a gradient to build; a product with J two thirds of a gradient's matrix products, with Jᵀ as much.
+
+    Source: forward mode by the complex step, Martins, Sturdza and Alonso, ACM Transactions on Mathematical Software 29
+        (2003), 245-262; the backward pass is the model's own.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> J = Jacobian(lambda: torch.stack([w.sum(), w.prod(), w[0] ** 2]), [w])
+        >>> J @ torch.tensor([1.0, 1.0])
+        tensor([2., 3., 2.])
+        >>> J.T @ torch.tensor([0.0, 1.0, 0.0])
+        tensor([2., 1.])
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Tensor],
+        params: nn.Module | Iterable[Tensor],
+        memory_budget: int | None = None,
+    ) -> None:
+        parameters = ParameterVector(params)
+        evaluation = _Evaluation(FrozenClosure(closure, parameters), parameters)
+        point = evaluation.once(checked_budget(memory_budget))
+        super().__init__(point.forward, point.transposed, Unmoved(parameters))
+        self.parameters, self.outputs, self.recomputes = parameters, point.outputs, point.recomputes
+        self._report = point.report
+
+    def block(self, params: nn.Module | Iterable[Tensor]) -> ProductsOperator:
+        """The columns of some of the parameters, as an operator on their part of the vector.
+
+        Args:
+            params: a module or an iterable of parameters, all among those of this operator; in the order given.
+
+        Raises:
+            ValueError: a parameter is not among those of this operator.
+        """
+        columns = self.parameters.positions(params)
+        return ProductsOperator(self._forward.block([0], columns), self._transposed.block(columns, [0]), self.check)
+
+    def explain(self) -> OperatorReport:
+        """The operators that the closure met going forward, how often, and how each was differentiated."""
+        return self._report
+
+
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What one evaluation shows: see :class:`Jacobian`."""
+
+    outputs: Tensor
+    forward: Products
+    transposed: Products
+    report: OperatorReport
+    recomputes: str | None = None
+
+
+class _Evaluation:
+    """A model's outputs on one batch, and their derivative."""
+
+    def __init__(self, frozen: FrozenClosure, parameters: ParameterVector) -> None:
+        self._frozen, self._parameters = frozen, parameters
+
+    def once(self, memory_budget: int | None) -> _Outputs:
+        """The first evaluation, leaving random numbers and buffers as one evaluation does."""
+        try:
+            return self._record(memory_budget)
+        except (TapeTooLargeError, TapeChangedError) as error:
+            self._frozen.undo()
+            return self._without_record(str(error))
+        finally:
+            self._frozen.leave(accepted=True)
+
+    def _record(self, memory_budget: int | None) -> _Outputs:
+        vector, tape = self._parameters, Tape(memory_budget)
+        arithmetic = self._frozen.arithmetic(tape=tape)
+        with self._frozen.perturbed(arithmetic, [None] * len(vector.tensors)):
+            outputs = self._evaluate()
+            arithmetic.finish([outputs])
+        rest = None if memory_budget is None else max(memory_budget - tape.nbytes, 0)
+        backward = Tape(rest)
+        usable(arithmetic.transpose(outputs, vector.tensors, backward), "the output")
+        rows = self._rows(outputs)
+        forward, transposed = ReplayedProducts(tape, rows, vector), ReplayedProducts(backward, vector, rows)
+        return _Outputs(outputs.detach(), forward, transposed, arithmetic.report())
+
+    def _without_record(self, reason: str) -> _Outputs:
+        vector, arithmetic = self._parameters, self._frozen.arithmetic()
+        with self._frozen.perturbed(arithmetic, []):
+            outputs = self._evaluate()
+        rows = self._rows(outputs)
+        usable(arithmetic.pullback([outputs], vector.tensors, [torch.zeros_like(outputs)]), "the output")
+        forward = RecomputedProducts(lambda v: rows.flatten([self._push(vector.unflatten(v))]), rows, vector)
+        transposed = RecomputedProducts(lambda u: vector.flatten(self._pull(*rows.unflatten(u))), vector, rows)
+        return _Outputs(outputs.detach(), forward, transposed, arithmetic.report(), reason)
+
+    def _push(self, directions: list[Tensor]) -> Tensor | None:
+        arithmetic = self._frozen.arithmetic()
+        with self._frozen.aside(), self._frozen.perturbed(arithmetic, directions):
+            return arithmetic.value(self._evaluate()).im
+
+    def _pull(self, weight: Tensor) -> list[Tensor | None]:
+        arithmetic = self._frozen.arithmetic()
+        with self._frozen.aside():
+            with self._frozen.perturbed(arithmetic, []):
+                outputs = self._evaluate()
+            return arithmetic.pullback([outputs], self._parameters.tensors, [weight])
+
+    def _rows(self, outputs: Tensor) -> TensorVector:
+        return TensorVector([(outputs.shape, outputs.dtype)], self._parameters.dtype, self._parameters.device)
+
+    def _evaluate(self) -> Tensor:
+        outputs = self._frozen.evaluate()
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            got = f"a tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise TypeError(
+                f"closure returned {got}; a Jacobian needs the outputs as one real floating-point tensor. "
+                "Join several with torch.cat, complex ones with torch.view_as_real."
+            )
+        if not outputs.requires_grad:
+            raise ValueError(
+                "closure returned outputs without a graph; a Jacobian needs it. "
+                "Return the outputs themselves, not detached, and do not compute them under no_grad."
+            )
+        return outputs

@@ -1,0 +1,174 @@
+"""Linear operators over a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from imstep.complexstep.report import OperatorReport
+from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.curvature.evaluation import Point
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.products import Products, ReplayedProducts
+from imstep.linalg import LinearOperator
+
+
+class ProductsOperator(LinearOperator):
+    """A matrix by its products and those of its transpose; counts them.
+
+    Args:
+        forward: products with the matrix.
+        transposed: products with its transpose.
+        guard: raises where a product would be out of date.
+
+    Attributes:
+        products: how many products were made, transposed ones included, a block of k counting k.
+    """
+
+    def __init__(self, forward: Products, transposed: Products, guard: Callable[[], None] = lambda: None) -> None:
+        vector = forward.columns
+        super().__init__((forward.rows.size, vector.size), vector.dtype, vector.device)
+        self._forward, self._transposed, self._guard = forward, transposed, guard
+        self.products = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that recorded derivatives keep alive, the parameters included."""
+        together = self._forward is self._transposed
+        return self._forward.nbytes + (0 if together else self._transposed.nbytes)
+
+    def check(self) -> None:
+        """Raise :class:`TapeChangedError` if the point is not the one that was recorded any more."""
+        self._forward.check()
+        self._transposed.check()
+        self._guard()
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._one(self._forward, vector)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self._one(self._transposed, vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self._several(self._forward, block)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self._several(self._transposed, block)
+
+    def _one(self, products: Products, vector: Tensor) -> Tensor:
+        self.check()
+        self.products += 1
+        with torch.no_grad():
+            return products.one(vector)
+
+    def _several(self, products: Products, block: Tensor) -> Tensor:
+        self.check()
+        self.products += block.shape[1]
+        if block.shape[1] == 0:
+            return block.new_empty(products.rows.size, 0)
+        with torch.no_grad():
+            return products.several(block.t()).t()
+
+
+class SymmetricOperator(ProductsOperator):
+    """A symmetric matrix over a model's parameters.
+
+    Args:
+        parameters: the vector that it multiplies.
+        source: its products.
+        definite: whether the matrix is known to be positive semidefinite.
+        guard: raises where a product would be out of date.
+    """
+
+    def __init__(
+        self,
+        parameters: ParameterVector,
+        source: Products,
+        definite: bool = False,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(source, source, guard)
+        self.parameters, self.definite = parameters, definite
+
+    def block(
+        self, rows: nn.Module | Iterable[Tensor], columns: nn.Module | Iterable[Tensor] | None = None
+    ) -> ProductsOperator:
+        """The sub-matrix of some of the parameters, an operator on their part of the vector.
+
+        Args:
+            rows: a module or an iterable of parameters, all among those of this operator; in the order given.
+            columns: likewise; without them those of ``rows``: a diagonal block.
+
+        Raises:
+            ValueError: a parameter is not among those of this operator.
+
+        Cost: at most a product with the whole matrix; the steps of a record that lead from ``columns`` to ``rows``.
+        """
+        below = self.parameters.positions(rows)
+        if columns is None:
+            source = self._forward.block(below, below)
+            return ProductsOperator(source, source, self.check)
+        across = self.parameters.positions(columns)
+        return ProductsOperator(self._forward.block(below, across), self._forward.block(across, below), self.check)
+
+
+class TapeOperator(SymmetricOperator):
+    """A symmetric matrix whose products are replays of a tape from parameters to gradients.
+
+    Args:
+        parameters: the vector that the tape's inputs and outputs are parts of.
+        tape: its inputs and outputs are the parameters' directions and the gradient's derivative.
+        definite: whether the matrix is known to be positive semidefinite.
+    """
+
+    def __init__(self, parameters: ParameterVector, tape: Tape, definite: bool = False) -> None:
+        super().__init__(parameters, ReplayedProducts(tape, parameters, parameters), definite)
+        self.tape = tape
+
+
+class Unmoved:
+    """Raises when called after the parameters have left the values they have now.
+
+    Source: our own; writes through ``.data`` leave no trace in a version counter.
+    """
+
+    def __init__(self, parameters: ParameterVector) -> None:
+        self._now, self._then = [p.detach() for p in parameters.tensors], parameters.snapshot()
+
+    def __call__(self) -> None:
+        if not all(_same(p, saved) for p, saved in zip(self._now, self._then, strict=True)):
+            raise TapeChangedError(
+                "a parameter was changed in place after the operator was built; the operator belongs to the old "
+                "values. Build it anew at the new point."
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, a NaN being equal to itself; one pass where they are equal, as they are but for mistakes."""
+    return torch.equal(a, b) or torch.allclose(a, b, 0, 0, equal_nan=True)
+
+
+class PointOperator(SymmetricOperator):
+    """A curvature matrix together with what the evaluation of the closure has shown.
+
+    Attributes:
+        loss: f(w), a 0-dim tensor.
+        gradient: ∇f(w), (n,).
+        definite: whether the matrix is known to be positive semidefinite.
+        recomputes: why products evaluate the closure anew, a sentence; None where a record is replayed.
+        products: how many products were made, a block of k counting k.
+    """
+
+    def __init__(self, parameters: ParameterVector, point: Point) -> None:
+        super().__init__(parameters, point.source, point.definite, Unmoved(parameters))
+        self.loss, self.gradient, self.recomputes = point.loss, point.gradient, point.recomputes
+        self._report = point.report
+
+    def explain(self) -> OperatorReport:
+        """The operators that the closure met, how often, and how each was differentiated.
+
+        Where products are recomputed, those of the last one, and the reason.
+        """
+        return self._report()

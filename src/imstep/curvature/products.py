@@ -1,0 +1,159 @@
+"""Products of a matrix that belongs to tensors, with flat vectors: where they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep.tape import Tape
+from imstep.curvature.parameters import TensorVector
+
+_ROOM = {False: 2**21, True: 2**28}
+"""Bytes, on CPU and GPU, within which k directions together are faster than one by one.
+
+Measured on CPU: beyond the caches a block gains nothing and takes k times the memory. A GPU gains as long as it is not
+filled.
+"""
+
+
+class Products(ABC):
+    """Products with a matrix of shape (m, n).
+
+    Args:
+        rows: the vector (m,) that a product is.
+        columns: the vector (n,) that it is made with.
+    """
+
+    nbytes = 0
+    """Bytes that the products keep alive between them, parameters included."""
+
+    def __init__(self, rows: TensorVector, columns: TensorVector) -> None:
+        self.rows, self.columns = rows, columns
+
+    @abstractmethod
+    def one(self, direction: Tensor) -> Tensor:
+        """The product (m,) with one direction (n,)."""
+
+    def several(self, directions: Tensor) -> Tensor:
+        """The products (k, m) with directions (k, n), k > 0; by default one by one."""
+        return torch.stack([self.one(direction) for direction in directions])
+
+    def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
+        """Products with the sub-matrix of some of the tensors, by position."""
+        return PaddedProducts(self, rows, columns)
+
+    def check(self) -> None:
+        """Raise :class:`~imstep.complexstep.tape.TapeChangedError` if what they need was overwritten; else nothing."""
+        return None
+
+
+class ReplayedProducts(Products):
+    """Products by replay of a tape whose inputs and outputs are the tensors.
+
+    Args:
+        tape: from the tensors of ``columns`` to those of ``rows``.
+        rows, columns: see :class:`Products`.
+    """
+
+    def __init__(self, tape: Tape, rows: TensorVector, columns: TensorVector) -> None:
+        super().__init__(rows, columns)
+        self._tape, self.nbytes = tape, tape.nbytes
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self.rows.flatten(self._tape.replay(self.columns.unflatten(direction)))
+
+    def several(self, directions: Tensor) -> Tensor:
+        parts = directions.contiguous().split(self._at_once())
+        return torch.cat([self._together(part) for part in parts])
+
+    def _together(self, directions: Tensor) -> Tensor:
+        if len(directions) == 1:
+            return self.one(directions[0]).unsqueeze(0)
+        return torch.vmap(self.one)(directions)
+
+    def _at_once(self) -> int:
+        """How many directions to replay together: as many as the largest intermediate value has room for."""
+        return max(1, _ROOM[self.columns.device.type == "cuda"] // max(self._tape.largest, 1))
+
+    def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
+        return ReplayedProducts(self._tape.restricted(columns, rows), self.rows.part(rows), self.columns.part(columns))
+
+    def check(self) -> None:
+        self._tape.check()
+
+
+class RecomputedProducts(Products):
+    """Products each by an evaluation of its own; nothing is kept between them.
+
+    Args:
+        product: makes one.
+        rows, columns: see :class:`Products`.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], rows: TensorVector, columns: TensorVector) -> None:
+        super().__init__(rows, columns)
+        self._product = product
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self._product(direction)
+
+
+class SummedProducts(Products):
+    """Products with a sum of matrices, each with its weight.
+
+    Args:
+        parts: weights and products, of the same rows and columns.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Products]]) -> None:
+        super().__init__(parts[0][1].rows, parts[0][1].columns)
+        self._parts = list(parts)
+        self.nbytes = sum(part.nbytes for _, part in parts)
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self._sum(weight * part.one(direction) for weight, part in self._parts)
+
+    def several(self, directions: Tensor) -> Tensor:
+        return self._sum(weight * part.several(directions) for weight, part in self._parts)
+
+    @staticmethod
+    def _sum(terms: Iterator[Tensor]) -> Tensor:
+        total = next(terms)
+        for term in terms:
+            total += term
+        return total
+
+    def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
+        return SummedProducts([(weight, part.block(rows, columns)) for weight, part in self._parts])
+
+    def check(self) -> None:
+        for _, part in self._parts:
+            part.check()
+
+
+class PaddedProducts(Products):
+    """Products with a sub-matrix by those with the whole: zeros put in, entries picked out.
+
+    Args:
+        whole: products with the whole matrix.
+        rows, columns: positions of the tensors that make up the sub-matrix.
+    """
+
+    def __init__(self, whole: Products, rows: Sequence[int], columns: Sequence[int]) -> None:
+        super().__init__(whole.rows.part(rows), whole.columns.part(columns))
+        self._whole = whole
+        self._picked, self._filled = whole.rows.entries(rows), whole.columns.entries(columns)
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self.several(direction.unsqueeze(0)).squeeze(0)
+
+    def several(self, directions: Tensor) -> Tensor:
+        padded = directions.new_zeros(len(directions), self._whole.columns.size)
+        padded[:, self._filled] = directions
+        return self._whole.several(padded)[:, self._picked]
+
+    def check(self) -> None:
+        self._whole.check()

@@ -102,5 +102,12 @@ def hessian_products(loss: Tensor, params: list[Tensor], block: Tensor) -> Tenso
     return dense_jacobian(gradient @ block, params).T
 
 
+def dense_gauss_newton(outputs: Tensor, params: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Jᵀ L'' J, (n, n), with ``loss`` a function of tensors of the form of ``outputs``."""
+    jacobian, at = dense_jacobian(outputs, params), outputs.detach()
+    middle = torch.autograd.functional.hessian(lambda flat: loss(flat.view(at.shape)), at.reshape(-1))
+    return jacobian.T @ middle @ jacobian
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))

@@ -13,6 +13,7 @@ from curvature_cases import (
     F64,
     MODELS,
     build,
+    dense_gauss_newton,
     dense_jacobian,
     differentiable_kernels,
     hessian_products,
@@ -102,10 +103,7 @@ class Setting:
         return jacobian.T @ middle(z.detach()) @ jacobian
 
     def gauss_newton(self) -> Tensor:
-        curvature = lambda z: torch.autograd.functional.hessian(
-            lambda flat: self.loss.value(flat.view(z.shape), self.targets), z.reshape(-1)
-        )
-        return self.sandwich(curvature)
+        return dense_gauss_newton(self.outputs(), self.params, lambda z: self.loss.value(z, self.targets))
 
 
 def softmax_covariance(z: Tensor) -> Tensor:

@@ -84,14 +84,13 @@ class Visit:
 
     Attributes:
         number: of the batch.
-        loading, evaluating: random numbers before it was loaded and before it was evaluated.
+        loading: random numbers before it was loaded.
         weight: how much it counts.
         loss: its loss, 0-dim.
     """
 
     number: int
     loading: RandomState
-    evaluating: RandomState
     weight: float
     loss: Tensor
 
@@ -109,10 +108,10 @@ def over(
         batch = next(iterator, _END)
         if batch is _END:
             break
-        evaluating, weight = series.random_state(), reduction.weight(batch)
+        weight = reduction.weight(batch)
         loss = tally.meet(series.curvature(batch, number), weight)
         if tally.reason is not None:
-            tally.visits.append(Visit(number, loading, evaluating, weight, loss))
+            tally.visits.append(Visit(number, loading, weight, loss))
         progress(number + 1, expected)
     if not tally.weights:
         raise ValueError("there are no batches to sum over: the iterable is empty.")
@@ -208,7 +207,6 @@ class RevisitingProducts(Products):
         return total
 
     def _products(self, batch: Any, visit: Visit, directions: Tensor) -> Tensor:
-        visit.evaluating.restore()
         curvature = self._series.curvature(batch, visit.number)
         try:
             pairs = [curvature.loss_and_product(direction) for direction in directions]

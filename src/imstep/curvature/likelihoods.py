@@ -77,7 +77,8 @@ class Categorical(Likelihood):
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         classes = min(1, outputs.ndim - 1)
         rows = outputs.movedim(classes, -1)
-        drawn = torch.multinomial(rows.softmax(-1).flatten(0, -2), 1, generator=generator)
+        chances = rows.softmax(-1).reshape(-1, rows.shape[-1])
+        drawn = torch.multinomial(chances, 1, generator=generator)
         return drawn.reshape(rows.shape[:-1])
 
 

@@ -1,0 +1,264 @@
+"""Operators over many batches: equal to one of all the data, the same each time, and clear about what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_cases import build, normal, relative_error
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+import imstep
+from imstep.curvature import Categorical, Empirical, MeanOverSamples, MonteCarlo, SumOverBatches
+from imstep.curvature.operators import PointOperator
+
+X, LABELS = normal(10, 4), torch.arange(10) % 3
+SIZES = (4, 4, 2)
+BATCHES = list(zip(X.split(SIZES), LABELS.split(SIZES), strict=True))
+Make = Callable[..., PointOperator]
+
+
+def network() -> nn.Module:
+    return build("mlp")[0]
+
+
+def hessian(model: nn.Module, batches: Any, **options: Any) -> PointOperator:
+    return imstep.Hessian.over(batches, lambda b: F.cross_entropy(model(b[0]), b[1]), model, **options)
+
+
+def gauss_newton(model: nn.Module, batches: Any, **options: Any) -> PointOperator:
+    return imstep.GaussNewton.over(batches, lambda b: (model(b[0]), b[1]), model, F.cross_entropy, **options)
+
+
+def fisher(model: nn.Module, batches: Any, **options: Any) -> PointOperator:
+    return imstep.Fisher.over(batches, lambda b: (model(b[0]), b[1]), model, Categorical(), **options)
+
+
+def empirical(model: nn.Module, batches: Any, **options: Any) -> PointOperator:
+    closure = lambda b: (model(b[0]), b[1])
+    return imstep.Fisher.over(batches, closure, model, Categorical(), Empirical(), **options)
+
+
+def monte_carlo(model: nn.Module, batches: Any, **options: Any) -> PointOperator:
+    closure = lambda b: (model(b[0]), b[1])
+    return imstep.Fisher.over(batches, closure, model, Categorical(), MonteCarlo(2), **options)
+
+
+KINDS: dict[str, Make] = {"Hessian": hessian, "GaussNewton": gauss_newton, "Fisher": fisher, "empirical": empirical}
+
+
+def some_budget(make: Make) -> int:
+    """Room for the records of the first batch and of half of the second."""
+    first, both = (make(network(), BATCHES[:k], memory_budget=None).nbytes for k in (1, 2))
+    return (first + both) // 2
+
+
+@pytest.mark.parametrize("recorded", [3, 1, 0])
+@pytest.mark.parametrize("name", KINDS)
+def test_batches_make_up_the_whole(name: str, recorded: int) -> None:
+    make, model = KINDS[name], network()
+    budget = {3: None, 1: some_budget(make), 0: 0}[recorded]
+    whole = make(model, [(X, LABELS)])
+    operator = make(model, BATCHES, memory_budget=budget)
+    assert (operator.batches, operator.recorded) == (3, recorded)
+    assert (operator.recomputes is None) == (recorded == 3)
+    assert operator.definite == whole.definite
+    assert float(operator.loss) == pytest.approx(float(whole.loss), rel=1e-13)
+    assert relative_error(operator.gradient, whole.gradient) < 1e-13
+    block = normal(operator.size, 3)
+    expected = whole @ block
+    for _ in range(2):
+        assert relative_error(operator @ block, expected) < 1e-12
+        assert relative_error(operator @ block[:, 0], expected[:, 0]) < 1e-12
+    assert operator.products == 8
+    assert (operator @ block[:, :0]).shape == (operator.size, 0)
+
+
+def test_one_batch_is_the_plain_operator() -> None:
+    model = network()
+    plain = imstep.Hessian(lambda: F.cross_entropy(model(X), LABELS), model)
+    assert relative_error(hessian(model, [(X, LABELS)]).to_dense(), plain.to_dense()) < 1e-14
+
+
+def test_sums_and_other_weights() -> None:
+    model = network()
+    closure = lambda b: F.cross_entropy(model(b[0]), b[1], reduction="sum")
+    plain = imstep.Hessian(lambda: closure((X, LABELS)), model)
+    v = normal(plain.size)
+    total = imstep.Hessian.over(BATCHES, closure, model, reduction=SumOverBatches())
+    assert float(total.loss) == pytest.approx(float(plain.loss), rel=1e-13)
+    assert relative_error(total @ v, plain @ v) < 1e-13
+    means = lambda b: F.cross_entropy(model(b["x"]), b["y"])
+    named = [{"y": y, "x": x, "name": "some"} for x, y in BATCHES]
+    by_length = imstep.Hessian.over(named, means, model)
+    assert relative_error(by_length @ v, plain @ v / 10) < 1e-13
+    even = imstep.Hessian.over(named, means, model, reduction=MeanOverSamples(count=lambda b: 1))
+    parts = [imstep.Hessian(lambda b=b: means(b), model) @ v for b in named]
+    assert relative_error(even @ v, sum(parts) / 3) < 1e-13
+
+
+class Noisy(nn.Module):
+    """Draws numbers and moves statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("make", [hessian, gauss_newton, monte_carlo])
+def test_randomness_is_frozen_batch_by_batch(make: Make) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Noisy().double()
+        start, before = torch.get_rng_state(), [b.clone() for b in model.buffers()]
+        kept = make(model, BATCHES, memory_budget=None)
+        after = torch.get_rng_state()
+        torch.set_rng_state(start)
+        anew = make(model, BATCHES, memory_budget=0)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert not torch.equal(after, start)
+        assert float(kept.loss) == pytest.approx(float(anew.loss), rel=1e-13)
+        block = normal(kept.size, 2)
+        first = anew @ block
+        assert torch.equal(anew @ block, first)
+        assert relative_error(first, kept @ block) < 1e-12
+        assert torch.equal(torch.get_rng_state(), after)
+        assert all(torch.equal(b, old) for b, old in zip(model.buffers(), before, strict=True))
+
+
+def test_batches_draw_numbers_of_their_own() -> None:
+    """Equal batches, but each with its own mask."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Noisy().double()
+        model.body[1].eval()
+        state = torch.get_rng_state()
+        alone = hessian(model, BATCHES[:1])
+        torch.set_rng_state(state)
+        twice = hessian(model, [BATCHES[0], BATCHES[0]])
+    assert abs(float(alone.loss) - float(twice.loss)) > 1e-3
+
+
+def test_batches_draw_targets_of_their_own() -> None:
+    model = network()
+    v = normal(83)
+    once, twice = (monte_carlo(model, BATCHES[:1] * count) @ v for count in (1, 2))
+    assert relative_error(twice, once) > 1e-3
+
+
+def with_noise(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    x, y = default_collate(items)
+    return [x + 0.1 * torch.randn(x.shape, dtype=x.dtype), y]
+
+
+def test_shuffling_and_noise_by_the_global_generator() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Noisy().double()
+        loader = DataLoader(TensorDataset(X, LABELS), batch_size=4, shuffle=True, collate_fn=with_noise)
+        state = torch.get_rng_state()
+        kept = hessian(model, loader, memory_budget=None)
+        torch.set_rng_state(state)
+        anew = hessian(model, loader, memory_budget=some_budget(hessian))
+        assert 0 < anew.recorded < anew.batches == 3
+        torch.manual_seed(99)
+        v = normal(kept.size)
+        assert relative_error(anew @ v, kept @ v) < 1e-12
+
+
+def test_other_batches_than_at_first_are_noticed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=4, shuffle=True, generator=generator)
+    operator = hessian(network(), loader, memory_budget=0)
+    with pytest.raises(RuntimeError, match="the same batches in the same order"):
+        operator @ normal(operator.size)
+    shrinking = list(BATCHES)
+    operator = hessian(network(), shrinking, memory_budget=0)
+    shrinking.pop()
+    with pytest.raises(RuntimeError, match="ended after 2 batches"):
+        operator @ normal(operator.size)
+
+
+def test_batches_are_not_held() -> None:
+    """Only one batch at a time is in memory where there are no records."""
+    alive = 0
+
+    class Counted:
+        def __init__(self, x: Tensor) -> None:
+            nonlocal alive
+            self.x, alive = x, alive + 1
+            assert alive <= 2  # the next one is made before the last is let go
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    class Streamed:
+        def __iter__(self) -> Iterator[Counted]:
+            return (Counted(normal(2, 4, seed=i)) for i in range(6))
+
+    model = network()
+    closure = lambda b: model(b.x).pow(2).mean()
+    operator = imstep.Hessian.over(
+        Streamed(), closure, model, reduction=MeanOverSamples(lambda b: len(b.x)), memory_budget=0
+    )
+    operator @ normal(operator.size, 2)
+    assert alive == 0
+    assert operator.batches == 6
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int | None]] = []
+    operator = hessian(network(), BATCHES, memory_budget=0, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    told.clear()
+    operator @ normal(operator.size, 2)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+    class Unsized:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(BATCHES)
+
+    told.clear()
+    hessian(network(), Unsized(), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, None), (2, None), (3, None)]
+
+
+def test_says_what_is_recomputed() -> None:
+    operator = hessian(network(), BATCHES, memory_budget=some_budget(hessian))
+    assert operator.recomputes is not None
+    assert "2 of 3 batches" in operator.recomputes
+    assert "the first of 3 batches" in str(operator.explain())
+    assert operator.nbytes <= some_budget(hessian)
+
+
+def test_moved_parameters_are_noticed() -> None:
+    for budget in (None, 0):
+        model = network()
+        operator = hessian(model, BATCHES, memory_budget=budget)
+        model[0].weight.data.mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            operator @ normal(operator.size)
+
+
+def test_refusals() -> None:
+    model = network()
+    with pytest.raises(TypeError, match="only once"):
+        hessian(model, iter(BATCHES))
+    with pytest.raises(TypeError, match=r"generator\)"):
+        hessian(model, (b for b in BATCHES))
+    with pytest.raises(ValueError, match="no batches"):
+        hessian(model, [])
+    with pytest.raises(ValueError, match="memory_budget"):
+        hessian(model, BATCHES, memory_budget=-1)
+    with pytest.raises(ValueError, match="no tensor whose length"):
+        imstep.Hessian.over([0, 1], lambda b: model(X).sum(), model)
+    with pytest.raises(ValueError, match="0 samples together"):
+        hessian(model, BATCHES, reduction=MeanOverSamples(count=lambda b: 0))

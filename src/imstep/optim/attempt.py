@@ -32,8 +32,11 @@ from imstep.optim.record import (
 from imstep.optim.solving import NewtonSystem, Solver
 from imstep.optim.trials import Trials, try_escape, try_steps
 
-CONFIDENCE = 0.6
-"""Patience per full step in a row that the model foresaw, where the gradient norm itself does not fall."""
+CONTRACTION = 0.5
+"""How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
+
+CONFIDENCE = 0.95
+"""What takes its place, per full step in a row that the model foresaw, where the gradient norm does not fall so far."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,10 @@ class Attempt:
         )
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
-        contraction = self._contraction(loss, gradient_norm)
+        same = self._goes_on(loss)
+        if not same:
+            self._preconditioner.forget()
+        contraction = self._contraction(gradient_norm) if same else 1.0
         memory = memory.meet(gradient_norm)
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
@@ -150,16 +156,19 @@ class Attempt:
         self._parameters.restore(self._snapshot)
         self._frozen.undo()
 
-    def _contraction(self, loss: float, gradient_norm: float) -> float:
+    def _goes_on(self, loss: float) -> bool:
+        """Whether the step starts where the last one ended; another loss there is that of another batch."""
+        return abs(loss - self._memory.loss) <= 1e2 * torch.finfo(self.point.loss.dtype).eps * abs(loss)
+
+    def _contraction(self, gradient_norm: float) -> float:
         """How much the last full Newton steps tell that accuracy pays: a factor on the gradient, 1 for nothing."""
-        memory = self._memory
-        # A loss other than where the last step ended is that of another batch: accuracy would not carry over.
-        same = abs(loss - memory.loss) <= 1e2 * torch.finfo(self.point.loss.dtype).eps * abs(loss)
-        if not same or memory.full_steps < 2:
+        if self._memory.full_steps < 2:
             return 1.0
         # On ill-conditioned problems ‖g‖ does not fall from step to step, but that the model stays right tells as much.
-        fallen = gradient_norm / memory.gradient_norm if gradient_norm < memory.gradient_norm else 1.0
-        return min(fallen, CONFIDENCE ** (memory.full_steps - 2))
+        confidence = CONFIDENCE ** (self._memory.full_steps - 2)
+        if gradient_norm < CONTRACTION * self._memory.gradient_norm:
+            return min(gradient_norm / self._memory.gradient_norm, confidence)
+        return confidence
 
     # --- direction ----------------------------------------------------------------------------------------------
 

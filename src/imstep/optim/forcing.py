@@ -15,8 +15,8 @@ class Situation:
 
     Attributes:
         relative_gradient: ‖g‖ over the largest met so far, in (0, 1].
-        contraction: ‖g‖ over that of the point before, at most 1, if the last two steps were full Newton steps that the
-            model foresaw, and at most 0.6 to the power of the number of such steps before them; else 1.
+        contraction: after two full Newton steps in a row that the model foresaw, ‖g‖ over that of the point before if
+            it has halved, and at most 0.95 to the power of the number of such steps before them; else 1.
         last_products: products of the last step.
         fixed_cost, product_cost: of this step apart from products, and of a product, in gradients.
     """

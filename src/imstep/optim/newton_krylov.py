@@ -17,8 +17,9 @@ from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, Taylor
 from imstep.optim.attempt import Attempt, Strategies
 from imstep.optim.forcing import BestRateForcing, Forcing
 from imstep.optim.memory import Memory
-from imstep.optim.preconditioning import Kronecker, Preconditioning
+from imstep.optim.preconditioning import Preconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.recycling import Recycling
 from imstep.optim.solving import ConjugateGradient, Solver
 
 
@@ -102,7 +103,7 @@ class NewtonKrylov(torch.optim.Optimizer):
             max_trials=max_trials,
         )
         super().__init__(params, {})
-        self._preconditioning = preconditioning or Kronecker()
+        self._preconditioning = preconditioning or Recycling()
         self._parameters = _vector(self.param_groups)
         self._preconditioner = self._preconditioning.make(self._parameters)
         self._max_refusals = max_refusals

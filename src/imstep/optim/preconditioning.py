@@ -41,6 +41,9 @@ class Preconditioner(ABC):
     def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 (most learn nothing from them)
         """Take in directions p and products A p, (n,) each, that the solver of a step has met; oldest first."""
 
+    def forget(self) -> None:  # noqa: B027 (most have learnt nothing)
+        """Drop what was learnt from products, because the step is on another function: the loss of another batch."""
+
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved."""
         return {}

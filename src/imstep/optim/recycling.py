@@ -21,18 +21,19 @@ class Recycling(Preconditioning):
     """Another preconditioner, updated by the directions and products of the last steps.
 
     From step to step the curvature changes little. Every product that a Krylov iteration made is used again, in the
-    BFGS formula, so that the next one does not find the same directions anew. It adds no product.
+    BFGS formula, so that the next one does not find the same directions anew. It adds no product. Where a step is on
+    another function than the last one, the loss of another batch, the directions are dropped.
 
     Args:
         base: the preconditioner that is updated.
         pairs: how many directions are kept, with their products, >= 1: twice as many vectors of memory, also in
             ``state_dict``, and four inner products or sums of vectors for each in every iteration.
 
-    Source: Morales and Nocedal, SIAM J. Optim. 10 (2000), 1079-1096.
+    Source: Morales and Nocedal, SIAM J. Optim. 10 (2000), 1079-1096; the number of pairs is our choice.
     """
 
     base: Preconditioning = field(default_factory=Kronecker)
-    pairs: int = 30
+    pairs: int = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Preconditioning):
@@ -61,6 +62,9 @@ class _Recycled(Preconditioner):
 
     def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._pairs.extend(pairs)
+
+    def forget(self) -> None:
+        self._pairs.clear()
 
     def operator(self, damping: float) -> LinearOperator | None:
         base = self._base.operator(damping)

@@ -183,6 +183,7 @@ def test_arguments_are_left_alone(with_spectrum, normal):
         ({"radius": 0.0}, ValueError, "radius"),
         ({"radius": 1.0, "x0": torch.ones(3)}, ValueError, "inside the radius"),
         ({"max_iterations": -1}, ValueError, "max_iterations"),
+        ({"keep_pairs": -1}, ValueError, "keep_pairs"),
         ({"recompute_residual_every": 0}, ValueError, "For never pass None"),
         ({"x0": torch.ones(4)}, ValueError, r"\(3,\)"),
         ({"preconditioner": DiagonalOperator(torch.ones(2))}, ValueError, "agree in size"),

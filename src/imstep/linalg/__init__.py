@@ -8,12 +8,14 @@ from imstep.linalg.dense import (
     dense_solve,
     dense_trust_region,
 )
+from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
+from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.steihaug import steihaug_toint
@@ -30,6 +32,7 @@ __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
     "DenseOperator",
+    "DiagonalEstimate",
     "DiagonalOperator",
     "Eigenpair",
     "HalvedOperator",
@@ -41,6 +44,8 @@ __all__ = [
     "LimitedMemoryPreconditioner",
     "LinearOperator",
     "NoiseTest",
+    "NystromApproximation",
+    "NystromPreconditioner",
     "ProductBudget",
     "Progress",
     "ProgressStall",
@@ -50,13 +55,17 @@ __all__ = [
     "SplitOperator",
     "StoppingRule",
     "SumOperator",
+    "adaptive_nystrom",
     "conjugate_gradient",
     "dense_solve",
     "dense_trust_region",
+    "diagonal_preconditioner",
     "gltr",
+    "hutchinson_diagonal",
     "lanczos",
     "largest_eigenpair",
     "minres",
+    "nystrom",
     "smallest_eigenpair",
     "steihaug_toint",
 ]

@@ -86,7 +86,7 @@ def conjugate_gradient(
         >>> result.status.name, result.disturbing_curvature
         ('DISTURBING_NEGATIVE_CURVATURE', -2.0)
     """
-    check_not_negative(damping=damping, curvature_floor=curvature_floor)
+    check_not_negative(damping=damping, curvature_floor=curvature_floor, keep_pairs=keep_pairs)
     check_limit(max_iterations)
     _check_arguments(operator, rhs, x0, preconditioner, noise, radius, recompute_residual_every)
     system = DampedSystem(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner, check_vector
-from imstep.linalg.minres_system import MinresState, Probe, ShiftedSystem
+from imstep.linalg.minres_system import MinresState, NullWatch, Probe, ShiftedSystem
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
 from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule, first_answer
@@ -35,9 +35,10 @@ def minres(
     the root of rounding. Until then bᵀx, ‖x‖ and the model's decrease grow with every iterate from zero, so that each
     is a direction of descent.
 
-    Without a floor it also ends, with status LEAST_SQUARES, where A + λI takes p to zero, again to the root of
-    rounding: then x minimises ‖r‖_P. From a zero start it is the shortest such x in the norm of P⁻¹ (without P the
-    pseudo-inverse solution), unless rounding keeps the null space from being told; this costs one more product.
+    Without a floor it also ends, with status LEAST_SQUARES, where A + λI takes p to zero up to the root of rounding,
+    and 20 more iterations do not get past it: then x minimises ‖r‖_P. From a zero start it is the shortest such x in
+    the norm of P⁻¹ (without P the pseudo-inverse solution), unless rounding keeps the null space from being told; this
+    costs one more product.
 
     Args:
         operator: A, self-adjoint, size n.
@@ -84,15 +85,18 @@ def minres(
     system = ShiftedSystem(operator, rhs.detach(), damping, preconditioner, curvature_floor)
     limit = 10 * operator.size if max_iterations is None else max_iterations
     state, status = system.start(x0)
-    probe = None
+    probe, watch = None, NullWatch(system.null_level)
     while status is None and (status := _ending(system, state, stopping, limit)) is None:
         probe = system.probe(state)
         state = replace(state, products=state.products + 1)
         status = system.disturbance(state, probe)
+        if status is None and curvature_floor is None:
+            watch = watch.after(state, probe)
+            status = KrylovStatus.LEAST_SQUARES if watch.certain(state, system.rounding) else None
         if status is None:
             state, status = system.advance(state, probe)
-        elif status is KrylovStatus.LEAST_SQUARES:
-            state = system.shortened(state)
+        if status is KrylovStatus.LEAST_SQUARES:
+            state = system.shortened(replace(watch.closest or state, products=state.products))
     return _result(system, state, status, probe)
 
 

@@ -14,6 +14,9 @@ from imstep.linalg.dots import dots
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
 
+PATIENCE = 20
+"""Iterations that a residual must have stayed as long to count as a null vector."""
+
 
 @dataclass(frozen=True, eq=False)
 class LanczosVector:
@@ -30,6 +33,7 @@ class MinresState:
     solution: Tensor
     residual: Tensor  # r = b - (A + λI) x
     direction: Tensor  # p = P r, whose curvature the next product tells
+    norm: float  # ‖x‖
     residual_norm: float
     phi: float  # ‖r‖ in the metric of P
     decreases: tuple[float, ...]
@@ -42,7 +46,7 @@ class MinresState:
     sine: float
     delta: float  # δ_k and ε_k: what rotations left above the diagonal in column k of T
     epsilon: float
-    norm: float  # the largest column of T so far, at most ‖A + λI‖ in the metric of P
+    matrix_norm: float  # the largest column of T so far, at most ‖A + λI‖ in the metric of P
 
     @property
     def iteration(self) -> int:
@@ -62,7 +66,40 @@ class Probe:
     alpha: float  # α_k
     beta: float  # β_{k+1}; nan where P has proved indefinite
     gamma: float  # γ_k, the diagonal of column k before its own rotation
-    norm: float
+    matrix_norm: float
+
+
+@dataclass(frozen=True, eq=False)
+class NullWatch:
+    """Watches for a residual that is a null vector: A + λI shrinks it to the root of rounding, and it stays as long.
+
+    A residual along small eigenvalues is shrunk as well, but falls when the iteration gets to them.
+    """
+
+    level: float
+    closest: MinresState | None = None  # the iterate whose residual was shrunk most
+    shrinkage: float = math.inf
+    phi: float = math.inf  # ‖r‖_P when the wait began
+    since: int = 0
+
+    def after(self, state: MinresState, probe: Probe) -> NullWatch:
+        """The watch when the image of a state's residual is known."""
+        shrinkage = probe.image_norm / (probe.matrix_norm * state.phi) if probe.matrix_norm > 0 else 0.0
+        watch = self
+        if watch.closest is None or state.phi < 0.99 * watch.phi:
+            watch = replace(watch, phi=state.phi, since=state.iteration)
+        if watch.closest is not None and state.phi < 0.9 * watch.closest.phi:
+            watch = replace(watch, closest=None, shrinkage=math.inf)
+        # Once rounding has given a null vector some curvature, x grows out of bounds along it and ‖r‖ falls a little.
+        sound = watch.closest is None or state.norm <= 10 * watch.closest.norm
+        if sound and shrinkage <= min(watch.level, watch.shrinkage):
+            watch = replace(watch, closest=state, shrinkage=shrinkage)
+        return watch
+
+    def certain(self, state: MinresState, rounding: float) -> bool:
+        """Whether the system has no solution."""
+        waited = self.closest is not None and state.iteration - self.since >= PATIENCE
+        return waited or self.shrinkage <= 10 * rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +175,7 @@ class ShiftedSystem:
             alpha=alpha,
             beta=beta,
             gamma=gamma,
-            norm=max(state.norm, math.hypot(state.beta, alpha, beta)),
+            matrix_norm=max(state.matrix_norm, math.hypot(state.beta, alpha, beta)),
         )
 
     def disturbance(self, state: MinresState, probe: Probe) -> KrylovStatus | None:
@@ -148,15 +185,14 @@ class ShiftedSystem:
         if math.isnan(probe.beta):
             return KrylovStatus.STALLED  # rounding has made the preconditioner indefinite
         if self.curvature_floor is None:
-            null = probe.image_norm <= self.null_level * probe.norm * state.phi
-            return KrylovStatus.LEAST_SQUARES if null else None
+            return None
         # A definite matrix of condition κ turns no vector further than to a cosine of 2√κ/(κ + 1) (Kantorovich): below
         # this level it is singular to working precision. Next to a null vector the cosine falls with the root too;
         # at one, where it is noise, the curvature is within the rounding error of the recurrences.
         least = max(
             self.curvature_floor * probe.squared_norm,
             self.null_level * state.phi * probe.image_norm,
-            10 * self.rounding * probe.norm * state.phi**2,
+            10 * self.rounding * probe.matrix_norm * state.phi**2,
         )
         disturbs = probe.damped_curvature <= least
         return KrylovStatus.DISTURBING_NEGATIVE_CURVATURE if disturbs else None
@@ -184,10 +220,15 @@ class ShiftedSystem:
             sine=sine,
             delta=-state.cosine * probe.beta,
             epsilon=state.sine * probe.beta,
-            norm=probe.norm,
+            matrix_norm=probe.matrix_norm,
         )
         if not (math.isfinite(moved.residual_norm) and math.isfinite(moved.decreases[-1])):
             return state, KrylovStatus.NON_FINITE
+        (squared,) = dots((step, step))
+        length = abs(cosine) * state.phi * math.sqrt(squared)
+        # Rounding has made a null vector one of tiny curvature: the product with such a step is rounding only.
+        if self.curvature_floor is None and self.rounding * probe.matrix_norm * length > 0.1 * state.phi:
+            return state, KrylovStatus.LEAST_SQUARES
         return replace(moved, decreases=(*state.decreases, *moved.decreases)), None
 
     def image_of(self, state: MinresState, probe: Probe) -> Tensor:
@@ -211,15 +252,16 @@ class ShiftedSystem:
 
     def _at(self, solution: Tensor, residual: Tensor, products: int) -> MinresState:
         """The state before the first iteration at a point, but for its Lanczos vector."""
-        rhs_inner, residual_inner, squared = dots(
-            (solution, self.rhs), (solution, residual), (residual, residual)
+        rhs_inner, residual_inner, squared_norm, squared_residual = dots(
+            (solution, self.rhs), (solution, residual), (solution, solution), (residual, residual)
         )
         zero = torch.zeros_like(residual)
         return MinresState(
             solution=solution,
             residual=residual,
             direction=residual,
-            residual_norm=math.sqrt(squared),
+            norm=math.sqrt(squared_norm),
+            residual_norm=math.sqrt(squared_residual),
             phi=0.0,
             decreases=((rhs_inner + residual_inner) / 2,),  # bᵀx - xᵀ(A + λI)x/2, the product being b - r
             products=products,
@@ -231,5 +273,5 @@ class ShiftedSystem:
             sine=0.0,
             delta=0.0,
             epsilon=0.0,
-            norm=0.0,
+            matrix_norm=0.0,
         )

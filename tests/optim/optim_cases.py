@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,3 +25,12 @@ def network(seed: int = 0) -> nn.Module:
 
 def rosenbrock(w: Tensor) -> Tensor:
     return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
+
+
+def fitted_order(norms: list[float]) -> float:
+    """p of ‖g'‖ ~ C ‖g‖^p, least squares on logarithms over the last steps above rounding."""
+    usable = [g for g in norms if g > 1e-13 * norms[0] and g > 1e-14]
+    logs = [math.log(g) for g in usable[-4:]]
+    x, y = torch.tensor(logs[:-1], dtype=F64), torch.tensor(logs[1:], dtype=F64)
+    x, y = x - x.mean(), y - y.mean()
+    return float((x @ y) / (x @ x))

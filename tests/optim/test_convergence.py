@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optim_cases import F64, fitted_order, normal, rosenbrock
 from torch import Tensor, nn
 
 from imstep.globalization import Armijo, FixedStep, NoDamping
@@ -20,13 +21,6 @@ from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.optim import ExactHessian, Kronecker, NewtonKrylov, NoPreconditioning, ResidualForcing, StepOutcome
 from imstep.optim.direction import escape_direction
 from imstep.optim.solving import ConjugateGradient, NewtonSystem
-
-F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
 
 # --- speed near a solution ----------------------------------------------------------------------------------------
 
@@ -59,15 +53,6 @@ def quartic(seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 CONVEX = {"logistic": logistic, "softmax": softmax_regression, "exponentials": exponentials, "quartic": quartic}
-
-
-def fitted_order(norms: list[float]) -> float:
-    """p of ‖g'‖ ~ C ‖g‖^p, least squares on logarithms over the last steps above rounding."""
-    usable = [g for g in norms if g > 1e-13 * norms[0] and g > 1e-14]
-    logs = [math.log(g) for g in usable[-4:]]
-    x, y = torch.tensor(logs[:-1], dtype=F64), torch.tensor(logs[1:], dtype=F64)
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x @ x))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -120,10 +105,6 @@ def test_single_precision_ends_at_rounding_level() -> None:
 
 
 # --- hard functions -----------------------------------------------------------------------------------------------
-
-
-def rosenbrock(w: Tensor) -> Tensor:
-    return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
 
 
 def minimise(f: Callable[[], Tensor], params: list[nn.Parameter], steps: int, **options: Any) -> list[float]:

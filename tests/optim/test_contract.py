@@ -20,6 +20,7 @@ from imstep.optim import (
     ConjugateGradient,
     Direct,
     ExactHessian,
+    GeneralizedLanczos,
     Kronecker,
     MinimalResidual,
     NewtonKrylov,
@@ -52,6 +53,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "recycling plainly": {"preconditioning": Recycling(NoPreconditioning(), pairs=3), "momentum": True},
     "minres": {"curvature": ExactHessian(), "solver": MinimalResidual()},
     "direct": {"curvature": ExactHessian(), "solver": Direct()},
+    "gltr": {"curvature": ExactHessian(), "solver": GeneralizedLanczos(), "step": TaylorMonitor(radius=1.0)},
     "trust region": {"curvature": ExactHessian(), "solver": SteihaugToint(), "step": TaylorMonitor(radius=1.0)},
 }
 Closure = Callable[[], Tensor]

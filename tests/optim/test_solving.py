@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from imstep.globalization import FixedStep, NoDamping
 from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, conjugate_gradient
-from imstep.optim import ConjugateGradient, ExactHessian, NewtonKrylov, NewtonSystem, NoPreconditioning, SteihaugToint
+from imstep.optim import (
+    ConjugateGradient,
+    Direct,
+    ExactHessian,
+    GeneralizedLanczos,
+    NewtonKrylov,
+    NewtonSystem,
+    NoPreconditioning,
+    SteihaugToint,
+)
 from imstep.optim.direction import combined, descent
 from imstep.optim.forcing import Forcing
 
@@ -113,11 +122,13 @@ def test_momentum_is_conjugate_gradients_on_a_quadratic() -> None:
     assert optimizer.cost.products == 5 + 4 + 1  # and one for the scale of the curvature
 
 
-def test_steihaug_stays_within_the_radius() -> None:
+@pytest.mark.parametrize("solver", [SteihaugToint(), GeneralizedLanczos(), Direct()])
+def test_trust_region_solvers_stay_within_the_radius(solver) -> None:
     matrix, gradient = symmetric(torch.linspace(-1, 3, 8).to(F64)), normal(8)
-    direction = SteihaugToint().solve(system(matrix, gradient, radius=0.25))
+    direction = solver.solve(system(matrix, gradient, radius=0.25))
     assert direction.norm == pytest.approx(0.25)
     assert direction.slope < 0
+    assert direction.curvature == pytest.approx(float(direction.vector @ matrix @ direction.vector))
 
 
 @pytest.mark.parametrize("options", [{"momentum": True}, {"solver": ConjugateGradient(warm_start=0.9)}])

@@ -7,7 +7,15 @@ from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
 from imstep.optim.preconditioning import Kronecker, NoPreconditioning
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.recycling import Recycling
-from imstep.optim.solving import ConjugateGradient, Direct, MinimalResidual, NewtonSystem, Solver, SteihaugToint
+from imstep.optim.solving import (
+    ConjugateGradient,
+    Direct,
+    GeneralizedLanczos,
+    MinimalResidual,
+    NewtonSystem,
+    Solver,
+    SteihaugToint,
+)
 
 __all__ = [
     "BestRateForcing",
@@ -16,6 +24,7 @@ __all__ = [
     "Direct",
     "ExactHessian",
     "GaussNewtonFirst",
+    "GeneralizedLanczos",
     "Kronecker",
     "MinimalResidual",
     "MinimizeResult",

@@ -22,6 +22,7 @@ from imstep.linalg import (
     conjugate_gradient,
     dense_solve,
     dense_trust_region,
+    gltr,
     minres,
     steihaug_toint,
 )
@@ -184,6 +185,29 @@ class SteihaugToint(Solver):
         if math.isinf(system.radius):
             return ConjugateGradient().solve(system)
         result = steihaug_toint(
+            system.operator,
+            -system.gradient,
+            system.radius,
+            damping=system.damping,
+            preconditioner=system.preconditioner,
+            stopping=system.stopping,
+        )
+        return descent(system.operator, system.gradient, result)
+
+
+@dataclass(frozen=True)
+class GeneralizedLanczos(Solver):
+    """The best step within the step search's radius Δ: GLTR, which goes on along the boundary.
+
+    Before there is a radius, as :class:`ConjugateGradient`.
+
+    Source: Gould, Lucidi, Roma and Toint, SIAM J. Optim. 9 (1999), 504-525.
+    """
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        if math.isinf(system.radius):
+            return ConjugateGradient().solve(system)
+        result = gltr(
             system.operator,
             -system.gradient,
             system.radius,

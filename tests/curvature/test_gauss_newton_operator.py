@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from curvature_cases import F64, build, dense_gauss_newton, normal, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imstep.curvature import GaussNewton
 
@@ -98,6 +100,15 @@ def test_outputs_in_a_tree(budget: int | None) -> None:
     split = lambda t: ({"all": t[:8], "again": t[:8], "two": t[:8, :2]}, t[8:])
     expected = dense_gauss_newton(torch.cat([model(x), model(x.flip(0))]), params, lambda t: loss(*split(t)))
     assert_dense(G.to_dense(), expected)
+
+
+@either
+def test_checkpoints_in_model_and_loss(budget: int | None) -> None:
+    model, x, params = network()
+    again = partial(checkpoint, use_reentrant=False)
+    loss = lambda z, y: F.mse_loss(z.tanh(), y)
+    G = GaussNewton(lambda: (again(model, x), Y), model, lambda z, y: again(loss, z, y), budget)
+    assert_dense(G.to_dense(), dense_gauss_newton(model(x), params, lambda t: loss(t, Y)))
 
 
 @either

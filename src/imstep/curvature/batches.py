@@ -23,7 +23,7 @@ from imstep.curvature.state import RandomState
 ROOM_FOR_RECORDS = 2**30
 """Bytes that the records of all batches may take by default. Our choice: a share of a small machine's memory."""
 
-Progress = Callable[[int, "int | None"], None]
+ProgressCallback = Callable[[int, "int | None"], None]
 """Called after each batch: how many are done, and of how many (None if that is not known yet)."""
 
 _END = object()
@@ -96,7 +96,7 @@ class Visit:
 
 
 def over(
-    series: Series, reduction: Reduction | None, memory_budget: int | None, progress: Progress | None
+    series: Series, reduction: Reduction | None, memory_budget: int | None, progress: ProgressCallback | None
 ) -> BatchOperator:
     """The operator of a series, by going through it once; see :meth:`Hessian.over`."""
     room, reduction, progress = checked_budget(memory_budget), reduction or MeanOverSamples(), progress or _quiet
@@ -135,9 +135,9 @@ class _Tally:
         self._report = OperatorReport(())
 
     def meet(self, curvature: BatchCurvature, weight: float) -> Tensor:
-        """Evaluate a batch; keeps its record if all before it were kept and there is room. Returns its loss."""
+        """Evaluate a batch, keeping its record if all before it were kept and there is room; returns its loss."""
         try:
-            # Once one has no record, those after it have none either: what is in memory is then full.
+            # After the first without a record none is tried: one that does not fit costs an evaluation.
             known = self.reason
             point = curvature.evaluate(self._room) if known is None else curvature.without_record(known)
         finally:
@@ -174,7 +174,7 @@ class RevisitingProducts(Products):
         progress: called after each batch.
     """
 
-    def __init__(self, series: Series, start: RandomState, visits: list[Visit], progress: Progress) -> None:
+    def __init__(self, series: Series, start: RandomState, visits: list[Visit], progress: ProgressCallback) -> None:
         super().__init__(series.parameters, series.parameters)
         self._series, self._start, self._progress = series, start, progress
         self._visits = {visit.number: visit for visit in visits}

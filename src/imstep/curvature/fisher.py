@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, Progress, Series, over
+from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
 from imstep.curvature.likelihoods import Likelihood
 from imstep.curvature.operators import PointOperator
@@ -80,7 +80,7 @@ class Fisher(PointOperator):
         *,
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> BatchOperator:
         """The Fisher matrix over all ``batches``; see :meth:`Hessian.over`.
 

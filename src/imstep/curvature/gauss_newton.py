@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, gauss_newton, split_loss
 from imstep.complexstep.tape import Tape
-from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, Progress, Series, over
+from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.evaluation import BatchCurvature, Point
 from imstep.curvature.frozen import scalar, usable
 from imstep.curvature.operators import PointOperator
@@ -75,7 +75,7 @@ class GaussNewton(PointOperator):
         *,
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> BatchOperator:
         """The Gauss-Newton matrix of the loss over all ``batches``; see :meth:`Hessian.over`.
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
-from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, Progress, Series, over
+from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.evaluation import BatchCurvature, Point
 from imstep.curvature.frozen import Closure, Linearisation
 from imstep.curvature.operators import PointOperator, TapeOperator
@@ -68,7 +68,7 @@ class Hessian(PointOperator):
         *,
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> BatchOperator:
         """The Hessian of the loss over all ``batches``, which need not fit into memory together.
 

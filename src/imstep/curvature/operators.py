@@ -31,18 +31,18 @@ class ProductsOperator(LinearOperator):
         vector = forward.columns
         super().__init__((forward.rows.size, vector.size), vector.dtype, vector.device)
         self._forward, self._transposed, self._guard = forward, transposed, guard
+        self._sources = (forward,) if forward is transposed else (forward, transposed)
         self.products = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that recorded derivatives keep alive, the parameters included."""
-        together = self._forward is self._transposed
-        return self._forward.nbytes + (0 if together else self._transposed.nbytes)
+        return sum(source.nbytes for source in self._sources)
 
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if the point is not the one that was recorded any more."""
-        self._forward.check()
-        self._transposed.check()
+        for source in self._sources:
+            source.check()
         self._guard()
 
     def matvec(self, vector: Tensor) -> Tensor:

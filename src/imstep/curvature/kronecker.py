@@ -47,7 +47,7 @@ class KroneckerFactors:
         ICML 2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
     """
 
-    def __init__(self, parameters: ParameterVector, decay: float = 0.95) -> None:
+    def __init__(self, parameters: ParameterVector, decay: float = 0.8) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
         self._parameters, self._decay = parameters, decay

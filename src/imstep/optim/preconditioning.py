@@ -97,8 +97,8 @@ class Kronecker(Preconditioning):
             the cube in time. Wider layers, such as a large vocabulary's, get a diagonal.
     """
 
-    every: int = 5
-    decay: float = 0.95
+    every: int = 2
+    decay: float = 0.8
     seed: int = 0
     largest: int = 4096
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -182,17 +183,7 @@ class SteihaugToint(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        if math.isinf(system.radius):
-            return ConjugateGradient().solve(system)
-        result = steihaug_toint(
-            system.operator,
-            -system.gradient,
-            system.radius,
-            damping=system.damping,
-            preconditioner=system.preconditioner,
-            stopping=system.stopping,
-        )
-        return descent(system.operator, system.gradient, result)
+        return _in_ball(steihaug_toint, system)
 
 
 @dataclass(frozen=True)
@@ -205,17 +196,7 @@ class GeneralizedLanczos(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        if math.isinf(system.radius):
-            return ConjugateGradient().solve(system)
-        result = gltr(
-            system.operator,
-            -system.gradient,
-            system.radius,
-            damping=system.damping,
-            preconditioner=system.preconditioner,
-            stopping=system.stopping,
-        )
-        return descent(system.operator, system.gradient, result)
+        return _in_ball(gltr, system)
 
 
 @dataclass(frozen=True)
@@ -246,6 +227,21 @@ class Direct(Solver):
         else:
             result = dense_trust_region(operator, rhs, system.radius, damping=damping, limit=self.limit)
         return descent(operator, system.gradient, result)
+
+
+def _in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direction:
+    """The direction by a solver that takes a radius; by conjugate gradients before there is one."""
+    if math.isinf(system.radius):
+        return ConjugateGradient().solve(system)
+    result = solve(
+        system.operator,
+        -system.gradient,
+        system.radius,
+        damping=system.damping,
+        preconditioner=system.preconditioner,
+        stopping=system.stopping,
+    )
+    return descent(system.operator, system.gradient, result)
 
 
 def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:

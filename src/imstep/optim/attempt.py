@@ -38,6 +38,9 @@ CONTRACTION = 0.5
 CONFIDENCE = 0.95
 """What takes its place, per full step in a row that the model foresaw, where the gradient norm does not fall so far."""
 
+FAR = 10
+"""Step length from which a damped solution shows that curvature has fallen by orders of magnitude."""
+
 
 @dataclass(frozen=True)
 class Strategies:
@@ -245,6 +248,7 @@ class Attempt:
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, _realised(model, trials)),
+            curvature_scale=memory.curvature_scale / _excess(model, trials),
             loss=trials.loss,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
@@ -310,3 +314,10 @@ def _realised(model: LineModel, trials: Trials) -> float:
     if not trials.accepted or model.curvature <= 0:
         return trials.rho
     return (model.loss - trials.loss) / model.decrease(model.minimizer)
+
+
+def _excess(model: LineModel, trials: Trials) -> float:
+    """How many times too large the damping has proved; 1 unless that is far more than its own rule makes good."""
+    # Where λ outweighs the curvature, d is about -g/λ, and the step that was right is that of λ/t.
+    foreseen = trials.accepted and trials.rho > 0.75 and model.curvature > 0
+    return trials.step_length if foreseen and trials.step_length > FAR else 1.0

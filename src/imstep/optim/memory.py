@@ -22,7 +22,8 @@ class Memory:
     Attributes:
         search: what the step search remembers.
         damping: λ relative to ``curvature_scale``.
-        curvature_scale: |gᵀAg| / gᵀg at the first gradient; 0 before.
+        curvature_scale: c, at first |gᵀAg| / gᵀg at the first gradient, less where curvature has fallen by orders of
+            magnitude; 0 before.
         steps: steps taken.
         refusals: consecutive steps up to now whose loss or gradient was not finite.
         gradient_norm: ‖g‖ at the last point; 0 before the first.

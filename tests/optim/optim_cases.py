@@ -29,7 +29,7 @@ def rosenbrock(w: Tensor) -> Tensor:
 
 def fitted_order(norms: list[float]) -> float:
     """p of ‖g'‖ ~ C ‖g‖^p, least squares on logarithms over the last steps above rounding."""
-    usable = [g for g in norms if g > 1e-13 * norms[0] and g > 1e-14]
+    usable = [g for g in norms if g > 1e-15 * max(norms[0], 1)]
     logs = [math.log(g) for g in usable[-4:]]
     x, y = torch.tensor(logs[:-1], dtype=F64), torch.tensor(logs[1:], dtype=F64)
     x, y = x - x.mean(), y - y.mean()

@@ -9,6 +9,7 @@ from imstep.curvature.jacobian import Jacobian
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
+from imstep.curvature.residual_jacobian import ResidualJacobian
 
 __all__ = [
     "BatchOperator",
@@ -29,5 +30,6 @@ __all__ = [
     "ParameterVector",
     "Poisson",
     "Reduction",
+    "ResidualJacobian",
     "SumOverBatches",
 ]

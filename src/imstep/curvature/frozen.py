@@ -121,9 +121,18 @@ class FrozenClosure:
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
+        return self.loss_with_graph().detach()
+
+    def loss_with_graph(self, watch: bool = False) -> Tensor:
+        """The loss (0-dim) and its graph at the current parameters: a ``backward()`` in the closure is skipped.
+
+        Args:
+            watch: whether to note what the closure overwrites; for a first evaluation.
+        """
         self.losses += 1
-        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors):
-            return self._call().detach()
+        watching = self.arithmetic() if watch else nullcontext()
+        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors), watching:
+            return self._call()
 
     def _differentiate(
         self, arithmetic: Arithmetic, directions: Sequence[Tensor | None] | None = None

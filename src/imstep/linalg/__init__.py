@@ -17,6 +17,8 @@ from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
+from imstep.linalg.partial_cholesky import DenseGram, GramMatrix, PartialCholesky, partial_cholesky
+from imstep.linalg.reduced import ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
@@ -31,10 +33,12 @@ from imstep.linalg.stopping import (
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "DenseGram",
     "DenseOperator",
     "DiagonalEstimate",
     "DiagonalOperator",
     "Eigenpair",
+    "GramMatrix",
     "HalvedOperator",
     "IdentityOperator",
     "IndefiniteRule",
@@ -46,9 +50,11 @@ __all__ = [
     "NoiseTest",
     "NystromApproximation",
     "NystromPreconditioner",
+    "PartialCholesky",
     "ProductBudget",
     "Progress",
     "ProgressStall",
+    "ReducedLeastSquares",
     "RelativeResidual",
     "ScaledOperator",
     "ShiftedEigenvalues",
@@ -66,6 +72,7 @@ __all__ = [
     "largest_eigenpair",
     "minres",
     "nystrom",
+    "partial_cholesky",
     "smallest_eigenpair",
     "steihaug_toint",
 ]

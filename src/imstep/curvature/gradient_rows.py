@@ -1,0 +1,143 @@
+"""Per-residual gradients of one parameter, kept as small as they are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.uses import Rows
+
+
+class GradientRows(ABC):
+    """The gradients of N residuals with respect to one parameter: the rows of a matrix B, (N, entries)."""
+
+    @abstractmethod
+    def matvec(self, vector: Tensor) -> Tensor:
+        """B v, (N,)."""
+
+    @abstractmethod
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        """Bᵀ u, (entries,)."""
+
+    @abstractmethod
+    def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
+        """Add the block (B Bᵀ)[rows, columns] to ``out``."""
+
+    @abstractmethod
+    def squared_norms(self) -> Tensor:
+        """The diagonal of B Bᵀ, (N,)."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> GradientRows:
+        """The rows at ``index`` (k,)."""
+
+
+class PlainRows(GradientRows):
+    """Stored as they are, (N, entries)."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._rows @ vector
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self._rows.mT @ vector
+
+    def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
+        out.addmm_(self._rows[rows], self._rows[columns].mT)
+
+    def squared_norms(self) -> Tensor:
+        return self._rows.square().sum(1)
+
+    def select(self, index: Tensor) -> GradientRows:
+        return PlainRows(self._rows[index])
+
+
+class OuterRows(GradientRows):
+    """Sums of m outer products: row i is Σ_s left_si right_siᵀ.
+
+        (B Bᵀ)_ij = Σ_st (left_si · left_tj) (right_si · right_tj)
+
+    Args:
+        left: (m, N, out); zeros where a residual has fewer than m.
+        right: (m, N, in).
+
+    Source: our own; the diagonal for one product a residual is in Goodfellow, "Efficient per-example gradient
+        computations" (arXiv 1510.01799).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        matrix = vector.view(self._left.shape[2], self._right.shape[2])
+        return ((self._left @ matrix) * self._right).sum((0, 2))
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        weighted = (self._left * vector[:, None]).flatten(0, 1)
+        return (weighted.mT @ self._right.flatten(0, 1)).reshape(-1)
+
+    def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
+        for left, right in zip(self._left[:, rows], self._right[:, rows], strict=True):
+            for other_left, other_right in zip(self._left[:, columns], self._right[:, columns], strict=True):
+                out.addcmul_(left @ other_left.mT, right @ other_right.mT)
+
+    def squared_norms(self) -> Tensor:
+        left, right = self._left.transpose(0, 1), self._right.transpose(0, 1)
+        return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+    def select(self, index: Tensor) -> GradientRows:
+        return OuterRows(self._left[:, index], self._right[:, index])
+
+
+def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:
+    """The gradient rows of one parameter from what its uses add, in float64.
+
+    Args:
+        pieces: addends, each with the residuals (R,) that they belong to; -1 for none.
+        count: N.
+        entries: of the parameter.
+    """
+    pieces = [_owned(rows, owner) for rows, owner in pieces]
+    outer = [(rows.left, rows.right, owner) for rows, owner in pieces if rows.right is not None]
+    plain = [(rows.left, owner) for rows, owner in pieces if rows.right is None]
+    left, right = _slots(outer, count) if outer else (None, None)
+    if left is not None and right is not None and not plain:
+        m, _, width = left.shape
+        if m * m * (width + right.shape[2]) < entries:
+            return OuterRows(left, right)
+    rows = torch.zeros(count, entries, dtype=torch.float64, device=pieces[0][1].device)
+    for addends, owner in plain:
+        rows.index_add_(0, owner, addends.double())
+    if left is not None and right is not None:
+        rows += torch.einsum("mno,mni->noi", left, right).flatten(1)
+    return PlainRows(rows)
+
+
+def _owned(rows: Rows, owner: Tensor) -> tuple[Rows, Tensor]:
+    """Without the addends that belong to none."""
+    live = owner >= 0
+    if bool(live.all()):
+        return rows, owner
+    return Rows(rows.left[live], None if rows.right is None else rows.right[live]), owner[live]
+
+
+def _slots(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Outer products sorted by residual: (m, N, out) and (m, N, in), the s-th of each residual in slot s."""
+    owner = torch.cat([owner for *_, owner in pieces])
+    order = owner.argsort(stable=True)
+    sizes = torch.bincount(owner, minlength=count)
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes)[owner[order]]
+    m = max(int(sizes.max()), 1)
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        whole = torch.zeros(m, count, parts[0].shape[1], dtype=torch.float64, device=owner.device)
+        whole[slot, owner] = torch.cat(parts).double()
+        return whole
+
+    return padded([left for left, *_ in pieces]), padded([right for _, right, _ in pieces])

@@ -1,0 +1,217 @@
+"""The Jacobian of a loss's residuals and its Gram matrix, without a backward pass per residual."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from imstep.curvature.frozen import Closure, FrozenClosure
+from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
+from imstep.curvature.ownership import OwnedRows, owned_rows
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.squares import Residuals, residuals_of
+from imstep.curvature.uses import find_uses
+from imstep.linalg import GramMatrix, LinearOperator
+
+F64 = torch.float64
+_CHUNK = 128
+"""Rows of a Gram matrix at a time."""
+
+_SLACK = 1e3
+"""Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
+
+
+class JacobianRows(LinearOperator):
+    """A matrix J of N rows, one gradient each, kept parameter by parameter: shape (N, n), float64.
+
+    Args:
+        parts: the rows with respect to each parameter, in order; None where all are zero.
+        sizes: entries of each parameter.
+        count: N.
+        device: of the rows.
+    """
+
+    def __init__(
+        self, parts: Sequence[GradientRows | None], sizes: Sequence[int], count: int, device: torch.device
+    ) -> None:
+        super().__init__((count, sum(sizes)), F64, device)
+        self._parts, self._sizes = list(parts), list(sizes)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        image = vector.new_zeros(self.shape[0])
+        for part, piece in zip(self._parts, vector.split(self._sizes), strict=True):
+            if part is not None:
+                image += part.matvec(piece)
+        return image
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        pieces = zip(self._parts, self._sizes, strict=True)
+        return torch.cat([vector.new_zeros(n) if part is None else part.rmatvec(vector) for part, n in pieces])
+
+    def rows(self, index: Tensor) -> JacobianRows:
+        """The rows at ``index`` (k,)."""
+        parts = [None if part is None else part.select(index) for part in self._parts]
+        return JacobianRows(parts, self._sizes, len(index), self.device)
+
+    def gram(self) -> Gram:
+        """J Jᵀ, (N, N)."""
+        return Gram(self, [part for part in self._parts if part is not None])
+
+
+class Gram(GramMatrix):
+    """J Jᵀ for rows J; what `J.gram()` builds.
+
+    Args:
+        rows: J.
+        parts: its rows with respect to each parameter.
+    """
+
+    def __init__(self, rows: JacobianRows, parts: Sequence[GradientRows]) -> None:
+        super().__init__(rows.shape[0], rows.dtype, rows.device)
+        self._rows, self._parts = rows, parts
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._rows.matvec(self._rows.rmatvec(vector))
+
+    def diagonal(self) -> Tensor:
+        none = torch.zeros(self.size, dtype=F64, device=self.device)
+        return sum((part.squared_norms() for part in self._parts), none)
+
+    def columns(self, index: Tensor) -> Tensor:
+        block = torch.zeros(self.size, len(index), dtype=F64, device=self.device)
+        for part in self._parts:
+            part.add_gram(block, slice(None), index)
+        return block
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (N, N): the lower triangle is computed, in chunks of rows that stay in the cache."""
+        whole = torch.zeros(self.size, self.size, dtype=F64, device=self.device)
+        for start in range(0, self.size, _CHUNK):
+            end = min(start + _CHUNK, self.size)
+            for part in self._parts:
+                part.add_gram(whole[start:end, :end], slice(start, end), slice(0, end))
+        return whole.tril_() + whole.tril(-1).mT
+
+
+class ResidualJacobian(JacobianRows):
+    """J = ∂ρ/∂w of the residuals ρ of a loss f = ρᵀρ/2, at the parameters' values when it was built.
+
+        g = Jᵀρ,   Gauss-Newton matrix = JᵀJ,   Gram matrix = JJᵀ
+
+    Where the gradient of a layer's weight is a sum of few outer products per residual, J is kept as their factors, and
+    JJᵀ takes N² (in + out) multiplications for a pair of uses of the weight instead of N² in · out. The factors are
+    found in autograd's graph, so that a loss may take derivatives of the model with respect to its inputs.
+
+    Args:
+        closure: returns the loss, a sum of squares by sums, means and positive factors, of residuals that are computed
+            independently of each other; it may also call ``zero_grad()`` and ``backward()``.
+        params: a module or an iterable of parameters; those with ``requires_grad=False`` are left out.
+
+    Attributes:
+        loss: f(w), a 0-dim tensor.
+        residuals: ρ, (N,), float64.
+        explicit: positions of parameters whose uses were not recognised, and whose rows cost a backward pass each.
+
+    Raises:
+        ValueError: the loss is no sum of squares; or the residuals depend on each other, as with batch normalisation.
+
+    Cost: a forward pass; two to four backward passes; N more where ``explicit`` is not empty. Arithmetic on rows is
+        float64 whatever the parameters' dtype, since JJᵀ has the square of J's condition.
+
+    Source: our own.
+
+    Example:
+        >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+        >>> J = ResidualJacobian(lambda: model(x).square().sum() / 2, model)
+        >>> J.gram().dense()
+        tensor([[5., 6.],
+                [6., 9.]], dtype=torch.float64)
+    """
+
+    def __init__(self, closure: Closure, params: nn.Module | Iterable[Tensor]) -> None:
+        parameters = ParameterVector(params)
+        frozen = FrozenClosure(closure, parameters)
+        try:
+            self._fill(frozen.loss_with_graph(watch=True), parameters)
+        finally:
+            frozen.leave(accepted=True)
+
+    @classmethod
+    def at(cls, loss: Tensor, parameters: ParameterVector) -> ResidualJacobian:
+        """From a loss that was evaluated already, with its graph."""
+        self = cls.__new__(cls)
+        self._fill(loss, parameters)
+        return self
+
+    def _fill(self, loss: Tensor, parameters: ParameterVector) -> None:
+        residuals = require_residuals(loss)
+        tensors, count = parameters.tensors, len(residuals.values)
+        uses = find_uses([o.z for o in residuals.outputs], tensors)
+        owned = owned_rows(residuals, [use for use in uses.known if use.parameter not in uses.unknown], tensors)
+        if owned is None:
+            raise ValueError(
+                "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
+                "normalisation or attention across the batch. Put normalisation into eval mode, or use an optimizer "
+                "that needs no residuals."
+            )
+        parts, wrong = _parts(owned, count, residuals.values.dtype, uses.unknown)
+        self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
+        rows = _by_backward_passes(residuals, [tensors[at] for at in wrong])
+        for at, part in zip(wrong, rows, strict=True):
+            parts[at] = part
+        super().__init__(parts, [p.numel() for p in tensors], count, parameters.device)
+        if wrong:
+            warnings.warn(
+                f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
+                f"the Jacobian takes {count} backward passes.",
+                stacklevel=3,
+            )
+
+
+def require_residuals(loss: Tensor) -> Residuals:
+    """The residuals of a loss.
+
+    Raises:
+        ValueError: the loss is no sum of squares.
+    """
+    residuals = residuals_of(loss)
+    if residuals is None:
+        raise ValueError(
+            "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
+            "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
+        )
+    return residuals
+
+
+def _parts(
+    owned: OwnedRows, count: int, dtype: torch.dtype, unknown: set[int]
+) -> tuple[list[GradientRows | None], list[int]]:
+    """The rows for each parameter, and where they are not known, or do not add up to what autograd says."""
+    parts: list[GradientRows | None] = []
+    wrong = []
+    for at, (pieces, exact) in enumerate(zip(owned.pieces, owned.sums, strict=True)):
+        part = gather_rows(pieces, count, exact.numel()) if pieces else None
+        parts.append(part)
+        missed, size = exact.double().reshape(-1), 0.0
+        if part is not None:
+            missed = missed - part.rmatvec(missed.new_ones(count))
+            size = float(part.squared_norms().sqrt().sum())
+        if at in unknown or float(missed.norm()) > _SLACK * torch.finfo(dtype).eps * size:
+            wrong.append(at)
+    return parts, wrong
+
+
+def _by_backward_passes(residuals: Residuals, tensors: Sequence[Tensor]) -> Iterator[GradientRows]:
+    """Rows of parameters by a backward pass per residual."""
+    count = len(residuals.values) if tensors else 0
+    rows = [torch.empty(count, p.numel(), dtype=F64, device=p.device) for p in tensors]
+    unit = torch.zeros_like(residuals.values)
+    for i in range(count):
+        unit[i] = 1
+        for whole, g in zip(rows, residuals.pull_back(unit, tensors), strict=True):
+            whole[i] = 0 if g is None else g.reshape(-1)
+        unit[i] = 0
+    return map(PlainRows, rows)

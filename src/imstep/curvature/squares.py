@@ -1,0 +1,166 @@
+"""The residuals of a loss that is a sum of squares, read off autograd's graph.
+
+    f(w) = 1/2 Σ ρ_i(w)²,   ρ_i = sqrt(2 c_i) z_i   for a loss Σ c_i z_i²
+
+Walk back from the loss through linear operators; the first squares on the way are those of z. What the loss passes back
+to a square is its factor c. Nothing is recorded, so that residuals cost a forward pass wherever they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+_LINEAR = (
+    *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
+    *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
+    *("Alias", "Split", "Unbind", "Where", "MaskedFill"),
+)
+"""Autograd nodes, by the name of their operator, that are linear in each of their differentiable arguments."""
+
+_BILINEAR = ("Mul", "Div")
+_MEAN = 1  # how autograd's graph notes the reduction of a mean squared error
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """A tensor z of the model that residuals are made of: ρ_i = ... + factor_i z_i + ...
+
+    Attributes:
+        z: with its graph, any shape.
+        factor: of the shape of z.
+        start: the residual that the first entry of z belongs to; the others follow in row-major order.
+    """
+
+    z: Tensor
+    factor: Tensor
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """The residuals ρ of a loss f = ρᵀρ/2, up to a constant, at one point.
+
+    Attributes:
+        values: ρ, (N,), detached.
+        outputs: what they are made of.
+    """
+
+    values: Tensor
+    outputs: tuple[Output, ...]
+
+    def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
+        """The gradient of uᵀρ with respect to ``inputs``, for a constant u (N,); the graph is kept."""
+        parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
+        outputs = [o.z for o in self.outputs]
+        return torch.autograd.grad(outputs, inputs, parts, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class _Square:
+    """A node whose result is a square, or a sum or mean of squares.
+
+    Attributes:
+        node: of autograd's graph.
+        parts: the tensor that is squared, or two whose difference is.
+        share: factor of each square in the result: 1, or 1/n for a mean.
+    """
+
+    node: Any
+    parts: tuple[Tensor, ...]
+    share: float
+
+
+def residuals_of(loss: Tensor) -> Residuals | None:
+    """The residuals of a loss; None where it is no positive combination of squares.
+
+    Args:
+        loss: 0-dim, with its graph, which is kept.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> residuals_of(3 * (w ** 2).sum() + torch.nn.functional.mse_loss(w, torch.zeros(2))).values
+        tensor([2.4495, 4.8990, 1.0000, 2.0000])
+    """
+    squares = _squares(loss.grad_fn)
+    if not squares:
+        return None
+    edges = [GradientEdge(square.node, 0) for square in squares]
+    factors = torch.autograd.grad(loss, edges, retain_graph=True)
+    values: list[Tensor] = []
+    outputs: list[Output] = []
+    start = 0
+    for square, passed in zip(squares, factors, strict=True):
+        if bool((passed < 0).any()):
+            return None
+        with torch.no_grad():
+            z = square.parts[0] - square.parts[1] if len(square.parts) > 1 else square.parts[0].detach()
+            scale = (2 * square.share * passed).sqrt().expand(z.shape)
+            values.append((scale * z).reshape(-1))
+        signed = zip(square.parts, (scale, -scale), strict=False)
+        outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
+        start += z.numel()
+    return Residuals(torch.cat(values), tuple(outputs))
+
+
+def _squares(root: Any) -> list[_Square]:
+    """The squares that a node is a linear combination of; empty if it has another form."""
+    found: list[_Square] = []
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = _operator(node)
+        square = _SQUARES.get(name, lambda node: None)(node)
+        if square is not None:
+            found.append(square)
+            continue
+        parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
+        if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
+            return []
+        if name == "Div" and node.next_functions[0][0] is None:
+            return []
+        waiting += reversed(parents)
+    return found
+
+
+def _operator(node: Any) -> str:
+    """The operator that a node belongs to: Mul for MulBackward0."""
+    return "" if node is None else node.name().partition("Backward")[0]
+
+
+def _power(node: Any) -> _Square | None:
+    if node._saved_exponent != 2 or _operator(node.next_functions[0][0]) == "LinalgVectorNorm":
+        return None  # the square of a norm is many residuals, of which this would see one
+    return _Square(node, (node._saved_self,), 1.0)
+
+
+def _product_with_itself(node: Any) -> _Square | None:
+    first, second = node.next_functions
+    if first[0] is None or first != second or not _same(node._saved_self, node._saved_other):
+        return None
+    return _Square(node, (node._saved_self,), 1.0)
+
+
+def _mean_squared_error(node: Any) -> _Square:
+    z, target = node._saved_self, node._saved_target
+    share = 1 / z.numel() if node._saved_reduction == _MEAN else 1.0
+    return _Square(node, (z, target), share)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+_SQUARES: dict[str, Callable[[Any], _Square | None]] = {
+    "Pow": _power,
+    "Mul": _product_with_itself,
+    "MseLoss": _mean_squared_error,
+}

@@ -1,0 +1,369 @@
+"""Rows of Jacobians read off autograd's graph, against one backward pass per residual."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_cases import F64, normal, relative_error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imstep.curvature import ParameterVector, ResidualJacobian
+
+Weighted = list[tuple[float, Tensor]]
+Case = tuple[list[nn.Parameter], Callable[[], Weighted]]
+
+
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), activation()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def case(model: nn.Module, residuals: Callable[[], Weighted]) -> Case:
+    return list(model.parameters()), residuals
+
+
+def slopes(u: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+def regression() -> Case:
+    model, x, y = mlp(3, 5, 4, 1), normal(9, 3), normal(9, 1, seed=1)
+    return case(model, lambda: [(1.0, model(x) - y)])
+
+
+def components() -> Case:
+    model, x, y = mlp(3, 5, 4), normal(6, 3), normal(6, 4, seed=1)
+    return case(model, lambda: [(2.0, model(x) - y)])
+
+
+def dead_units() -> Case:
+    model, x = mlp(3, 8, 8, 1, activation=nn.ReLU), normal(70, 3)
+    return case(model, lambda: [(1.0, model(x))])
+
+
+def transport() -> Case:
+    """First input derivatives, an initial condition, a periodic boundary: two rows a residual."""
+    model, x = mlp(2, 6, 6, 1), normal(20, 2).requires_grad_()
+    start, left, right = normal(7, 2, seed=1), normal(5, 2, seed=2), normal(5, 2, seed=3)
+
+    def residuals() -> Weighted:
+        d = slopes(model(x), x)
+        return [(1.0, d[:, 1] + 30 * d[:, 0]), (3.0, model(start)[:, 0] - 1), (0.5, model(left) - model(right))]
+
+    return case(model, residuals)
+
+
+def heat() -> Case:
+    """Second input derivatives."""
+    model, x = mlp(2, 6, 6, 1), normal(12, 2).requires_grad_()
+
+    def residuals() -> Weighted:
+        d = slopes(model(x), x)
+        return [(1.0, d[:, 1] - slopes(d[:, 0], x)[:, 0])]
+
+    return case(model, residuals)
+
+
+def together() -> Case:
+    """All conditions from one evaluation of the model on concatenated points."""
+    model, x = mlp(2, 6, 1), normal(17, 2).requires_grad_()
+
+    def residuals() -> Weighted:
+        u = model(x)
+        d = slopes(u[:9], x)[:9]
+        return [(1.0, d[:, 1] + d[:, 0]), (1.0, u[9:13] - u[13:])]
+
+    return case(model, residuals)
+
+
+def two_conditions() -> Case:
+    """Two residuals at each point: rows are shared."""
+    model, x = mlp(2, 6, 1), normal(8, 2).requires_grad_()
+
+    def residuals() -> Weighted:
+        u = model(x)
+        return [(1.0, u - 1), (1.0, slopes(u, x)[:, 1])]
+
+    return case(model, residuals)
+
+
+def functional() -> Case:
+    model, x = mlp(2, 6, 1), normal(8, 2)
+    gradient = torch.func.vmap(torch.func.grad(lambda p: model(p).squeeze()))
+    return case(model, lambda: [(1.0, gradient(x)[:, 1] - model(x)[:, 0])])
+
+
+def convolution() -> Case:
+    body = (nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 2, bias=False))
+    model, x = nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 1)).double(), normal(5, 2, 5, 5)
+    return case(model, lambda: [(1.0, model(x))])
+
+
+def convolution_over_time() -> Case:
+    model = nn.Sequential(nn.Conv1d(2, 9, 3, padding=2, dilation=2), nn.Tanh(), nn.Flatten(), nn.Linear(63, 1)).double()
+    x = normal(5, 2, 7)
+    return case(model, lambda: [(1.0, model(x))])
+
+
+def sequence() -> Case:
+    """A layer over positions, several rows a residual; a wide one, so that the factors are kept."""
+    inner, outer, x = nn.Linear(15, 20).double(), nn.Linear(20, 1, bias=False).double(), normal(6, 2, 15)
+    return case(nn.ModuleList([inner, outer]), lambda: [(1.0, outer(inner(x).tanh()).mean(1))])
+
+
+def tied() -> Case:
+    model = mlp(4, 4, 4, 4, 1)
+    model[2].weight = model[0].weight
+    model[4].bias = model[0].bias
+    x = normal(8, 4)
+    return case(model, lambda: [(1.0, model(x))])
+
+
+def by_hand() -> Case:
+    """Weights on the left, scales, biases by broadcasting, factors of addmm, a difference."""
+    weight, bias = nn.Parameter(normal(5, 3)), nn.Parameter(normal(5, 1, seed=1))
+    scale, slope = nn.Parameter(normal(5, seed=2)), nn.Parameter(normal(1, seed=3)[0])
+    last, shift = nn.Parameter(normal(5, 2, seed=4)), nn.Parameter(normal(2, seed=5))
+    x = normal(7, 3, seed=5)
+
+    def residuals() -> Weighted:
+        h = (slope * (weight @ x.T - bias)).tanh().T * scale
+        return [(1.0, torch.addmm(shift, h, last, beta=0.5, alpha=2.0).sum(1))]
+
+    return [weight, bias, scale, slope, last, shift], residuals
+
+
+def checkpointed() -> Case:
+    model, x = mlp(3, 5, 4, 1), normal(9, 3)
+    return case(model, lambda: [(1.0, checkpoint(model, x, use_reentrant=False))])
+
+
+def frozen() -> Case:
+    model, x = mlp(3, 5, 4, 1), normal(9, 3)
+    model[0].weight.requires_grad_(False)
+    return [p for p in model.parameters() if p.requires_grad], lambda: [(1.0, model(x))]
+
+
+CASES = [
+    regression, components, dead_units, transport, heat, together, two_conditions, functional, convolution,
+    convolution_over_time, sequence, tied, by_hand, checkpointed, frozen,
+]  # fmt: skip
+
+
+def unrecognised() -> Case:
+    """Rows that nothing tells: a weight that is bent first, a normalisation's, one that is penalised itself."""
+    model, norm, bent = mlp(3, 5, 4, 1), nn.LayerNorm(5).double(), nn.Parameter(normal(3, 3))
+    x = normal(9, 3)
+    params = [*model.parameters(), *norm.parameters(), bent]
+    return params, lambda: [(1.0, model[1:](norm(model[0](x @ bent.sin())))), (0.1, bent)]
+
+
+def build(make: Callable[[], Case]) -> Case:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def loss_of(terms: Weighted) -> Tensor:
+    return sum((weight * (z**2).mean() for weight, z in terms), torch.zeros((), dtype=F64))
+
+
+def dense(case: Case) -> tuple[Tensor, Tensor]:
+    """Residuals with f = ρᵀρ/2 and their Jacobian, row by row."""
+    params, residuals = case
+    scaled = torch.cat([((2 * weight / z.numel()) ** 0.5 * z).reshape(-1) for weight, z in residuals()])
+    rows = []
+    for r in scaled:
+        gradients = torch.autograd.grad(r, params, retain_graph=True, allow_unused=True)
+        pairs = zip(params, gradients, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs]))
+    return scaled.detach(), torch.stack(rows)
+
+
+def in_order_of(J: ResidualJacobian, values: Tensor) -> Tensor:
+    """Where the entries of ``values`` stand among the Jacobian's residuals."""
+    return torch.cdist(values[:, None], J.residuals[:, None]).argmin(1)
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_is_the_jacobian(make: Callable[[], Case]) -> None:
+    params, residuals = build(make)
+    values, expected = dense((params, residuals))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    order = in_order_of(J, values)
+    torch.testing.assert_close(J.residuals[order], values)
+    assert relative_error(J.to_dense()[order], expected) < 1e-12
+    assert relative_error(J.gram().dense()[order][:, order], expected @ expected.T) < 1e-12
+    assert J.explicit == ()
+
+
+@pytest.mark.parametrize("make", [transport, components, sequence, unrecognised])
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_products_diagonal_and_columns(make: Callable[[], Case]) -> None:
+    params, residuals = build(make)
+    J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    matrix, (count, size) = J.to_dense(), J.shape
+    v, u, index = normal(size), normal(count, seed=1), torch.tensor([count - 1, 0, 2])
+    gram = J.gram()
+    torch.testing.assert_close(J @ v, matrix @ v)
+    torch.testing.assert_close(J.T @ u, matrix.T @ u)
+    torch.testing.assert_close(gram @ u, matrix @ (matrix.T @ u))
+    torch.testing.assert_close(gram.diagonal(), (matrix**2).sum(1))
+    torch.testing.assert_close(gram.columns(index), matrix @ matrix[index].T)
+    torch.testing.assert_close(J.rows(index).to_dense(), matrix[index])
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_gradient(make: Callable[[], Case]) -> None:
+    params, residuals = build(make)
+    loss = loss_of(residuals())
+    J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    expected = torch.autograd.grad(loss, params, allow_unused=True)
+    torch.testing.assert_close(J.T @ J.residuals, ParameterVector(params).flatten(expected))
+    torch.testing.assert_close(J.loss, loss.detach())
+    torch.testing.assert_close(J.residuals.square().sum() / 2, loss.detach())
+
+
+def test_keeps_factors_where_that_is_less() -> None:
+    """Numbers that a Jacobian keeps: far fewer than its entries for a wide layer."""
+    model, x = mlp(2, 60, 60, 1), normal(10, 2)
+    J = ResidualJacobian(lambda: model(x).square().mean(), model)
+    kept = sum(t.numel() for part in J._parts for t in vars(part).values())
+    assert kept < 0.1 * J.shape[0] * J.shape[1]
+
+
+def test_uses_that_are_not_recognised_take_backward_passes() -> None:
+    params, residuals = build(unrecognised)
+    values, expected = dense((params, residuals))
+    with pytest.warns(UserWarning, match="3 of 9 parameters .* 18 backward passes"):
+        J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    order = in_order_of(J, values)
+    assert relative_error(J.to_dense()[order], expected) < 1e-12
+    assert [tuple(params[at].shape) for at in J.explicit] == [(5,), (5,), (3, 3)]
+
+
+def test_reentrant_checkpoints_are_refused() -> None:
+    model, x = mlp(3, 5, 1), normal(9, 3).requires_grad_()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        ResidualJacobian(lambda: checkpoint(model, x, use_reentrant=True).square().mean(), model)
+
+
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_dependent_residuals_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(), normal(9, 3)
+    with pytest.raises(ValueError, match="depend on each other"):
+        ResidualJacobian(lambda: model(x).square().mean(), model)
+    model.eval()
+    assert ResidualJacobian(lambda: model(x).square().mean(), model).shape[0] == 9
+
+
+def test_buffers_are_left_as_one_evaluation_leaves_them() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)).double().train(), normal(9, 3)
+    twin = nn.BatchNorm1d(4, affine=False).double()
+    twin(model[0](x))
+    with pytest.raises(ValueError, match="depend on each other"):
+        ResidualJacobian(lambda: model(x).square().mean(), model)
+    torch.testing.assert_close(model[1].running_mean, twin.running_mean)
+
+
+def test_random_residuals() -> None:
+    """Dropout's mask belongs to the evaluation; the closure may call backward itself."""
+    model, x = nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.5), nn.Linear(6, 1)).double(), normal(9, 3)
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(model(x), torch.zeros(9, 1, dtype=F64))
+        loss.backward()
+        return loss
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        J = ResidualJacobian(closure, model)
+        torch.manual_seed(3)
+        expected = torch.autograd.grad(F.mse_loss(model(x), torch.zeros(9, 1, dtype=F64)), list(model.parameters()))
+    torch.testing.assert_close(J.T @ J.residuals, ParameterVector(model).flatten(expected))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [transport, heat, components])
+def test_single_precision(make: Callable[[], Case]) -> None:
+    """Rows are as accurate as autograd's own; their products are made in float64."""
+    params, residuals = build(make)
+    _, expected = dense((params, residuals))
+    with torch.no_grad():
+        for p in params:
+            p.data = p.data.float()
+    inputs = {id(t): t for t in _tensors(residuals)}
+    for t in inputs.values():
+        t.data = t.data.float()
+    J = ResidualJacobian(lambda: loss_of(residuals()).float(), params)
+    assert J.dtype == F64
+    assert relative_error((J.to_dense() ** 2).sum(0), (expected**2).sum(0)) < 1e-5
+
+
+def _tensors(function: Callable[..., object]) -> list[Tensor]:
+    return [cell.cell_contents for cell in function.__closure__ or () if isinstance(cell.cell_contents, Tensor)]
+
+
+# --- residuals of a loss ----------------------------------------------------------------------------------------------
+
+W = normal(6)
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "power": (lambda z: (z**2).sum(), lambda z: 2**0.5 * z),
+    "product": (lambda z: (z * z).mean(), lambda z: (2 / 6) ** 0.5 * z),
+    "square": (lambda z: 3 * z.square().sum() / 2, lambda z: 3**0.5 * z),
+    "weights": (lambda z: (W.abs() * z**2).sum(), lambda z: (2 * W.abs()).sqrt() * z),
+    "mse": (lambda z: F.mse_loss(z, W), lambda z: (2 / 6) ** 0.5 * (z - W)),
+    "mse, sum": (lambda z: F.mse_loss(z, W, reduction="sum"), lambda z: 2**0.5 * (z - W)),
+    "mse, none": (
+        lambda z: F.mse_loss(z, W, reduction="none")[2:].sum(),
+        lambda z: 2**0.5 * (torch.arange(6) > 1) * (z - W),
+    ),
+    "mse, exchanged": (lambda z: F.mse_loss(W, z), lambda z: (2 / 6) ** 0.5 * (W - z)),
+    "mse, both": (lambda z: F.mse_loss(z, z.flip(0)), lambda z: (2 / 6) ** 0.5 * (z - z.flip(0))),
+    "views": (lambda z: (z.view(2, 3) ** 2).sum(1).reshape(1, 2).mean(), lambda z: z),
+    "constant": (lambda z: (z**2).sum() + 7, lambda z: 2**0.5 * z),
+    "twice": (lambda z: (q := (z**2).mean()) + 2 * q, lambda z: z),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_residuals(name: str) -> None:
+    loss, expected = FORMS[name]
+    w = nn.Parameter(normal(6, seed=1))
+    with pytest.warns(UserWarning, match="not recognised"):
+        J = ResidualJacobian(lambda: loss(w.sin()), [w])
+    torch.testing.assert_close(J.residuals, expected(w.detach().sin()))
+    rows = torch.func.jacrev(lambda p: expected(p.sin()))(w.detach())
+    torch.testing.assert_close(J.to_dense(), rows)
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cube": lambda z: (z**3).sum(),
+    "negative": lambda z: -(z**2).sum(),
+    "difference": lambda z: (z**2).sum() - (z.cos() ** 2).sum(),
+    "square root": lambda z: (z**2).sum().sqrt(),
+    "norm squared": lambda z: z.norm() ** 2,
+    "linear": lambda z: z.sum(),
+    "square and linear": lambda z: (z**2).sum() + z.sum(),
+    "product of two": lambda z: (z * z.sin()).sum(),
+    "factor that depends": lambda z: (z**2).sum() * z.exp().sum(),
+    "quotient": lambda z: 1 / (z**2).sum(),
+    "cross entropy": lambda z: F.cross_entropy(z.view(2, 3), torch.tensor([0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_have_no_residuals(name: str) -> None:
+    w = nn.Parameter(normal(6))
+    with pytest.raises(ValueError, match="not recognised as a sum of squares"):
+        ResidualJacobian(lambda: OTHERS[name](w.sin()), [w])

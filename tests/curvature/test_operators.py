@@ -72,7 +72,7 @@ LOSSES = {
     "huber": Loss(F.huber_loss, lambda *shape: normal(*shape, seed=1), True),
     "cross entropy": Loss(cross_entropy, labels, True),
     "bce": Loss(F.binary_cross_entropy_with_logits, lambda *shape: (normal(*shape, seed=1) > 0).double(), True),
-    "poisson": Loss(F.poisson_nll_loss, counts, False),
+    "poisson": Loss(F.poisson_nll_loss, counts, True),
     "user-defined": Loss(user_defined, lambda *shape: normal(*shape, seed=1), False),
     "not convex": Loss(not_convex, lambda *shape: normal(*shape, seed=1), False),
 }

@@ -6,7 +6,8 @@ Jᵀ L'' J. What remains exact is the loss itself, with everything it does to z,
 bypass z, such as weight decay.
 
 The split into z and loss is read off the tape: walk back from the loss through linear operators, keeping account of
-signs; the arguments of the first convex operators on the way are the outputs z. Our own choice; for the
+signs; the arguments of the first convex operators on the way are the outputs z. Terms that are linear in z, as in a
+Poisson likelihood, may have any sign. Our own choice; for the
 matrix itself see Schraudolph, Neural Computation 14 (2002), 1723-1738, section 3.
 """
 
@@ -107,23 +108,25 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     """The convex operators whose positive combination is the loss; empty if the loss has another form."""
     found: list[ConvexLoss] = []
     outputs: set[int] = set()
-    wanted = {} if loss is None else {loss[0]: 1}  # slots that the loss is made of, and with which sign
+    wanted = {} if loss is None else {loss[0]: 1}  # slots that the loss is made of, and with which sign; 0 for both
     for step in reversed(tape.steps):
-        signs = {wanted.pop(slot) for slot in step.writes if slot in wanted}
+        signs = {wanted.pop(slot) for slot in step.writes if slot in wanted and slot not in outputs}
         if not signs:
             if step.call.func.overloadpacket is aten.linalg_vector_norm and not outputs.isdisjoint(step.writes):
                 return []  # the square of a norm is many residuals, of which this split would see one
             continue
-        sign = signs.pop()
+        sign = signs.pop() if len(signs) == 1 else 0
         end = _convex(step, sign)
         if end is not None:
             found.append(end)
             outputs.update(end.outputs)
             continue
-        parts = None if signs or step.call.backward else _linear(step, sign)
-        if parts is None or any(wanted.setdefault(slot, s) != s for slot, s in parts):
+        parts = None if step.call.backward else _linear(step, sign)
+        if parts is None:
             return []
-    return [] if wanted else found
+        for slot, part in parts:
+            wanted[slot] = part if wanted.get(slot, part) == part else 0
+    return found if outputs.issuperset(wanted) else []
 
 
 def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
@@ -147,21 +150,23 @@ def _through_outputs(step: Step, nodes: Container[int]) -> bool:
 
 def _convex(step: Step, sign: int) -> ConvexLoss | None:
     """The operator as a convex end, if it is one with this sign."""
-    func, args = step.call.func, step.call.args
+    func, args, result = step.call.func, step.call.args, step.call.result
     packet, slots = func.overloadpacket, step.reads
-    if step.call.backward:
+    if step.call.backward or result is None or result.is_complex():
         return None
     square = (packet is aten.pow and len(args) > 1 and args[1] == 2) or (
         packet is aten.mul and len(slots) == 2 and slots[0] == slots[1] and args[0] is args[1]
     )
-    convex = square or packet in _JOINTLY_CONVEX or (packet in _CONVEX and len(slots) == 1)
+    # An exponential of one number is no likelihood of many cases: its Hessian says more than a matrix of rank one.
+    several = packet is aten.exp and result.numel() > 1
+    convex = square or several or packet in _JOINTLY_CONVEX or (packet in _CONVEX and len(slots) == 1)
     if (convex and sign > 0) or (func is aten._log_softmax.default and sign < 0):
-        return ConvexLoss(func, args, step.call.result, tuple(flat(step.inputs)))
+        return ConvexLoss(func, args, result, tuple(flat(step.inputs)))
     return None
 
 
 def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
-    """The slots that a linear operator adds up, each with its sign; None for another operator, or mixed signs."""
+    """The slots that a linear operator adds up, each with its sign; None for another operator."""
     packet, alpha = step.call.func.overloadpacket, step.call.alpha
     slots = step.reads
     if packet in _SUMS or packet is aten.sub:
@@ -179,7 +184,7 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
 
 
 def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
-    """The sign of the constant factor of a product or quotient; None if there is none, or if it varies."""
+    """The sign of the constant factor of a product or quotient; 0 if it varies, None if there is none."""
     if packet not in (aten.mul, aten.div):
         return None
     factors = [a for a in (args[:2] if packet is aten.mul else args[1:2]) if not _differentiated(a)]
@@ -188,7 +193,7 @@ def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
     factor = torch.as_tensor(factors[0])
     if factor.is_complex():
         return None
-    return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else None
+    return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0
 
 
 def _differentiated(a: Any) -> bool:

@@ -33,6 +33,7 @@ LOSS_OPERATORS = {
     _aten.binary_cross_entropy.default,
     _aten.binary_cross_entropy_with_logits.default,
     _aten.softplus.default,
+    _aten.exp.default,
     _aten._log_softmax.default,
 }
 """Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""

@@ -35,8 +35,8 @@ class GaussNewton(PointOperator):
         memory_budget: as for :class:`Hessian`.
 
     Attributes: see :class:`PointOperator`; ``definite`` is True where the loss is recognised as convex, made of
-        squares, PyTorch's mean squared error, cross entropy, binary cross entropy, Huber or smooth L1 losses of the
-        outputs themselves, by sums, means and positive factors.
+        squares, exponentials, PyTorch's mean squared error, cross entropy, binary cross entropy, Huber or smooth L1
+        losses of the outputs themselves, by sums, means and positive factors, and of terms linear in the outputs.
 
     Raises:
         As for :class:`Hessian`; TypeError: the closure returned no pair.

@@ -14,6 +14,7 @@ from imstep.globalization import (
     NoDamping,
     Reason,
     SearchState,
+    Trial,
 )
 
 MODEL = LineModel(loss=1.0, slope=-1.0, curvature=1.0, norm=1.0)
@@ -22,7 +23,7 @@ MODEL = LineModel(loss=1.0, slope=-1.0, curvature=1.0, norm=1.0)
 @given(trial=st.floats(-10, 10), c1=st.floats(0.01, 0.5), t=st.floats(1e-3, 1))
 def test_armijo_is_the_condition_of_the_book(trial, c1, t):
     bound = 1.0 - c1 * t
-    verdict = Armijo(c1=c1).judge(SearchState(), MODEL, t, trial)
+    verdict = Armijo(c1=c1).judge(SearchState(), MODEL, Trial(t, trial))
     if abs(trial - bound) > 1e-12:
         assert verdict.accepted is (trial < bound)
     assert verdict.step_length == (t if verdict.accepted else t / 2)
@@ -31,7 +32,7 @@ def test_armijo_is_the_condition_of_the_book(trial, c1, t):
 def test_armijo_backtracks_on_rosenbrock_like_curvature():
     search, t, trials = Armijo(shrink=0.1), 1.0, []
     while True:
-        verdict = search.judge(search.initial(), MODEL, t, 1.0 - t + 100 * t * t)
+        verdict = search.judge(search.initial(), MODEL, Trial(t, 1.0 - t + 100 * t * t))
         trials.append(t)
         if verdict.accepted:
             break
@@ -43,17 +44,17 @@ def test_armijo_backtracks_on_rosenbrock_like_curvature():
 def test_the_baselines_remember_nothing_and_refuse_nan(search):
     state = SearchState(3.0, 2.0)
     t = search.propose(state, MODEL)
-    verdict = search.judge(state, MODEL, t, math.nan)
+    verdict = search.judge(state, MODEL, Trial(t, math.nan))
     assert (verdict.accepted, verdict.reason, verdict.step_length) == (False, Reason.NON_FINITE, t / 2)
     assert verdict.state == search.reject(state, MODEL, t) == state
     assert search.initial() == SearchState()
-    assert search.judge(state, MODEL, t, 0.2).rho == pytest.approx(0.8 / MODEL.decrease(t))
+    assert search.judge(state, MODEL, Trial(t, 0.2)).rho == pytest.approx(0.8 / MODEL.decrease(t))
 
 
 def test_the_fixed_step_takes_what_comes():
     search = FixedStep(0.7)
     assert search.propose(SearchState(), MODEL) == 0.7
-    assert search.judge(SearchState(), MODEL, 0.7, 100.0).accepted
+    assert search.judge(SearchState(), MODEL, Trial(0.7, 100.0)).accepted
 
 
 @pytest.mark.parametrize(

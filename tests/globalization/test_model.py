@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imstep.globalization import LineModel
+from imstep.globalization import LineModel, Trial
 
 numbers = st.floats(-1e6, 1e6)
 
@@ -26,17 +26,29 @@ def test_the_minimiser():
 def test_a_small_decrease_of_a_large_loss_is_not_cancelled():
     model = LineModel(loss=1e16, slope=-1e-3, curvature=0.0, norm=1.0)
     assert model.decrease(1.0) == 1e-3
-    assert model.error_by_loss(1.0, trial_loss=1e16) == 1e-3
+    assert model.taylor_error(Trial(1.0, loss=1e16)) == 1e-3
 
 
 def test_both_errors_of_a_cubic_are_exact():
-    # f(t) = 2 - 3 t + 4 t²/2 + 5 t³, so E(t) = 5 t³ and E'(t) = 15 t².
-    model = LineModel(2.0, -3.0, 4.0, norm=1.0)
-    for t in (0.1, 0.5, 2.0):
-        loss = 2 - 3 * t + 2 * t**2 + 5 * t**3
-        slope = -3 + 4 * t + 15 * t**2
-        assert model.error_by_loss(t, loss) == pytest.approx(5 * t**3, rel=1e-12)
-        assert model.error_by_gradient(t, slope) == pytest.approx(5 * t**3, rel=1e-12)
+    # f(t) = c - 3 t + 4 t²/2 + 5 t³, so E(t) = 5 t³ and E'(t) = 15 t².
+    for constant, precision in ((2.0, 1e-12), (1e17, 1e-14)):  # the losses of the second agree to rounding
+        model = LineModel(constant, -3.0, 4.0, norm=1.0)
+        for t in (0.1, 0.5, 2.0):
+            change = -3 * t + 2 * t**2 + 5 * t**3
+            trial = Trial(t, constant + change, slope=-3 + 4 * t + 15 * t**2)
+            assert model.rounding_level(trial) is (constant == 1e17)
+            assert model.taylor_error(trial) == pytest.approx(5 * t**3, rel=precision)
+            assert model.change(trial) == pytest.approx(change, rel=precision, abs=1e-14)
+
+
+def test_the_rounding_level_is_that_of_what_is_expected_too():
+    model = LineModel(loss=1.0, slope=-2.0, curvature=2.0, norm=1.0)
+    assert not model.rounding_level(Trial(2.0, 1.0, slope=2.0))  # the other side of the valley
+    assert model.taylor_error(Trial(2.0, 1.0, slope=2.0)) == 0.0
+    short = 1e-15
+    assert model.rounding_level(Trial(short, 1.0))
+    assert not model.rounding_level(Trial(short, 1.0 + 1e-9))
+    assert not model.rounding_level(Trial(short, math.nan))
 
 
 @pytest.mark.parametrize(

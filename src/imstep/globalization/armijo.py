@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from imstep.globalization.model import LineModel
+from imstep.globalization.model import LineModel, Trial
 from imstep.globalization.search import (
     Reason,
     SearchState,
@@ -33,7 +33,7 @@ class Armijo(StepSearch):
 
     Example:
         >>> model = LineModel(loss=1.0, slope=-1.0, curvature=0.0, norm=1.0)
-        >>> Armijo().judge(SearchState(), model, 1.0, trial_loss=0.5).accepted
+        >>> Armijo().judge(SearchState(), model, Trial(1.0, loss=0.5)).accepted
         True
     """
 
@@ -51,16 +51,14 @@ class Armijo(StepSearch):
         require_descent(model)
         return 1.0
 
-    def weigh(self, state: SearchState, model: LineModel, step_length: float, taylor_error: float) -> Verdict:
-        rho = decrease_ratio(model, step_length, taylor_error)
-        if not math.isfinite(taylor_error):
-            return Verdict(False, self.shrink * step_length, rho, taylor_error, state, Reason.NON_FINITE)
-        decrease = model.decrease(step_length) - taylor_error
-        if decrease >= -self.c1 * step_length * model.slope:
-            return Verdict(True, step_length, rho, taylor_error, state, Reason.ACCEPTED)
-        return Verdict(
-            False, self.shrink * step_length, rho, taylor_error, state, Reason.INSUFFICIENT_DECREASE
-        )
+    def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
+        t, error = trial.step_length, model.taylor_error(trial)
+        rho = decrease_ratio(model, t, error)
+        if not math.isfinite(error):
+            return Verdict(False, self.shrink * t, rho, error, state, Reason.NON_FINITE)
+        if model.change(trial) <= self.c1 * t * model.slope:
+            return Verdict(True, t, rho, error, state, Reason.ACCEPTED)
+        return Verdict(False, self.shrink * t, rho, error, state, Reason.INSUFFICIENT_DECREASE)
 
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         return state
@@ -96,11 +94,15 @@ class FixedStep(StepSearch):
     def propose(self, state: SearchState, model: LineModel) -> float:
         return self.step_length
 
-    def weigh(self, state: SearchState, model: LineModel, step_length: float, taylor_error: float) -> Verdict:
-        rho = decrease_ratio(model, step_length, taylor_error)
-        if not math.isfinite(taylor_error):
-            return Verdict(False, step_length / 2, rho, taylor_error, state, Reason.NON_FINITE)
-        return Verdict(True, step_length, rho, taylor_error, state, Reason.ACCEPTED)
+    def full(self, model: LineModel) -> float:
+        return self.step_length
+
+    def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
+        t, error = trial.step_length, model.taylor_error(trial)
+        rho = decrease_ratio(model, t, error)
+        if not math.isfinite(error):
+            return Verdict(False, t / 2, rho, error, state, Reason.NON_FINITE)
+        return Verdict(True, t, rho, error, state, Reason.ACCEPTED)
 
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         return state

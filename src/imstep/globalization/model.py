@@ -7,6 +7,34 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What was found at w + t d.
+
+    Attributes:
+        step_length: t.
+        loss: f(w + t d), finite or not.
+        slope: g(w + t d)·d; None where no gradient was evaluated.
+    """
+
+    step_length: float
+    loss: float
+    slope: float | None = None
+
+
+@dataclass(frozen=True)
+class LineDerivatives:
+    """Derivatives of the loss itself along d, exact.
+
+    Attributes:
+        second: dᵀHd; differs from the model's curvature where that is not of the Hessian.
+        third: D³f[d, d, d].
+    """
+
+    second: float
+    third: float
+
+
+@dataclass(frozen=True)
 class LineModel:
     """m(t) = f + t s + t² k / 2, the loss at w + t d to second order.
 
@@ -17,6 +45,7 @@ class LineModel:
         norm: ‖d‖ > 0.
         unit_roundoff: u, the relative error of one loss evaluation at best: half the spacing of the loss's
             dtype, `torch.finfo(dtype).eps / 2`.
+        derivatives: those beyond the slope, where a search asked for them.
 
     Raises:
         ValueError: a number is not finite, or the norm is not positive.
@@ -32,6 +61,7 @@ class LineModel:
     curvature: float
     norm: float
     unit_roundoff: float = 2.0**-53
+    derivatives: LineDerivatives | None = None
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.loss, self.slope, self.curvature, self.norm))) or self.norm <= 0:
@@ -58,13 +88,27 @@ class LineModel:
         """The change of loss that cannot be told from rounding: 10 u |f|."""
         return 10 * self.unit_roundoff * abs(self.loss)
 
-    def error_by_loss(self, step_length: float, trial_loss: float) -> float:
-        """E(t) = f(w + t d) - m(t), measured by a loss."""
-        return (trial_loss - self.loss) + self.decrease(step_length)
+    def rounding_level(self, trial: Trial) -> bool:
+        """Whether the losses say nothing about the step: they differ by 10 u |f| at most, and should not by 100 u |f|.
 
-    def error_by_gradient(self, step_length: float, trial_slope: float) -> float:
-        """E(t) from E'(t) = f'(w + t d)·d - s - t k, as E = t E'/3: exact for a cubic.
-
-        Slopes still resolve an error that the rounding of two nearly equal losses hides.
+        Equal losses alone prove nothing: the trial may lie on the other side of a valley.
         """
-        return step_length * (trial_slope - self.slope - step_length * self.curvature) / 3
+        expected = abs(trial.step_length * self.slope)
+        return abs(trial.loss - self.loss) <= self.rounding and expected <= 10 * self.rounding
+
+    def taylor_error(self, trial: Trial) -> float:
+        """E(t) = f(w + t d) - m(t); not finite where the trial is not.
+
+        Where the losses differ by rounding only, the slopes still resolve it: E'(t) = g(w + t d)·d - s - t k gives
+        E = t E'/3, exact for a cubic.
+        """
+        t = trial.step_length
+        if trial.slope is not None and self.rounding_level(trial):
+            return t * (trial.slope - self.slope - t * self.curvature) / 3
+        return (trial.loss - self.loss) + self.decrease(t)
+
+    def change(self, trial: Trial) -> float:
+        """f(w + t d) - f, with that error."""
+        if trial.slope is not None and self.rounding_level(trial):
+            return self.taylor_error(trial) - self.decrease(trial.step_length)
+        return trial.loss - self.loss

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
-from imstep.globalization.model import LineModel
+from imstep.globalization.model import LineModel, Trial
 
 
 class Reason(Enum):
@@ -20,6 +20,7 @@ class Reason(Enum):
 
     ACCEPTED = "the loss decreased enough"
     INSUFFICIENT_DECREASE = "the loss decreased too little for the model's promise"
+    STEEP = "the slope at the trial is still too steep"
     NON_FINITE = "the trial loss is not finite"
 
     @property
@@ -29,16 +30,31 @@ class Reason(Enum):
 
 
 @dataclass(frozen=True)
+class Bracket:
+    """An interval of step lengths that holds acceptable ones, within a step.
+
+    Attributes:
+        low: the end of lower loss.
+        high: the other end, on either side; None while the interval has none yet.
+    """
+
+    low: Trial
+    high: Trial | None = None
+
+
+@dataclass(frozen=True)
 class SearchState:
-    """What a search remembers from step to step: plain floats, to be saved by `dataclasses.asdict`.
+    """What a search remembers: plain numbers, to be saved by `dataclasses.asdict`.
 
     Attributes:
         third_derivative: M >= 0, the estimate of |D³f[e, e, e]| along recent directions e of norm 1.
         radius: Δ > 0, the longest ‖t d‖ that is trusted; may be infinite.
+        bracket: from trial to trial of a step; None between steps.
     """
 
     third_derivative: float = 0.0
     radius: float = math.inf
+    bracket: Bracket | None = None
 
 
 @dataclass(frozen=True)
@@ -65,19 +81,30 @@ class Verdict:
 class StepSearch(ABC):
     """A rule for the step length t along a fixed direction d; pure, it neither evaluates nor remembers.
 
-    One step is: `propose` a t; evaluate f(w + t d); `judge` it; while not accepted, try `verdict.step_length`
-    with `verdict.state`; or give up with `reject`. Where the loss has changed by rounding only
-    (`rounding_level`), evaluate the gradient at the trial and `judge_by_gradient` instead.
+    One step is: `propose` a t; evaluate f(w + t d); `judge` the trial; while it is not accepted, try
+    `verdict.step_length` with `verdict.state`; where the trials run out, `settle` for one of them or `reject` the
+    step. The slope at a trial is evaluated, too, if the search `needs_slopes`, or where the loss has changed by
+    rounding only.
 
     Example:
         >>> from imstep.globalization import Armijo
         >>> search, model = Armijo(), LineModel(loss=1.0, slope=-1.0, curvature=0.0, norm=1.0)
         >>> state = search.initial()
         >>> t = search.propose(state, model)
-        >>> verdict = search.judge(state, model, t, trial_loss=2.0)
+        >>> verdict = search.judge(state, model, Trial(t, loss=2.0))
         >>> t, verdict.accepted, verdict.step_length
         (1.0, False, 0.5)
     """
+
+    @property
+    def needs_slopes(self) -> bool:
+        """Whether every trial is to be evaluated with its slope, for a gradient instead of a loss."""
+        return False
+
+    @property
+    def needs_derivatives(self) -> bool:
+        """Whether the model is to hold the exact second and third derivative along the direction."""
+        return False
 
     @abstractmethod
     def initial(self) -> SearchState:
@@ -92,30 +119,24 @@ class StepSearch(ABC):
         """
 
     @abstractmethod
-    def weigh(self, state: SearchState, model: LineModel, step_length: float, taylor_error: float) -> Verdict:
-        """The verdict on a trial whose Taylor error is known; not finite if the trial was not."""
+    def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
+        """The verdict on a trial."""
 
     @abstractmethod
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         """The state after a step that was given up; `step_length` is the first one tried, the proposal."""
 
+    def full(self, model: LineModel) -> float:
+        """The t that it would take if the model were right, without a bound: what a step that falls short missed."""
+        return 1.0
+
     def extend(self, model: LineModel, verdict: Verdict) -> float | None:
         """A longer t to try after an accepted one, or None; it is kept if the loss falls further."""
         return None
 
-    def judge(self, state: SearchState, model: LineModel, step_length: float, trial_loss: float) -> Verdict:
-        """The verdict on a trial by its loss f(w + t d)."""
-        return self.weigh(state, model, step_length, model.error_by_loss(step_length, trial_loss))
-
-    def judge_by_gradient(
-        self, state: SearchState, model: LineModel, step_length: float, trial_slope: float
-    ) -> Verdict:
-        """The verdict on a trial by its slope g(w + t d)·d."""
-        return self.weigh(state, model, step_length, model.error_by_gradient(step_length, trial_slope))
-
-    def rounding_level(self, model: LineModel, trial_loss: float) -> bool:
-        """Whether |f(w + t d) - f| <= 10 u |f|: the two losses say nothing about the step."""
-        return abs(trial_loss - model.loss) <= model.rounding
+    def settle(self, state: SearchState) -> Trial | None:
+        """A trial made that will do where no more may be made, though it was not accepted; None if there is none."""
+        return None
 
 
 def require_descent(model: LineModel) -> None:

@@ -15,7 +15,8 @@ from imstep.curvature.hessian import hessian_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
-from imstep.globalization import Damping, LineModel, StepSearch
+from imstep.curvature.third import derivatives_along
+from imstep.globalization import Damping, LineDerivatives, LineModel, StepSearch
 from imstep.linalg import LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.forcing import Forcing, Situation
@@ -30,7 +31,7 @@ from imstep.optim.record import (
     StepRecord,
 )
 from imstep.optim.solving import NewtonSystem, Solver
-from imstep.optim.trials import Trials, try_escape, try_steps
+from imstep.optim.trials import Line, Trials, try_escape, try_steps
 
 CONTRACTION = 0.5
 """How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
@@ -234,20 +235,16 @@ class Attempt:
     def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory
-        model = self._line(direction)
-        trials = try_steps(
-            self._strategies.step,
-            memory.search,
-            model,
-            lambda t: self._loss_at(direction, t),
-            lambda t: self._slope_at(direction, t),
-            self._strategies.max_trials,
-        )
+        model, cost = self._expanded(direction)
+        record = replace(record, cost=record.cost + cost)
+        line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
+        trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials)
         full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
+        realised = _realised(model, trials, self._strategies.step.full(model))
         memory = replace(
             memory,
             search=trials.state,
-            damping=self._strategies.damping.update(memory.damping, _realised(model, trials)),
+            damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
             loss=trials.loss,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
@@ -300,20 +297,29 @@ class Attempt:
         roundoff = torch.finfo(loss.dtype).eps / 2
         return LineModel(float(loss), direction.slope, direction.curvature, direction.norm, roundoff)
 
+    def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
+        """The model, with exact derivatives along the direction where the step search asks for them."""
+        model = self._line(direction)
+        if not self._strategies.step.needs_derivatives:
+            return model, Cost()
+        exact = derivatives_along(self._frozen, self._parameters, direction.vector)
+        return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
+
     def _loss_at(self, direction: Direction, step_length: float) -> float:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         return float(self._frozen.loss())
 
-    def _slope_at(self, direction: Direction, step_length: float) -> float:
-        _, gradient = self._frozen.gradient()  # the parameters are at the trial already
-        return float(gradient @ direction.vector)
+    def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
+        self._parameters.move(self._snapshot, direction.vector, step_length)
+        loss, gradient = self._frozen.gradient()
+        return float(loss), float(gradient @ direction.vector)
 
 
-def _realised(model: LineModel, trials: Trials) -> float:
-    """The actual decrease over what the whole direction promised: small also where the step had to be shortened."""
+def _realised(model: LineModel, trials: Trials, full: float) -> float:
+    """The actual decrease over what a full step promised: small also where the step had to be shortened."""
     if not trials.accepted or model.curvature <= 0:
         return trials.rho
-    return (model.loss - trials.loss) / model.decrease(model.minimizer)
+    return (model.loss - trials.loss) / model.decrease(min(full, model.minimizer))
 
 
 def _excess(model: LineModel, trials: Trials) -> float:

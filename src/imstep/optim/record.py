@@ -15,6 +15,7 @@ HESSIAN_PRODUCT_COST = 2.0
 GAUSS_NEWTON_PRODUCT_COST = 4 / 3
 LOSS_COST = 1 / 3
 REFRESH_COST = 2 / 3
+THIRD_DERIVATIVE_COST = 25 / 3
 
 
 class StepOutcome(Enum):
@@ -44,6 +45,7 @@ class Cost:
         hessian_products, gauss_newton_products: products, replayed from the record.
         losses: forward passes of trial steps.
         refreshes: backward passes that refresh a preconditioner.
+        third_derivatives: evaluations on nested numbers.
     """
 
     gradients: int = 0
@@ -52,6 +54,7 @@ class Cost:
     gauss_newton_products: int = 0
     losses: int = 0
     refreshes: int = 0
+    third_derivatives: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -63,11 +66,12 @@ class Cost:
 
     @property
     def gradient_equivalents(self) -> float:
-        """The cost in gradients: 1, 4/3, 2, 4/3, 1/3 and 2/3 for the six kinds.
+        """The cost in gradients: 1, 4/3, 2, 4/3, 1/3, 2/3 and 25/3 for the seven kinds.
 
         Counted in matrix products a layer, of which a gradient makes 3, a Hessian product 6, a Gauss-Newton product 4,
-        a loss 1 and a backward pass 2; recording was measured at 1.2 gradients on a deep autoencoder and is charged
-        4/3. The linear algebra on vectors and Kronecker factors is not counted; it shows in seconds.
+        a loss 1, a backward pass 2 and a third derivative 25; recording was measured at 1.2 gradients on a deep
+        autoencoder and is charged 4/3. The linear algebra on vectors and Kronecker factors is not counted; it shows in
+        seconds.
         """
         return (
             GRADIENT_COST * self.gradients
@@ -76,6 +80,7 @@ class Cost:
             + GAUSS_NEWTON_PRODUCT_COST * self.gauss_newton_products
             + LOSS_COST * self.losses
             + REFRESH_COST * self.refreshes
+            + THIRD_DERIVATIVE_COST * self.third_derivatives
         )
 
 

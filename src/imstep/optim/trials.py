@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from imstep.globalization import LineModel, SearchState, StepSearch, Verdict
+from imstep.globalization import LineModel, SearchState, StepSearch, Trial, Verdict, decrease_ratio
 from imstep.optim.record import Cost
 
 ESCAPE_TRIALS = 40
@@ -37,54 +37,63 @@ class Trials:
     cost: Cost
 
 
-def try_steps(
-    search: StepSearch,
-    state: SearchState,
-    model: LineModel,
-    loss_at: Callable[[float], float],
-    slope_at: Callable[[float], float],
-    limit: int,
-) -> Trials:
-    """Propose, evaluate and judge until a trial is accepted, at most ``limit`` times.
+@dataclass(frozen=True)
+class Line:
+    """The loss along a direction, and what looking at it costs.
 
-    Where the losses differ by rounding only, the slope at the trial decides, for a gradient.
+    Attributes:
+        model: its quadratic model.
+        loss_at: t -> f(w + t d).
+        gradient_at: t -> (f(w + t d), g(w + t d)·d).
     """
+
+    model: LineModel
+    loss_at: Callable[[float], float]
+    gradient_at: Callable[[float], tuple[float, float]]
+
+    def evaluate(self, step_length: float, slope: bool) -> tuple[Trial, Cost]:
+        """A trial, with its slope if asked for, or where the losses differ by rounding only."""
+        if slope:
+            return Trial(step_length, *self.gradient_at(step_length)), Cost(gradients=1)
+        trial = Trial(step_length, self.loss_at(step_length))
+        if not self.model.rounding_level(trial):
+            return trial, Cost(losses=1)
+        return replace(trial, slope=self.gradient_at(step_length)[1]), Cost(losses=1, gradients=1)
+
+
+def try_steps(search: StepSearch, state: SearchState, line: Line, limit: int) -> Trials:
+    """Propose, evaluate and judge until a trial is accepted, at most ``limit`` times."""
+    model, current, cost = line.model, state, Cost()
     first = step_length = search.propose(state, model)
-    cost = Cost()
     for count in range(1, limit + 1):
-        loss = loss_at(step_length)
-        cost += Cost(losses=1)
-        if math.isfinite(loss) and search.rounding_level(model, loss):
-            verdict = search.judge_by_gradient(state, model, step_length, slope_at(step_length))
-            cost += Cost(gradients=1)
-        else:
-            verdict = search.judge(state, model, step_length, loss)
+        trial, spent = line.evaluate(step_length, search.needs_slopes)
+        cost += spent
+        verdict = search.judge(current, model, trial)
         if verdict.accepted:
-            found = Trials(True, step_length, loss, verdict.rho, verdict.taylor_error, count, verdict.state, cost)
-            return _go_on(search, state, model, verdict, found, loss_at, limit)
-        state = verdict.state
+            found = Trials(True, step_length, trial.loss, verdict.rho, verdict.taylor_error, count, verdict.state, cost)
+            return _go_on(search, current, line, verdict, found, limit)
+        current = verdict.state
         if count < limit:
             step_length = verdict.step_length
-    state = search.reject(state, model, first)
-    return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, limit, state, cost)
+    settled, current = search.settle(current), search.reject(current, model, first)
+    if settled is None:
+        return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, limit, current, cost)
+    error = model.taylor_error(settled)
+    rho = decrease_ratio(model, settled.step_length, error)
+    return Trials(True, settled.step_length, settled.loss, rho, error, limit, current, cost)
 
 
 def _go_on(
-    search: StepSearch,
-    state: SearchState,
-    model: LineModel,
-    verdict: Verdict,
-    found: Trials,
-    loss_at: Callable[[float], float],
-    limit: int,
+    search: StepSearch, state: SearchState, line: Line, verdict: Verdict, found: Trials, limit: int
 ) -> Trials:
     """Lengthen an accepted step as long as the search suggests it and the loss falls; the best trial is found last."""
+    model = line.model
     while found.count < limit and (longer := search.extend(model, verdict)) is not None:
-        loss = loss_at(longer)
+        loss = line.loss_at(longer)
         cost, count = found.cost + Cost(losses=1), found.count + 1
         if not loss < found.loss:
             return replace(found, cost=cost, count=count)
-        verdict = search.judge(state, model, longer, loss)
+        verdict = search.judge(state, model, Trial(longer, loss))
         # Beyond twice the minimiser the model promises nothing, so there is nothing to judge it by.
         kept = verdict.state if verdict.accepted else found.state
         found = Trials(True, longer, loss, verdict.rho, verdict.taylor_error, count, kept, cost)
@@ -103,7 +112,7 @@ def try_escape(
     rho = error = math.nan
     for count in range(1, ESCAPE_TRIALS + 1):
         loss = loss_at(step_length)
-        error = model.error_by_loss(step_length, loss)
+        error = model.taylor_error(Trial(step_length, loss))
         rho = (model.loss - loss) / model.decrease(step_length)
         if math.isfinite(loss) and rho >= acceptance and loss < model.loss:
             return Trials(True, step_length, loss, rho, error, count, state, Cost(losses=count))

@@ -4,7 +4,7 @@ from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, ResidualForcing
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
-from imstep.optim.preconditioning import Kronecker, NoPreconditioning
+from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.recycling import Recycling
 from imstep.optim.solving import (
@@ -25,6 +25,7 @@ __all__ = [
     "ExactHessian",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "Hutchinson",
     "Kronecker",
     "MinimalResidual",
     "MinimizeResult",
@@ -32,9 +33,11 @@ __all__ = [
     "NewtonSystem",
     "NoPreconditioning",
     "NonFiniteLossError",
+    "Nystrom",
     "Recycling",
     "ResidualForcing",
     "Solver",
+    "SquaredGradients",
     "SteihaugToint",
     "StepOutcome",
     "StepRecord",

@@ -21,7 +21,7 @@ from imstep.linalg import LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.forcing import Forcing, Situation
 from imstep.optim.memory import Memory
-from imstep.optim.preconditioning import Preconditioner
+from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
     GAUSS_NEWTON_PRODUCT_COST,
     HESSIAN_PRODUCT_COST,
@@ -84,6 +84,7 @@ class _Setting:
     preconditioner: LinearOperator | None
     damping: float
     situation: Situation
+    refresh: Cost  # of the preconditioner, apart from products
 
     @property
     def products(self) -> Cost:
@@ -136,8 +137,7 @@ class Attempt:
         memory = memory.meet(gradient_norm)
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
-        cost = self._refresh(observer)
-        setting, memory = self._set_up(memory, record.cost + cost, contraction)
+        setting, memory = self._set_up(memory, record.cost, contraction, observer)
         direction, memory = self._solve(setting, memory)
         record = replace(
             record,
@@ -145,7 +145,7 @@ class Attempt:
             iterations=direction.iterations,
             products=setting.products.products,
             damping=setting.damping,
-            cost=record.cost + cost + setting.products + direction.cost,
+            cost=record.cost + setting.refresh + setting.products + direction.cost,
         )
         return self._move(record, memory, direction)
 
@@ -176,13 +176,9 @@ class Attempt:
 
     # --- direction ----------------------------------------------------------------------------------------------
 
-    def _refresh(self, observer: LayerObserver | None) -> Cost:
-        if observer is None or self.point.split is None or not observer.uses:
-            return Cost()
-        self._preconditioner.refresh(self.point, observer)
-        return Cost(refreshes=1)
-
-    def _set_up(self, memory: Memory, cost: Cost, contraction: float) -> tuple[_Setting, Memory]:
+    def _set_up(
+        self, memory: Memory, cost: Cost, contraction: float, observer: LayerObserver | None
+    ) -> tuple[_Setting, Memory]:
         relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
         candidates = self._strategies.curvature.candidates(
             self.point, self._parameters, memory.progress, probe=memory.probe_in == 0
@@ -195,18 +191,23 @@ class Attempt:
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
         damping = memory.damping * memory.curvature_scale * math.sqrt(relative_gradient)
+        product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
+        before = candidates[-1].products
+        refresh = self._preconditioner.refresh(Evidence(self.point, observer, candidates[-1], damping))
+        refresh_cost = refresh.gradient_equivalents + product_cost * (candidates[-1].products - before)
         situation = Situation(
             relative_gradient=relative_gradient,
             contraction=contraction,
             last_products=memory.products,
-            fixed_cost=cost.gradient_equivalents + LOSS_COST,
-            product_cost=GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST,
+            fixed_cost=cost.gradient_equivalents + refresh_cost + LOSS_COST,
+            product_cost=product_cost,
         )
-        return _Setting(candidates, self._preconditioner.operator(damping), damping, situation), memory
+        return _Setting(candidates, self._preconditioner.operator(damping), damping, situation, refresh), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
         for operator in setting.candidates:
+            before = operator.products
             system = NewtonSystem(
                 operator,
                 self.point.gradient,
@@ -228,7 +229,7 @@ class Attempt:
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move
             direction = combined(self.point.gradient, direction, memory.last_move, image, setting.damping)
-        return direction, replace(memory, products=operator.products)
+        return direction, replace(memory, products=operator.products - before)
 
     # --- step length --------------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import IdentityOperator, LimitedMemoryPreconditioner, LinearOperator
-from imstep.optim.preconditioning import OTHER_STATE, Kronecker, Preconditioner, Preconditioning
+from imstep.optim.preconditioning import OTHER_STATE, Evidence, Kronecker, Preconditioner, Preconditioning
+from imstep.optim.record import Cost
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class _Recycled(Preconditioner):
     def observer(self) -> LayerObserver | None:
         return self._base.observer()
 
-    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
-        self._base.refresh(point, observer)
+    def refresh(self, evidence: Evidence) -> Cost:
+        return self._base.refresh(evidence)
 
     def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._pairs.extend(pairs)

@@ -1,86 +1,18 @@
-"""How a Krylov iteration is preconditioned."""
+"""Preconditioning by Kronecker factors."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
-
-OTHER_STATE = "the state was saved with another preconditioning. Give the optimizer the same strategies before loading."
-
-class Preconditioner(ABC):
-    """A preconditioner that lives as long as an optimizer; made by a :class:`Preconditioning`."""
-
-    @abstractmethod
-    def observer(self) -> LayerObserver | None:
-        """What should watch the next evaluation; None if nothing."""
-
-    @abstractmethod
-    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
-        """Take what the observer saw into account; costs one backward pass."""
-
-    @abstractmethod
-    def operator(self, damping: float) -> LinearOperator | None:
-        """P ≈ (A + damping I)⁻¹, or None."""
-
-    @property
-    def pairs_wanted(self) -> int:
-        """How many directions with their products it learns from, at most."""
-        return 0
-
-    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 (most learn nothing from them)
-        """Take in directions p and products A p, (n,) each, that the solver of a step has met; oldest first."""
-
-    def forget(self) -> None:  # noqa: B027 (most have learnt nothing)
-        """Drop what was learnt from products, because the step is on another function: the loss of another batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has to be saved."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (stateless ones have nothing to load)
-        """The inverse of :meth:`state_dict`."""
-
-
-class Preconditioning(ABC):
-    """A kind of preconditioner, for the parameters of one optimizer."""
-
-    @abstractmethod
-    def make(self, parameters: ParameterVector) -> Preconditioner:
-        """A fresh preconditioner."""
-
-
-@dataclass(frozen=True)
-class NoPreconditioning(Preconditioning):
-    """Plain Krylov iterations."""
-
-    def make(self, parameters: ParameterVector) -> Preconditioner:
-        return _None()
-
-
-class _None(Preconditioner):
-    def observer(self) -> LayerObserver | None:
-        return None
-
-    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
-        pass
-
-    def operator(self, damping: float) -> LinearOperator | None:
-        return None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(OTHER_STATE)
+from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
+from imstep.optim.record import Cost
 
 
 @dataclass(frozen=True)
@@ -128,9 +60,13 @@ class _KroneckerPreconditioner(Preconditioner):
         self._steps += 1
         return LayerObserver(self._parameters.tensors, self._kind.largest) if due else None
 
-    def refresh(self, point: Linearisation, observer: LayerObserver) -> None:
+    def refresh(self, evidence: Evidence) -> Cost:
+        point, observer = evidence.point, evidence.observer
+        if observer is None or point.split is None or not observer.uses:
+            return Cost()
         self._factors.update(point, observer, self._generator)
         self._inverse_damping = 0.0
+        return Cost(refreshes=1)
 
     def operator(self, damping: float) -> LinearOperator | None:
         # Inverting costs as much as several gradients on wide layers; a factor of two in λ is not worth it.

@@ -60,7 +60,8 @@ def minres(
         ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive
             definite.
 
-    Cost: one product per iteration; 10 vectors of size n while it runs, 11 with a preconditioner.
+    Cost: one product per iteration; 10 vectors of size n while it runs, 11 with a preconditioner; up to 8 more while it
+    waits for what might be a null vector.
 
     Source: Paige & Saunders, SIAM J. Numer. Anal. 12 (1975), 617-629; curvature of the residuals and monotonicity: Liu
     & Roosta, SIAM J. Optim. 32 (2022), arXiv 2206.05732; the shortest x: Liu, Milzarek & Roosta, arXiv 2309.17096. The

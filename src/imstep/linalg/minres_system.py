@@ -224,12 +224,14 @@ class ShiftedSystem:
         )
         if not (math.isfinite(moved.residual_norm) and math.isfinite(moved.decreases[-1])):
             return state, KrylovStatus.NON_FINITE
-        (squared,) = dots((step, step))
-        length = abs(cosine) * state.phi * math.sqrt(squared)
-        # Rounding has made a null vector one of tiny curvature: the product with such a step is rounding only.
-        if self.curvature_floor is None and self.rounding * probe.matrix_norm * length > 0.1 * state.phi:
+        if self.curvature_floor is None and self._is_rounding(step, cosine, probe):
             return state, KrylovStatus.LEAST_SQUARES
         return replace(moved, decreases=(*state.decreases, *moved.decreases)), None
+
+    def _is_rounding(self, step: Tensor, cosine: float, probe: Probe) -> bool:
+        """Whether the product with the move of x is rounding only: it goes along a null vector."""
+        (squared,) = dots((step, step))
+        return self.rounding * probe.matrix_norm * abs(cosine) * math.sqrt(squared) > 0.1
 
     def image_of(self, state: MinresState, probe: Probe) -> Tensor:
         """A p for the direction p of the residual, without damping."""

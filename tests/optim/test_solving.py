@@ -11,7 +11,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.globalization import FixedStep, NoDamping
-from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, conjugate_gradient
+from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, RelativeResidual, conjugate_gradient
 from imstep.optim import (
     ConjugateGradient,
     Direct,
@@ -24,6 +24,7 @@ from imstep.optim import (
 )
 from imstep.optim.direction import combined, descent
 from imstep.optim.forcing import Forcing
+from unguarded import unguarded_solve
 
 
 class OneProduct(Forcing):
@@ -146,3 +147,14 @@ def test_the_last_move_survives_saving(options) -> None:
             optimizer.step(closure)
         losses.append(float(closure().detach()))
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("lowest", [0.1, -1.0])
+def test_what_the_ablation_compares_with_solves_any_system(lowest: float) -> None:
+    matrix = symmetric(torch.cat([torch.tensor([lowest]), torch.logspace(-1, 1, 9)]).to(F64))
+    gradient, damped = normal(10), matrix + 0.01 * torch.eye(10, dtype=F64)
+    rules = (RelativeResidual(1e-10), ProductBudget(30))
+    found = unguarded_solve(system(matrix, gradient, damping=0.01, stopping=rules))
+    exact = torch.linalg.solve(damped, -gradient)
+    torch.testing.assert_close(found.solution, exact, rtol=1e-7, atol=1e-8)
+    assert math.isclose(found.damped_decrease, float(exact @ damped @ exact) / 2, rel_tol=1e-7)

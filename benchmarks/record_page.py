@@ -1,0 +1,64 @@
+"""Records and tables of benchmarks: runs are saved one by one, tables stand on pages of docs between marks."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imstep.bench.environment import environment
+from imstep.bench.files import write_atomically
+
+HERE = Path(__file__).resolve().parent
+RECORDS = HERE / "records"
+DOCS = HERE.parent / "docs"
+Row = dict[str, Any]
+
+
+def complete(name: str, about: Mapping[str, Any], runs: Mapping[str, Callable[[], Row]]) -> dict[str, Any]:
+    """records/NAME.json with the runs that it lacks made, each saved at once; runs no longer asked for go.
+
+    Numbers that are not finite are kept as text, which JSON has, and `float` reads back.
+    """
+    path = RECORDS / f"{name}.json"
+    before: dict[str, Row] = load(name)["runs"] if path.exists() else {}
+    record = {"environment": environment(), **about, "runs": {key: before[key] for key in runs if key in before}}
+    for key, run in runs.items():
+        if key in before:
+            continue
+        record["runs"][key] = {k: _writable(v) for k, v in run().items()}
+        record["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
+        print(key, *(f"{k} {v}" for k, v in record["runs"][key].items()), flush=True)
+    return load(name)
+
+
+def _writable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load(name: str) -> dict[str, Any]:
+    """What `complete` wrote."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(name: str, page: str, text: str) -> None:
+    """Put the text between the marks NAME:begin and NAME:end of docs/PAGE.md, with what it was measured on."""
+    record, path = load(name), DOCS / f"{page}.md"
+    versions = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
+    block = f"<!-- {name}:begin -->\n{text}\n\nMeasured {record['date']}; {versions}.\n<!-- {name}:end -->"
+    old = path.read_text(encoding="utf-8")
+    marked = re.compile(rf"<!-- {name}:begin -->.*<!-- {name}:end -->", re.DOTALL)
+    if not marked.search(old):
+        raise ValueError(f"{path} has no marks <!-- {name}:begin --> and <!-- {name}:end -->. Add them.")
+    path.write_text(marked.sub(lambda _: block, old), encoding="utf-8")

@@ -68,6 +68,43 @@ def agree(f: Loss, twice: bool = True) -> None:
     torch.testing.assert_close(replayed(f, x, v), found, rtol=1e-12, atol=1e-12)
 
 
+# --- linear algebra ---------------------------------------------------------------------------------------------------
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(4, 3)
+
+
+def _definite(x: Tensor) -> Tensor:
+    return _matrix(x).t() @ _matrix(x) + torch.eye(3, dtype=x.dtype)
+
+
+def linalg_solve(x: Tensor) -> Tensor:
+    return torch.linalg.solve(_definite(x), x[:3]).sin().sum()
+
+
+def linalg_cholesky(x: Tensor) -> Tensor:
+    return torch.linalg.cholesky(_definite(x)).sin().sum()
+
+
+def linalg_eigh(x: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(_definite(x))
+    return values.log().sum() + (values * vectors**4).sum()
+
+
+def linalg_svd(x: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(_matrix(x), full_matrices=False)
+    return (left**4).sum() + values.exp().sum() + (right**4 * values).sum()
+
+
+def linalg_det(x: Tensor) -> Tensor:
+    return torch.linalg.det(_matrix(x)[:3]).sin() + torch.linalg.slogdet(_definite(x)).logabsdet
+
+
+def linalg_lstsq(x: Tensor) -> Tensor:
+    return torch.linalg.lstsq(_matrix(x), _matrix(x.cos())[:, :2]).solution.pow(2).sum()
+
+
 # --- views and in-place writes --------------------------------------------------------------------------------------
 
 
@@ -297,6 +334,12 @@ LOSSES: dict[str, Loss] = {
     for f in (
         write_through_views,
         in_place_activations,
+        linalg_solve,
+        linalg_cholesky,
+        linalg_eigh,
+        linalg_svd,
+        linalg_det,
+        linalg_lstsq,
         fresh_buffer_filled,
         strided_views,
         indexed_writes,

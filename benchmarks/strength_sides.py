@@ -66,7 +66,7 @@ def _rates(*values: float) -> tuple[Options, ...]:
     return tuple({"lr": value} for value in values)
 
 
-_SOAP_RATES = _rates(2.5e-3, 5e-3, 1e-2, 2e-2)
+_SOAP_RATES = _rates(5e-3, 1e-2, 2e-2, 4e-2)
 _ALL = (
     Side("imstep", "imstep", _IMSTEP, tuple({"damping": v} for v in (1e-4, 3e-4, 1e-3, 1e-2))),
     Side(

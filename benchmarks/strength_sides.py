@@ -92,6 +92,5 @@ _ALL = (
     ),
     Side("soap", "SOAP", PEERS["soap"], _SOAP_RATES),
     Side("soap-cosine", "SOAP, cosine", PEERS["soap"], _SOAP_RATES, schedule=cosine),
-    Side("soap-cosine-short", "SOAP, short cosine", PEERS["soap"], _SOAP_RATES, schedule=cosine),
 )
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}

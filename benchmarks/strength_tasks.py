@@ -116,12 +116,12 @@ _ALL = (
         looks=300,
         limit=1500,
         trial=600,
-        sides=("imstep", "adam", "lbfgs", "muon", "soap", "soap-cosine", "soap-cosine-short"),
+        sides=("imstep", "adam", "lbfgs", "muon", "soap", "soap-cosine"),
         marks=(450, 1200),
         levels=(5.7e-3, 4.25e-3),
-        limits={"soap": 5500, "soap-cosine": 5500, "soap-cosine-short": 2000},
+        limits={"soap": 5500, "soap-cosine": 2000},
         # Its longer runs ask for lower rates than a short trial would choose.
-        trials={"soap": 1500, "soap-cosine": 1500, "soap-cosine-short": 2000},
+        trials={"soap": 1500, "soap-cosine": 1500},
     ),
     StrengthTask(
         "digits-cnn",

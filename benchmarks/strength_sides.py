@@ -9,7 +9,7 @@ from imstep.bench.newton_krylov import NewtonKrylovStepper
 from imstep.bench.optimizers import OptimizerSpec
 from imstep.bench.steppers import Stepper
 from imstep.globalization import LevenbergMarquardt
-from imstep.optim import NewtonKrylov
+from imstep.optim import NewtonKrylov, Recycling
 from imstep.tasks import Problem
 from peers import PEERS, Schedule, constant, cosine
 
@@ -43,7 +43,11 @@ class Side:
 
 def _newton_krylov(problem: Problem, options: Options) -> Stepper:
     return NewtonKrylovStepper(
-        NewtonKrylov(problem.parameters, damping=LevenbergMarquardt(initial=options["damping"]))
+        NewtonKrylov(
+            problem.parameters,
+            damping=LevenbergMarquardt(initial=options["damping"]),
+            preconditioning=Recycling(pairs=30),
+        )
     )
 
 
@@ -56,7 +60,9 @@ def _for_batches(problem: Problem, options: Options) -> Stepper:
     )
 
 
-_IMSTEP = OptimizerSpec("imstep", "imstep", "NewtonKrylov with its defaults.", _newton_krylov, {"damping": 1e-3})
+_IMSTEP = OptimizerSpec(
+    "imstep", "imstep", "NewtonKrylov that recycles 30 pairs, else with its defaults.", _newton_krylov, {"damping": 1e-3}
+)
 _BATCHES = OptimizerSpec(
     "imstep-batches", "imstep, floored damping", "With a floor under the damping.", _for_batches, {"floor": 1e-2}
 )

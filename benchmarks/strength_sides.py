@@ -61,7 +61,7 @@ def _for_batches(problem: Problem, options: Options) -> Stepper:
 
 
 _IMSTEP = OptimizerSpec(
-    "imstep", "imstep", "NewtonKrylov that recycles 30 pairs, else with its defaults.", _newton_krylov, {"damping": 1e-3}
+    "imstep", "imstep", "Recycling of 30 pairs, else the defaults.", _newton_krylov, {"damping": 1e-3}
 )
 _BATCHES = OptimizerSpec(
     "imstep-batches", "imstep, floored damping", "With a floor under the damping.", _for_batches, {"floor": 1e-2}

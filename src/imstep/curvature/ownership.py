@@ -28,10 +28,12 @@ class OwnedRows:
     Attributes:
         pieces: for each parameter, addends with the residuals (R,) that they belong to; -1 for addends of zero.
         sums: for each parameter, its gradient for the sum of all residuals as autograd computes it.
+        passes: backward passes that this took.
     """
 
     pieces: list[list[tuple[Rows, Tensor]]]
     sums: list[Tensor]
+    passes: int
 
 
 def owned_rows(residuals: Residuals, uses: Sequence[Use], tensors: Sequence[Tensor]) -> OwnedRows | None:
@@ -45,9 +47,11 @@ def owned_rows(residuals: Residuals, uses: Sequence[Use], tensors: Sequence[Tens
 
     Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144.
     """
+    shifts = range(0, max(len(residuals.values) - 1, 1).bit_length(), _BITS)
     for groups in _groupings(residuals):
-        found = OwnedRows([[] for _ in tensors], [torch.zeros_like(p) for p in tensors])
-        if all(_take(residuals, uses, tensors, members, found) for members in groups):
+        passes = len(groups) * (1 + len(shifts))
+        found = OwnedRows([[] for _ in tensors], [torch.zeros_like(p) for p in tensors], passes)
+        if all(_take(residuals, uses, tensors, members, shifts, found) for members in groups):
             return found
     return None
 
@@ -72,14 +76,19 @@ def _groupings(residuals: Residuals) -> Iterator[list[Tensor]]:
 
 
 def _take(
-    residuals: Residuals, uses: Sequence[Use], tensors: Sequence[Tensor], members: Tensor, found: OwnedRows
+    residuals: Residuals,
+    uses: Sequence[Use],
+    tensors: Sequence[Tensor],
+    members: Tensor,
+    shifts: range,
+    found: OwnedRows,
 ) -> bool:
     """Add a group, (N,) ones and zeros, to what is found; whether it is independent."""
     plain, sums = _spread(residuals, uses, members, tensors)
     count = len(members)
     index = torch.arange(count, device=members.device)
     owners = [torch.zeros(len(rows), dtype=torch.long, device=members.device) for rows in plain]
-    for shift in range(0, max(count - 1, 1).bit_length(), _BITS):
+    for shift in shifts:
         digit = (index >> shift) & (2**_BITS - 1)
         coded, _ = _spread(residuals, uses, torch.ldexp(members, digit))
         for owner, one, many in zip(owners, plain, coded, strict=True):
@@ -113,8 +122,12 @@ def _spread(
 
 
 def _power_of_two(one: Tensor, many: Tensor) -> Tensor | None:
-    """The k (R,) with many = 2^k one for each row, 0 for rows of zeros; None where a row is no such multiple."""
+    """The k (R,) with many = 2^k one for each row; None where a row is no such multiple.
+
+    0 for rows of zeros, and for rows that are not finite, which the gradient will show.
+    """
     size, larger = one.abs().amax(1), many.abs().amax(1)
-    power = torch.where(size > 0, larger / size, 1.0).log2().round_().clamp_(0, 2**_BITS - 1)
+    told = (size > 0) & larger.isfinite()
+    power = torch.where(told, larger / size, 1.0).log2().round_().clamp_(0, 2**_BITS - 1)
     error = torch.addcmul(many, one, torch.exp2(power)[:, None], value=-1).abs_().amax(1)
-    return power.long() if bool((error <= 1e-3 * larger).all()) else None
+    return power.long() if bool(((error <= 1e-3 * larger) | ~larger.isfinite()).all()) else None

@@ -113,6 +113,7 @@ class ResidualJacobian(JacobianRows):
     Attributes:
         loss: f(w), a 0-dim tensor.
         residuals: ρ, (N,), float64.
+        backward_passes: how many it took to build.
         explicit: positions of parameters whose uses were not recognised, and whose rows cost a backward pass each.
 
     Raises:
@@ -159,6 +160,7 @@ class ResidualJacobian(JacobianRows):
             )
         parts, wrong = _parts(owned, count, residuals.values.dtype, uses.unknown)
         self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
+        self.backward_passes = owned.passes + (count if wrong else 0)
         rows = _by_backward_passes(residuals, [tensors[at] for at in wrong])
         for at, part in zip(wrong, rows, strict=True):
             parts[at] = part

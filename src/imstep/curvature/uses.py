@@ -8,6 +8,7 @@ x = Wᵀ b, and its gradient is Σ b dᵀ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,8 +185,11 @@ def _mul(p: Operand) -> Use | None:
 
 
 def _broadcast(p: Operand, addends: Callable[[Tensor], Tensor]) -> Use | None:
-    """A parameter that is broadcast: the addends are rows over the dimensions along which it is."""
-    if p.transposed:
+    """A parameter that is broadcast: the addends are rows over the dimensions along which it is.
+
+    Where it is not, one row would belong to many residuals.
+    """
+    if p.transposed or math.prod(p.node._input_metadata[0].shape) == p.tensor.numel():
         return None
 
     def spread(d: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How far to go and how much to damp: rules on plain numbers."""
 
 from imstep.globalization.armijo import Armijo, FixedStep
+from imstep.globalization.contraction import ContractionDamping
 from imstep.globalization.damping import Damping, LevenbergMarquardt, NoDamping
 from imstep.globalization.estimate import ErrorEstimate, ExactEstimate, RunningEstimate
 from imstep.globalization.model import LineDerivatives, LineModel, Trial
@@ -12,6 +13,7 @@ from imstep.globalization.wolfe import StrongWolfe
 __all__ = [
     "Armijo",
     "Bracket",
+    "ContractionDamping",
     "Damping",
     "ErrorEstimate",
     "ExactEstimate",

@@ -86,8 +86,8 @@ def partial_cholesky(matrix: GramMatrix, tolerance: float) -> PartialCholesky:
     Cost: p columns of K, about N p² operations and N p numbers; p grows with the number of eigenvalues of K above the
         tolerance, whatever N.
 
-    Source: Chen, Epperly, Tropp and Webber, "Randomly pivoted Cholesky" (arXiv 2207.06503), Algorithm 4.1; the spread
-        in place of chance, and the growing blocks, are our choice.
+    Source: Chen, Epperly, Tropp and Webber, "Randomly pivoted Cholesky" (arXiv 2207.06503); the spread in place
+        of chance, and the growing blocks, are our choice.
 
     Example:
         >>> from imstep.linalg import DenseGram

@@ -22,13 +22,18 @@ class ReducedLeastSquares:
 
     Cost: N k² operations to set up, k³/3 for each new λ.
 
-    Source: the last identity is the one of Woodbury; for residuals Rende et al. (arXiv 2310.05715), eq. 5.
+    Source: the last identity, for neural networks, in Rende et al. (arXiv 2310.05715).
     """
 
     def __init__(self, factorisation: PartialCholesky) -> None:
         self._factor, self._combination = factorisation.factor, factorisation.combination
         self._normal = self._factor.mT @ self._factor
         self._damping, self._cholesky = -1.0, self._normal
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self._factor.shape[1]
 
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
         """The u' for which u + u' is the minimiser, where ρ is what the residuals are at u; (k,).
@@ -53,7 +58,7 @@ class ReducedLeastSquares:
 def _shifted_cholesky(matrix: Tensor, shift: float) -> Tensor:
     """The Cholesky factor of M + shift I; the shift grows where rounding has made M indefinite."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    least = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().amax())
+    least = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().sum())
     factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
     while int(info) != 0:
         shift = max(10 * shift, least)

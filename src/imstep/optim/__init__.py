@@ -2,8 +2,9 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, ResidualForcing
+from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
-from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
+from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.recycling import Recycling
@@ -16,6 +17,7 @@ from imstep.optim.solving import (
     Solver,
     SteihaugToint,
 )
+from imstep.optim.stepwise import NonFiniteLossError
 
 __all__ = [
     "BestRateForcing",
@@ -27,6 +29,7 @@ __all__ = [
     "GeneralizedLanczos",
     "Hutchinson",
     "Kronecker",
+    "LeastSquares",
     "MinimalResidual",
     "MinimizeResult",
     "NewtonKrylov",

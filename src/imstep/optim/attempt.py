@@ -31,6 +31,7 @@ from imstep.optim.record import (
     StepRecord,
 )
 from imstep.optim.solving import NewtonSystem, Solver
+from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.trials import Line, Trials, try_escape, try_steps
 
 CONTRACTION = 0.5
@@ -95,8 +96,8 @@ class _Setting:
         )
 
 
-class Attempt:
-    """One step: everything between the first evaluation on a batch and the last."""
+class Attempt(StepAttempt):
+    """One step of the Newton-Krylov method."""
 
     def __init__(
         self,
@@ -106,14 +107,11 @@ class Attempt:
         parameters: ParameterVector,
         frozen: FrozenClosure,
     ) -> None:
-        self._strategies, self._memory, self._preconditioner = strategies, memory, preconditioner
-        self._parameters, self._frozen = parameters, frozen
-        self._snapshot = self._parameters.snapshot()
-        self._keep = False
+        super().__init__(memory, parameters, frozen)
+        self._strategies, self._preconditioner = strategies, preconditioner
         self.point: Linearisation
 
     def run(self) -> tuple[StepRecord, Memory]:
-        """The record of the step and what to remember."""
         memory = self._memory
         observer = self._preconditioner.observer()
         self.point = self._frozen.linearise(observer, keep_graph=self._strategies.solver.needs_graph)
@@ -149,16 +147,9 @@ class Attempt:
         )
         return self._move(record, memory, direction)
 
-    def leave(self) -> None:
-        """Put back what must not stay: after a rejected step everything, else what later evaluations did."""
-        if not self._keep:
-            self._parameters.restore(self._snapshot)
-        self._frozen.leave(self._keep)
-
-    def undo(self) -> None:
-        """Put back everything, as if the step had not been tried."""
-        self._parameters.restore(self._snapshot)
-        self._frozen.undo()
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self.point.loss.detach(), self.point.gradient
 
     def _goes_on(self, loss: float) -> bool:
         """Whether the step starts where the last one ended; another loss there is that of another batch."""

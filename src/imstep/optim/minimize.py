@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imstep.optim.newton_krylov import NewtonKrylov, NonFiniteLossError
+from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
+from imstep.optim.stepwise import NonFiniteLossError
 
 PATIENCE = 3
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}

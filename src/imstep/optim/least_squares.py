@@ -1,0 +1,223 @@
+"""The Levenberg-Marquardt method in residual space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.residual_jacobian import ResidualJacobian, require_residuals
+from imstep.globalization import ContractionDamping, SearchState
+from imstep.linalg import ReducedLeastSquares, partial_cholesky
+from imstep.optim.chord import ChordStep, chord_iterations
+from imstep.optim.memory import Memory
+from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.stepwise import StepwiseOptimizer
+
+LEAST_SHARE = 1e-2
+"""Of the trace of JJᵀ that is always taken account of."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses: see :class:`LeastSquares`."""
+
+    damping: ContractionDamping
+    corrections: int
+    share: float
+    tolerance: float
+    max_trials: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, ContractionDamping):
+            raise TypeError(f"damping must be a ContractionDamping, got {self.damping!r}.")
+        if self.corrections < 1 or self.max_trials < 1:
+            raise ValueError(
+                f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."
+            )
+        if not (0 <= self.share < math.inf and self.tolerance >= 0):
+            raise ValueError(f"share and tolerance are at least 0, got {self.share} and {self.tolerance}.")
+
+
+class LeastSquares(StepwiseOptimizer):
+    """Levenberg-Marquardt steps in residual space, for losses that are sums of squares: physics-informed networks.
+
+    One step reads the Jacobian J of the residuals ρ off autograd's graph, factorises JJᵀ by as few columns as λ allows,
+    and moves by chord iterations, which keep J and only evaluate ρ, towards
+
+        min over d of ‖ρ(w + d)‖² + λ‖d‖²
+
+    λ follows from how fast their corrections shrink; other λ are tried without a new factorisation. There is no
+    learning rate, and the loss never rises.
+
+    Data, random numbers and buffers are the same for all evaluations of one step. A step that cannot be accepted leaves
+    parameters and buffers bit for bit as they were.
+
+    Args:
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
+        corrections: chord iterations per trial at most, >= 1; 1 for plain Levenberg-Marquardt steps.
+        share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
+        tolerance: ‖g‖ at which a point counts as stationary, >= 0.
+        max_trials: values of λ tried per step, >= 1.
+        max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+
+    Attributes:
+        last_step: the :class:`StepRecord` of the last step; None before the first. Its ``iterations`` are the
+            corrections of the step, its ``trials`` all evaluations of residuals, and its ``status`` is None.
+        cost: everything spent so far.
+
+    Raises:
+        ValueError, TypeError: see :class:`~imstep.curvature.ParameterVector`; a number is out of range. At a step: the
+            loss is no sum of squares, or its residuals depend on each other.
+
+    Cost: a step on N residuals takes a forward and three or four backward passes, p columns of JJᵀ, about N p²
+        operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ above λ.
+
+    Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
+        arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
+        (Transtrum and Sethna, arXiv 1201.5885).
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(0, 1, 20)[:, None]
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
+        >>> optimizer = LeastSquares(model.parameters())
+        >>> for _ in range(30):
+        ...     loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), (6 * x).sin()))
+        >>> bool(loss < 1e-6)
+        True
+    """
+
+    _key = "least_squares"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        damping: ContractionDamping | None = None,
+        corrections: int = 8,
+        share: float = 1.0,
+        tolerance: float = 1e-12,
+        max_trials: int = 30,
+        max_refusals: int = 5,
+    ) -> None:
+        self._settings = Settings(damping or ContractionDamping(), corrections, share, tolerance, max_trials)
+        memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
+        super().__init__(params, memory, max_refusals)
+
+    def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
+        return _Attempt(self._settings, self._memory, self._parameters, frozen)
+
+
+class _Attempt(StepAttempt):
+    """One step in residual space."""
+
+    def __init__(
+        self, settings: Settings, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure
+    ) -> None:
+        super().__init__(memory, parameters, frozen)
+        self._settings = settings
+        self._loss: Tensor
+        self._gradient: Tensor
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self._loss, self._gradient
+
+    def run(self) -> tuple[StepRecord, Memory]:
+        memory = self._memory
+        jacobian = ResidualJacobian.at(self._frozen.loss_with_graph(watch=True), self._parameters)
+        self._loss = jacobian.loss
+        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        loss, gradient_norm = float(self._loss), float(self._gradient.norm())
+        record = StepRecord(
+            step=memory.steps,
+            outcome=StepOutcome.ACCEPTED,
+            status=None,
+            loss=loss,
+            new_loss=loss,
+            gradient_norm=gradient_norm,
+            cost=Cost(losses=1, jacobian_passes=jacobian.backward_passes),
+        )
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+        memory = memory.meet(gradient_norm)
+        if gradient_norm <= self._settings.tolerance:
+            self._keep = True
+            return replace(record, outcome=StepOutcome.CONVERGED), memory
+        if memory.curvature_scale == 0.0:
+            memory = replace(memory, curvature_scale=_curvature_along_gradient(jacobian))
+        return self._search(record, memory, jacobian)
+
+    def _search(
+        self, record: StepRecord, memory: Memory, jacobian: ResidualJacobian
+    ) -> tuple[StepRecord, Memory]:
+        """Try one λ after the other until a step is accepted."""
+        rule, settings, scale = self._settings.damping, self._settings, memory.curvature_scale
+        gram = jacobian.gram()
+        # A λ above all eigenvalues leaves the gradient itself, which must not be left out.
+        size = min(memory.damping * scale, LEAST_SHARE * float(gram.diagonal().sum()))
+        found = partial_cholesky(gram, settings.share * size)
+        reduced, basis = ReducedLeastSquares(found), jacobian.rows(found.pivots)
+        vector = lambda coordinates: basis.T @ reduced.weights(coordinates)
+        damping, evaluations = memory.damping, 0
+        for _ in range(settings.max_trials):
+            step = chord_iterations(
+                reduced,
+                jacobian.residuals,
+                damping * scale,
+                lambda coordinates: self._residuals_at(vector(coordinates)),
+                limit=rule.limit,
+                max_iterations=settings.corrections,
+            )
+            evaluations += step.evaluations
+            record = replace(record, iterations=step.iterations, trials=evaluations, damping=damping * scale)
+            if rule.accepts(step.ratio, step.decrease, step.promise):
+                return self._accept(record, memory, step, jacobian.residuals, vector(step.coordinates))
+            damping = rule.again(damping, step.ratio)
+        record = replace(record, outcome=StepOutcome.REJECTED, cost=record.cost + Cost(losses=evaluations))
+        return record, replace(memory, damping=damping)
+
+    def _accept(
+        self, record: StepRecord, memory: Memory, step: ChordStep, residuals: Tensor, vector: Tensor
+    ) -> tuple[StepRecord, Memory]:
+        self._keep = True
+        direction = vector.to(self._parameters.dtype)
+        self._parameters.move(self._snapshot, direction, 1.0)
+        slope, curvature = float(residuals @ step.image), float(step.image @ step.image)
+        predicted = -slope - curvature / 2
+        record = replace(
+            record,
+            new_loss=record.loss - step.decrease,
+            step_length=1.0,
+            direction_norm=float(vector.norm()),
+            slope=slope,
+            curvature=curvature,
+            predicted_decrease=predicted,
+            actual_decrease=step.decrease,
+            rho=step.decrease / predicted if predicted > 0 else math.nan,
+            taylor_error=predicted - step.decrease,
+            cost=record.cost + Cost(losses=record.trials),
+        )
+        damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
+        return record, replace(memory, damping=damping, loss=record.new_loss)
+
+    def _residuals_at(self, vector: Tensor) -> Tensor:
+        """ρ(w + d), (N,)."""
+        self._parameters.move(self._snapshot, vector.to(self._parameters.dtype), 1.0)
+        return require_residuals(self._frozen.loss_with_graph()).values.double()
+
+
+def _curvature_along_gradient(jacobian: ResidualJacobian) -> float:
+    """‖Jg‖²/‖g‖², the scale of λ; 1 where that is no positive number."""
+    gradient = jacobian.T @ jacobian.residuals
+    image = jacobian @ (gradient / gradient.norm())
+    scale = float(image @ image)
+    return scale if 0 < scale < math.inf else 1.0

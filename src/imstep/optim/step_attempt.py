@@ -1,0 +1,47 @@
+"""What all steps have in common: parameters, buffers and random numbers that are kept or put back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.parameters import ParameterVector
+from imstep.optim.memory import Memory
+from imstep.optim.record import StepRecord
+
+
+class StepAttempt(ABC):
+    """One step: everything between the first evaluation on a batch and the last.
+
+    Args:
+        memory: what the last step left.
+        parameters: the vector that is moved.
+        frozen: the closure on its batch.
+    """
+
+    def __init__(self, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure) -> None:
+        self._memory, self._parameters, self._frozen = memory, parameters, frozen
+        self._snapshot = parameters.snapshot()
+        self._keep = False
+
+    @abstractmethod
+    def run(self) -> tuple[StepRecord, Memory]:
+        """The record of the step and what to remember."""
+
+    @property
+    @abstractmethod
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
+
+    def leave(self) -> None:
+        """Put back what must not stay: after a rejected step everything, else what later evaluations did."""
+        if not self._keep:
+            self._parameters.restore(self._snapshot)
+        self._frozen.leave(self._keep)
+
+    def undo(self) -> None:
+        """Put back everything, as if the step had not been tried."""
+        self._parameters.restore(self._snapshot)
+        self._frozen.undo()

@@ -1,0 +1,285 @@
+"""Levenberg-Marquardt in residual space, against dense algebra and on problems with known solutions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optim_cases import F64, normal
+from torch import Tensor, nn
+
+from imstep.globalization import ContractionDamping
+from imstep.optim import LeastSquares, NonFiniteLossError, StepOutcome
+
+X, Y = normal(12, 3), normal(12, 1, seed=1)
+
+
+def network(seed: int = 0, width: int = 8) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1)).to(F64)
+
+
+def fit(model: nn.Module) -> Callable[[], Tensor]:
+    return lambda: F.mse_loss(model(X), Y)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def residuals_at(model: nn.Module, w: Tensor) -> Tensor:
+    """ρ with f = ρᵀρ/2."""
+    sizes = [p.numel() for p in model.parameters()]
+    named = zip(dict(model.named_parameters()), model.parameters(), w.split(sizes), strict=True)
+    values = {name: part.view(p.shape) for name, p, part in named}
+    return (2 / len(X)) ** 0.5 * (torch.func.functional_call(model, values, (X,)) - Y)[:, 0]
+
+
+def dense_corrections(model: nn.Module, damping: float, count: int) -> Tensor:
+    """Where ``count`` chord iterations lead, by the normal equations of the whole Jacobian."""
+    w = flat(model)
+    J = torch.func.jacrev(lambda v: residuals_at(model, v))(w)
+    normal_matrix, d = J.T @ J + damping * torch.eye(len(w), dtype=F64), torch.zeros_like(w)
+    for _ in range(count):
+        d = d - torch.linalg.solve(normal_matrix, J.T @ residuals_at(model, w + d) + damping * d)
+    return w + d
+
+
+@pytest.mark.parametrize("corrections", [1, 2, 3])
+def test_step_is_that_of_dense_algebra(corrections: int) -> None:
+    model = network()
+    optimizer = LeastSquares(
+        model.parameters(), corrections=corrections, share=0.0, damping=ContractionDamping(initial=1.0)
+    )
+    twin = copy.deepcopy(model)
+    optimizer.step(fit(model))
+    record = optimizer.last_step
+    assert record is not None
+    assert record.iterations == corrections
+    expected = dense_corrections(twin, record.damping, corrections)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_record_describes_the_step() -> None:
+    model = network()
+    optimizer = LeastSquares(model.parameters(), share=0.0)
+    before, start = flat(model), fit(model)().detach()
+    J = torch.func.jacrev(lambda v: residuals_at(model, v))(before)
+    gradient = J.T @ residuals_at(model, before)
+    assert torch.equal(optimizer.step(fit(model)), start)
+    record = optimizer.last_step
+    assert record is not None
+    d = flat(model) - before
+    assert record.accepted
+    assert record.new_loss == pytest.approx(fit(model)().item(), rel=1e-12)
+    assert record.direction_norm == pytest.approx(d.norm().item())
+    assert record.gradient_norm == pytest.approx(gradient.norm().item())
+    assert record.slope == pytest.approx((gradient @ d).item())
+    assert record.curvature == pytest.approx((J @ d).square().sum().item())
+    assert record.predicted_decrease == pytest.approx(-record.slope - record.curvature / 2)
+    assert record.actual_decrease == pytest.approx(start.item() - record.new_loss)
+    assert record.rho == pytest.approx(record.actual_decrease / record.predicted_decrease)
+    assert record.taylor_error == pytest.approx(record.predicted_decrease - record.actual_decrease)
+    torch.testing.assert_close(nn.utils.parameters_to_vector([p.grad for p in model.parameters()]), gradient)
+
+
+def test_cost_counts_evaluations() -> None:
+    model, calls = network(), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fit(model)()
+
+    optimizer = LeastSquares(model.parameters())
+    for _ in range(5):
+        optimizer.step(closure)
+    cost = optimizer.cost
+    assert cost.losses == calls
+    assert cost.jacobian_passes == 5 * 2
+    assert cost.gradient_equivalents == pytest.approx(calls / 3 + 10 * 2 / 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_interpolates_and_never_rises(seed: int, share: float) -> None:
+    model = network(seed)
+    optimizer = LeastSquares(model.parameters(), share=share)
+    losses = [float(optimizer.step(fit(model))) for _ in range(40)]
+    assert losses[-1] < 1e-20
+    assert all(b <= a for a, b in pairwise(losses))
+
+
+def test_solves_a_differential_equation() -> None:
+    """u_xx = -π² sin πx with zero ends: two conditions, second input derivatives, fewer residuals than parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)).to(F64)
+    x = torch.linspace(0, 1, 41, dtype=F64)[:, None].requires_grad_()
+    ends = torch.tensor([[0.0], [1.0]], dtype=F64)
+
+    def closure() -> Tensor:
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        bend = torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+        return (bend + math.pi**2 * (math.pi * x.detach()).sin()).square().mean() + model(ends).square().mean()
+
+    optimizer = LeastSquares(model.parameters())
+    for _ in range(40):
+        optimizer.step(closure)
+    assert closure() < 1e-9
+    points = torch.linspace(0, 1, 200, dtype=F64)[:, None]
+    assert (model(points) - (math.pi * points).sin()).abs().max() < 1e-4
+
+
+def test_minimum_that_is_not_zero() -> None:
+    """More residuals than parameters: the minimiser of a linear model by the normal equations."""
+    model = nn.Linear(3, 1).to(F64)
+    optimizer = LeastSquares(model.parameters(), tolerance=1e-9)
+    for _ in range(60):
+        optimizer.step(fit(model))
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.outcome is StepOutcome.CONVERGED
+    expected = torch.linalg.lstsq(torch.cat([X, torch.ones(12, 1, dtype=F64)], 1), Y).solution[:, 0]
+    torch.testing.assert_close(flat(model), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_single_precision() -> None:
+    model = network().float()
+    optimizer = LeastSquares(model.parameters())
+    for _ in range(15):
+        optimizer.step(lambda: F.mse_loss(model(X.float()), Y.float()))
+    assert F.mse_loss(model(X.float()), Y.float()) < 1e-10
+
+
+@pytest.mark.parametrize("break_at", [0, 1, 4])
+def test_resumes_bit_for_bit(break_at: int) -> None:
+    whole, part = network(), network()
+    first, second = LeastSquares(whole.parameters()), LeastSquares(part.parameters())
+    for _ in range(break_at):
+        second.step(fit(part))
+    resumed = LeastSquares(part.parameters())
+    resumed.load_state_dict(copy.deepcopy(second.state_dict()))
+    for step in range(7):
+        first.step(fit(whole))
+        if step >= break_at:
+            resumed.step(fit(part))
+    assert torch.equal(flat(whole), flat(part))
+    assert first.cost == resumed.cost
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="not saved by LeastSquares"):
+        LeastSquares(model.parameters()).load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+
+
+def test_closure_that_calls_backward() -> None:
+    plain, other = network(), network()
+    first, second = LeastSquares(plain.parameters()), LeastSquares(other.parameters())
+
+    def closure() -> Tensor:
+        second.zero_grad()
+        loss = fit(other)()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        first.step(fit(plain))
+        second.step(closure)
+    assert torch.equal(flat(plain), flat(other))
+
+
+def test_dropout_is_the_same_throughout_a_step() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(network(width=40)[0], nn.Tanh(), nn.Dropout(0.3), nn.Linear(40, 1).to(F64))
+        optimizer = LeastSquares(model.parameters(), damping=ContractionDamping(initial=10.0))
+        state = torch.get_rng_state()
+        optimizer.step(fit(model))
+        torch.set_rng_state(state)
+        after = fit(model)().item()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.new_loss == pytest.approx(after, rel=1e-12)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = LeastSquares(model.parameters())
+    start = float(optimizer.step(fit(model)))
+    assert torch.equal(model[0].weight, before)
+    assert fit(model)() < start
+
+
+def test_loss_that_is_not_finite_changes_nothing() -> None:
+    model = network()
+    before, optimizer = flat(model), LeastSquares(model.parameters(), max_refusals=2)
+    closure = lambda: fit(model)() * math.nan
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
+    with pytest.raises(NonFiniteLossError):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_step_that_leaves_the_domain_is_shortened() -> None:
+    """Residuals that are not a number a little further on."""
+    w = nn.Parameter(torch.tensor([1.0, 0.5], dtype=F64))
+    optimizer = LeastSquares([w])
+    closure = lambda: ((w * 1.0).log() + 3).square().sum()
+    for _ in range(60):
+        before = closure().item()
+        optimizer.step(closure)
+        assert closure().item() <= before
+    assert closure() < 1e-10
+
+
+def test_nothing_acceptable_changes_nothing() -> None:
+    model, calls = network(), 0
+    before = flat(model)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fit(model)() * (1.0 if calls == 1 else 100.0)
+
+    optimizer = LeastSquares(model.parameters(), max_trials=3)
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.outcome is StepOutcome.REJECTED
+    assert torch.equal(flat(model), before)
+
+
+def test_other_losses_are_refused_and_change_nothing() -> None:
+    model = network()
+    before, state = flat(model), torch.get_rng_state()
+    optimizer = LeastSquares(model.parameters())
+    with pytest.raises(ValueError, match="sum of squares"):
+        optimizer.step(lambda: model(X + torch.randn(3)).abs().mean())
+    assert torch.equal(flat(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"corrections": 0}, {"max_trials": 0}, {"share": -1.0}, {"share": math.inf}, {"tolerance": -1.0},
+     {"max_refusals": 0}],
+)  # fmt: skip
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"at least"):
+        LeastSquares(network().parameters(), **options)
+
+
+def test_damping_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="ContractionDamping"):
+        LeastSquares(network().parameters(), damping=1e-3)  # type: ignore[arg-type]

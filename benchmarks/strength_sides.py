@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imstep.bench.newton_krylov import NewtonKrylovStepper
 from imstep.bench.optimizers import OptimizerSpec
-from imstep.bench.steppers import Stepper
+from imstep.bench.steppers import Stepper, StepwiseStepper
 from imstep.globalization import LevenbergMarquardt
 from imstep.optim import NewtonKrylov, Recycling
 from imstep.tasks import Problem
@@ -42,7 +41,7 @@ class Side:
 
 
 def _newton_krylov(problem: Problem, options: Options) -> Stepper:
-    return NewtonKrylovStepper(
+    return StepwiseStepper(
         NewtonKrylov(
             problem.parameters,
             damping=LevenbergMarquardt(initial=options["damping"]),
@@ -52,7 +51,7 @@ def _newton_krylov(problem: Problem, options: Options) -> Stepper:
 
 
 def _for_batches(problem: Problem, options: Options) -> Stepper:
-    return NewtonKrylovStepper(
+    return StepwiseStepper(
         NewtonKrylov(
             problem.parameters,
             damping=LevenbergMarquardt(initial=max(0.1, options["floor"]), floor=options["floor"]),

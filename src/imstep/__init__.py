@@ -2,7 +2,7 @@
 
 from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp, third_derivative
 from imstep.curvature import Fisher, GaussNewton, Hessian, Jacobian
-from imstep.optim import NewtonKrylov, minimize
+from imstep.optim import LeastSquares, NewtonKrylov, minimize
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Jacobian",
+    "LeastSquares",
     "NewtonKrylov",
     "UnsupportedOperatorError",
     "__version__",

@@ -30,16 +30,20 @@ from imstep.bench.rows import TrainingError
 from imstep.bench.rundir import RunDirectoryError
 from imstep.bench.session import Manner, resume_run, start_run
 from imstep.bench.studies import ComparisonRequest, run_accuracy, run_comparison
+from imstep.curvature import NoResidualsError
 from imstep.tasks import TASKS, TaskError
 
 __all__ = ["app", "main"]
 
 DEFAULT_BUDGET = 200.0
 DEFAULT_BATCH = 128
+FULL_BATCH = ", ".join(spec.name for spec in OPTIMIZERS.values() if spec.full_batch)
 FULL_BATCH_EVALUATION = 10.0
 """Epochs between evaluations when an epoch is one step; each costs two thirds of a gradient in time."""
 
-_EXPECTED = (CheckpointError, OSError, OptimizerError, RunDirectoryError, TaskError, TrainingError)
+_EXPECTED = (
+    CheckpointError, NoResidualsError, OSError, OptimizerError, RunDirectoryError, TaskError, TrainingError
+)  # fmt: skip
 _MAY_CHANGE_ON_RESUME = ("resume", "epochs", "budget", "seconds", "tensorboard", "save_every")
 
 
@@ -98,7 +102,7 @@ def train(
         str | None,
         typer.Option(
             metavar="N|full",
-            help=f"Examples per step. Default: full for newton-krylov and lbfgs, else {DEFAULT_BATCH}.",
+            help=f"Examples per step. Default: full for {FULL_BATCH}, else {DEFAULT_BATCH}.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, order of the data, dropout.")] = 0,

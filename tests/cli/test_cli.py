@@ -52,7 +52,7 @@ def test_version() -> None:
     assert imstep_command("--version").output.startswith(f"imstep {imstep.__version__} (torch ")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "least-squares"])
 def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train = ["train", "digits-mlp", "-o", optimizer, "--batch-size", "20", *SMALL]
@@ -129,6 +129,11 @@ REFUSED = {
     "evaluations": (["digits-mlp", "-o", "adam", "--evaluate-every", "-1"], "every -1.0 epochs"),
     "saving": (["digits-mlp", "-o", "adam", "--save-every", "0"], "save_every=0.0"),
 }
+
+
+def test_a_loss_without_residuals_is_explained(tmp_path: Path) -> None:
+    words = ["train", "digits-mlp", "-o", "least-squares", *SMALL, "--out", str(tmp_path / "run")]
+    assert "not recognised as a sum of squares" in refused(*words)
 
 
 @pytest.mark.parametrize("case", REFUSED)

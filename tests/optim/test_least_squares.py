@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from optim_cases import F64, normal
 from torch import Tensor, nn
 
+import imstep
 from imstep.globalization import ContractionDamping
 from imstep.optim import LeastSquares, NonFiniteLossError, StepOutcome
 
@@ -172,6 +173,17 @@ def test_resumes_bit_for_bit(break_at: int) -> None:
             resumed.step(fit(part))
     assert torch.equal(flat(whole), flat(part))
     assert first.cost == resumed.cost
+
+
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_minimises_a_function_of_a_tensor() -> None:
+    A, b = normal(9, 4), normal(9, seed=1)
+    start = torch.zeros(4, dtype=F64)
+    result = imstep.minimize(lambda x: (A @ x - b).square().sum(), start, method="least-squares")
+    assert result.success
+    torch.testing.assert_close(result.x, torch.linalg.lstsq(A, b).solution, rtol=1e-7, atol=1e-8)
+    with pytest.raises(ValueError, match="'newton-krylov', 'least-squares'"):
+        imstep.minimize(lambda x: x.square().sum(), start, method="lm")
 
 
 def test_state_of_another_optimizer_is_refused() -> None:

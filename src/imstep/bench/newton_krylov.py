@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from imstep.bench.steppers import Stepper, StepResult
+from imstep.bench.steppers import Stepper, StepwiseStepper
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     ExactHessian,
@@ -14,11 +12,10 @@ from imstep.optim import (
     Kronecker,
     NewtonKrylov,
     NoPreconditioning,
-    StepOutcome,
 )
-from imstep.tasks import Batch, Problem
+from imstep.tasks import Problem
 
-__all__ = ["OPTIONS", "NewtonKrylovStepper", "make_newton_krylov"]
+__all__ = ["OPTIONS", "make_newton_krylov"]
 
 OPTIONS: Mapping[str, float] = {
     "theta": TaylorMonitor().theta,
@@ -27,35 +24,6 @@ OPTIONS: Mapping[str, float] = {
     "kronecker": 1.0,
 }
 """theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
-
-
-class NewtonKrylovStepper(Stepper):
-    """imstep's optimizer; its own record says what a step cost and how it ended."""
-
-    def __init__(self, optimizer: NewtonKrylov) -> None:
-        self._optimizer = optimizer
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer
-
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
-        self._optimizer.step(problem.closure(batch))
-        record = self._optimizer.last_step
-        assert record is not None  # a step was just taken
-        # A step that moved is told apart by why its Krylov iteration ended; one that did not, by its outcome.
-        word = record.status if record.accepted and record.status is not None else record.outcome
-        return StepResult(
-            record.loss,
-            record.cost.gradient_equivalents,
-            gradients=record.cost.gradients + record.cost.linearisations,
-            products=record.cost.products,
-            losses=record.cost.losses,
-            new_loss=record.new_loss,
-            status=str(word),
-            converged=record.outcome is StepOutcome.CONVERGED,
-            record=record.to_dict(),
-        )
 
 
 def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Stepper:
@@ -71,7 +39,7 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
     for name in ("hessian", "kronecker"):
         if options[name] not in (0, 1):
             raise ValueError(f"{name}={options[name]:g}: give 1 for yes or 0 for no.")
-    return NewtonKrylovStepper(
+    return StepwiseStepper(
         NewtonKrylov(
             problem.parameters,
             curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import torch
 
 from imstep.bench.newton_krylov import OPTIONS, make_newton_krylov
-from imstep.bench.steppers import LOSS_COST, GradientStepper, LBFGSStepper, Stepper, StepResult
+from imstep.bench.steppers import (
+    LOSS_COST,
+    GradientStepper,
+    LBFGSStepper,
+    Stepper,
+    StepResult,
+    StepwiseStepper,
+)
+from imstep.globalization import ContractionDamping
+from imstep.optim import LeastSquares
 from imstep.tasks import Problem
 
 __all__ = [
@@ -75,6 +84,13 @@ class OptimizerSpec:
             raise OptimizerError(f"{self.name} refuses {resolved}: {error}") from error
 
 
+def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    damping = ContractionDamping(initial=options["damping"])
+    return StepwiseStepper(
+        LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]))
+    )
+
+
 def _adam(problem: Problem, options: Mapping[str, float]) -> Stepper:
     betas = (options["beta1"], options["beta2"])
     return GradientStepper(torch.optim.Adam(problem.parameters, lr=options["lr"], betas=betas))
@@ -113,6 +129,14 @@ _ALL = (
         "Newton steps by CG on complex-step curvature, Taylor error monitored. No learning rate.",
         make_newton_krylov,
         OPTIONS,
+        full_batch=True,
+    ),
+    OptimizerSpec(
+        "least-squares",
+        "LeastSquares",
+        "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
+        _least_squares,
+        {"damping": ContractionDamping().initial, "corrections": 8},
         full_batch=True,
     ),
     OptimizerSpec(

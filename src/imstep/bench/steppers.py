@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from imstep.optim import StepOutcome
+from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.tasks import Batch, Problem
 
-__all__ = ["LOSS_COST", "GradientStepper", "LBFGSStepper", "StepResult", "Stepper"]
+__all__ = ["LOSS_COST", "GradientStepper", "LBFGSStepper", "StepResult", "Stepper", "StepwiseStepper"]
 
 LOSS_COST = 1 / 3
 """Gradient-equivalents of one forward pass."""
@@ -118,6 +120,35 @@ class LBFGSStepper(Stepper):
         except _NonFiniteStartError as start:
             return StepResult(start.loss, LOSS_COST, losses=1, status="non_finite")
         return StepResult(value, float(calls), gradients=calls)
+
+
+class StepwiseStepper(Stepper):
+    """imstep's optimizers; their own record says what a step cost and how it ended."""
+
+    def __init__(self, optimizer: StepwiseOptimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def step(self, problem: Problem, batch: Batch) -> StepResult:
+        self._optimizer.step(problem.closure(batch))
+        record = self._optimizer.last_step
+        assert record is not None  # a step was just taken
+        # A step that moved is told apart by why its Krylov iteration ended; one that did not, by its outcome.
+        word = record.status if record.accepted and record.status is not None else record.outcome
+        return StepResult(
+            record.loss,
+            record.cost.gradient_equivalents,
+            gradients=record.cost.gradients + record.cost.linearisations,
+            products=record.cost.products,
+            losses=record.cost.losses,
+            new_loss=record.new_loss,
+            status=str(word),
+            converged=record.outcome is StepOutcome.CONVERGED,
+            record=record.to_dict(),
+        )
 
 
 def _finite(value: float) -> bool:

@@ -9,7 +9,7 @@ from imstep.curvature.jacobian import Jacobian
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
-from imstep.curvature.residual_jacobian import ResidualJacobian
+from imstep.curvature.residual_jacobian import NoResidualsError, ResidualJacobian
 
 __all__ = [
     "BatchOperator",
@@ -27,6 +27,7 @@ __all__ = [
     "Likelihood",
     "MeanOverSamples",
     "MonteCarlo",
+    "NoResidualsError",
     "ParameterVector",
     "Poisson",
     "Reduction",

@@ -24,6 +24,10 @@ _SLACK = 1e3
 """Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
 
 
+class NoResidualsError(ValueError):
+    """The loss is no sum of squares, or its residuals depend on each other."""
+
+
 class JacobianRows(LinearOperator):
     """A matrix J of N rows, one gradient each, kept parameter by parameter: shape (N, n), float64.
 
@@ -117,7 +121,8 @@ class ResidualJacobian(JacobianRows):
         explicit: positions of parameters whose uses were not recognised, and whose rows cost a backward pass each.
 
     Raises:
-        ValueError: the loss is no sum of squares; or the residuals depend on each other, as with batch normalisation.
+        NoResidualsError: the loss is no sum of squares; or the residuals depend on each other, as with batch
+            normalisation.
 
     Cost: a forward pass; two to four backward passes; N more where ``explicit`` is not empty. Arithmetic on rows is
         float64 whatever the parameters' dtype, since JJᵀ has the square of J's condition.
@@ -153,7 +158,7 @@ class ResidualJacobian(JacobianRows):
         uses = find_uses([o.z for o in residuals.outputs], tensors)
         owned = owned_rows(residuals, [use for use in uses.known if use.parameter not in uses.unknown], tensors)
         if owned is None:
-            raise ValueError(
+            raise NoResidualsError(
                 "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
                 "normalisation or attention across the batch. Put normalisation into eval mode, or use an optimizer "
                 "that needs no residuals."
@@ -177,11 +182,11 @@ def require_residuals(loss: Tensor) -> Residuals:
     """The residuals of a loss.
 
     Raises:
-        ValueError: the loss is no sum of squares.
+        NoResidualsError: the loss is no sum of squares.
     """
     residuals = residuals_of(loss)
     if residuals is None:
-        raise ValueError(
+        raise NoResidualsError(
             "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
             "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
         )

@@ -74,8 +74,8 @@ class LeastSquares(StepwiseOptimizer):
         cost: everything spent so far.
 
     Raises:
-        ValueError, TypeError: see :class:`~imstep.curvature.ParameterVector`; a number is out of range. At a step: the
-            loss is no sum of squares, or its residuals depend on each other.
+        ValueError, TypeError: see :class:`~imstep.curvature.ParameterVector`; a number is out of range.
+        NoResidualsError: at a step: the loss is no sum of squares, or its residuals depend on each other.
 
     Cost: a step on N residuals takes a forward and three or four backward passes, p columns of JJᵀ, about N p²
         operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ above λ.
@@ -86,6 +86,7 @@ class LeastSquares(StepwiseOptimizer):
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.linspace(0, 1, 20)[:, None]
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
         >>> optimizer = LeastSquares(model.parameters())

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imstep.optim.least_squares import LeastSquares
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
-from imstep.optim.stepwise import NonFiniteLossError
+from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 
 PATIENCE = 3
+_METHODS: dict[str, type[NewtonKrylov] | type[LeastSquares]] = {
+    "newton-krylov": NewtonKrylov,
+    "least-squares": LeastSquares,
+}
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
@@ -75,11 +80,12 @@ def minimize(
     Args:
         fun: maps a tensor like ``x0`` to a scalar tensor.
         x0: start; a real floating-point tensor, or what ``torch.as_tensor`` makes one of (NumPy arrays, lists).
-        method: "newton-krylov".
+        method: "newton-krylov", or "least-squares" for sums of squares.
         tol: ‖∇f‖ to reach, > 0; default 1e-8 in float64, 1e-4 in float32.
         maxiter: steps at most, >= 1.
         callback: called after every step with its record; a true answer stops.
-        options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``.
+        options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``, or of
+            :class:`LeastSquares`.
 
     Returns:
         A :class:`MinimizeResult`; ending without convergence is a termination, not an exception.
@@ -95,8 +101,8 @@ def minimize(
         >>> result.success, bool(result.grad.norm() < 1e-8)
         (True, True)
     """
-    if method != "newton-krylov":
-        raise ValueError(f"there is no method {method!r}. Methods: 'newton-krylov'.")
+    if method not in _METHODS:
+        raise ValueError(f"there is no method {method!r}. Methods: {', '.join(map(repr, _METHODS))}.")
     if maxiter < 1:
         raise ValueError(f"maxiter is at least 1, got {maxiter}.")
     start = torch.as_tensor(x0)
@@ -104,7 +110,7 @@ def minimize(
         raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. Convert it with .double().")
     tol = _TOLERANCE.get(start.dtype, 1e-3) if tol is None else tol
     x = nn.Parameter(start.detach().clone())
-    optimizer = NewtonKrylov([x], tolerance=tol, **options)
+    optimizer = _METHODS[method]([x], tolerance=tol, **options)
     records: list[StepRecord] = []
     termination = _run(optimizer, lambda: fun(x), records, maxiter, callback)
     cost = optimizer.cost
@@ -125,7 +131,7 @@ def minimize(
 
 
 def _run(
-    optimizer: NewtonKrylov,
+    optimizer: StepwiseOptimizer,
     closure: Callable[[], Tensor],
     records: list[StepRecord],
     maxiter: int,

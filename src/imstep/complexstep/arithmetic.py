@@ -19,11 +19,11 @@ from torch import Tensor
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
-from imstep.complexstep.steps import Call, Reference
+from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
-_INPUT = Call(torch.ops.aten.copy_.default, (), None, False, -2)  # of no node: no operator of the user's
+_OF_NO_NODE = -2  # no operator of the user's
 
 
 class Arithmetic:
@@ -94,7 +94,8 @@ class Arithmetic:
             if known is None:
                 known = self._tape.define(whole(t))
                 self._plane.name(t, known)
-            self._tape.record_write((slot, None), self._tape.reference(known, t), _INPUT)
+            target, write = self._tape.reference(known, t), torch.ops.aten.copy_.default
+            self._tape.record(Step(None, [slot], None, target, write, _OF_NO_NODE, False))
         elif im is not None:
             with unseen(), torch.no_grad():
                 if known is None:

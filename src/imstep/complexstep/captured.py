@@ -16,51 +16,53 @@ _PLAIN = {NoneType, bool, int, float, str, OpOverload}  # most of what is held; 
 def captured(function: Any) -> list[Tensor]:
     """The tensors that a function holds in its closure, through nested functions, sequences and dictionaries."""
     found: list[Tensor] = []
-    for cell in _cells(function):
-        _tensors(cell.cell_contents, found)
+    _collect(function, _DEPTH, found)
     return found
 
 
-def exchange(function: Any, other: Callable[[Tensor], Tensor]) -> None:
-    """Let a function hold ``other(t)`` instead of ``t`` for each tensor in its closure."""
-    for cell in _cells(function):
-        cell.cell_contents = _exchanged(cell.cell_contents, other)
-
-
-def _cells(function: Any, depth: int = _DEPTH) -> list[Any]:
-    """The cells of the closure that may hold tensors, those of functions held in them included."""
-    found = []
-    for cell in function.__closure__ or ():
-        try:
-            held = cell.cell_contents
-        except ValueError:  # a cell not filled yet
-            continue
-        if type(held) in _PLAIN:
-            continue
-        found.append(cell)
-        if depth and not isinstance(held, Tensor):
-            for inner in _functions(held):
-                found += _cells(inner, depth - 1)
-    return found
-
-
-def _functions(held: Any) -> list[Any]:
-    if type(held) in (FunctionType, MethodType):
-        return [held]
-    return [f for item in _items(held) for f in _functions(item)]
-
-
-def _tensors(held: Any, found: list[Tensor]) -> None:
+def _collect(held: Any, depth: int, found: list[Tensor]) -> None:
+    kind = type(held)
     if isinstance(held, Tensor):
         found.append(held)
+    elif kind is FunctionType or kind is MethodType:
+        if depth >= 0:
+            for cell in held.__closure__ or ():
+                item = _contents(cell)
+                if type(item) not in _PLAIN:
+                    _collect(item, depth - 1, found)
     else:
         for item in _items(held):
-            _tensors(item, found)
+            _collect(item, depth, found)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _items(held: Any) -> Any:
     """What a sequence or a dictionary holds, as arguments of operators are kept."""
     return held if isinstance(held, (tuple, list)) else held.values() if type(held) is dict else ()
+
+
+def exchange(function: Any, other: Callable[[Tensor], Tensor]) -> None:
+    """Let a function hold ``other(t)`` instead of ``t`` for each tensor in its closure."""
+    _exchange(function, other, _DEPTH)
+
+
+def _exchange(held: Any, other: Callable[[Tensor], Tensor], depth: int) -> None:
+    if isinstance(held, (FunctionType, MethodType)):
+        for cell in held.__closure__ or () if depth >= 0 else ():
+            item = _contents(cell)
+            exchanged = _exchanged(item, other)
+            if exchanged is not item:
+                cell.cell_contents = exchanged
+            _exchange(item, other, depth - 1)
+    else:
+        for item in _items(held):
+            _exchange(item, other, depth)
 
 
 def _exchanged(held: Any, other: Callable[[Tensor], Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
-from imstep.complexstep.steps import Call, flat
+from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
 
@@ -28,7 +28,7 @@ _RESHAPED_IN_PLACE = {
     for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_")
 }
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
-_RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch normalisation, unknown to its schema
+_OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
 
 class Dispatch(TorchDispatchMode):
@@ -58,7 +58,7 @@ class Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         sig = signature(func)
         tensors = sig.gather(args, kwargs)
-        if any(isinstance(t, Tensor) and t.is_complex() for t in flat(tensors)):
+        if _any_complex(tensors):
             with torch._C._PreserveDispatchKeyGuard():
                 # PyTorch leaves these out below a mode, and kernels that conjugate lazily, such as pinv's, then
                 # compute wrong values.
@@ -69,7 +69,8 @@ class Dispatch(TorchDispatchMode):
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._before_write is not None:
-            self._watch(sig, tensors)
+            for at in sig.overwritten:
+                self._watch(tensors[at])
             outputs = self._carry_out(func, sig, tensors, args, kwargs)
             if not (sig.view or sig.mutates):
                 self._mark_born(outputs)
@@ -79,7 +80,8 @@ class Dispatch(TorchDispatchMode):
     def _carry_out(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if sig.mutates:
             return self._mutate(func, sig, tensors, args, kwargs)
-        if not self._live(tensors):
+        attached = self._plane.attached(tensors)
+        if attached is None:
             return func(*args, **kwargs)
         if self._islands.active:
             return self._constant(func, sig, args, kwargs)
@@ -90,21 +92,11 @@ class Dispatch(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if sig.view:
             return func(*args, **kwargs)
-        return self._apply(func, tensors, args, kwargs)
+        return self._apply(func, tensors, attached, args, kwargs)
 
     def carries(self, t: Tensor) -> bool:
         """Whether ``t`` has an imaginary part here."""
         return self._plane.find(t) is not None
-
-    def _live(self, tensors: list[Any]) -> bool:
-        find = self._plane.find
-        for t in tensors:
-            if isinstance(t, (list, tuple)):
-                if any(u is not None and find(u) is not None for u in t):
-                    return True
-            elif t is not None and find(t) is not None:
-                return True
-        return False
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
@@ -119,17 +111,19 @@ class Dispatch(TorchDispatchMode):
 
     # --- rules --------------------------------------------------------------------------------------------------
 
-    def _apply(self, func: OpOverload, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+    def _apply(self, func: OpOverload, tensors: list[Any], attached: list[Any], args: Any, kwargs: Any) -> Any:
         rule = lookup(func)
         if rule is None or (self._h is not None and rule.finite is None):
             return self._decompose(func, args, kwargs)
         self._ledger.enter(func, rule.family)
         try:
-            return self._by_rule(rule, func, tensors, args, kwargs)
+            return self._by_rule(rule, func, tensors, attached, args, kwargs)
         finally:
             self._ledger.leave()
 
-    def _by_rule(self, rule: Rule, func: OpOverload, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+    def _by_rule(
+        self, rule: Rule, func: OpOverload, tensors: list[Any], attached: list[Any], args: Any, kwargs: Any
+    ) -> Any:
         if self._h is not None and rule.finite is not None:
             if rule.family in _EVALUATED and any(isinstance(t, Tensor) and t.is_complex() for t in tensors):
                 return self._below_rounding(func, rule, args, kwargs, self._h)  # it takes a second imaginary unit
@@ -142,21 +136,25 @@ class Dispatch(TorchDispatchMode):
         if self._tape is None:
             self._store(outputs, push(*self._imaginary(tensors)))
         else:
-            inputs = self.reference(tensors)
-            call = self._call(func, args, outputs, kwargs.get("alpha", 1))
-            self._tape.record(push, inputs, self._define(outputs), call)
+            step = self._step(func, push, self._references(tensors, attached), self._define(outputs))
+            if kwargs:
+                step.alpha = kwargs.get("alpha", 1)
+            if id(func) in _OF_LOSSES and not step.backward:
+                step.args, step.result = args, outputs
+            self._tape.record(step)
         return outputs
 
-    def _call(self, func: OpOverload, args: Any = (), result: Any = None, alpha: Any = 1) -> Call:
-        """Where an operator comes from: the node of autograd's graph that it belongs to, forward or backward."""
-        if self._islands.final:
-            node = torch._C._current_autograd_node()
-            return Call(func, (), None, True, -1 if node is None else node._sequence_nr())
-        # The node is made before the operator runs, so it has the last number given out.
-        number = torch.autograd._get_sequence_nr() - 1
-        if func not in LOSS_OPERATORS:
-            args, result = (), None
-        return Call(func, args, result, False, number, alpha)
+    def _step(
+        self, func: OpOverload, push: Any, inputs: list[Any], outputs: Any, target: Reference | None = None
+    ) -> Step:
+        """A step of the tape, with the node of autograd's graph that its operator belongs to."""
+        backward = self._islands.final
+        if backward:
+            current = torch._C._current_autograd_node()
+            node = -1 if current is None else current._sequence_nr()
+        else:  # the node is made before the operator runs, so it has the last number given out
+            node = torch.autograd._get_sequence_nr() - 1
+        return Step(push, inputs, outputs, target, func, node, backward)
 
     def _imaginary(self, t: Any) -> Any:
         if isinstance(t, (list, tuple)):
@@ -172,12 +170,21 @@ class Dispatch(TorchDispatchMode):
             for output, d_output in zip(outputs, d_outputs, strict=True):
                 self._store(output, d_output)
 
-    def reference(self, t: Any) -> Any:
-        """The slots on the tape, and the windows onto them, that tensors stand for; None where constant."""
-        if isinstance(t, (list, tuple)):
-            return [self.reference(u) for u in t]
-        slot = None if t is None else self._plane.find(t)
+    def reference(self, t: Tensor) -> Reference | None:
+        """The slot on the tape, and the window onto it, that a tensor stands for; None for a constant."""
+        slot = self._plane.find(t)
         return None if slot is None else self._tape.reference(slot, t)  # type: ignore[union-attr]
+
+    def _references(self, tensors: Sequence[Any], slots: Sequence[Any] | None) -> list[Any]:
+        """As :meth:`reference`, for nested tensors to which slots are attached."""
+        found: list[Any] = []
+        for at, t in enumerate(tensors):
+            slot = None if slots is None else slots[at]
+            if isinstance(t, (list, tuple)):
+                found.append(self._references(t, slot))
+            else:
+                found.append(None if slot is None else self._tape.reference(slot, t))  # type: ignore[union-attr]
+        return found
 
     def _define(self, outputs: Any) -> Any:
         """New slots for fresh outputs that can carry an imaginary part."""
@@ -243,7 +250,8 @@ class Dispatch(TorchDispatchMode):
             for t in targets:
                 if isinstance(t, Tensor):
                     self._tape.protect(t)
-        if not self._live(tensors):
+        attached = self._plane.attached(tensors)
+        if attached is None:
             return func(*args, **kwargs)
         if self._islands.active:
             return func(*args, **kwargs)  # autograd does not see this write either: values change, derivatives stay
@@ -252,7 +260,7 @@ class Dispatch(TorchDispatchMode):
         if func.overloadpacket in _RESHAPED_IN_PLACE:
             return func(*args, **kwargs)  # another window onto the same memory
         if sig.functional is None and lookup(func) is not None:
-            return self._apply(func, tensors, args, kwargs)  # what it overwrites is beside the point: statistics
+            return self._apply(func, tensors, attached, args, kwargs)  # what it overwrites is beside the point: statistics
         if sig.functional is None:
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
         kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
@@ -294,18 +302,16 @@ class Dispatch(TorchDispatchMode):
             if read is None:
                 return outputs
             self._plane.name(target, self._tape.define(whole(target)))
-        self._tape.record_write(read, self.reference(target), self._call(func))
+        self._tape.record(self._step(func, None, [read], None, self.reference(target)))
         return outputs
 
     # --- what existed before ------------------------------------------------------------------------------------
 
-    def _watch(self, sig: Signature, tensors: list[Any]) -> None:
-        for t, (_, name, _, written) in zip(tensors, sig.tensors, strict=True):
-            if written or name in _RUNNING_STATISTICS:
-                for u in t if isinstance(t, (list, tuple)) else [t]:
-                    strided = isinstance(u, Tensor) and u.layout is torch.strided
-                    if strided and self._born not in u.untyped_storage().__dict__:
-                        self._before_write(u)  # type: ignore[misc]
+    def _watch(self, t: Any) -> None:
+        for u in t if isinstance(t, (list, tuple)) else [t]:
+            strided = isinstance(u, Tensor) and u.layout is torch.strided
+            if strided and self._born not in u.untyped_storage().__dict__:
+                self._before_write(u)  # type: ignore[misc]
 
     def _mark_born(self, outputs: Any) -> None:
         if isinstance(outputs, Tensor):
@@ -314,3 +320,11 @@ class Dispatch(TorchDispatchMode):
         elif isinstance(outputs, (list, tuple)):
             for output in outputs:
                 self._mark_born(output)
+
+
+def _any_complex(tensors: Sequence[Any]) -> bool:
+    """Whether one of nested tensors is complex."""
+    for t in tensors:
+        if t is not None and (_any_complex(t) if isinstance(t, (list, tuple)) else t.is_complex()):
+            return True
+    return False

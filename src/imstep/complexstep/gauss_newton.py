@@ -14,13 +14,13 @@ matrix itself see Schraudolph, Neural Computation 14 (2002), 1723-1738, section 
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imstep.complexstep.steps import Reference, Step, flat
+from imstep.complexstep.steps import Reference, Step, flat, slot_of
 from imstep.complexstep.tape import Tape
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ class ConvexLoss:
     @property
     def outputs(self) -> list[int]:
         """The slots of the arguments that depend on the parameters."""
-        return [slot for slot, _ in self.references]
+        return [slot_of(ref) for ref in self.references]
 
     def value(self, *arguments: Tensor) -> Tensor:
         """The operator with other values for the arguments that depend on the parameters."""
@@ -99,8 +99,8 @@ def split_loss(tape: Tape, loss: Reference | None) -> LossSplit | None:
     inner = _ancestors(tape.steps, {slot for end in losses for slot in end.outputs})
     of_loss: dict[int, bool] = {}
     for step, is_inner in zip(tape.steps, inner, strict=True):
-        if not step.call.backward:
-            of_loss.setdefault(step.call.node, not is_inner)
+        if not step.backward:
+            of_loss.setdefault(step.node, not is_inner)
     return LossSplit(losses, frozenset(node for node, outer in of_loss.items() if outer))
 
 
@@ -108,11 +108,13 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     """The convex operators whose positive combination is the loss; empty if the loss has another form."""
     found: list[ConvexLoss] = []
     outputs: set[int] = set()
-    wanted = {} if loss is None else {loss[0]: 1}  # slots that the loss is made of, and with which sign; 0 for both
+    wanted = {} if loss is None else {slot_of(loss): 1}  # slots that the loss is made of, with their signs; 0 for both
     for step in reversed(tape.steps):
-        signs = {wanted.pop(slot) for slot in step.writes if slot in wanted and slot not in outputs}
+        if step.backward and step.target is None:
+            continue  # the loss is older
+        signs = {wanted.pop(slot) for slot in step.writes() if slot in wanted and slot not in outputs}
         if not signs:
-            if step.call.func.overloadpacket is aten.linalg_vector_norm and not outputs.isdisjoint(step.writes):
+            if step.func.overloadpacket is aten.linalg_vector_norm and not outputs.isdisjoint(step.writes()):
                 return []  # the square of a norm is many residuals, of which this split would see one
             continue
         sign = signs.pop() if len(signs) == 1 else 0
@@ -121,7 +123,7 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
             found.append(end)
             outputs.update(end.outputs)
             continue
-        parts = None if step.call.backward else _linear(step, sign)
+        parts = None if step.backward else _linear(step, sign)
         if parts is None:
             return []
         for slot, part in parts:
@@ -133,11 +135,11 @@ def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
     """The tape with the second derivatives of the outputs left out; ``nodes`` of autograd's graph are of the loss."""
     forward = set(tape.inputs)
     for step in tape.steps:
-        if not step.call.backward:
-            forward.update(step.writes)
-    constant = lambda ref: None if ref is None or ref[0] in forward else ref
+        if not step.backward:
+            forward.update(step.writes())
+    constant = lambda ref: None if ref is None or slot_of(ref) in forward else ref
     steps = [
-        replace(step, inputs=_map(constant, step.inputs)) if _through_outputs(step, nodes) else step
+        step.reading(_map(constant, step.inputs)) if _through_outputs(step, nodes) else step
         for step in tape.steps
     ]
     return tape.with_steps(steps)
@@ -145,14 +147,14 @@ def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
 
 def _through_outputs(step: Step, nodes: Container[int]) -> bool:
     """Whether a step is of the backward pass of z; also where that recomputes z, as checkpoints do."""
-    return step.call.backward and step.call.node not in nodes
+    return step.backward and step.node not in nodes
 
 
 def _convex(step: Step, sign: int) -> ConvexLoss | None:
     """The operator as a convex end, if it is one with this sign."""
-    func, args, result = step.call.func, step.call.args, step.call.result
-    packet, slots = func.overloadpacket, step.reads
-    if step.call.backward or result is None or result.is_complex():
+    func, args, result = step.func, step.args, step.result
+    packet, slots = func.overloadpacket, step.reads()
+    if step.backward or result is None or result.is_complex():
         return None
     square = (packet is aten.pow and len(args) > 1 and args[1] == 2) or (
         packet is aten.mul and len(slots) == 2 and slots[0] == slots[1] and args[0] is args[1]
@@ -167,19 +169,19 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
 
 def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
     """The slots that a linear operator adds up, each with its sign; None for another operator."""
-    packet, alpha = step.call.func.overloadpacket, step.call.alpha
-    slots = step.reads
+    packet, alpha = step.func.overloadpacket, step.alpha
+    slots = step.reads()
     if packet in _SUMS or packet is aten.sub:
         second = alpha if packet is not aten.sub else -alpha
         if second == 1:
             return [(slot, sign) for slot in slots]
         refs = list(zip(step.inputs, (1, second), strict=False))
-        return [(ref[0], sign if factor > 0 else -sign) for ref, factor in refs if ref is not None]
+        return [(slot_of(ref), sign if factor > 0 else -sign) for ref, factor in refs if ref is not None]
     if packet is aten.neg or packet in _NLL:
         return [(slots[0], -sign)] if len(slots) == 1 else None
     if packet is aten.copy_:
-        return [(slot, sign) for slot in slots] if step.target is not None and step.target[1] is None else None
-    factor = _factor_sign(packet, step.call.args)
+        return [(slot, sign) for slot in slots] if type(step.target) is int else None
+    factor = _factor_sign(packet, step.args)
     return None if factor is None else [(slot, sign * factor) for slot in slots]
 
 
@@ -205,9 +207,9 @@ def _ancestors(steps: list[Step], needed: set[int]) -> list[bool]:
     needed = set(needed)
     found = []
     for step in reversed(steps):
-        inner = not step.call.backward and any(slot in needed for slot in step.writes)
+        inner = not step.backward and any(slot in needed for slot in step.writes())
         if inner:
-            needed.update(step.reads)
+            needed.update(step.reads())
         found.append(inner)
     return found[::-1]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ Push = Callable[..., Any]
 Linearize = Callable[..., tuple[Any, Push | None]]
 Finite = Callable[..., tuple[Any, Any]]
 Operator = OpOverload | OpOverloadPacket
+
+_RUNNING_STATISTICS = ("running_mean", "running_var")  # overwritten by batch normalisation
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Rule:
 
 
 _RULES: dict[Operator, Rule] = {}
+_FOUND: dict[int, tuple[OpOverload, Rule | None]] = {}  # by identity: operators are slow to hash
 
 
 def register(operators: Iterable[Operator], rule: Rule) -> None:
@@ -53,11 +56,15 @@ def register(operators: Iterable[Operator], rule: Rule) -> None:
         if op in _RULES:
             raise ValueError(f"{op} has a rule already ({_RULES[op].family}); an operator has exactly one.")
         _RULES[op] = rule
+    _FOUND.clear()
 
 
 def lookup(op: OpOverload) -> Rule | None:
     """The rule of ``op``: its own, or that of its packet."""
-    return _RULES.get(op) or _RULES.get(op.overloadpacket)
+    found = _FOUND.get(id(op))
+    if found is None:
+        found = _FOUND[id(op)] = op, _RULES.get(op) or _RULES.get(op.overloadpacket)
+    return found[1]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Signature:
         view: whether the output shares memory with an argument, by the schema.
         composite: whether it is defined by other operators, for autograd as well.
         functional: the operator that computes the same without overwriting, if there is one.
+        operator: the operator.
     """
 
     tensors: tuple[tuple[int, str, bool, bool], ...]
@@ -77,12 +85,22 @@ class Signature:
     view: bool
     composite: bool
     functional: OpOverload | None
+    operator: OpOverload
+
+    @cached_property
+    def overwritten(self) -> tuple[int, ...]:
+        """Which tensor arguments it may overwrite, running statistics, unknown to the schema, among them."""
+        return tuple(
+            i for i, (_, name, _, written) in enumerate(self.tensors) if written or name in _RUNNING_STATISTICS
+        )
 
     def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensor arguments (a tensor, a list, or None also for a number) in the order of the schema."""
-        count = len(args)
-        found = [args[at] if 0 <= at < count else kwargs.get(name) for at, name, _, _ in self.tensors]
-        return [t if isinstance(t, (Tensor, list, tuple)) else None for t in found]
+        count, found = len(args), []
+        for at, name, _, _ in self.tensors:
+            t = args[at] if 0 <= at < count else kwargs.get(name)
+            found.append(t if isinstance(t, (Tensor, list, tuple)) else None)
+        return found
 
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[Any]
@@ -97,9 +115,18 @@ class Signature:
         return tuple(new_args), new_kwargs
 
 
-@cache
+_SIGNATURES: dict[int, Signature] = {}  # by identity: operators are slow to hash
+
+
 def signature(op: OpOverload) -> Signature:
     """The signature of ``op``, computed once."""
+    found = _SIGNATURES.get(id(op))
+    if found is None:
+        found = _SIGNATURES[id(op)] = _signature(op)
+    return found
+
+
+def _signature(op: OpOverload) -> Signature:
     tensors = []
     for at, argument in enumerate(op._schema.arguments):
         kind = str(argument.type)
@@ -110,7 +137,7 @@ def signature(op: OpOverload) -> Signature:
     mutates = any(written for *_, written in tensors)
     view = not mutates and any(r.alias_info is not None for r in op._schema.returns)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-    return Signature(tuple(tensors), mutates, view, composite, _functional(op) if mutates else None)
+    return Signature(tuple(tensors), mutates, view, composite, _functional(op) if mutates else None, op)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:

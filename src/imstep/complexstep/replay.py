@@ -1,77 +1,135 @@
-"""Apply recorded linear maps to a direction: one pass over the steps of a tape."""
+"""Apply recorded linear maps to directions: one pass over the steps of a tape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from imstep.complexstep.steps import Reference, Slot, Step, flat
+from imstep.complexstep.steps import Reference, Step, flat, slot_of
+from imstep.complexstep.tensor import Window
+
+_Values = dict[int, Tensor]
+
+
+class Slot(NamedTuple):
+    """The imaginary part of one storage: its first window onto it, and how many entries the storage has."""
+
+    window: Window
+    entries: int
+
+
+class _Instruction(NamedTuple):
+    """A step and what to do around it.
+
+    Attributes:
+        step: the step.
+        whole: whether its inputs are slots as they were defined.
+        copied: whether a result may be an alias of what will be overwritten.
+        final: the numbers of the outputs that are complete after it.
+        dead: the slots that are not needed after it.
+    """
+
+    step: Step
+    whole: bool
+    copied: bool
+    final: Sequence[int]
+    dead: Sequence[int]
 
 
 class Replay:
-    """One pass over a tape: the values of its slots."""
+    """The steps that outputs depend on, arranged for being run again and again.
 
-    def __init__(self, slots: list[Slot], overwritten: set[int]) -> None:
-        self._slots, self._overwritten = slots, overwritten
-        self._values: dict[int, Tensor] = {}
+    Args:
+        slots: the tape's memory.
+        inputs: the slots of the inputs.
+        steps: in order.
+        outputs: what to compute.
+    """
 
-    def run(
-        self,
-        inputs: Iterable[tuple[int, Tensor]],
-        steps: list[Step],
-        last_use: list[list[int]],
-        outputs: list[Reference | None],
-    ) -> list[Tensor | None]:
-        for slot, direction in inputs:
-            self._assign(slot, direction)
-        for step, done in zip(steps, last_use, strict=True):
-            ims = [self._read(ref) for ref in step.inputs]
+    def __init__(
+        self, slots: list[Slot], inputs: list[int], steps: list[Step], outputs: list[Reference | None]
+    ) -> None:
+        self._slots, self._inputs, self._outputs = slots, inputs, outputs
+        self.steps = _needed(steps, {slot_of(ref) for ref in outputs if ref is not None})
+        self._overwritten = {slot_of(step.target) for step in self.steps if step.target is not None}
+        self._instructions, self._at_once = self._arrange()
+
+    def _arrange(self) -> tuple[list[_Instruction], list[int]]:
+        """The instructions, and the outputs that no step has a part in."""
+        pending: dict[int, list[int]] = {}
+        for number, ref in enumerate(self._outputs):
+            pending.setdefault(-1 if ref is None else slot_of(ref), []).append(number)
+        arranged: list[_Instruction] = []
+        later: set[int] = set()
+        for step in reversed(self.steps):
+            reads, writes = step.reads(), step.writes()
+            final = [number for slot in writes for number in pending.pop(slot, ())]
+            dead = [slot for slot in {*reads, *writes} if slot not in later]
+            later.update(dead)
+            whole = not any(type(ref) is list or type(ref) is tuple for ref in step.inputs)
+            copied = not self._overwritten.isdisjoint(reads)
+            arranged.append(_Instruction(step, whole, copied, final or (), dead or ()))
+        return arranged[::-1], [number for numbers in pending.values() for number in numbers]
+
+    def run(self, directions: Iterable[Tensor]) -> Iterator[tuple[int, Tensor | None]]:
+        """The number and the imaginary part of each output as soon as it is complete; None where it vanishes."""
+        values: _Values = {}
+        for slot, direction in zip(self._inputs, directions, strict=True):
+            self._assign(values, slot, direction)
+        for number in self._at_once:
+            yield number, self._read(values, self._outputs[number])
+        for step, whole, copied, final, dead in self._instructions:
+            ims = [values.get(ref) if whole else self._read(values, ref) for ref in step.inputs]
             if step.target is not None:
-                self._write(step.target, ims[0])
-            elif next(flat(ims), None) is not None:
-                d_outputs = step.push(*ims)
-                if self._overwritten and not self._overwritten.isdisjoint(step.reads):
-                    d_outputs = _copied(d_outputs)  # it may be an alias of what will be overwritten
-                self._assign(step.outputs, d_outputs)
-            for slot in done:
-                self._values.pop(slot, None)
-        return [self._read(ref) for ref in outputs]
+                self._write(values, step.target, ims[0])
+            elif _any(ims):
+                self._assign(values, step.outputs, _copied(step.push(*ims)) if copied else step.push(*ims))
+            del ims  # what is dead is to be released
+            for number in final:
+                yield number, self._read(values, self._outputs[number])
+            for slot in dead:
+                values.pop(slot, None)
 
-    def _read(self, ref: Any) -> Any:
-        if ref is None:
-            return None
-        if isinstance(ref, list):
-            return [self._read(r) for r in ref]
+    # --- memory -------------------------------------------------------------------------------------------------
+
+    def _read(self, values: _Values, ref: Any) -> Any:
+        if type(ref) is list:
+            return [self._read(values, r) for r in ref]
+        if type(ref) is not tuple:
+            return values.get(ref)
         slot, window = ref
-        value = self._values.get(slot)
-        if value is None or window is None:
-            return value
+        value = values.get(slot)
+        if value is None:
+            return None
         first = self._slots[slot].window
         if value.stride() != first.stride or value.dtype is not first.dtype:
-            value = self._values[slot] = self._laid_out(slot, value)
+            value = values[slot] = self._laid_out(slot, value)
         return window.onto(value, value.storage_offset() - first.offset)
 
-    def _assign(self, slots: Any, ims: Any) -> None:
-        if isinstance(slots, list):
-            for slot, im in zip(slots, ims if ims is not None else [None] * len(slots), strict=True):
-                self._assign(slot, im)
-        elif slots is not None and ims is not None:
-            first = self._slots[slots].window
-            ims = ims if ims.shape == first.size else ims.expand(first.size)
-            if slots in self._overwritten:
-                ims = self._laid_out(slots, ims)
-            self._values[slots] = ims if ims.dtype is first.dtype else ims.to(first.dtype)
+    def _assign(self, values: _Values, slots: Any, ims: Any) -> None:
+        if ims is None or slots is None:
+            return
+        if type(slots) is list:
+            for slot, im in zip(slots, ims, strict=True):
+                self._assign(values, slot, im)
+            return
+        first = self._slots[slots].window
+        if ims.shape != first.size:
+            ims = ims.expand(first.size)
+        if slots in self._overwritten:
+            ims = self._laid_out(slots, ims)
+        values[slots] = ims if ims.dtype is first.dtype else ims.to(first.dtype)
 
-    def _write(self, target: Reference, source: Tensor | None) -> None:
-        slot, window = target
-        if slot not in self._values:
+    def _write(self, values: _Values, target: Reference, source: Tensor | None) -> None:
+        slot = slot_of(target)
+        if slot not in values:
             if source is None:
                 return
             zero = source.new_zeros((), dtype=self._slots[slot].window.dtype)
-            self._values[slot] = self._laid_out(slot, zero)
-        shown = self._read((slot, window or self._slots[slot].window))
+            values[slot] = self._laid_out(slot, zero)
+        shown = self._read(values, target if type(target) is tuple else (slot, self._slots[slot].window))
         if source is None:
             shown.zero_()
         else:
@@ -84,6 +142,24 @@ class Replay:
         shown = meta.window.onto(full)
         shown.copy_(value)
         return shown
+
+
+def _needed(steps: list[Step], slots: set[int]) -> list[Step]:
+    """The steps that ``slots`` depend on."""
+    kept = []
+    for step in reversed(steps):
+        if not slots.isdisjoint(step.writes()):
+            kept.append(step)
+            slots.update(step.reads())
+    return kept[::-1]
+
+
+def _any(ims: list[Any]) -> bool:
+    """Whether an imaginary part is there."""
+    for im in ims:
+        if im is not None and (type(im) is not list or flat(im)):
+            return True
+    return False
 
 
 def _copied(ims: Any) -> Any:

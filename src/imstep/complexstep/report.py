@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import perf_counter
@@ -73,13 +72,22 @@ class OperatorReport:
         return f"{table}\n{self.note}" if self.note else table
 
 
+class _Entry:
+    """What is known so far of one operator, differentiated in one way."""
+
+    __slots__ = ("count", "operator", "seconds", "treatment")
+
+    def __init__(self, operator: Any, treatment: str) -> None:
+        self.operator, self.treatment = operator, treatment
+        self.count, self.seconds = 0, 0.0
+
+
 class Ledger:
     """Counts and times the operators of one evaluation as it goes; two looks at the clock for each."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[Any, str]] = Counter()
-        self._seconds: dict[tuple[Any, str], float] = {}
-        self._open: list[tuple[Any, str]] = []
+        self._entries: dict[tuple[Any, str], _Entry] = {}
+        self._open: list[_Entry] = []
         self._mark = self._total = 0.0
         self._started: float | None = None
 
@@ -97,37 +105,33 @@ class Ledger:
 
     def enter(self, operator: Any, treatment: str) -> None:
         """Work on an operator begins; that on the one around it rests."""
+        key = id(operator), treatment  # an operator itself is slow to hash
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(operator, treatment)
+        entry.count += 1
         now = perf_counter()
         if self._open:
-            self._charge(now)
-        self._open.append((operator, treatment))
-        self._counts[operator, treatment] += 1
+            self._open[-1].seconds += now - self._mark
+        self._open.append(entry)
         self._mark = now
 
     def leave(self) -> None:
         """Work on the operator that was entered last ends."""
         now = perf_counter()
-        self._charge(now)
-        self._open.pop()
+        self._open.pop().seconds += now - self._mark
         self._mark = now
-
-    def _charge(self, now: float) -> None:
-        key = self._open[-1]
-        self._seconds[key] = self._seconds.get(key, 0.0) + now - self._mark
 
     def avoid(self, kernel: str) -> None:
         """A kernel was replaced by simpler operators."""
-        self._counts[kernel, AVOIDED] += 1
+        self._entries.setdefault((kernel, AVOIDED), _Entry(kernel, AVOIDED)).count += 1
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:
         """How often each operator was met, by (name, treatment)."""
-        return {(str(operator), how): count for (operator, how), count in self._counts.items()}
+        return {(str(e.operator), e.treatment): e.count for e in self._entries.values()}
 
     def report(self) -> OperatorReport:
         """What was met so far."""
-        met = (
-            ((str(operator), how), count, self._seconds.get((operator, how), 0.0))
-            for (operator, how), count in self._counts.items()
-        )
+        met = (((str(e.operator), e.treatment), e.count, e.seconds) for e in self._entries.values())
         return OperatorReport.of(met, self._total + self._running())

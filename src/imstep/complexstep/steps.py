@@ -2,71 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch._ops import OpOverload
 
 from imstep.complexstep.tensor import Window
 
-Reference = tuple[int, Window | None]
+Reference = int | tuple[int, Window]
+"""What a tensor is on a tape: a slot as it was defined, or a slot seen through another window."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The imaginary part of one storage: its first window onto it, and how many entries the storage has."""
-
-    window: Window
-    entries: int
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """Where a linear map comes from.
+class Step:
+    """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into ``target``.
 
     Attributes:
-        func: the operator.
-        args: its arguments, where the operator may be a loss; else empty.
+        push: the map.
+        inputs: a reference for each of its arguments, None for a constant; a list where it takes a list.
+        outputs: the slots that it defines, nested as what it returns.
+        target: what a write overwrites.
+        func: the operator that it belongs to.
+        node: sequence number of the node of autograd's graph that the operator belongs to.
+        backward: whether that is of the backward pass that is being differentiated.
+        args: the operator's arguments, where it may be a loss; else empty.
         result: its output, likewise; else None.
-        backward: whether it belongs to the backward pass that is being differentiated.
-        node: sequence number of the node of autograd's graph that it belongs to.
         alpha: factor of the second argument of a sum or difference.
     """
 
-    func: OpOverload
-    args: tuple[Any, ...]
-    result: Any
-    backward: bool
-    node: int
-    alpha: Any = 1
+    __slots__ = ("alpha", "args", "backward", "func", "inputs", "node", "outputs", "push", "result", "target")
 
+    def __init__(
+        self,
+        push: Any,
+        inputs: list[Any],
+        outputs: Any,
+        target: Reference | None,
+        func: OpOverload,
+        node: int,
+        backward: bool,
+    ) -> None:
+        self.push, self.inputs, self.outputs, self.target = push, inputs, outputs, target
+        self.func, self.node, self.backward = func, node, backward
+        self.args: tuple[Any, ...] = ()
+        self.result: Any = None
+        self.alpha: Any = 1
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into the window ``target``."""
-
-    push: Any
-    inputs: list[Any]
-    outputs: Any
-    call: Call
-    target: Reference | None = None
-
-    @property
-    def writes(self) -> list[int]:
-        """The slots that this step defines or overwrites."""
-        return [self.target[0]] if self.target else list(flat(self.outputs))
-
-    @property
     def reads(self) -> list[int]:
         """The slots that this step looks at."""
-        return [ref[0] for ref in flat(self.inputs)]
+        return [ref[0] if type(ref) is tuple else ref for ref in flat(self.inputs)]
+
+    def writes(self) -> list[int]:
+        """The slots that this step defines or overwrites."""
+        return flat([self.outputs]) if self.target is None else [slot_of(self.target)]
+
+    def reading(self, inputs: list[Any]) -> Step:
+        """The same step with other inputs."""
+        return Step(self.push, inputs, self.outputs, self.target, self.func, self.node, self.backward)
 
 
-def flat(nested: Any) -> Iterator[Any]:
+def slot_of(reference: Reference) -> int:
+    """The slot that a reference looks at."""
+    return reference[0] if type(reference) is tuple else reference  # type: ignore[return-value]
+
+
+def flat(nested: list[Any]) -> list[Any]:
     """The entries of nested lists that are not None."""
-    for item in nested if isinstance(nested, list) else [nested]:
-        if isinstance(item, list):
-            yield from flat(item)
-        elif item is not None:
-            yield item
+    found = [item for item in nested if item is not None]
+    if list not in map(type, found):
+        return found
+    return [entry for item in found for entry in (flat(item) if type(item) is list else [item])]

@@ -8,16 +8,15 @@ and windows onto them, as in :mod:`imstep.complexstep.tensor`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imstep.complexstep.captured import captured, exchange
-from imstep.complexstep.replay import Replay
-from imstep.complexstep.steps import Call, Reference, Slot, Step
+from imstep.complexstep.replay import Replay, Slot
+from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tensor import Window
 
 _aten = torch.ops.aten
@@ -62,10 +61,10 @@ class Tape:
         self._steps: list[Step] = []
         self._inputs: list[int] = []
         self._outputs: list[Reference | None] = []
-        self._last_use: list[list[int]] = []
-        self._overwritten: set[int] = set()
-        self._held: list[tuple[Tensor, int, Any]] = []  # a tensor, its version, the map that holds it
-        self._holders: dict[int, list[tuple[Tensor, int | None, Any]]] = {}  # while recording, by storage
+        self._replay: Replay | None = None
+        self._held: list[tuple[Tensor, int | None, Any]] = []  # a tensor, its version, the map that holds it
+        self._places: dict[int, list[int]] = {}  # which of these lie in a storage
+        self._found = 0  # how many of these were looked for
 
     # --- recording ----------------------------------------------------------------------------------------------
 
@@ -81,73 +80,62 @@ class Tape:
         return len(self._slots) - 1
 
     def reference(self, slot: int, t: Tensor) -> Reference:
-        """How ``t`` looks onto ``slot``: no window where it shows it as it was defined."""
-        return slot, None if self._slots[slot].window.fits(t) else Window(t)
+        """How ``t`` looks onto ``slot``."""
+        return slot if self._slots[slot].window.fits(t) else (slot, Window(t))
 
-    def record(self, push: Any, inputs: list[Any], outputs: Any, call: Call) -> None:
-        """Append a linear map; remembers the tensors it holds, to notice when they are overwritten."""
-        self._steps.append(Step(push, inputs, outputs, call))
-        for t in captured(push):
-            self._hold(t, push)
+    def record(self, step: Step) -> None:
+        """Append a step; remembers the tensors that its map holds, to notice when they are overwritten."""
+        self._steps.append(step)
+        if step.push is None:
+            return
+        for t in captured(step.push):
+            self._held.append((t, None if t.is_inference() else t._version, step.push))
+        if self._memory_budget is not None:
+            self._find_places()
 
-    def _hold(self, t: Tensor, push: Any) -> None:
-        storage = t.untyped_storage() if t.layout is torch.strided else None
-        place = id(t) if storage is None else storage._cdata
-        if storage is not None and self._memory_budget is not None and place not in self._holders:
-            self._bytes += storage.nbytes()
-            if self._bytes > self._memory_budget:
-                raise TapeTooLargeError(
-                    f"the recorded derivative takes more than the memory budget of {self._memory_budget} bytes."
-                )
-        self._holders.setdefault(place, []).append((t, None if t.is_inference() else t._version, push))
+    def _find_places(self) -> None:
+        """Note in which memory lies what was held since the last time; counts the bytes of it."""
+        for number in range(self._found, len(self._held)):
+            t = self._held[number][0]
+            if t.layout is torch.strided:
+                storage = t.untyped_storage()
+                if storage._cdata not in self._places:
+                    self._bytes += storage.nbytes()
+                self._places.setdefault(storage._cdata, []).append(number)
+        self._found = len(self._held)
+        if self._memory_budget is not None and self._bytes > self._memory_budget:
+            raise TapeTooLargeError(
+                f"the recorded derivative takes more than the memory budget of {self._memory_budget} bytes."
+            )
 
     def protect(self, t: Tensor) -> None:
         """Give recorded maps that hold the memory of ``t`` a copy of it, because it is about to be overwritten."""
         if t.layout is not torch.strided:
             return
-        holders = self._holders.pop(t.untyped_storage()._cdata, [])
-        copies = {id(held): held.detach().clone() for held, *_ in holders}
-        for _, _, push in holders:
+        self._find_places()
+        numbers = self._places.pop(t.untyped_storage()._cdata, ())
+        copies = {id(self._held[n][0]): self._held[n][0].detach().clone() for n in numbers}
+        for n in numbers:
+            held, _, push = self._held[n]
             exchange(push, lambda held: copies.get(id(held), held))
-        for held, _, push in holders:
-            self._hold(copies[id(held)], push)
-
-    def record_write(self, source: Reference | None, target: Reference, call: Call) -> None:
-        """Append the overwriting of ``target`` by ``source`` (by zeros if None)."""
-        self._steps.append(Step(None, [source], None, call, target))
+            copy = copies[id(held)]
+            self._held[n] = copy, copy._version, push
+            self._places.setdefault(copy.untyped_storage()._cdata, []).append(n)
 
     def finish(self, outputs: Sequence[Reference | None]) -> None:
-        """Name the outputs; drops what they do not depend on and finds where each slot is used last.
+        """Name the outputs; drops what they do not depend on.
 
         Raises:
             TapeChangedError: the evaluation overwrote a tensor that one of its maps still needs.
         """
         self._outputs = list(outputs)
-        self._drop_unneeded()
-        self._overwritten = {step.target[0] for step in self._steps if step.target}
-        seen = {ref[0] for ref in outputs if ref is not None}
-        last_use = []
-        for step in reversed(self._steps):
-            used = set(step.reads) | set(step.writes)
-            last_use.append([slot for slot in used if slot not in seen])
-            seen |= used
-        self._last_use = last_use[::-1]
-        self.check()
-
-    def _drop_unneeded(self) -> None:
-        needed = {ref[0] for ref in self._outputs if ref is not None}
-        kept: list[Step] = []
-        for step in reversed(self._steps):
-            if any(slot in needed for slot in step.writes):
-                kept.append(step)
-                needed.update(step.reads)
-        # The arguments of possible losses have served their purpose.
-        forget = lambda step: replace(step, call=replace(step.call, args=(), result=None)) if step.call.args else step
-        self._steps = [forget(step) for step in reversed(kept)]
-        self._held += [(t, v, push) for ts in self._holders.values() for t, v, push in ts if v is not None]
-        self._holders = {}
+        self._replay = Replay(self._slots, self._inputs, self._steps, self._outputs)
+        self._steps, self._places = self._replay.steps, {}
+        for step in self._steps:
+            step.args, step.result = (), None  # the arguments of possible losses have served their purpose
         maps = {id(step.push) for step in self._steps}
-        self._held = [held for held in self._held if id(held[2]) in maps]
+        self._held = [held for held in self._held if held[1] is not None and id(held[2]) in maps]
+        self.check()
 
     def with_steps(self, steps: list[Step]) -> Tape:
         """A tape on the same memory with other steps."""
@@ -198,7 +186,7 @@ class Tape:
     @property
     def largest(self) -> int:
         """Bytes of the largest imaginary part that a replay computes."""
-        written = {slot for step in self._steps for slot in step.writes}
+        written = {slot for step in self._steps for slot in step.writes()}
         return max((self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written), default=0)
 
     def check(self) -> None:
@@ -212,12 +200,19 @@ class Tape:
 
     # --- replay -------------------------------------------------------------------------------------------------
 
-    def replay(self, directions: Iterable[Tensor]) -> list[Tensor | None]:
+    def stream(self, directions: Iterable[Tensor]) -> Iterator[tuple[int, Tensor | None]]:
         """Apply the recorded maps to ``directions``, one per input, each of the shape of that input.
 
-        Returns:
-            The imaginary parts of the outputs, in their order; None where one vanishes.
+        Yields:
+            The number of an output and its imaginary part, in the order in which they are complete; None where it
+            vanishes. It is not kept, and not to be changed.
         """
-        return Replay(self._slots, self._overwritten).run(
-            zip(self._inputs, directions, strict=True), self._steps, self._last_use, self._outputs
-        )
+        assert self._replay is not None
+        return self._replay.run(directions)
+
+    def replay(self, directions: Iterable[Tensor]) -> list[Tensor | None]:
+        """As :meth:`stream`: the imaginary parts of all outputs, in their order."""
+        found: list[Tensor | None] = [None] * len(self._outputs)
+        for number, change in self.stream(directions):
+            found[number] = change
+        return found

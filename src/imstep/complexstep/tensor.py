@@ -13,6 +13,7 @@ imaginary part in a second storage of the same layout, attached to the first. Th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,8 @@ class Window:
     def fits(self, t: Tensor) -> bool:
         """Whether ``t`` already is this window onto its own storage."""
         return (
-            t.shape == self.size
-            and t.stride() == self.stride
+            t.stride() == self.stride
+            and t.shape == self.size
             and t.storage_offset() == self.offset
             and t.dtype is self.dtype
             and t.is_conj() == self.conj
@@ -107,6 +108,17 @@ class Plane:
         if t.layout is not torch.strided:
             return None
         return t.untyped_storage().__dict__.get(self._key)
+
+    def attached(self, tensors: Sequence[Any]) -> list[Any] | None:
+        """What is attached to each tensor, nested as they are; None where nothing is attached to any."""
+        found, live = [], False
+        for t in tensors:
+            held = None
+            if t is not None:
+                held = self.attached(t) if isinstance(t, (list, tuple)) else self.find(t)
+                live = live or held is not None
+            found.append(held)
+        return found if live else None
 
     def get(self, t: Tensor) -> Tensor | None:
         """The imaginary part of ``t``: a view of the attached memory, shape of ``t``."""

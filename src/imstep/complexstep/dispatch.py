@@ -57,6 +57,8 @@ class Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sig = signature(func)
+        if sig.window and not self._islands.active and not args[0].is_complex():
+            return func(*args, **kwargs)  # another window onto the same memory
         tensors = sig.gather(args, kwargs)
         if _any_complex(tensors):
             with torch._C._PreserveDispatchKeyGuard():
@@ -260,7 +262,8 @@ class Dispatch(TorchDispatchMode):
         if func.overloadpacket in _RESHAPED_IN_PLACE:
             return func(*args, **kwargs)  # another window onto the same memory
         if sig.functional is None and lookup(func) is not None:
-            return self._apply(func, tensors, attached, args, kwargs)  # what it overwrites is beside the point: statistics
+            # What it overwrites is beside the point: statistics.
+            return self._apply(func, tensors, attached, args, kwargs)
         if sig.functional is None:
             raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
         kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
@@ -324,7 +327,4 @@ class Dispatch(TorchDispatchMode):
 
 def _any_complex(tensors: Sequence[Any]) -> bool:
     """Whether one of nested tensors is complex."""
-    for t in tensors:
-        if t is not None and (_any_complex(t) if isinstance(t, (list, tuple)) else t.is_complex()):
-            return True
-    return False
+    return any(t is not None and (_any_complex(t) if isinstance(t, (list, tuple)) else t.is_complex()) for t in tensors)

@@ -139,8 +139,7 @@ def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
             forward.update(step.writes())
     constant = lambda ref: None if ref is None or slot_of(ref) in forward else ref
     steps = [
-        step.reading(_map(constant, step.inputs)) if _through_outputs(step, nodes) else step
-        for step in tape.steps
+        step.reading(_map(constant, step.inputs)) if _through_outputs(step, nodes) else step for step in tape.steps
     ]
     return tape.with_steps(steps)
 

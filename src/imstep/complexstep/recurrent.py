@@ -1,138 +1,24 @@
-"""LSTM and GRU networks step by step: the fused kernels hide the state that a derivative needs.
-
-One direction of one layer of an LSTM is one operator. A step of it:
-
-    i, f, g, o = a = (sigmoid, sigmoid, tanh, sigmoid)(p + W h)
-    c' = f c + i g,    t = tanh c',    h' = o t
-
-Backward, with u = gc' + gh' o (1 - t²) the gradient that reaches c':
-
-    ggates = (u g, u c, u i, gh' t) S(a),    gc = u f,    gh = Wᵀ ggates
-    S = (i (1 - i), f (1 - f), 1 - g², o (1 - o))
-
-PyTorch's own steps take a dozen operators and three times as many backward; each costs more than its arithmetic here.
-"""
+"""LSTM and GRU networks step by step: the fused kernels hide the state that a derivative needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imstep.complexstep import lstm_layer
+
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
-
-_LIBRARY = torch.library.Library("imstep", "DEF")
-_LIBRARY.define("lstm_layer(Tensor p, Tensor h, Tensor c, Tensor w) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(
-    "lstm_layer_backward(Tensor gh, Tensor gc, Tensor a, Tensor cs, Tensor c, Tensor w) -> (Tensor, Tensor)"
-)
-
-
-def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, c', a) of one step: gates (batch, 4 hidden), c (batch, hidden)."""
-    i, f, g, o = gates.chunk(4, 1)
-    a = torch.cat([torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)], 1)
-    i, f, g, o = a.chunk(4, 1)
-    after = f * c + i * g
-    return o * torch.tanh(after), after, a
-
-
-def slope(a: Tensor) -> Tensor:
-    """S(a), shape of a (..., 4 hidden)."""
-    i, f, g, o = a.chunk(4, -1)
-    return torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
-
-
-def layer(p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All h, c and a (time, batch, ...) for projected inputs p (time, batch, 4 hidden) and the first state."""
-    recurrent = w.t()
-    states = []
-    for projected in p.unbind(0):
-        h, c, a = cell(torch.addmm(projected, h, recurrent), c)
-        states.append((h, c, a))
-    hs, cs, activations = (torch.stack(s) for s in zip(*states, strict=True))
-    return hs, cs, activations
-
-
-def before(first: Tensor, later: Tensor) -> Tensor:
-    """What each step starts from: the first state, and all others but the last."""
-    return torch.cat([first.unsqueeze(0), later[:-1]])
-
-
-@dataclass(frozen=True)
-class Backward:
-    """A backward pass through a layer, all steps together: the gradients, and the factors that made them."""
-
-    gates: Tensor
-    first_c: Tensor
-    gh: Tensor
-    u: Tensor
-    t: Tensor
-    back: Tensor
-    to_gates: Tensor
-
-
-def backward_steps(
-    gh: Tensor, gc: Tensor, a: Tensor, cs: Tensor, c: Tensor, w: Tensor, ga: Tensor | None = None
-) -> Backward:
-    """The backward pass from the gradients of all h, c and a."""
-    i, f, g, o = a.chunk(4, -1)
-    t, s = torch.tanh(cs), slope(a)
-    back, to_gates = o * (1 - t * t), torch.cat([g, before(c, cs), i, t], -1) * s
-    direct = None if ga is None else ga * s
-    steps: list[tuple[Tensor, ...]] = []
-    carried = torch.zeros_like(c)
-    for at in reversed(range(len(cs))):
-        reached = torch.addmm(gh[at], steps[-1][0], w) if steps else gh[at]
-        u = torch.addcmul(gc[at] + carried, reached, back[at])
-        gates = torch.cat([u, u, u, reached], 1) * to_gates[at]
-        steps.append((gates if direct is None else gates + direct[at], reached, u))
-        carried = u * f[at]
-    all_gates, all_reached, all_u = (torch.stack(s) for s in zip(*steps[::-1], strict=True))
-    return Backward(all_gates, carried, all_reached, all_u, t, back, to_gates)
-
-
-def layer_backward(
-    gh: Tensor, gc: Tensor, a: Tensor, cs: Tensor, c: Tensor, w: Tensor, ga: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients that reach the gates (time, batch, 4 hidden) and the first c, from those of all h, c and a."""
-    made = backward_steps(gh, gc, a, cs, c, w, ga)
-    return made.gates, made.first_c
-
-
-_LIBRARY.impl("lstm_layer", layer, "CompositeExplicitAutograd")
-_LIBRARY.impl("lstm_layer_backward", layer_backward, "CompositeExplicitAutograd")
-
-
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hs, cs, a = torch.ops.imstep.lstm_layer(p, h, c, w)
-        ctx.save_for_backward(hs, cs, a, h, c, w)
-        ctx.set_materialize_grads(False)
-        return hs, cs, a
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-        gh, gc, ga = gradients
-        hs, cs, a, h, c, w = ctx.saved_tensors
-        gh = torch.zeros_like(cs) if gh is None else gh
-        gc = torch.zeros_like(cs) if gc is None else gc
-        if torch.is_grad_enabled() or ga is not None:
-            gates, first = layer_backward(gh, gc, a, cs, c, w, ga)
-        else:
-            gates, first = torch.ops.imstep.lstm_layer_backward(gh, gc, a, cs, c, w)
-        return gates, gates[0] @ w, first, gates.flatten(0, 1).t() @ before(h, hs).flatten(0, 1)
 
 
 def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
+    h, c = state
     bias = weights[2] + weights[3] if len(weights) > 2 else None
     projected = F.linear(x, weights[0], bias)
-    hs, cs, _ = _Layer.apply(projected.flip(0) if backwards else projected, *state, weights[1])
+    hs, cs = lstm_layer.apply(projected.flip(0) if backwards else projected, h, c, weights[1])
     return hs.flip(0) if backwards else hs, (hs[-1], cs[-1])
 
 

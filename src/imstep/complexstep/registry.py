@@ -88,6 +88,11 @@ class Signature:
     operator: OpOverload
 
     @cached_property
+    def window(self) -> bool:
+        """Whether it takes one tensor and does nothing but look at it in another way."""
+        return self.view and not self.composite and [(at, many) for at, _, many, _ in self.tensors] == [(0, False)]
+
+    @cached_property
     def overwritten(self) -> tuple[int, ...]:
         """Which tensor arguments it may overwrite, running statistics, unknown to the schema, among them."""
         return tuple(

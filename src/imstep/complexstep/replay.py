@@ -156,10 +156,7 @@ def _needed(steps: list[Step], slots: set[int]) -> list[Step]:
 
 def _any(ims: list[Any]) -> bool:
     """Whether an imaginary part is there."""
-    for im in ims:
-        if im is not None and (type(im) is not list or flat(im)):
-            return True
-    return False
+    return any(im is not None and (type(im) is not list or flat(im)) for im in ims)
 
 
 def _copied(ims: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.replay import Replay, Slot
-from imstep.complexstep.steps import Reference, Step
+from imstep.complexstep.steps import Reference, Step, slot_of
 from imstep.complexstep.tensor import Window
 
 _aten = torch.ops.aten
@@ -151,9 +151,9 @@ class Tape:
         live = set(chosen)
         steps = []
         for step in self._steps:
-            if not live.isdisjoint([*step.reads, *([step.target[0]] if step.target else [])]):
+            if not live.isdisjoint(step.reads()) or (step.target is not None and slot_of(step.target) in live):
                 steps.append(step)
-                live.update(step.writes)
+                live.update(step.writes())
         return self._derived(steps, chosen, [self._outputs[at] for at in outputs])
 
     def _derived(self, steps: list[Step], inputs: list[int], outputs: Sequence[Reference | None]) -> Tape:

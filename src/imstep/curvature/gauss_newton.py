@@ -100,9 +100,7 @@ class LossOfOutputs:
         nodes: numbers of the nodes of autograd's graph that the loss made in the last evaluation.
     """
 
-    def __init__(
-        self, outputs: Callable[[], Sequence[Any]], loss: Callable[..., Tensor], convex: bool = False
-    ) -> None:
+    def __init__(self, outputs: Callable[[], Sequence[Any]], loss: Callable[..., Tensor], convex: bool = False) -> None:
         self._outputs, self._loss, self.convex = outputs, loss, convex
         self.nodes = range(0)
 
@@ -159,7 +157,7 @@ class BatchGaussNewton(BatchCurvature):
         """Whether the loss is convex in the outputs themselves: all that it computes belongs to convex ends."""
         if self._model.convex or split is None:
             return self._model.convex
-        own = {step.call.node for step in tape.steps if not step.call.backward}
+        own = {step.node for step in tape.steps if not step.backward}
         return own.intersection(self._model.nodes) <= split.nodes
 
     def _differentiate(

@@ -36,10 +36,14 @@ class TensorVector:
             ]
             return torch.cat(parts)
 
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector`` (n,), one per part, in its shape."""
+        parts = vector.split(self._sizes)
+        return [part.view(shape) for part, (shape, _) in zip(parts, self._forms, strict=True)]
+
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` (n,), one per part, in its shape and dtype (converted where that differs)."""
-        parts = vector.split(self._sizes)
-        return [part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, self._forms, strict=True)]
+        return [part.to(dtype) for part, (_, dtype) in zip(self.views(vector), self._forms, strict=True)]
 
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""

@@ -63,16 +63,28 @@ class ReplayedProducts(Products):
         self._tape, self.nbytes = tape, tape.nbytes
 
     def one(self, direction: Tensor) -> Tensor:
-        return self.rows.flatten(self._tape.replay(self.columns.unflatten(direction)))
+        return self._into(direction, direction.new_empty(self.rows.size, dtype=self.rows.dtype))
 
     def several(self, directions: Tensor) -> Tensor:
-        parts = directions.contiguous().split(self._at_once())
-        return torch.cat([self._together(part) for part in parts])
+        made = directions.new_empty(len(directions), self.rows.size, dtype=self.rows.dtype)
+        at_once = self._at_once()
+        for given, into in zip(directions.split(at_once), made.split(at_once), strict=True):
+            given = given.contiguous()
+            if len(given) == 1:
+                self._into(given[0], into[0])
+            else:
+                torch.vmap(self._into)(given, into)
+        return made
 
-    def _together(self, directions: Tensor) -> Tensor:
-        if len(directions) == 1:
-            return self.one(directions[0]).unsqueeze(0)
-        return torch.vmap(self.one)(directions)
+    def _into(self, direction: Tensor, product: Tensor) -> Tensor:
+        """Write the product over ``product``, part by part as they come, so that no part is kept beside it."""
+        parts = self.rows.views(product)
+        for number, change in self._tape.stream(self.columns.unflatten(direction)):
+            if change is None:
+                parts[number].zero_()
+            else:
+                parts[number].copy_(change)
+        return product
 
     def _at_once(self) -> int:
         """How many directions to replay together: as many as the largest intermediate value has room for."""

@@ -16,7 +16,7 @@ import math
 import torch
 
 from imstep.complexstep.registry import elementwise, exact, rule
-from imstep.complexstep.rules.forms import plus, plus_times_, times
+from imstep.complexstep.rules.forms import plus, plus_times_, shared, times
 from imstep.complexstep.rules.special import erf_on_complex
 
 aten = torch.ops.aten
@@ -26,12 +26,16 @@ _ROOT_HALF = math.sqrt(0.5)
 
 def _smooth(forward, backward, curvature, on_complex=None):
     """The rules of an activation and of its backward operator; ``curvature(x, *parameters)`` is f''."""
-    slope = lambda x, y, *args, **kwargs: backward(torch.ones_like(x), x, *args, **kwargs)
-    elementwise(forward, slope, on_complex)
+
+    def slope(x, *args, **kwargs):
+        ones = x.new_ones(()).expand(x.shape)
+        return shared((backward, args, *kwargs.items()), x, lambda: backward(ones, x, *args, **kwargs))
+
+    elementwise(forward, lambda x, y, *args, **kwargs: slope(x, *args, **kwargs), on_complex)
 
     @rule(backward, family="elementwise")
     def backward_rule(g, x, *args, **kwargs):
-        f1 = backward(torch.ones_like(x), x, *args, **kwargs)
+        f1 = slope(x, *args, **kwargs)
         by_x = g * curvature(x, *args, **kwargs)
         return g * f1, lambda dg, dx: plus_times_(times(dg, f1), dx, by_x)
 

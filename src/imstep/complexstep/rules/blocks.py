@@ -1,8 +1,9 @@
 """Sums of matrix products, in one output, for one direction or for a block of directions.
 
 A block of k directions is replayed under ``torch.vmap``. PyTorch's own batching of a product copies matrices into
-layouts that it can fold into one, and cannot add onto an output. Here the block is in front, and rows of a block times
-a constant matrix are one product; other products are one batched kernel if small, else k of their own.
+layouts that it can fold into one, and cannot add onto an output. Here the block is in front. With a constant matrix it
+is one product, its rows or columns side by side, unless they would have to be copied; other products are one batched
+kernel if small, else k of their own.
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ _C = torch._C._functorch
 
 def in_place(c, *others):
     """Whether ``c`` has room for what an operator with ``others`` adds to it: it has the batches that they have."""
-    if not any(_C.is_batchedtensor(t) for t in others):
-        return True
-    return _C.is_batchedtensor(c) and _C.maybe_current_level() == 1
+    return _level(c, *others) == 0 or (_batched(c) and _level(c, *others) == 1 and not _nested(c, *others))
 
 
 def product(a, b, onto=None):
     """a b, or onto + a b in the memory of ``onto``; matrices, or batches of them."""
-    if not (_C.is_batchedtensor(a) or _C.is_batchedtensor(b)):
+    if not (_batched(a) or _batched(b)):
         return _plain(a, b, onto)
-    if _C.maybe_current_level() != 1 or (onto is not None and not _C.is_batchedtensor(onto)):
+    if _level(a, b) > 1 or _nested(a, b) or (onto is not None and not in_place(onto, a, b)):
         return torch.matmul(a, b) if onto is None else onto + torch.matmul(a, b)
-    k = _length(a) if _C.is_batchedtensor(a) else _length(b)
+    k = _length(a, b)
     if onto is not None:
         _accumulate(_in_front(onto, k), a, b, k)
         return onto
@@ -38,7 +37,7 @@ def addcmul_(c, a, b, value=1):
     """c + value a b entry by entry, in the memory of c where it has room."""
     if not in_place(c, a, b):
         return torch.addcmul(c, a, b, value=value)
-    if not _C.is_batchedtensor(c):
+    if not _batched(c):
         return c.addcmul_(a, b, value=value)
     # PyTorch has no batching rule for the operator in place.
     k, d = _length(c), c.dim()
@@ -46,12 +45,37 @@ def addcmul_(c, a, b, value=1):
     return c
 
 
-def _aligned(t, k, dimensions):
-    """The physical tensor, broadcastable against one of ``dimensions`` behind the block."""
-    if not _C.is_batchedtensor(t):
-        return t
-    physical = _in_front(t, k)
-    return physical.reshape(k, *[1] * (dimensions - t.dim()), *physical.shape[1:])
+def in_front(push):
+    """Let ``push`` take and return tensors with the block as a further first dimension, of length 1 for one direction.
+
+    It may then write into memory of its own, for which PyTorch has no batching rules.
+    """
+
+    def pushed(*ims):
+        level = _level(*ims)
+        if not level:
+            return _each(lambda y: y[0], push(*_each(lambda t: t[None], ims)))
+        k = _length(*ims)
+        blocks = _each(lambda t: _in_front(t, k, level), ims)
+        made = _stacked(pushed, blocks) if _level(*blocks) else push(*blocks)  # a vmap around this one has a level
+        return _each(lambda y: _C._add_batch_dim(y, 0, level), made)
+
+    return pushed
+
+
+def _stacked(push, blocks):
+    k = next(len(t) for t in blocks if t is not None)
+    singles = [push(*_each(lambda t, at=at: t[at], blocks)) for at in range(k)]
+    return tuple(None if ys[0] is None else torch.stack(ys) for ys in zip(*singles, strict=True))
+
+
+def _each(f, tensors):
+    return tuple(None if t is None else f(t) for t in tensors)
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+_FEW = 2**14  # entries of a matrix that may be copied for a better product
 
 
 def _plain(a, b, onto):
@@ -62,14 +86,12 @@ def _plain(a, b, onto):
 
 def _fresh(a, b, k):
     """The physical product of matrices, or of batches of them."""
-    rows_alone = not _C.is_batchedtensor(b)
+    together = _as_one(a, b, k)
+    if together is not None:
+        return together.contiguous()
     a, b = _in_front(a, k), _in_front(b, k)
     if a.dim() == 3:
-        if rows_alone and a.is_contiguous():
-            return multiply(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
-        if pays(a[0], b[0]):
-            return torch.stack([multiply(x, y) for x, y in zip(a, b, strict=True)])
-        return torch.bmm(a, b)
+        return torch.stack([multiply(x, y) for x, y in zip(a, b, strict=True)]) if pays(a[0], b[0]) else torch.bmm(a, b)
     result = a.new_empty((*a.shape[:-1], b.shape[-1]))
     for c, x, y in zip(result, a, b, strict=True):
         torch.bmm(x, y, out=c)
@@ -77,6 +99,10 @@ def _fresh(a, b, k):
 
 
 def _accumulate(c, a, b, k):
+    together = _as_one(a, b, k)
+    if together is not None:
+        c.add_(together)
+        return
     a, b = _in_front(a, k), _in_front(b, k)
     if a.dim() == 3 and not pays(a[0], b[0]):
         c.baddbmm_(a, b)
@@ -85,12 +111,54 @@ def _accumulate(c, a, b, k):
         _plain(x, y, into)
 
 
-def _length(t):
-    return _C.get_unwrapped(t).size(_C.maybe_get_bdim(t))
+def _as_one(a, b, k):
+    """A block of matrices times one matrix as one product, the block's rows or columns side by side; else None."""
+    if a.dim() != 2 or (_batched(a) and _batched(b)):
+        return None
+    if _batched(a):
+        rows = _in_front(a, k)
+        whole = rows.is_contiguous() or a.numel() <= _FEW
+        return multiply(rows.flatten(0, 1), b).unflatten(0, rows.shape[:2]) if whole else None
+    columns = _in_front(b, k).mT
+    if not (columns.is_contiguous() or b.numel() <= _FEW):
+        return None
+    return multiply(a, columns.flatten(0, 1).t()).unflatten(1, columns.shape[:2]).movedim(1, 0)
 
 
-def _in_front(t, k):
+# --- the block ------------------------------------------------------------------------------------------------------
+
+
+def _batched(t):
+    return _C.is_batchedtensor(t)
+
+
+def _level(*tensors):
+    """The innermost vmap that a direction belongs to, counted from 1; 0 where there is none."""
+    return max((_C.maybe_get_level(t) for t in tensors if t is not None and _batched(t)), default=0)
+
+
+def _nested(*tensors):
+    """Whether directions belong to several vmaps, one in another."""
+    given = [t for t in tensors if _batched(t)]
+    return any(_batched(_C.get_unwrapped(t)) for t in given) or len({_C.maybe_get_level(t) for t in given}) > 1
+
+
+def _length(*tensors):
+    """How many directions a block has: that of the innermost vmap."""
+    level = _level(*tensors)
+    return next(_C.get_unwrapped(t).size(_C.maybe_get_bdim(t)) for t in tensors if t is not None and _level(t) == level)
+
+
+def _in_front(t, k, level=1):
     """The physical tensor, the block its first dimension."""
-    if not _C.is_batchedtensor(t):
+    if _level(t) != level:
         return t.expand(k, *t.shape)
     return _C.get_unwrapped(t).movedim(_C.maybe_get_bdim(t), 0)
+
+
+def _aligned(t, k, dimensions):
+    """The physical tensor, broadcastable against one of ``dimensions`` behind the block."""
+    if not _batched(t):
+        return t
+    physical = _in_front(t, k)
+    return physical.reshape(k, *[1] * (dimensions - t.dim()), *physical.shape[1:])

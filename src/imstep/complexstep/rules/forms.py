@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from imstep.complexstep.registry import Rule, exact, register, signature
@@ -86,6 +88,20 @@ def _given(sig, args, kwargs):
 
 def _split(w, h):
     return (w.real.clone(), w.imag / h) if w.is_complex() else (w, None)
+
+
+def shared(name, x, compute):
+    """``compute()``, a function of x alone, which another rule may have computed and a tape still hold."""
+    if x.is_inference():
+        return compute()
+    memory = x.untyped_storage().__dict__.setdefault("_imstep_functions", {})
+    seen = x._version, x.dtype, x.shape, x.stride(), x.storage_offset()
+    known, reference = memory.get(name, (None, None))
+    value = reference() if known == seen else None
+    if value is None:
+        value = compute()
+        memory[name] = seen, weakref.ref(value)
+    return value
 
 
 def zeros_of(t):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from imstep.complexstep.registry import exact, linear, rule
-from imstep.complexstep.rules.forms import plus
+from imstep.complexstep.rules.forms import plus, zeros_of
 
 aten = torch.ops.aten
 
@@ -67,8 +67,10 @@ def to_copy(x, **kwargs):
 
 def _joined(op):
     def joined(tensors, dim=0):
+        absent = [zeros_of(x) for x in tensors]
+
         def push(dxs):
-            return op([torch.zeros_like(x) if dx is None else dx for x, dx in zip(tensors, dxs, strict=True)], dim)
+            return op([zero if dx is None else dx for zero, dx in zip(absent, dxs, strict=True)], dim)
 
         return op(tensors, dim), push
 

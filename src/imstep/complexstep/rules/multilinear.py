@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from imstep.complexstep import gemm
 from imstep.complexstep.registry import Rule, multilinear, register, rule
 from imstep.complexstep.rules.blocks import addcmul_, product
 
@@ -39,9 +40,28 @@ def _product(op, change, accumulate):
     return Rule("multilinear", linearize, finite)
 
 
-for _op, _kernel in ((aten.mm.default, torch.mm), (aten.bmm.default, torch.bmm)):
-    register([_op], _product(_kernel, product, lambda c, a, b: product(a, b, onto=c)))
+_onto = lambda c, a, b: product(a, b, onto=c)
+
+register([aten.mm.default], _product(torch.mm, product, _onto))
+register([aten.bmm.default], _product(torch.bmm, product, _onto))
 register([aten.mul.Tensor], _product(torch.mul, torch.mul, addcmul_))
+
+
+def _of_transposed(matrices):
+    """The rule of X Wᵀ from that of A B."""
+
+    def linearize(func, args, kwargs):
+        y, push = matrices.linearize(func, (args[0], args[1].t()), {})
+        return y, lambda dx, dw, *_: push(dx, None if dw is None else dw.mT)
+
+    def finite(func, args, kwargs, ims, h):
+        return matrices.finite(func, (args[0], args[1].t()), {}, (ims[0], None if ims[1] is None else ims[1].mT), h)
+
+    return Rule("multilinear", linearize, finite)
+
+
+if gemm.OPERATOR is not None:
+    register([gemm.OPERATOR], _of_transposed(_product(gemm.multiply, product, _onto)))
 
 
 @rule(aten.mul.Scalar, family="linear")

@@ -1,23 +1,38 @@
-"""A layer of an LSTM and its backward pass; symbols as in :mod:`imstep.complexstep.recurrent`.
+"""A layer of an LSTM and its backward pass; symbols as in :mod:`imstep.complexstep.lstm_layer`.
+
+With S the slopes of the activations and m = q S, q = (g, c, i, t):
 
     d = dp + W dh + dW h                                    change of the gates
-    dc' = f dc + (g, c, i) S d,    dh' = t S d + o (1 - t²) dc',    da = S d
+    dc' = f dc + (m_i, m_f, m_g) d,    dh' = m_o d_o + b dc',    da = S d
 
-    du = dgc' + o (1 - t²) dgh' + gh' (1 - t²) do - 2 gh' o (1 - t²) t dc'
-    m = (u g, u c, u i, gh' t):   dggates = dm S + m S' da,   dgc = f du + u df,   dgh = dghs + Wᵀ dggates + dWᵀ ggates
+    du = dgc' + b dgh' + gh' (1 - t²) do - 2 gh' b t dc'
+    dggates = (du, du, du, dgh') m + (u, u, u, gh') (S dq + q S' da)
+    dgc = f du + u df,    dgh = dgh' + Wᵀ dggates + dWᵀ ggates
 
-with S' = (1 - 2i, 1 - 2f, -2g, 1 - 2o). Only what a step takes from its neighbour is left in the loop over time; the
-rest is computed for all steps at once.
+with dq = (dg, dc, di, (1 - t²) dc') and S' = (1 - 2i, 1 - 2f, -2g, 1 - 2o). Only what a step takes from its neighbour
+is left in the loop over time; the rest is computed for all steps at once. A block of directions stands behind the time,
+so that a step finds its own in one piece.
 """
 
 from __future__ import annotations
 
 import torch
 
-from imstep.complexstep.recurrent import backward_steps, before, layer, layer_backward, slope
+from imstep.complexstep.gemm import multiply
+from imstep.complexstep.lstm_layer import (
+    before,
+    by_factor,
+    gates_of,
+    layer,
+    layer_backward,
+    run,
+    run_backward,
+    slope_of_output,
+    slopes_,
+    steps_of,
+)
 from imstep.complexstep.registry import defined_as, rule
-from imstep.complexstep.rules.blocks import addcmul_, in_place, product
-from imstep.complexstep.rules.forms import add_, plus, times, total, zeros_of
+from imstep.complexstep.rules.blocks import in_front
 
 aten = torch.ops.aten
 _layer, _backward = torch.ops.imstep.lstm_layer.default, torch.ops.imstep.lstm_layer_backward.default
@@ -25,90 +40,110 @@ defined_as(_layer)(layer)
 defined_as(_backward)(layer_backward)
 
 
+def _behind_time(change, ims, like):
+    """A copy of ``change`` (block, time, ...) with the block behind the time; zeros, shaped as all steps, for None."""
+    if change is not None:
+        return change.movedim(0, 1).clone(memory_format=torch.contiguous_format)
+    k = next(len(d) for d in ims if d is not None)
+    return like.new_zeros(like.shape[0], k, *like.shape[1:])
+
+
 def _by_rows(a, b):
-    """a b for each step, as one product."""
-    return product(a.flatten(0, 1), b).unflatten(0, a.shape[:2])
+    """a (..., m) times b (m, n)."""
+    return multiply(a.reshape(-1, a.shape[-1]), b).unflatten(0, a.shape[:-1])
 
 
-def _room(parts, like):
-    """Zeros for all steps, with the batches of a part that is there."""
-    return next(d for d in parts if d is not None).new_zeros(like.shape)
+def _product(a, bs):
+    """a (time, batch, m) times each of bs (block, m, n), (time, block, batch, n)."""
+    each = [_by_rows(a, b) for b in bs]
+    return each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, 1)
 
 
-def _filled(all_steps, steps):
-    """What was computed step by step in the memory of ``all_steps``, or beside it where a block found no room."""
-    return all_steps if in_place(all_steps, *steps) else torch.stack(steps)
+def _write(into, change, factor):
+    """Write change times factor over ``into``, nothing counting as zero."""
+    if change is None:
+        into.zero_()
+    else:
+        torch.mul(change, factor.unsqueeze(1), out=into)
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
 
 
 @rule(_layer, family="recurrence")
 def lstm_layer(p, h, c, w):
-    hs, cs, a = layer(p, h, c, w)
-    i, f, g, o = a.chunk(4, -1)
-    t, s = torch.tanh(cs), slope(a)
-    h_before, recurrent, hidden = before(h, hs), w.t(), h.shape[-1]
-    to_c = torch.cat([g, before(c, cs), i], -1) * s[..., : 3 * hidden]
-    to_h, back = t * s[..., 3 * hidden :], o * (1 - t * t)
+    hs, cs, a, m, t = run(p, h, c, w)
+    recurrent, hidden, b = w.t(), h.shape[-1], slope_of_output(a, t)
 
+    @in_front
     def push(dp, dh, dc, dw):
-        if dw is None:
-            d_gates = _room((dh, dc), p) if dp is None else dp.clone()
-        else:
-            d_gates = _by_rows(h_before, dw.t())
-            d_gates = d_gates if dp is None else add_(d_gates, dp)
-        gates, ds, dcs = [], [], []
-        for at in range(len(p)):
-            d = d_gates[at] if dh is None else product(dh, recurrent, onto=d_gates[at])
-            d_after = (d[:, : 3 * hidden] * to_c[at]).unflatten(1, (3, hidden)).sum(1)
-            dc = d_after if dc is None else addcmul_(d_after, dc, f[at])
-            dh = addcmul_(d[:, 3 * hidden :] * to_h[at], dc, back[at])
-            gates.append(d)
-            ds.append(dh)
-            dcs.append(dc)
-        return torch.stack(ds), torch.stack(dcs), _filled(d_gates, gates).mul_(s)
+        d = _behind_time(dp, (dh, dc), p) if dw is None else _product(before(h, hs), dw.mT)
+        if dp is not None and dw is not None:
+            d.add_(dp.movedim(0, 1))
+        dhs, dcs = d.new_empty(*d.shape[:-1], hidden), d.new_empty(*d.shape[:-1], hidden)
+        parts = d, *gates_of(d), *gates_of(m), gates_of(a)[1], b, dcs, dhs
+        for gates, di, df, dg, do, mi, mf, mg, mo, f, back, after_c, after_h in steps_of(*parts):
+            if dh is not None:
+                gates.add_(_by_rows(dh, recurrent))
+            torch.mul(di, mi, out=after_c).addcmul_(df, mf).addcmul_(dg, mg)
+            dc = after_c if dc is None else after_c.addcmul_(dc, f)
+            dh = torch.mul(do, mo, out=after_h).addcmul_(dc, back)
+        slopes_(d, gates_of(d), a.unsqueeze(1).expand(d.shape))
+        return dhs.movedim(1, 0), dcs.movedim(1, 0), d.movedim(1, 0), None, None
 
-    return (hs, cs, a), push
+    return (hs, cs, a, m, t), push
+
+
+# --- backward -------------------------------------------------------------------------------------------------------
 
 
 @rule(_backward, family="recurrence")
-def lstm_layer_backward(gh, gc, a, cs, c, w):
-    made = backward_steps(gh, gc, a, cs, c, w)
-    gates, gh, u, t, back, to_gates = made.gates, made.gh, made.u, made.t, made.back, made.to_gates
-    i, f, g, o = a.chunk(4, -1)
-    rest = 1 - t * t
-    direct, bend = gh * rest, -2 * gh * back * t
-    turn = torch.cat([u * g * (1 - 2 * i), u * before(c, cs) * (1 - 2 * f), -2 * u * i * g, gh * t * (1 - 2 * o)], -1)
+def lstm_layer_backward(gh, gc, a, cs, c, w, m, t):
+    b, (i, f, g, o) = slope_of_output(a, t), gates_of(a)
+    gates, first, gh, u = run_backward(gh, gc, a, w, m, b)
+    by_output = aten.tanh_backward(gh, t)
+    by_c = gh * b * t * -2
+    turn = torch.cat([u * g * (1 - 2 * i), u * before(c, cs) * (1 - 2 * f), u * i * g * -2, gh * t * (1 - 2 * o)], -1)
 
-    def bent(da, dcs, dc):
-        """The change of the gates' gradients that does not pass through h and c."""
-        if da is None and dcs is None and dc is None:
-            return None
-        zero = zeros_of(u)
-        di, _, dg, _ = (zero,) * 4 if da is None else da.chunk(4, -1)
-        started = before(zeros_of(c) if dc is None else dc, zero if dcs is None else dcs)
-        dt = zero if dcs is None else dcs * rest
-        # The kernels multiply by S(a) without keeping it.
-        to_i, to_f = aten.sigmoid_backward(u * dg, i), aten.sigmoid_backward(u * started, f)
-        to_g, to_o = aten.tanh_backward(u * di, g), aten.sigmoid_backward(gh * dt, o)
-        by_factor = torch.cat([to_i, to_f, to_g, to_o], -1)
-        return by_factor if da is None else addcmul_(by_factor, da, turn)
+    @in_front
+    def push(dgh, dgc, da, dcs, dc, dw, *_):
+        ims = dgh, dgc, da, dcs, dc, dw
+        to_h, to_u = _behind_time(dgh, ims, u), _behind_time(dgc, ims, u)
+        if dw is not None:
+            to_h[:-1].add_(_product(gates[1:], dw))
+        di, df, dg, do = (None,) * 4 if da is None else gates_of(da.movedim(0, 1))
+        if dcs is not None:
+            dcs = dcs.movedim(0, 1)
+            to_u.addcmul_(dcs, by_c.unsqueeze(1))
+        if da is not None:
+            to_u.addcmul_(do, by_output.unsqueeze(1))
+        changes = a.new_empty(len(a), to_u.shape[1], *a.shape[1:])
+        forgotten = torch.empty_like(to_u)
+        of_i, of_f, of_g, of_o = gates_of(changes)
+        _write(forgotten, df, u)
+        _write(of_i, dg, u)
+        _write(of_g, di, u)
+        _write(of_o, dcs, by_output)
+        _write(of_f[1:], None if dcs is None else dcs[:-1], u[1:])
+        _write(of_f[:1], None if dc is None else dc.unsqueeze(0), u[:1])
+        slopes_(changes, gates_of(changes), a.unsqueeze(1).expand(changes.shape))
+        if da is not None:
+            changes.addcmul_(da.movedim(0, 1), turn.unsqueeze(1))
+        return changes.movedim(1, 0), _go_back(changes, to_h, to_u, forgotten, w, f, m, b)
 
-    def push(dgh, dgc, da, dcs, dc, dw):
-        through_w = None
-        if dw is not None and len(cs) > 1:
-            through_w = torch.cat([_by_rows(gates[1:], dw), torch.zeros_like(gates[:1] @ dw)])
-        to_h = plus(through_w, dgh)
-        to_h = zeros_of(u) if to_h is None else to_h
-        d_output, d_forget = (None, None) if da is None else (da.chunk(4, -1)[3], da.chunk(4, -1)[1])
-        to_c = total(times(d_output, direct), times(dcs, bend), dgc)
-        changes, forgotten = bent(da, dcs, dc), times(d_forget, u)
-        changes = _room((dgh, dgc, dw), gates) if changes is None else changes
-        at_step = lambda v, at: None if v is None else v[at]
-        steps, carried = [], None
-        for at in reversed(range(len(cs))):
-            reached = torch.addmm(to_h[at], steps[-1], w) if steps else to_h[at]
-            du = plus(reached * back[at], plus(at_step(to_c, at), carried))
-            steps.append(addcmul_(changes[at], torch.cat([du, du, du, reached], 1), to_gates[at]))
-            carried = plus(du * f[at], at_step(forgotten, at))
-        return _filled(changes, steps[::-1]), carried
+    return (gates, first), push
 
-    return (gates, made.first_c), push
+
+def _go_back(changes, to_h, to_u, forgotten, w, f, m, b):
+    """Complete the changes of the gates' gradients, step by step; returns that of the first c's."""
+    after = carried = None
+    parts = changes, *by_factor(changes), *by_factor(m), to_h, to_u, forgotten, f, b
+    for gates, by_u, by_h, m_u, m_h, reached, du, forgot, kept, back in reversed(list(steps_of(*parts))):
+        if after is not None:
+            reached.add_(_by_rows(after, w))
+            du.add_(carried)
+        du.addcmul_(reached, back)
+        by_u.addcmul_(du.unsqueeze(-2), m_u)
+        by_h.addcmul_(reached, m_h)
+        after, carried = gates, forgot.addcmul_(du, kept)
+    return carried

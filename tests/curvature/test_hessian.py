@@ -225,6 +225,17 @@ def test_changed_data_is_noticed() -> None:
         H @ normal(H.size)
 
 
+def test_a_write_that_autograd_does_not_see_is_seen_by_the_next_operator() -> None:
+    w = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+    loss = lambda: nn.functional.gelu(w).square().sum()
+    old = imstep.Hessian(loss, [w])  # alive, with what it holds of the old point
+    w.data.mul_(2.0)
+    gradient = torch.autograd.grad(loss(), w, create_graph=True)[0]
+    expected = torch.autograd.grad(gradient.sum(), w)[0]
+    torch.testing.assert_close(imstep.Hessian(loss, [w]) @ torch.ones_like(w), expected)
+    assert old.size == 3
+
+
 def test_replaced_parameters_leave_the_old_point() -> None:
     model, closure = mlp()
     H = Hessian(closure, model)

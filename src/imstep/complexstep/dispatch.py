@@ -16,6 +16,7 @@ from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
+from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
@@ -118,9 +119,11 @@ class Dispatch(TorchDispatchMode):
         if rule is None or (self._h is not None and rule.finite is None):
             return self._decompose(func, args, kwargs)
         self._ledger.enter(func, rule.family)
+        WORKING.append(self._born)
         try:
             return self._by_rule(rule, func, tensors, attached, args, kwargs)
         finally:
+            WORKING.pop()
             self._ledger.leave()
 
     def _by_rule(

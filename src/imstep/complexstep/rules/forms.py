@@ -90,12 +90,16 @@ def _split(w, h):
     return (w.real.clone(), w.imag / h) if w.is_complex() else (w, None)
 
 
+WORKING: list[str] = []
+"""Keys of the evaluations whose rules are at work, innermost last."""
+
+
 def shared(name, x, compute):
-    """``compute()``, a function of x alone, which another rule may have computed and a tape still hold."""
-    if x.is_inference():
+    """``compute()``, a function of x alone, which another rule of this evaluation may have computed for its map."""
+    if x.is_inference() or not WORKING:
         return compute()
     memory = x.untyped_storage().__dict__.setdefault("_imstep_functions", {})
-    seen = x._version, x.dtype, x.shape, x.stride(), x.storage_offset()
+    seen = WORKING[-1], x._version, x.dtype, x.shape, x.stride(), x.storage_offset()
     known, reference = memory.get(name, (None, None))
     value = reference() if known == seen else None
     if value is None:

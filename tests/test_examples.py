@@ -1,14 +1,13 @@
-"""Each example runs as a reader would run it, and reaches what it promises."""
+"""Each example runs as a program does, and reaches what it promises."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -25,19 +24,13 @@ def test_every_example_has_a_promise() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PROMISES)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", PROMISES)
-def test_example(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.random.fork_rng():
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     start, bound = PROMISES[name]
-    line = next(line for line in done.stdout.splitlines() if line.startswith(start))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(start))
     figures = [float(x) for x in re.findall(r"\d\.\d+e[+-]\d+|\b\d\.\de[+-]\d+", line)]
     assert figures, line
     assert max(figures) <= bound, line

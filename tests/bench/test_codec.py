@@ -62,7 +62,7 @@ STATES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(STATES)
 def test_round_trip_is_exact(state: Any) -> None:
     assert same(through_files(state), state)

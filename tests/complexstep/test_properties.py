@@ -94,7 +94,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
     return float((a - b).norm()) <= tolerance * scale
 
 
-common = settings(max_examples=40, deadline=None)
+common = settings(max_examples=25, deadline=None)
 
 
 @common

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import imstep
-from imstep.optim import MinimizeResult
+from imstep.optim import MinimizeResult, Termination
 from mgh_problems import FUNCTIONS, SumOfSquares
 from more_garbow_hillstrom import network_case, rosenbrock_cases
 
@@ -52,6 +52,13 @@ def test_more_garbow_hillstrom(number: int) -> None:
 def test_more_garbow_hillstrom_from_ten_times_the_start(number: int) -> None:
     function = SMALLEST[number]
     result = arrive(function, function.start_at(10.0), 300)
+    assert at_a_published_minimum(result.fun, function)
+
+
+def test_meyer_ends_where_the_precision_does() -> None:
+    (function,) = (f for f in FUNCTIONS if f.number in BEYOND_PRECISION)
+    result = imstep.minimize(function, function.start, tol=1e-8, maxiter=400)
+    assert result.termination is Termination.NO_PROGRESS
     assert at_a_published_minimum(result.fun, function)
 
 

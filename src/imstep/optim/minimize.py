@@ -28,7 +28,7 @@ class Termination(Enum):
 
     CONVERGED = "the gradient norm is within the tolerance, and no direction of negative curvature was found"
     MAX_ITERATIONS = "the limit on iterations was reached"
-    NO_PROGRESS = "no step along several directions in a row lowered the function: the precision is exhausted"
+    NO_PROGRESS = "several steps in a row lowered nothing or left every entry as it was: the precision is exhausted"
     NON_FINITE = "the function or its gradient is not finite at the last point"
     STOPPED = "the callback asked to stop"
 
@@ -112,7 +112,7 @@ def minimize(
     x = nn.Parameter(start.detach().clone())
     optimizer = _METHODS[method]([x], tolerance=tol, **options)
     records: list[StepRecord] = []
-    termination = _run(optimizer, lambda: fun(x), records, maxiter, callback)
+    termination = _run(optimizer, x, lambda: fun(x), records, maxiter, callback)
     cost = optimizer.cost
     assert x.grad is not None
     if records[-1].accepted:  # .grad belongs to the point before the last step
@@ -132,6 +132,7 @@ def minimize(
 
 def _run(
     optimizer: StepwiseOptimizer,
+    x: Tensor,
     closure: Callable[[], Tensor],
     records: list[StepRecord],
     maxiter: int,
@@ -139,6 +140,7 @@ def _run(
 ) -> Termination:
     failures = 0
     for _ in range(maxiter + 1):  # the last one only to see whether the last point is stationary
+        before = x.detach().clone()
         try:
             optimizer.step(closure)
         except NonFiniteLossError:
@@ -150,7 +152,8 @@ def _run(
             return Termination.CONVERGED
         if callback is not None and callback(record):
             return Termination.STOPPED
-        failures = 0 if record.accepted else failures + 1
+        # An accepted step may be too short to change any entry of x.
+        failures = failures + 1 if torch.equal(x, before) else 0
         if failures >= PATIENCE:
             finite = record.outcome is not StepOutcome.NON_FINITE
             return Termination.NO_PROGRESS if finite else Termination.NON_FINITE

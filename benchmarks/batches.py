@@ -24,10 +24,10 @@ from record_page import Row, complete, load, show, table
 from unguarded import Unguarded
 
 NAME = "batches"
-TASKS = ("digits-mlp", "digits-autoencoder")
+TASKS = ("digits-mlp",)
 BATCHES: tuple[int | None, ...] = (32, 128, 512, None)
 SEEDS = range(5)
-STEPS = 60
+STEPS = 30
 SIDES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "Hessian, with the safeguards": {"curvature": ExactHessian()},

@@ -170,7 +170,7 @@ class Counted:
 
     def hessian(self, x: np.ndarray) -> np.ndarray:
         self.cost += 2 * len(x)
-        return torch.autograd.functional.hessian(self.function, torch.from_numpy(x)).numpy()
+        return torch.autograd.functional.hessian(self.function, torch.from_numpy(x), vectorize=True).numpy()
 
 
 def by_scipy(method: str, order: str, **options: float) -> Callable[[Function, Tensor], Outcome]:

@@ -90,31 +90,32 @@ SIDES: dict[str, dict[str, Any]] = {
     "trust region, no damping": {"step": TrustRegion(), "solver": SteihaugToint(), "damping": NoDamping()},
     "fixed step 1, no damping": {"step": FixedStep(), "damping": NoDamping()},
 }
-MONITOR = {
+MONITOR: dict[str, dict[str, Any]] = {
     **{
         f"theta {theta:g}, forward {forward:g}": {"step": TaylorMonitor(theta, forward)}
-        for theta in (0.1, 0.25, 0.5, 0.9)
+        for theta in (0.1, 0.25, 0.5)
         for forward in (1.0, 2.0, 3.0)
+        if (theta, forward) != (0.25, 2.0)
     },
-    **{f"acceptance {a:g}": {"step": TaylorMonitor(acceptance=a)} for a in (0.0, 1e-2, 0.1)},
-    **{f"{n} trials": {"max_trials": n} for n in (4, 8)},
+    **{f"acceptance {a:g}": {"step": TaylorMonitor(acceptance=a)} for a in (0.0, 0.1)},
+    "4 trials": {"max_trials": 4},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    **{f"damping from {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-4, 1e-2, 0.1)},
+    **{f"damping from {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-4, 1e-2)},
     **{f"damping factor {x:g}": {"damping": LevenbergMarquardt(factor=x)} for x in (1.5, 3.0)},
     "damping thresholds 0.1, 0.9": {"damping": LevenbergMarquardt(lower=0.1, upper=0.9)},
     "damping thresholds 0.5, 0.9": {"damping": LevenbergMarquardt(lower=0.5, upper=0.9)},
-    **{f"forcing window {w}": {"forcing": Reshaped(window=w)} for w in (1, 2, 5, 10)},
+    **{f"forcing window {w}": {"forcing": Reshaped(window=w)} for w in (1, 5, 10)},
     "contractions not seen": {"forcing": Reshaped(contractions=False)},
-    **{f"confidence {x:g}": {"forcing": Reshaped(confidence=x)} for x in (0.8, 0.9, 1.0)},
-    **{f"contraction to the power {x:g}": {"forcing": Reshaped(exponent=x)} for x in (2.0, 4.0)},
-    **{f"eta {x:g}": {"forcing": BestRateForcing(eta=x)} for x in (0.1, 1e-3)},
-    **{f"close {x:g}": {"curvature": GaussNewtonFirst(close=x)} for x in (0.0, 1e-4, 1e-2)},
+    **{f"confidence {x:g}": {"forcing": Reshaped(confidence=x)} for x in (0.8, 1.0)},
+    "contraction squared": {"forcing": Reshaped(exponent=2.0)},
+    **{f"close {x:g}": {"curvature": GaussNewtonFirst(close=x)} for x in (0.0, 1e-2)},
     **{f"factors every {n} steps": recycled(every=n) for n in (1, 5, 10)},
     **{f"factors, decay {x:g}": recycled(decay=x) for x in (0.5, 0.95)},
     "no recycling": {"preconditioning": Kronecker()},
     **{f"{n} pairs": recycled(pairs=n) for n in (5, 30)},
 }
+NETWORKS = [name for name in PROBLEMS if name != "rosenbrock"]  # which has nothing to factor
 
 
 def run(name: str, side: str, options: dict[str, Any], seed: int) -> Row:
@@ -152,9 +153,13 @@ def runs() -> dict[str, Callable[[], Row]]:
     """All runs, by name."""
     return {
         f"{name}; {side}; {seed}": partial(run, name, side, options, seed)
-        for sides, seeds in ((SIDES, SEEDS), (MONITOR, VARIANT_SEEDS), (OTHERS, VARIANT_SEEDS))
+        for sides, names, seeds in (
+            (SIDES, PROBLEMS, SEEDS),
+            (MONITOR, PROBLEMS, VARIANT_SEEDS),
+            (OTHERS, NETWORKS, VARIANT_SEEDS),
+        )
         for side, options in sides.items()
-        for name in PROBLEMS
+        for name in names
         for seed in seeds
     }
 
@@ -170,11 +175,11 @@ def cell(rows: list[Row]) -> str:
     return f"{middle} ({failed} failed)" if failed else middle
 
 
-def costs(rows: Iterable[Row], sides: Iterable[str], seeds: Iterable[int]) -> str:
+def costs(rows: Iterable[Row], sides: Iterable[str], names: Iterable[str], seeds: Iterable[int]) -> str:
     """A line a side, a column a problem."""
     some = [r for r in rows if r["seed"] in seeds]
     of = lambda side, name: [r for r in some if (r["side"], r["problem"]) == (side, name)]
-    return table(["", *PROBLEMS], [[side, *(cell(of(side, name)) for name in PROBLEMS)] for side in sides])
+    return table(["", *names], [[side, *(cell(of(side, name)) for name in names)] for side in sides])
 
 
 def text_of(record: dict[str, Any]) -> str:
@@ -184,11 +189,11 @@ def text_of(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "\n".join(problems),
-            costs(rows, SIDES, SEEDS),
+            costs(rows, SIDES, PROBLEMS, SEEDS),
             "Settings of the monitor, three starts; the default is theta 0.25, forward 2, acceptance 1e-4, 12 trials:",
-            costs(rows, ["Taylor monitor", *MONITOR], VARIANT_SEEDS),
+            costs(rows, ["Taylor monitor", *MONITOR], PROBLEMS, VARIANT_SEEDS),
             "Other settings, likewise; the first line is the default:",
-            costs(rows, ["Taylor monitor", *OTHERS], VARIANT_SEEDS),
+            costs(rows, ["Taylor monitor", *OTHERS], NETWORKS, VARIANT_SEEDS),
         ]
     )
 

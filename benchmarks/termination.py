@@ -63,7 +63,6 @@ FORCINGS = {
     "best rate": BestRateForcing(),
     "residual": ResidualForcing(),
     "10 products": FixedProducts(10),
-    "50 products": FixedProducts(50),
 }
 FRAMES: dict[str, dict[str, Any]] = {
     "plain": {"preconditioning": NoPreconditioning(), "damping": NoDamping()},
@@ -100,9 +99,8 @@ class Side:
 
 
 SETTINGS = (
-    Setting("digits-autoencoder", None, 200.0),
+    Setting("digits-autoencoder", None, 150.0),
     Setting("digits-autoencoder", 150, 25.0),
-    Setting("digits-mlp", None, 200.0),
     Setting("digits-mlp", 150, 25.0),
 )
 

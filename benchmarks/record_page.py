@@ -25,15 +25,15 @@ def complete(name: str, about: Mapping[str, Any], runs: Mapping[str, Callable[[]
     Numbers that are not finite are kept as text, which JSON has, and `float` reads back.
     """
     path = RECORDS / f"{name}.json"
-    before: dict[str, Row] = load(name)["runs"] if path.exists() else {}
-    record = {"environment": environment(), **about, "runs": {key: before[key] for key in runs if key in before}}
+    made: dict[str, Row] = load(name)["runs"] if path.exists() else {}
     for key, run in runs.items():
-        if key in before:
-            continue
-        record["runs"][key] = {k: _writable(v) for k, v in run().items()}
-        record["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
-        print(key, *(f"{k} {v}" for k, v in record["runs"][key].items()), flush=True)
+        if key not in made:
+            made[key] = {k: _writable(v) for k, v in run().items()}
+            date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            ordered = {key: made[key] for key in runs if key in made}
+            record = {"date": date, "environment": environment(), **about, "runs": ordered}
+            write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
+            print(key, *(f"{k} {v}" for k, v in made[key].items()), flush=True)
     return load(name)
 
 

@@ -98,6 +98,7 @@ MONITOR: dict[str, dict[str, Any]] = {
         if (theta, forward) != (0.25, 2.0)
     },
     **{f"acceptance {a:g}": {"step": TaylorMonitor(acceptance=a)} for a in (0.0, 0.1)},
+    **{f"radius from {r:g}": {"step": TaylorMonitor(radius=r)} for r in (1e-3, 1e3)},
     "4 trials": {"max_trials": 4},
 }
 OTHERS: dict[str, dict[str, Any]] = {

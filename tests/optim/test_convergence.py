@@ -72,7 +72,7 @@ def test_superlinear_on_strongly_convex_problems(name: str, seed: int) -> None:
     assert fitted_order(norms) >= 1.4
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 def test_ill_conditioned_problems(condition: float, seed: int) -> None:
     """Truncated iterations leave gradients that grow and fall; the effort must grow all the same."""
@@ -120,7 +120,7 @@ def minimise(f: Callable[[], Tensor], params: list[nn.Parameter], steps: int, **
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 20])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_rosenbrock(n: int, seed: int) -> None:
     w = nn.Parameter(2 * normal(n, seed=seed))
     minimise(lambda: rosenbrock(w), [w], 300)
@@ -169,7 +169,7 @@ def test_exact_saddle(name: str, n: int) -> None:
     _is_minimum(w, SADDLES[name])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SADDLES)
 def test_near_a_saddle(name: str, seed: int) -> None:
     w = nn.Parameter(1e-6 * normal(4, seed=seed))
@@ -178,7 +178,7 @@ def test_near_a_saddle(name: str, seed: int) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_from_anywhere(seed: int, n: int) -> None:
     w = nn.Parameter(3 * normal(n, seed=seed))
     f = lambda w: (w.cos() + 0.1 * w**2).sum() + 0.5 * (w.sum() / 2).sin()

@@ -31,6 +31,7 @@ from imstep.globalization import (
 from imstep.linalg import BestRate, StoppingRule
 from imstep.optim import (
     BestRateForcing,
+    ConjugateGradient,
     GaussNewtonFirst,
     Kronecker,
     NewtonKrylov,
@@ -110,6 +111,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "contractions not seen": {"forcing": Reshaped(contractions=False)},
     **{f"confidence {x:g}": {"forcing": Reshaped(confidence=x)} for x in (0.8, 1.0)},
     "contraction squared": {"forcing": Reshaped(exponent=2.0)},
+    "eta 0.1": {"forcing": BestRateForcing(eta=0.1)},
+    "warm start 0.5": {"solver": ConjugateGradient(warm_start=0.5)},
+    "momentum": {"momentum": True},
     **{f"close {x:g}": {"curvature": GaussNewtonFirst(close=x)} for x in (0.0, 1e-2)},
     **{f"factors every {n} steps": recycled(every=n) for n in (1, 5, 10)},
     **{f"factors, decay {x:g}": recycled(decay=x) for x in (0.5, 0.95)},

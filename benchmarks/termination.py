@@ -101,7 +101,6 @@ class Side:
 SETTINGS = (
     Setting("digits-autoencoder", None, 150.0),
     Setting("digits-autoencoder", 150, 25.0),
-    Setting("digits-mlp", 150, 25.0),
 )
 
 

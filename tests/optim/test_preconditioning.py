@@ -12,19 +12,25 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.curvature.parameters import ParameterVector
-from imstep.linalg import DenseOperator, DiagonalOperator, conjugate_gradient
+from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient
 from imstep.optim import (
+    ConjugateGradient,
+    Cost,
     ExactHessian,
+    GeneralizedLanczos,
     Hutchinson,
     Kronecker,
+    MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
     Nystrom,
     Recycling,
     ResidualForcing,
+    Solver,
     SquaredGradients,
+    SteihaugToint,
 )
-from imstep.optim.preconditioning import Evidence, Preconditioning
+from imstep.optim.preconditioning import Evidence, Preconditioner, Preconditioning
 
 KINDS: dict[str, Preconditioning] = {
     "none": NoPreconditioning(),
@@ -203,3 +209,25 @@ def test_states_of_others_are_refused(kind: Preconditioning) -> None:
 def test_options_out_of_range_are_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="got"):
         build()
+
+
+class Indefinite(Preconditioning):
+    def make(self, parameters: ParameterVector) -> Preconditioner:
+        class Negated(Preconditioner):
+            def refresh(self, evidence: Evidence) -> Cost:
+                return Cost()
+
+            def operator(self, damping: float) -> LinearOperator:
+                return DiagonalOperator(-torch.ones(parameters.size, dtype=parameters.dtype))
+
+        return Negated()
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(), MinimalResidual(), SteihaugToint(), GeneralizedLanczos()])
+def test_without_the_preconditioner_where_it_is_not_positive_definite(solver: Solver) -> None:
+    steps = []
+    for preconditioning in (Indefinite(), NoPreconditioning()):
+        model = network(0)
+        optimizer = NewtonKrylov(model.parameters(), preconditioning=preconditioning, solver=solver)
+        steps.append([float(optimizer.step(lambda m=model: F.cross_entropy(m(X), LABELS))) for _ in range(3)])
+    assert steps[0] == steps[1]

@@ -1,5 +1,6 @@
 """Linear operators and Krylov solvers on flat vectors; knows neither autograd nor models."""
 
+from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -41,6 +42,7 @@ __all__ = [
     "GramMatrix",
     "HalvedOperator",
     "IdentityOperator",
+    "IndefinitePreconditionerError",
     "IndefiniteRule",
     "KrylovResult",
     "KrylovStatus",

@@ -43,9 +43,11 @@ def check_limit(max_iterations: int | None) -> None:
         raise ValueError(f"max_iterations must be at least 0, got {max_iterations}.")
 
 
-def not_positive_definite(value: float) -> ValueError:
-    """What to raise where rᵀPr <= 0 for the first residual."""
-    return ValueError(
-        f"the preconditioner is not positive definite: rᵀPr = {value:.3g}. "
-        "Pass a symmetric positive definite operator that approximates the inverse, or None."
-    )
+class IndefinitePreconditionerError(ValueError):
+    """rᵀPr <= 0 for the first residual r: the preconditioner P is not positive definite."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(
+            f"the preconditioner is not positive definite: rᵀPr = {value:.3g}. "
+            "Pass a symmetric positive definite operator that approximates the inverse, or None."
+        )

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import not_positive_definite
+from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.dots import dots
 from imstep.linalg.halved import HalvedOperator, NoiseTest
 from imstep.linalg.operator import LinearOperator
@@ -88,7 +88,7 @@ class DampedSystem:
             )
         state, status = self._aimed(state)
         if status is None and state.descent <= 0 < state.residual_norm:
-            raise not_positive_definite(state.descent)
+            raise IndefinitePreconditionerError(state.descent)
         return state, status
 
     def probe(self, direction: Tensor) -> Probe:

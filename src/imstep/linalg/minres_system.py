@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import not_positive_definite
+from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.dots import dots
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
@@ -145,7 +145,7 @@ class ShiftedSystem:
         direction = self._preconditioned(state.residual)
         (squared,) = dots((state.residual, direction))
         if squared <= 0:
-            raise not_positive_definite(squared)
+            raise IndefinitePreconditionerError(squared)
         phi = math.sqrt(squared)
         if not math.isfinite(phi):
             return state, KrylovStatus.NON_FINITE

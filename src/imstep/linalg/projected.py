@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import not_positive_definite
+from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.dots import dots
 from imstep.linalg.lanczos import smallest_eigenpair
 from imstep.linalg.operator import LinearOperator
@@ -91,7 +91,7 @@ class ProjectedSearch:
         while (status := self._ending(stopping, limit)) is None:
             direction, squared_norm = self._problem.preconditioned(self._point.residual)
             if squared_norm <= 0 and self._space.products == 0:
-                raise not_positive_definite(squared_norm)
+                raise IndefinitePreconditionerError(squared_norm)
             if not squared_norm > 0:  # or nan
                 return KrylovStatus.STALLED if squared_norm <= 0 else KrylovStatus.NON_FINITE
             if (status := self._advance(direction)) is not None:

@@ -17,7 +17,7 @@ from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.third import derivatives_along
 from imstep.globalization import Damping, LineDerivatives, LineModel, StepSearch
-from imstep.linalg import LinearOperator
+from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.forcing import Forcing, Situation
 from imstep.optim.memory import Memory
@@ -211,7 +211,7 @@ class Attempt(StepAttempt):
                 self.point,
                 self._parameters,
             )
-            direction = self._strategies.solver.solve(system)
+            direction = self._solved(system)
             if not direction.status.disturbing:
                 break
         tried = len(setting.candidates) > 1
@@ -221,6 +221,13 @@ class Attempt(StepAttempt):
             image = operator @ memory.last_move
             direction = combined(self.point.gradient, direction, memory.last_move, image, setting.damping)
         return direction, replace(memory, products=operator.products - before)
+
+    def _solved(self, system: NewtonSystem) -> Direction:
+        try:
+            return self._strategies.solver.solve(system)
+        except IndefinitePreconditionerError:
+            # Rounding, where the loss has grown by so much that curvatures span more than the dtype resolves.
+            return self._strategies.solver.solve(replace(system, preconditioner=None))
 
     # --- step length --------------------------------------------------------------------------------------------
 

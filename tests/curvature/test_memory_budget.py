@@ -68,6 +68,28 @@ def test_tape_found_invalid(monkeypatch):
     torch.testing.assert_close(hessian.to_dense(), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_directions_are_read_where_they_lie():
+    """Parts of a vector at odd places, seen as complex numbers, and overwritten copies of parameters."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((3,), (4, 2)))
+
+    def closure() -> Tensor:
+        z = torch.view_as_complex(b)
+        c = a.clone().mul_(2.0).sin_()
+        return (z * z.conj() * z).real.sum() * c.prod() + (z.imag.t() * b[:, 0]).pow(3).sum()
+
+    recorded, recomputed = imstep.Hessian(closure, [a, b]), imstep.Hessian(closure, [a, b], memory_budget=0)
+    v = torch.randn(11, dtype=torch.float64)
+    before = v.clone()
+    gradients = torch.autograd.grad(closure(), [a, b], create_graph=True)
+    products = torch.autograd.grad(gradients, [a, b], [v[:3].clone(), v[3:].clone().view(4, 2)])
+    expected = torch.cat([p.flatten() for p in products])
+    torch.testing.assert_close(recomputed @ v, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(recorded @ v, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(recorded @ v[:, None].expand(-1, 3), expected[:, None].expand(-1, 3))
+    assert torch.equal(v, before)
+
+
 def test_point_is_still_watched():
     weight = nn.Parameter(torch.ones(3))
     hessian = imstep.Hessian(lambda: weight.pow(3).sum(), [weight], memory_budget=0)

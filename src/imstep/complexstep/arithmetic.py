@@ -80,10 +80,13 @@ class Arithmetic:
         self._stack.close()
         torch.clear_autocast_cache()
 
-    def attach(self, t: Tensor, im: Tensor | None = None) -> None:
-        """Perturb ``t`` by ``im`` (copied; shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.
+    def attach(self, t: Tensor, im: Tensor | None = None, lent: bool = False) -> None:
+        """Perturb ``t`` by ``im`` (shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.
 
         Inputs may be parts of one storage, as the weights of a recurrent network on a GPU are.
+
+        Args:
+            lent: whether neither ``im`` nor ``t`` is overwritten before :meth:`release`; else ``im`` is copied.
         """
         known = self._plane.find(t)
         if self._tape is not None:
@@ -98,10 +101,10 @@ class Arithmetic:
             self._tape.record(Step(None, [slot], None, target, write, _OF_NO_NODE, False))
         elif im is not None:
             with unseen(), torch.no_grad():
-                if known is None:
-                    self._plane.put(t, im.to(t.dtype).clone())
-                else:
+                if known is not None:
                     self._plane.write(t, im)
+                elif not (lent and self._plane.lend(t, im)):
+                    self._plane.put(t, im.to(t.dtype).clone())
 
     def number(self, re: Tensor, im: Tensor) -> Tensor:
         """A copy of ``re`` with the imaginary part ``im``; it does not require gradients."""
@@ -117,6 +120,21 @@ class Arithmetic:
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""
         return self._islands.gradient([loss], inputs) if loss.requires_grad else [None] * len(inputs)
+
+    def product(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+        """The imaginary part of :meth:`gradient` alone; the real one is dropped part by part as it comes."""
+        handles = [t.register_hook(self._imaginary_alone) for t in inputs]
+        try:
+            return self.gradient(loss, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _imaginary_alone(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or gradient.layout is not torch.strided:
+            return gradient
+        im = self.value(gradient).im
+        return gradient.new_zeros(()).expand(gradient.shape) if im is None else im
 
     def pullback(
         self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor]

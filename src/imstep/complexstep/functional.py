@@ -122,12 +122,9 @@ def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> A
     with arithmetic, torch.enable_grad():
         loss = f(tree_unflatten(inputs, structure))
         _require_scalar(loss)
-        gradients = arithmetic.gradient(loss, inputs)
+        parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
-    products = [
-        torch.zeros_like(t) if g is None else arithmetic.value(g).imaginary
-        for t, g in zip(leaves, gradients, strict=True)
-    ]
+    products = [torch.zeros_like(t) if part is None else part for t, part in zip(leaves, parts, strict=True)]
     return tree_unflatten([_without_graph(p) for p in products], structure)
 
 

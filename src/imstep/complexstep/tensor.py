@@ -77,6 +77,8 @@ class Window:
         elif base.is_complex() and not self.dtype.is_complex:
             t = torch.view_as_real(base).as_strided(self.size, self.stride, self.offset + 2 * shift)
         elif self.dtype.is_complex and not base.is_complex():
+            if shift % 2:  # complex numbers begin at even places; nothing that is written to lies at odd ones
+                base, shift = base.as_strided((2 * self._end(),), (1,), shift).clone(), 0
             pairs = base.as_strided((self._end() + shift // 2, 2), (2, 1), 0)
             t = torch.view_as_complex(pairs).as_strided(self.size, self.stride, self.offset + shift // 2)
         else:
@@ -95,7 +97,7 @@ class Window:
 class Plane:
     """All imaginary parts of one evaluation; parts of another plane are invisible to it.
 
-    What is attached to a storage is a tensor that owns memory laid out like it or, while a tape is
+    What is attached to a storage is a tensor that begins where memory laid out like it does or, while a tape is
     recorded, the number of a slot on the tape.
     """
 
@@ -123,7 +125,7 @@ class Plane:
     def get(self, t: Tensor) -> Tensor | None:
         """The imaginary part of ``t``: a view of the attached memory, shape of ``t``."""
         base = self.find(t)
-        return None if base is None else Window(t).onto(base)
+        return None if base is None else Window(t).onto(base, base.storage_offset())
 
     def interchangeable(self, t: Tensor, other: Tensor) -> bool:
         """Whether two tensors fill different storages in the same way, so that one's imaginary part suits the other."""
@@ -153,7 +155,8 @@ class Plane:
         if (
             im.shape != t.shape
             or im.stride() != t.stride()
-            or im.storage_offset() != t.storage_offset()
+            or im.storage_offset() != 0
+            or t.storage_offset() != 0
             or im.dtype is not t.dtype
             or held.nbytes() < storage.nbytes()
             or _OWNED in held.__dict__
@@ -168,6 +171,16 @@ class Plane:
         storage.__dict__[self._key] = im
         return im
 
+    def lend(self, t: Tensor, im: Tensor) -> bool:
+        """Attach ``im`` itself, which may be part of a larger vector, to ``t``; False where their layouts differ."""
+        whole_storage = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        even = im.storage_offset() % 2 == 0  # as a complex view asks for
+        if not (whole_storage and even and im.is_contiguous() and im.dtype is t.dtype) or im.is_conj() or im.is_neg():
+            return False
+        im.untyped_storage().__dict__[_OWNED] = True
+        t.untyped_storage().__dict__[self._key] = im
+        return True
+
     def write(self, t: Tensor, im: Tensor | None) -> None:
         """Overwrite the imaginary part of ``t`` in place, as after an in-place operator; None stands for zero."""
         base = self.find(t)
@@ -175,7 +188,7 @@ class Plane:
             if im is None:
                 return
             base = self.put(t, torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape))
-        window = Window(t).onto(base)
+        window = Window(t).onto(base, base.storage_offset())
         if im is None:
             window.zero_()
         else:

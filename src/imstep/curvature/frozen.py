@@ -102,9 +102,9 @@ class FrozenClosure:
     def loss_and_product(self, direction: Tensor, h: float | None = None) -> tuple[Tensor, Tensor]:
         """The loss (0-dim), and what :meth:`product` returns."""
         arithmetic = self.arithmetic(h)
-        loss, gradients = self._differentiate(arithmetic, self._parameters.unflatten(direction))
+        directions, part = self._parameters.unflatten(direction), lambda g: arithmetic.value(g).im
+        loss, parts = self._differentiate(arithmetic, directions, arithmetic.product, part)
         self.report = arithmetic.report()
-        parts = [None if g is None else arithmetic.value(g).im for g in gradients]
         return loss.detach(), self._parameters.flatten(parts)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
@@ -135,29 +135,36 @@ class FrozenClosure:
             return self._call()
 
     def _differentiate(
-        self, arithmetic: Arithmetic, directions: Sequence[Tensor | None] | None = None
+        self,
+        arithmetic: Arithmetic,
+        directions: Sequence[Tensor | None] | None = None,
+        take: Callable[..., Any] | None = None,
+        part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> tuple[Tensor, list[Tensor | None]]:
         with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
             loss = self._call()
-            gradients = self._gradients_of(loss, arithmetic.gradient)
+            gradients = self._gradients_of(loss, take or arithmetic.gradient, part)
         return loss, gradients
 
     def _call(self) -> Tensor:
         with torch.enable_grad():
             return scalar(self.evaluate())
 
-    def _gradients_of(self, loss: Tensor, take: Callable[..., Any]) -> list[Tensor | None]:
+    def _gradients_of(
+        self, loss: Tensor, take: Callable[..., Any], part: Callable[[Tensor], Tensor | None] = lambda g: g
+    ) -> list[Tensor | None]:
+        """What ``take`` finds; where the closure has called ``backward()`` itself, ``part`` of what that has found."""
         self.gradients += 1
         inputs = self._parameters.tensors
         gradients = [p.grad for p in inputs]
-        if all(g is None for g in gradients):
-            if loss.grad_fn is None:
-                raise ValueError(
-                    "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
-                    "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
-                )
-            gradients = list(take(loss, inputs))
-        return usable(gradients)
+        if any(g is not None for g in gradients):
+            return [None if g is None else part(g) for g in usable(gradients)]
+        if loss.grad_fn is None:
+            raise ValueError(
+                "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
+                "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
+            )
+        return usable(list(take(loss, inputs)))
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
 
@@ -174,7 +181,7 @@ class FrozenClosure:
         """
         inputs = self._parameters.tensors
         for p, direction in zip(inputs, directions, strict=False):
-            arithmetic.attach(p, direction)
+            arithmetic.attach(p, direction, lent=True)
         try:
             with self._same_state(), self._own_gradients(), arithmetic, torch.enable_grad():
                 yield

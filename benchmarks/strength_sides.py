@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imstep.bench.optimizers import OptimizerSpec
+from imstep.bench.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.bench.steppers import Stepper, StepwiseStepper
 from imstep.globalization import LevenbergMarquardt
 from imstep.optim import NewtonKrylov, Recycling
@@ -72,6 +72,7 @@ def _rates(*values: float) -> tuple[Options, ...]:
 
 
 _SOAP_RATES = _rates(5e-3, 1e-2, 2e-2, 4e-2)
+_SOAP_ELSEWHERE = dict.fromkeys(("convection-float32", "convection-float64"), _rates(1.5e-3, 3e-3, 6e-3, 1.2e-2))
 _ALL = (
     Side("imstep", "imstep", _IMSTEP, tuple({"damping": v} for v in (1e-4, 3e-4, 1e-3, 1e-2))),
     Side(
@@ -79,6 +80,12 @@ _ALL = (
         "imstep, floored damping",
         _BATCHES,
         tuple({"floor": v} for v in (1e-3, 3e-3, 1e-2, 3e-2)),
+    ),
+    Side(
+        "imstep-residual",
+        "imstep, residual space",
+        OPTIMIZERS["least-squares"],
+        tuple({"damping": v} for v in (1e-6, 1e-5, 1e-4, 1e-3)),
     ),
     Side("adam", "Adam", PEERS["adam"], _rates(1e-3, 2e-3, 4e-3, 8e-3)),
     Side(
@@ -95,7 +102,7 @@ _ALL = (
         _rates(0.03, 0.1, 0.3, 1.0),
         {"autoencoder-batches": _rates(1.0, 3.0, 10.0, 30.0)},
     ),
-    Side("soap", "SOAP", PEERS["soap"], _SOAP_RATES),
-    Side("soap-cosine", "SOAP, cosine", PEERS["soap"], _SOAP_RATES, schedule=cosine),
+    Side("soap", "SOAP", PEERS["soap"], _SOAP_RATES, _SOAP_ELSEWHERE),
+    Side("soap-cosine", "SOAP, cosine", PEERS["soap"], _SOAP_RATES, _SOAP_ELSEWHERE, schedule=cosine),
 )
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}

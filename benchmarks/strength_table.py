@@ -16,8 +16,6 @@ from strength_run import StrengthRun
 from strength_sides import SIDES
 from strength_tasks import StrengthTask
 
-OWN = "imstep"
-"""The configuration that the figures to reach are about."""
 SOAP = "soap"
 """What the names of all sides of the strongest peer begin with."""
 
@@ -79,7 +77,7 @@ def _text(values: Sequence[float], spread: bool, form: Callable[[float], str]) -
 
 def verdicts(task: StrengthTask, record: StrengthRecord) -> Cells:
     """The figures to reach, what was measured, met or missed; empty where a side is missing."""
-    own = record.of(OWN)
+    own = record.of(task.own)
     peers = [run for name in task.sides if name.startswith(SOAP) for run in record.of(name)]
     if not own or not peers:
         return Cells((), ())
@@ -88,12 +86,12 @@ def verdicts(task: StrengthTask, record: StrengthRecord) -> Cells:
 
 
 def _levels(task: StrengthTask, own: list[StrengthRun], peers: list[StrengthRun]) -> list[tuple[str, ...]]:
-    """Every seed reaches each level within its mark, and the last one in a third of the time of the fastest SOAP."""
+    """Every seed reaches each level within its mark, one of them in a share of the time of the fastest SOAP."""
     rows = []
-    for level, mark in zip(task.levels, task.marks, strict=True):
+    for level, mark in zip(task.levels, task.marks, strict=True) if task.race is None else ():
         reached = [p.cost if (p := run.first_below(level)) else math.inf for run in own]
         rows.append(_row(f"equivalents to {short(level)}, worst seed", mark, max(reached), "{:,.0f}".format))
-    ratios = []
+    level, ratios = task.levels[-1] if task.race is None else task.race, []
     for run in own:
         theirs = [p for p in peers if p.seed == run.seed]
         # A run that never came there would have taken longer still.
@@ -101,7 +99,10 @@ def _levels(task: StrengthTask, own: list[StrengthRun], peers: list[StrengthRun]
         point = run.first_below(level)
         ratios.append(point.seconds / fastest if point else math.inf)
     name = f"seconds to {short(level)} / the fastest SOAP's of the seed, worst seed"
-    rows.append(_row(name, 1 / 3, max(ratios), "{:.2f}".format))
+    rows.append(_row(name, task.share, max(ratios), "{:.2f}".format))
+    if task.lowest is not None:
+        worst = max(run.best_at("cost", math.inf).train for run in own)
+        rows.append(_row("lowest training loss, worst seed", task.lowest, worst, short))
     return rows
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from imstep.bench.rows import Clock, Limits, Schedule
@@ -36,6 +37,12 @@ class StrengthTask:
         levels: training losses whose cost and seconds are read.
         limits: of sides that go on longer or shorter than `limit`.
         trials: gradient-equivalents of trials of sides whose steps take more or less time than a gradient.
+        dtype: of data and model.
+        own: the configuration of imstep that the figures to reach are about.
+        race: the training loss to which seconds are compared; None for the last level, each level's cost then being
+            bounded by its mark.
+        share: how much of the fastest SOAP's seconds that may take.
+        lowest: a bound on the lowest training loss of every seed; None for no bound.
     """
 
     name: str
@@ -54,6 +61,11 @@ class StrengthTask:
     levels: tuple[float, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     trials: Mapping[str, float] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    own: str = "imstep"
+    race: float | None = None
+    share: float = 1 / 3
+    lowest: float | None = None
 
     @property
     def axis(self) -> str:
@@ -66,7 +78,7 @@ class StrengthTask:
         Raises:
             DataNotFoundError: the data set is not installed.
         """
-        problem = self.recipe.build(seed, data=data, examples=self.examples)
+        problem = self.recipe.build(seed, dtype=self.dtype, data=data, examples=self.examples)
         return replace(problem, heldout=problem.heldout.take(slice(0, self.heldout)))
 
     def limits_of(self, side: str) -> Limits:
@@ -102,6 +114,35 @@ _ABOUT = (
     "weights, zero biases; mean squared error; float32."
 )
 _SECONDS = (12.0, 30.0, 60.0, 120.0)
+
+
+def _convection(dtype: torch.dtype, lowest: float | None) -> StrengthTask:
+    name, recipe = str(dtype).removeprefix("torch."), get_task("convection")
+    return StrengthTask(
+        f"convection-{name}",
+        f"Convection, {name}",
+        recipe.description,
+        recipe,
+        examples=None,
+        heldout=None,
+        batch_size=None,
+        clock=Clock.COST,
+        looks=400,
+        limit=4000,
+        trial=2000,
+        sides=("imstep-residual", "adam", "lbfgs", "soap", "soap-cosine"),
+        marks=(4000,),
+        levels=(1e-4, 1e-6, 1e-9),
+        limits={"imstep-residual": 700},
+        trials={"imstep-residual": 450, "soap-cosine": 4000},
+        dtype=dtype,
+        own="imstep-residual",
+        race=1e-6,
+        share=1 / 2,
+        lowest=lowest,
+    )
+
+
 
 _ALL = (
     StrengthTask(
@@ -153,5 +194,7 @@ _ALL = (
         sides=("imstep", "imstep-batches", "adam", "sgd", "soap", "soap-cosine"),
         marks=_SECONDS,
     ),
+    _convection(torch.float32, lowest=None),
+    _convection(torch.float64, lowest=1e-9),
 )
 TASKS: dict[str, StrengthTask] = {task.name: task for task in _ALL}

@@ -71,6 +71,18 @@ def test_figures_are_judged_by_the_worst_seed(bench: Any) -> None:
     assert verdict(mixed) == [("450", "500", missed), ("1,200", "never", missed), ("0.33", "never", missed)]
 
 
+def test_convection_is_judged_by_a_race_and_the_lowest_loss(bench: Any) -> None:
+    task = bench.strength_tasks.TASKS["convection-float64"]
+    record = bench.strength_record.StrengthRecord
+    soap = [made(bench, "soap-cosine", 0, [1.0, 1e-3, 1e-5], seconds=4.0)]  # it never came to 1e-6
+    verdict = lambda own: [row[1:] for row in bench.strength_table.verdicts(task, record("x", (), (*own, *soap))).rows]
+    good = made(bench, "imstep-residual", 0, [1.0, 1e-3, 1e-6, 9e-10])
+    assert verdict([good]) == [("0.50", "0.25", "met"), ("1.00e-9", "9.00e-10", "met")]
+    bad = made(bench, "imstep-residual", 0, [1.0, 1e-3, 2e-6, 2e-6])
+    assert verdict([good, bad])[1][1:] == ("2.00e-6", "**missed**")
+    assert verdict([good, bad])[0][1:] == ("never", "**missed**")
+
+
 def test_losses_are_read_at_the_marks(bench: Any) -> None:
     run = made(bench, "imstep", 0, [1.0, 0.2, 0.3, 0.1])
     assert run.best_at("cost", 250.0).train == 0.2

@@ -52,10 +52,12 @@ def test_version() -> None:
     assert imstep_command("--version").output.startswith(f"imstep {imstep.__version__} (torch ")
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "least-squares"])
+@pytest.mark.filterwarnings("ignore:.*not recognised")  # a bias that meets a single row of its kind
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train = ["train", "digits-mlp", "-o", optimizer, "--batch-size", "20", *SMALL]
+    task = "convection" if optimizer == "least-squares" else "digits-mlp"
+    train = ["train", task, "-o", optimizer, "--batch-size", "20", *SMALL]
     assert imstep_command(*train, "--epochs", "4", "--out", str(whole)).exit_code == 0
     first = imstep_command(*train, "--epochs", "2", "--out", str(parts))
     assert "all epochs done" in first.output

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from imstep.tasks.models import autoencoder, convolutional_classifier, mlp_classifier
+from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 
 
 def test_autoencoder_mirrors_its_widths() -> None:
@@ -20,8 +20,8 @@ def test_autoencoder_mirrors_its_widths() -> None:
     assert isinstance(model[code + 1], nn.Linear)
 
 
-def test_mlp_ends_in_logits() -> None:
-    model = mlp_classifier((6, 5, 3))
+def test_mlp_is_linear_at_its_end() -> None:
+    model = mlp((6, 5, 3))
     assert isinstance(model[-1], nn.Linear)
     assert model(torch.rand(2, 6)).shape == (2, 3)
     assert all((m.bias == 0).all() for m in model if isinstance(m, nn.Linear))

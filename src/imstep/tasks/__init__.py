@@ -2,7 +2,7 @@
 
 >>> from imstep.tasks import TASKS
 >>> sorted(TASKS)[:3]
-['digits-autoencoder', 'digits-cnn', 'digits-mlp']
+['convection', 'digits-autoencoder', 'digits-cnn']
 """
 
 from imstep.tasks.base import Batch, DataNotFoundError, Evaluation, Metric, Problem, Task, TaskError

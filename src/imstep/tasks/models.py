@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-__all__ = ["autoencoder", "convolutional_classifier", "mlp_classifier"]
+__all__ = ["autoencoder", "convolutional_classifier", "mlp"]
 
 
 def _xavier(model: nn.Sequential) -> nn.Sequential:
@@ -41,8 +41,8 @@ def autoencoder(widths: Sequence[int]) -> nn.Sequential:
     return _xavier(nn.Sequential(*encoder, *decoder, nn.Sigmoid()))
 
 
-def mlp_classifier(widths: Sequence[int]) -> nn.Sequential:
-    """A tanh multilayer perceptron from inputs (k, widths[0]) to logits (k, widths[-1])."""
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    """A tanh multilayer perceptron from inputs (k, widths[0]) to outputs (k, widths[-1]), linear at the end."""
     return _xavier(nn.Sequential(*_stack(widths, nn.Tanh)))
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from imstep.tasks.base import Batch, Metric, Task, TaskError
+from imstep.tasks.convection import convection_model, convection_points
 from imstep.tasks.data import digits, fashion_mnist
-from imstep.tasks.models import autoencoder, convolutional_classifier, mlp_classifier
+from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 
 __all__ = ["TASKS", "UnknownTaskError", "get_task"]
 
@@ -60,7 +61,7 @@ _ALL = (
         "Handwritten digits, classification by an MLP",
         "1,500 digits (8x8, scikit-learn); tanh MLP 64-64-32-10; cross entropy.",
         digits,
-        partial(mlp_classifier, (64, 64, 32, 10)),
+        partial(mlp, (64, 64, 32, 10)),
         nn.CrossEntropyLoss(),
         ACCURACY,
         (8, 8),
@@ -89,7 +90,7 @@ _ALL = (
         "Fashion-MNIST, classification by an MLP",
         "60,000 pictures (28x28); tanh MLP 784-128-64-10; cross entropy.",
         fashion_mnist,
-        partial(mlp_classifier, (784, 128, 64, 10)),
+        partial(mlp, (784, 128, 64, 10)),
         nn.CrossEntropyLoss(),
         ACCURACY,
         (28, 28),
@@ -103,6 +104,15 @@ _ALL = (
         nn.CrossEntropyLoss(),
         ACCURACY,
         (28, 28),
+    ),
+    Task(
+        "convection",
+        "Convection equation, physics-informed network",
+        "u_t + 30 u_x = 0, u(x, 0) = sin x, periodic; 2,000 + 128 + 100 points; tanh MLP 2-50-50-50-50-1; sum of the "
+        "three mean squares. Held out: the squared relative L2 error of u.",
+        convection_points,
+        convection_model,
+        nn.MSELoss(),
     ),
 )
 

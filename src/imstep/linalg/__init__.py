@@ -1,6 +1,7 @@
 """Linear operators and Krylov solvers on flat vectors; knows neither autograd nor models."""
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
+from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -64,6 +65,7 @@ __all__ = [
     "StoppingRule",
     "SumOperator",
     "adaptive_nystrom",
+    "blended_conjugate_gradient",
     "conjugate_gradient",
     "dense_solve",
     "dense_trust_region",

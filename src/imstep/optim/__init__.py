@@ -1,7 +1,8 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
-from imstep.optim.forcing import BestRateForcing, ResidualForcing
+from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
+from imstep.optim.gradients import AveragedGradient, BatchGradient, GradientEstimate
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -9,6 +10,7 @@ from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditionin
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.recycling import Recycling
 from imstep.optim.solving import (
+    BlendedConjugateGradient,
     ConjugateGradient,
     Direct,
     GeneralizedLanczos,
@@ -20,13 +22,18 @@ from imstep.optim.solving import (
 from imstep.optim.stepwise import NonFiniteLossError
 
 __all__ = [
+    "AveragedGradient",
+    "BatchGradient",
     "BestRateForcing",
+    "BlendedConjugateGradient",
     "ConjugateGradient",
     "Cost",
     "Direct",
     "ExactHessian",
+    "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientEstimate",
     "Hutchinson",
     "Kronecker",
     "LeastSquares",

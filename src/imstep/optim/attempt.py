@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.choice import CurvatureChoice
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hessian import hessian_of
@@ -16,10 +15,10 @@ from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.third import derivatives_along
-from imstep.globalization import Damping, LineDerivatives, LineModel, StepSearch
+from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
-from imstep.optim.forcing import Forcing, Situation
+from imstep.optim.forcing import Situation
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
@@ -30,8 +29,9 @@ from imstep.optim.record import (
     StepOutcome,
     StepRecord,
 )
-from imstep.optim.solving import NewtonSystem, Solver
+from imstep.optim.solving import NewtonSystem
 from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.strategies import Strategies
 from imstep.optim.trials import Line, Trials, try_escape, try_steps
 
 CONTRACTION = 0.5
@@ -42,39 +42,6 @@ CONFIDENCE = 0.95
 
 FAR = 10
 """Step length from which a damped solution shows that curvature has fallen by orders of magnitude."""
-
-
-@dataclass(frozen=True)
-class Strategies:
-    """What a user chooses: see :class:`~imstep.optim.newton_krylov.NewtonKrylov`."""
-
-    curvature: CurvatureChoice
-    solver: Solver
-    forcing: Forcing
-    step: StepSearch
-    damping: Damping
-    momentum: bool
-    tolerance: float
-    max_trials: int
-
-    def __post_init__(self) -> None:
-        kinds = {
-            "curvature": CurvatureChoice,
-            "solver": Solver,
-            "forcing": Forcing,
-            "step": StepSearch,
-            "damping": Damping,
-        }
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(
-                    f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}. "
-                    "Pass an instance of a strategy, or leave it out."
-                )
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance is at least 0, got {self.tolerance}.")
-        if self.max_trials < 1:
-            raise ValueError(f"max_trials is at least 1, got {self.max_trials}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +64,13 @@ class _Setting:
 
 
 class Attempt(StepAttempt):
-    """One step of the Newton-Krylov method."""
+    """One step of the Newton-Krylov method.
+
+    Attributes:
+        loss, gradient: on the batch, 0-dim and (n,).
+        point: what the curvature is taken from; the batch, or the part of it given for that.
+        estimate: the gradient that the step answers to, (n,).
+    """
 
     def __init__(
         self,
@@ -106,16 +79,21 @@ class Attempt(StepAttempt):
         preconditioner: Preconditioner,
         parameters: ParameterVector,
         frozen: FrozenClosure,
+        part: FrozenClosure | None = None,
     ) -> None:
         super().__init__(memory, parameters, frozen)
-        self._strategies, self._preconditioner = strategies, preconditioner
+        self._strategies, self._preconditioner, self._part = strategies, preconditioner, part
+        self.loss: Tensor
+        self.gradient: Tensor
         self.point: Linearisation
+        self.estimate: Tensor
+        self._tilt = 0.0  # along the direction, what turns the batch's slope into that of the estimate
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         observer = self._preconditioner.observer()
-        self.point = self._frozen.linearise(observer, keep_graph=self._strategies.solver.needs_graph)
-        loss, gradient_norm = float(self.point.loss.detach()), float(self.point.gradient.norm())
+        cost = self._evaluate(observer)
+        loss, gradient_norm = float(self.loss), float(self.gradient.norm())
         record = StepRecord(
             step=memory.steps,
             outcome=StepOutcome.ACCEPTED,
@@ -124,7 +102,7 @@ class Attempt(StepAttempt):
             new_loss=loss,
             gradient_norm=gradient_norm,
             radius=memory.search.radius,
-            cost=Cost(linearisations=1),
+            cost=cost,
         )
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
@@ -136,7 +114,7 @@ class Attempt(StepAttempt):
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
-        direction, memory = self._solve(setting, memory)
+        direction, memory = self._answer(setting, memory)
         record = replace(
             record,
             status=direction.status,
@@ -149,11 +127,25 @@ class Attempt(StepAttempt):
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
-        return self.point.loss.detach(), self.point.gradient
+        return self.loss, self.gradient
+
+    def _evaluate(self, observer: LayerObserver | None) -> Cost:
+        """Loss and gradient of the batch, and the record that products are made from."""
+        keep_graph = self._strategies.solver.needs_graph
+        if self._part is None:
+            self.point = self._frozen.linearise(observer, keep_graph=keep_graph)
+            self.loss, self.gradient = self.point.loss.detach(), self.point.gradient
+            return Cost(linearisations=1)
+        self.loss, self.gradient = self._frozen.watched_gradient()
+        try:
+            self.point = self._part.linearise(observer, keep_graph=keep_graph)
+        finally:
+            self._part.undo()
+        return Cost(gradients=1, linearisations=1)
 
     def _goes_on(self, loss: float) -> bool:
         """Whether the step starts where the last one ended; another loss there is that of another batch."""
-        return abs(loss - self._memory.loss) <= 1e2 * torch.finfo(self.point.loss.dtype).eps * abs(loss)
+        return abs(loss - self._memory.loss) <= 1e2 * torch.finfo(self.loss.dtype).eps * abs(loss)
 
     def _contraction(self, gradient_norm: float) -> float:
         """How much the last full Newton steps tell that accuracy pays: a factor on the gradient, 1 for nothing."""
@@ -177,7 +169,7 @@ class Attempt(StepAttempt):
         if self._strategies.solver.needs_halves:
             candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
         if memory.curvature_scale == 0.0:
-            unit = self.point.gradient / memory.gradient_norm
+            unit = self.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
@@ -195,13 +187,28 @@ class Attempt(StepAttempt):
         )
         return _Setting(candidates, self._preconditioner.operator(damping), damping, situation, refresh), memory
 
+    def _answer(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
+        """The direction for the estimated gradient; for the batch's own where that goes up on the batch."""
+        strategy = self._strategies.gradient
+        self.estimate = strategy.estimate(memory.estimate, self.gradient, memory.steps)
+        direction, found = self._solve(setting, memory)
+        if not strategy.remembers:
+            return direction, found
+        slope = float(self.gradient @ direction.vector)
+        if not slope < 0:
+            self.estimate = self.gradient
+            direction, found = self._solve(setting, memory)
+            slope = direction.slope
+        self._tilt = direction.slope - slope
+        return direction, replace(found, estimate=self.estimate)
+
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
         for operator in setting.candidates:
             before = operator.products
             system = NewtonSystem(
                 operator,
-                self.point.gradient,
+                self.estimate,
                 setting.damping,
                 setting.preconditioner,
                 self._preconditioner.pairs_wanted,
@@ -219,7 +226,7 @@ class Attempt(StepAttempt):
         memory = memory.probed(operator is setting.candidates[0] if tried else None)
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move
-            direction = combined(self.point.gradient, direction, memory.last_move, image, setting.damping)
+            direction = combined(self.estimate, direction, memory.last_move, image, setting.damping)
         return direction, replace(memory, products=operator.products - before)
 
     def _solved(self, system: NewtonSystem) -> Direction:
@@ -240,17 +247,19 @@ class Attempt(StepAttempt):
         trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials)
         full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
         realised = _realised(model, trials, self._strategies.step.full(model))
+        loss = trials.loss - trials.step_length * self._tilt if trials.accepted else trials.loss
         memory = replace(
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
-            loss=trials.loss,
+            loss=loss,
+            estimate=memory.estimate if trials.accepted else None,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
-        return self._finish(record, model, direction, trials), memory
+        return replace(self._finish(record, model, direction, trials), new_loss=loss), memory
 
     def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
@@ -260,7 +269,7 @@ class Attempt(StepAttempt):
     def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a direction of negative curvature."""
         hessian = hessian_of(self.point, self._parameters)
-        direction = escape_direction(hessian, self.point.gradient, seed=memory.steps)
+        direction = escape_direction(hessian, self.gradient, seed=memory.steps)
         record = replace(record, products=hessian.products, cost=record.cost + Cost(hessian_products=hessian.products))
         if direction is None:
             self._keep = True
@@ -292,9 +301,8 @@ class Attempt(StepAttempt):
         )
 
     def _line(self, direction: Direction) -> LineModel:
-        loss = self.point.loss.detach()
-        roundoff = torch.finfo(loss.dtype).eps / 2
-        return LineModel(float(loss), direction.slope, direction.curvature, direction.norm, roundoff)
+        roundoff = torch.finfo(self.loss.dtype).eps / 2
+        return LineModel(float(self.loss), direction.slope, direction.curvature, direction.norm, roundoff)
 
     def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
         """The model, with exact derivatives along the direction where the step search asks for them."""
@@ -304,14 +312,17 @@ class Attempt(StepAttempt):
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
 
+    # The loss is tilted by t(b - g)ᵀd for a gradient b that is not the batch's own g, so that model and trials are of
+    # one function: the curvature's error shows, and not that the batch would rather go elsewhere.
+
     def _loss_at(self, direction: Direction, step_length: float) -> float:
         self._parameters.move(self._snapshot, direction.vector, step_length)
-        return float(self._frozen.loss())
+        return float(self._frozen.loss()) + step_length * self._tilt
 
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         loss, gradient = self._frozen.gradient()
-        return float(loss), float(gradient @ direction.vector)
+        return float(loss) + step_length * self._tilt, float(gradient @ direction.vector) + self._tilt
 
 
 def _realised(model: LineModel, trials: Trials, full: float) -> float:

@@ -70,6 +70,26 @@ class BestRateForcing(Forcing):
 
 
 @dataclass(frozen=True)
+class FixedProducts(Forcing):
+    """The same number of products in every step, fewer only at a solution.
+
+    On mini-batches: more products fit the batch rather than the data.
+
+    Args:
+        count: products per step, >= 1.
+    """
+
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count, the products of a step, is at least 1, got {self.count}.")
+
+    def rules(self, situation: Situation) -> tuple[StoppingRule, ...]:
+        return RelativeResidual(1e-6), ProductBudget(self.count)
+
+
+@dataclass(frozen=True)
 class ResidualForcing(Forcing):
     """The classical inexact Newton method: ‖r‖ <= min(eta, (‖g‖/‖g‖_max)^(1/2)) ‖g‖ in every step.
 

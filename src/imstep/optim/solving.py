@@ -20,6 +20,7 @@ from imstep.linalg import (
     LinearOperator,
     NoiseTest,
     StoppingRule,
+    blended_conjugate_gradient,
     conjugate_gradient,
     dense_solve,
     dense_trust_region,
@@ -36,7 +37,7 @@ class NewtonSystem:
 
     Attributes:
         operator: A; also tells the curvatures of the two halves of the batch if the solver asked for them.
-        gradient: g, (n,).
+        gradient: g, (n,): the batch's, or an average over batches.
         damping: λ >= 0.
         preconditioner: P ≈ (A + λI)⁻¹, or None.
         keep_pairs: how many directions with their products are to be returned, at most.
@@ -131,12 +132,44 @@ class ConjugateGradient(Solver):
             x0=None if system.last_move is None else self.warm_start * system.last_move,
             keep_pairs=system.keep_pairs,
         )
-        p, image = result.disturbing_direction, result.disturbing_image
-        if result.iterations == 0 and p is not None and image is not None:
-            result = replace(result, solution=p, image=image)
-        elif self.follow and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
+        if self.follow and result.iterations > 0 and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
             result = _followed(system, result)
-        return descent(system.operator, system.gradient, result)
+        return descent(system.operator, system.gradient, _led_on(result))
+
+
+@dataclass(frozen=True)
+class BlendedConjugateGradient(Solver):
+    """Conjugate gradients on a blend of the batch's curvature A and what the preconditioner P has averaged over many.
+
+        ((1-w)(A + λI) + w P⁻¹) d = -g
+
+    Without a preconditioner, as :class:`ConjugateGradient`.
+
+    Args:
+        weight: w in [0, 1), the share of P⁻¹.
+
+    Source: our choice; see :func:`imstep.linalg.blended_conjugate_gradient`.
+    """
+
+    weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < 1:
+            raise ValueError(f"weight, the share of the preconditioner, must lie in [0, 1), got {self.weight}.")
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        if system.preconditioner is None:
+            return ConjugateGradient().solve(system)
+        result = blended_conjugate_gradient(
+            system.operator,
+            -system.gradient,
+            system.preconditioner,
+            weight=self.weight,
+            damping=system.damping,
+            stopping=system.stopping,
+            keep_pairs=system.keep_pairs,
+        )
+        return descent(system.operator, system.gradient, _led_on(result))
 
 
 @dataclass(frozen=True)
@@ -167,10 +200,7 @@ class MinimalResidual(Solver):
             stopping=system.stopping,
             curvature_floor=self.curvature_floor,
         )
-        p, image = result.disturbing_direction, result.disturbing_image
-        if result.iterations == 0 and p is not None and image is not None:
-            result = replace(result, solution=p, image=image)
-        return descent(system.operator, system.gradient, result)
+        return descent(system.operator, system.gradient, _led_on(result))
 
 
 @dataclass(frozen=True)
@@ -242,6 +272,14 @@ def _in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direct
         stopping=system.stopping,
     )
     return descent(system.operator, system.gradient, result)
+
+
+def _led_on(result: KrylovResult) -> KrylovResult:
+    """The very first direction in place of no solution, where that one disturbed."""
+    p, image = result.disturbing_direction, result.disturbing_image
+    if result.iterations > 0 or p is None or image is None:
+        return result
+    return replace(result, solution=p, image=image)
 
 
 def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:

@@ -77,12 +77,19 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
             ValueError: the closure returned no scalar with a graph, or one that no parameter influences.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
+        return self._take(self._attempt(self._frozen(closure)))
+
+    def _frozen(self, closure: Callable[[], Any] | None) -> FrozenClosure:
+        """The closure on its batch, at the parameters as they are now."""
         if closure is None:
             name = type(self).__name__
             raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss.")
-        started = time.perf_counter()
         self._follow_parameters()
-        attempt = self._attempt(FrozenClosure(closure, self._parameters))
+        return FrozenClosure(closure, self._parameters)
+
+    def _take(self, attempt: StepAttempt) -> Tensor:
+        """Run a step; keep it, or leave everything as it was."""
+        started = time.perf_counter()
         before = self._parts()
         try:
             record, memory = attempt.run()

@@ -1,0 +1,46 @@
+"""What a user of the Newton-Krylov method chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imstep.curvature.choice import CurvatureChoice
+from imstep.globalization import Damping, StepSearch
+from imstep.optim.forcing import Forcing
+from imstep.optim.gradients import GradientEstimate
+from imstep.optim.solving import Solver
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """What a user chooses: see :class:`~imstep.optim.newton_krylov.NewtonKrylov`."""
+
+    curvature: CurvatureChoice
+    solver: Solver
+    forcing: Forcing
+    step: StepSearch
+    damping: Damping
+    gradient: GradientEstimate
+    momentum: bool
+    tolerance: float
+    max_trials: int
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "curvature": CurvatureChoice,
+            "solver": Solver,
+            "forcing": Forcing,
+            "step": StepSearch,
+            "damping": Damping,
+            "gradient": GradientEstimate,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}. "
+                    "Pass an instance of a strategy, or leave it out."
+                )
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance is at least 0, got {self.tolerance}.")
+        if self.max_trials < 1:
+            raise ValueError(f"max_trials is at least 1, got {self.max_trials}.")

@@ -1,25 +1,190 @@
-"""Small batches with the safeguards and without; whole: benchmarks/batches.py."""
+"""What is for mini-batches: curvature of a part, averaged gradients, short solves, the named configuration."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
+import torch
+import torch.nn.functional as F
+from optim_cases import F64, LABELS, X, network, normal
+from torch import Tensor, nn
 
-from batches import run
+from imstep.globalization import FixedStep, NoDamping
+from imstep.optim import (
+    AveragedGradient,
+    BlendedConjugateGradient,
+    ConjugateGradient,
+    ExactHessian,
+    FixedProducts,
+    NewtonKrylov,
+    NoPreconditioning,
+    ResidualForcing,
+    StepOutcome,
+)
+from imstep.tasks import get_task
+
+NEWTON = {
+    "curvature": ExactHessian(),
+    "preconditioning": NoPreconditioning(),
+    "forcing": ResidualForcing(eta=1e-12),
+    "damping": NoDamping(),
+}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("size", [32, 128, 512, None])
-def test_safeguards_keep_the_held_out_loss_down(size: int | None, seed: int) -> None:
-    row = run("digits-mlp", size, "defaults", seed, steps=15)
-    assert row["steps"] == 15
-    # The first step solves for its batch alone; with 32 examples it may go far beyond what suits the others.
-    assert row["highest"] < (1.5 if size == 32 else 1.0) * row["start"]
-    assert row["last"] < 0.5 * row["start"]
+def quadratic(w: Tensor, matrix: Tensor, b: Tensor) -> Tensor:
+    return w @ matrix @ w / 2 - b @ w
 
 
-@pytest.mark.parametrize("size", [128, None])
-def test_without_damping_and_monitor_it_diverges(size: int | None) -> None:
-    row = run("digits-mlp", size, "defaults, neither", seed=0, steps=15)
-    assert not math.isfinite(row["highest"]) or row["highest"] > 2 * row["start"]
+# --- curvature of a part ------------------------------------------------------------------------------------------
+
+
+def test_the_curvature_is_of_the_part_and_the_gradient_of_the_batch() -> None:
+    w, b = nn.Parameter(normal(4)), normal(4, seed=1)
+    of_batch, of_part = (torch.diag(torch.rand(4, dtype=F64) + 1) for _ in range(2))
+    expected = w.detach() - torch.linalg.solve(of_part, of_batch @ w.detach() - b)
+    optimizer = NewtonKrylov([w], step=FixedStep(1.0), **NEWTON)
+    optimizer.step(lambda: quadratic(w, of_batch, b), lambda: quadratic(w, of_part, 0 * b))
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-9, atol=1e-9)
+    cost = optimizer.last_step.cost
+    assert (cost.gradients, cost.linearisations, cost.losses) == (1, 1, 1)
+
+
+def test_the_whole_batch_as_its_part_gives_the_same_steps() -> None:
+    weights = []
+    for separate in (False, True):
+        model = network()
+        closure = lambda model=model: F.cross_entropy(model(X), LABELS)
+        optimizer = NewtonKrylov.for_batches(model.parameters())
+        for _ in range(6):
+            optimizer.step(closure, closure if separate else None)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-8)
+
+
+class Noisy(nn.Module):
+    """Running statistics and random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(4, dtype=F64), nn.Linear(4, 3, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.dropout(self.norm(x), 0.3))
+
+
+def test_the_part_leaves_no_trace_in_buffers_and_random_numbers() -> None:
+    torch.manual_seed(0)
+    model = Noisy()
+    before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    closure = lambda: F.cross_entropy(model(X), LABELS)
+    closure()
+    expected = torch.get_rng_state(), model.norm.running_mean.clone()
+    torch.set_rng_state(before[0])
+    model.load_state_dict(before[1])
+    optimizer = NewtonKrylov.for_batches(model.parameters())
+    optimizer.step(closure, lambda: F.cross_entropy(model(X[:10]), LABELS[:10]))
+    assert optimizer.last_step.outcome is StepOutcome.ACCEPTED
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert torch.equal(model.norm.running_mean, expected[1])
+
+
+def test_a_failing_part_leaves_everything_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = Noisy()
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+
+    def part() -> Tensor:
+        model(X)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        NewtonKrylov(model.parameters()).step(lambda: F.cross_entropy(model(X), LABELS), part)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+# --- averaged gradients -------------------------------------------------------------------------------------------
+
+
+def test_averaged_gradients_against_their_closed_form() -> None:
+    identity, targets = torch.eye(3, dtype=F64), [normal(3, seed=i) + 5 for i in range(6)]
+    w, average = nn.Parameter(torch.zeros(3, dtype=F64)), AveragedGradient(decay=0.6, warm_up=2.0)
+    optimizer = NewtonKrylov([w], gradient=average, step=FixedStep(0.3), **NEWTON)
+    x, b, restarts = torch.zeros(3, dtype=F64), None, 0
+    for k, target in enumerate(targets):
+        g = x - target
+        beta = min(0.6, k / (k + 2))
+        b = g if b is None else beta * b + (1 - beta) * g
+        if g @ b <= 0:  # -b goes up on this batch
+            b, restarts = g, restarts + 1
+        x = x - 0.3 * b
+        optimizer.step(lambda target=target: quadratic(w, identity, target))
+        torch.testing.assert_close(w.detach(), x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(w.grad, g)
+    assert restarts == 1
+
+
+def test_averages_are_dropped_where_parameters_change() -> None:
+    model = network()
+    closure = lambda: F.cross_entropy(model(X), LABELS)
+    optimizer = NewtonKrylov(model.parameters(), gradient=AveragedGradient(), momentum=True)
+    for frozen in (False, True, False):
+        model[0].requires_grad_(not frozen)
+        for _ in range(2):
+            optimizer.step(closure)
+            assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"warm_up": 0.0}])
+def test_averages_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        AveragedGradient(**options)
+
+
+# --- short solves on a blend --------------------------------------------------------------------------------------
+
+
+def steps(count: int, **options: object) -> tuple[Tensor, NewtonKrylov]:
+    model = network()
+    optimizer = NewtonKrylov(model.parameters(), **options)
+    for _ in range(count):
+        optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer
+
+
+def test_fixed_products() -> None:
+    assert steps(3, forcing=FixedProducts(3))[1].last_step.products == 3
+    with pytest.raises(ValueError, match="count"):
+        FixedProducts(0)
+
+
+def test_a_blend_without_a_share_or_without_a_preconditioner_is_plain() -> None:
+    for extra, weight in (({}, 0.0), ({"preconditioning": NoPreconditioning()}, 0.5)):
+        plain = steps(3, solver=ConjugateGradient(), forcing=FixedProducts(2), **extra)[0]
+        blended = steps(3, solver=BlendedConjugateGradient(weight), forcing=FixedProducts(2), **extra)[0]
+        torch.testing.assert_close(blended, plain, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match="weight"):
+        BlendedConjugateGradient(1.0)
+
+
+# --- the configuration for mini-batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 128, 512])
+def test_learns_on_batches_without_a_setting(size: int) -> None:
+    problem = get_task("digits-mlp").build(seed=size)
+    optimizer = NewtonKrylov.for_batches(problem.parameters)
+    start, highest = problem.evaluate(problem.train).loss, 0.0
+    for epoch in range(1 + size // 128):
+        for batch in problem.batches(epoch, size):
+            highest = max(highest, float(optimizer.step(problem.closure(batch))))
+    assert highest < 1.5 * start
+    assert problem.evaluate(problem.train).loss < 0.5
+    assert problem.evaluate(problem.heldout).metric > 0.85
+
+
+def test_options_replace_those_of_the_configuration() -> None:
+    model = network()
+    optimizer = NewtonKrylov.for_batches(model.parameters(), forcing=FixedProducts(5))
+    optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
+    optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
+    assert optimizer.last_step.products == 5

@@ -25,9 +25,12 @@ from imstep.globalization import (
     TrustRegion,
 )
 from imstep.optim import (
+    AveragedGradient,
+    BlendedConjugateGradient,
     ConjugateGradient,
     Direct,
     ExactHessian,
+    FixedProducts,
     GeneralizedLanczos,
     Hutchinson,
     Kronecker,
@@ -60,6 +63,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "eager refresh": {"preconditioning": Kronecker(every=1, decay=0.5)},
     "momentum": {"momentum": True},
+    "averaged gradient": {"gradient": AveragedGradient(warm_up=1.0), "step": Armijo(first=0.7)},
+    "blend": {
+        "solver": BlendedConjugateGradient(),
+        "forcing": FixedProducts(2),
+        "step": Armijo(),
+        "preconditioning": Kronecker(every=3),
+    },
     "negative curvature": {"curvature": ExactHessian(), "solver": ConjugateGradient(follow=True)},
     "warm start": {"solver": ConjugateGradient(warm_start=0.5)},
     "recycling": {"preconditioning": Recycling(pairs=5)},

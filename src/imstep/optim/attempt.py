@@ -87,7 +87,6 @@ class Attempt(StepAttempt):
         self.gradient: Tensor
         self.point: Linearisation
         self.estimate: Tensor
-        self._tilt = 0.0  # along the direction, what turns the batch's slope into that of the estimate
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
@@ -199,8 +198,7 @@ class Attempt(StepAttempt):
             self.estimate = self.gradient
             direction, found = self._solve(setting, memory)
             slope = direction.slope
-        self._tilt = direction.slope - slope
-        return direction, replace(found, estimate=self.estimate)
+        return replace(direction, slope=slope), replace(found, estimate=self.estimate)
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
@@ -247,19 +245,18 @@ class Attempt(StepAttempt):
         trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials)
         full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
         realised = _realised(model, trials, self._strategies.step.full(model))
-        loss = trials.loss - trials.step_length * self._tilt if trials.accepted else trials.loss
         memory = replace(
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
-            loss=loss,
+            loss=trials.loss,
             estimate=memory.estimate if trials.accepted else None,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
-        return replace(self._finish(record, model, direction, trials), new_loss=loss), memory
+        return self._finish(record, model, direction, trials), memory
 
     def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
@@ -312,17 +309,14 @@ class Attempt(StepAttempt):
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
 
-    # The loss is tilted by t(b - g)ᵀd for a gradient b that is not the batch's own g, so that model and trials are of
-    # one function: the curvature's error shows, and not that the batch would rather go elsewhere.
-
     def _loss_at(self, direction: Direction, step_length: float) -> float:
         self._parameters.move(self._snapshot, direction.vector, step_length)
-        return float(self._frozen.loss()) + step_length * self._tilt
+        return float(self._frozen.loss())
 
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         loss, gradient = self._frozen.gradient()
-        return float(loss) + step_length * self._tilt, float(gradient @ direction.vector) + self._tilt
+        return float(loss), float(gradient @ direction.vector)
 
 
 def _realised(model: LineModel, trials: Trials, full: float) -> float:

@@ -44,8 +44,12 @@ class AveragedGradient(GradientEstimate):
     """A running average over the last batches: b <- β b + (1 - β) g.
 
     β starts at 0 and grows to ``decay`` as k / (k + warm_up) over the steps k, since the first gradients change from
-    step to step by more than noise. The step's direction must be one of descent for the present batch as well;
-    where it is not, or the last step was refused, the average starts afresh.
+    step to step by more than noise. The direction must go down on the present batch as well; where it does not, or
+    the last step was refused, the average starts afresh. Take it with steps shorter than Newton's, such as
+    ``Armijo(first=0.7)``: a part of b has been answered before.
+
+    It is for losses whose curvature differs little from batch to batch, such as squared errors. With cross entropy the
+    curvature of examples that are learnt vanishes, old gradients meet no resistance, and training fails.
 
     Args:
         decay: the largest β, in [0, 1).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
-from imstep.optim.gradients import AveragedGradient, BatchGradient, GradientEstimate
+from imstep.optim.gradients import BatchGradient, GradientEstimate
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.recycling import Recycling
@@ -108,12 +109,12 @@ class NewtonKrylov(StepwiseOptimizer):
 
     @classmethod
     def for_batches(cls, params: Iterable[Any], **options: Any) -> NewtonKrylov:
-        """The configuration for mini-batches: short solves that answer to averages over batches.
+        """The configuration for mini-batches: short solves that do not fit the batch.
 
-        The right-hand side is an average of the last gradients, the matrix a blend of the batch's curvature and of
-        Kronecker factors averaged over many batches; few products, a floor under λ, and steps shorter than
-        Newton's. Evaluate an average of the iterates, as
-        ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))`` keeps.
+        The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
+        take two products, λ has a floor, and backtracking leaves the full step as it is unless the loss rises.
+        Evaluate an average of the iterates, such as the one
+        ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))``.
 
         Args:
             params: parameters or parameter groups.
@@ -131,12 +132,11 @@ class NewtonKrylov(StepwiseOptimizer):
             tensor([0., 1., 2.])
         """
         configuration: dict[str, Any] = {
-            "gradient": AveragedGradient(),
             "solver": BlendedConjugateGradient(),
             "forcing": FixedProducts(2),
-            "step": Armijo(first=0.7),
-            "damping": LevenbergMarquardt(initial=1e-3, floor=3e-4),
-            "preconditioning": Kronecker(every=20),
+            "step": Armijo(),
+            "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
+            "preconditioning": Kronecker(every=10),
         }
         return cls(params, **{**configuration, **options})
 
@@ -174,4 +174,5 @@ class NewtonKrylov(StepwiseOptimizer):
 
     def _adopt(self, parameters: ParameterVector) -> None:
         super()._adopt(parameters)
+        self._memory = replace(self._memory, estimate=None, last_move=None)
         self._preconditioner = self._preconditioning.make(parameters)  # it starts afresh

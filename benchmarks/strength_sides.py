@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from averaging import AveragedStepper
 from imstep.bench.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.bench.steppers import Stepper, StepwiseStepper
-from imstep.globalization import LevenbergMarquardt
-from imstep.optim import NewtonKrylov, Recycling
+from imstep.globalization import Armijo, LevenbergMarquardt
+from imstep.optim import AveragedGradient, NewtonKrylov, Recycling
 from imstep.tasks import Problem
 from peers import PEERS, Schedule, constant, cosine
 
@@ -51,19 +52,22 @@ def _newton_krylov(problem: Problem, options: Options) -> Stepper:
 
 
 def _for_batches(problem: Problem, options: Options) -> Stepper:
-    return StepwiseStepper(
-        NewtonKrylov(
-            problem.parameters,
-            damping=LevenbergMarquardt(initial=max(0.1, options["floor"]), floor=options["floor"]),
-        )
-    )
+    strategies = {"damping": LevenbergMarquardt(initial=0.1, floor=options["floor"])}
+    if options["decay"] > 0:
+        strategies |= {"gradient": AveragedGradient(options["decay"]), "step": Armijo(first=0.7)}
+    stepper = StepwiseStepper(NewtonKrylov.for_batches(problem.parameters, **strategies))
+    return AveragedStepper(stepper, problem.model)
 
 
 _IMSTEP = OptimizerSpec(
     "imstep", "imstep", "Recycling of 30 pairs, else the defaults.", _newton_krylov, {"damping": 1e-3}
 )
 _BATCHES = OptimizerSpec(
-    "imstep-batches", "imstep, floored damping", "With a floor under the damping.", _for_batches, {"floor": 1e-2}
+    "imstep-batches",
+    "imstep, for batches",
+    "NewtonKrylov.for_batches, evaluated at the average of the iterates; decay > 0 averages gradients, too.",
+    _for_batches,
+    {"floor": 1e-3, "decay": 0.0},
 )
 
 
@@ -77,9 +81,10 @@ _ALL = (
     Side("imstep", "imstep", _IMSTEP, tuple({"damping": v} for v in (1e-4, 3e-4, 1e-3, 1e-2))),
     Side(
         "imstep-batches",
-        "imstep, floored damping",
+        "imstep, for batches",
         _BATCHES,
-        tuple({"floor": v} for v in (1e-3, 3e-3, 1e-2, 3e-2)),
+        tuple({"floor": v} for v in (3e-4, 1e-3, 3e-3, 1e-2)),
+        {"autoencoder-batches": tuple({"floor": v, "decay": d} for d in (0.0, 0.8) for v in (3e-4, 1e-3))},
     ),
     Side(
         "imstep-residual",

@@ -9,11 +9,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from imstep.bench.optimizers import get_optimizer
 from imstep.bench.records import Point
+from imstep.tasks import get_task
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("peers", "strength", "strength_page", "strength_record", "strength_run", "strength_table", "strength_tasks")
+NAMES = (
+    "averaging",
+    "peers",
+    "strength",
+    "strength_page",
+    "strength_record",
+    "strength_run",
+    "strength_table",
+    "strength_tasks",
+)
 
 
 @pytest.fixture
@@ -116,3 +128,16 @@ def test_the_page_keeps_its_text(bench: Any, tmp_path: Path) -> None:
     assert "old" not in text
     assert "| SOAP | 2 | 4.00e-3 |" in text
     assert (tmp_path / "images" / "strength-autoencoder.png").stat().st_size > 0
+
+
+def test_what_is_evaluated_is_the_average_of_the_iterates(bench: Any) -> None:
+    problem = get_task("digits-mlp").build(0, examples=60)
+    weight = problem.parameters[0]
+    stepper = bench.averaging.AveragedStepper(get_optimizer("sgd").create(problem, lr=0.1), problem.model, decay=0.5)
+    iterates = []
+    for batch in problem.batches(0, 20):
+        stepper.step(problem, batch)
+        iterates.append(weight.detach().clone())
+    with stepper.evaluating():
+        torch.testing.assert_close(weight.detach(), iterates[0] / 4 + iterates[1] / 4 + iterates[2] / 2)
+    assert torch.equal(weight.detach(), iterates[2])

@@ -63,7 +63,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "eager refresh": {"preconditioning": Kronecker(every=1, decay=0.5)},
     "momentum": {"momentum": True},
-    "averaged gradient": {"gradient": AveragedGradient(warm_up=1.0), "step": Armijo(first=0.7)},
+    "averaged gradient": {"gradient": AveragedGradient(decay=0.3, warm_up=1.0)},
     "blend": {
         "solver": BlendedConjugateGradient(),
         "forcing": FixedProducts(2),

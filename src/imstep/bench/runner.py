@@ -202,10 +202,11 @@ class Trainer:
 
     def _evaluate(self) -> EvaluationRow:
         start = time.perf_counter()
-        train, heldout = (
-            self.problem.evaluate(self.problem.train),
-            self.problem.evaluate(self.problem.heldout),
-        )
+        with self.stepper.evaluating():
+            train, heldout = (
+                self.problem.evaluate(self.problem.train),
+                self.problem.evaluate(self.problem.heldout),
+            )
         seconds = time.perf_counter() - start
         share = (train.examples + heldout.examples) / train.examples
         self.totals = replace(

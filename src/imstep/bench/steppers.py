@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,10 @@ class Stepper(ABC):
     @abstractmethod
     def step(self, problem: Problem, batch: Batch) -> StepResult:
         """Update the parameters once by what `batch` says."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it, the problem's model is the one to evaluate: at the last parameters, unless a stepper says else."""
+        return nullcontext()
 
     @property
     @abstractmethod

@@ -74,7 +74,7 @@ class Counting(FrozenClosure):
 @pytest.mark.parametrize("name", ["monitor", "exact", "strong wolfe"])
 def test_each_evaluation_of_a_step_is_charged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Counting.counts = {"gradients": 0, "losses": 0, "third_derivatives": 0}
-    monkeypatch.setattr("imstep.optim.newton_krylov.FrozenClosure", Counting)
+    monkeypatch.setattr("imstep.optim.stepwise.FrozenClosure", Counting)
     w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=F64))
     optimizer = NewtonKrylov([w], **SEARCHES[name])
     trials = 0

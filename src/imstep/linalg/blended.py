@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import check_not_negative, check_preconditioner, check_vector, not_positive_definite
+from imstep.linalg.arguments import (
+    IndefinitePreconditionerError,
+    check_not_negative,
+    check_preconditioner,
+    check_vector,
+)
 from imstep.linalg.dots import dots
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus
@@ -146,7 +151,7 @@ class _Blend:
         if squared == 0:
             return state, KrylovStatus.CONVERGED
         if descent <= 0:
-            raise not_positive_definite(descent)
+            raise IndefinitePreconditionerError(descent)
         return state, None
 
     def probe(self, state: _State) -> _Probe:

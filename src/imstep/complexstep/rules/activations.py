@@ -35,14 +35,16 @@ def _smooth(forward, backward, curvature, on_complex=None):
 
     @rule(backward, family="elementwise")
     def backward_rule(g, x, *args, **kwargs):
+        by_x = curvature(x, *args, **kwargs).mul_(g)
         f1 = slope(x, *args, **kwargs)
-        by_x = g * curvature(x, *args, **kwargs)
         return g * f1, lambda dg, dx: plus_times_(times(dg, f1), dx, by_x)
 
 
 def gelu_curvature(x, *, approximate="none"):
     if approximate == "none":
-        return (2 - x * x) * torch.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi))
+        square = x * x
+        bell = (square / -2).exp_()
+        return square.neg_().add_(2).mul_(bell).mul_(1 / math.sqrt(2 * math.pi))
     k, a = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(k * (x + a * x**3))
     u1, u2 = k * (1 + 3 * a * x * x), 6 * k * a * x

@@ -92,6 +92,10 @@ def replayed_product(subject: Subject) -> Product:
     return lambda v: hessian @ v
 
 
+def product_without_record(subject: Subject) -> Product:
+    return lambda v: imstep.Hessian(subject.closure, subject.model, memory_budget=0) @ v
+
+
 def block_product(subject: Subject) -> Product:
     hessian = imstep.Hessian(subject.closure, subject.model)
     generator = torch.Generator(device=hessian.device).manual_seed(1)
@@ -205,6 +209,7 @@ OWN = (
     Side("imstep, replayed product", "torch", replayed_product, fresh=False),
     Side(f"imstep, block of {BLOCK}, per product", "torch", block_product, fresh=False),
     Side("imstep, replayed Gauss-Newton product", "torch", gauss_newton_product, fresh=False, matrix="Gauss-Newton"),
+    Side("imstep, gradient and a product without a record", "torch", product_without_record, fresh=True),
 )
 PEERS = (
     Side("double backward", "torch", double_backward, fresh=True),

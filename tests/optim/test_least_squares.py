@@ -68,9 +68,31 @@ def test_step_is_that_of_dense_algebra(corrections: int) -> None:
     torch.testing.assert_close(flat(model), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_record_describes_the_step() -> None:
+@pytest.mark.parametrize("corrections", [1, 2])
+def test_momentum_is_that_of_dense_algebra(corrections: int) -> None:
+    """After one step: min ‖ρ(w + d)‖² + λ‖d - μ d'‖² with the Jacobian at w, from d = μ d' on."""
+    model, options = network(), {"share": 0.0, "damping": ContractionDamping(initial=1.0)}
+    optimizer = LeastSquares(model.parameters(), momentum=0.4, corrections=corrections, **options)
+    start = flat(model)
+    optimizer.step(fit(model))
+    w, twin = flat(model), copy.deepcopy(model)
+    optimizer.step(fit(model))
+    record = optimizer.last_step
+    assert record is not None
+    J = torch.func.jacrev(lambda v: residuals_at(twin, v))(w)
+    shift = 0.4 * (w - start)
+    normal_matrix, d = J.T @ J + record.damping * torch.eye(len(w), dtype=F64), shift
+    for _ in range(corrections):
+        gradient = J.T @ residuals_at(twin, w + d) + record.damping * (d - shift)
+        d = d - torch.linalg.solve(normal_matrix, gradient)
+    torch.testing.assert_close(flat(model), w + d, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+def test_record_describes_the_step(momentum: float) -> None:
     model = network()
-    optimizer = LeastSquares(model.parameters(), share=0.0)
+    optimizer = LeastSquares(model.parameters(), share=0.0, momentum=momentum)
+    optimizer.step(fit(model))
     before, start = flat(model), fit(model)().detach()
     J = torch.func.jacrev(lambda v: residuals_at(model, v))(before)
     gradient = J.T @ residuals_at(model, before)
@@ -91,7 +113,8 @@ def test_record_describes_the_step() -> None:
     torch.testing.assert_close(nn.utils.parameters_to_vector([p.grad for p in model.parameters()]), gradient)
 
 
-def test_cost_counts_evaluations() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+def test_cost_counts_evaluations(momentum: float) -> None:
     model, calls = network(), 0
 
     def closure() -> Tensor:
@@ -99,7 +122,7 @@ def test_cost_counts_evaluations() -> None:
         calls += 1
         return fit(model)()
 
-    optimizer = LeastSquares(model.parameters())
+    optimizer = LeastSquares(model.parameters(), momentum=momentum)
     for _ in range(5):
         optimizer.step(closure)
     cost = optimizer.cost
@@ -159,13 +182,13 @@ def test_single_precision() -> None:
     assert F.mse_loss(model(X.float()), Y.float()) < 1e-10
 
 
-@pytest.mark.parametrize("break_at", [0, 1, 4])
-def test_resumes_bit_for_bit(break_at: int) -> None:
+@pytest.mark.parametrize(("break_at", "momentum"), [(0, 0.0), (1, 0.0), (4, 0.0), (4, 0.3)])
+def test_resumes_bit_for_bit(break_at: int, momentum: float) -> None:
     whole, part = network(), network()
-    first, second = LeastSquares(whole.parameters()), LeastSquares(part.parameters())
+    first, second = (LeastSquares(net.parameters(), momentum=momentum) for net in (whole, part))
     for _ in range(break_at):
         second.step(fit(part))
-    resumed = LeastSquares(part.parameters())
+    resumed = LeastSquares(part.parameters(), momentum=momentum)
     resumed.load_state_dict(copy.deepcopy(second.state_dict()))
     for step in range(7):
         first.step(fit(whole))
@@ -231,6 +254,17 @@ def test_frozen_parameters_stay() -> None:
     assert fit(model)() < start
 
 
+def test_parameters_that_are_frozen_later() -> None:
+    model = network()
+    optimizer = LeastSquares(model.parameters(), momentum=0.5)
+    optimizer.step(fit(model))
+    model[0].weight.requires_grad_(False)
+    before = fit(model)().item()
+    for _ in range(3):
+        optimizer.step(fit(model))
+    assert fit(model)().item() < before
+
+
 def test_loss_that_is_not_finite_changes_nothing() -> None:
     model = network()
     before, optimizer = flat(model), LeastSquares(model.parameters(), max_refusals=2)
@@ -285,7 +319,7 @@ def test_other_losses_are_refused_and_change_nothing() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"corrections": 0}, {"max_trials": 0}, {"share": -1.0}, {"share": math.inf}, {"tolerance": -1.0},
-     {"max_refusals": 0}],
+     {"max_refusals": 0}, {"momentum": -0.1}, {"momentum": 1.0}],
 )  # fmt: skip
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at least"):

@@ -17,7 +17,7 @@ class ChordStep:
 
     Attributes:
         coordinates: u of the best iterate in the basis of the reduced problem, (k,).
-        image: J d for the step d of u, (N,).
+        image: J d for the d of u, (N,).
         decrease: ρ₀ᵀρ₀/2 - ρᵀρ/2; -inf where there is no iterate.
         promise: the decrease for the first iterate if ρ were linear.
         ratio: length of the second correction over that of the first; infinite where residuals were not finite.
@@ -37,23 +37,25 @@ class ChordStep:
 def chord_iterations(
     reduced: ReducedLeastSquares,
     residuals: Tensor,
+    shifted: Tensor,
     damping: float,
     residuals_at: Callable[[Tensor], Tensor],
     *,
     limit: float,
     max_iterations: int,
 ) -> ChordStep:
-    """Approach min ‖ρ(w + d)‖² + λ‖d‖² with the Jacobian of the start.
+    """Approach min ‖ρ(w + v + d)‖² + λ‖d‖² with the Jacobian at w.
 
-        u <- u - (FᵀF + λI)⁻¹ (Fᵀρ(w + d(u)) + λu)
+        u <- u - (FᵀF + λI)⁻¹ (Fᵀρ(w + v + d(u)) + λu)
 
-    The first iterate is the step of Levenberg and Marquardt; the second adds the geodesic acceleration, to leading
-    order; further ones take up what curvature of ρ there is along the path. They end when a correction is not shorter
-    than ``limit`` times the one before.
+    Without a shift v the first iterate is the step of Levenberg and Marquardt; the second adds the geodesic
+    acceleration, to leading order; further ones take up what curvature of ρ there is along the path. They end when a
+    correction is not shorter than ``limit`` times the one before.
 
     Args:
-        reduced: the linearisation at the start.
-        residuals: ρ₀ at the start, (N,).
+        reduced: the linearisation at w.
+        residuals: ρ₀ at w, (N,).
+        shifted: ρ at w + v, (N,): the same where v = 0.
         damping: λ > 0.
         residuals_at: ρ for coordinates u, (N,); not finite where the loss is not.
         limit: < 1.
@@ -62,14 +64,14 @@ def chord_iterations(
     Source: chord iterations, Kelley, Iterative Methods for Linear and Nonlinear Equations (1995), chapter 5; geodesic
         acceleration, Transtrum and Sethna (arXiv 1201.5885); that one leads to the other is our own remark.
     """
-    u, current = residuals.new_zeros(reduced.rank), residuals
+    u, current = residuals.new_zeros(reduced.rank), shifted
     best, best_decrease, best_at = u, -math.inf, 0
     evaluations, promise, ratio, length = 0, 0.0, 0.0, math.inf
     for iteration in range(1, max_iterations + 1):
         correction = reduced.solve(current, u, damping)
         last, length = length, float(correction.norm())
         if iteration == 1:
-            promise = _decrease(residuals, residuals + reduced.image(correction))
+            promise = _decrease(residuals, shifted + reduced.image(correction))
         elif iteration == 2:
             ratio = length / last if last > 0 else 0.0
         if not length <= limit * last:

@@ -31,6 +31,7 @@ class Settings:
     damping: ContractionDamping
     corrections: int
     share: float
+    momentum: float
     tolerance: float
     max_trials: int
 
@@ -41,6 +42,8 @@ class Settings:
             raise ValueError(
                 f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."
             )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is at least 0 and less than 1, got {self.momentum}.")
         if not (0 <= self.share < math.inf and self.tolerance >= 0):
             raise ValueError(f"share and tolerance are at least 0, got {self.share} and {self.tolerance}.")
 
@@ -64,6 +67,8 @@ class LeastSquares(StepwiseOptimizer):
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
         corrections: chord iterations per trial at most, >= 1; 1 for plain Levenberg-Marquardt steps.
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
+        momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
+            evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
@@ -82,7 +87,8 @@ class LeastSquares(StepwiseOptimizer):
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
-        (Transtrum and Sethna, arXiv 1201.5885).
+        (Transtrum and Sethna, arXiv 1201.5885); momentum as in SPRING (Goldshlager, Abrahamsen and Lin,
+        arXiv 2401.10190).
 
     Example:
         >>> import torch
@@ -105,11 +111,14 @@ class LeastSquares(StepwiseOptimizer):
         damping: ContractionDamping | None = None,
         corrections: int = 8,
         share: float = 1.0,
+        momentum: float = 0.0,
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
     ) -> None:
-        self._settings = Settings(damping or ContractionDamping(), corrections, share, tolerance, max_trials)
+        self._settings = Settings(
+            damping or ContractionDamping(), corrections, share, momentum, tolerance, max_trials
+        )
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         super().__init__(params, memory, max_refusals)
 
@@ -167,32 +176,43 @@ class _Attempt(StepAttempt):
         size = min(memory.damping * scale, LEAST_SHARE * float(gram.diagonal().sum()))
         found = partial_cholesky(gram, settings.share * size)
         reduced, basis = ReducedLeastSquares(found), jacobian.rows(found.pivots)
-        vector = lambda coordinates: basis.T @ reduced.weights(coordinates)
-        damping, evaluations = memory.damping, 0
+        damping, evaluations, shift = memory.damping, 0, None
+        if settings.momentum > 0 and memory.last_move is not None:
+            shift, evaluations = settings.momentum * memory.last_move, 1
+        vector = lambda u: basis.T @ reduced.weights(u) + (0.0 if shift is None else shift)
+        shifted = jacobian.residuals if shift is None else self._residuals_at(shift)
         for _ in range(settings.max_trials):
             step = chord_iterations(
                 reduced,
                 jacobian.residuals,
+                shifted,
                 damping * scale,
-                lambda coordinates: self._residuals_at(vector(coordinates)),
+                lambda u: self._residuals_at(vector(u)),
                 limit=rule.limit,
                 max_iterations=settings.corrections,
             )
             evaluations += step.evaluations
             record = replace(record, iterations=step.iterations, trials=evaluations, damping=damping * scale)
             if rule.accepts(step.ratio, step.decrease, step.promise):
-                return self._accept(record, memory, step, jacobian.residuals, vector(step.coordinates))
-            damping = rule.again(damping, step.ratio)
+                image = step.image if shift is None else step.image + jacobian @ shift
+                return self._accept(record, memory, step, jacobian.residuals, vector(step.coordinates), image)
+            damping, shift, shifted = rule.again(damping, step.ratio), None, jacobian.residuals
         record = replace(record, outcome=StepOutcome.REJECTED, cost=record.cost + Cost(losses=evaluations))
         return record, replace(memory, damping=damping)
 
     def _accept(
-        self, record: StepRecord, memory: Memory, step: ChordStep, residuals: Tensor, vector: Tensor
+        self,
+        record: StepRecord,
+        memory: Memory,
+        step: ChordStep,
+        residuals: Tensor,
+        vector: Tensor,
+        image: Tensor,
     ) -> tuple[StepRecord, Memory]:
         self._keep = True
         direction = vector.to(self._parameters.dtype)
         self._parameters.move(self._snapshot, direction, 1.0)
-        slope, curvature = float(residuals @ step.image), float(step.image @ step.image)
+        slope, curvature = float(residuals @ image), float(image @ image)
         predicted = -slope - curvature / 2
         record = replace(
             record,
@@ -208,7 +228,8 @@ class _Attempt(StepAttempt):
             cost=record.cost + Cost(losses=record.trials),
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
-        return record, replace(memory, damping=damping, loss=record.new_loss)
+        last_move = vector if self._settings.momentum > 0 else None
+        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
 
     def _residuals_at(self, vector: Tensor) -> Tensor:
         """ρ(w + d), (N,)."""

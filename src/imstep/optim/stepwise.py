@@ -59,8 +59,8 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         """The inverse of :meth:`_parts`; a part that is missing is a KeyError."""
 
     def _adopt(self, parameters: ParameterVector) -> None:
-        """Take up other parameters."""
-        self._parameters = parameters
+        """Take up other parameters, of which the last step is not known."""
+        self._parameters, self._memory = parameters, replace(self._memory, last_move=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.

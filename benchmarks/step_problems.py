@@ -111,7 +111,7 @@ PROBLEMS = {
         {"curvature": ExactHessian(), "preconditioning": NoPreconditioning()},
     ),
     "logistic": Problem(
-        "logistic regression, breast cancer (569 x 30), L2 5e-5, float64; to 1e-8 above the minimum",
+        "logistic regression, breast cancer (569 x 30), L2 5e-5, float64; 1e-8 above the minimum",
         0.042665829,
         1000,
         _logistic,

@@ -113,7 +113,7 @@ _ABOUT = (
     "{} pictures of Fashion-MNIST, {} test pictures held out; 784-128-32-128-784, tanh, sigmoid output, Xavier-normal "
     "weights, zero biases; mean squared error; float32."
 )
-_SECONDS = (12.0, 30.0, 60.0, 120.0)
+_SECONDS = (10.0, 30.0, 60.0)
 
 
 def _convection(dtype: torch.dtype, lowest: float | None) -> StrengthTask:
@@ -141,7 +141,6 @@ def _convection(dtype: torch.dtype, lowest: float | None) -> StrengthTask:
         share=1 / 2,
         lowest=lowest,
     )
-
 
 
 _ALL = (
@@ -173,11 +172,12 @@ _ALL = (
         heldout=None,
         batch_size=512,
         clock=Clock.SECONDS,
-        looks=60,
-        limit=120,
-        trial=600,
-        sides=("imstep", "imstep-batches", "adam", "sgd", "soap", "soap-cosine"),
-        marks=_SECONDS,
+        looks=30,
+        limit=30,
+        trial=200,
+        sides=("imstep-batches", "adam", "sgd", "soap", "soap-cosine"),
+        marks=_SECONDS[:2],
+        own="imstep-batches",
     ),
     StrengthTask(
         "autoencoder-batches",
@@ -189,10 +189,11 @@ _ALL = (
         batch_size=512,
         clock=Clock.SECONDS,
         looks=60,
-        limit=120,
+        limit=60,
         trial=40,
-        sides=("imstep", "imstep-batches", "adam", "sgd", "soap", "soap-cosine"),
+        sides=("imstep-batches", "adam", "sgd", "soap", "soap-cosine"),
         marks=_SECONDS,
+        own="imstep-batches",
     ),
     _convection(torch.float32, lowest=None),
     _convection(torch.float64, lowest=1e-9),

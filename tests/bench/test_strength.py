@@ -43,12 +43,12 @@ def made(bench: Any, side: str, seed: int, losses: list[float], seconds: float =
 
 
 def test_a_quick_run_is_kept_and_not_repeated(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["digits-cnn", "--quick", "--sides", "imstep", "adam", "--records", str(tmp_path)]
+    arguments = ["digits-cnn", "--quick", "--sides", "imstep-batches", "adam", "--records", str(tmp_path)]
     bench.strength.main(arguments)
     path = bench.strength_record.path_of(tmp_path, "digits-cnn")
     written = path.read_bytes()
     record = bench.strength_record.load(tmp_path, "digits-cnn")
-    assert [(run.side, run.seed) for run in record.runs] == [("adam", 0), ("imstep", 0)]
+    assert [(run.side, run.seed) for run in record.runs] == [("adam", 0), ("imstep-batches", 0)]
     for run in record.runs:
         assert run.best_at("seconds", float("inf")).train < run.curve[0].train
         assert run.curve[-1].seconds >= 1.199
@@ -60,7 +60,7 @@ def test_a_quick_run_is_kept_and_not_repeated(bench: Any, tmp_path: Path, capsys
 
 
 def test_a_record_survives_its_file(bench: Any, tmp_path: Path) -> None:
-    run = made(bench, "imstep", 3, [1.0, float("nan"), 0.25])
+    run = made(bench, "imstep-batches", 3, [1.0, float("nan"), 0.25])
     record = bench.strength_record.add(tmp_path, "autoencoder", run)
     assert repr(bench.strength_record.load(tmp_path, "autoencoder")) == repr(record)
     again = bench.strength_record.add(tmp_path, "autoencoder", replace(run, products=7))

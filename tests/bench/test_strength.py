@@ -51,7 +51,7 @@ def test_a_quick_run_is_kept_and_not_repeated(bench: Any, tmp_path: Path, capsys
     assert [(run.side, run.seed) for run in record.runs] == [("adam", 0), ("imstep-batches", 0)]
     for run in record.runs:
         assert run.best_at("seconds", float("inf")).train < run.curve[0].train
-        assert run.curve[-1].seconds >= 1.199
+        assert run.curve[-1].seconds >= 0.299
         assert len(next(s for s in record.sweeps if s.optimizer == run.side).rows) == 4
     capsys.readouterr()
     bench.strength.main(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,7 +63,14 @@ class ReplayedProducts(Products):
         self._tape, self.nbytes = tape, tape.nbytes
 
     def one(self, direction: Tensor) -> Tensor:
-        return self._into(direction, direction.new_empty(self.rows.size, dtype=self.rows.dtype))
+        changes = self._tape.stream(self.columns.unflatten(direction))
+        # While the first parts come, what they are made of takes the most memory: the vector is made later.
+        early = _until(changes, self.rows.size // 2)
+        product = direction.new_empty(self.rows.size, dtype=self.rows.dtype)
+        self._write(early, product)
+        early.clear()
+        self._write(changes, product)
+        return product
 
     def several(self, directions: Tensor) -> Tensor:
         made = directions.new_empty(len(directions), self.rows.size, dtype=self.rows.dtype)
@@ -71,20 +78,24 @@ class ReplayedProducts(Products):
         for given, into in zip(directions.split(at_once), made.split(at_once), strict=True):
             given = given.contiguous()
             if len(given) == 1:
-                self._into(given[0], into[0])
+                into[0] = self.one(given[0])
             else:
                 torch.vmap(self._into)(given, into)
         return made
 
     def _into(self, direction: Tensor, product: Tensor) -> Tensor:
-        """Write the product over ``product``, part by part as they come, so that no part is kept beside it."""
+        """Write the product over ``product``."""
+        self._write(self._tape.stream(self.columns.unflatten(direction)), product)
+        return product
+
+    def _write(self, changes: Iterable[tuple[int, Tensor | None]], product: Tensor) -> None:
+        """Write parts over those of ``product`` as they come, so that none is kept beside it."""
         parts = self.rows.views(product)
-        for number, change in self._tape.stream(self.columns.unflatten(direction)):
+        for number, change in changes:
             if change is None:
                 parts[number].zero_()
             else:
                 parts[number].copy_(change)
-        return product
 
     def _at_once(self) -> int:
         """How many directions to replay together: as many as the largest intermediate value has room for."""
@@ -95,6 +106,17 @@ class ReplayedProducts(Products):
 
     def check(self) -> None:
         self._tape.check()
+
+
+def _until(changes: Iterable[tuple[int, Tensor | None]], entries: int) -> list[tuple[int, Tensor | None]]:
+    """The first of ``changes``, as many as have ``entries`` together."""
+    found = []
+    for number, change in changes:
+        found.append((number, change))
+        entries -= 0 if change is None else change.numel()
+        if entries < 0:
+            break
+    return found
 
 
 class RecomputedProducts(Products):

@@ -25,7 +25,7 @@ from imstep.optim import AveragedGradient, BestRateForcing, ConjugateGradient, F
 from imstep.tasks import Batch, Problem, get_task
 
 RECORD = Path(__file__).resolve().parent / "records" / "minibatch.json"
-BUDGET = 30.0
+BUDGET = 20.0
 CASES = (("digits-mlp", 32), ("digits-mlp", 128), ("digits-autoencoder", 128))
 SEEDS = (0, 1, 2)
 

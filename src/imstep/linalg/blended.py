@@ -79,7 +79,15 @@ def blended_conjugate_gradient(
     state, status = blend.start(rhs.detach().clone())
     rhs_norm, probe = state.residual_norm, None
     pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=keep_pairs)
-    while status is None and (status := _ending(state, stopping, rhs_norm)) is None:
+    while status is None:
+        progress = Progress(state.products, state.residual_norm, rhs_norm, state.decreases)
+        if (status := first_answer(stopping, progress)) is not None:
+            break
+        if state.products > 0:
+            state = blend.aim(state)
+        if not state.descent > 0:
+            status = KrylovStatus.STALLED  # rounding has made the preconditioner indefinite, or the residual zero
+            break
         probe = blend.probe(state)
         state = replace(state, products=state.products + 1)
         pairs.append((state.direction, probe.image))
@@ -165,24 +173,24 @@ class _Blend:
         p, step_length = state.direction, state.descent / probe.blended
         blended_image = (1 - self.weight) * (probe.image + self.damping * p) + self.weight * state.prior_image
         residual = torch.add(state.residual, blended_image, alpha=-step_length)
-        z = self.preconditioner @ residual
-        descent, squared = dots((residual, z), (residual, residual))
-        ratio = descent / state.descent
         return replace(
             state,
             solution=torch.add(state.solution, p, alpha=step_length),
             image=torch.add(state.image, probe.image, alpha=step_length),
             residual=residual,
-            direction=torch.add(z, p, alpha=ratio),
-            prior_image=torch.add(residual, state.prior_image, alpha=ratio),
-            descent=descent,
-            residual_norm=math.sqrt(squared),
+            residual_norm=math.sqrt(dots((residual, residual))[0]),
             decreases=(*state.decreases, state.decreases[-1] + step_length * state.descent / 2),
         )
 
-
-def _ending(state: _State, stopping: Sequence[StoppingRule], rhs_norm: float) -> KrylovStatus | None:
-    progress = Progress(state.products, state.residual_norm, rhs_norm, state.decreases)
-    status = first_answer(stopping, progress)
-    # Rounding has made the preconditioner indefinite, or the residual zero; no direction is left.
-    return KrylovStatus.STALLED if status is None and not state.descent > 0 else status
+    def aim(self, state: _State) -> _State:
+        """The next direction; put off until it is needed, since P may cost as much as A."""
+        r = state.residual
+        z = self.preconditioner @ r
+        (descent,) = dots((r, z))
+        ratio = descent / state.descent
+        return replace(
+            state,
+            direction=torch.add(z, state.direction, alpha=ratio),
+            prior_image=torch.add(r, state.prior_image, alpha=ratio),
+            descent=descent,
+        )

@@ -107,17 +107,16 @@ def measure() -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Medians over the seeds, training / held-out loss, in Markdown."""
-    heads = [f"{task}, {size}: {which}" for task, size in CASES for which in ("last", "average")]
+def table(rows: Sequence[dict[str, Any]], which: str = "average") -> str:
+    """Medians over the seeds, training / held-out loss of the average or the last iterate, in Markdown."""
+    heads = [f"{task}, {size}" for task, size in CASES]
     lines = [f"| {' | '.join(['', *heads])} |", "|---" * (len(heads) + 1) + "|"]
     for side in SIDES:
         cells = [side.name]
         for task, size in CASES:
             runs = [r for r in rows if (r["task"], r["batch"], r["side"]) == (task, size, side.name)]
-            for which in ("last", "average"):
-                losses = zip(*(r[which] for r in runs), strict=True)
-                cells.append(" / ".join(f"{statistics.median(values):.2g}" for values in losses))
+            losses = zip(*(r[which] for r in runs), strict=True)
+            cells.append(" / ".join(f"{statistics.median(values):.1e}" for values in losses))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -130,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
         record = {"environment": environment(), "budget": BUDGET, "rows": list(measure())}
         write_atomically(RECORD, json.dumps(record, indent=1).encode())
-    print(table(json.loads(RECORD.read_text(encoding="utf-8"))["rows"]))
+    rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
+    print("average of the iterates", table(rows), "last iterate", table(rows, "last"), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -198,13 +198,18 @@ def write_through_data(model: nn.Sequential) -> None:
     model[2].weight.data.mul_(2)
 
 
+def exchange_entries_through_data(model: nn.Sequential) -> None:
+    for p in model.parameters():
+        p.data.copy_(p.data.flip(0))
+
+
 def take_an_sgd_step(model: nn.Sequential) -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("change", [overwrite, write_through_data, take_an_sgd_step])
+@pytest.mark.parametrize("change", [overwrite, write_through_data, exchange_entries_through_data, take_an_sgd_step])
 def test_changed_parameters_are_noticed(change: Callable[[nn.Module], None]) -> None:
     model, closure = mlp()
     H = Hessian(closure, model)

@@ -162,8 +162,8 @@ NOTES = (
     "**Compiling a replay.** Traced to an FX graph and compiled by `torch.compile`, the MLP's replay took 171 ms of "
     "CPU time on one busy core, where the eager one takes 88 by oneDNN and 172 by MKL: Inductor fuses what is left "
     "beside the matrix products, which is little, and has no lowering for oneDNN's with weights that change. The "
-    "PINN's, of 1,100 nodes, took longer to compile than four minutes there; interpreted, the graph is as fast as "
-    "the tape. So there is no such option.",
+    "PINN's, of 1,100 nodes, took 17.5 ms instead of 25, after 150 seconds of tracing and compiling: 20,000 products "
+    "to win that back, at a point that is left after fewer than a hundred. So there is no such option.",
     "",
 )
 

@@ -299,11 +299,13 @@ def test_nothing_acceptable_changes_nothing() -> None:
         calls += 1
         return fit(model)() * (1.0 if calls == 1 else 100.0)
 
-    optimizer = LeastSquares(model.parameters(), max_trials=3)
+    optimizer = LeastSquares(model.parameters(), max_trials=5)
     optimizer.step(closure)
     assert optimizer.last_step is not None
     assert optimizer.last_step.outcome is StepOutcome.REJECTED
     assert torch.equal(flat(model), before)
+    damping = optimizer.state_dict()["least_squares"]["memory"]["damping"]
+    assert damping == pytest.approx(10 * ContractionDamping().initial)
 
 
 def test_other_losses_are_refused_and_change_nothing() -> None:

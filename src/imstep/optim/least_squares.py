@@ -198,7 +198,8 @@ class _Attempt(StepAttempt):
                 return self._accept(record, memory, step, jacobian.residuals, vector(step.coordinates), image)
             damping, shift, shifted = rule.again(damping, step.ratio), None, jacobian.residuals
         record = replace(record, outcome=StepOutcome.REJECTED, cost=record.cost + Cost(losses=evaluations))
-        return record, replace(memory, damping=damping)
+        # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
+        return record, replace(memory, damping=rule.again(memory.damping, math.inf))
 
     def _accept(
         self,

@@ -1,7 +1,10 @@
-"""Parameters that come and go, and saved states."""
+"""Parameters that come and go, saved states, and copies."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +14,8 @@ from optim_cases import F64, LABELS, X, network, normal, rosenbrock
 from torch import nn
 
 from imstep.globalization import LevenbergMarquardt, NoDamping
-from imstep.optim import (
-    NewtonKrylov,
-    NoPreconditioning,
-)
+from imstep.optim import LeastSquares, NewtonKrylov, NoPreconditioning
+from imstep.optim.stepwise import StepwiseOptimizer
 
 # --- parameters that come and go ----------------------------------------------------------------------------------
 
@@ -112,3 +113,22 @@ def test_no_damping_is_none() -> None:
     for _ in range(5):
         optimizer.step(lambda: rosenbrock(w))
         assert optimizer.last_step.damping == 0
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [NewtonKrylov, LeastSquares])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_as_the_original(kind: type[StepwiseOptimizer], copied: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = kind(model.parameters())
+
+    def after(steps: int, model: nn.Module, optimizer: StepwiseOptimizer) -> list[float]:
+        return [float(optimizer.step(lambda: F.mse_loss(model(X), X[:, :3].sin()))) for _ in range(steps)]
+
+    after(3, model, optimizer)
+    twin = copied((model, optimizer))
+    expected = after(3, model, optimizer)
+    assert after(3, *twin) == expected
+    assert twin[1].cost == optimizer.cost

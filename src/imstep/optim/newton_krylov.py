@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -174,5 +173,4 @@ class NewtonKrylov(StepwiseOptimizer):
 
     def _adopt(self, parameters: ParameterVector) -> None:
         super()._adopt(parameters)
-        self._memory = replace(self._memory, estimate=None, last_move=None)
         self._preconditioner = self._preconditioning.make(parameters)  # it starts afresh

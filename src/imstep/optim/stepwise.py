@@ -47,6 +47,10 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         self.last_step: StepRecord | None = None
         self.cost = Cost()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but hooks, so that copies and pickles go on as the original does."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
+
     @abstractmethod
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
         """A step on a batch, not begun yet."""
@@ -59,8 +63,9 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         """The inverse of :meth:`_parts`; a part that is missing is a KeyError."""
 
     def _adopt(self, parameters: ParameterVector) -> None:
-        """Take up other parameters, of which the last step is not known."""
-        self._parameters, self._memory = parameters, replace(self._memory, last_move=None)
+        """Take up other parameters; vectors of the last step do not fit them."""
+        self._parameters = parameters
+        self._memory = replace(self._memory, estimate=None, last_move=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.

@@ -20,8 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from imstep import NewtonKrylov
 from imstep.bench.environment import environment
 from imstep.bench.files import write_atomically
-from imstep.globalization import Armijo, LevenbergMarquardt, TaylorMonitor
-from imstep.optim import AveragedGradient, BestRateForcing, ConjugateGradient, FixedProducts
+from imstep.globalization import LevenbergMarquardt, TaylorMonitor
+from imstep.optim import BestRateForcing, ConjugateGradient, FixedProducts
 from imstep.tasks import Batch, Problem, get_task
 
 RECORD = Path(__file__).resolve().parent / "records" / "minibatch.json"
@@ -51,7 +51,6 @@ SIDES = (
     _changed("4 products", forcing=FixedProducts(4)),
     _changed("products by best rate", forcing=BestRateForcing()),
     _changed("Taylor monitor", step=TaylorMonitor()),
-    _changed("averaged gradients", gradient=AveragedGradient(), step=Armijo(first=0.7)),
     _changed("momentum", momentum=True),
     _changed("warm start, no blend", solver=ConjugateGradient(warm_start=0.5)),
     Side("curvature of half the batch", NewtonKrylov.for_batches, part=0.5),

@@ -1,4 +1,4 @@
-"""What is for mini-batches: curvature of a part, averaged gradients, short solves, the named configuration."""
+"""What is for mini-batches: curvature of a part, short solves, the named configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from imstep.globalization import FixedStep, NoDamping
 from imstep.optim import (
-    AveragedGradient,
     BlendedConjugateGradient,
     ConjugateGradient,
     ExactHessian,
@@ -102,44 +101,6 @@ def test_a_failing_part_leaves_everything_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-# --- averaged gradients -------------------------------------------------------------------------------------------
-
-
-def test_averaged_gradients_against_their_closed_form() -> None:
-    identity, targets = torch.eye(3, dtype=F64), [normal(3, seed=i) + 5 for i in range(6)]
-    w, average = nn.Parameter(torch.zeros(3, dtype=F64)), AveragedGradient(decay=0.6, warm_up=2.0)
-    optimizer = NewtonKrylov([w], gradient=average, step=FixedStep(0.3), **NEWTON)
-    x, b, restarts = torch.zeros(3, dtype=F64), None, 0
-    for k, target in enumerate(targets):
-        g = x - target
-        beta = min(0.6, k / (k + 2))
-        b = g if b is None else beta * b + (1 - beta) * g
-        if g @ b <= 0:  # -b goes up on this batch
-            b, restarts = g, restarts + 1
-        x = x - 0.3 * b
-        optimizer.step(lambda target=target: quadratic(w, identity, target))
-        torch.testing.assert_close(w.detach(), x, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(w.grad, g)
-    assert restarts == 1
-
-
-def test_averages_are_dropped_where_parameters_change() -> None:
-    model = network()
-    closure = lambda: F.cross_entropy(model(X), LABELS)
-    optimizer = NewtonKrylov(model.parameters(), gradient=AveragedGradient(), momentum=True)
-    for frozen in (False, True, False):
-        model[0].requires_grad_(not frozen)
-        for _ in range(2):
-            optimizer.step(closure)
-            assert optimizer.last_step.accepted
-
-
-@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"warm_up": 0.0}])
-def test_averages_are_checked(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        AveragedGradient(**options)
-
-
 # --- short solves on a blend --------------------------------------------------------------------------------------
 
 
@@ -188,3 +149,14 @@ def test_options_replace_those_of_the_configuration() -> None:
     optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
     optimizer.step(lambda: F.cross_entropy(model(X), LABELS))
     assert optimizer.last_step.products == 5
+
+
+def test_the_last_step_is_dropped_where_parameters_change() -> None:
+    model = network()
+    closure = lambda: F.cross_entropy(model(X), LABELS)
+    optimizer = NewtonKrylov(model.parameters(), momentum=True)
+    for frozen in (False, True, False):
+        model[0].requires_grad_(not frozen)
+        for _ in range(2):
+            optimizer.step(closure)
+            assert optimizer.last_step.accepted

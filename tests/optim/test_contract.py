@@ -25,7 +25,6 @@ from imstep.globalization import (
     TrustRegion,
 )
 from imstep.optim import (
-    AveragedGradient,
     BlendedConjugateGradient,
     ConjugateGradient,
     Direct,
@@ -63,7 +62,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "eager refresh": {"preconditioning": Kronecker(every=1, decay=0.5)},
     "momentum": {"momentum": True},
-    "averaged gradient": {"gradient": AveragedGradient(decay=0.3, warm_up=1.0)},
     "blend": {
         "solver": BlendedConjugateGradient(),
         "forcing": FixedProducts(2),

@@ -18,12 +18,11 @@ from imstep.globalization.search import (
 
 @dataclass(frozen=True)
 class Armijo(StepSearch):
-    """Backtrack from a first t until f(w + t d) <= f + c1 t s.
+    """Backtrack from t = 1 until f(w + t d) <= f + c1 t s.
 
     Args:
         c1: fraction of the linear decrease to ask for, in (0, 1).
         shrink: factor between trials, in (0, 1).
-        first: the t tried first, > 0; 1 is the full Newton step.
 
     Raises:
         ValueError: an argument is out of range.
@@ -40,23 +39,17 @@ class Armijo(StepSearch):
 
     c1: float = 1e-4
     shrink: float = 0.5
-    first: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.c1 < 1 and 0 < self.shrink < 1):
             raise ValueError(f"c1 and shrink must lie in (0, 1), got {self.c1} and {self.shrink}.")
-        if not 0 < self.first < math.inf:
-            raise ValueError(f"first, a step length, must be positive and finite, got {self.first}.")
-
-    def full(self, model: LineModel) -> float:
-        return self.first
 
     def initial(self) -> SearchState:
         return SearchState()
 
     def propose(self, state: SearchState, model: LineModel) -> float:
         require_descent(model)
-        return self.first
+        return 1.0
 
     def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
         t, error = trial.step_length, model.taylor_error(trial)

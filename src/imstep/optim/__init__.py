@@ -2,7 +2,6 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
-from imstep.optim.gradients import AveragedGradient, BatchGradient, GradientEstimate
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -22,8 +21,6 @@ from imstep.optim.solving import (
 from imstep.optim.stepwise import NonFiniteLossError
 
 __all__ = [
-    "AveragedGradient",
-    "BatchGradient",
     "BestRateForcing",
     "BlendedConjugateGradient",
     "ConjugateGradient",
@@ -33,7 +30,6 @@ __all__ = [
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
-    "GradientEstimate",
     "Hutchinson",
     "Kronecker",
     "LeastSquares",

@@ -69,7 +69,6 @@ class Attempt(StepAttempt):
     Attributes:
         loss, gradient: on the batch, 0-dim and (n,).
         point: what the curvature is taken from; the batch, or the part of it given for that.
-        estimate: the gradient that the step answers to, (n,).
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class Attempt(StepAttempt):
         self.loss: Tensor
         self.gradient: Tensor
         self.point: Linearisation
-        self.estimate: Tensor
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
@@ -113,7 +111,7 @@ class Attempt(StepAttempt):
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
-        direction, memory = self._answer(setting, memory)
+        direction, memory = self._solve(setting, memory)
         record = replace(
             record,
             status=direction.status,
@@ -186,27 +184,13 @@ class Attempt(StepAttempt):
         )
         return _Setting(candidates, self._preconditioner.operator(damping), damping, situation, refresh), memory
 
-    def _answer(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
-        """The direction for the estimated gradient; for the batch's own where that goes up on the batch."""
-        strategy = self._strategies.gradient
-        self.estimate = strategy.estimate(memory.estimate, self.gradient, memory.steps)
-        direction, found = self._solve(setting, memory)
-        if not strategy.remembers:
-            return direction, found
-        slope = float(self.gradient @ direction.vector)
-        if not slope < 0:
-            self.estimate = self.gradient
-            direction, found = self._solve(setting, memory)
-            slope = direction.slope
-        return replace(direction, slope=slope), replace(found, estimate=self.estimate)
-
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
         for operator in setting.candidates:
             before = operator.products
             system = NewtonSystem(
                 operator,
-                self.estimate,
+                self.gradient,
                 setting.damping,
                 setting.preconditioner,
                 self._preconditioner.pairs_wanted,
@@ -224,7 +208,7 @@ class Attempt(StepAttempt):
         memory = memory.probed(operator is setting.candidates[0] if tried else None)
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move
-            direction = combined(self.estimate, direction, memory.last_move, image, setting.damping)
+            direction = combined(self.gradient, direction, memory.last_move, image, setting.damping)
         return direction, replace(memory, products=operator.products - before)
 
     def _solved(self, system: NewtonSystem) -> Direction:
@@ -251,7 +235,6 @@ class Attempt(StepAttempt):
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
             loss=trials.loss,
-            estimate=memory.estimate if trials.accepted else None,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),

@@ -17,7 +17,7 @@ LONGEST_WAIT = 64
 class Memory:
     """What one step leaves to the next.
 
-    Plain numbers and two vectors, so that a saved optimizer resumes exactly.
+    Plain numbers and one vector, so that a saved optimizer resumes exactly.
 
     Attributes:
         search: what the step search remembers.
@@ -34,8 +34,6 @@ class Memory:
         progress: relative decrease of the loss in the last step; infinite before the first.
         probe_in: steps until the Hessian is tried in place of an approximation.
         probe_wait: how long to wait after its next failure.
-        estimate: the gradient that the last step answered to, (n,), where it was not the batch's own; None after a step
-            that was refused.
         last_move: the last step, t d, (n,), where a strategy uses it; None before the first.
     """
 
@@ -52,7 +50,6 @@ class Memory:
     progress: float = math.inf
     probe_in: int = 0
     probe_wait: int = 1
-    estimate: Tensor | None = None
     last_move: Tensor | None = None
 
     def meet(self, gradient_norm: float) -> Memory:
@@ -73,7 +70,7 @@ class Memory:
         return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, tensors, and a nested dictionary."""
+        """Numbers, a tensor, and a nested dictionary."""
         return asdict(self)
 
     @classmethod

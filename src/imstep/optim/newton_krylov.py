@@ -13,7 +13,6 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
-from imstep.optim.gradients import BatchGradient, GradientEstimate
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.recycling import Recycling
@@ -43,7 +42,6 @@ class NewtonKrylov(StepwiseOptimizer):
         step: how the step length is chosen.
         damping: how λ develops; its numbers are relative to the curvature along the first gradient.
         preconditioning: of the Krylov iteration.
-        gradient: which gradient a step answers to: the batch's, or an average over batches.
         momentum: whether the direction is the model's minimiser over the solution and the last step together, for a
             product more.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
@@ -84,7 +82,6 @@ class NewtonKrylov(StepwiseOptimizer):
         step: StepSearch | None = None,
         damping: Damping | None = None,
         preconditioning: Preconditioning | None = None,
-        gradient: GradientEstimate | None = None,
         momentum: bool = False,
         tolerance: float = 1e-12,
         max_trials: int = 12,
@@ -96,7 +93,6 @@ class NewtonKrylov(StepwiseOptimizer):
             forcing=forcing or BestRateForcing(),
             step=step or TaylorMonitor(),
             damping=damping or LevenbergMarquardt(),
-            gradient=gradient or BatchGradient(),
             momentum=momentum,
             tolerance=tolerance,
             max_trials=max_trials,

@@ -37,7 +37,7 @@ class NewtonSystem:
 
     Attributes:
         operator: A; also tells the curvatures of the two halves of the batch if the solver asked for them.
-        gradient: g, (n,): the batch's, or an average over batches.
+        gradient: g, (n,).
         damping: λ >= 0.
         preconditioner: P ≈ (A + λI)⁻¹, or None.
         keep_pairs: how many directions with their products are to be returned, at most.

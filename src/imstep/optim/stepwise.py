@@ -63,9 +63,9 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         """The inverse of :meth:`_parts`; a part that is missing is a KeyError."""
 
     def _adopt(self, parameters: ParameterVector) -> None:
-        """Take up other parameters; vectors of the last step do not fit them."""
+        """Take up other parameters; the last step does not fit them."""
         self._parameters = parameters
-        self._memory = replace(self._memory, estimate=None, last_move=None)
+        self._memory = replace(self._memory, last_move=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.

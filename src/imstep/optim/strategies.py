@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from imstep.curvature.choice import CurvatureChoice
 from imstep.globalization import Damping, StepSearch
 from imstep.optim.forcing import Forcing
-from imstep.optim.gradients import GradientEstimate
 from imstep.optim.solving import Solver
 
 
@@ -20,7 +19,6 @@ class Strategies:
     forcing: Forcing
     step: StepSearch
     damping: Damping
-    gradient: GradientEstimate
     momentum: bool
     tolerance: float
     max_trials: int
@@ -32,7 +30,6 @@ class Strategies:
             "forcing": Forcing,
             "step": StepSearch,
             "damping": Damping,
-            "gradient": GradientEstimate,
         }
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):

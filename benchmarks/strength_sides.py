@@ -74,7 +74,8 @@ def _rates(*values: float) -> tuple[Options, ...]:
 
 
 _SOAP_RATES = _rates(5e-3, 1e-2, 2e-2, 4e-2)
-_SOAP_ELSEWHERE = dict.fromkeys(("convection-float32", "convection-float64"), _rates(1.5e-3, 3e-3, 6e-3, 1.2e-2))
+_CONVECTION = ("convection-float32", "convection-float64", "convection-random-float32")
+_SOAP_ELSEWHERE = dict.fromkeys(_CONVECTION, _rates(1.5e-3, 3e-3, 6e-3, 1.2e-2))
 _ALL = (
     Side("imstep", "imstep", _IMSTEP, tuple({"damping": v} for v in (1e-4, 3e-4, 1e-3, 1e-2))),
     Side(

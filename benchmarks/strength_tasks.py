@@ -116,11 +116,11 @@ _ABOUT = (
 _SECONDS = (10.0, 30.0, 60.0)
 
 
-def _convection(dtype: torch.dtype, lowest: float | None) -> StrengthTask:
-    name, recipe = str(dtype).removeprefix("torch."), get_task("convection")
+def _convection(dtype: torch.dtype, lowest: float | None, points: str = "") -> StrengthTask:
+    name, recipe = str(dtype).removeprefix("torch."), get_task(f"convection-{points}" if points else "convection")
     return StrengthTask(
-        f"convection-{name}",
-        f"Convection, {name}",
+        f"{recipe.name}-{name}",
+        f"{recipe.title}, {name}",
         recipe.description,
         recipe,
         examples=None,
@@ -197,5 +197,6 @@ _ALL = (
     ),
     _convection(torch.float32, lowest=None),
     _convection(torch.float64, lowest=1e-9),
+    _convection(torch.float32, lowest=None, points="random"),
 )
 TASKS: dict[str, StrengthTask] = {task.name: task for task in _ALL}

@@ -73,3 +73,13 @@ def test_rows_of_one_kind(problem: Problem, kind: int) -> None:
     rows = problem.train.inputs[problem.train.inputs[:, 0] == kind][:5]
     mixed = problem.model(problem.train.inputs)[problem.train.inputs[:, 0] == kind][:5]
     torch.testing.assert_close(problem.model(Batch(rows, rows).inputs), mixed)
+
+
+def test_random_points_fill_the_same_domain() -> None:
+    train = get_task("convection-random").build(0).train.inputs
+    interior = train[train[:, 0] == INTERIOR, 2:] / torch.tensor([2 * math.pi, 1.0])
+    assert len(interior) == 2000
+    assert 0 <= float(interior.min()) < 1e-2 < 0.99 < float(interior.max()) <= 1
+    # Of 2,000 cells of equal size independent points leave 1/e empty, a Sobol sequence far fewer.
+    cells = (interior * torch.tensor([50, 40])).long() @ torch.tensor([40, 1])
+    assert 0.33 < 1 - len(cells.unique()) / 2000 < 0.41

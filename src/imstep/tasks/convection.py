@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch.quasirandom import SobolEngine
 from imstep.tasks.base import Batch
 from imstep.tasks.models import mlp
 
-__all__ = ["Convection", "convection_model", "convection_points"]
+__all__ = ["Convection", "convection_model", "convection_points", "sobol", "uniform"]
 
 SPEED = 30.0
 PERIOD = 2 * math.pi
@@ -66,15 +67,27 @@ def convection_model() -> Convection:
     return Convection(mlp((2, 50, 50, 50, 50, 1)))
 
 
-def convection_points(data: Path | None) -> tuple[Batch, Batch]:
-    """Sobol points, weighted so that the mean square over all rows is the sum of the three kinds' mean squares.
+def sobol(count: int, seed: int) -> Tensor:
+    """Scrambled Sobol points of the unit square, (count, 2)."""
+    return SobolEngine(2, scramble=True, seed=seed).draw(count)
+
+
+def uniform(count: int, seed: int) -> Tensor:
+    """Independent, uniformly distributed points of the unit square, (count, 2)."""
+    return torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def convection_points(
+    data: Path | None, draw: Callable[[int, int], Tensor] = sobol
+) -> tuple[Batch, Batch]:
+    """Points weighted so that the mean square over all rows is the sum of the three kinds' mean squares.
 
     Held out is the solution on a grid, weighted so that the mean square is the square of the relative L2 error.
     """
     total = sum(COUNTS.values())
     parts = []
     for kind, count in COUNTS.items():
-        points = SobolEngine(2, scramble=True, seed=kind).draw(count) * torch.tensor([PERIOD, 1.0])
+        points = draw(count, kind) * torch.tensor([PERIOD, 1.0])
         if kind == INITIAL:
             points[:, 1] = 0
         parts.append(_rows(kind, math.sqrt(total / count), points))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from imstep.tasks.base import Batch, Metric, Task, TaskError
-from imstep.tasks.convection import convection_model, convection_points
+from imstep.tasks.convection import convection_model, convection_points, uniform
 from imstep.tasks.data import digits, fashion_mnist
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 
@@ -111,6 +111,14 @@ _ALL = (
         "u_t + 30 u_x = 0, u(x, 0) = sin x, periodic; 2,000 + 128 + 100 points; tanh MLP 2-50-50-50-50-1; sum of the "
         "three mean squares. Held out: the squared relative L2 error of u.",
         convection_points,
+        convection_model,
+        nn.MSELoss(),
+    ),
+    Task(
+        "convection-random",
+        "Convection equation at random points",
+        "As convection, at uniformly distributed random points in place of Sobol points.",
+        partial(convection_points, draw=uniform),
         convection_model,
         nn.MSELoss(),
     ),

@@ -9,7 +9,7 @@ from averaging import AveragedStepper
 from imstep.bench.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.bench.steppers import Stepper, StepwiseStepper
 from imstep.globalization import LevenbergMarquardt
-from imstep.optim import NewtonKrylov, Recycling
+from imstep.optim import FixedProducts, NewtonKrylov, Recycling
 from imstep.tasks import Problem
 from peers import PEERS, Schedule, constant, cosine
 
@@ -52,8 +52,8 @@ def _newton_krylov(problem: Problem, options: Options) -> Stepper:
 
 
 def _for_batches(problem: Problem, options: Options) -> Stepper:
-    damping = LevenbergMarquardt(initial=0.1, floor=options["floor"])
-    stepper = StepwiseStepper(NewtonKrylov.for_batches(problem.parameters, damping=damping))
+    forcing = FixedProducts(int(options["products"]))
+    stepper = StepwiseStepper(NewtonKrylov.for_batches(problem.parameters, forcing=forcing))
     return AveragedStepper(stepper, problem.model)
 
 
@@ -65,7 +65,7 @@ _BATCHES = OptimizerSpec(
     "imstep, for batches",
     "NewtonKrylov.for_batches, evaluated at the average of the iterates.",
     _for_batches,
-    {"floor": 1e-3},
+    {"products": 2},
 )
 
 
@@ -82,7 +82,7 @@ _ALL = (
         "imstep-batches",
         "imstep, for batches",
         _BATCHES,
-        tuple({"floor": v} for v in (1e-4, 3e-4, 1e-3, 3e-3)),
+        tuple({"products": v} for v in (2, 4, 6, 8)),
     ),
     Side(
         "imstep-residual",

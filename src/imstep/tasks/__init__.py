@@ -2,7 +2,7 @@
 
 >>> from imstep.tasks import TASKS
 >>> sorted(TASKS)[:3]
-['convection', 'digits-autoencoder', 'digits-cnn']
+['convection', 'convection-random', 'digits-autoencoder']
 """
 
 from imstep.tasks.base import Batch, DataNotFoundError, Evaluation, Metric, Problem, Task, TaskError

@@ -23,6 +23,7 @@ from imstep.bench.files import write_atomically
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import BestRateForcing, ConjugateGradient, FixedProducts
 from imstep.tasks import Batch, Problem, get_task
+from record_page import table as in_markdown
 
 RECORD = Path(__file__).resolve().parent / "records" / "minibatch.json"
 BUDGET = 20.0
@@ -109,15 +110,15 @@ def measure() -> Iterator[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]], which: str = "average") -> str:
     """Medians over the seeds, training / held-out loss of the average or the last iterate, in Markdown."""
     heads = [f"{task}, {size}" for task, size in CASES]
-    lines = [f"| {' | '.join(['', *heads])} |", "|---" * (len(heads) + 1) + "|"]
+    body = []
     for side in SIDES:
         cells = [side.name]
         for task, size in CASES:
             runs = [r for r in rows if (r["task"], r["batch"], r["side"]) == (task, size, side.name)]
             losses = zip(*(r[which] for r in runs), strict=True)
             cells.append(" / ".join(f"{statistics.median(values):.1e}" for values in losses))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append(cells)
+    return in_markdown(["", *heads], body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

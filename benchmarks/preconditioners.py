@@ -20,6 +20,7 @@ from imstep.bench.files import write_atomically
 from imstep.optim import Hutchinson, Kronecker, NoPreconditioning, Nystrom, Recycling, SquaredGradients
 from imstep.optim.preconditioning import Preconditioning
 from imstep.tasks import get_task
+from record_page import table as in_markdown
 
 RECORD = Path(__file__).resolve().parent / "records" / "preconditioners.json"
 SIDES: tuple[Preconditioning, ...] = (
@@ -61,14 +62,14 @@ def measure() -> Iterator[dict[str, object]]:
 def table(rows: Sequence[dict[str, object]]) -> str:
     """Medians over the seeds, in Markdown."""
     heads = [f"{task}, {budget}" for task, budgets in BUDGETS.items() for budget in budgets]
-    lines = [f"| preconditioning | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    body = []
     for side in map(repr, SIDES):
         cells = []
         for task in BUDGETS:
             runs = [row["losses"] for row in rows if (row["task"], row["side"]) == (task, side)]
             cells += [f"{statistics.median(losses):.2e}" for losses in zip(*runs, strict=True)]
-        lines.append(f"| `{side}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append([f"`{side}`", *cells])
+    return in_markdown(["preconditioning", *heads], body)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

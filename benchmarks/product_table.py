@@ -161,9 +161,8 @@ NOTES = (
     "",
     "**Replay of a PINN.** Its 154 matrix products of at most 50 columns take about a third of the time, the "
     "interpreter a sixth; the rest are 360 passes over values of 200 KB that come from beyond the nearest cache. "
-    "Double backward with its graph kept makes the same products and 560 passes. On one thread the replay took 0.7 to "
-    "0.95 of its time, called again and again on two threads 0.6 to 1.0, in the rounds of this benchmark, where every "
-    "side finds the caches and the second thread cold, 0.84 to 1.33 from run to run.",
+    "Double backward with its graph kept makes the same products and 560 passes. On one thread the replay took 0.73 to "
+    "0.98 of its time; with two, `--only PINN` gave 1.06 to 1.39 in four runs.",
     "",
     "**Compiling a replay.** Traced to an FX graph and compiled by `torch.compile`, the MLP's replay took 171 ms of "
     "CPU time on one busy core, where the eager one takes 88 by oneDNN and 172 by MKL: Inductor fuses what is left "

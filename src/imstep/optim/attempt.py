@@ -89,18 +89,8 @@ class Attempt(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         observer = self._preconditioner.observer()
-        cost = self._evaluate(observer)
-        loss, gradient_norm = float(self.loss), float(self.gradient.norm())
-        record = StepRecord(
-            step=memory.steps,
-            outcome=StepOutcome.ACCEPTED,
-            status=None,
-            loss=loss,
-            new_loss=loss,
-            gradient_norm=gradient_norm,
-            radius=memory.search.radius,
-            cost=cost,
-        )
+        record = self._opened(self._evaluate(observer), memory.search.radius)
+        loss, gradient_norm = record.loss, record.gradient_norm
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         same = self._goes_on(loss)

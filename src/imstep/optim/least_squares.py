@@ -146,16 +146,8 @@ class _Attempt(StepAttempt):
         jacobian = ResidualJacobian.at(self._frozen.loss_with_graph(watch=True), self._parameters)
         self._loss = jacobian.loss
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
-        loss, gradient_norm = float(self._loss), float(self._gradient.norm())
-        record = StepRecord(
-            step=memory.steps,
-            outcome=StepOutcome.ACCEPTED,
-            status=None,
-            loss=loss,
-            new_loss=loss,
-            gradient_norm=gradient_norm,
-            cost=Cost(losses=1, jacobian_passes=jacobian.backward_passes),
-        )
+        record = self._opened(Cost(losses=1, jacobian_passes=jacobian.backward_passes))
+        loss, gradient_norm = record.loss, record.gradient_norm
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         memory = memory.meet(gradient_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.optim.memory import Memory
-from imstep.optim.record import StepRecord
+from imstep.optim.record import Cost, StepOutcome, StepRecord
 
 
 class StepAttempt(ABC):
@@ -34,6 +35,20 @@ class StepAttempt(ABC):
     @abstractmethod
     def start(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
+
+    def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
+        """The record of a step that has evaluated its start."""
+        loss, gradient = self.start
+        return StepRecord(
+            step=self._memory.steps,
+            outcome=StepOutcome.ACCEPTED,
+            status=None,
+            loss=float(loss),
+            new_loss=float(loss),
+            gradient_norm=float(gradient.norm()),
+            radius=radius,
+            cost=cost,
+        )
 
     def leave(self) -> None:
         """Put back what must not stay: after a rejected step everything, else what later evaluations did."""

@@ -223,6 +223,18 @@ def test_products_diagonal_and_columns(make: Callable[[], Case]) -> None:
     torch.testing.assert_close(J.rows(index).to_dense(), matrix[index])
 
 
+@pytest.mark.parametrize("make", [transport, unrecognised])
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_blocks_of_products_with_the_gram_matrix(make: Callable[[], Case]) -> None:
+    """Few by J (Jᵀ V), many by the matrix itself."""
+    params, residuals = build(make)
+    J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    matrix, gram = J.to_dense(), J.gram()
+    for columns in (0, 1, 200):
+        block = normal(J.shape[0], columns)
+        torch.testing.assert_close(gram @ block, matrix @ (matrix.T @ block))
+
+
 @pytest.mark.parametrize("make", CASES)
 def test_gradient(make: Callable[[], Case]) -> None:
     params, residuals = build(make)

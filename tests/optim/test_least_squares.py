@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import imstep
 from imstep.globalization import ContractionDamping
+from imstep.linalg import DenseFactorisation, GramFactorisation, PivotedCholesky, RandomizedNystrom
 from imstep.optim import LeastSquares, NonFiniteLossError, StepOutcome
 
 X, Y = normal(12, 3), normal(12, 1, seed=1)
@@ -53,11 +54,16 @@ def dense_corrections(model: nn.Module, damping: float, count: int) -> Tensor:
     return w + d
 
 
+@pytest.mark.parametrize("factorisation", [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()], ids=str)
 @pytest.mark.parametrize("corrections", [1, 2, 3])
-def test_step_is_that_of_dense_algebra(corrections: int) -> None:
+def test_step_is_that_of_dense_algebra(corrections: int, factorisation: GramFactorisation) -> None:
     model = network()
     optimizer = LeastSquares(
-        model.parameters(), corrections=corrections, share=0.0, damping=ContractionDamping(initial=1.0)
+        model.parameters(),
+        factorisation=factorisation,
+        corrections=corrections,
+        share=0.0,
+        damping=ContractionDamping(initial=1.0),
     )
     twin = copy.deepcopy(model)
     optimizer.step(fit(model))
@@ -132,10 +138,14 @@ def test_cost_counts_evaluations(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_interpolates_and_never_rises(seed: int, share: float) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"share": 0.0}, {}, {"factorisation": RandomizedNystrom(seed=3)}, {"factorisation": DenseFactorisation()}],
+    ids=str,
+)
+def test_interpolates_and_never_rises(seed: int, options: dict[str, Any]) -> None:
     model = network(seed)
-    optimizer = LeastSquares(model.parameters(), share=share)
+    optimizer = LeastSquares(model.parameters(), **options)
     losses = [float(optimizer.step(fit(model))) for _ in range(40)]
     assert losses[-1] < 1e-20
     assert all(b <= a for a, b in pairwise(losses))
@@ -182,13 +192,16 @@ def test_single_precision() -> None:
     assert F.mse_loss(model(X.float()), Y.float()) < 1e-10
 
 
-@pytest.mark.parametrize(("break_at", "momentum"), [(0, 0.0), (1, 0.0), (4, 0.0), (4, 0.3)])
-def test_resumes_bit_for_bit(break_at: int, momentum: float) -> None:
+@pytest.mark.parametrize(
+    ("break_at", "options"),
+    [(0, {}), (1, {}), (4, {}), (4, {"momentum": 0.3}), (4, {"factorisation": RandomizedNystrom()})],
+)
+def test_resumes_bit_for_bit(break_at: int, options: dict[str, Any]) -> None:
     whole, part = network(), network()
-    first, second = (LeastSquares(net.parameters(), momentum=momentum) for net in (whole, part))
+    first, second = (LeastSquares(net.parameters(), **options) for net in (whole, part))
     for _ in range(break_at):
         second.step(fit(part))
-    resumed = LeastSquares(part.parameters(), momentum=momentum)
+    resumed = LeastSquares(part.parameters(), **options)
     resumed.load_state_dict(copy.deepcopy(second.state_dict()))
     for step in range(7):
         first.step(fit(whole))
@@ -328,6 +341,10 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
         LeastSquares(network().parameters(), **options)
 
 
-def test_damping_of_another_kind() -> None:
-    with pytest.raises(TypeError, match="ContractionDamping"):
-        LeastSquares(network().parameters(), damping=1e-3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"damping": 1e-3}, "ContractionDamping"), ({"factorisation": "dense"}, "GramFactorisation")],
+)
+def test_options_of_another_kind(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(TypeError, match=wanted):
+        LeastSquares(network().parameters(), **options)

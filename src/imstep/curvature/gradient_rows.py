@@ -34,6 +34,11 @@ class GradientRows(ABC):
     def select(self, index: Tensor) -> GradientRows:
         """The rows at ``index`` (k,)."""
 
+    @property
+    @abstractmethod
+    def multiplications(self) -> tuple[int, int]:
+        """For an entry of B v, and for an entry of B Bᵀ."""
+
 
 class PlainRows(GradientRows):
     """Stored as they are, (N, entries)."""
@@ -55,6 +60,10 @@ class PlainRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])
+
+    @property
+    def multiplications(self) -> tuple[int, int]:
+        return self._rows.shape[1], self._rows.shape[1]
 
 
 class OuterRows(GradientRows):
@@ -92,6 +101,11 @@ class OuterRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
+
+    @property
+    def multiplications(self) -> tuple[int, int]:
+        (m, _, out), width = self._left.shape, self._right.shape[2]
+        return m * out * width, m * m * (out + width)
 
 
 def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:

@@ -76,9 +76,19 @@ class Gram(GramMatrix):
     def __init__(self, rows: JacobianRows, parts: Sequence[GradientRows]) -> None:
         super().__init__(rows.shape[0], rows.dtype, rows.device)
         self._rows, self._parts = rows, parts
+        self._whole: Tensor | None = None
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._rows.matvec(self._rows.rmatvec(vector))
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """K V: by K itself, which is kept, where that takes fewer multiplications than J (Jᵀ V) does."""
+        size, columns = block.shape
+        counts = [part.multiplications for part in self._parts]
+        image, entry = sum(of_image for of_image, _ in counts), sum(of_gram for _, of_gram in counts)
+        if self._whole is None and 2 * image * columns < (entry / 2 + columns) * size:
+            return super().matmat(block)
+        return self.dense() @ block
 
     def diagonal(self) -> Tensor:
         none = torch.zeros(self.size, dtype=F64, device=self.device)
@@ -91,13 +101,16 @@ class Gram(GramMatrix):
         return block
 
     def dense(self) -> Tensor:
-        """The matrix itself, (N, N): the lower triangle is computed, in chunks of rows that stay in the cache."""
+        """K itself, (N, N), computed once: the lower triangle, in chunks of rows that stay in the cache."""
+        if self._whole is not None:
+            return self._whole
         whole = torch.zeros(self.size, self.size, dtype=F64, device=self.device)
         for start in range(0, self.size, _CHUNK):
             end = min(start + _CHUNK, self.size)
             for part in self._parts:
                 part.add_gram(whole[start:end, :end], slice(start, end), slice(0, end))
-        return whole.tril_() + whole.tril(-1).mT
+        self._whole = whole.tril_() + whole.tril(-1).mT
+        return self._whole
 
 
 class ResidualJacobian(JacobianRows):

@@ -13,14 +13,23 @@ from imstep.linalg.dense import (
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
+from imstep.linalg.gram import DenseGram, GramMatrix
+from imstep.linalg.gram_factor import GramFactor
+from imstep.linalg.gram_factorisation import (
+    DenseFactorisation,
+    GramFactorisation,
+    PivotedCholesky,
+    RandomizedNystrom,
+)
+from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
-from imstep.linalg.partial_cholesky import DenseGram, GramMatrix, PartialCholesky, partial_cholesky
-from imstep.linalg.reduced import ReducedLeastSquares
+from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
@@ -35,11 +44,16 @@ from imstep.linalg.stopping import (
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "DampedLeastSquares",
+    "DenseFactorisation",
     "DenseGram",
+    "DenseLeastSquares",
     "DenseOperator",
     "DiagonalEstimate",
     "DiagonalOperator",
     "Eigenpair",
+    "GramFactor",
+    "GramFactorisation",
     "GramMatrix",
     "HalvedOperator",
     "IdentityOperator",
@@ -53,10 +67,11 @@ __all__ = [
     "NoiseTest",
     "NystromApproximation",
     "NystromPreconditioner",
-    "PartialCholesky",
+    "PivotedCholesky",
     "ProductBudget",
     "Progress",
     "ProgressStall",
+    "RandomizedNystrom",
     "ReducedLeastSquares",
     "RelativeResidual",
     "ScaledOperator",
@@ -71,6 +86,7 @@ __all__ = [
     "dense_trust_region",
     "diagonal_preconditioner",
     "gltr",
+    "gram_nystrom",
     "hutchinson_diagonal",
     "lanczos",
     "largest_eigenpair",

@@ -1,19 +1,57 @@
-"""Damped least squares within the span of a few rows of a Jacobian."""
+"""Damped least squares among residuals: within the span of a few rows of a Jacobian, or of all."""
 
 from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from imstep.linalg.partial_cholesky import PartialCholesky
+from imstep.linalg.gram import GramMatrix
+from imstep.linalg.gram_factor import GramFactor
 
 
-class ReducedLeastSquares:
-    """Solves min ‖ρ + F u‖² + λ‖u‖² for u, for several ρ and λ.
+class DampedLeastSquares(ABC):
+    """Solves min ‖ρ + J d‖² + λ‖d‖² for steps d given by few coordinates u, for several ρ and λ.
 
-    With F from a :class:`PartialCholesky` factorisation of J Jᵀ and the step d = Jᵀ[:, S] R u, ‖d‖ = ‖u‖ and J d = F u:
-    this is min ‖ρ + J d‖² + λ‖d‖² over the span of the rows of J at the pivots. If J Jᵀ = F Fᵀ it is the minimum over
-    all d, since that lies in the span of all rows:
+        d = Jᵀ[:, S] w(u)
+
+    Args:
+        rank: k, how many coordinates there are.
+        pivots: S, (p,), the rows of J that d is made of; None for all of them, p = N.
+    """
+
+    def __init__(self, rank: int, pivots: Tensor | None) -> None:
+        self.rank, self.pivots = rank, pivots
+
+    @abstractmethod
+    def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
+        """The u' for which u + u' is the minimiser, where ρ is what the residuals are at u; (k,).
+
+        At u = 0 the minimiser itself. Where λ is too small for the rounding of the matrix it is raised.
+        """
+
+    @abstractmethod
+    def image(self, coordinates: Tensor) -> Tensor:
+        """J d, (N,)."""
+
+    @abstractmethod
+    def weights(self, coordinates: Tensor) -> Tensor:
+        """The factors w(u) of the rows at S, (p,)."""
+
+    @abstractmethod
+    def norm(self, coordinates: Tensor) -> float:
+        """‖d‖."""
+
+
+class ReducedLeastSquares(DampedLeastSquares):
+    """Damped least squares within the span of a :class:`GramFactor` F of K = J Jᵀ.
+
+        min ‖ρ + F u‖² + λ‖u‖²,   d = Jᵀ[:, S] R u,   u' = -(FᵀF + λI)⁻¹ (Fᵀρ + λu)
+
+    With ‖d‖ = ‖u‖ and J d = F u this is the minimum over the span. If K = F Fᵀ it is the minimum over all d, since that
+    lies in the span of all rows:
 
         d = -(JᵀJ + λI)⁻¹ Jᵀρ = -Jᵀ (JJᵀ + λI)⁻¹ ρ
 
@@ -25,42 +63,74 @@ class ReducedLeastSquares:
     Source: the last identity, for neural networks, in Rende et al. (arXiv 2310.05715).
     """
 
-    def __init__(self, factorisation: PartialCholesky) -> None:
+    def __init__(self, factorisation: GramFactor) -> None:
+        super().__init__(factorisation.rank, factorisation.pivots)
         self._factor, self._combination = factorisation.factor, factorisation.combination
-        self._normal = self._factor.mT @ self._factor
-        self._damping, self._cholesky = -1.0, self._normal
-
-    @property
-    def rank(self) -> int:
-        """k."""
-        return self._factor.shape[1]
+        self._inverse = _ShiftedInverse(self._factor.mT @ self._factor)
 
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
-        """The u' for which u + u' is the minimiser, where ρ is what the residuals are at u; (k,).
-
-        -(FᵀF + λI)⁻¹ (Fᵀρ + λu): at u = 0 the minimiser itself. Where λ is too small for the rounding of FᵀF it is
-        raised.
-        """
-        if damping != self._damping:
-            self._damping, self._cholesky = damping, _shifted_cholesky(self._normal, damping)
-        gradient = torch.addmv(damping * coordinates, self._factor.mT, residuals)
-        return -torch.cholesky_solve(gradient[:, None], self._cholesky)[:, 0]
+        return -self._inverse(torch.addmv(damping * coordinates, self._factor.mT, residuals), damping)
 
     def image(self, coordinates: Tensor) -> Tensor:
-        """J d, (N,)."""
         return self._factor @ coordinates
 
     def weights(self, coordinates: Tensor) -> Tensor:
-        """The factors R u of the pivots' rows in d, (p,)."""
         return self._combination @ coordinates
+
+    def norm(self, coordinates: Tensor) -> float:
+        return float(coordinates.norm())
+
+
+class DenseLeastSquares(DampedLeastSquares):
+    """Damped least squares with all of K = J Jᵀ: the coordinates are the factors of the rows of J.
+
+        d = Jᵀ u,   u' = -(K + λI)⁻¹ (ρ + λu)
+
+    Args:
+        matrix: K.
+
+    Cost: all of K to set up, N³/3 operations for each new λ; 3 N² numbers.
+
+    Source: as :class:`ReducedLeastSquares`.
+    """
+
+    def __init__(self, matrix: GramMatrix) -> None:
+        super().__init__(matrix.size, None)
+        self._gram = matrix.dense()
+        self._inverse = _ShiftedInverse(self._gram)
+
+    def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
+        return -self._inverse(torch.add(residuals, coordinates, alpha=damping), damping)
+
+    def image(self, coordinates: Tensor) -> Tensor:
+        return self._gram @ coordinates
+
+    def weights(self, coordinates: Tensor) -> Tensor:
+        return coordinates
+
+    def norm(self, coordinates: Tensor) -> float:
+        return math.sqrt(max(float(coordinates @ self.image(coordinates)), 0.0))
+
+
+class _ShiftedInverse:
+    """(M + shift I)⁻¹ by Cholesky's factorisation, which the last shift's calls share."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self._shift, self._factor = matrix, -1.0, matrix
+
+    def __call__(self, vector: Tensor, shift: float) -> Tensor:
+        if shift != self._shift:
+            self._shift, self._factor = shift, _shifted_cholesky(self._matrix, shift)
+        return torch.cholesky_solve(vector[:, None], self._factor)[:, 0]
 
 
 def _shifted_cholesky(matrix: Tensor, shift: float) -> Tensor:
     """The Cholesky factor of M + shift I; the shift grows where rounding has made M indefinite."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     least = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().sum())
-    factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    while int(info) != 0:
+    while True:
+        shifted = matrix.clone()
+        shifted.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            return factor
         shift = max(10 * shift, least)
-        factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    return factor

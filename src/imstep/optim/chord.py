@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from imstep.linalg import ReducedLeastSquares
+from imstep.linalg import DampedLeastSquares
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class ChordStep:
     """What chord iterations came to.
 
     Attributes:
-        coordinates: u of the best iterate in the basis of the reduced problem, (k,).
+        coordinates: u of the best iterate, (k,), as the factorised problem has it.
         image: J d for the d of u, (N,).
         decrease: ρ₀ᵀρ₀/2 - ρᵀρ/2; -inf where there is no iterate.
         promise: the decrease for the first iterate if ρ were linear.
@@ -35,7 +35,7 @@ class ChordStep:
 
 
 def chord_iterations(
-    reduced: ReducedLeastSquares,
+    reduced: DampedLeastSquares,
     residuals: Tensor,
     shifted: Tensor,
     damping: float,
@@ -69,7 +69,7 @@ def chord_iterations(
     evaluations, promise, ratio, length = 0, 0.0, 0.0, math.inf
     for iteration in range(1, max_iterations + 1):
         correction = reduced.solve(current, u, damping)
-        last, length = length, float(correction.norm())
+        last, length = length, reduced.norm(correction)
         if iteration == 1:
             promise = _decrease(residuals, shifted + reduced.image(correction))
         elif iteration == 2:

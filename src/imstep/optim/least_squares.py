@@ -13,7 +13,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian, require_residuals
 from imstep.globalization import ContractionDamping, SearchState
-from imstep.linalg import ReducedLeastSquares, partial_cholesky
+from imstep.linalg import GramFactorisation, PivotedCholesky
 from imstep.optim.chord import ChordStep, chord_iterations
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -29,6 +29,7 @@ class Settings:
     """What a user chooses: see :class:`LeastSquares`."""
 
     damping: ContractionDamping
+    factorisation: GramFactorisation
     corrections: int
     share: float
     momentum: float
@@ -38,6 +39,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.damping, ContractionDamping):
             raise TypeError(f"damping must be a ContractionDamping, got {self.damping!r}.")
+        if not isinstance(self.factorisation, GramFactorisation):
+            raise TypeError(f"factorisation must be a GramFactorisation, got {self.factorisation!r}.")
         if self.corrections < 1 or self.max_trials < 1:
             raise ValueError(
                 f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."
@@ -65,6 +68,9 @@ class LeastSquares(StepwiseOptimizer):
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
+        factorisation: of JJᵀ; default :class:`~imstep.linalg.PivotedCholesky`, as
+            :class:`~imstep.linalg.RandomizedNystrom` only as far as λ asks for, while
+            :class:`~imstep.linalg.DenseFactorisation` is exact.
         corrections: chord iterations per trial at most, >= 1; 1 for plain Levenberg-Marquardt steps.
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
@@ -83,7 +89,8 @@ class LeastSquares(StepwiseOptimizer):
         NoResidualsError: at a step: the loss is no sum of squares, or its residuals depend on each other.
 
     Cost: a step on N residuals takes a forward and three or four backward passes, p columns of JJᵀ, about N p²
-        operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ above λ.
+        operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ above λ. Other
+        factorisations have their own.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
@@ -109,6 +116,7 @@ class LeastSquares(StepwiseOptimizer):
         params: Iterable[Any],
         *,
         damping: ContractionDamping | None = None,
+        factorisation: GramFactorisation | None = None,
         corrections: int = 8,
         share: float = 1.0,
         momentum: float = 0.0,
@@ -117,7 +125,13 @@ class LeastSquares(StepwiseOptimizer):
         max_refusals: int = 5,
     ) -> None:
         self._settings = Settings(
-            damping or ContractionDamping(), corrections, share, momentum, tolerance, max_trials
+            damping or ContractionDamping(),
+            factorisation or PivotedCholesky(),
+            corrections,
+            share,
+            momentum,
+            tolerance,
+            max_trials,
         )
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         super().__init__(params, memory, max_refusals)
@@ -166,8 +180,8 @@ class _Attempt(StepAttempt):
         gram = jacobian.gram()
         # A λ above all eigenvalues leaves the gradient itself, which must not be left out.
         size = min(memory.damping * scale, LEAST_SHARE * float(gram.diagonal().sum()))
-        found = partial_cholesky(gram, settings.share * size)
-        reduced, basis = ReducedLeastSquares(found), jacobian.rows(found.pivots)
+        reduced = settings.factorisation.factorise(gram, settings.share * size, draw=memory.steps)
+        basis = jacobian if reduced.pivots is None else jacobian.rows(reduced.pivots)
         damping, evaluations, shift = memory.damping, 0, None
         if settings.momentum > 0 and memory.last_move is not None:
             shift, evaluations = settings.momentum * memory.last_move, 1

@@ -1,0 +1,97 @@
+"""A Gram matrix by a factor of low rank that grows block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.arguments import check_not_negative
+from imstep.linalg.gram import GramMatrix
+
+_FIRST = 48
+_GROWTH = 0.5
+_FLOOR = 1e-14  # of the trace: what cancellation leaves of a column in float64
+
+
+@dataclass(frozen=True, eq=False)
+class GramFactor:
+    """K ≈ F Fᵀ from combinations of columns of K: F = K[:, S] R with Rᵀ K[S, S] R = I.
+
+    What is missing, K - F Fᵀ, is positive semidefinite. If K = J Jᵀ, the columns of Jᵀ[:, S] R are an orthonormal basis
+    of a part of the span of the rows of J, and F is J in that basis.
+
+    Attributes:
+        factor: F, (N, k).
+        combination: R, (p, k), p >= k.
+        remainder: the trace of K - F Fᵀ, which bounds its largest eigenvalue.
+        pivots: S, (p,); an index may stand there twice. None where all columns take part: p = N.
+    """
+
+    factor: Tensor
+    combination: Tensor
+    remainder: float
+    pivots: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.factor.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A block of q test vectors Ω: K Ω, and what makes Ωᵀ X of any X."""
+
+    images: Tensor
+    inner: Callable[[Tensor], Tensor]
+
+
+def grow(
+    matrix: GramMatrix, tolerance: float, probe: Callable[[Tensor, int], Probe]
+) -> tuple[Tensor, Tensor, float]:
+    """K Ω (Ωᵀ K Ω)⁺ Ωᵀ K for test vectors Ω that are taken in blocks until the trace of what they leave is small.
+
+    A block is half as large as all before, and is freed of what those have found: without that, the square of a large
+    eigenvalue's rounding would hide the small ones.
+
+    Args:
+        matrix: K.
+        tolerance: for the trace, >= 0; with 0 it goes on to the rank that rounding allows.
+        probe: makes a block from the diagonal of what is left (N,), and of up to so many vectors.
+
+    Returns:
+        F (N, k) with F Fᵀ the approximation, R (p, k) with F = K Ω R, and the trace of K - F Fᵀ.
+    """
+    check_not_negative(tolerance=tolerance)
+    left = matrix.diagonal().clamp(min=0)
+    remainder = float(left.sum())
+    least, size = _FLOOR * remainder, matrix.size
+    factor, combination = left.new_zeros(size, 0), left.new_zeros(0, 0)
+    while remainder > max(tolerance, 4 * least) and factor.shape[1] < size:
+        new = probe(left, max(_FIRST, int(_GROWTH * len(combination))))
+        known = new.inner(factor)
+        columns = torch.addmm(new.images, factor, known.mT, alpha=-1)
+        root = _inverse_root(new.inner(columns), least)
+        if root.shape[1] == 0:
+            break
+        upper = torch.cat([combination, -combination @ (known.mT @ root)], 1)
+        lower = torch.cat([root.new_zeros(len(root), factor.shape[1]), root], 1)
+        combination = torch.cat([upper, lower])
+        added = columns @ root
+        factor = torch.cat([factor, added], 1)
+        left = (left - added.square().sum(1)).clamp_(min=0)
+        remainder = float(left.sum())
+    return factor, combination, remainder
+
+
+def _inverse_root(block: Tensor, least: float) -> Tensor:
+    """B with Bᵀ W B = I for a positive semidefinite W, on the eigenvectors that rounding has not spoilt.
+
+    What is left out may be met again, once the larger part of it is gone.
+    """
+    values, vectors = torch.linalg.eigh((block + block.mT) / 2)
+    kept = values > max(1e-12 * float(values[-1]), least)
+    return vectors[:, kept] * values[kept].rsqrt()

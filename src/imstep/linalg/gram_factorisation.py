@@ -1,0 +1,82 @@
+"""Ways to factorise a Gram matrix for damped least squares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from imstep.linalg.gram import GramMatrix
+from imstep.linalg.gram_nystrom import gram_nystrom
+from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, ReducedLeastSquares
+
+
+class GramFactorisation(ABC):
+    """How damped least squares come from K = J Jᵀ."""
+
+    @abstractmethod
+    def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> DampedLeastSquares:
+        """What solves for steps.
+
+        Args:
+            matrix: K, float64.
+            tolerance: trace of what may be left out of K, >= 0.
+            draw: numbers the calls: random numbers follow from it and nothing else.
+        """
+
+
+@dataclass(frozen=True)
+class PivotedCholesky(GramFactorisation):
+    """Few columns of K, as many as the tolerance asks for: :func:`partial_cholesky`.
+
+    Example:
+        >>> from imstep.linalg import DenseGram
+        >>> K = DenseGram(torch.diag(torch.tensor([4.0, 1.0, 0.0])))
+        >>> PivotedCholesky().factorise(K, 1e-3, draw=0).rank
+        2
+    """
+
+    def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> DampedLeastSquares:
+        return ReducedLeastSquares(partial_cholesky(matrix, tolerance))
+
+
+@dataclass(frozen=True)
+class RandomizedNystrom(GramFactorisation):
+    """Few random combinations of the columns of K, as many as the tolerance asks for: :func:`gram_nystrom`.
+
+    Args:
+        seed: of the random numbers, an integer; the global generator is left alone.
+
+    Source: for natural gradients of physics-informed networks, Guzmán-Cordero et al. (arXiv 2505.12149), with a fixed
+        size of the sketch.
+
+    Example:
+        >>> from imstep.linalg import DenseGram
+        >>> K = DenseGram(torch.diag(torch.tensor([4.0, 1.0, 0.0])))
+        >>> RandomizedNystrom(seed=1).factorise(K, 1e-3, draw=0).rank
+        2
+    """
+
+    seed: int = 0
+
+    def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> DampedLeastSquares:
+        # A prime apart, so that the draws of small seeds do not meet within a million.
+        generator = torch.Generator(device=matrix.device).manual_seed(1_000_003 * self.seed + draw)
+        return ReducedLeastSquares(gram_nystrom(matrix, tolerance, generator=generator))
+
+
+@dataclass(frozen=True)
+class DenseFactorisation(GramFactorisation):
+    """All of K, by Cholesky's factorisation anew for each λ: nothing is left out, whatever the tolerance.
+
+    Example:
+        >>> from imstep.linalg import DenseGram
+        >>> K = DenseGram(torch.diag(torch.tensor([4.0, 1.0, 0.0])))
+        >>> DenseFactorisation().factorise(K, 1e-3, draw=0).rank
+        3
+    """
+
+    def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> DampedLeastSquares:
+        return DenseLeastSquares(matrix)

@@ -13,7 +13,8 @@ from curvature_cases import F64, normal, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imstep.curvature import ParameterVector, ResidualJacobian
+from imstep.curvature import NoResidualsError, ParameterVector, ResidualJacobian
+from imstep.curvature.ownership import KnownOwners
 
 Weighted = list[tuple[float, Tensor]]
 Case = tuple[list[nn.Parameter], Callable[[], Weighted]]
@@ -233,6 +234,36 @@ def test_blocks_of_products_with_the_gram_matrix(make: Callable[[], Case]) -> No
     for columns in (0, 1, 200):
         block = normal(J.shape[0], columns)
         torch.testing.assert_close(gram @ block, matrix @ (matrix.T @ block))
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_owners_are_found_once(make: Callable[[], Case]) -> None:
+    """The next Jacobian, elsewhere, is the same with remembered owners as without, from fewer passes."""
+    params, residuals = build(make)
+    vector, known = ParameterVector(params), KnownOwners()
+    passes = [ResidualJacobian.at(loss_of(residuals()), vector, known).backward_passes]
+    for seed in (1, 2):
+        vector.move(vector.snapshot(), 0.3 * normal(vector.size, seed=seed), 1.0)
+        J = ResidualJacobian.at(loss_of(residuals()), vector, known)
+        passes.append(J.backward_passes)
+        assert torch.equal(J.to_dense(), ResidualJacobian.at(loss_of(residuals()), vector, KnownOwners()).to_dense())
+    assert make is dead_units or (passes[0] > passes[1] == passes[2])
+
+
+def test_remembered_owners_are_checked() -> None:
+    """Other data of the same shapes, in another order; other shapes; residuals that depend on each other now."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1)).double().eval()
+    x = normal(9, 3)
+    vector, known = ParameterVector(model), KnownOwners()
+    at = lambda values: ResidualJacobian.at(values.square().mean(), vector, known)
+    reference = at(model(x)).to_dense()
+    turned = torch.arange(9).roll(2)
+    assert relative_error(at(model(x)[turned]).to_dense(), reference[turned]) < 1e-12
+    assert relative_error(at(model(x[:5])).to_dense(), (9 / 5) ** 0.5 * reference[:5]) < 1e-12
+    at(model(x))
+    model.train()
+    with pytest.raises(NoResidualsError, match="depend on each other"):
+        at(model(x))
 
 
 @pytest.mark.parametrize("make", CASES)

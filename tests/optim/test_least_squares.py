@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import imstep
 from imstep.globalization import ContractionDamping
 from imstep.linalg import DenseFactorisation, GramFactorisation, PivotedCholesky, RandomizedNystrom
-from imstep.optim import LeastSquares, NonFiniteLossError, StepOutcome
+from imstep.optim import Cost, LeastSquares, NonFiniteLossError, StepOutcome
 
 X, Y = normal(12, 3), normal(12, 1, seed=1)
 
@@ -133,8 +133,8 @@ def test_cost_counts_evaluations(momentum: float) -> None:
         optimizer.step(closure)
     cost = optimizer.cost
     assert cost.losses == calls
-    assert cost.jacobian_passes == 5 * 2
-    assert cost.gradient_equivalents == pytest.approx(calls / 3 + 10 * 2 / 3)
+    assert cost.jacobian_passes == 3 + 4 * 2  # one more to find which row is whose
+    assert cost.gradient_equivalents == pytest.approx(calls / 3 + 11 * 2 / 3)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -208,7 +208,8 @@ def test_resumes_bit_for_bit(break_at: int, options: dict[str, Any]) -> None:
         if step >= break_at:
             resumed.step(fit(part))
     assert torch.equal(flat(whole), flat(part))
-    assert first.cost == resumed.cost
+    again = 1 if break_at > 0 else 0  # which row is whose is found anew
+    assert first.cost + Cost(jacobian_passes=again) == resumed.cost
 
 
 @pytest.mark.filterwarnings("ignore:.*not recognised")

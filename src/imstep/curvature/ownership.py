@@ -3,6 +3,8 @@
 Where residuals are computed independently of each other, every row of a layer's gradient is a multiple of the cotangent
 of one residual. With the cotangent c_i = 2^(digit of i) in place of 1, the row grows by a power of two that spells the
 digit: exactly, whatever the rounding. A row that is no multiple depends on several residuals.
+
+The next Jacobian of the same model on the same data has the same owners, and saves the coded passes.
 """
 
 from __future__ import annotations
@@ -12,47 +14,79 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from imstep.curvature.squares import Residuals
-from imstep.curvature.uses import Rows, Use
+from imstep.curvature.uses import Use
 
 _BITS = 6
 """Of a digit; 2^63 times a gradient is a number in float32 as well."""
 
 
 @dataclass(frozen=True, eq=False)
-class OwnedRows:
-    """What the uses of the parameters add to the gradients of the residuals.
+class Group:
+    """Residuals that are independent of each other, with the rows that belong to them.
 
     Attributes:
-        pieces: for each parameter, addends with the residuals (R,) that they belong to; -1 for addends of zero.
-        sums: for each parameter, its gradient for the sum of all residuals as autograd computes it.
-        passes: backward passes that this took.
+        members: (N,), 1 for the residuals of the group, else 0.
+        rows: of each use, (R, k): the addends of the residuals of the group.
+        owners: of each use, (R,): the residuals that the rows belong to; -1 for rows of zeros.
     """
 
-    pieces: list[list[tuple[Rows, Tensor]]]
-    sums: list[Tensor]
-    passes: int
+    members: Tensor
+    rows: list[Tensor]
+    owners: list[Tensor]
 
 
-def owned_rows(residuals: Residuals, uses: Sequence[Use], tensors: Sequence[Tensor]) -> OwnedRows | None:
-    """The addends of all uses with their residuals; None where residuals are not independent of each other.
+class KnownOwners:
+    """Remembers which row belongs to which residual, from one Jacobian to the next."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Tensor, list[Tensor]]] = []
+
+    def groups(self, residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
+        """The rows with the owners that are remembered; None where there are none for them.
+
+        Cost: a backward pass a group.
+        """
+        groups = []
+        for members, known in self._groups:
+            if len(members) != len(residuals.values) or len(known) != len(uses):
+                return None
+            rows = _spread(residuals, uses, members)
+            if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
+                return None
+            owners = [_of_live(part, owner) for part, owner in zip(rows, known, strict=True)]
+            if any(bool(part[owner < 0].any()) for part, owner in zip(rows, owners, strict=True)):
+                return None
+            groups.append(Group(members, rows, owners))
+        return groups or None
+
+    def remember(self, groups: Sequence[Group]) -> None:
+        """Take up owners that were found; what is known of rows that are zero now stays."""
+        found = [(group.members, list(group.owners)) for group in groups]
+        if _shape(found) == _shape(self._groups):
+            for (_, owners), (_, before) in zip(found, self._groups, strict=True):
+                owners[:] = [torch.where(a < 0, b, a) for a, b in zip(owners, before, strict=True)]
+        self._groups = found
+
+
+def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
+    """The rows of all uses with their owners; None where residuals are not independent of each other.
 
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself.
 
-    Args:
-        tensors: the parameters.
-
     Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144.
     """
-    shifts = range(0, max(len(residuals.values) - 1, 1).bit_length(), _BITS)
-    for groups in _groupings(residuals):
-        passes = len(groups) * (1 + len(shifts))
-        found = OwnedRows([[] for _ in tensors], [torch.zeros_like(p) for p in tensors], passes)
-        if all(_take(residuals, uses, tensors, members, shifts, found) for members in groups):
-            return found
+    for memberships in _groupings(residuals):
+        groups = []
+        for members in memberships:
+            group = _group(residuals, uses, members)
+            if group is None:
+                break
+            groups.append(group)
+        else:
+            return groups
     return None
 
 
@@ -75,50 +109,45 @@ def _groupings(residuals: Residuals) -> Iterator[list[Tensor]]:
         yield groups
 
 
-def _take(
-    residuals: Residuals,
-    uses: Sequence[Use],
-    tensors: Sequence[Tensor],
-    members: Tensor,
-    shifts: range,
-    found: OwnedRows,
-) -> bool:
-    """Add a group, (N,) ones and zeros, to what is found; whether it is independent."""
-    plain, sums = _spread(residuals, uses, members, tensors)
+def _group(residuals: Residuals, uses: Sequence[Use], members: Tensor) -> Group | None:
+    """The group of ``members``, (N,) ones and zeros; None where it is not independent."""
+    rows = _spread(residuals, uses, members)
     count = len(members)
     index = torch.arange(count, device=members.device)
-    owners = [torch.zeros(len(rows), dtype=torch.long, device=members.device) for rows in plain]
-    for shift in shifts:
-        digit = (index >> shift) & (2**_BITS - 1)
-        coded, _ = _spread(residuals, uses, torch.ldexp(members, digit))
-        for owner, one, many in zip(owners, plain, coded, strict=True):
+    owners = [torch.zeros(len(part), dtype=torch.long, device=members.device) for part in rows]
+    for shift in range(0, max(count - 1, 1).bit_length(), _BITS):
+        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**_BITS - 1)))
+        for owner, one, many in zip(owners, rows, coded, strict=True):
             power = _power_of_two(one, many)
             if power is None:
-                return False
+                return None
             owner += power << shift
     if any(bool((owner >= count).any()) for owner in owners):
-        return False
-    for use, rows, owner in zip(uses, plain, owners, strict=True):
-        found.pieces[use.parameter].append((use.rows(rows), torch.where(rows.any(1), owner, -1)))
-    for total, part in zip(found.sums, sums, strict=True):
-        total += 0 if part is None else part
-    return True
+        return None
+    return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
 
 
-def _spread(
-    residuals: Residuals, uses: Sequence[Use], cotangent: Tensor, tensors: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The rows of every use, and the gradients of ``tensors``, from one backward pass."""
+def _spread(residuals: Residuals, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
+    """The rows of every use, from one backward pass."""
     edges = list(dict.fromkeys(use.edge for use in uses))
-    inputs: list[Tensor | GradientEdge] = [*edges, *tensors]
-    gradients = residuals.pull_back(cotangent, inputs) if inputs else ()
-    at_edge = dict(zip(edges, gradients, strict=False))
+    gradients = residuals.pull_back(cotangent, edges) if edges else ()
+    at_edge = dict(zip(edges, gradients, strict=True))
     rows = []
     for use in uses:
         d = at_edge[use.edge]
         assert d is not None  # the edge was met on the way from the outputs
         rows.append(use.spread(d))
-    return rows, list(gradients[len(edges) :])
+    return rows
+
+
+def _of_live(rows: Tensor, owners: Tensor) -> Tensor:
+    """The owners (R,), -1 for rows of zeros."""
+    return torch.where(rows.any(1), owners, -1)
+
+
+def _shape(groups: Sequence[tuple[Tensor, list[Tensor]]]) -> list[tuple[int, list[int]]]:
+    """How many residuals there are, and how many rows of each use."""
+    return [(len(members), [len(owner) for owner in owners]) for members, owners in groups]
 
 
 def _power_of_two(one: Tensor, many: Tensor) -> Tensor | None:

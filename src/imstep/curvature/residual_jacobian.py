@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
-from imstep.curvature.ownership import OwnedRows, owned_rows
+from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import Residuals, residuals_of
-from imstep.curvature.uses import find_uses
+from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.linalg import GramMatrix, LinearOperator
 
 F64 = torch.float64
@@ -22,6 +22,8 @@ _CHUNK = 128
 
 _SLACK = 1e3
 """Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class NoResidualsError(ValueError):
@@ -137,7 +139,7 @@ class ResidualJacobian(JacobianRows):
         NoResidualsError: the loss is no sum of squares; or the residuals depend on each other, as with batch
             normalisation.
 
-    Cost: a forward pass; two to four backward passes; N more where ``explicit`` is not empty. Arithmetic on rows is
+    Cost: a forward pass; three to five backward passes; N more where ``explicit`` is not empty. Arithmetic on rows is
         float64 whatever the parameters' dtype, since JJᵀ has the square of J's condition.
 
     Source: our own.
@@ -154,34 +156,32 @@ class ResidualJacobian(JacobianRows):
         parameters = ParameterVector(params)
         frozen = FrozenClosure(closure, parameters)
         try:
-            self._fill(frozen.loss_with_graph(watch=True), parameters)
+            self._fill(frozen.loss_with_graph(watch=True), parameters, KnownOwners())
         finally:
             frozen.leave(accepted=True)
 
     @classmethod
-    def at(cls, loss: Tensor, parameters: ParameterVector) -> ResidualJacobian:
-        """From a loss that was evaluated already, with its graph."""
+    def at(cls, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
+        """From a loss that was evaluated already, with its graph.
+
+        Args:
+            known: what earlier Jacobians have found, which saves passes; taken up and completed.
+        """
         self = cls.__new__(cls)
-        self._fill(loss, parameters)
+        self._fill(loss, parameters, known)
         return self
 
-    def _fill(self, loss: Tensor, parameters: ParameterVector) -> None:
+    def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
         residuals = require_residuals(loss)
-        tensors, count = parameters.tensors, len(residuals.values)
+        tensors = parameters.tensors
         uses = find_uses([o.z for o in residuals.outputs], tensors)
-        owned = owned_rows(residuals, [use for use in uses.known if use.parameter not in uses.unknown], tensors)
-        if owned is None:
-            raise NoResidualsError(
-                "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
-                "normalisation or attention across the batch. Put normalisation into eval mode, or use an optimizer "
-                "that needs no residuals."
-            )
-        parts, wrong = _parts(owned, count, residuals.values.dtype, uses.unknown)
-        self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
-        self.backward_passes = owned.passes + (count if wrong else 0)
+        parts, wrong = _parts(residuals, uses, tensors, known)
         rows = _by_backward_passes(residuals, [tensors[at] for at in wrong])
         for at, part in zip(wrong, rows, strict=True):
             parts[at] = part
+        self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
+        self.backward_passes = residuals.passes
+        count = len(residuals.values)
         super().__init__(parts, [p.numel() for p in tensors], count, parameters.device)
         if wrong:
             warnings.warn(
@@ -207,21 +207,58 @@ def require_residuals(loss: Tensor) -> Residuals:
 
 
 def _parts(
-    owned: OwnedRows, count: int, dtype: torch.dtype, unknown: set[int]
+    residuals: Residuals, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners
 ) -> tuple[list[GradientRows | None], list[int]]:
-    """The rows for each parameter, and where they are not known, or do not add up to what autograd says."""
-    parts: list[GradientRows | None] = []
+    """The rows for each parameter, and the positions of those whose rows are not known.
+
+    Rows are checked by a combination of the residuals' gradients that autograd computes: factors that differ tell
+    a row that belongs to another residual, or to several.
+    """
+    told = [use for use in uses.known if use.parameter not in uses.unknown]
+    values = residuals.values
+    factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
+    exact = residuals.pull_back(factors, tensors)
+    groups = known.groups(residuals, told)
+    if groups is not None:
+        parts = _gathered(groups, told, tensors)
+        wrong = _wrong(parts, exact, factors)
+        if uses.unknown.issuperset(wrong):
+            return parts, sorted(uses.unknown)
+    groups = find_groups(residuals, told)
+    if groups is None:
+        raise NoResidualsError(
+            "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
+            "normalisation or attention across the batch. Put normalisation into eval mode, or use an optimizer "
+            "that needs no residuals."
+        )
+    known.remember(groups)
+    parts = _gathered(groups, told, tensors)
+    return parts, sorted(uses.unknown.union(_wrong(parts, exact, factors)))
+
+
+def _gathered(groups: Sequence[Group], uses: Sequence[Use], tensors: Sequence[Tensor]) -> list[GradientRows | None]:
+    """The rows for each parameter; None where it has none."""
+    pieces: list[list[tuple[Rows, Tensor]]] = [[] for _ in tensors]
+    for group in groups:
+        for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
+            pieces[use.parameter].append((use.rows(rows), owner))
+    count = len(groups[0].members)
+    return [gather_rows(own, count, p.numel()) if own else None for own, p in zip(pieces, tensors, strict=True)]
+
+
+def _wrong(parts: Sequence[GradientRows | None], exact: Sequence[Tensor | None], factors: Tensor) -> list[int]:
+    """The parameters whose rows, times the factors (N,), do not add up to what autograd says."""
     wrong = []
-    for at, (pieces, exact) in enumerate(zip(owned.pieces, owned.sums, strict=True)):
-        part = gather_rows(pieces, count, exact.numel()) if pieces else None
-        parts.append(part)
-        missed, size = exact.double().reshape(-1), 0.0
+    for at, (part, g) in enumerate(zip(parts, exact, strict=True)):
+        if g is None:
+            continue
+        missed, size = g.double().reshape(-1), 0.0
         if part is not None:
-            missed = missed - part.rmatvec(missed.new_ones(count))
+            missed = missed - part.rmatvec(factors.double())
             size = float(part.squared_norms().sqrt().sum())
-        if at in unknown or float(missed.norm()) > _SLACK * torch.finfo(dtype).eps * size:
+        if float(missed.norm()) > _SLACK * torch.finfo(g.dtype).eps * size:
             wrong.append(at)
-    return parts, wrong
+    return wrong
 
 
 def _by_backward_passes(residuals: Residuals, tensors: Sequence[Tensor]) -> Iterator[GradientRows]:

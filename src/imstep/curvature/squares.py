@@ -42,20 +42,23 @@ class Output:
     start: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Residuals:
     """The residuals ρ of a loss f = ρᵀρ/2, up to a constant, at one point.
 
     Attributes:
         values: ρ, (N,), detached.
         outputs: what they are made of.
+        passes: backward passes made so far.
     """
 
     values: Tensor
     outputs: tuple[Output, ...]
+    passes: int = 0
 
     def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of uᵀρ with respect to ``inputs``, for a constant u (N,); the graph is kept."""
+        self.passes += 1
         parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
         return torch.autograd.grad(outputs, inputs, parts, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian, require_residuals
 from imstep.globalization import ContractionDamping, SearchState
@@ -88,9 +89,9 @@ class LeastSquares(StepwiseOptimizer):
         ValueError, TypeError: see :class:`~imstep.curvature.ParameterVector`; a number is out of range.
         NoResidualsError: at a step: the loss is no sum of squares, or its residuals depend on each other.
 
-    Cost: a step on N residuals takes a forward and three or four backward passes, p columns of JJᵀ, about N p²
-        operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ above λ. Other
-        factorisations have their own.
+    Cost: a step on N residuals takes a forward and two backward passes (three to five at first), p columns of JJᵀ,
+        about N p² operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ
+        above λ. Other factorisations have their own.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
@@ -135,19 +136,25 @@ class LeastSquares(StepwiseOptimizer):
         )
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         super().__init__(params, memory, max_refusals)
+        self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        return _Attempt(self._settings, self._memory, self._parameters, frozen)
+        return _Attempt(self._settings, self._memory, self._parameters, frozen, self._owners)
 
 
 class _Attempt(StepAttempt):
     """One step in residual space."""
 
     def __init__(
-        self, settings: Settings, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure
+        self,
+        settings: Settings,
+        memory: Memory,
+        parameters: ParameterVector,
+        frozen: FrozenClosure,
+        owners: KnownOwners,
     ) -> None:
         super().__init__(memory, parameters, frozen)
-        self._settings = settings
+        self._settings, self._owners = settings, owners
         self._loss: Tensor
         self._gradient: Tensor
 
@@ -157,7 +164,7 @@ class _Attempt(StepAttempt):
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
-        jacobian = ResidualJacobian.at(self._frozen.loss_with_graph(watch=True), self._parameters)
+        jacobian = ResidualJacobian.at(self._frozen.loss_with_graph(watch=True), self._parameters, self._owners)
         self._loss = jacobian.loss
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         record = self._opened(Cost(losses=1, jacobian_passes=jacobian.backward_passes))

@@ -134,9 +134,13 @@ def highest_rise(result: MinimizeResult) -> float:
     return max((max(r.new_loss - r.loss, 0.0) / max(abs(r.loss), 1e-300) for r in accepted), default=0.0)
 
 
-def by_imstep(**options: Any) -> Callable[[Function, Tensor], Outcome]:
+def by_imstep(scaled: bool = False, **options: Any) -> Callable[[Function, Tensor], Outcome]:
+    """`scaled` measures each variable in units of its start, or of 1 where that is 0."""
+
     def run(function: Function, start: Tensor) -> Outcome:
-        result = imstep.minimize(function, start, tol=TOLERANCE, maxiter=STEPS, **options)
+        scale = torch.where(start == 0, 1.0, start.abs()) if scaled else None
+        tolerance = TOLERANCE if scale is None else TOLERANCE * min(1.0, float(scale.min()))  # it is on ‖scale g‖
+        result = imstep.minimize(function, start, tol=tolerance, maxiter=STEPS, scale=scale, **options)
         cost = sum(r.cost.gradient_equivalents for r in result.records)
         return Outcome(result.x, result.nit, cost, result.termination.name.lower(), highest_rise(result))
 
@@ -196,6 +200,7 @@ def by_scipy(method: str, order: str, **options: float) -> Callable[[Function, T
 
 SIDES: dict[str, Callable[[Function, Tensor], Outcome]] = {
     "imstep": by_imstep(),
+    "imstep, scale = abs(x0)": by_imstep(scaled=True),
     "imstep, Hessian only": by_imstep(curvature=ExactHessian()),
     "SciPy trust-exact": by_scipy("trust-exact", "hessian", gtol=TOLERANCE, maxiter=STEPS),
     "SciPy Newton-CG": by_scipy("Newton-CG", "product", xtol=1e-12, maxiter=STEPS),

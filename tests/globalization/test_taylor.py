@@ -157,6 +157,22 @@ def test_losses_that_agree_to_rounding_are_judged_by_gradient():
     assert judge(math.nan).reason is Reason.NON_FINITE
 
 
+def test_losses_worth_few_digits_are_judged_by_gradient():
+    # A sum of cancelling terms: thousands of units in the last place are rounding.
+    model = LineModel(loss=1.0, slope=-2e-14, curvature=2e-14, norm=1.0)
+    noisy = 1.0 + 1e4 * 2.0**-53
+    assert TaylorMonitor().judge(SearchState(), model, Trial(1.0, noisy, 0.0)).rho == pytest.approx(1.0)
+    assert not TaylorMonitor().judge(SearchState(), model, Trial(1.0, noisy, 6e-14)).accepted
+    assert not TaylorMonitor().judge(SearchState(), model, Trial(1.0, 1.0 + 1e-9, 0.0)).accepted  # a rise beyond doubt
+
+
+def test_no_step_is_lengthened_on_what_may_be_rounding():
+    rippled = Scalar(lambda x: 1e3 + x * x - 1e-10 * (x < 8.5e-8), lambda x: 2 * x, lambda x: 20.0)
+    made = rippled.step(TaylorMonitor(), 1e-7, -1e-7)
+    assert made.accepted
+    assert made.step_length == pytest.approx(0.1)  # the model's minimiser
+
+
 def test_newton_gets_through_the_rounding_level_of_the_loss():
     shifted = Scalar(lambda x: 1e6 + EXPONENTIAL.f(x), EXPONENTIAL.df, EXPONENTIAL.ddf)
     x, _, _ = minimise(shifted, 2.0, TaylorMonitor(), tolerance=1e-14)

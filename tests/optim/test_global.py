@@ -25,7 +25,7 @@ def arrive(function: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> M
     """A minimum to second order, by PyTorch's derivatives, to which the way led downhill only."""
     result = imstep.minimize(function, start, tol=1e-8, maxiter=steps)
     for record in result.records:
-        # Where two losses differ by rounding only, slopes decide.
+        # Where two losses may differ by rounding only, slopes decide.
         assert record.new_loss <= record.loss + 1e-14 * abs(record.loss)
     x = result.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x)
@@ -55,11 +55,34 @@ def test_more_garbow_hillstrom_from_ten_times_the_start(number: int) -> None:
     assert at_a_published_minimum(result.fun, function)
 
 
-def test_meyer_ends_where_the_precision_does() -> None:
+@pytest.mark.parametrize(("factor", "scaled"), [(1.0, False), (10.0, True)])
+def test_meyer_ends_where_the_precision_does(factor: float, scaled: bool) -> None:
     (function,) = (f for f in FUNCTIONS if f.number in BEYOND_PRECISION)
-    result = imstep.minimize(function, function.start, tol=1e-8, maxiter=400)
+    start = function.start_at(factor)
+    result = imstep.minimize(function, start, maxiter=400, scale=start if scaled else None)
     assert result.termination is Termination.NO_PROGRESS
     assert at_a_published_minimum(result.fun, function)
+    rounding = torch.finfo(F64).eps * (torch.autograd.functional.hessian(function, result.x).abs() @ result.x.abs())
+    assert (result.grad.abs() <= 10 * rounding).all()
+
+
+def test_a_scale_is_a_change_of_units() -> None:
+    rosenbrock = lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+    start, units = torch.tensor([-1.2, 1.0, 0.5], dtype=F64), torch.tensor([2.0**20, 1.0, 2.0**-30], dtype=F64)
+    plain = imstep.minimize(rosenbrock, start)
+    scaled = imstep.minimize(lambda x: rosenbrock(x / units), units * start, scale=units)
+    assert torch.equal(scaled.x, units * plain.x)
+    assert torch.equal(scaled.grad, plain.grad / units)
+    assert scaled.nit == plain.nit
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [([1.0, 0.0], "positive"), (-1.0, "positive"), (math.inf, "finite"), ([1.0], r"\(1,\), x0 \(2,\)")],
+)
+def test_scales_that_mean_nothing_are_refused(scale: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        imstep.minimize(lambda x: x.square().sum(), [1.0, 2.0], scale=scale)
 
 
 def test_curvature_that_falls_by_fifty_orders_of_magnitude() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,11 @@ from imstep.optim.record import StepOutcome, StepRecord
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 
 PATIENCE = 3
+"""Steps in a row that leave every entry as it was."""
+
+STAGNATION = 10
+"""Steps in a row, none of which lowers the least loss or the least gradient norm so far."""
+
 _METHODS: dict[str, type[NewtonKrylov] | type[LeastSquares]] = {
     "newton-krylov": NewtonKrylov,
     "least-squares": LeastSquares,
@@ -28,7 +34,10 @@ class Termination(Enum):
 
     CONVERGED = "the gradient norm is within the tolerance, and no direction of negative curvature was found"
     MAX_ITERATIONS = "the limit on iterations was reached"
-    NO_PROGRESS = "several steps in a row lowered nothing or left every entry as it was: the precision is exhausted"
+    NO_PROGRESS = (
+        "several steps in a row lowered nothing or left every entry as it was: the precision is exhausted; "
+        "where entries differ by orders of magnitude, give minimize their scale"
+    )
     NON_FINITE = "the function or its gradient is not finite at the last point"
     STOPPED = "the callback asked to stop"
 
@@ -72,6 +81,7 @@ def minimize(
     *,
     tol: float | None = None,
     maxiter: int = 1000,
+    scale: Any = None,
     callback: Callable[[StepRecord], bool | None] | None = None,
     **options: Any,
 ) -> MinimizeResult:
@@ -81,8 +91,10 @@ def minimize(
         fun: maps a tensor like ``x0`` to a scalar tensor.
         x0: start; a real floating-point tensor, or what ``torch.as_tensor`` makes one of (NumPy arrays, lists).
         method: "newton-krylov", or "least-squares" for sums of squares.
-        tol: ‖∇f‖ to reach, > 0; default 1e-8 in float64, 1e-4 in float32.
+        tol: ‖scale ∇f‖ to reach, > 0; default 1e-8 in float64, 1e-4 in float32.
         maxiter: steps at most, >= 1.
+        scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
+            damping and the records' norms are then those of ``x / scale``. None for 1.
         callback: called after every step with its record; a true answer stops.
         options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``, or of
             :class:`LeastSquares`.
@@ -94,7 +106,8 @@ def minimize(
         ValueError: unknown method, a number out of range, ``fun`` returns no scalar.
         TypeError: ``x0`` is not real floating point, or an unknown option.
 
-    Source: the interface follows ``scipy.optimize.minimize``.
+    Source: the interface follows ``scipy.optimize.minimize``; ``scale`` is ``typx`` of Dennis and Schnabel, Numerical
+        Methods for Unconstrained Optimization (1983), section 7.1.
 
     Example:
         >>> result = minimize(lambda x: ((x - 3) ** 4).sum() + (x ** 2).sum(), torch.zeros(2, dtype=torch.float64))
@@ -109,18 +122,20 @@ def minimize(
     if not start.is_floating_point():
         raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. Convert it with .double().")
     tol = _TOLERANCE.get(start.dtype, 1e-3) if tol is None else tol
-    x = nn.Parameter(start.detach().clone())
-    optimizer = _METHODS[method]([x], tolerance=tol, **options)
+    units = _units(scale, start)
+    y = nn.Parameter(start.detach() / units)
+    point = lambda: y if scale is None else units * y
+    optimizer = _METHODS[method]([y], tolerance=tol, **options)
     records: list[StepRecord] = []
-    termination = _run(optimizer, x, lambda: fun(x), records, maxiter, callback)
+    termination = _run(optimizer, y, lambda: fun(point()), records, maxiter, callback)
     cost = optimizer.cost
-    assert x.grad is not None
+    assert y.grad is not None
     if records[-1].accepted:  # .grad belongs to the point before the last step
-        x.grad = torch.autograd.grad(fun(x), x)[0]
+        y.grad = torch.autograd.grad(fun(point()), y)[0]
     return MinimizeResult(
-        x=x.detach(),
+        x=point().detach(),
         fun=records[-1].new_loss,
-        grad=x.grad.detach(),
+        grad=y.grad.detach() / units,
         nit=sum(r.outcome is not StepOutcome.CONVERGED for r in records),
         nhev=cost.products,
         nfev=cost.linearisations + cost.gradients + cost.losses,
@@ -128,6 +143,18 @@ def minimize(
         termination=termination,
         records=tuple(records),
     )
+
+
+def _units(scale: Any, start: Tensor) -> Tensor:
+    """The scale as a tensor like the start."""
+    units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
+    if units.dim() and units.shape != start.shape:
+        raise ValueError(
+            f"scale has shape {tuple(units.shape)}, x0 {tuple(start.shape)}. Give one number, or one for each entry."
+        )
+    if not bool(((units > 0) & units.isfinite()).all()):
+        raise ValueError("scale must be positive and finite. Put 1 where an entry's size is not known.")
+    return units
 
 
 def _run(
@@ -138,7 +165,8 @@ def _run(
     maxiter: int,
     callback: Callable[[StepRecord], bool | None] | None,
 ) -> Termination:
-    failures = 0
+    failures = stagnation = 0
+    least_loss = least_norm = math.inf
     for _ in range(maxiter + 1):  # the last one only to see whether the last point is stationary
         before = x.detach().clone()
         try:
@@ -154,7 +182,11 @@ def _run(
             return Termination.STOPPED
         # An accepted step may be too short to change any entry of x.
         failures = failures + 1 if torch.equal(x, before) else 0
-        if failures >= PATIENCE:
+        # Where losses differ by rounding only, steps may go to and fro for ever.
+        lower = record.new_loss < least_loss or record.gradient_norm < least_norm
+        stagnation = 0 if lower else stagnation + 1
+        least_loss, least_norm = min(least_loss, record.new_loss), min(least_norm, record.gradient_norm)
+        if failures >= PATIENCE or stagnation >= STAGNATION:
             finite = record.outcome is not StepOutcome.NON_FINITE
             return Termination.NO_PROGRESS if finite else Termination.NON_FINITE
     return Termination.MAX_ITERATIONS

@@ -91,9 +91,10 @@ def _go_on(
     while found.count < limit and (longer := search.extend(model, verdict)) is not None:
         loss = line.loss_at(longer)
         cost, count = found.cost + Cost(losses=1), found.count + 1
-        if not loss < found.loss:
+        trial = Trial(longer, loss)
+        if not loss < found.loss or model.rounding_level(trial):
             return replace(found, cost=cost, count=count)
-        verdict = search.judge(state, model, Trial(longer, loss))
+        verdict = search.judge(state, model, trial)
         # Beyond twice the minimiser the model promises nothing, so there is nothing to judge it by.
         kept = verdict.state if verdict.accepted else found.state
         found = Trials(True, longer, loss, verdict.rho, verdict.taylor_error, count, kept, cost)

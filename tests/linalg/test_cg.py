@@ -91,6 +91,22 @@ def test_as_many_iterations_as_distinct_eigenvalues(with_spectrum, normal):
     assert result.iterations == 3
 
 
+@pytest.mark.parametrize("limit", [1, 4, 200])
+def test_the_preconditioner_is_applied_once_a_product(with_spectrum, normal, limit):
+    matrix, _ = with_spectrum(torch.logspace(-2, 1, 30))
+    preconditioner = DiagonalOperator(1 / matrix.diag())
+    applied, apply = [], preconditioner.matvec
+    preconditioner.matvec = lambda vector: applied.append(vector) or apply(vector)
+    result = conjugate_gradient(
+        DenseOperator(matrix),
+        normal(30),
+        preconditioner=preconditioner,
+        max_iterations=limit,
+        stopping=[RelativeResidual(1e-6)],
+    )
+    assert len(applied) == result.products == result.iterations
+
+
 def test_the_exact_inverse_as_preconditioner_needs_one_iteration(with_spectrum, normal):
     matrix, _ = with_spectrum(torch.logspace(-4, 2, 30))
     inverse = DenseOperator(torch.linalg.inv(matrix + 0.1 * torch.eye(30, dtype=F64)))

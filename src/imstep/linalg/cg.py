@@ -68,7 +68,7 @@ def conjugate_gradient(
         ValueError: an argument out of range, a vector of another shape, a preconditioner that is not positive
             definite.
 
-    Cost: one product per iteration; 9 vectors of size n while it runs.
+    Cost: one product and one application of the preconditioner per iteration; 9 vectors of size n while it runs.
 
     Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithms 5.3 and 7.1 (CG, Newton-CG); with a
     radius Algorithm 7.2 (Steihaug, SIAM J. Numer. Anal. 20, 1983). The definition of a disturbing direction
@@ -104,6 +104,9 @@ def conjugate_gradient(
     probe = None
     pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=keep_pairs)
     while status is None and (status := _ending(system, state, stopping, limit)) is None:
+        state, status = system.aim(state)
+        if status is not None:
+            break
         probe = system.probe(state.direction)
         state = replace(state, products=state.products + 1)
         pairs.append((probe.direction, probe.image))
@@ -123,8 +126,6 @@ def _ending(
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
     status = first_answer(stopping, progress)
-    if status is None and state.descent <= 0:
-        return KrylovStatus.STALLED  # rounding has made the preconditioner indefinite; no direction is left
     if status is None and state.iteration >= limit:
         return KrylovStatus.MAX_ITERATIONS
     return status

@@ -86,10 +86,26 @@ class DampedSystem:
             raise ValueError(
                 f"x0 has norm {state.norm:.3g}; it must lie inside the radius {self.radius:.3g}."
             )
-        state, status = self._aimed(state)
-        if status is None and state.descent <= 0 < state.residual_norm:
-            raise IndefinitePreconditionerError(state.descent)
-        return state, status
+        return state, None
+
+    def aim(self, state: CGState) -> tuple[CGState, KrylovStatus | None]:
+        """The state with its next search direction, conjugate to the last one if there was one, or why there is none.
+
+        Put off until it is needed, since the preconditioner may cost as much as A.
+        """
+        residual = state.residual
+        preconditioned = residual if self.preconditioner is None else self.preconditioner.matvec(residual)
+        (descent,) = dots((residual, preconditioned))
+        if not math.isfinite(descent):
+            return state, KrylovStatus.NON_FINITE
+        if descent <= 0:
+            if state.iteration == 0:
+                raise IndefinitePreconditionerError(descent)
+            return state, KrylovStatus.STALLED  # rounding has made the preconditioner indefinite
+        direction = preconditioned
+        if state.descent > 0:
+            direction = torch.add(preconditioned, state.direction, alpha=descent / state.descent)
+        return replace(state, direction=direction, descent=descent), None
 
     def probe(self, direction: Tensor) -> Probe:
         """One product with A along a direction."""
@@ -136,7 +152,7 @@ class DampedSystem:
             moved = self._refreshed(moved)
             if not math.isfinite(moved.residual_norm):
                 return replace(state, products=moved.products), KrylovStatus.NON_FINITE
-        return self._aimed(moved)
+        return moved, None
 
     def move_to_boundary(self, state: CGState, probe: Probe) -> CGState:
         """The state at ‖x + τp‖ = radius, τ > 0; along rᵀp > 0 the model gains all the way if pᵀAp <= 0."""
@@ -214,15 +230,3 @@ class DampedSystem:
             descent=0.0 if restart else state.descent,
             products=state.products + 1,
         )
-
-    def _aimed(self, state: CGState) -> tuple[CGState, KrylovStatus | None]:
-        """The state with its next search direction, conjugate to the last one if there was one."""
-        residual = state.residual
-        preconditioned = residual if self.preconditioner is None else self.preconditioner.matvec(residual)
-        (descent,) = dots((residual, preconditioned))
-        if not math.isfinite(descent):
-            return state, KrylovStatus.NON_FINITE
-        direction = preconditioned
-        if state.descent > 0:
-            direction = torch.add(preconditioned, state.direction, alpha=descent / state.descent)
-        return replace(state, direction=direction, descent=descent), None

@@ -18,6 +18,7 @@ from imstep.optim import (
     ConjugateGradient,
     Cost,
     Kronecker,
+    LeastSquares,
     NewtonKrylov,
     NonFiniteLossError,
     ResidualForcing,
@@ -136,6 +137,17 @@ def test_no_closure() -> None:
 def test_parameters_that_cannot_be_optimised(params: list[Tensor], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         NewtonKrylov(params)
+
+
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares])
+def test_options_in_parameter_groups(method: type[NewtonKrylov] | type[LeastSquares]) -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="makes no use of: lr, weight_decay"):
+        method([{"params": [a]}, {"params": [b], "weight_decay": 0.1, "lr": 1e-3}])
+    optimizer = method([("a", a)])
+    with pytest.raises(ValueError, match="makes no use of: lr"):
+        optimizer.add_param_group({"params": [b], "lr": 1e-3})
+    assert [group["params"] for group in optimizer.param_groups] == [[a]]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,21 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         self.last_step: StepRecord | None = None
         self.cost = Cost()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take in more parameters.
+
+        Raises:
+            ValueError: the group has options, such as a learning rate, of which no use would be made.
+        """
+        unused = sorted(set(param_group) - {"params", "param_names"})
+        if unused:
+            name = type(self).__name__
+            raise ValueError(
+                f"a parameter group has options that {name} makes no use of: {', '.join(unused)}. "
+                "Leave them out; there is no learning rate, and a penalty on weights belongs in the loss."
+            )
+        super().add_param_group(param_group)
+
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, so that copies and pickles go on as the original does."""
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}

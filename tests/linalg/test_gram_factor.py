@@ -81,7 +81,7 @@ def test_rank_follows_the_spectrum(factorise: Factorise) -> None:
     for tolerance in (1.0, 1e-3):
         best = int((rest > tolerance).sum()) + 1
         found = factorise(DenseGram(rows @ rows.T), tolerance)
-        assert best <= found.rank <= 2 * best + 48
+        assert best <= found.rank <= 1.5 * best + 48
 
 
 @both
@@ -148,12 +148,16 @@ def test_any_shape(count: int, size: int, seed: int, tolerance: float, factorise
 @pytest.mark.parametrize("tolerance", [10.0, 1e-2])
 def test_random_columns_are_the_definition(tolerance: float) -> None:
     """K Ω (Ωᵀ K Ω)⁻¹ Ωᵀ K with the same Ω in one piece; the orthonormal basis spans Jᵀ Ω."""
+    blocks: list[Tensor] = []
+
+    class Watched(DenseGram):
+        def matmat(self, block: Tensor) -> Tensor:
+            blocks.append(block)
+            return super().matmat(block)
+
     rows = decaying()
     K = rows @ rows.T
-    found = random_columns(DenseGram(K), tolerance)
-    generator, blocks = seeded(), []
-    while sum(block.shape[1] for block in blocks) < found.rank:
-        blocks.append(torch.randn(150, max(48, found.rank // 3), generator=generator, dtype=F64))
+    found = random_columns(Watched(K), tolerance)
     test = torch.cat(blocks, 1)
     assert test.shape[1] == found.rank
     images = K @ test
@@ -240,7 +244,7 @@ def test_no_damping_of_a_singular_system(strategy: GramFactorisation) -> None:
 
 def test_draws_differ_and_repeat() -> None:
     K = DenseGram(decaying() @ decaying().T)
-    image = lambda seed, draw: RandomizedNystrom(seed).factorise(K, 1e3, draw).image(torch.ones(48, dtype=F64))
-    assert torch.equal(image(0, 1), image(0, 1))
+    draw = lambda seed, draw: RandomizedNystrom(seed).factorise(K, 1e3, draw).weights(torch.ones(48, dtype=F64))
+    assert torch.equal(draw(0, 1), draw(0, 1))
     for other in ((0, 2), (1, 1), (1, 0)):
-        assert not torch.equal(image(0, 1), image(*other))
+        assert not torch.equal(draw(0, 1), draw(*other))

@@ -96,10 +96,11 @@ class Gram(GramMatrix):
         none = torch.zeros(self.size, dtype=F64, device=self.device)
         return sum((part.squared_norms() for part in self._parts), none)
 
-    def columns(self, index: Tensor) -> Tensor:
-        block = torch.zeros(self.size, len(index), dtype=F64, device=self.device)
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        count = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
+        block = torch.zeros(count, len(columns), dtype=F64, device=self.device)
         for part in self._parts:
-            part.add_gram(block, slice(None), index)
+            part.add_gram(block, rows, columns)
         return block
 
     def dense(self) -> Tensor:

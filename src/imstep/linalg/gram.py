@@ -11,15 +11,19 @@ from imstep.linalg.operator import LinearOperator
 
 
 class GramMatrix(LinearOperator):
-    """A symmetric positive semidefinite matrix K, (N, N), that also tells its diagonal and its columns; float64."""
+    """A symmetric positive semidefinite matrix K, (N, N), that also tells its diagonal and its entries; float64."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
         """The diagonal of K, (N,)."""
 
     @abstractmethod
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        """K[rows, columns], (m, k), a tensor of its own."""
+
     def columns(self, index: Tensor) -> Tensor:
         """K[:, index], (N, k)."""
+        return self.entries(slice(None), index)
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -42,8 +46,8 @@ class DenseGram(GramMatrix):
     def diagonal(self) -> Tensor:
         return self._matrix.diagonal()
 
-    def columns(self, index: Tensor) -> Tensor:
-        return self._matrix[:, index]
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        return self._matrix[rows][:, columns]
 
     def dense(self) -> Tensor:
         return self._matrix

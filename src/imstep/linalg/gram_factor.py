@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ from imstep.linalg.gram import GramMatrix
 
 _FIRST = 48
 _GROWTH = 0.5
+_LEAST = 16
+_MARGIN = 1.15
 _FLOOR = 1e-14  # of the trace: what cancellation leaves of a column in float64
 
 
@@ -50,17 +54,18 @@ class Probe:
 
 
 def grow(
-    matrix: GramMatrix, tolerance: float, probe: Callable[[Tensor, int], Probe]
+    matrix: GramMatrix, tolerance: float, probe: Callable[[Tensor, Tensor, int], Probe]
 ) -> tuple[Tensor, Tensor, float]:
     """K Ω (Ωᵀ K Ω)⁺ Ωᵀ K for test vectors Ω that are taken in blocks until the trace of what they leave is small.
 
     A block is half as large as all before, and is freed of what those have found: without that, the square of a large
-    eigenvalue's rounding would hide the small ones.
+    eigenvalue's rounding would hide the small ones. It is smaller where the last block has shown that fewer vectors
+    will do.
 
     Args:
         matrix: K.
         tolerance: for the trace, >= 0; with 0 it goes on to the rank that rounding allows.
-        probe: makes a block from the diagonal of what is left (N,), and of up to so many vectors.
+        probe: makes a block of up to so many vectors, given the diagonal of what is left (N,) and F so far.
 
     Returns:
         F (N, k) with F Fᵀ the approximation, R (p, k) with F = K Ω R, and the trace of K - F Fᵀ.
@@ -69,9 +74,10 @@ def grow(
     left = matrix.diagonal().clamp(min=0)
     remainder = float(left.sum())
     least, size = _FLOOR * remainder, matrix.size
+    tolerance, count = max(tolerance, 4 * least), _FIRST
     factor, combination = left.new_zeros(size, 0), left.new_zeros(0, 0)
-    while remainder > max(tolerance, 4 * least) and factor.shape[1] < size:
-        new = probe(left, max(_FIRST, int(_GROWTH * len(combination))))
+    while remainder > tolerance and factor.shape[1] < size:
+        new = probe(left, factor, count)
         known = new.inner(factor)
         columns = torch.addmm(new.images, factor, known.mT, alpha=-1)
         root = _inverse_root(new.inner(columns), least)
@@ -83,8 +89,18 @@ def grow(
         added = columns @ root
         factor = torch.cat([factor, added], 1)
         left = (left - added.square().sum(1)).clamp_(min=0)
-        remainder = float(left.sum())
+        before, remainder = remainder, float(left.sum())
+        enough = _needed(before, remainder, len(root), tolerance)
+        count = max(_FIRST, int(_GROWTH * len(combination)))
+        count = max(_LEAST, min(count, enough))
     return factor, combination, remainder
+
+
+def _needed(before: float, after: float, count: int, tolerance: float) -> int:
+    """Vectors to the tolerance if each leaves the same fraction of the trace as ``count`` did on average."""
+    if not tolerance < after < before:
+        return 0 if after <= tolerance else sys.maxsize
+    return math.ceil(_MARGIN * count * math.log(after / tolerance) / math.log(before / after))
 
 
 def _inverse_root(block: Tensor, least: float) -> Tensor:
@@ -93,5 +109,5 @@ def _inverse_root(block: Tensor, least: float) -> Tensor:
     What is left out may be met again, once the larger part of it is gone.
     """
     values, vectors = torch.linalg.eigh((block + block.mT) / 2)
-    kept = values > max(1e-12 * float(values[-1]), least)
+    kept = values > max([least, *(1e-12 * values[-1:])])
     return vectors[:, kept] * values[kept].rsqrt()

@@ -41,7 +41,7 @@ def gram_nystrom(matrix: GramMatrix, tolerance: float, *, generator: torch.Gener
     """
     drawn = [torch.zeros(matrix.size, 0, dtype=matrix.dtype, device=matrix.device)]
 
-    def probe(left: Tensor, count: int) -> Probe:
+    def probe(left: Tensor, factor: Tensor, count: int) -> Probe:
         shape = (matrix.size, min(count, matrix.size))
         new = torch.randn(shape, generator=generator, device=generator.device, dtype=matrix.dtype).to(matrix.device)
         new = torch.linalg.qr(new)[0]  # the same span: what rounding spoils is then told by the size of an eigenvalue

@@ -64,7 +64,7 @@ def _spread(weights: Tensor, count: int) -> Tensor:
 
 
 def _greedy(block: Tensor, count: int) -> Tensor:
-    """The first pivots, up to ``count``, of a Cholesky factorisation that takes the largest diagonal entry each time."""
+    """The first pivots, up to ``count``, of a Cholesky factorisation that takes the largest entry of the diagonal."""
     left = block.diagonal().clone()
     factor = block.new_zeros(len(block), min(count, len(block)))
     floor, pivots = _SPOILT * float(left.max()), []

@@ -1,64 +1,57 @@
 """What helps on mini-batches: NewtonKrylov.for_batches with parts of it exchanged, beside NewtonKrylov and Adam.
 
-python benchmarks/minibatch.py            # three seeds, about ten minutes; writes the record, prints the table
-python benchmarks/minibatch.py --table    # the table again, from the record
+python benchmarks/minibatch.py           # what the record lacks, about twenty minutes for all; writes docs/optimizer.md
+python benchmarks/minibatch.py --table   # the page again, from the record
+
+One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says how to get it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from imstep import NewtonKrylov
-from imstep.bench.environment import environment
-from imstep.bench.files import write_atomically
-from imstep.globalization import LevenbergMarquardt, TaylorMonitor
-from imstep.optim import BestRateForcing, ConjugateGradient, FixedProducts
+from imstep.optim import GrowingBatches
 from imstep.tasks import Batch, Problem, get_task
-from record_page import table as in_markdown
+from minibatch_sides import SIDES, Side
+from record_page import Row, complete, load, show, table
 
-RECORD = Path(__file__).resolve().parent / "records" / "minibatch.json"
-BUDGET = 20.0
-CASES = (("digits-mlp", 32), ("digits-mlp", 128), ("digits-autoencoder", 128))
+NAME = "minibatch"
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Side:
-    """A configuration: what it is called, what makes the optimizer, which share of a batch the curvature sees."""
+class Case:
+    """A task, examples of a batch, gradient-equivalents of the training set, examples of that (None for all)."""
 
-    name: str
-    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-    part: float = 1.0
+    task: str
+    size: int
+    budget: float
+    examples: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {self.size}; {self.budget:g}"
 
 
-def _changed(name: str, **options: Any) -> Side:
-    return Side(name, lambda parameters: NewtonKrylov.for_batches(parameters, **options))
-
-
-SIDES = (
-    _changed("for_batches"),
-    _changed("no blend", solver=ConjugateGradient()),
-    _changed("no floor under λ", damping=LevenbergMarquardt(initial=0.1)),
-    _changed("1 product", forcing=FixedProducts(1)),
-    _changed("4 products", forcing=FixedProducts(4)),
-    _changed("products by best rate", forcing=BestRateForcing()),
-    _changed("Taylor monitor", step=TaylorMonitor()),
-    _changed("momentum", momentum=True),
-    _changed("warm start, no blend", solver=ConjugateGradient(warm_start=0.5)),
-    Side("curvature of half the batch", NewtonKrylov.for_batches, part=0.5),
-    Side("curvature of a quarter", NewtonKrylov.for_batches, part=0.25),
-    Side("NewtonKrylov, defaults", NewtonKrylov),
-    Side("Adam, 3e-3", lambda parameters: torch.optim.Adam(parameters, lr=3e-3)),
+CASES = (
+    Case("digits-mlp", 32, 20),
+    Case("digits-mlp", 128, 20),
+    Case("digits-autoencoder", 128, 20),
+    Case("digits-autoencoder", 128, 100),
+    Case("fashion-autoencoder", 512, 20, examples=10_000),
 )
+LAST = ("`for_batches`", "batches grow, θ = 1/2")
+"""The sides whose last iterate is shown beside the average."""
 
 
 def step(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch, part: float) -> float:
@@ -78,59 +71,73 @@ def step(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch, part:
     return whole + part * (cost.gradient_equivalents - whole)
 
 
-def train(task: str, size: int, side: Side, seed: int) -> dict[str, list[float]]:
+def fixed(problem: Problem, size: int, seed: int) -> Iterator[Batch]:
+    """Batches of one size, without end."""
+    for epoch in itertools.count():
+        yield from problem.batches(epoch, size, seed)
+
+
+def growing(problem: Problem, sampler: GrowingBatches) -> Iterator[Batch]:
+    """Batches of the size of the moment, without end."""
+    while True:
+        for index in sampler:
+            yield problem.train.take(torch.tensor(index))
+
+
+def train(case: Case, side: Side, seed: int) -> Row:
     """(training, held-out) loss of the last iterate and of the average, after the budget; float32."""
-    problem = get_task(task).build(seed)
+    problem = get_task(case.task).build(seed, examples=case.examples)
     optimizer = side.make(problem.parameters)
     average = AveragedModel(problem.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    cost, epoch = 0.0, 0
-    while cost < BUDGET:
-        for batch in problem.batches(epoch, size, seed):
-            cost += step(problem, optimizer, batch, side.part) * len(batch) / len(problem.train)
-            average.update_parameters(problem.model)
-            if cost >= BUDGET:
-                break
-        epoch += 1
+    sampler = None if side.test is None else GrowingBatches(len(problem.train), case.size, test=side.test, seed=seed)
+    cost, steps = 0.0, 0
+    for batch in fixed(problem, case.size, seed) if sampler is None else growing(problem, sampler):
+        cost += step(problem, optimizer, batch, side.part) * len(batch) / len(problem.train)
+        steps += 1
+        average.update_parameters(problem.model)
+        if sampler is not None:
+            sampler.observe(optimizer.last_step, len(batch))
+        if cost >= case.budget:
+            break
     look = lambda: [problem.evaluate(problem.train).loss, problem.evaluate(problem.heldout).loss]
     last = look()
     problem.model.load_state_dict(average.module.state_dict())
-    return {"last": last, "average": look()}
+    about = {"case": case.name, "side": side.name, "seed": seed, "steps": steps, "last_batch": len(batch)}
+    return {**about, "last": last, "average": look()}
 
 
-def measure() -> Iterator[dict[str, Any]]:
-    """One row a run."""
-    for task, size in CASES:
-        for side in SIDES:
-            for seed in SEEDS:
-                row = {"task": task, "batch": size, "side": side.name, "seed": seed, **train(task, size, side, seed)}
-                print(row, flush=True)
-                yield row
+def runs() -> dict[str, Callable[[], Row]]:
+    """All runs, by name."""
+    return {
+        f"{case.name}; {side.name}; {seed}": partial(train, case, side, seed)
+        for case, side, seed in itertools.product(CASES, SIDES, SEEDS)
+    }
 
 
-def table(rows: Sequence[dict[str, Any]], which: str = "average") -> str:
-    """Medians over the seeds, training / held-out loss of the average or the last iterate, in Markdown."""
-    heads = [f"{task}, {size}" for task, size in CASES]
+def text_of(record: dict[str, Any]) -> str:
+    """Medians over the seeds, training / held-out loss, in Markdown."""
+    rows = list(record["runs"].values())
+
+    def cells(side: Side, which: str) -> Iterator[str]:
+        for case in CASES:
+            made = [r[which] for r in rows if (r["case"], r["side"]) == (case.name, side.name)]
+            losses = zip(*made, strict=True)
+            yield " / ".join(f"{statistics.median(values):.2e}".replace("e-0", "e-") for values in losses)
+
     body = []
     for side in SIDES:
-        cells = [side.name]
-        for task, size in CASES:
-            runs = [r for r in rows if (r["task"], r["batch"], r["side"]) == (task, size, side.name)]
-            losses = zip(*(r[which] for r in runs), strict=True)
-            cells.append(" / ".join(f"{statistics.median(values):.1e}" for values in losses))
-        body.append(cells)
-    return in_markdown(["", *heads], body)
+        body.append([side.name, *cells(side, "average")])
+        if side.name in LAST:
+            body.append([f"{side.name}, last iterate instead of the average", *cells(side, "last")])
+    return table(["", *(case.name for case in CASES)], body)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and write the record, or show it."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only show the record")
-    if not parser.parse_args(arguments).table:
-        torch.set_num_threads(1)
-        record = {"environment": environment(), "budget": BUDGET, "rows": list(measure())}
-        write_atomically(RECORD, json.dumps(record, indent=1).encode())
-    rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
-    print("average of the iterates", table(rows), "last iterate", table(rows, "last"), sep="\n\n")
+    parser.add_argument("--table", action="store_true", help="write the page from the record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    show(NAME, "optimizer", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How far to go and how much to damp: rules on plain numbers."""
 
 from imstep.globalization.armijo import Armijo, FixedStep
+from imstep.globalization.batch_size import NormTest
 from imstep.globalization.contraction import ContractionDamping
 from imstep.globalization.damping import Damping, LevenbergMarquardt, NoDamping
 from imstep.globalization.estimate import ErrorEstimate, ExactEstimate, RunningEstimate
@@ -22,6 +23,7 @@ __all__ = [
     "LineDerivatives",
     "LineModel",
     "NoDamping",
+    "NormTest",
     "Reason",
     "RunningEstimate",
     "SearchState",

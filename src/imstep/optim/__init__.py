@@ -2,6 +2,7 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
+from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize import MinimizeResult, Termination, minimize
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -30,6 +31,7 @@ __all__ = [
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GrowingBatches",
     "Hutchinson",
     "Kronecker",
     "LeastSquares",

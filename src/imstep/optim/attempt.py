@@ -15,6 +15,7 @@ from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.third import derivatives_along
+from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
@@ -98,6 +99,9 @@ class Attempt(StepAttempt):
             self._preconditioner.forget()
         contraction = self._contraction(gradient_norm) if same else 1.0
         memory = memory.meet(gradient_norm)
+        if self._strategies.measures(memory.steps):
+            variance = gradient_variance(self.point, self._parameters)
+            record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
         if gradient_norm <= self._strategies.tolerance:
             return self._escape(record, memory)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
@@ -118,7 +122,7 @@ class Attempt(StepAttempt):
 
     def _evaluate(self, observer: LayerObserver | None) -> Cost:
         """Loss and gradient of the batch, and the record that products are made from."""
-        keep_graph = self._strategies.solver.needs_graph
+        keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
         if self._part is None:
             self.point = self._frozen.linearise(observer, keep_graph=keep_graph)
             self.loss, self.gradient = self.point.loss.detach(), self.point.gradient

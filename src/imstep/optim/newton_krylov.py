@@ -47,6 +47,8 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
+            for none. Each is a backward pass.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first.
@@ -86,6 +88,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 12,
         max_refusals: int = 5,
+        variance_every: int = 0,
     ) -> None:
         self._strategies = Strategies(
             curvature=curvature or GaussNewtonFirst(),
@@ -96,6 +99,7 @@ class NewtonKrylov(StepwiseOptimizer):
             momentum=momentum,
             tolerance=tolerance,
             max_trials=max_trials,
+            variance_every=variance_every,
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
         super().__init__(params, memory, max_refusals)

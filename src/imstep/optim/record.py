@@ -47,6 +47,7 @@ class Cost:
         refreshes: backward passes that refresh a preconditioner.
         third_derivatives: evaluations on nested numbers.
         jacobian_passes: backward passes for the rows of a Jacobian.
+        variances: backward passes that measure the gradient's variance.
     """
 
     gradients: int = 0
@@ -57,6 +58,7 @@ class Cost:
     refreshes: int = 0
     third_derivatives: int = 0
     jacobian_passes: int = 0
+    variances: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         # vars, since asdict copies deeply: a step adds costs a dozen times
@@ -69,7 +71,7 @@ class Cost:
 
     @property
     def gradient_equivalents(self) -> float:
-        """The cost in gradients: 1, 4/3, 2, 4/3, 1/3, 2/3, 25/3 and 2/3 for the eight kinds.
+        """The cost in gradients: 1, 4/3, 2, 4/3, 1/3, 2/3, 25/3, 2/3 and 2/3 for the nine kinds.
 
         Counted in matrix products a layer, of which a gradient makes 3, a Hessian product 6, a Gauss-Newton product 4,
         a loss 1, a backward pass 2 and a third derivative 25; recording was measured at 1.2 gradients on a deep
@@ -82,7 +84,7 @@ class Cost:
             + HESSIAN_PRODUCT_COST * self.hessian_products
             + GAUSS_NEWTON_PRODUCT_COST * self.gauss_newton_products
             + LOSS_COST * self.losses
-            + BACKWARD_COST * (self.refreshes + self.jacobian_passes)
+            + BACKWARD_COST * (self.refreshes + self.jacobian_passes + self.variances)
             + THIRD_DERIVATIVE_COST * self.third_derivatives
         )
 
@@ -97,6 +99,8 @@ class StepRecord:
         status: why the Krylov iteration ended, which is not what became of the step; None if there was none.
         loss, new_loss: f before and after the step; equal unless it was accepted.
         gradient_norm: ‖g‖ before the step.
+        gradient_variance: the trace of the covariance of g as a mean over examples, estimated from two halves; of the
+            part that the curvature was taken from, if there was one. nan where it was not asked for.
         iterations: Krylov iterations, that is, directions the solution was built from.
         products: products with the curvature matrix.
         trials: trial points evaluated.
@@ -118,6 +122,7 @@ class StepRecord:
     loss: float
     new_loss: float
     gradient_norm: float
+    gradient_variance: float = math.nan
     iterations: int = 0
     products: int = 0
     trials: int = 0

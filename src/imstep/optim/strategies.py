@@ -22,6 +22,7 @@ class Strategies:
     momentum: bool
     tolerance: float
     max_trials: int
+    variance_every: int
 
     def __post_init__(self) -> None:
         kinds = {
@@ -41,3 +42,9 @@ class Strategies:
             raise ValueError(f"tolerance is at least 0, got {self.tolerance}.")
         if self.max_trials < 1:
             raise ValueError(f"max_trials is at least 1, got {self.max_trials}.")
+        if self.variance_every < 0:
+            raise ValueError(f"variance_every is at least 1, or 0 for never, got {self.variance_every}.")
+
+    def measures(self, step: int) -> bool:
+        """Whether the gradient's variance is to be measured in the step of this number."""
+        return self.variance_every > 0 and step % self.variance_every == 0

@@ -23,8 +23,8 @@ except ImportError as error:  # pragma: no cover (the test environment has them)
 import imstep
 from imstep.bench.checkpoint import CheckpointError
 from imstep.bench.compare import DEFAULT_BUDGET as COMPARISON_BUDGET
-from imstep.bench.compare import DEFAULT_OPTIMIZERS
 from imstep.bench.config import RunConfig
+from imstep.bench.contestants import DEFAULT_OPTIMIZERS
 from imstep.bench.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
 from imstep.bench.rows import TrainingError
 from imstep.bench.rundir import RunDirectoryError
@@ -218,7 +218,9 @@ def compare(
         task, names, budget, seed, batch_size, threads, data, examples, device, tune=tune
     )
     with _explained():
-        run_comparison(request, out or _dated(f"compare-{task}"), Console(), overwrite=overwrite)
+        done = run_comparison(request, out or _dated(f"compare-{task}"), Console(), overwrite=overwrite)
+    if not done:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -232,7 +234,9 @@ def demo(
     """The main job: compare on the digits autoencoder, about a minute on two cores."""
     request = ComparisonRequest("digits-autoencoder", threads=threads)
     with _explained():
-        run_comparison(request, out, Console(), overwrite=True)
+        done = run_comparison(request, out, Console(), overwrite=True)
+    if not done:
+        raise typer.Exit(130)
 
 
 @app.command()

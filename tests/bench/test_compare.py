@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from imstep.bench.compare import Contestant, compare, contestants
+from imstep.bench.compare import compare
+from imstep.bench.contestants import Contestant, contestants
 from imstep.bench.optimizers import OptimizerError, get_optimizer
 from imstep.bench.records import Comparison, Point, RecordError, Run, Sweep, SweepRow
 from imstep.bench.rows import TrainingError
@@ -70,6 +71,28 @@ def test_losses_repeat(comparison: Comparison) -> None:
     rival = Contestant(get_optimizer("lbfgs"), options={"max_iter": 4})
     again = compare("digits-autoencoder", [rival], **SETTING)
     assert [p.train for p in again.runs[0].points] == [p.train for p in comparison.runs[0].points]
+
+
+@pytest.mark.parametrize("settings", [0, 1, 2])
+def test_a_stopped_comparison_goes_on_to_the_same_numbers(comparison: Comparison, settings: int) -> None:
+    rivals = [
+        Contestant(get_optimizer("lbfgs"), options={"max_iter": 4}),
+        Contestant(get_optimizer("adam"), learning_rates=(1e-3, 1e-2)),
+    ]
+    kept: list[Comparison] = []
+    stopped = compare("digits-autoencoder", rivals, **SETTING, keep=kept.append, stop=lambda: len(kept) == settings)
+    assert (len(stopped.runs), len(stopped.tried)) == [(0, 0), (1, 0), (1, 1)][settings]
+    assert stopped.waiting == (("L-BFGS",) if settings == 0 else ()) + ("Adam",)
+    assert stopped.verdict.headline.startswith("Unfinished") or settings == 0
+    assert not settings or kept[-1] == stopped
+    earlier = Comparison.from_dict(json.loads(json.dumps(stopped.to_dict(), allow_nan=False)))
+    whole = compare("digits-autoencoder", rivals, **SETTING, earlier=earlier, keep=kept.append)
+    assert len(kept) == 3
+    losses = lambda runs: [[point.train for point in run.points] for run in runs]
+    assert losses(whole.runs) == losses(comparison.runs[:2])
+    assert [row.loss for row in whole.sweeps[0].rows] == [row.loss for row in comparison.sweeps[0].rows]
+    assert whole.seconds > stopped.seconds
+    assert (whole.waiting, whole.tried) == ((), ())
 
 
 def test_the_record_survives_json(comparison: Comparison) -> None:

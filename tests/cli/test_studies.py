@@ -1,11 +1,13 @@
 """`compare`, `demo` and `accuracy` write their files and never replace what is not theirs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from imstep.bench.interrupt import Interrupt
 from imstep.bench.studies import ComparisonRequest
 from imstep.cli import app
 
@@ -27,6 +29,43 @@ def test_compare_writes_a_report(tmp_path: Path) -> None:
     assert again.exit_code == 2
     assert "--overwrite" in again.output
     assert imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out), "--overwrite").exit_code == 0
+
+
+def test_an_interrupted_comparison_is_reported_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "my comparison"
+
+    class AfterTheFirst(Interrupt):
+        requested = property(lambda self: (out / "comparison.json").exists(), lambda self, value: None)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("imstep.bench.studies.Interrupt", AfterTheFirst)
+        result = imstep_command("compare", "digits-mlp", *QUICK, "--batch-size", "15", "--out", str(out))
+    assert result.exit_code == 130, result.output
+    assert "Unfinished, without Adam" in " ".join(result.output.split())
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "report.html", "summary.png"}
+    command = next(line for line in result.output.splitlines() if line.startswith("  imstep compare"))
+    before = json.loads((out / "comparison.json").read_text())
+    other = imstep_command("compare", "digits-mlp", *QUICK, "--seed", "1", "--out", str(out))
+    assert other.exit_code == 2
+    assert "holds an earlier result" in " ".join(other.output.split())
+    result = imstep_command(*shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    after = json.loads((out / "comparison.json").read_text())
+    assert after["runs"][:1] == before["runs"]
+    assert ([run["label"] for run in after["runs"]], after["waiting"]) == (["L-BFGS, batch 15", "Adam, batch 15"], [])
+
+
+def test_a_comparison_interrupted_at_once_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce(Interrupt):
+        requested = property(lambda self: True, lambda self, value: None)
+
+    monkeypatch.setattr("imstep.bench.studies.Interrupt", AtOnce)
+    result = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(tmp_path / "c"))
+    assert result.exit_code == 130
+    assert "nothing is kept" in result.output
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -58,7 +97,7 @@ def test_bad_comparisons_are_explained(tmp_path: Path, words: list[str], message
 def test_the_command_in_the_report_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = ComparisonRequest("digits-mlp", ("lbfgs", "adam"), 12, 3, 10, 1, None, 30, tune=False)
     seen: list[ComparisonRequest] = []
-    monkeypatch.setattr("imstep.cli.run_comparison", lambda found, *_, **__: seen.append(found))
+    monkeypatch.setattr("imstep.cli.run_comparison", lambda found, *_, **__: not seen.append(found))
     assert imstep_command(*request.command.split()[1:]).exit_code == 0
     assert seen[0].command == request.command
 

@@ -8,101 +8,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from imstep.bench.contestants import Contestant, contestants
 from imstep.bench.environment import environment
-from imstep.bench.optimizers import OptimizerSpec, get_optimizer
 from imstep.bench.records import Comparison, Point, Run, Sweep, SweepRow
 from imstep.bench.rows import Clock, Ending, EvaluationRow, Limits, Schedule, StepRow, TrainingError
 from imstep.bench.runner import Trainer
 from imstep.bench.verdict import judge
 from imstep.tasks import Problem, get_task
 
-__all__ = [
-    "DEFAULT_BUDGET",
-    "DEFAULT_OPTIMIZERS",
-    "Contestant",
-    "Listener",
-    "Silent",
-    "compare",
-    "contestants",
-]
+__all__ = ["DEFAULT_BUDGET", "Listener", "Silent", "compare"]
 
-DEFAULT_OPTIMIZERS = ("newton-krylov", "adam", "lbfgs")
 DEFAULT_BUDGET = 600.0
 """Gradient-equivalents a run; the demo with its sweeps then takes about a minute on two cores."""
 EVALUATIONS = 150
 PICTURES = 12
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """An optimizer in a comparison.
-
-    Args:
-        spec: the optimizer.
-        batch_size: examples a step; None for the full batch.
-        options: what differs from the optimizer's defaults.
-        learning_rates: rates to choose from by a sweep; empty to take the options as they are.
-
-    Raises:
-        TrainingError: learning rates for an optimizer that has none.
-    """
-
-    spec: OptimizerSpec
-    batch_size: int | None = None
-    options: Mapping[str, float] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.learning_rates and "lr" not in self.spec.defaults:
-            raise TrainingError(f"{self.spec.name} has no learning rate to sweep: leave learning_rates out.")
-
-    @property
-    def title(self) -> str:
-        """For tables: the optimizer, and the batch size if it is not the full batch."""
-        return self.spec.title if self.batch_size is None else f"{self.spec.title}, batch {self.batch_size}"
-
-    def candidates(self) -> list[dict[str, float]]:
-        """The settings to try, at least one."""
-        return [{**self.options, "lr": rate} for rate in self.learning_rates] or [dict(self.options)]
-
-    def label(self, options: Mapping[str, Any]) -> str:
-        """The title with the learning rate, where that was chosen by a sweep."""
-        return f"{self.title}, lr {options['lr']:g}" if self.learning_rates else self.title
-
-
-def contestants(
-    names: Sequence[str] = DEFAULT_OPTIMIZERS, *, batch_size: int | None = None, minibatch: int | None = 150
-) -> list[Contestant]:
-    """Contestants by name, the subject first; rates to sweep are each optimizer's own.
-
-    Args:
-        names: registered optimizers.
-        batch_size: examples a step for all; None for the full batch.
-        minibatch: with the full batch for all, optimizers with rates to sweep run a second time with so many
-            examples a step: their usual use, and better per gradient-equivalent. None leaves that out.
-
-    Raises:
-        OptimizerError: an unknown name.
-        TrainingError: no name, or one given twice.
-    """
-    if not names:
-        raise TrainingError("a comparison needs at least one optimizer.")
-    if len(set(names)) != len(names):
-        raise TrainingError(f"an optimizer is named twice in {', '.join(names)}: name each once.")
-    found = []
-    for name in names:
-        spec = get_optimizer(name)
-        found.append(Contestant(spec, batch_size, learning_rates=tuple(spec.learning_rates)))
-        if batch_size is None and minibatch is not None and spec.learning_rates:
-            found.append(Contestant(spec, minibatch, learning_rates=tuple(spec.learning_rates)))
-    return found
 
 
 class Listener(Protocol):
@@ -154,6 +81,9 @@ def compare(
     device: str = "cpu",
     command: str = "",
     listener: Listener | None = None,
+    earlier: Comparison | None = None,
+    keep: Callable[[Comparison], None] = lambda comparison: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Comparison:
     """Run every contestant from the same initial weights within the same budget.
 
@@ -168,6 +98,12 @@ def compare(
         device: where to train.
         command: what the report shows as the way to repeat this.
         listener: is told about progress.
+        earlier: an unfinished comparison by the same arguments, to go on with.
+        keep: called with the comparison so far whenever a setting is done.
+        stop: asked after every step whether to end early, without the setting that is being tried.
+
+    Returns:
+        The comparison; unfinished, with contestants `waiting`, if it was stopped.
 
     Raises:
         TaskError, OptimizerError, TrainingError: a setting that cannot be; the message says why.
@@ -186,13 +122,7 @@ def compare(
     )
     problem, start = setting.build(), time.perf_counter()
     told.begin([c.title for c in rivals], [setting.budget * len(c.candidates()) for c in rivals])
-    runs, sweeps = [], []
-    for index, contestant in enumerate(rivals):
-        run, sweep = _best_of(index, contestant, setting, told)
-        runs.append(run)
-        sweeps += [sweep] if sweep else []
-        told.end(index, run)
-    return Comparison(
+    found = earlier or Comparison(
         task=recipe.name,
         title=recipe.title,
         description=recipe.description,
@@ -200,33 +130,52 @@ def compare(
         seed=seed,
         budget=setting.budget,
         batch_size=rivals[0].batch_size,
-        runs=tuple(runs),
-        sweeps=tuple(sweeps),
+        runs=(),
+        sweeps=(),
         environment=environment(),
         command=command,
-        seconds=time.perf_counter() - start,
-        verdict=judge(runs, setting.budget),
+        seconds=0.0,
+        verdict=judge((), setting.budget),
         originals=_pictures(problem, problem.heldout.targets[:PICTURES]),
+        waiting=tuple(c.title for c in rivals),
     )
+    before = found.seconds
+    for index, run in enumerate(found.runs):
+        told.end(index, run)
+    for index, contestant in list(enumerate(rivals))[len(found.runs) :]:
+        candidates = contestant.candidates()
+        for options in candidates[len(found.tried) :]:
+            told.candidate(index, contestant.label(options))
+            tried = _run(contestant, options, setting, partial(told.advance, index), stop)
+            if tried is None:
+                return found
+            seconds = before + time.perf_counter() - start
+            found = replace(found, tried=(*found.tried, tried), seconds=seconds)
+            if len(found.tried) == len(candidates):
+                found = _chosen(found, contestant)
+                told.end(index, found.runs[-1])
+            keep(found)
+    return found
 
 
-def _best_of(
-    index: int, contestant: Contestant, setting: _Setting, told: Listener
-) -> tuple[Run, Sweep | None]:
-    """The contestant's best candidate by lowest training loss, and the table of all if there were several."""
-    best: Run | None = None
-    rows = []
-    for options in contestant.candidates():
-        told.candidate(index, contestant.label(options))
-        run = _run(contestant, options, setting, lambda c, f, s: told.advance(index, c, f, s))
-        rows.append(SweepRow(dict(options), run.best.train, run.final.seconds, run.note))
-        # A run without a finite loss has its start as its best point, so it cannot displace one that learned.
-        if best is None or run.best.train < best.best.train:
-            best = run
-    if best is None:
-        raise TrainingError(f"{contestant.title} has no setting to try.")
-    sweep = Sweep(contestant.title, setting.budget, tuple(rows)) if len(rows) > 1 else None
-    return best, sweep
+def _chosen(found: Comparison, contestant: Contestant) -> Comparison:
+    """With the contestant's best run by lowest training loss, and the table of all if there were several."""
+    # A run without a finite loss has its start as its best point, so it cannot displace one that learned.
+    best = min(found.tried, key=lambda run: run.best.train)
+    rows = tuple(
+        SweepRow(dict(options), run.best.train, run.final.seconds, run.note)
+        for options, run in zip(contestant.candidates(), found.tried, strict=True)
+    )
+    sweeps = (Sweep(contestant.title, found.budget, rows),) if len(rows) > 1 else ()
+    runs, waiting = (*found.runs, best), found.waiting[1:]
+    return replace(
+        found,
+        runs=runs,
+        sweeps=(*found.sweeps, *sweeps),
+        verdict=judge(runs, found.budget, waiting),
+        tried=(),
+        waiting=waiting,
+    )
 
 
 def _run(
@@ -234,8 +183,9 @@ def _run(
     options: dict[str, float],
     setting: _Setting,
     advance: Callable[[float, float, float], None],
-) -> Run:
-    """Train a fresh copy of the problem until the budget is spent."""
+    stop: Callable[[], bool],
+) -> Run | None:
+    """Train a fresh copy of the problem until the budget is spent; None if stopped before."""
     problem = setting.build()
     trainer = Trainer(
         problem,
@@ -244,8 +194,10 @@ def _run(
         seed=setting.seed,
         schedule=Schedule(setting.budget / EVALUATIONS, Clock.COST),
     )
-    points, steps = _follow(trainer, setting.budget, advance)
+    points, steps = _follow(trainer, setting.budget, advance, stop)
     ending = trainer.ending
+    if ending is None:
+        return None
     return Run(
         optimizer=contestant.spec.name,
         label=contestant.label(options),
@@ -253,19 +205,21 @@ def _run(
         points=tuple(points),
         products=sum(int(step.record.get("products", 0)) for step in steps if step.record),
         statuses=dict(Counter(status for status in map(_status, steps) if status)),
-        note="" if ending in (None, Ending.BUDGET) else ending.message,
+        note="" if ending is Ending.BUDGET else ending.message,
         anatomy=tuple({**step.record, "cost": step.cost} for step in steps if step.record),
         pictures=_reconstructions(problem),
     )
 
 
 def _follow(
-    trainer: Trainer, budget: float, advance: Callable[[float, float, float], None]
+    trainer: Trainer, budget: float, advance: Callable[[float, float, float], None], stop: Callable[[], bool]
 ) -> tuple[list[Point], list[StepRow]]:
     """Evaluations and steps within the budget: what a last step reached by overshooting does not count."""
     points: list[Point] = []
     steps: list[StepRow] = []
     for row in trainer.run(Limits(budget=budget)):
+        if stop():
+            break
         if row.cost > budget * (1 + 1e-9):
             continue
         if isinstance(row, EvaluationRow):

@@ -58,6 +58,10 @@ class ComparisonProgress:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
+    def announce(self, note: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(note, highlight=False)
+
     def begin(self, titles: Sequence[str], budgets: Sequence[float]) -> None:
         self._titles, self._budgets, self._done = list(titles), list(budgets), [0.0] * len(titles)
         width = max(map(len, titles))

@@ -130,7 +130,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs on one task from one initial point within one budget; the first run is the subject."""
+    """Runs on one task from one initial point within one budget; the first run is the subject.
+
+    Args:
+        tried: of an unfinished comparison: the runs of the contestant after those in `runs`, in the order of its
+            settings.
+        waiting: titles of the contestants without a run; empty once the comparison is finished.
+    """
 
     task: str
     title: str
@@ -146,6 +152,8 @@ class Comparison:
     seconds: float
     verdict: Verdict
     originals: tuple[Any, ...] = ()
+    tried: tuple[Run, ...] = ()
+    waiting: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: a number that is not finite becomes null."""
@@ -184,14 +192,17 @@ def _number(value: float | None) -> float:
 
 def _read(record: dict[str, Any]) -> Comparison:
     entries = {key: value for key, value in record.items() if key != "format"}
-    runs = tuple(_read_run(run) for run in entries.pop("runs"))
+    runs, tried = (tuple(_read_run(run) for run in entries.pop(name, ())) for name in ("runs", "tried"))
+    waiting = tuple(entries.pop("waiting", ()))
     sweeps = tuple(
         Sweep(**{**sweep, "rows": tuple(_read_row(row) for row in sweep["rows"])})
         for sweep in entries.pop("sweeps")
     )
     verdict = Verdict(**{**entries.pop("verdict"), "details": tuple(record["verdict"]["details"])})
     originals = tuple(entries.pop("originals"))
-    return Comparison(**entries, runs=runs, sweeps=sweeps, verdict=verdict, originals=originals)
+    return Comparison(
+        **entries, runs=runs, sweeps=sweeps, verdict=verdict, originals=originals, tried=tried, waiting=waiting
+    )
 
 
 def _read_row(row: dict[str, Any]) -> SweepRow:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from imstep.bench.accuracy import measure_accuracy
-from imstep.bench.compare import DEFAULT_BUDGET, DEFAULT_OPTIMIZERS, compare, contestants
+from imstep.bench.compare import DEFAULT_BUDGET, compare
+from imstep.bench.contestants import DEFAULT_OPTIMIZERS, contestants
+from imstep.bench.files import write_json
+from imstep.bench.interrupt import Interrupt
 from imstep.bench.live import ComparisonProgress, endings, result_table
+from imstep.bench.records import Comparison
 from imstep.bench.rundir import RunDirectoryError
 
 __all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
+
+RECORD = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -54,20 +63,27 @@ class ComparisonRequest:
 
 def run_comparison(
     request: ComparisonRequest, out: Path, console: Console, *, overwrite: bool = False
-) -> None:
+) -> bool:
     """Compare, then write report.html, summary.png and comparison.json into `out`.
+
+    The record is written whenever a setting is done; one that is unfinished and by the same request is gone on with.
+
+    Returns:
+        Whether the comparison reached its end; False if it was interrupted (and saved as far as it was complete).
 
     Raises:
         TaskError, OptimizerError, TrainingError: a setting that cannot be.
         RunDirectoryError: `out` holds something that may not be replaced.
     """
-    from imstep.bench.report import save_report  # matplotlib is slow to import: not before it is needed
-
-    _claim(out, "comparison.json", overwrite)
+    earlier = None if overwrite else _unfinished(out / RECORD, request.command)
+    if earlier is None:
+        _claim(out, RECORD, overwrite)
     rivals = contestants(request.optimizers, batch_size=request.batch_size)
     if not request.tune:
         rivals = [replace(rival, learning_rates=()) for rival in rivals]
-    with ComparisonProgress(console) as progress:
+    with ComparisonProgress(console) as progress, Interrupt(
+        lambda: progress.announce("finishing this step, then the report (Ctrl-C again: stop at once)")
+    ) as interrupt:
         comparison = compare(
             request.task,
             rivals,
@@ -79,7 +95,40 @@ def run_comparison(
             device=request.device,
             command=request.command,
             listener=progress,
+            earlier=earlier,
+            keep=partial(_keep, out),
+            stop=lambda: interrupt.requested,
         )
+    if comparison.runs:
+        _present(comparison, out, console)
+    if comparison.waiting:
+        kept = bool(comparison.runs or comparison.tried)
+        note = "The settings that were done are kept. Go on with:" if kept else "No setting was done; nothing is kept."
+        console.print(f"Interrupted. {note}", highlight=False)
+        if kept:
+            words = f"  {request.command} --out {shlex.quote(str(out))}"
+            console.print(words, highlight=False, markup=False, soft_wrap=True)
+    return not comparison.waiting
+
+
+def _keep(out: Path, comparison: Comparison) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD, comparison.to_dict())
+
+
+def _unfinished(record: Path, command: str) -> Comparison | None:
+    """The comparison of a record, if it is unfinished and by that command."""
+    try:
+        comparison = Comparison.from_dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+    return comparison if comparison.waiting and comparison.command == command else None
+
+
+def _present(comparison: Comparison, out: Path, console: Console) -> None:
+    """Write the report and print its gist."""
+    from imstep.bench.report import save_report  # matplotlib is slow to import: not before it is needed
+
     files = save_report(comparison, out)
     console.print()
     console.print(result_table(comparison))

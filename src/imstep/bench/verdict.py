@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from imstep.bench.records import Run, Verdict
 
 __all__ = ["judge", "short"]
 
 
-def judge(runs: Sequence[Run], budget: float) -> Verdict:
+def judge(runs: Sequence[Run], budget: float, waiting: Sequence[str] = ()) -> Verdict:
     """Rank the runs by the lowest training loss within the budget; the first run is the subject.
 
     Only points within the budget are recorded, so a last step that overshoots does not count for anyone.
+
+    Args:
+        waiting: titles of those that have not run to their end.
     """
+    if waiting:
+        verdict = judge(runs, budget)
+        headline = f"Unfinished, without {', '.join(waiting)}: {verdict.headline}"
+        return replace(verdict, headline=headline)
+    if not runs:
+        return Verdict("No optimizer has run to its end.", (), False, 1.0)
     subject, rivals = runs[0], runs[1:]
     if not rivals:
         return Verdict(f"{subject.label} ran alone; there is nothing to compare.", (), False, 1.0)

@@ -101,6 +101,9 @@ class Side:
 SETTINGS = (
     Setting("digits-autoencoder", None, 150.0),
     Setting("digits-autoencoder", 150, 25.0),
+    Setting("digits-mlp", None, 100.0),
+    Setting("digits-mlp", 150, 25.0),
+    Setting("digits-cnn", 150, 20.0),
 )
 
 

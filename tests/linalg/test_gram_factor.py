@@ -145,6 +145,17 @@ def test_any_shape(count: int, size: int, seed: int, tolerance: float, factorise
     assert missing(rows, found).abs().max() <= max(tolerance, 1e-9)
 
 
+@pytest.mark.parametrize("most", [0, 47, 48, 60, 150])
+def test_takes_no_more_columns_than_allowed(most: int) -> None:
+    rows = decaying()
+    found = partial_cholesky(DenseGram(rows @ rows.T), 1e-8, most=most)
+    assert found.pivots is not None
+    assert len(found.pivots) <= most
+    assert (found.rank > 0) is (most >= 48)  # the first block
+    assert (found.remainder <= 1e-8) is (most == 150)
+    assert found.remainder == pytest.approx(float(missing(rows, found).trace()), rel=1e-6, abs=1e-10)
+
+
 @pytest.mark.parametrize("tolerance", [10.0, 1e-2])
 def test_random_columns_are_the_definition(tolerance: float) -> None:
     """K Ω (Ωᵀ K Ω)⁻¹ Ωᵀ K with the same Ω in one piece; the orthonormal basis spans Jᵀ Ω."""
@@ -185,8 +196,8 @@ def step_of(rows: Tensor, reduced: DampedLeastSquares, coordinates: Tensor) -> T
     return (rows if reduced.pivots is None else rows[reduced.pivots]).T @ reduced.weights(coordinates)
 
 
-STRATEGIES = [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()]
-all_of_them = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
+STRATEGIES = [PivotedCholesky(most=1), RandomizedNystrom(), PivotedCholesky(), DenseFactorisation()]
+all_of_them = pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 
 
 @all_of_them
@@ -213,7 +224,7 @@ def test_is_exact_without_a_tolerance(strategy: GramFactorisation) -> None:
         torch.testing.assert_close(step_of(rows, reduced, u), expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[:2], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("strategy", STRATEGIES[:2], ids=str)
 def test_is_optimal_within_its_span_however_large_the_tolerance(strategy: GramFactorisation) -> None:
     rows, residuals = decaying(), torch.randn(150, generator=seeded(1), dtype=F64)
     reduced, damping = strategy.factorise(DenseGram(rows @ rows.T), 1e3, draw=0), 0.1
@@ -248,3 +259,24 @@ def test_draws_differ_and_repeat() -> None:
     assert torch.equal(draw(0, 1), draw(0, 1))
     for other in ((0, 2), (1, 1), (1, 0)):
         assert not torch.equal(draw(0, 1), draw(*other))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tolerance", "few"),
+    [
+        (decaying(), 1e-2, True),
+        (rows_with(torch.ones(150, dtype=F64), 150, 300), 1e-2, False),  # eigenvalues do not fall
+        (decaying(), 1e-12, False),  # rounding hides what is left
+        (torch.zeros(150, 1, dtype=F64), 0.0, True),
+    ],
+)
+def test_takes_few_columns_or_all(rows: Tensor, tolerance: float, few: bool) -> None:
+    reduced = PivotedCholesky().factorise(DenseGram(rows @ rows.T), tolerance, draw=0)
+    assert (reduced.pivots is not None) is few
+    assert reduced.rank <= 50 if few else reduced.rank == 150
+
+
+@pytest.mark.parametrize("most", [-0.1, 1.5, float("nan")])
+def test_refuses_a_fraction_out_of_range(most: float) -> None:
+    with pytest.raises(ValueError, match="fraction"):
+        PivotedCholesky(most=most)

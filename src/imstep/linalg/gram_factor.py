@@ -54,7 +54,10 @@ class Probe:
 
 
 def grow(
-    matrix: GramMatrix, tolerance: float, probe: Callable[[Tensor, Tensor, int], Probe]
+    matrix: GramMatrix,
+    tolerance: float,
+    probe: Callable[[Tensor, Tensor, int], Probe],
+    most: int = sys.maxsize,
 ) -> tuple[Tensor, Tensor, float]:
     """K Ω (Ωᵀ K Ω)⁺ Ωᵀ K for test vectors Ω that are taken in blocks until the trace of what they leave is small.
 
@@ -66,6 +69,7 @@ def grow(
         matrix: K.
         tolerance: for the trace, >= 0; with 0 it goes on to the rank that rounding allows.
         probe: makes a block of up to so many vectors, given the diagonal of what is left (N,) and F so far.
+        most: test vectors at most; it stops before a block that would be more.
 
     Returns:
         F (N, k) with F Fᵀ the approximation, R (p, k) with F = K Ω R, and the trace of K - F Fᵀ.
@@ -76,7 +80,7 @@ def grow(
     least, size = _FLOOR * remainder, matrix.size
     tolerance, count = max(tolerance, 4 * least), _FIRST
     factor, combination = left.new_zeros(size, 0), left.new_zeros(0, 0)
-    while remainder > tolerance and factor.shape[1] < size:
+    while remainder > tolerance and factor.shape[1] < size and len(combination) + min(count, size) <= most:
         new = probe(left, factor, count)
         known = new.inner(factor)
         columns = torch.addmm(new.images, factor, known.mT, alpha=-1)

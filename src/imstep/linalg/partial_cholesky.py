@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ _CANDIDATES = 3
 _SPOILT = 1e-12  # of the largest diagonal entry: what rounding leaves of the others
 
 
-def partial_cholesky(matrix: GramMatrix, tolerance: float) -> GramFactor:
+def partial_cholesky(matrix: GramMatrix, tolerance: float, *, most: int = sys.maxsize) -> GramFactor:
     """Take columns of K until the trace of what they leave is at most a tolerance.
 
         K ≈ K[:, S] K[S, S]⁺ K[S, :]
@@ -24,6 +26,7 @@ def partial_cholesky(matrix: GramMatrix, tolerance: float) -> GramFactor:
     Args:
         matrix: K.
         tolerance: >= 0; with 0 the factorisation goes on to the rank that rounding allows.
+        most: columns at most, >= 0, however much they leave.
 
     Raises:
         ValueError: the tolerance is negative or not finite.
@@ -52,7 +55,7 @@ def partial_cholesky(matrix: GramMatrix, tolerance: float) -> GramFactor:
         chosen.append(new)
         return Probe(matrix.columns(new), lambda block: block[new])
 
-    factor, combination, remainder = grow(matrix, tolerance, probe)
+    factor, combination, remainder = grow(matrix, tolerance, probe, most)
     return GramFactor(factor, combination, remainder, torch.cat(chosen)[: len(combination)])
 
 

@@ -69,9 +69,8 @@ class LeastSquares(StepwiseOptimizer):
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
-        factorisation: of JJᵀ; default :class:`~imstep.linalg.PivotedCholesky`, as
-            :class:`~imstep.linalg.RandomizedNystrom` only as far as λ asks for, while
-            :class:`~imstep.linalg.DenseFactorisation` is exact.
+        factorisation: of JJᵀ; default :class:`~imstep.linalg.PivotedCholesky`, few columns, or all of JJᵀ where few do
+            not do; :class:`~imstep.linalg.RandomizedNystrom`; :class:`~imstep.linalg.DenseFactorisation`.
         corrections: chord iterations per trial at most, >= 1; 1 for plain Levenberg-Marquardt steps.
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
@@ -91,7 +90,7 @@ class LeastSquares(StepwiseOptimizer):
 
     Cost: a step on N residuals takes a forward and two backward passes (three to five at first), p columns of JJᵀ,
         about N p² operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ
-        above λ. Other factorisations have their own.
+        above λ. Where that is more than a third of N, all of JJᵀ, and N³/3 operations for each λ.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration

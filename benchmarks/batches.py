@@ -24,7 +24,7 @@ from record_page import Row, complete, load, show, table
 from unguarded import Unguarded
 
 NAME = "batches"
-TASKS = ("digits-mlp",)
+TASKS = ("digits-mlp", "digits-autoencoder", "digits-cnn")
 BATCHES: tuple[int | None, ...] = (32, 128, 512, None)
 SEEDS = range(5)
 STEPS = 30

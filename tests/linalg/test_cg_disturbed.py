@@ -195,6 +195,8 @@ def test_other_sources_of_non_finite_numbers():
         conjugate_gradient(
             Failing(torch.tensor([1.0, 2.0]), fails_at=2), torch.ones(2), recompute_residual_every=1
         ),
+        # A step of 1e40 along the first direction is beyond float32.
+        conjugate_gradient(DiagonalOperator(torch.tensor([1e-40, 1.0])), torch.tensor([1e18, 0.0])),
     ):
         assert result.status is KrylovStatus.NON_FINITE
         assert result.solution.isfinite().all()

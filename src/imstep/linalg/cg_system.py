@@ -72,6 +72,11 @@ class DampedSystem:
         """The spacing of numbers near 1 in the dtype of the vectors."""
         return torch.finfo(self.rhs.dtype).eps
 
+    @property
+    def largest(self) -> float:
+        """The largest number in the dtype of the vectors; PyTorch raises where a factor is larger."""
+        return torch.finfo(self.rhs.dtype).max
+
     def start(self, x0: Tensor | None) -> tuple[CGState, KrylovStatus | None]:
         """The state at x0, or at zero, and a status if the solve is over already."""
         zero = self._at_zero()
@@ -104,7 +109,10 @@ class DampedSystem:
             return state, KrylovStatus.STALLED  # rounding has made the preconditioner indefinite
         direction = preconditioned
         if state.descent > 0:
-            direction = torch.add(preconditioned, state.direction, alpha=descent / state.descent)
+            ratio = descent / state.descent
+            if not ratio <= self.largest:
+                return state, KrylovStatus.NON_FINITE
+            direction = torch.add(preconditioned, state.direction, alpha=ratio)
         return replace(state, direction=direction, descent=descent), None
 
     def probe(self, direction: Tensor) -> Probe:
@@ -143,7 +151,10 @@ class DampedSystem:
 
     def advance(self, state: CGState, probe: Probe) -> tuple[CGState, KrylovStatus | None]:
         """The next state, and a status if the move ends the solve."""
-        moved = self._moved(state, probe, state.descent / probe.damped_curvature)
+        step_length = state.descent / probe.damped_curvature
+        if not step_length * max(self.damping, 1.0) <= self.largest:
+            return state, KrylovStatus.NON_FINITE
+        moved = self._moved(state, probe, step_length)
         if not (math.isfinite(moved.norm) and math.isfinite(moved.residual_norm)):
             return state, KrylovStatus.NON_FINITE
         if self.radius is not None and moved.norm >= self.radius:

@@ -32,7 +32,7 @@ def test_stays_at_the_target_and_above_the_floor() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "decrease", "promise", "accepted"),
-    [(0.2, 0.3, 1.0, True), (0.2, 0.2, 1.0, False), (0.6, 0.9, 1.0, False), (0.2, math.nan, 1.0, False),
+    [(0.2, 0.3, 1.0, True), (0.2, 0.2, 1.0, False), (0.96, 0.9, 1.0, False), (0.2, math.nan, 1.0, False),
      (0.0, 0.0, 0.0, False), (math.inf, 1.0, 1.0, False)],
 )  # fmt: skip
 def test_accepts(ratio: float, decrease: float, promise: float, accepted: bool) -> None:
@@ -41,7 +41,7 @@ def test_accepts(ratio: float, decrease: float, promise: float, accepted: bool) 
 
 @pytest.mark.parametrize(
     "options",
-    [{"initial": 0.0}, {"initial": math.inf}, {"floor": 1.0}, {"target": 0.0}, {"target": 0.6}, {"limit": 1.0},
+    [{"initial": 0.0}, {"initial": math.inf}, {"floor": 1.0}, {"target": 0.0}, {"target": 0.96}, {"limit": 1.0},
      {"acceptance": 0.0},
      {"shrink": 0.5}, {"grow": math.inf}],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class GradientRows(ABC):
     def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
         """Add the block (B Bᵀ)[rows, columns] to ``out``."""
 
+    @cached_property
     @abstractmethod
     def squared_norms(self) -> Tensor:
         """The diagonal of B Bᵀ, (N,)."""
@@ -55,6 +57,7 @@ class PlainRows(GradientRows):
     def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
         out.addmm_(self._rows[rows], self._rows[columns].mT)
 
+    @cached_property
     def squared_norms(self) -> Tensor:
         return self._rows.square().sum(1)
 
@@ -95,6 +98,7 @@ class OuterRows(GradientRows):
             for other_left, other_right in zip(self._left[:, columns], self._right[:, columns], strict=True):
                 out.addcmul_(left @ other_left.mT, right @ other_right.mT)
 
+    @cached_property
     def squared_norms(self) -> Tensor:
         left, right = self._left.transpose(0, 1), self._right.transpose(0, 1)
         return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))

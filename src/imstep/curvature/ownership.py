@@ -69,6 +69,14 @@ class KnownOwners:
                 owners[:] = [torch.where(a < 0, b, a) for a, b in zip(owners, before, strict=True)]
         self._groups = found
 
+    def state_dict(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """What is remembered: of each group its members and the owners of each use's rows."""
+        return self._groups
+
+    def load_state_dict(self, groups: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._groups = [(members, list(owners)) for members, owners in groups]
+
 
 def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
     """The rows of all uses with their owners; None where residuals are not independent of each other.

@@ -94,7 +94,7 @@ class Gram(GramMatrix):
 
     def diagonal(self) -> Tensor:
         none = torch.zeros(self.size, dtype=F64, device=self.device)
-        return sum((part.squared_norms() for part in self._parts), none)
+        return sum((part.squared_norms for part in self._parts), none)
 
     def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
         count = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
@@ -256,7 +256,7 @@ def _wrong(parts: Sequence[GradientRows | None], exact: Sequence[Tensor | None],
         missed, size = g.double().reshape(-1), 0.0
         if part is not None:
             missed = missed - part.rmatvec(factors.double())
-            size = float(part.squared_norms().sqrt().sum())
+            size = float(part.squared_norms.sqrt().sum())
         if float(missed.norm()) > _SLACK * torch.finfo(g.dtype).eps * size:
             wrong.append(at)
     return wrong

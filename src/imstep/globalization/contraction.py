@@ -38,8 +38,8 @@ class ContractionDamping:
     """
 
     initial: float = 1e-5
-    target: float = 0.3
-    limit: float = 0.5
+    target: float = 0.8
+    limit: float = 0.95
     acceptance: float = 0.25
     shrink: float = 2.0
     grow: float = 4.0

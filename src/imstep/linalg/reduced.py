@@ -41,8 +41,12 @@ class DampedLeastSquares(ABC):
         """The factors w(u) of the rows at S, (p,)."""
 
     @abstractmethod
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """Inner products dᵀd' of the steps of coordinates (k, a) and (k, b): (a, b)."""
+
     def norm(self, coordinates: Tensor) -> float:
         """‖d‖."""
+        return math.sqrt(max(float(self.inner(coordinates[:, None], coordinates[:, None])), 0.0))
 
 
 class ReducedLeastSquares(DampedLeastSquares):
@@ -77,8 +81,8 @@ class ReducedLeastSquares(DampedLeastSquares):
     def weights(self, coordinates: Tensor) -> Tensor:
         return self._combination @ coordinates
 
-    def norm(self, coordinates: Tensor) -> float:
-        return float(coordinates.norm())
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        return first.mT @ second
 
 
 class DenseLeastSquares(DampedLeastSquares):
@@ -108,8 +112,8 @@ class DenseLeastSquares(DampedLeastSquares):
     def weights(self, coordinates: Tensor) -> Tensor:
         return coordinates
 
-    def norm(self, coordinates: Tensor) -> float:
-        return math.sqrt(max(float(coordinates @ self.image(coordinates)), 0.0))
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        return first.mT @ self.image(second)
 
 
 class _ShiftedInverse:

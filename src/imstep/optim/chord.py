@@ -1,14 +1,18 @@
-"""Chord iterations: Gauss-Newton corrections that keep one factorised Jacobian."""
+"""Chord iterations: Gauss-Newton corrections that keep one factorised Jacobian, with Anderson's acceleration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from imstep.linalg import DampedLeastSquares
+
+_RANK = 1e-12
+"""Of the largest eigenvalue of a normal matrix of corrections: what rounding leaves of the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +50,13 @@ def chord_iterations(
 ) -> ChordStep:
     """Approach min ‖ρ(w + v + d)‖² + λ‖d‖² with the Jacobian at w.
 
-        u <- u - (FᵀF + λI)⁻¹ (Fᵀρ(w + v + d(u)) + λu)
+        c(u) = -(FᵀF + λI)⁻¹ (Fᵀρ(w + v + d(u)) + λu)
+        u <- Σ α_j (u_j + c(u_j)) over all u so far, Σ α_j = 1, where ‖Σ α_j c(u_j)‖ is least
 
-    Without a shift v the first iterate is the step of Levenberg and Marquardt; the second adds the geodesic
-    acceleration, to leading order; further ones take up what curvature of ρ there is along the path. They end when a
-    correction is not shorter than ``limit`` times the one before.
+    Without a shift v the first iterate is the step of Levenberg and Marquardt. The second correction is the geodesic
+    acceleration, to leading order; Anderson's combination of it and the first takes that as far as the two say, and
+    further ones take up what curvature of ρ there is along the path. They end when a correction is not shorter than
+    ``limit`` times the one before.
 
     Args:
         reduced: the linearisation at w.
@@ -62,11 +68,14 @@ def chord_iterations(
         max_iterations: >= 1.
 
     Source: chord iterations, Kelley, Iterative Methods for Linear and Nonlinear Equations (1995), chapter 5; geodesic
-        acceleration, Transtrum and Sethna (arXiv 1201.5885); that one leads to the other is our own remark.
+        acceleration, Transtrum and Sethna (arXiv 1201.5885), that one leads to the other is our own remark; Anderson
+        (J. ACM 12, 1965, p. 547), in the form of Walker and Ni (SIAM J. Numer. Anal. 49, 2011, p. 1715).
     """
     u, current = residuals.new_zeros(reduced.rank), shifted
     best, best_decrease, best_at = u, -math.inf, 0
     evaluations, promise, ratio, length = 0, 0.0, 0.0, math.inf
+    points: list[Tensor] = []
+    corrections: list[Tensor] = []
     for iteration in range(1, max_iterations + 1):
         correction = reduced.solve(current, u, damping)
         last, length = length, reduced.norm(correction)
@@ -76,7 +85,9 @@ def chord_iterations(
             ratio = length / last if last > 0 else 0.0
         if not length <= limit * last:
             break
-        u = u + correction
+        points.append(u)
+        corrections.append(correction)
+        u = _combined(reduced, points, corrections)
         current, evaluations = residuals_at(u), iteration
         decrease = _decrease(residuals, current)
         if not math.isfinite(decrease):
@@ -85,6 +96,17 @@ def chord_iterations(
         if decrease > best_decrease:
             best, best_decrease, best_at = u, decrease, iteration
     return ChordStep(best, reduced.image(best), best_decrease, promise, ratio, best_at, evaluations)
+
+
+def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections: Sequence[Tensor]) -> Tensor:
+    """Σ α_j (u_j + c_j) with Σ α_j = 1 and Σ α_j c_j as short as it can be."""
+    u, c = points[-1], corrections[-1]
+    if len(points) == 1:
+        return u + c
+    moves = torch.stack([other - u for other in points[:-1]], 1)
+    changes = torch.stack([other - c for other in corrections[:-1]], 1)
+    normal, slope = reduced.inner(changes, changes), reduced.inner(changes, c[:, None])
+    return u + c - ((moves + changes) @ (torch.linalg.pinv(normal, rtol=_RANK, hermitian=True) @ slope))[:, 0]
 
 
 def _decrease(before: Tensor, after: Tensor) -> float:

@@ -56,7 +56,7 @@ class LeastSquares(StepwiseOptimizer):
     """Levenberg-Marquardt steps in residual space, for losses that are sums of squares: physics-informed networks.
 
     One step reads the Jacobian J of the residuals ρ off autograd's graph, factorises JJᵀ by as few columns as λ allows,
-    and moves by chord iterations, which keep J and only evaluate ρ, towards
+    and moves by accelerated chord iterations, which keep J and only evaluate ρ, towards
 
         min over d of ‖ρ(w + d)‖² + λ‖d‖²
 
@@ -117,7 +117,7 @@ class LeastSquares(StepwiseOptimizer):
         *,
         damping: ContractionDamping | None = None,
         factorisation: GramFactorisation | None = None,
-        corrections: int = 8,
+        corrections: int = 4,
         share: float = 1.0,
         momentum: float = 0.0,
         tolerance: float = 1e-12,
@@ -139,6 +139,12 @@ class LeastSquares(StepwiseOptimizer):
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
         return _Attempt(self._settings, self._memory, self._parameters, frozen, self._owners)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"owners": self._owners.state_dict()}
+
+    def _load_parts(self, parts: dict[str, Any]) -> None:
+        self._owners.load_state_dict(parts["owners"])
 
 
 class _Attempt(StepAttempt):

@@ -24,6 +24,7 @@ _SLACK = 1e3
 """Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
 
 _GOLDEN = (5**0.5 - 1) / 2
+"""The fractions of its multiples are spread evenly, and all differ."""
 
 
 class NoResidualsError(ValueError):

@@ -61,9 +61,9 @@ def grow(
 ) -> tuple[Tensor, Tensor, float]:
     """K Ω (Ωᵀ K Ω)⁺ Ωᵀ K for test vectors Ω that are taken in blocks until the trace of what they leave is small.
 
-    A block is half as large as all before, and is freed of what those have found: without that, the square of a large
-    eigenvalue's rounding would hide the small ones. It is smaller where the last block has shown that fewer vectors
-    will do.
+    A block is at most half as large as all before, smaller where the last one has shown that fewer vectors will do. It
+    is freed of what those have found: without that, the square of a large eigenvalue's rounding would hide the small
+    ones.
 
     Args:
         matrix: K.
@@ -94,16 +94,14 @@ def grow(
         factor = torch.cat([factor, added], 1)
         left = (left - added.square().sum(1)).clamp_(min=0)
         before, remainder = remainder, float(left.sum())
-        enough = _needed(before, remainder, len(root), tolerance)
         count = max(_FIRST, int(_GROWTH * len(combination)))
-        count = max(_LEAST, min(count, enough))
+        if tolerance < remainder < before:
+            count = max(_LEAST, min(count, _needed(before, remainder, len(root), tolerance)))
     return factor, combination, remainder
 
 
 def _needed(before: float, after: float, count: int, tolerance: float) -> int:
     """Vectors to the tolerance if each leaves the same fraction of the trace as ``count`` did on average."""
-    if not tolerance < after < before:
-        return 0 if after <= tolerance else sys.maxsize
     return math.ceil(_MARGIN * count * math.log(after / tolerance) / math.log(before / after))
 
 

@@ -1,0 +1,10 @@
+"""Differential operators of a network with respect to its inputs, by one forward pass.
+
+    expand(f, points, second=(0,), laplacian=(0, 1))     value, first and second derivatives together
+    gradient, divergence, laplacian, directional         one of them
+"""
+
+from imstep.pde.jet import ExpansionError, Jet
+from imstep.pde.operators import Expansion, directional, divergence, expand, gradient, laplacian
+
+__all__ = ["Expansion", "ExpansionError", "Jet", "directional", "divergence", "expand", "gradient", "laplacian"]

@@ -33,7 +33,7 @@ from imstep.linalg import (
     PivotedCholesky,
     RandomizedNystrom,
 )
-from imstep.tasks import Batch, Problem, get_task
+from imstep.tasks import Batch, ExampleProblem, Problem, get_task
 from imstep.tasks.models import mlp
 from record_page import Row, complete, load, show, table
 
@@ -46,7 +46,7 @@ F64 = torch.float64
 
 def convection(seed: int) -> Problem:
     """The convection task."""
-    return get_task("convection").build(seed, dtype=F64)
+    return get_task("convection-sobol").build(seed, dtype=F64)
 
 
 def curve(seed: int) -> Problem:
@@ -54,7 +54,7 @@ def curve(seed: int) -> Problem:
     x = torch.linspace(-1, 1, 300, dtype=F64)[:, None]
     batch = Batch(x, (3 * x).sin() + (12 * x).sin() / 2)
     torch.manual_seed(seed)
-    return Problem("curve", mlp((1, 40, 40, 1)).to(F64), batch, batch, nn.MSELoss())
+    return ExampleProblem("curve", mlp((1, 40, 40, 1)).to(F64), batch, batch, nn.MSELoss())
 
 
 def digits(seed: int) -> Problem:
@@ -63,7 +63,7 @@ def digits(seed: int) -> Problem:
     as_numbers = lambda batch: Batch(batch.inputs, (batch.targets[:, None].to(F64) - 4.5) / 3)
     torch.manual_seed(seed)
     model = mlp((64, 30, 1)).to(F64)
-    return Problem("digits", model, as_numbers(source.train), as_numbers(source.heldout), nn.MSELoss())
+    return ExampleProblem("digits", model, as_numbers(source.train), as_numbers(source.heldout), nn.MSELoss())
 
 
 @dataclass(frozen=True)

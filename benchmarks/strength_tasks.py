@@ -117,9 +117,9 @@ _SECONDS = (10.0, 30.0, 60.0)
 
 
 def _convection(dtype: torch.dtype, lowest: float | None, points: str = "") -> StrengthTask:
-    name, recipe = str(dtype).removeprefix("torch."), get_task(f"convection-{points}" if points else "convection")
+    name, recipe = str(dtype).removeprefix("torch."), get_task(f"convection-{points or 'sobol'}")
     return StrengthTask(
-        f"{recipe.name}-{name}",
+        f"convection{points and f'-{points}'}-{name}",
         f"{recipe.title}, {name}",
         recipe.description,
         recipe,

@@ -31,7 +31,7 @@ from imstep.bench.rundir import RunDirectoryError
 from imstep.bench.session import Manner, resume_run, start_run
 from imstep.bench.studies import ComparisonRequest, run_accuracy, run_comparison
 from imstep.curvature import NoResidualsError
-from imstep.tasks import TASKS, TaskError
+from imstep.tasks import TASKS, TaskError, get_task
 
 __all__ = ["app", "main"]
 
@@ -136,7 +136,7 @@ def train(
         else:
             if task is None:
                 raise TaskError(f"name a task to train, or give --resume DIR. Tasks: {', '.join(TASKS)}.")
-            size = _batch_size(batch_size, optimizer)
+            size = _batch_size(batch_size, optimizer, get_task(task).has_batches)
             if all(limit is None for limit in limits.values()):
                 limits["budget"] = DEFAULT_BUDGET
             config = RunConfig(
@@ -170,9 +170,9 @@ def _refuse_settings(ctx: typer.Context) -> None:
             )
 
 
-def _batch_size(text: str | None, optimizer: str) -> int | None:
+def _batch_size(text: str | None, optimizer: str, has_batches: bool) -> int | None:
     if text is None:
-        return None if get_optimizer(optimizer).full_batch else DEFAULT_BATCH
+        return None if get_optimizer(optimizer).full_batch or not has_batches else DEFAULT_BATCH
     if text == "full":
         return None
     if text.isdecimal() and int(text) > 0:

@@ -9,7 +9,7 @@ from torch import nn
 
 from imstep.bench.optimizers import OptimizerError, get_optimizer
 from imstep.bench.runner import Ending, Limits, StepRow, Trainer
-from imstep.tasks import Batch, Problem, get_task
+from imstep.tasks import Batch, ExampleProblem, Problem, get_task
 
 SPEC = get_optimizer("newton-krylov")
 
@@ -30,7 +30,7 @@ def regression(model: nn.Module, inputs: int = 6, examples: int = 40) -> Problem
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(examples, inputs, generator=generator).double()
     batch = Batch(x, torch.sin(x @ torch.arange(1.0, inputs + 1).double())[:, None])
-    return Problem("regression", model.double(), batch, batch, nn.MSELoss())
+    return ExampleProblem("regression", model.double(), batch, batch, nn.MSELoss())
 
 
 @pytest.mark.parametrize("kronecker", [0.0, 1.0])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from imstep.bench.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
-from imstep.tasks import Batch, Problem
+from imstep.tasks import Batch, ExampleProblem, Problem
 
 NAMES = list(OPTIMIZERS)
 FIRST_ORDER = [name for name in NAMES if name in ("adam", "sgd", "lbfgs")]
@@ -39,13 +39,13 @@ def problem() -> Iterator[Problem]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
         batch = Batch(torch.randn(30, 4).double(), torch.randn(30, 2).double())
-        yield Problem("t", model, batch, batch, nn.MSELoss())
+        yield ExampleProblem("t", model, batch, batch, nn.MSELoss())
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_cost_is_the_number_of_gradients(name: str, problem: Problem) -> None:
     counted = Counted(problem.model)
-    problem = Problem("t", counted, problem.train, problem.heldout, problem.loss)
+    problem = ExampleProblem("t", counted, problem.train, problem.heldout, problem.loss)
     stepper = get_optimizer(name).create(problem)
     for _ in range(5):
         before = counted.forwards, counted.backwards

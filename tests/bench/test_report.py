@@ -16,6 +16,7 @@ from imstep.bench.live import ComparisonProgress, endings, result_table
 from imstep.bench.records import Comparison, Point, Run, Sweep, SweepRow
 from imstep.bench.report import render, save_report
 from imstep.bench.verdict import judge
+from imstep.tasks import Surface
 
 STEP = {
     "status": "stalled", "outcome": "accepted", "step_length": 0.5, "rho": 0.9, "taylor_error": -1e-4,
@@ -193,3 +194,17 @@ def test_progress_draws_one_bar_for_each_optimizer() -> None:
     assert "NewtonKrylov" in text
     assert "10/30" in text
     assert "waiting" in text
+
+
+def test_a_solution_is_shown_and_kept() -> None:
+    wave = [[math.sin(x / 3 + t) for x in range(12)] for t in range(8)]
+    exact = Surface(wave, ((0.0, 4.0), (0.0, 8.0)), ("x", "t"))
+    worse = replace(exact, values=[[1.1 * value for value in row] for row in wave])
+    whole = comparison_of()
+    runs = tuple(replace(run, surface=surface) for run, surface in zip(whole.runs, (exact, worse), strict=True))
+    shown = replace(whole, originals=(), solution=exact, runs=runs)
+    text = render(shown)
+    assert "absolute error" in text
+    assert text.count(">at most ") == 2
+    assert "absolute error" not in render(whole)
+    assert Comparison.from_dict(json.loads(json.dumps(shown.to_dict()))).runs[1].surface.values == worse.values

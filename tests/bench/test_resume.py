@@ -17,7 +17,7 @@ from imstep.bench.train import train
 
 def config_of(optimizer: str, batch_size: int | None, task: str | None = None, **settings: Any) -> RunConfig:
     values = {"epochs": 6.0, "seed": 1, "threads": 1, "examples": 60, **settings}
-    task = task or ("convection" if optimizer == "least-squares" else "digits-mlp")
+    task = task or ("convection-sobol" if optimizer == "least-squares" else "digits-mlp")
     return RunConfig(task, optimizer, batch_size=batch_size, **values)
 
 

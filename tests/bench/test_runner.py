@@ -19,11 +19,11 @@ from imstep.bench.runner import (
     Trainer,
     TrainingError,
 )
-from imstep.tasks import Batch, Problem, get_task
+from imstep.tasks import Batch, ExampleProblem, get_task
 
 
 def small(optimizer: str = "adam", **settings: object) -> Trainer:
-    task = get_task("convection" if optimizer == "least-squares" else "digits-mlp")
+    task = get_task("convection-sobol" if optimizer == "least-squares" else "digits-mlp")
     problem = task.build(0, examples=100)
     return Trainer(problem, get_optimizer(optimizer).create(problem), **settings)  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def test_numbers_do_not_depend_on_the_outside(name: str) -> None:
 def test_the_run_draws_from_its_own_stream() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1))
     batch = Batch(torch.randn(20, 3), torch.randn(20, 1))
-    problem = Problem("t", model, batch, batch, nn.MSELoss())
+    problem = ExampleProblem("t", model, batch, batch, nn.MSELoss())
     before = torch.get_rng_state()
     trainer = Trainer(problem, get_optimizer("sgd").create(problem, lr=0.0), seed=3)
     losses = [row.loss for row in trainer.run(Limits(epochs=4)) if isinstance(row, StepRow)]

@@ -56,7 +56,7 @@ def test_version() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    task = "convection" if optimizer == "least-squares" else "digits-mlp"
+    task = "convection-sobol" if optimizer == "least-squares" else "digits-mlp"
     train = ["train", task, "-o", optimizer, "--batch-size", "20", *SMALL]
     assert imstep_command(*train, "--epochs", "4", "--out", str(whole)).exit_code == 0
     first = imstep_command(*train, "--epochs", "2", "--out", str(parts))

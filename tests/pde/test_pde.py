@@ -259,7 +259,8 @@ def test_the_fallback_is_right_or_refused_for_functions_of_a_matrix() -> None:
         "det": torch.linalg.det, "cholesky": lambda a: torch.linalg.cholesky(a @ a.mT), "logdet": torch.logdet,
         "solve": lambda a: torch.linalg.solve(a, a @ a), "eigvalsh": lambda a: torch.linalg.eigvalsh(a @ a.mT),
         "svdvals": torch.linalg.svdvals, "slogdet": lambda a: torch.linalg.slogdet(a)[1], "pinv": torch.linalg.pinv,
-        "norm": torch.linalg.norm, "nuclear": lambda a: torch.linalg.norm(a, "nuc"), "log_softmax": lambda a: F.log_softmax(a, 1),
+        "norm": torch.linalg.norm, "nuclear": lambda a: torch.linalg.norm(a, "nuc"),
+        "log_softmax": lambda a: F.log_softmax(a, 1),
     }  # fmt: skip
     h = 1e-3
     refused = {"det", "cholesky", "logdet", "solve", "eigvalsh", "slogdet", "pinv"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imstep.curvature import ResidualJacobian
-from imstep.tasks import Batch, Problem, get_task
+from imstep.tasks import Batch, ExampleProblem, Problem, get_task
 from imstep.tasks.convection import BOUNDARY, INITIAL, INTERIOR, Convection
 
 F64 = torch.float64
@@ -22,7 +22,7 @@ class Exact(nn.Module):
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return get_task("convection").build(0, dtype=F64)
+    return get_task("convection-sobol").build(0, dtype=F64)
 
 
 def points(problem: Problem, kind: int) -> Tensor:
@@ -46,7 +46,7 @@ def test_the_loss_is_a_sum_of_three_means(problem: Problem) -> None:
 
 
 def test_the_solution_misses_nothing(problem: Problem) -> None:
-    exact = Problem("exact", Convection(Exact()), problem.train, problem.heldout, problem.loss)
+    exact = ExampleProblem("exact", Convection(Exact()), problem.train, problem.heldout, problem.loss)
     assert exact.evaluate(problem.train).loss < 1e-12  # the weights are those of float32
     assert exact.evaluate(problem.heldout).loss == 0
 

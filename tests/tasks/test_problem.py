@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from imstep.tasks import TASKS, Batch, Problem, TaskError, UnknownTaskError, get_task
-from imstep.tasks import base as base_module
+from imstep.tasks import TASKS, Batch, ExampleProblem, Problem, TaskError, UnknownTaskError, get_task
+from imstep.tasks import examples as examples_module
 
 DIGITS = [name for name in TASKS if name.startswith("digits")]
 
@@ -16,7 +16,7 @@ def counting_problem(examples: int) -> Problem:
     """Inputs are 0, 1, 2, ..., so that a batch says which examples it holds."""
     inputs = torch.arange(examples, dtype=torch.float64).reshape(-1, 1)
     batch = Batch(inputs, inputs)
-    return Problem("counting", nn.Linear(1, 1).double(), batch, batch, nn.MSELoss())
+    return ExampleProblem("counting", nn.Linear(1, 1).double(), batch, batch, nn.MSELoss())
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,7 +103,7 @@ def test_evaluation_in_chunks_is_the_mean_over_all(monkeypatch: pytest.MonkeyPat
         int(row.argmax() == label) for row, label in zip(logits, problem.heldout.targets, strict=True)
     )
     for chunk in (7, 100, 10_000):
-        monkeypatch.setattr(base_module, "EVALUATION_CHUNK", chunk)
+        monkeypatch.setattr(examples_module, "EVALUATION_CHUNK", chunk)
         evaluation = problem.evaluate(problem.heldout)
         assert evaluation.loss == pytest.approx(expected, rel=1e-13)
         assert evaluation.metric == pytest.approx(right / 297, rel=1e-13)
@@ -114,7 +114,7 @@ def test_evaluation_disturbs_neither_modes_nor_statistics_nor_draws() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 1))
     model[1].eval()
     batch = Batch(torch.randn(8, 3), torch.randn(8, 1))
-    problem = Problem("t", model, batch, batch, nn.MSELoss())
+    problem = ExampleProblem("t", model, batch, batch, nn.MSELoss())
     before, generator = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     assert problem.evaluate(batch).metric is None
     assert model.training

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from imstep.bench.records import Comparison, Point, Run, Sweep, SweepRow
 from imstep.bench.rows import Clock, Ending, EvaluationRow, Limits, Schedule, StepRow, TrainingError
 from imstep.bench.runner import Trainer
 from imstep.bench.verdict import judge
-from imstep.tasks import Problem, get_task
+from imstep.tasks import Problem, Surface, get_task
 
 __all__ = ["DEFAULT_BUDGET", "Listener", "Silent", "compare"]
 
@@ -136,7 +136,8 @@ def compare(
         command=command,
         seconds=0.0,
         verdict=judge((), setting.budget),
-        originals=_pictures(problem, problem.heldout.targets[:PICTURES]),
+        originals=problem.pictures(PICTURES)[0],
+        solution=_surface(problem, 0),
         waiting=tuple(c.title for c in rivals),
     )
     before = found.seconds
@@ -207,8 +208,15 @@ def _run(
         statuses=dict(Counter(status for status in map(_status, steps) if status)),
         note="" if ending is Ending.BUDGET else ending.message,
         anatomy=tuple({**step.record, "cost": step.cost} for step in steps if step.record),
-        pictures=_reconstructions(problem),
+        pictures=problem.pictures(PICTURES)[1],
+        surface=_surface(problem, 1),
     )
+
+
+def _surface(problem: Problem, at: int) -> Surface | None:
+    """The solution (0) or the model (1)."""
+    surfaces = problem.surfaces()
+    return None if surfaces is None else surfaces[at]
 
 
 def _follow(
@@ -235,20 +243,3 @@ def _status(step: StepRow) -> str | None:
     solved = step.record.get("status") if step.record else None
     return str(solved) if solved else step.status
 
-
-def _reconstructions(problem: Problem) -> tuple[Any, ...]:
-    """The model's outputs for the first held-out examples, if outputs are pictures like the targets."""
-    problem.model.eval()
-    with torch.no_grad():
-        outputs = problem.model(problem.heldout.inputs[:PICTURES])
-    return _pictures(problem, outputs)
-
-
-def _pictures(problem: Problem, values: torch.Tensor) -> tuple[Any, ...]:
-    """(k, height * width) in [0, 1] as nested lists (k, height, width) of 0 to 255; () for other problems."""
-    shape = problem.image_shape
-    targets = problem.heldout.targets
-    if shape is None or not targets.is_floating_point() or targets[0].numel() != shape[0] * shape[1]:
-        return ()
-    scaled = (values.detach().float().cpu() * 255).round().clamp(0, 255).nan_to_num(0.0)
-    return tuple(scaled.reshape(-1, *shape).to(torch.int64).tolist())

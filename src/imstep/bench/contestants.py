@@ -11,6 +11,9 @@ from imstep.bench.rows import TrainingError
 
 __all__ = ["DEFAULT_OPTIMIZERS", "Contestant", "contestants"]
 
+MINIBATCH = 150
+"""Examples a step of the second run of optimizers with rates to sweep."""
+
 DEFAULT_OPTIMIZERS = ("newton-krylov", "adam", "lbfgs")
 
 
@@ -52,7 +55,7 @@ class Contestant:
 
 
 def contestants(
-    names: Sequence[str] = DEFAULT_OPTIMIZERS, *, batch_size: int | None = None, minibatch: int | None = 150
+    names: Sequence[str] = DEFAULT_OPTIMIZERS, *, batch_size: int | None = None, minibatch: int | None = MINIBATCH
 ) -> list[Contestant]:
     """Contestants by name, the subject first; rates to sweep are each optimizer's own.
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from imstep.tasks import Surface
+
 __all__ = ["Comparison", "Point", "RecordError", "Run", "Sweep", "SweepRow", "Verdict"]
 
 FORMAT = "imstep-compare/1"
@@ -50,6 +52,7 @@ class Run:
         note: empty, or why the run ended before its budget.
         anatomy: one dict per step from `StepRecord.to_dict`; empty for other optimizers.
         pictures: held-out reconstructions, shape (examples, height, width), 0 to 255; empty if none.
+        surface: the final network, where it is a function of two variables with a known solution.
     """
 
     optimizer: str
@@ -61,6 +64,7 @@ class Run:
     note: str = ""
     anatomy: tuple[dict[str, Any], ...] = ()
     pictures: tuple[Any, ...] = ()
+    surface: Surface | None = None
 
     @property
     def final(self) -> Point:
@@ -152,6 +156,7 @@ class Comparison:
     seconds: float
     verdict: Verdict
     originals: tuple[Any, ...] = ()
+    solution: Surface | None = None
     tried: tuple[Run, ...] = ()
     waiting: tuple[str, ...] = ()
 
@@ -200,9 +205,15 @@ def _read(record: dict[str, Any]) -> Comparison:
     )
     verdict = Verdict(**{**entries.pop("verdict"), "details": tuple(record["verdict"]["details"])})
     originals = tuple(entries.pop("originals"))
+    solution = _read_surface(entries.pop("solution", None))
     return Comparison(
-        **entries, runs=runs, sweeps=sweeps, verdict=verdict, originals=originals, tried=tried, waiting=waiting
-    )
+        **entries, runs=runs, sweeps=sweeps, verdict=verdict, originals=originals, solution=solution, tried=tried,
+        waiting=waiting,
+    )  # fmt: skip
+
+
+def _read_surface(surface: dict[str, Any] | None) -> Surface | None:
+    return None if surface is None else Surface(**surface)
 
 
 def _read_row(row: dict[str, Any]) -> SweepRow:
@@ -213,6 +224,5 @@ def _read_run(run: dict[str, Any]) -> Run:
     points = tuple(
         Point(**{**p, "train": _number(p["train"]), "heldout": _number(p["heldout"])}) for p in run["points"]
     )
-    return Run(
-        **{**run, "points": points, "anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])}
-    )
+    read = {"anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])}
+    return Run(**{**run, "points": points, **read, "surface": _read_surface(run.get("surface"))})

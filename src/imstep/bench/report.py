@@ -14,6 +14,7 @@ from imstep.bench.anatomy import anatomy_figure, status_color, status_counts
 from imstep.bench.files import write_atomically, write_json
 from imstep.bench.page import page, section
 from imstep.bench.records import Comparison, Run, Sweep, SweepRow
+from imstep.bench.surfaces import surfaces_figure
 from imstep.bench.theme import PAGE, save_png, svg
 from imstep.bench.verdict import short
 
@@ -49,6 +50,7 @@ def render(comparison: Comparison) -> str:
         _anatomy(comparison),
         _tuning(comparison),
         _pictures(comparison),
+        _surfaces(comparison),
         _settings(comparison),
     ]
     body = "\n".join(section for section in sections if section)
@@ -203,6 +205,15 @@ def _pictures(comparison: Comparison) -> str:
     picture = _figure(plots.pictures_figure, comparison, name="pictures", title="Held-out reconstructions")
     note = "Pictures that no optimizer trained on, as each final network reconstructs them."
     return section("Held-out reconstructions", picture, note)
+
+
+def _surfaces(comparison: Comparison) -> str:
+    found = [(run.label, run.surface) for run in comparison.runs if run.surface is not None]
+    if comparison.solution is None or not found:
+        return ""
+    picture = _figure(surfaces_figure, comparison.solution, found, name="surfaces", title="Solution and errors")
+    note = "What each final network makes of the solution, and where it is wrong; each error in its own scale."
+    return section("Solution", picture, note)
 
 
 def _settings(comparison: Comparison) -> str:

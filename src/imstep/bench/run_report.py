@@ -17,8 +17,9 @@ from imstep.bench.config import RunConfig
 from imstep.bench.files import write_atomically
 from imstep.bench.page import page, section
 from imstep.bench.records import Run
+from imstep.bench.surfaces import surfaces_figure
 from imstep.bench.theme import Theme, linear_axis, log_axis, svg
-from imstep.tasks import get_task
+from imstep.tasks import Surface, get_task
 
 __all__ = ["save_run_report"]
 
@@ -28,7 +29,13 @@ POINTS = 1000
 Rows = Sequence[Mapping[str, Any]]
 
 
-def save_run_report(path: Path, config: RunConfig, rows: Rows, facts: Mapping[str, str]) -> Path:
+def save_run_report(
+    path: Path,
+    config: RunConfig,
+    rows: Rows,
+    facts: Mapping[str, str],
+    surfaces: tuple[Surface, Surface] | None = None,
+) -> Path:
     """Write a self-contained `report.html` into a run directory.
 
     Args:
@@ -36,6 +43,7 @@ def save_run_report(path: Path, config: RunConfig, rows: Rows, facts: Mapping[st
         config: the run.
         rows: the lines of steps.jsonl.
         facts: name -> text, what the run reached and used.
+        surfaces: the solution and the network, to be drawn.
     """
     task = get_task(config.task)
     losses = svg(partial(_losses, rows), "losses", "Losses over cost and seconds")
@@ -45,6 +53,7 @@ def save_run_report(path: Path, config: RunConfig, rows: Rows, facts: Mapping[st
         section("Steps", svg(partial(anatomy_figure, _as_run(config, steps)), "steps", "Steps"))
         if steps
         else "",
+        _solution(surfaces, config.optimizer),
         section("What it reached and used", _list(facts)),
         section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
     ]
@@ -52,6 +61,13 @@ def save_run_report(path: Path, config: RunConfig, rows: Rows, facts: Mapping[st
     file = path / "report.html"
     write_atomically(file, text.encode())
     return file
+
+
+def _solution(surfaces: tuple[Surface, Surface] | None, label: str) -> str:
+    if surfaces is None:
+        return ""
+    draw = partial(surfaces_figure, surfaces[0], [(label, surfaces[1])])
+    return section("Solution", svg(draw, "surfaces", "Solution and error"))
 
 
 def _as_run(config: RunConfig, steps: tuple[dict[str, Any], ...]) -> Run:

@@ -27,7 +27,7 @@ from imstep.bench.rows import (
     Totals,
     TrainingError,
 )
-from imstep.tasks import Batch, Evaluation, Problem
+from imstep.tasks import AnyBatch, Evaluation, Problem
 
 __all__ = [
     "Clock",
@@ -83,8 +83,8 @@ class Trainer:
         self._next_evaluation = 0.0
         self._non_finite = 0
         self._converged = False
-        self._batches: Iterator[Batch] = iter(())
-        self._random = RandomStream(problem.train.inputs.device, seed)
+        self._batches: Iterator[AnyBatch] = iter(())
+        self._random = RandomStream(problem.device, seed)
 
     @property
     def epoch(self) -> float:
@@ -149,7 +149,7 @@ class Trainer:
             return Ending.SECONDS
         return None
 
-    def _epoch_batches(self, epoch: int) -> Iterator[Batch]:
+    def _epoch_batches(self, epoch: int) -> Iterator[AnyBatch]:
         return self.problem.batches(epoch, self.batch_size, self.seed)
 
     def _seek(self) -> None:
@@ -157,7 +157,7 @@ class Trainer:
         epoch, done = divmod(self.totals.steps, self._batches_per_epoch)
         self._batches = itertools.islice(self._epoch_batches(epoch), done, None)
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> AnyBatch:
         batch = next(self._batches, None)
         if batch is None:
             self._batches = self._epoch_batches(self.totals.steps // self._batches_per_epoch)
@@ -170,11 +170,11 @@ class Trainer:
         start = time.perf_counter()
         with self._random:
             result = self.stepper.step(self.problem, batch)
-        _synchronize(batch.inputs.device)
+        _synchronize(self.problem.device)
         seconds = time.perf_counter() - start
         self._non_finite = self._non_finite + 1 if result.loss - result.loss != 0.0 else 0
         # A mini-batch at its own minimum says nothing about the next one.
-        self._converged = result.converged and self._batches_per_epoch == 1
+        self._converged = result.converged and self._batches_per_epoch == 1 and not self.problem.redrawn
         totals, statuses = self.totals, dict(self.totals.statuses)
         if result.status is not None:
             statuses[result.status] = statuses.get(result.status, 0) + 1

@@ -106,7 +106,7 @@ def _go(trainer: Trainer, run: RunDirectory, manner: Manner) -> bool:
     batch = "full batch" if config.batch_size is None else f"batches of {config.batch_size}"
     console.print(
         f"[bold]{config.task}[/] by [bold]{config.optimizer}[/]: {problem.size:,} parameters, "
-        f"{len(problem.train):,} examples ({len(problem.heldout):,} held out), {batch}, {config.dtype}, "
+        f"{problem.data}, {batch}, {config.dtype}, "
         f"{config.device}, {config.threads} threads, seed {config.seed}"
         + (f", from step {first}" if first else "")
     )
@@ -150,7 +150,7 @@ def _conclude(trainer: Trainer, run: RunDirectory, console: Console) -> None:
     except ImportError:
         console.print(f"run directory: {run.path}  (for a page with plots: pip install 'imstep[report]')")
         return
-    page = save_run_report(run.path, run.config, rows, facts)
+    page = save_run_report(run.path, run.config, rows, facts, trainer.problem.surfaces())
     console.print(f"run directory: {run.path}\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
 
 

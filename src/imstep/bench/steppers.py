@@ -16,7 +16,7 @@ import torch
 
 from imstep.optim import StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
-from imstep.tasks import Batch, Problem
+from imstep.tasks import AnyBatch, Problem
 
 __all__ = ["LOSS_COST", "GradientStepper", "LBFGSStepper", "StepResult", "Stepper", "StepwiseStepper"]
 
@@ -55,7 +55,7 @@ class Stepper(ABC):
     """An optimizer bound to a problem's parameters: makes steps, and says what they cost."""
 
     @abstractmethod
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         """Update the parameters once by what `batch` says."""
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -78,7 +78,7 @@ class GradientStepper(Stepper):
     def optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
 
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         self._optimizer.zero_grad(set_to_none=True)
         loss = problem.closure(batch)()
         value = loss.item()
@@ -106,7 +106,7 @@ class LBFGSStepper(Stepper):
     def optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
 
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         evaluate, calls = problem.closure(batch), 0
 
         def closure() -> torch.Tensor:
@@ -137,7 +137,7 @@ class StepwiseStepper(Stepper):
     def optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
 
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         self._optimizer.step(problem.closure(batch))
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken

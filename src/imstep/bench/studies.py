@@ -14,12 +14,13 @@ from rich.markup import escape
 
 from imstep.bench.accuracy import measure_accuracy
 from imstep.bench.compare import DEFAULT_BUDGET, compare
-from imstep.bench.contestants import DEFAULT_OPTIMIZERS, contestants
+from imstep.bench.contestants import DEFAULT_OPTIMIZERS, MINIBATCH, contestants
 from imstep.bench.files import write_json
 from imstep.bench.interrupt import Interrupt
 from imstep.bench.live import ComparisonProgress, endings, result_table
 from imstep.bench.records import Comparison
 from imstep.bench.rundir import RunDirectoryError
+from imstep.tasks import get_task
 
 __all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
 
@@ -78,7 +79,8 @@ def run_comparison(
     earlier = None if overwrite else _unfinished(out / RECORD, request.command)
     if earlier is None:
         _claim(out, RECORD, overwrite)
-    rivals = contestants(request.optimizers, batch_size=request.batch_size)
+    minibatch = MINIBATCH if get_task(request.task).has_batches else None
+    rivals = contestants(request.optimizers, batch_size=request.batch_size, minibatch=minibatch)
     if not request.tune:
         rivals = [replace(rival, learning_rates=()) for rival in rivals]
     with ComparisonProgress(console) as progress, Interrupt(

@@ -2,19 +2,30 @@
 
 >>> from imstep.tasks import TASKS
 >>> sorted(TASKS)[:3]
-['convection', 'convection-random', 'digits-autoencoder']
+['allen-cahn', 'burgers', 'burgers-smooth']
 """
 
-from imstep.tasks.base import Batch, DataNotFoundError, Evaluation, Metric, Problem, Task, TaskError
+from imstep.tasks.base import AnyBatch, DataNotFoundError, Evaluation, Metric, Problem, Surface, Task, TaskError
+from imstep.tasks.examples import Batch, ExampleProblem, ExampleTask
+from imstep.tasks.physics import Condition, PhysicsProblem, PhysicsTask, Points, Reference
 from imstep.tasks.registry import TASKS, UnknownTaskError, get_task
 
 __all__ = [
     "TASKS",
+    "AnyBatch",
     "Batch",
+    "Condition",
     "DataNotFoundError",
     "Evaluation",
+    "ExampleProblem",
+    "ExampleTask",
     "Metric",
+    "PhysicsProblem",
+    "PhysicsTask",
+    "Points",
     "Problem",
+    "Reference",
+    "Surface",
     "Task",
     "TaskError",
     "UnknownTaskError",

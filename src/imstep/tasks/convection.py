@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from imstep.tasks.base import Batch
+from imstep.tasks.examples import Batch
 from imstep.tasks.models import mlp
 
 __all__ = ["Convection", "convection_model", "convection_points", "sobol", "uniform"]

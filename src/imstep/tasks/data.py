@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from imstep.tasks.base import Batch, DataNotFoundError, TaskError
+from imstep.tasks.base import DataNotFoundError, TaskError
+from imstep.tasks.examples import Batch
 from imstep.tasks.idx import read_idx
 
 __all__ = ["digits", "fashion_mnist", "find_fashion_mnist"]

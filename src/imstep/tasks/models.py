@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["autoencoder", "convolutional_classifier", "mlp"]
+__all__ = ["Periodic", "autoencoder", "convolutional_classifier", "mlp"]
 
 
 def _xavier(model: nn.Sequential) -> nn.Sequential:
@@ -44,6 +46,24 @@ def autoencoder(widths: Sequence[int]) -> nn.Sequential:
 def mlp(widths: Sequence[int]) -> nn.Sequential:
     """A tanh multilayer perceptron from inputs (k, widths[0]) to outputs (k, widths[-1]), linear at the end."""
     return _xavier(nn.Sequential(*_stack(widths, nn.Tanh)))
+
+
+class Periodic(nn.Module):
+    """Replaces one coordinate x of points (k, d) by sin(2πx/period) and cos(2πx/period): (k, d + 1).
+
+    Args:
+        axis: which coordinate.
+        period: its period, > 0.
+    """
+
+    def __init__(self, axis: int, period: float) -> None:
+        super().__init__()
+        self.axis, self.frequency = axis, 2 * math.pi / period
+
+    def forward(self, points: Tensor) -> Tensor:
+        angle = self.frequency * points[:, self.axis : self.axis + 1]
+        others = [points[:, : self.axis], points[:, self.axis + 1 :]]
+        return torch.cat([torch.sin(angle), torch.cos(angle), *others], 1)
 
 
 def convolutional_classifier(

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from imstep.tasks.base import Batch, Metric, Task, TaskError
+from imstep.tasks.base import Metric, Task, TaskError
 from imstep.tasks.convection import convection_model, convection_points, uniform
 from imstep.tasks.data import digits, fashion_mnist
+from imstep.tasks.equations import EQUATIONS
+from imstep.tasks.examples import Batch, ExampleTask
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 
 __all__ = ["TASKS", "UnknownTaskError", "get_task"]
@@ -47,7 +49,7 @@ def _as_images(load: Loader, side: int, data: Path | None) -> tuple[Batch, Batch
 ACCURACY = Metric("accuracy", _accuracy)
 
 _ALL = (
-    Task(
+    ExampleTask(
         "digits-autoencoder",
         "Handwritten digits, autoencoder",
         "1,500 digits (8x8, scikit-learn); MLP 64-128-64-12-64-128-64, tanh; mean squared error.",
@@ -56,7 +58,7 @@ _ALL = (
         nn.MSELoss(),
         image_shape=(8, 8),
     ),
-    Task(
+    ExampleTask(
         "digits-mlp",
         "Handwritten digits, classification by an MLP",
         "1,500 digits (8x8, scikit-learn); tanh MLP 64-64-32-10; cross entropy.",
@@ -66,7 +68,7 @@ _ALL = (
         ACCURACY,
         (8, 8),
     ),
-    Task(
+    ExampleTask(
         "digits-cnn",
         "Handwritten digits, classification by a CNN",
         "1,500 digits (8x8, scikit-learn); two 3x3 convolutions (8, 16 channels), GELU; cross entropy.",
@@ -76,7 +78,7 @@ _ALL = (
         ACCURACY,
         (8, 8),
     ),
-    Task(
+    ExampleTask(
         "fashion-autoencoder",
         "Fashion-MNIST, autoencoder",
         "60,000 pictures (28x28); MLP 784-128-32-128-784, tanh; mean squared error.",
@@ -85,7 +87,7 @@ _ALL = (
         nn.MSELoss(),
         image_shape=(28, 28),
     ),
-    Task(
+    ExampleTask(
         "fashion-mlp",
         "Fashion-MNIST, classification by an MLP",
         "60,000 pictures (28x28); tanh MLP 784-128-64-10; cross entropy.",
@@ -95,7 +97,7 @@ _ALL = (
         ACCURACY,
         (28, 28),
     ),
-    Task(
+    ExampleTask(
         "fashion-cnn",
         "Fashion-MNIST, classification by a CNN",
         "60,000 pictures (28x28); two 3x3 convolutions (16, 32 channels), GELU; cross entropy.",
@@ -105,26 +107,26 @@ _ALL = (
         ACCURACY,
         (28, 28),
     ),
-    Task(
-        "convection",
-        "Convection equation, physics-informed network",
+    ExampleTask(
+        "convection-sobol",
+        "Convection equation at fixed Sobol points",
         "u_t + 30 u_x = 0, u(x, 0) = sin x, periodic; 2,000 + 128 + 100 points; tanh MLP 2-50-50-50-50-1; sum of the "
         "three mean squares. Held out: the squared relative L2 error of u.",
         convection_points,
         convection_model,
         nn.MSELoss(),
     ),
-    Task(
+    ExampleTask(
         "convection-random",
-        "Convection equation at random points",
-        "As convection, at uniformly distributed random points in place of Sobol points.",
+        "Convection equation at fixed random points",
+        "As convection-sobol, at uniformly distributed random points in place of Sobol points.",
         partial(convection_points, draw=uniform),
         convection_model,
         nn.MSELoss(),
     ),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {task.name: task for task in (*_ALL, *EQUATIONS)}
 
 
 def get_task(name: str) -> Task:

@@ -1,0 +1,170 @@
+"""Tasks on examples: inputs, targets and a mean loss over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from imstep.tasks.base import Evaluation, Metric, Problem, Task, TaskError, mix
+
+__all__ = ["Batch", "ExampleProblem", "ExampleTask"]
+
+EVALUATION_CHUNK = 8192
+"""Examples per forward pass of an evaluation; bounds its memory, does not change its mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples: `inputs` of shape (k, ...) and `targets` of shape (k, ...).
+
+    Raises:
+        TaskError: the two lengths differ, or there is no example at all.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise TaskError(
+                f"{len(self.inputs)} inputs but {len(self.targets)} targets: a batch needs one per input."
+            )
+        if len(self.inputs) == 0:
+            raise TaskError("the batch is empty: its mean loss is 0/0. Give at least one example.")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, index: torch.Tensor | slice) -> Batch:
+        """The examples at `index` (a slice, or int64 positions on the batch's device)."""
+        return Batch(self.inputs[index], self.targets[index])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The same examples on `device`; floating-point tensors as `dtype`, class labels as they are."""
+        return Batch(_cast(self.inputs, device, dtype), _cast(self.targets, device, dtype))
+
+
+def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleProblem(Problem):
+    """A model of examples.
+
+    Args:
+        task: name of the task.
+        model: maps inputs (k, ...) to outputs (k, ...); the only mutable part.
+        train: the examples to train on.
+        heldout: examples that are never trained on.
+        loss: `loss(outputs, targets)` -> scalar, a *mean* over examples (chunks are averaged).
+        metric: what else to report, or None.
+        image_shape: (height, width) when an input is one picture, for drawing it; else None.
+    """
+
+    task: str
+    model: nn.Module
+    train: Batch
+    heldout: Batch
+    loss: nn.Module
+    metric: Metric | None = None
+    image_shape: tuple[int, int] | None = None
+
+    @property
+    def redrawn(self) -> bool:
+        return False
+
+    @property
+    def data(self) -> str:
+        return f"{len(self.train):,} examples ({len(self.heldout):,} held out)"
+
+    def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
+        """A function without arguments that returns the loss on `batch` (0-dim, with its graph)."""
+        return lambda: self.loss(self.model(batch.inputs), batch.targets)
+
+    def batch_count(self, batch_size: int | None) -> int:
+        """Number of batches in an epoch; `batch_size=None` is the full batch."""
+        if batch_size is None:
+            return 1
+        if batch_size < 1:
+            raise TaskError(f"batch_size={batch_size}: a batch holds at least one; leave it out for all.")
+        return -(-len(self.train) // batch_size)
+
+    def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Batch]:
+        """As for every problem.
+
+        Every example comes once. Sizes differ by at most one and never exceed `batch_size`, so the last batch
+        is no noisier than the others. The full batch is not permuted.
+
+        Raises:
+            TaskError: `batch_size` is below 1.
+        """
+        count = self.batch_count(batch_size)
+        if count == 1:
+            yield self.train
+            return
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        order = torch.randperm(len(self.train), generator=generator).to(self.train.inputs.device)
+        for index in torch.tensor_split(order, count):
+            yield self.train.take(index)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        loss = metric = 0.0
+        with self.evaluating():
+            for start in range(0, len(batch), EVALUATION_CHUNK):
+                chunk = batch.take(slice(start, start + EVALUATION_CHUNK))
+                outputs = self.model(chunk.inputs)
+                share = len(chunk) / len(batch)
+                loss += share * float(self.loss(outputs, chunk.targets))
+                if self.metric is not None:
+                    metric += share * float(self.metric.function(outputs, chunk.targets).double().mean())
+        return Evaluation(loss, metric if self.metric is not None else None, len(batch))
+
+    def pictures(self, count: int) -> tuple[Any, Any]:
+        shape, targets = self.image_shape, self.heldout.targets[:count]
+        if shape is None or not targets.is_floating_point() or targets[0].numel() != shape[0] * shape[1]:
+            return (), ()
+        with self.evaluating():
+            outputs = self.model(self.heldout.inputs[:count])
+        scaled = ((t.float().cpu() * 255).round().clamp(0, 255).nan_to_num(0.0) for t in (targets, outputs))
+        shown, made = (tuple(t.reshape(-1, *shape).to(torch.int64).tolist()) for t in scaled)
+        return shown, made
+
+
+@dataclass(frozen=True)
+class ExampleTask(Task):
+    """A named recipe for an `ExampleProblem`.
+
+    Args:
+        name, title, description: as for every task.
+        load: `load(data)` -> (train, heldout), CPU, float32; `data` is a folder to look in, or None.
+        model: makes the model, drawing initial weights from the global generator.
+        loss: the mean loss.
+        metric: what else to report, or None.
+        image_shape: (height, width) of an input, for drawing.
+    """
+
+    load: Callable[[Path | None], tuple[Batch, Batch]]
+    model: Callable[[], nn.Module]
+    loss: nn.Module
+    metric: Metric | None = None
+    image_shape: tuple[int, int] | None = None
+
+    @property
+    def has_batches(self) -> bool:
+        return True
+
+    def _model(self) -> nn.Module:
+        return self.model()
+
+    def _problem(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, data: Path | None, examples: int | None
+    ) -> ExampleProblem:
+        train, heldout = (batch.to(device, dtype) for batch in self.load(data))
+        train = train.take(slice(0, examples))
+        return ExampleProblem(self.name, model, train, heldout, self.loss, self.metric, self.image_shape)

@@ -1,0 +1,206 @@
+"""Physics-informed tasks: a network is to satisfy equations at points that are drawn anew for every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix
+
+__all__ = ["Condition", "PhysicsProblem", "PhysicsTask", "Points", "Reference"]
+
+CHECK = -1
+"""In place of an epoch: the draw that the training loss is reported on, which no step sees."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is to satisfy at points of one kind: an equation, initial or boundary values, data.
+
+    Args:
+        name: for tables, such as "equation".
+        residual: `residual(network, points)` -> (k, m): what is missed at points (k, d); to be zero.
+        draw: `draw(count, generator)` -> (count, d) points, float64, on the CPU.
+        count: points a step.
+        weight: of the mean square of this residual in the loss, > 0.
+
+    Raises:
+        TaskError: a number is out of range.
+    """
+
+    name: str
+    residual: Callable[[nn.Module, Tensor], Tensor]
+    draw: Callable[[int, Generator], Tensor]
+    count: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 < self.weight < math.inf:
+            raise TaskError(
+                f"condition {self.name!r} needs a count of at least 1 and a positive weight, got {self.count} and "
+                f"{self.weight}."
+            )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A solution to measure the error against.
+
+    Args:
+        points: where, (k, d), float64; for a picture, of a grid that runs along the second axis of `shape` first.
+        values: the solution there, (k, m), float64.
+        relative: whether the error is divided by the solution's norm; else it is a root mean square.
+        shape: (rows, columns) of the grid, to draw the first component; None where it is no grid.
+        axes: the coordinates that run along columns and rows, and their names.
+    """
+
+    points: Tensor
+    values: Tensor
+    relative: bool = True
+    shape: tuple[int, int] | None = None
+    axes: tuple[tuple[int, str], tuple[int, str]] = ((0, "x"), (1, "t"))
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points of a domain, kind by kind: of each condition (k, d)."""
+
+    of: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of))
+
+
+@dataclass(frozen=True, eq=False)
+class PhysicsProblem(Problem):
+    """Conditions on a network.
+
+        loss = Σ weight · mean of residual²   over the conditions
+
+    Args:
+        task: name of the task.
+        model: maps points (k, d) to values (k, m); the only mutable part.
+        conditions: what it is to satisfy.
+        heldout: the solution; the held-out loss is the error of the network against it.
+        train: a draw of points for reporting the loss, which no step sees where points are redrawn.
+        dtype: of the points.
+        redrawn: whether every step has points of its own; else all have those of `train`.
+        metric: None.
+    """
+
+    task: str
+    model: nn.Module
+    conditions: Sequence[Condition]
+    heldout: Reference
+    train: Points
+    dtype: torch.dtype
+    redrawn: bool = True
+    metric: Metric | None = None
+
+    @property
+    def data(self) -> str:
+        kinds = ", ".join(f"{c.count:,} {c.name}" for c in self.conditions)
+        return f"{len(self.train):,} points {'redrawn each step' if self.redrawn else 'for all steps'} ({kinds})"
+
+    def closure(self, batch: Points) -> Callable[[], Tensor]:
+        return lambda: self._loss(batch)
+
+    def _loss(self, batch: Points) -> Tensor:
+        pairs = zip(self.conditions, batch.of, strict=True)
+        terms = [condition.weight * condition.residual(self.model, x).square().mean() for condition, x in pairs]
+        return torch.stack(terms).sum()
+
+    def batch_count(self, batch_size: int | None) -> int:
+        if batch_size is not None:
+            raise TaskError(
+                f"batch_size={batch_size}: a physics-informed task draws as many points a step as its conditions say. "
+                "Leave it out, or change the counts (--examples, or Condition.count)."
+            )
+        return 1
+
+    def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Points]:
+        self.batch_count(batch_size)
+        yield draw(self.conditions, mix(seed, epoch), self.device, self.dtype) if self.redrawn else self.train
+
+    def evaluate(self, batch: Points | Reference) -> Evaluation:
+        if isinstance(batch, Points):
+            with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
+                return Evaluation(float(self._loss(batch).detach()), None, len(batch))
+        missed = self._values() - batch.values
+        error = missed.norm() / batch.values.norm() if batch.relative else missed.square().mean().sqrt()
+        return Evaluation(float(error), None, len(batch.points))
+
+    def surfaces(self) -> tuple[Surface, Surface] | None:
+        reference = self.heldout
+        if reference.shape is None:
+            return None
+        spans = tuple((float(x.min()), float(x.max())) for x in (reference.points[:, at] for at, _ in reference.axes))
+        names = (reference.axes[0][1], reference.axes[1][1])
+        shown = (values[:, 0].reshape(reference.shape).tolist() for values in (reference.values, self._values()))
+        solution, found = (Surface(values, (spans[0], spans[1]), names) for values in shown)
+        return solution, found
+
+    def _values(self) -> Tensor:
+        """The network at the points of the reference, float64, on the CPU."""
+        with self.evaluating():
+            chunks = self.heldout.points.to(self.device, self.dtype).split(8192)
+            return torch.cat([self.model(x) for x in chunks]).double().cpu()
+
+
+@dataclass(frozen=True)
+class PhysicsTask(Task):
+    """A named recipe for a `PhysicsProblem`.
+
+    Args:
+        name, title, description: as for every task.
+        network: makes the network, drawing initial weights from the global generator.
+        conditions: what it is to satisfy.
+        reference: makes the solution to compare with.
+        redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
+            them (docs/residual-space.md).
+
+    Example:
+        >>> from imstep import pde
+        >>> slope = Condition("equation", lambda u, x: pde.gradient(u, x)[..., 0] - x.cos(),
+        ...                   lambda count, generator: 6 * torch.rand(count, 1, generator=generator).double(), 50)
+        >>> start = Condition("start", lambda u, x: u(x), lambda count, generator: torch.zeros(count, 1).double(), 1)
+        >>> x = torch.linspace(0, 6, 100).double()[:, None]
+        >>> network = lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+        >>> task = PhysicsTask("sine", "A sine", "u' = cos x", network, (slope, start), lambda: Reference(x, x.sin()))
+        >>> problem = task.build(seed=0)
+        >>> problem.data
+        '51 points redrawn each step (50 equation, 1 start)'
+    """
+
+    network: Callable[[], nn.Module]
+    conditions: tuple[Condition, ...]
+    reference: Callable[[], Reference]
+    redrawn: bool = True
+
+    @property
+    def has_batches(self) -> bool:
+        return False
+
+    def _model(self) -> nn.Module:
+        return self.network()
+
+    def _problem(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, data: Path | None, examples: int | None
+    ) -> PhysicsProblem:
+        conditions = self.conditions
+        if examples is not None:
+            share = examples / sum(c.count for c in conditions)
+            conditions = tuple(replace(c, count=max(1, round(share * c.count))) for c in conditions)
+        train = draw(conditions, mix(0, CHECK), device, dtype)
+        return PhysicsProblem(self.name, model, conditions, self.reference(), train, dtype, self.redrawn)
+
+
+def draw(conditions: Sequence[Condition], seed: int, device: torch.device, dtype: torch.dtype) -> Points:
+    """Points for each condition, a function of the seed."""
+    generator = Generator().manual_seed(seed)
+    return Points(tuple(c.draw(c.count, generator).to(device, dtype) for c in conditions))

@@ -1,0 +1,166 @@
+"""Equations as tasks: their solutions satisfy their conditions; points are functions of seed and step."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import imstep
+from imstep.tasks import TASKS, Condition, PhysicsTask, TaskError, get_task
+from imstep.tasks.equations.burgers import burgers_solution
+from imstep.tasks.equations.heat import HeatWithConductivity
+from imstep.tasks.equations.phase_field import allen_cahn_solution
+
+F64 = torch.float64
+PI = math.pi
+EQUATIONS = [name for name, task in TASKS.items() if isinstance(task, PhysicsTask)]
+
+
+def _reaction(x: Tensor) -> Tensor:
+    h = torch.exp(-((x[:, :1] - PI) ** 2) * 8 / PI**2)
+    return h / (h + (1 - h) * torch.exp(-5 * x[:, 1:]))
+
+
+def _string(x: Tensor) -> Tensor:
+    standing = [a * torch.sin(n * PI * x[:, :1]) * torch.cos(2 * n * PI * x[:, 1:]) for a, n in ((1, 1), (0.5, 5))]
+    return standing[0] + standing[1]
+
+
+CLOSED_FORMS = {
+    "poisson-2d": lambda x: torch.sin(PI * x[:, :1]) * torch.sin(PI * x[:, 1:]),
+    "poisson-5d": lambda x: torch.cos(PI * x).sum(1, keepdim=True),
+    "poisson-5d-wide": lambda x: torch.cos(PI * x).sum(1, keepdim=True),
+    "poisson-10d": lambda x: torch.stack([x[:, i] * x[:, i + 1] for i in range(0, 10, 2)]).sum(0)[:, None],
+    "heat-1d": lambda x: torch.exp(-(PI**2) * x[:, 1:] / 4) * torch.sin(PI * x[:, :1]),
+    "convection": lambda x: torch.sin(x[:, :1] - 30 * x[:, 1:]),
+    "convection-40": lambda x: torch.sin(x[:, :1] - 40 * x[:, 1:]),
+    "convection-80": lambda x: torch.sin(x[:, :1] - 80 * x[:, 1:]),
+    "reaction": _reaction,
+    "wave": _string,
+}
+
+
+class Exact(nn.Module):
+    def __init__(self, solution) -> None:
+        super().__init__()
+        self.solution, self.unused = solution, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.solution(x)
+
+
+def loss_of(task: PhysicsTask, solution) -> dict[str, float]:
+    """Root mean squares of what a solution misses, by condition."""
+    batch = task.build(0, dtype=F64).train
+    field = Exact(solution)
+    pairs = zip(task.conditions, batch.of, strict=True)
+    return {c.name: float(c.residual(field, x).detach().square().mean().sqrt()) for c, x in pairs}
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_the_solution_misses_nothing_and_is_the_reference(name: str) -> None:
+    task = get_task(name)
+    assert max(loss_of(task, CLOSED_FORMS[name]).values()) < 1e-10
+    wrong = loss_of(task, lambda x: CLOSED_FORMS[name](x) + 0.1 * x[:, :1] ** 2)
+    assert max(wrong.values()) > 1e-2
+    reference = task.reference()
+    torch.testing.assert_close(reference.values, CLOSED_FORMS[name](reference.points), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["burgers", "burgers-smooth"])
+def test_the_solution_of_burgers_equation(name: str) -> None:
+    viscosity = {"burgers": 0.01 / PI, "burgers-smooth": 0.01}[name]
+    x = torch.tensor([[-0.6, 0.2], [0.3, 0.45], [0.1, 0.3], [-0.97, 0.8]], dtype=F64)
+    h = 2e-3
+    step = lambda a, b: burgers_solution(x + torch.tensor([a * h, b * h], dtype=F64), viscosity)
+    u = step(0, 0)
+    slope = (8 * (step(1, 0) - step(-1, 0)) - (step(2, 0) - step(-2, 0))) / (12 * h)
+    rate = (8 * (step(0, 1) - step(0, -1)) - (step(0, 2) - step(0, -2))) / (12 * h)
+    bend = (16 * (step(1, 0) + step(-1, 0)) - 30 * u - (step(2, 0) + step(-2, 0))) / (12 * h * h)
+    assert (rate + u * slope - viscosity * bend).abs().max() < 1e-5 * rate.abs().max()
+    start = torch.tensor([[0.3, 0.0], [-0.8, 0.0]], dtype=F64)
+    torch.testing.assert_close(burgers_solution(start, viscosity), -torch.sin(PI * start[:, :1]))
+    points = get_task(name).reference().points[::97]
+    torch.testing.assert_close(burgers_solution(points, viscosity), _by_hermite(points, viscosity), rtol=0, atol=1e-6)
+
+
+def _by_hermite(points: Tensor, viscosity: float) -> Tensor:
+    """Cole and Hopf's integrals by Gauss and Hermite's rule, as in the literature."""
+    eta, weights = (torch.from_numpy(a) for a in np.polynomial.hermite.hermgauss(200))
+    y = points[:, :1] - 2 * (viscosity * points[:, 1:]).sqrt() * eta
+    exponent = -torch.cos(PI * y) / (2 * PI * viscosity)
+    density = weights * (exponent - exponent.amax(1, keepdim=True)).exp()
+    return -(torch.sin(PI * y) * density).sum(1, keepdim=True) / density.sum(1, keepdim=True)
+
+
+def test_the_spectral_solution_of_the_allen_cahn_equation() -> None:
+    u = allen_cahn_solution()
+    assert u.shape == (101, 512)
+    assert (u[::10] - allen_cahn_solution(1024, 500)[::10]).abs().max() < 1e-7
+    rate = (8 * (u[51] - u[49]) - (u[52] - u[48])) / (12 / 100)
+    frequency = 1j * PI * torch.fft.rfftfreq(512, 1 / 512, dtype=F64)
+    bend = torch.fft.irfft(frequency**2 * torch.fft.rfft(u[50]), 512)
+    assert (rate - 1e-4 * bend - 5 * (u[50] - u[50] ** 3)).abs().max() < 1e-4
+
+
+def test_measured_temperatures_are_data_and_equations_see_the_conductivity() -> None:
+    problem = get_task("heat-inverse").build(0, dtype=F64)
+    first, second = (next(problem.batches(epoch)) for epoch in (0, 1))
+    assert torch.equal(first.of[2], second.of[2])
+    assert not torch.equal(first.of[0], second.of[0])
+    model = problem.model
+    assert isinstance(model, HeatWithConductivity)
+    equation, x = problem.conditions[0], first.of[0]
+    slower = equation.residual(model, x).detach()
+    with torch.no_grad():
+        model.log_conductivity += math.log(2)
+    faster = equation.residual(model, x).detach()
+    with torch.no_grad():
+        model.log_conductivity += math.log(2)
+    torch.testing.assert_close(equation.residual(model, x).detach() - faster, 2 * (faster - slower))
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_points_depend_on_seed_and_step_alone(name: str) -> None:
+    problem = get_task(name).build(0, examples=60)
+    draws = [next(problem.batches(epoch, seed=seed)) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    torch.manual_seed(7)
+    again = next(problem.batches(0, seed=0))
+    assert all(torch.equal(a, b) for a, b in zip(draws[0].of, again.of, strict=True))
+    assert all(not torch.equal(a.of[0], b.of[0]) for a, b in pairwise([*draws, problem.train]))
+    for condition, points in zip(problem.conditions, again.of, strict=True):
+        assert len(points) == condition.count
+        assert condition.residual(problem.model, points).shape == (len(points), 1)
+    assert problem.evaluate(problem.heldout).loss > 0
+    assert problem.evaluate(problem.train).loss == pytest.approx(problem.closure(problem.train)().item(), rel=1e-5)
+    with pytest.raises(TaskError, match="points a step"):
+        problem.batch_count(20)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_every_equation_is_trained_by_least_squares(name: str) -> None:
+    problem = get_task(name).build(0, dtype=F64, examples=90)
+    optimizer = imstep.LeastSquares(problem.parameters)
+    before = problem.evaluate(problem.train).loss
+    for epoch in range(4):
+        optimizer.step(problem.closure(next(problem.batches(epoch))))
+    assert problem.evaluate(problem.train).loss < before
+
+
+def test_surfaces_show_solution_and_network() -> None:
+    solution, found = get_task("convection").build(0).surfaces()
+    assert len(solution.values) == len(found.values) == 101
+    assert len(solution.values[0]) == 201
+    assert solution.extent == ((0.0, 2 * PI), (0.0, 1.0))
+    assert solution.values[100][50] == pytest.approx(math.sin(PI / 2 - 30))
+    assert get_task("poisson-5d").build(0).surfaces() is None
+
+
+def test_a_condition_checks_its_numbers() -> None:
+    with pytest.raises(TaskError, match="positive weight"):
+        Condition("edge", lambda u, x: u(x), lambda count, generator: torch.zeros(count, 1), 3, weight=0.0)

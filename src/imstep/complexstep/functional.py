@@ -63,7 +63,7 @@ def jvp(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     Args:
         f: called as ``f(*primals)``; returns a tensor or a pytree of tensors.
-        primals: tuple of tensors or pytrees of real floating-point tensors.
+        primals: tuple of tensors or pytrees of floating-point tensors, real or complex.
         tangents: directions, of the structure, shapes and dtypes of ``primals``.
 
     Returns:
@@ -92,7 +92,8 @@ def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> A
 
     Args:
         f: maps ``x`` to a scalar tensor (one entry).
-        x: a tensor or a pytree of real floating-point tensors, of any shapes.
+        x: a tensor or a pytree of floating-point tensors, of any shapes. A complex one is differentiated as a pair of
+            real ones, and gradients are written as autograd does, ∂f/∂a + i ∂f/∂b for x = a + bi.
         v: the direction, of the structure and shapes of ``x``.
         h: None for infinitesimal arithmetic (h² dropped, nothing to choose), or the step of finite
             arithmetic, h > 0; rounding-exact for 1e-8 >= h >= 1e-300 in float64.
@@ -137,7 +138,7 @@ def third_derivative(f: Callable[[Any], Tensor], x: Any, v: Any, w: Any = None) 
 
     Args:
         f: maps ``x`` to a scalar tensor (one entry).
-        x: a tensor or a pytree of real floating-point tensors, of any shapes.
+        x: a tensor or a pytree of floating-point tensors, of any shapes; complex ones as for :func:`hvp`.
         v, w: directions, of the structure and shapes of ``x``; w = v if it is left out.
 
     Returns:
@@ -174,7 +175,8 @@ def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions
 
 
 def _leaf(t: Any) -> Tensor:
-    _require_real(t, "each leaf of x")
+    if not isinstance(t, Tensor) or not t.is_complex():
+        _require_real(t, "each leaf of x")
     return _without_graph(t).clone()
 
 
@@ -209,4 +211,8 @@ def _match(tree: Any, leaves: list[Tensor], structure: Any, name: str, other: st
         if not isinstance(d, Tensor) or d.shape != t.shape:
             got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
             raise ValueError(f"a leaf of {name} has shape {got} where {other} has {tuple(t.shape)}; they must agree.")
+        if d.is_complex() and not t.is_complex():
+            raise TypeError(
+                f"a leaf of {name} is complex where {other} is real. Pass a real direction, such as its real part."
+            )
     return found

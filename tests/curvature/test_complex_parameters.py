@@ -171,7 +171,7 @@ def test_operators(kind: str, name: str, budget: int | None) -> None:
 def test_blocks(name: str) -> None:
     model, paired, x, target = pair(name)
     ours, expected = hessian(model, x, target), hessian(paired, x, target)
-    chosen = [[p for p in m.parameters()][::-1][:3] for m in (model, paired)]
+    chosen = [list(m.parameters())[::-1][:3] for m in (model, paired)]
     assert relative_error(ours.block(chosen[0]).to_dense(), expected.block(chosen[1]).to_dense()) < 1e-13
     assert relative_error(ours.block(chosen[0], model).to_dense(), expected.block(chosen[1], paired).to_dense()) < 1e-13
 

@@ -237,7 +237,8 @@ def test_safetensors_without_a_copy(options: dict[str, Any], tmp_path: Path) -> 
 
 def test_saved_tensors_have_memory_of_their_own() -> None:
     """Weights in another order of memory, whose squared gradients are laid out likewise."""
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, groups=1), nn.Flatten(), nn.Linear(12, 2)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    model.to(memory_format=torch.channels_last)
     x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     optimizer = NewtonKrylov(model.parameters(), preconditioning=Kronecker(largest=4))
     for _ in range(2):

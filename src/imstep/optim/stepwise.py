@@ -33,7 +33,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
-        last_step: the :class:`StepRecord` of the last step; None before the first.
+        last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
         cost: everything spent so far.
     """
 
@@ -43,7 +43,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         super().__init__(params, {})
         self._parameters = self._vector()
         self._memory, self._max_refusals = memory, max_refusals
-        self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask after a step
+        self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
         self._mark()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 _NAMES = {"LinAlgError", "_LinAlgError", "NotPSDError", "NanError"}
-"""Of exceptions: NumPy's and SciPy's, PyTorch's, and those of gpytorch's linear operators, which need no import here."""
+"""Of exceptions: NumPy's and SciPy's, PyTorch's, those of gpytorch's linear operators; by name, to import none."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

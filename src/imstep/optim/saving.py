@@ -19,10 +19,10 @@ _TENSOR = "$tensor"
 class SavedOptimizer(torch.optim.Optimizer):
     """Adds an entry of its own to what PyTorch saves of an optimizer.
 
-    Hooks see the entry: those on saving when it is there, those on loading before it is read. It stands beside ``state``
-    and ``param_groups``, and once more, with the same tensors, in the state of the first parameter, because tools such
-    as ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of a text and of tensors: they take
-    dictionaries apart, and expect a fresh optimizer to have the same keys.
+    Hooks see the entry: those on saving when it is there, those on loading before it is read. It stands beside
+    ``state`` and ``param_groups``, and once more, with the same tensors, in the state of the first parameter, because
+    tools such as ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of a text and of tensors: they
+    take dictionaries apart, and expect a fresh optimizer to have the same keys.
     """
 
     _key: ClassVar[str]

@@ -168,7 +168,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if saved != list(dtypes):
             at = next(i for i, kinds in enumerate(zip(saved, dtypes, strict=True)) if kinds[0] != kinds[1])
             raise ValueError(
-                f"this state was saved for parameters of other dtypes: number {at} was {saved[at]} and is {dtypes[at]}. "
+                f"this state belongs to parameters of other dtypes: number {at} was {saved[at]} and is {dtypes[at]}. "
                 "Convert the model to what it was, for instance with model.double(), before the optimizer is built, or "
                 "begin with a fresh optimizer."
             )

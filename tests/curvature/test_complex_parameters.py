@@ -261,6 +261,15 @@ def test_least_squares_takes_the_same_steps(name: str) -> None:
     assert losses[0][-1] < 0.5 * losses[0][0]
 
 
+def test_minimize_names_the_way_out() -> None:
+    x0, target = torch.zeros(2, dtype=C128), torch.tensor([1 + 2j, -1j], dtype=C128)
+    f = lambda z: (z - target).abs().pow(4).sum() + (z.exp() - target.exp()).abs().square().sum()
+    with pytest.raises(TypeError, match="view_as_real"):
+        imstep.minimize(f, x0)
+    found = imstep.minimize(lambda r: f(torch.view_as_complex(r)), torch.view_as_real(x0))
+    torch.testing.assert_close(torch.view_as_complex(found.x), target, rtol=0, atol=1e-5)
+
+
 def test_saved_run_goes_on_alike() -> None:
     model, _, x, target = pair("mixed")
     other = MODELS["mixed"][0](False)

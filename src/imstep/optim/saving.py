@@ -20,9 +20,9 @@ class SavedOptimizer(torch.optim.Optimizer):
     """Adds an entry of its own to what PyTorch saves of an optimizer.
 
     Hooks see the entry: those on saving when it is there, those on loading before it is read. It stands beside
-    ``state`` and ``param_groups``, and once more, with the same tensors, in the state of the first parameter, because
-    tools such as ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of a text and of tensors: they
-    take dictionaries apart, and expect a fresh optimizer to have the same keys.
+    ``state`` and ``param_groups``, and once more, with the same tensors, in the first group, because tools such as
+    ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of tensors: they take dictionaries apart, and
+    expect a fresh optimizer to have the same keys.
     """
 
     _key: ClassVar[str]
@@ -38,26 +38,16 @@ class SavedOptimizer(torch.optim.Optimizer):
         """Take up an entry; raises ValueError, and changes nothing, if it is of something else."""
         raise NotImplementedError
 
-    def _steps(self) -> int:
-        """Steps taken."""
-        raise NotImplementedError
-
     def _mark(self) -> None:
-        """Give each parameter a state, since tools take an optimizer without any for one that has yet to step."""
-        self.state.clear()
-        for p in self._parameters.tensors:
-            self.state[p] = {"step": torch.full((1,), self._steps(), device=p.device)}
+        """Have a state, since tools take an optimizer without any for one that has to step first."""
+        self.state[self._parameters.tensors[0]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to continue bit for bit; tensors, numbers, strings, lists and dictionaries."""
         with self._withheld("_optimizer_state_dict_post_hooks") as hooks:
             state = super().state_dict()
-        self._mark()
-        numbers = [n for group in state["param_groups"] for n in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        states = {n: dict(self.state[p]) for n, p in zip(numbers, params, strict=True) if p in self.state}
-        state["state"], state[self._key] = states, self._entry()
-        next(iter(states.values()))[self._key] = _packed(state[self._key])
+        state["state"], state[self._key] = {}, self._entry()
+        state["param_groups"][0][self._key] = _packed(state[self._key], self._parameters.device)
         for hook in hooks:
             changed = hook(self, state)
             state = state if changed is None else changed
@@ -82,17 +72,17 @@ class SavedOptimizer(torch.optim.Optimizer):
     def _load(self, state: dict[str, Any]) -> None:
         before, device = self._entry(), self._parameters.device
         self._load_entry(tree_map_only(Tensor, lambda t: t.to(device), self._found(state)))
+        groups = [{k: v for k, v in group.items() if k != self._key} for group in state["param_groups"]]
         try:
-            super().load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+            super().load_state_dict({"state": {}, "param_groups": groups})
         except BaseException:
             self._load_entry(before)
             raise
         self._mark()
 
     def _found(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The entry of a state; of a tool that keeps only the states of parameters, the one that is there."""
-        states = [own for own in state.get("state", {}).values() if isinstance(own, dict)]
-        kept = [own[self._key] for own in (state, *states) if self._key in own]
+        """The entry of a state; of a tool that keeps only groups, the one that is there."""
+        kept = [own[self._key] for own in (state, *state["param_groups"]) if self._key in own]
         if not kept:
             raise ValueError(
                 f"this state was not saved by {type(self).__name__} (it has no entry {self._key!r}). "
@@ -111,23 +101,25 @@ class SavedOptimizer(torch.optim.Optimizer):
             setattr(self, name, hooks)
 
 
-def _packed(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """An entry as a text, in which numbers stand for tensors, and these tensors."""
+def _packed(entry: dict[str, Any], device: torch.device) -> tuple[Tensor, ...]:
+    """An entry as the bytes of a text, in which numbers stand for tensors, and these tensors, all on one device."""
     tensors: list[Tensor] = []
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            tensors.append(value)
+            tensors.append(value.to(device))
             return {_TENSOR: len(tensors) - 1}
         if isinstance(value, dict):
             return {name: plain(part) for name, part in value.items()}
         return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-    return json.dumps(plain(entry)), *tensors
+    text = json.dumps(plain(entry)).encode()
+    return torch.tensor(list(text), dtype=torch.uint8, device=device), *tensors
 
 
-def _unpacked(packed: Sequence[Any]) -> dict[str, Any]:
+def _unpacked(packed: Sequence[Tensor]) -> dict[str, Any]:
     """The inverse of :func:`_packed`."""
     text, *tensors = packed
-    found: dict[str, Any] = json.loads(text, object_hook=lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d)
+    put_back = lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d
+    found: dict[str, Any] = json.loads(bytes(text.tolist()), object_hook=put_back)
     return found

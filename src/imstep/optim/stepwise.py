@@ -143,9 +143,6 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if list(map(id, parameters.tensors)) != list(map(id, self._parameters.tensors)):
             self._adopt(parameters)
 
-    def _steps(self) -> int:
-        return self._memory.steps
-
     def _entry(self) -> dict[str, Any]:
         entry = {
             "memory": self._memory.to_dict(),

@@ -21,8 +21,8 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     Hooks see the entry: those on saving when it is there, those on loading before it is read. It stands beside
     ``state`` and ``param_groups``, and once more, with the same tensors, in the first group, because tools such as
-    ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of tensors: they take dictionaries apart, and
-    expect a fresh optimizer to have the same keys.
+    ``torch.distributed.checkpoint`` keep nothing else. There it is a tuple of tensors: they take dictionaries apart,
+    and expect a fresh optimizer to have the same keys.
     """
 
     _key: ClassVar[str]

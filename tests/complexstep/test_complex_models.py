@@ -70,6 +70,47 @@ def test_against_double_backward(name: str) -> None:
     )
 
 
+PLACES = {
+    **LOSSES,
+    "slices": lambda x: modulus(as_complex(x)[1:, ::2].tanh()) + torch.view_as_complex(x.view(9, 2)[2:]).abs().prod(),
+    "part of a conjugate": lambda x: (torch.view_as_complex(x.view(9, 2)).conj().imag.sin() * x[:9]).sum(),
+    "writes at pairs": lambda x: modulus(pairs_overwritten(x)),
+    "writes at an imaginary part": lambda x: modulus(imaginary_part_overwritten(x)),
+}
+
+
+def pairs_overwritten(x: Tensor) -> Tensor:
+    y = x[:7] * x[1:8]  # its last entry belongs to no pair
+    z = torch.view_as_complex(y[:6].view(3, 2))
+    z[1:].mul_(z[0] * 1j)
+    return z * y[6]
+
+
+def imaginary_part_overwritten(x: Tensor) -> Tensor:
+    z = (torch.view_as_complex(x.view(9, 2)) ** 2).conj()
+    z.imag.copy_(x[:9].exp())
+    return z**2
+
+
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("name", PLACES)
+def test_complex_view_of_a_parameter_at_any_place(name: str, before: int) -> None:
+    """Complex numbers begin at even places of memory; a part of a direction, and the next direction, may not."""
+    x, _ = point()
+    a, w, b = x[:before].clone().requires_grad_(), x.clone().requires_grad_(), x[-1:].clone().requires_grad_()
+    f = lambda: PLACES[name](w) * a.sum() * b.sum() ** 2
+    gradients = torch.autograd.grad(f(), [a, w, b], create_graph=True)
+    rows = torch.eye(N, N + before + 1, dtype=torch.float64)
+    product = lambda parts: torch.autograd.grad(gradients, [a, w, b], [u.clone() for u in parts], retain_graph=True)
+    expected = torch.stack([torch.cat(product(u.split([before, N, 1]))) for u in rows])
+    tolerance = {"rtol": 1e-10, "atol": 1e-10 * float(expected.abs().max())}
+    hessian = Hessian(f, [a, w, b])
+    torch.testing.assert_close(hessian @ rows.T, expected.T, **tolerance)
+    torch.testing.assert_close(torch.stack([hessian @ u for u in rows]), expected, **tolerance)
+    at = slice(before, before + N)
+    torch.testing.assert_close(hessian.block([w]).to_dense()[:, :-before], expected[before:, at].T, **tolerance)
+
+
 def test_lazy_conjugation_inside_kernels_is_carried_out() -> None:
     """Below a dispatch mode PyTorch leaves it out, so that pinv of a complex matrix is wrong under any mode."""
     z = torch.randn(3, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))

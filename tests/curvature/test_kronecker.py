@@ -57,6 +57,41 @@ def test_factors_of_a_linear_layer_by_hand() -> None:
     assert block["bias"] == 1
 
 
+SHAPES = {"one row": (3,), "rows": (5, 3), "batches of rows": (2, 5, 3), "many dimensions": (2, 2, 2, 3)}
+OVERWRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "sum": (lambda z: z.add_(W), lambda z: z + W),
+    "product": (lambda z: z.mul_(W), lambda z: z * W),
+    "activation": (lambda z: z.tanh_(), torch.tanh),
+    "dropout and skip": (
+        lambda z: F.dropout(z, 0.0, inplace=True).add_(1).mul_(W.exp()),
+        lambda z: (z + 1) * W.exp(),
+    ),
+    "part": (lambda z: write_into_part(z), lambda z: torch.cat([z[..., :1].sin(), z[..., 1:]], -1)),
+}
+W = nn.Parameter(torch.tensor([0.5, -1.5], dtype=F64))
+
+
+def write_into_part(z: Tensor) -> Tensor:
+    z[..., :1].sin_()
+    return z
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", OVERWRITTEN)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_that_is_overwritten_afterwards(shape: str, name: str, bias: bool) -> None:
+    layer, x = nn.Linear(3, 2, bias=bias, dtype=F64), normal(*SHAPES[shape])
+    model = nn.ModuleList([layer])
+    model.register_parameter("w", W)
+    found = [
+        blocks_of(factors(lambda f=f: f(layer(x)).pow(2).mean(), model)[0]) for f in OVERWRITTEN[name]
+    ]
+    assert len(found[1]) == 1
+    for at, block in found[1].items():
+        torch.testing.assert_close(found[0][at]["inputs"], block["inputs"])
+        torch.testing.assert_close(found[0][at]["outputs"], block["outputs"])
+
+
 def test_factors_of_a_convolution_by_hand() -> None:
     layer = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double()
     x = normal(4, 2, 6, 6)

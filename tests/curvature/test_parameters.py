@@ -102,10 +102,6 @@ def test_integer_parameters_cannot_require_gradients() -> None:
     refused([nn.Parameter(torch.tensor([1, 2]), requires_grad=False)], ValueError, "requires_grad=False")
 
 
-def test_complex() -> None:
-    refused([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], TypeError, "complex64", "view_as_complex")
-
-
 def test_several_devices() -> None:
     params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))]
     refused(params, ValueError, "several devices", "cpu", "meta")

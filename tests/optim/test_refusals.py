@@ -129,7 +129,6 @@ def test_no_closure() -> None:
     [
         ([], ValueError, "empty parameter list"),
         ([nn.Parameter(torch.ones(2), requires_grad=False)], ValueError, "requires_grad=False"),
-        ([nn.Parameter(torch.ones(2, dtype=torch.complex128))], TypeError, "complex128"),
         ([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))], ValueError, "several devices"),
         ([torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
     ],

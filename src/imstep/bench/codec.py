@@ -9,7 +9,7 @@ reads back as the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         state: tensors, bools, ints, floats, strings, None, and lists, tuples and dicts of these.
 
     Returns:
-        (structure, tensors); the tensors are copies on the CPU and share no memory.
+        (structure, tensors); the tensors lie on the CPU, each in memory of its own. Those that do already are not
+        copied, and one that occurs several times is there once.
 
     Raises:
         CodecError: anything else; the message says where it sits.
@@ -37,14 +38,15 @@ def flatten(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     {'$dict': [['t', 1.0], [3, {'$tuple': [None, {'$tensor': 'root.3.1'}]}]]}
     """
     tensors: dict[str, torch.Tensor] = {}
-    return _encode(state, "root", tensors), tensors
+    return _encode(state, "root", tensors, {}), tensors
 
 
-def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], keys: dict[int, str]) -> Any:
     if isinstance(value, torch.Tensor):
-        key = path if path not in tensors else f"{path}#{len(tensors)}"
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"$tensor": key}
+        if id(value) not in keys:
+            keys[id(value)] = key = path if path not in tensors else f"{path}#{len(tensors)}"
+            tensors[key] = _alone(value.detach().cpu(), tensors.values())
+        return {"$tensor": keys[id(value)]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(float(value))}
     if value is None or type(value) in (bool, int, float, str):
@@ -52,17 +54,24 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, list | tuple):
-        items = [_encode(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        items = [_encode(item, f"{path}.{i}", tensors, keys) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, Mapping):
-        pairs = [(key, _encode(item, f"{path}.{key}", tensors)) for key, item in value.items()]
+        pairs = [(key, _encode(item, f"{path}.{key}", tensors, keys)) for key, item in value.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return dict(pairs)
-        return {"$dict": [[_encode(key, f"{path}.key", tensors), item] for key, item in pairs]}
+        return {"$dict": [[_encode(key, f"{path}.key", tensors, keys), item] for key, item in pairs]}
     raise CodecError(
         f"the state holds a {type(value).__name__} at {path}, which JSON cannot carry without a pickle. "
         "Keep tensors, numbers, strings, lists, tuples, dicts and None in state_dict()."
     )
+
+
+def _alone(t: torch.Tensor, others: Iterable[torch.Tensor]) -> torch.Tensor:
+    """``t`` in memory that shows nothing else."""
+    whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    shared = any(t.untyped_storage()._cdata == other.untyped_storage()._cdata for other in others)
+    return t.clone(memory_format=torch.contiguous_format) if shared or not whole else t
 
 
 def unflatten(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

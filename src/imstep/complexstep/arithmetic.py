@@ -91,7 +91,7 @@ class Arithmetic:
         known = self._plane.find(t)
         if self._tape is not None:
             slot = self._tape.input(t)
-            if known is None and whole(t).numel() == t.numel():
+            if known is None and whole(t).numel() == t.numel() and not (t.is_conj() or t.is_neg()):
                 self._plane.name(t, slot)
                 return
             if known is None:

@@ -58,7 +58,7 @@ class Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sig = signature(func)
-        if sig.window and not self._islands.active and not args[0].is_complex():
+        if sig.window and not self._islands.active and isinstance(args[0], Tensor) and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
         tensors = sig.gather(args, kwargs)
         if _any_complex(tensors):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -15,6 +16,22 @@ from imstep.complexstep.islands import unseen
 from imstep.complexstep.nesting import refuse_lost_graph
 
 DEFAULT_H = 1e-20
+
+_Tree = TypeVar("_Tree")
+_Value = TypeVar("_Value")
+_Float = TypeVar("_Float", bound="np.floating[Any]")
+
+
+@overload
+def derivative(f: Callable[[Tensor], Tensor], x: Tensor, h: float | None = None) -> Tensor: ...
+
+
+@overload
+def derivative(f: Callable[[Any], Any], x: NDArray[_Float], h: float | None = None) -> NDArray[_Float]: ...
+
+
+@overload
+def derivative(f: Callable[[Any], Any], x: float, h: float | None = None) -> float: ...
 
 
 def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
@@ -56,14 +73,14 @@ def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
     return np.imag(f(x + 1j * h)) / h
 
 
-def jvp(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+def jvp(f: Callable[..., _Value], primals: Any, tangents: Any) -> tuple[_Value, _Value]:
     """The value and the directional derivative of a function, from one evaluation of it.
 
         (f(x), J(x) v),   J v = Im f(x + ihv) / h
 
     Args:
         f: called as ``f(*primals)``; returns a tensor or a pytree of tensors.
-        primals: tuple of tensors or pytrees of real floating-point tensors.
+        primals: tuple of tensors or pytrees of floating-point tensors, real or complex.
         tangents: directions, of the structure, shapes and dtypes of ``primals``.
 
     Returns:
@@ -85,14 +102,15 @@ def jvp(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _jvp_flat(lambda inputs: f(*tree_unflatten(inputs, structure)), leaves, directions)
 
 
-def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> Any:
+def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None) -> _Tree:
     """A Hessian-vector product, from one forward and one backward pass of ``f``.
 
         H(x) v = Im ∇f(x + ihv) / h
 
     Args:
         f: maps ``x`` to a scalar tensor (one entry).
-        x: a tensor or a pytree of real floating-point tensors, of any shapes.
+        x: a tensor or a pytree of floating-point tensors, of any shapes. A complex one is differentiated as a pair of
+            real ones, and gradients are written as autograd does, ∂f/∂a + i ∂f/∂b for x = a + bi.
         v: the direction, of the structure and shapes of ``x``.
         h: None for infinitesimal arithmetic (h² dropped, nothing to choose), or the step of finite
             arithmetic, h > 0; rounding-exact for 1e-8 >= h >= 1e-300 in float64.
@@ -125,10 +143,11 @@ def hvp(f: Callable[[Any], Tensor], x: Any, v: Any, h: float | None = None) -> A
         parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
     products = [torch.zeros_like(t) if part is None else part for t, part in zip(leaves, parts, strict=True)]
-    return tree_unflatten([_without_graph(p) for p in products], structure)
+    found: _Tree = tree_unflatten([_without_graph(p) for p in products], structure)
+    return found
 
 
-def third_derivative(f: Callable[[Any], Tensor], x: Any, v: Any, w: Any = None) -> Any:
+def third_derivative(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, w: _Tree | None = None) -> _Tree:
     """The third derivative along two directions, from one forward and one backward pass on numbers nested once more.
 
         D³f(x)[v, w, ·] = Im_2 Im_1 ∇f(x + ih₁v + ih₂w) / (h₁h₂)
@@ -137,7 +156,7 @@ def third_derivative(f: Callable[[Any], Tensor], x: Any, v: Any, w: Any = None) 
 
     Args:
         f: maps ``x`` to a scalar tensor (one entry).
-        x: a tensor or a pytree of real floating-point tensors, of any shapes.
+        x: a tensor or a pytree of floating-point tensors, of any shapes; complex ones as for :func:`hvp`.
         v, w: directions, of the structure and shapes of ``x``; w = v if it is left out.
 
     Returns:
@@ -174,7 +193,8 @@ def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions
 
 
 def _leaf(t: Any) -> Tensor:
-    _require_real(t, "each leaf of x")
+    if not isinstance(t, Tensor) or not t.is_complex():
+        _require_real(t, "each leaf of x")
     return _without_graph(t).clone()
 
 
@@ -209,4 +229,8 @@ def _match(tree: Any, leaves: list[Tensor], structure: Any, name: str, other: st
         if not isinstance(d, Tensor) or d.shape != t.shape:
             got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
             raise ValueError(f"a leaf of {name} has shape {got} where {other} has {tuple(t.shape)}; they must agree.")
+        if d.is_complex() and not t.is_complex():
+            raise TypeError(
+                f"a leaf of {name} is complex where {other} is real. Pass a real direction, such as its real part."
+            )
     return found

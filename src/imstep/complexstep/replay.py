@@ -94,7 +94,7 @@ class Replay:
 
     # --- memory -------------------------------------------------------------------------------------------------
 
-    def _read(self, values: _Values, ref: Any) -> Any:
+    def _read(self, values: _Values, ref: Any, negated: bool = True) -> Any:
         if type(ref) is list:
             return [self._read(values, r) for r in ref]
         if type(ref) is not tuple:
@@ -104,9 +104,14 @@ class Replay:
         if value is None:
             return None
         first = self._slots[slot].window
-        if value.stride() != first.stride or value.dtype is not first.dtype:
+        if (
+            value.stride() != first.stride
+            or value.dtype is not first.dtype
+            or value.is_conj() != first.conj
+            or value.is_neg() != first.neg
+        ):
             value = values[slot] = self._laid_out(slot, value)
-        return window.onto(value, value.storage_offset() - first.offset)
+        return window.onto(value, value.storage_offset() - first.offset, negated)
 
     def _assign(self, values: _Values, slots: Any, ims: Any) -> None:
         if ims is None or slots is None:
@@ -129,16 +134,18 @@ class Replay:
                 return
             zero = source.new_zeros((), dtype=self._slots[slot].window.dtype)
             values[slot] = self._laid_out(slot, zero)
-        shown = self._read(values, target if type(target) is tuple else (slot, self._slots[slot].window))
+        window = target[1] if type(target) is tuple else self._slots[slot].window
+        shown = self._read(values, (slot, window), negated=False)
         if source is None:
             shown.zero_()
         else:
-            shown.copy_(source)
+            shown.copy_(-source if window.neg else source)
 
     def _laid_out(self, slot: int, value: Tensor) -> Tensor:
         """A copy of ``value`` in memory laid out like the storage that the slot stands for."""
         meta = self._slots[slot]
-        full = value.new_zeros((meta.entries,), dtype=meta.window.dtype)  # batched if value is, under vmap
+        # Batched if value is, under vmap; then complex windows ask for an even distance between the directions.
+        full = value.new_zeros((meta.entries + meta.entries % 2,), dtype=meta.window.dtype)
         shown = meta.window.onto(full)
         shown.copy_(value)
         return shown

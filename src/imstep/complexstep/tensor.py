@@ -68,24 +68,31 @@ class Window:
             and self.neg == other.neg
         )
 
-    def onto(self, base: Tensor, shift: int = 0) -> Tensor:
-        """This window onto the storage of ``base``, moved by ``shift`` entries."""
+    def onto(self, base: Tensor, shift: int = 0, negated: bool = True) -> Tensor:
+        """This window onto the storage of ``base``, moved by ``shift`` entries.
+
+        Under ``vmap`` what shows numbers negated is a copy; to write to it, ask for them as they are (not ``negated``).
+        """
         if shift == 0 and self.fits(base):
             return base
-        if base.dtype is self.dtype and not (base.is_conj() or base.is_neg()):
+        base = base.conj() if base.is_conj() else base  # the memory itself
+        base = torch._neg_view(base) if base.is_neg() else base
+        if base.dtype is self.dtype:
             t = base.as_strided(self.size, self.stride, self.offset + shift)
         elif base.is_complex() and not self.dtype.is_complex:
             t = torch.view_as_real(base).as_strided(self.size, self.stride, self.offset + 2 * shift)
         elif self.dtype.is_complex and not base.is_complex():
-            if shift % 2:  # complex numbers begin at even places; nothing that is written to lies at odd ones
-                base, shift = base.as_strided((2 * self._end(),), (1,), shift).clone(), 0
-            pairs = base.as_strided((self._end() + shift // 2, 2), (2, 1), 0)
-            t = torch.view_as_complex(pairs).as_strided(self.size, self.stride, self.offset + shift // 2)
+            pairs = base.as_strided((self._end(), 2), (2, 1), shift)
+            # Nothing that is written to lies at odd places: see Replay._laid_out.
+            pairs = torch.view_as_complex(pairs if _at_even_places(pairs) else pairs.clone())
+            t = pairs.as_strided(self.size, self.stride, self.offset + pairs.storage_offset())
         else:
             t = torch.empty(0, dtype=self.dtype, device=base.device)
             t.set_(base.untyped_storage(), self.offset + shift, self.size, self.stride)
         t = t.conj() if self.conj else t
-        return torch._neg_view(t) if self.neg else t
+        if not (self.neg and negated):
+            return t
+        return t.neg() if torch._C._functorch.is_batchedtensor(t) else torch._neg_view(t)
 
     def _end(self) -> int:
         """One more than the last entry of the storage that the window shows."""
@@ -175,7 +182,8 @@ class Plane:
         """Attach ``im`` itself, which may be part of a larger vector, to ``t``; False where their layouts differ."""
         whole_storage = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
         even = im.storage_offset() % 2 == 0  # as a complex view asks for
-        if not (whole_storage and even and im.is_contiguous() and im.dtype is t.dtype) or im.is_conj() or im.is_neg():
+        plain = not any(u.is_conj() or u.is_neg() for u in (t, im))
+        if not (whole_storage and even and plain and im.is_contiguous() and im.dtype is t.dtype):
             return False
         im.untyped_storage().__dict__[_OWNED] = True
         t.untyped_storage().__dict__[self._key] = im
@@ -208,6 +216,16 @@ class Plane:
         """Forget the imaginary part of the storage of ``t``."""
         if t.layout is torch.strided:
             t.untyped_storage().__dict__.pop(self._key, None)
+
+
+def _at_even_places(pairs: Tensor) -> bool:
+    """Whether pairs of reals begin where complex numbers can, under ``vmap`` those of every direction."""
+    while torch._C._functorch.is_batchedtensor(pairs):
+        along = torch._C._functorch.maybe_get_bdim(pairs)
+        pairs = torch._C._functorch.get_unwrapped(pairs)
+        if pairs.stride(along) % 2:
+            return False
+    return pairs.storage_offset() % 2 == 0
 
 
 def whole(t: Tensor) -> Tensor:

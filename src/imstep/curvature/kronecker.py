@@ -13,7 +13,7 @@ from torch import Tensor
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver, LayerUse
-from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.sampling import sample_output_gradients
 from imstep.linalg import LinearOperator
 
@@ -77,7 +77,7 @@ class KroneckerFactors:
                 continue  # products of large numbers overflow before a gradient does
             self._blocks[at] = _average(self._blocks.get(at), block, keep)
         for at, g in zip(rest, gradients[len(observer.uses) :], strict=True):
-            square = torch.zeros_like(tensors[at]) if g is None else g.detach() ** 2
+            square = torch.zeros_like(as_reals(tensors[at].detach())) if g is None else as_reals(g.detach()) ** 2
             old = self._diagonals.get(at)
             self._diagonals[at] = square if old is None else keep * old + (1 - keep) * square
 
@@ -179,7 +179,7 @@ class _KroneckerInverse(LinearOperator):
     def matvec(self, vector: Tensor) -> Tensor:
         parts: list[Tensor | None] = list(self._parameters.unflatten(vector))
         for at, scale in self._scales.items():
-            parts[at] = parts[at] * scale  # type: ignore[operator]
+            parts[at] = as_reals(parts[at]) * scale  # type: ignore[arg-type]
         for block, of_inputs, of_outputs in self._inverses:
             weight = parts[block.weight]
             bias = None if block.bias is None else parts[block.bias]

@@ -65,7 +65,7 @@ class LayerObserver(TorchFunctionMode):
         at = self._position.get(id(weight))
         if at is None or max(len(weight), weight.numel() // max(len(weight), 1)) > self._largest:
             return
-        if not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
+        if not output.requires_grad or output.is_complex() or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
         if rows is None:
@@ -74,6 +74,8 @@ class LayerObserver(TorchFunctionMode):
         at_bias = None if bias is None else self._position.get(id(bias))
         if at_bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        if output._is_view():  # of what the layer has computed; its own node is replaced when it is overwritten
+            output = output._base  # type: ignore[assignment]
         channels = output.ndim - 1 if func is F.linear else 1
         self.uses.append(LayerUse(at, at_bias, rows, get_gradient_edge(output), channels))
 

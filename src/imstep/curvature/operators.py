@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.evaluation import Point
-from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.products import Products, ReplayedProducts
 from imstep.linalg import LinearOperator
 
@@ -165,7 +165,7 @@ def _marginals(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _words(p: Tensor) -> Tensor:
     """The memory that the entries fill, as integers: as few and as wide as it can be read."""
-    flat = p.reshape(-1)
+    flat = as_reals(p).resolve_neg().reshape(-1)
     wide = 8 // flat.element_size()
     if flat.numel() % wide == 0 and flat.storage_offset() % wide == 0:
         return flat.view(torch.int64)

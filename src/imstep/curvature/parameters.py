@@ -11,39 +11,50 @@ from imstep.complexstep.islands import unseen
 
 
 class TensorVector:
-    """Tensors of given forms seen as one vector of shape (n,): concatenated in order, each in row-major order.
+    """Tensors of given forms seen as one real vector of shape (n,): concatenated in order, each in row-major order.
+
+    An entry a + bi of a complex tensor stands in it as the pair a, b. The gradient of a real function as autograd has
+    it, ∂f/∂a + i ∂f/∂b, then stands in it as the gradient with respect to that pair.
 
     Args:
         forms: shape and dtype of each tensor.
         dtype: of the vector.
         device: of all.
+
+    Attributes:
+        sizes: how many entries of the vector each tensor takes.
+        size: n.
     """
 
     def __init__(
         self, forms: Sequence[tuple[torch.Size, torch.dtype]], dtype: torch.dtype, device: torch.device
     ) -> None:
         self._forms, self.dtype, self.device = list(forms), dtype, device
-        self._sizes = [shape.numel() for shape, _ in forms]
-        self.size = sum(self._sizes)
+        self._shapes = [torch.Size([*shape, 2]) if kind.is_complex else shape for shape, kind in forms]
+        self.sizes = [shape.numel() for shape in self._shapes]
+        self.size = sum(self.sizes)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One vector (n,) from one tensor per part; None stands for zeros."""
+        """One vector (n,) from one tensor per part, complex or as pairs of reals; None stands for zeros."""
         empty = lambda n: torch.zeros(n, dtype=self.dtype, device=self.device)
         with unseen():  # to leave autograd's graph is no cut of an arithmetic around this
             parts = [
-                empty(n) if t is None else t.detach().reshape(-1).to(self.dtype)
-                for t, n in zip(tensors, self._sizes, strict=True)
+                empty(n) if t is None else as_reals(t.detach()).reshape(-1).to(self.dtype)
+                for t, n in zip(tensors, self.sizes, strict=True)
             ]
             return torch.cat(parts)
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Views of ``vector`` (n,), one per part, in its shape."""
-        parts = vector.split(self._sizes)
-        return [part.view(shape) for part, (shape, _) in zip(parts, self._forms, strict=True)]
+        """Real views of ``vector`` (n,), one per part, in its shape; with a last dimension of 2 for a complex one."""
+        parts = vector.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views of ``vector`` (n,), one per part, in its shape and dtype (converted where that differs)."""
-        return [part.to(dtype) for part, (_, dtype) in zip(self.views(vector), self._forms, strict=True)]
+        """The parts of ``vector`` (n,), in shape and dtype; views of it where they are real and of its dtype."""
+        return [
+            torch.complex(part[..., 0], part[..., 1]).to(dtype) if dtype.is_complex else part.to(dtype)
+            for part, (_, dtype) in zip(self.views(vector), self._forms, strict=True)
+        ]
 
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""
@@ -51,22 +62,23 @@ class TensorVector:
 
     def entries(self, positions: Sequence[int]) -> Tensor:
         """Where the entries of some of the tensors are, in the order of :meth:`part`."""
-        places = torch.arange(self.size, device=self.device).split(self._sizes)
+        places = torch.arange(self.size, device=self.device).split(self.sizes)
         return torch.cat([places[at] for at in positions])
 
 
 class ParameterVector(TensorVector):
-    """Parameters seen as one vector of shape (n,): concatenated in order, each in row-major order.
+    """Parameters seen as one real vector of shape (n,): concatenated in order, each in row-major order.
 
-    The vector's dtype is float64 if a parameter is, else float32; parameters of half precision are converted at
-    the edge. Parameters that do not require gradients are frozen and not part of the vector.
+    The vector's dtype is float64 if a parameter is (or complex128), else float32; parameters of half precision are
+    converted at the edge. A complex parameter stands in it as pairs of reals, see :class:`TensorVector`. Parameters
+    that do not require gradients are frozen and not part of the vector.
 
     Args:
         params: a module, or an iterable of parameters; a parameter that appears twice counts once.
 
     Raises:
         ValueError: no parameter requires gradients, or they live on several devices.
-        TypeError: a parameter is complex or sparse, or ``params`` is no module or iterable of tensors.
+        TypeError: a parameter is sparse, or ``params`` is no module or iterable of tensors.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -90,7 +102,8 @@ class ParameterVector(TensorVector):
                 + ("none was given." if not candidates else f"all {len(candidates)} have requires_grad=False.")
             )
         _check(self.tensors)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
+        double = (torch.float64, torch.complex128)
+        dtype = torch.float64 if any(p.dtype in double for p in self.tensors) else torch.float32
         super().__init__([(p.shape, p.dtype) for p in self.tensors], dtype, self.tensors[0].device)
 
     def positions(self, params: nn.Module | Iterable[Tensor]) -> list[int]:
@@ -130,13 +143,13 @@ class ParameterVector(TensorVector):
                 torch.add(saved, d, alpha=step_length, out=p)
 
 
+def as_reals(t: Tensor) -> Tensor:
+    """``t``, a complex one as pairs of reals in a last dimension."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def _check(tensors: Sequence[Tensor]) -> None:
     for p in tensors:
-        if not p.is_floating_point():
-            raise TypeError(
-                f"a parameter has dtype {p.dtype}; the complex step differentiates with respect to real floating-point "
-                "parameters. Store real and imaginary parts as two real parameters (torch.view_as_complex joins them)."
-            )
         if p.layout is not torch.strided:
             raise TypeError(f"a parameter has layout {p.layout}; only dense (strided) parameters are supported.")
     devices = sorted({str(p.device) for p in tensors})

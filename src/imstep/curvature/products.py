@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.tape import Tape
-from imstep.curvature.parameters import TensorVector
+from imstep.curvature.parameters import TensorVector, as_reals
 
 _ROOM = {False: 2**21, True: 2**28}
 """Bytes, on CPU and GPU, within which k directions together are faster than one by one.
@@ -95,7 +95,7 @@ class ReplayedProducts(Products):
             if change is None:
                 parts[number].zero_()
             else:
-                parts[number].copy_(change)
+                parts[number].copy_(as_reals(change))
 
     def _at_once(self) -> int:
         """How many directions to replay together: as many as the largest intermediate value has room for."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
-from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.squares import Residuals, residuals_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.linalg import GramMatrix, LinearOperator
@@ -184,7 +184,7 @@ class ResidualJacobian(JacobianRows):
         self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes = residuals.passes
         count = len(residuals.values)
-        super().__init__(parts, [p.numel() for p in tensors], count, parameters.device)
+        super().__init__(parts, parameters.sizes, count, parameters.device)
         if wrong:
             warnings.warn(
                 f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
@@ -254,7 +254,7 @@ def _wrong(parts: Sequence[GradientRows | None], exact: Sequence[Tensor | None],
     for at, (part, g) in enumerate(zip(parts, exact, strict=True)):
         if g is None:
             continue
-        missed, size = g.double().reshape(-1), 0.0
+        missed, size = as_reals(g).double().reshape(-1), 0.0
         if part is not None:
             missed = missed - part.rmatvec(factors.double())
             size = float(part.squared_norms.sqrt().sum())
@@ -266,11 +266,11 @@ def _wrong(parts: Sequence[GradientRows | None], exact: Sequence[Tensor | None],
 def _by_backward_passes(residuals: Residuals, tensors: Sequence[Tensor]) -> Iterator[GradientRows]:
     """Rows of parameters by a backward pass per residual."""
     count = len(residuals.values) if tensors else 0
-    rows = [torch.empty(count, p.numel(), dtype=F64, device=p.device) for p in tensors]
+    rows = [torch.empty(count, as_reals(p).numel(), dtype=F64, device=p.device) for p in tensors]
     unit = torch.zeros_like(residuals.values)
     for i in range(count):
         unit[i] = 1
         for whole, g in zip(rows, residuals.pull_back(unit, tensors), strict=True):
-            whole[i] = 0 if g is None else g.reshape(-1)
+            whole[i] = 0 if g is None else as_reals(g).reshape(-1)
         unit[i] = 0
     return map(PlainRows, rows)

@@ -102,7 +102,8 @@ def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Uses:
                 waiting.append(parent)
                 continue
             found, transposed = leaf
-            use = recognise(Operand(node, at, transposed, parameters[found], found))
+            # Rows are real numbers, and products of complex ones have conjugates in their gradients.
+            use = None if _is_complex(node) else recognise(Operand(node, at, transposed, parameters[found], found))
             if use is None:
                 uses.unknown.add(found)
             else:
@@ -118,6 +119,11 @@ def _leaf(node: Any, position: dict[int, int]) -> tuple[int, bool] | None:
     if node is None or node.name() != _LEAF or id(node.variable) not in position:
         return None
     return position[id(node.variable)], transposed
+
+
+def _is_complex(node: Any) -> bool:
+    """Whether what a node has computed is complex; all that is computed from complex numbers by a product is."""
+    return any(output.dtype.is_complex for output in node._input_metadata)
 
 
 # --- the operators --------------------------------------------------------------------------------------------------

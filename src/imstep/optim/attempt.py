@@ -19,6 +19,7 @@ from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
+from imstep.optim.evaluable import failing_as
 from imstep.optim.forcing import Situation
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Evidence, Preconditioner
@@ -286,10 +287,12 @@ class Attempt(StepAttempt):
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
 
+    @failing_as(math.nan)
     def _loss_at(self, direction: Direction, step_length: float) -> float:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         return float(self._frozen.loss())
 
+    @failing_as((math.nan, math.nan))
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         loss, gradient = self._frozen.gradient()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
@@ -16,6 +17,7 @@ from imstep.curvature.residual_jacobian import ResidualJacobian, require_residua
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import GramFactorisation, PivotedCholesky
 from imstep.optim.chord import ChordStep, chord_iterations
+from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
@@ -162,6 +164,7 @@ class _Attempt(StepAttempt):
         self._settings, self._owners = settings, owners
         self._loss: Tensor
         self._gradient: Tensor
+        self._residuals: Tensor
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ class _Attempt(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         jacobian = ResidualJacobian.at(self._frozen.loss_with_graph(watch=True), self._parameters, self._owners)
-        self._loss = jacobian.loss
+        self._loss, self._residuals = jacobian.loss, jacobian.residuals
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         record = self._opened(Cost(losses=1, jacobian_passes=jacobian.backward_passes))
         loss, gradient_norm = record.loss, record.gradient_norm
@@ -251,9 +254,14 @@ class _Attempt(StepAttempt):
         return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
 
     def _residuals_at(self, vector: Tensor) -> Tensor:
-        """ρ(w + d), (N,)."""
+        """ρ(w + d), (N,); nan where the closure cannot be evaluated there."""
         self._parameters.move(self._snapshot, vector.to(self._parameters.dtype), 1.0)
-        return require_residuals(self._frozen.loss_with_graph()).values.double()
+        try:
+            return require_residuals(self._frozen.loss_with_graph()).values.double()
+        except Exception as error:
+            if not outside_the_domain(error):
+                raise
+            return torch.full_like(self._residuals, math.nan)
 
 
 def _curvature_along_gradient(jacobian: ResidualJacobian) -> float:

@@ -71,7 +71,7 @@ class Memory:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, a tensor, and a nested dictionary."""
-        return asdict(self)
+        return {**vars(self), "search": asdict(self.search)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Memory:

@@ -120,7 +120,9 @@ def minimize(
         raise ValueError(f"maxiter is at least 1, got {maxiter}.")
     start = torch.as_tensor(x0)
     if not start.is_floating_point():
-        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. Convert it with .double().")
+        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
+        remedy = pairs if start.is_complex() else "Convert it with .double()."
+        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
     tol = _TOLERANCE.get(start.dtype, 1e-3) if tol is None else tol
     units = _units(scale, start)
     y = nn.Parameter(start.detach() / units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -19,6 +19,25 @@ from imstep.optim.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.optim.strategies import Strategies
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class NewtonKrylovOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`NewtonKrylov`, for functions that pass them on."""
+
+    curvature: CurvatureChoice | None
+    solver: Solver | None
+    forcing: Forcing | None
+    step: StepSearch | None
+    damping: Damping | None
+    preconditioning: Preconditioning | None
+    momentum: bool
+    tolerance: float
+    max_trials: int
+    max_refusals: int
+    variance_every: int
 
 
 class NewtonKrylov(StepwiseOptimizer):
@@ -51,7 +70,7 @@ class NewtonKrylov(StepwiseOptimizer):
             for none. Each is a backward pass.
 
     Attributes:
-        last_step: the :class:`StepRecord` of the last step; None before the first.
+        last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
         cost: everything spent so far.
 
     Raises:
@@ -107,7 +126,7 @@ class NewtonKrylov(StepwiseOptimizer):
         self._preconditioner = self._preconditioning.make(self._parameters)
 
     @classmethod
-    def for_batches(cls, params: Iterable[Any], **options: Any) -> NewtonKrylov:
+    def for_batches(cls, params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
         """The configuration for mini-batches: short solves that do not fit the batch.
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
@@ -118,6 +137,9 @@ class NewtonKrylov(StepwiseOptimizer):
         Args:
             params: parameters or parameter groups.
             **options: any of the constructor's, in place of this configuration's.
+
+        Raises:
+            TypeError: an option that the constructor does not have.
 
         Source: our choice by measurement, ``benchmarks/minibatch.py``.
 
@@ -130,14 +152,15 @@ class NewtonKrylov(StepwiseOptimizer):
             >>> w.detach().round()
             tensor([0., 1., 2.])
         """
-        configuration: dict[str, Any] = {
+        configuration: NewtonKrylovOptions = {
             "solver": BlendedConjugateGradient(),
             "forcing": FixedProducts(2),
             "step": Armijo(),
             "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
             "preconditioning": Kronecker(every=10),
         }
-        return cls(params, **{**configuration, **options})
+        configuration.update(options)
+        return cls(params, **configuration)
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None

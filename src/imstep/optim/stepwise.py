@@ -6,15 +6,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.saving import SavedOptimizer
 from imstep.optim.step_attempt import StepAttempt
 
 
@@ -22,7 +24,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss or its gradient was not finite in several steps in a row."""
 
 
-class StepwiseOptimizer(torch.optim.Optimizer, ABC):
+class StepwiseOptimizer(SavedOptimizer, ABC):
     """The shell around steps: records, costs, undoing, saving.
 
     Args:
@@ -31,12 +33,9 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
-        last_step: the :class:`StepRecord` of the last step; None before the first.
+        last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
         cost: everything spent so far.
     """
-
-    _key: ClassVar[str]
-    """Under which a saved state keeps what is not PyTorch's."""
 
     def __init__(self, params: Iterable[Any], memory: Memory, max_refusals: int) -> None:
         if max_refusals < 1:
@@ -44,8 +43,9 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(params, {})
         self._parameters = self._vector()
         self._memory, self._max_refusals = memory, max_refusals
-        self.last_step: StepRecord | None = None
+        self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
+        self._mark()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters.
@@ -143,41 +143,42 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
         if list(map(id, parameters.tensors)) != list(map(id, self._parameters.tensors)):
             self._adopt(parameters)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit; tensors, numbers, strings, lists and dictionaries."""
-        state = super().state_dict()
-        state[self._key] = {
+    def _entry(self) -> dict[str, Any]:
+        entry = {
             "memory": self._memory.to_dict(),
             "cost": asdict(self.cost),
             "shapes": [list(p.shape) for p in self._parameters.tensors],
+            "dtypes": [str(p.dtype) for p in self._parameters.tensors],
             **self._parts(),
         }
-        return state
+        return tree_map_only(Tensor, _alone, entry)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; strategies are those given to the constructor.
-
-        Raises:
-            ValueError: the state belongs to another optimizer, or to other parameters.
-        """
-        if self._key not in state_dict:
-            raise ValueError(
-                f"this state was not saved by {type(self).__name__} (it has no entry {self._key!r}). "
-                "Load it into the optimizer that saved it."
-            )
-        own = state_dict[self._key]
+    def _load_entry(self, entry: dict[str, Any]) -> None:
         self._follow_parameters()
-        shapes = [list(p.shape) for p in self._parameters.tensors]
-        if own.get("shapes") != shapes:
+        shapes, dtypes = zip(*((list(p.shape), str(p.dtype)) for p in self._parameters.tensors), strict=True)
+        if entry.get("shapes") != list(shapes):
             raise ValueError(
-                f"this state belongs to parameters of shapes {own.get('shapes')}, the optimizer has {shapes}. "
+                f"this state belongs to parameters of shapes {entry.get('shapes')}, the optimizer has {list(shapes)}. "
                 "Load it into an optimizer of the same model, with the same parameters frozen."
             )
+        saved = entry.get("dtypes", list(dtypes))
+        if saved != list(dtypes):
+            at = next(i for i, kinds in enumerate(zip(saved, dtypes, strict=True)) if kinds[0] != kinds[1])
+            raise ValueError(
+                f"this state belongs to parameters of other dtypes: number {at} was {saved[at]} and is {dtypes[at]}. "
+                "Convert the model to what it was, for instance with model.double(), before the optimizer is built, or "
+                "begin with a fresh optimizer."
+            )
         try:
-            memory, cost = Memory.from_dict(own["memory"]), Cost(**own["cost"])
-            parts = {name: own[name] for name in self._parts()}
+            memory, cost = Memory.from_dict(entry["memory"]), Cost(**entry["cost"])
+            parts = {name: entry[name] for name in self._parts()}
         except (KeyError, TypeError) as error:
             raise ValueError(f"this state is damaged or of another version of the library: {error}.") from error
         self._load_parts(parts)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != self._key})
         self._memory, self.cost = memory, cost
+
+
+def _alone(t: Tensor) -> Tensor:
+    """``t`` in memory of its own, as formats ask for that write tensors by their memory."""
+    whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    return t if whole else t.clone(memory_format=torch.contiguous_format)

@@ -18,6 +18,7 @@ _FAMILIES = (
     "linear",
     "multilinear",
     "products",
+    "grouped",
     "elementwise",
     "special",
     "binary",

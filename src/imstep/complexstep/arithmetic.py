@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
+from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Reference, Step
@@ -123,6 +124,8 @@ class Arithmetic:
 
     def product(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The imaginary part of :meth:`gradient` alone; the real one is dropped part by part as it comes."""
+        if runs_functions([loss]):  # they may look at .grad of an input, or write to it
+            return [self._imaginary_alone(g) for g in self.gradient(loss, inputs)]
         handles = [t.register_hook(self._imaginary_alone) for t in inputs]
         try:
             return self.gradient(loss, inputs)
@@ -153,7 +156,6 @@ class Arithmetic:
             The gradients for zero weights, real and without meaning; None where ``output`` does not depend on an input.
         """
         backward = Arithmetic(None, tape, self._before_write, self._keep_graph)
-        backward._islands.follow(self._islands)
         weight = torch.zeros_like(output)
         backward.attach(weight)
         with backward:

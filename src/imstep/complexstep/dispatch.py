@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
-from imstep.complexstep.islands import Islands
+from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.rules.forms import WORKING
@@ -56,7 +56,12 @@ class Dispatch(TorchDispatchMode):
         self._decomposing: list[OpOverload] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if torch._C._is_torch_function_mode_enabled():  # as in a backward pass, which no function has been seen to call
+            with unseen():
+                return self._dispatch(func, args, kwargs or {})
+        return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         sig = signature(func)
         if sig.window and not self._islands.active and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
@@ -103,7 +108,6 @@ class Dispatch(TorchDispatchMode):
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
-        self._islands.refuse_in_checkpoint(func)
         self._ledger.enter(func, "cut")
         outputs = func(*args, **kwargs)
         self._ledger.leave()

@@ -59,36 +59,43 @@ class _Last(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in PASSES or not _PLAIN.issuperset(types):  # a subclass of Tensor has a say of its own
             return func(*args, **kwargs)
-        with _pushed(self._watching):
+        with _active(self._watching):
             return PASSES[func](*args, **kwargs)
 
 
 def watched(func: Any, args: Any, kwargs: Any, mode: TorchFunctionMode) -> Any:
-    """Call one of :data:`PASSES` from the handler of ``mode``: other modes see the call, those of its class what it runs.
-    """
+    """Call one of :data:`PASSES` for the handler of ``mode``: all modes see the call, those of its class what it runs."""
     modes = _get_current_function_mode_stack()
     if any(isinstance(m, _Last) for m in modes):
         return func(*args, **kwargs)
     last = _Last([*(m for m in modes if type(m) is type(mode)), mode])
-    for _ in modes:
-        _pop_mode()
-    try:
-        with _pushed([last, *modes]):
-            return func(*args, **kwargs)
-    finally:
-        for m in modes:
-            _push_mode(m)
+    with _active([last, *modes]):
+        return func(*args, **kwargs)
 
 
 @contextmanager
-def _pushed(modes: list[TorchFunctionMode]) -> Iterator[None]:
-    for m in modes:
-        _push_mode(m)
+def in_sight_of(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """A context in which of the function modes only those of a class are active."""
+    with _active([m for m in _get_current_function_mode_stack() if isinstance(m, kind)]):
+        yield
+
+
+@contextmanager
+def _active(modes: list[TorchFunctionMode]) -> Iterator[None]:
+    """A context in which these modes are active, and no others."""
+    before = _get_current_function_mode_stack()
+    _exchange(before, modes)
     try:
         yield
     finally:
-        for _ in modes:
-            _pop_mode()
+        _exchange(modes, before)
+
+
+def _exchange(modes: list[TorchFunctionMode], others: list[TorchFunctionMode]) -> None:
+    for _ in modes:
+        _pop_mode()
+    for m in others:
+        _push_mode(m)
 
 
 def gradients(

@@ -156,7 +156,7 @@ class Islands(TorchFunctionMode):
         self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
-        with self._final_pass():
+        with self._final_pass(), gradients.in_sight_of(Islands):
             return gradients.gradients(outputs, inputs, weights, self._keep_graph)
 
     @contextmanager

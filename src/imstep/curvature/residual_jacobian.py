@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.later import as_evaluated
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
@@ -173,6 +174,7 @@ class ResidualJacobian(JacobianRows):
         self._fill(loss, parameters, known)
         return self
 
+    @as_evaluated()
     def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
         residuals = require_residuals(loss)
         tensors = parameters.tensors

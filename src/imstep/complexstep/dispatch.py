@@ -26,8 +26,10 @@ rules.load()
 _evaluations = itertools.count()
 _RESHAPED_IN_PLACE = {
     getattr(torch.ops.aten, name)
-    for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_")
+    for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_", "set_")
 }
+_DETACH = torch.ops.aten.detach.default
+_RESIZED = {torch.ops.aten.resize_, torch.ops.aten.resize_as_}
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
 _OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
@@ -56,6 +58,9 @@ class Dispatch(TorchDispatchMode):
         self._decomposing: list[OpOverload] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._islands.cut_out_of_sight(func is _DETACH) and not self._decomposing:
+            with self._islands.island(), unseen():
+                return self._dispatch(func, args, kwargs or {})
         if torch._C._is_torch_function_mode_enabled():  # as in a backward pass, which no function has been seen to call
             with unseen():
                 return self._dispatch(func, args, kwargs or {})
@@ -268,6 +273,8 @@ class Dispatch(TorchDispatchMode):
             return self._copy(func, args, kwargs)
         if func.overloadpacket in _RESHAPED_IN_PLACE:
             return func(*args, **kwargs)  # another window onto the same memory
+        if func.overloadpacket in _RESIZED:
+            return self._resize(func, args, kwargs)
         if sig.functional is None and lookup(func) is not None:
             # What it overwrites is beside the point: statistics.
             return self._apply(func, tensors, attached, args, kwargs)
@@ -290,7 +297,7 @@ class Dispatch(TorchDispatchMode):
             targets = targets[0]
         for target, result in zip(targets, results, strict=True):
             if target.shape != result.shape:
-                target.resize_(result.shape)
+                self._resize(torch.ops.aten.resize_.default, (target, result.shape), {})
             if self._tape is not None:
                 self._tape.protect(target)
             if result.untyped_storage()._cdata not in kept and self._plane.interchangeable(target, result):
@@ -298,6 +305,21 @@ class Dispatch(TorchDispatchMode):
                 self._plane.hand_over(result, target)
             else:
                 self._copy(torch.ops.aten.copy_.default, (target, result), {})
+
+    def _resize(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """Another window, onto memory that may have grown; what is new of it has no imaginary part."""
+        target = args[0]
+        held, before = self._plane.find(target), whole(target)
+        outputs = func(*args, **kwargs)
+        if held is None or before.numel() == whole(target).numel():
+            return outputs
+        if self._tape is None:
+            self._plane.extend(target, before)
+            return outputs
+        self._plane.name(target, self._tape.define(whole(target)))
+        source, goal = self._tape.reference(held, before), self._tape.reference(self._plane.find(target), before)
+        self._tape.record(self._step(torch.ops.aten.copy_.default, None, [source], None, goal))
+        return outputs
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         target, source = args[0], args[1]

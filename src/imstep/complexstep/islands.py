@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_map
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
-from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
+from imstep.complexstep.regions import caller, forwards, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
+_BELOW = torch._C.DispatchKey.ADInplaceOrView  # left out where autograd has done its part
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 
@@ -40,13 +41,16 @@ def unseen() -> AbstractContextManager[Any]:
 class Islands(TorchFunctionMode):
     """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative."""
 
+    _entered: ClassVar[list[Islands]] = []  # the innermost last: only that sees the user's operators as they come
+
     def __init__(self, plane: Plane, ledger: Ledger, keep_graph: bool = False) -> None:
         super().__init__()
         self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
         self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
-        self._before, self._entered = self._cut, self._task
-        self._contexts: list[tuple[bool, int]] = []
-        self._outside = 0
+        self._recorded = True  # whether gradients are on, as far as changes were seen
+        self._before = False, -1, True
+        self._contexts: list[tuple[bool, int, bool]] = []
+        self._outside = self._forwards = 0
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self._stack = ExitStack()
 
@@ -55,15 +59,46 @@ class Islands(TorchFunctionMode):
         """Whether a result made now is a constant."""
         return self._cut and torch._C._current_graph_task_id() == self._task
 
+    def cut_out_of_sight(self, detach: bool) -> bool:
+        """Whether an operator cuts the graph where no function was seen to: in TorchScript, or under ``inference_mode``.
+
+        Args:
+            detach: whether the operator is a detach; most are bookkeeping of autograd's, above which one of the user's
+                has been.
+        """
+        if torch.is_grad_enabled():
+            if not detach or not torch._C._dispatch_tls_is_dispatch_key_excluded(_BELOW):
+                return False
+        elif self._cut or not self._recorded:
+            return False
+        ours = torch._C._is_torch_function_all_disabled() or self._entered[-1] is not self
+        if ours or torch._C._current_graph_task_id() != -1:
+            return False
+        frame = sys._getframe(1)
+        return functions_around(frame) <= self._outside and forwards(frame) <= self._forwards
+
+    @contextmanager
+    def island(self) -> Iterator[None]:
+        """An island for the time of this context."""
+        before = self._cut, self._task
+        self._cut, self._task = True, torch._C._current_graph_task_id()
+        try:
+            yield
+        finally:
+            self._cut, self._task = before
+
     def __enter__(self) -> Islands:
         super().__enter__()
+        self._entered.append(self)
         self._stack.enter_context(plain_attention())
         self._contexts, self._cut, self._task = [], False, torch._C._current_graph_task_id()
-        self._outside = functions_around(sys._getframe(1))
+        self._recorded = torch.is_grad_enabled()
+        self._outside, self._forwards = functions_around(sys._getframe(1)), forwards(sys._getframe(1))
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
+        self._entered.remove(self)
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,13 +130,8 @@ class Islands(TorchFunctionMode):
     @contextmanager
     def cut(self) -> Iterator[None]:
         """An island for the time of this context, where there can be one."""
-        before = self._cut, self._task
-        if self._may_cut():
-            self._cut, self._task = True, torch._C._current_graph_task_id()
-        try:
+        with self.island() if self._may_cut() else nullcontext():
             yield
-        finally:
-            self._cut, self._task = before
 
     def _toggle(self, enable: bool) -> None:
         change = switch()
@@ -109,17 +139,17 @@ class Islands(TorchFunctionMode):
             return  # autograd had switched gradients off already, and nothing depends on what a Function switches
         if change.event == "__exit__":
             if self._contexts:
-                self._cut, self._task = self._contexts.pop()
+                self._cut, self._task, self._recorded = self._contexts.pop()
             return
-        before = self._cut, self._task
+        before = self._cut, self._task, self._recorded
         if change.runs_again:
             self._cut, self._task = False, torch._C._current_graph_task_id()
         elif not is_checkpoint(change.user):
-            self._cut = not enable
+            self._cut, self._recorded = not enable, enable
         if change.event == "__enter__":
-            self._contexts.append((self._before, self._task) if change.delayed else before)
+            self._contexts.append(self._before if change.delayed else before)
         else:
-            self._before = before[0]
+            self._before = before
 
     def _refuse_exit(self, func: Any, t: Tensor) -> None:
         if not self.active and self._plane.find(t) is not None:

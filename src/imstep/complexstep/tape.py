@@ -114,7 +114,7 @@ class Tape:
             return
         self._find_places()
         numbers = self._places.pop(t.untyped_storage()._cdata, ())
-        copies = {id(self._held[n][0]): self._held[n][0].detach().clone() for n in numbers}
+        copies = {id(self._held[n][0]): self._held[n][0].clone() for n in numbers}
         for n in numbers:
             held, _, push = self._held[n]
             exchange(push, lambda held: copies.get(id(held), held))

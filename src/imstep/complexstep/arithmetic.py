@@ -24,6 +24,7 @@ from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
+_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
 _OF_NO_NODE = -2  # no operator of the user's
 
 
@@ -80,6 +81,9 @@ class Arithmetic:
         self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
+        raised, self._dispatch.raised = self._dispatch.raised, None
+        if raised is not None and str(exc[1]).startswith(_TORCHSCRIPT) and str(exc[1]).endswith("RuntimeError: \n"):
+            raise raised from exc[1]
 
     def attach(self, t: Tensor, im: Tensor | None = None, lent: bool = False) -> None:
         """Perturb ``t`` by ``im`` (shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.

@@ -56,15 +56,20 @@ class Dispatch(TorchDispatchMode):
         self._h, self._tape, self._before_write = h, tape, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
+        self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._islands.cut_out_of_sight(func is _DETACH) and not self._decomposing:
-            with self._islands.island(), unseen():
-                return self._dispatch(func, args, kwargs or {})
-        if torch._C._is_torch_function_mode_enabled():  # as in a backward pass, which no function has been seen to call
-            with unseen():
-                return self._dispatch(func, args, kwargs or {})
-        return self._dispatch(func, args, kwargs or {})
+        try:
+            if self._islands.cut_out_of_sight(func is _DETACH) and not self._decomposing:
+                with self._islands.island(), unseen():
+                    return self._dispatch(func, args, kwargs or {})
+            if torch._C._is_torch_function_mode_enabled():  # no function was seen to call, as in a backward pass
+                with unseen():
+                    return self._dispatch(func, args, kwargs or {})
+            return self._dispatch(func, args, kwargs or {})
+        except Exception as error:
+            self.raised = error
+            raise
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         sig = signature(func)

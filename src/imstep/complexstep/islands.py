@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
@@ -25,6 +24,7 @@ from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
 from imstep.complexstep.regions import caller, forwards, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
+from imstep.complexstep.saved import checked_hooks
 from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
@@ -71,6 +71,8 @@ class Islands(TorchFunctionMode):
                 return False
         elif self._cut or not self._recorded:
             return False
+        elif not (torch.is_inference_mode_enabled() or torch._C._is_torch_function_mode_enabled()):
+            return False  # of a function that was seen, and autograd's: for hooks on what it saves
         ours = torch._C._is_torch_function_all_disabled() or self._entered[-1] is not self
         if ours or torch._C._current_graph_task_id() != -1:
             return False
@@ -102,7 +104,10 @@ class Islands(TorchFunctionMode):
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with checked_hooks(self._plane):
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch._C._set_grad_enabled:
             self._toggle(bool(args[0]))
         elif func in _CUTS:
@@ -116,8 +121,6 @@ class Islands(TorchFunctionMode):
             return steer(func, args, kwargs, self._ledger)
         elif func in gradients.PASSES:
             return self._backward_pass(func, args, kwargs)
-        elif func is F.gumbel_softmax:
-            return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
 
     # --- cuts ---------------------------------------------------------------------------------------------------
@@ -167,18 +170,6 @@ class Islands(TorchFunctionMode):
         with self.cut():
             t.detach_().data = t.clone()
         return t
-
-    def _gumbel_softmax(
-        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-    ) -> Tensor:
-        # PyTorch's own detaches inside, out of sight of this mode.
-        soft = F.gumbel_softmax(logits, tau, False, dim=dim)
-        if not hard:
-            return soft
-        with self.cut():
-            constant = soft.clone()
-        choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
-        return choice - constant + soft
 
     # --- backward passes ----------------------------------------------------------------------------------------
 

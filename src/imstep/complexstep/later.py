@@ -35,7 +35,7 @@ class _Later(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in STEERED:
             return steer(func, args, kwargs, Ledger())
-        if func in PASSES and func is not torch.autograd.grad and kwargs.get("inputs") is None:
+        if func in PASSES and func is not torch.autograd.grad:
             self._note(args[0])
         return func(*args, **kwargs)
 

@@ -160,6 +160,7 @@ class Arithmetic:
             The gradients for zero weights, real and without meaning; None where ``output`` does not depend on an input.
         """
         backward = Arithmetic(None, tape, self._before_write, self._keep_graph)
+        backward._islands.hooked = self._islands.hooked
         weight = torch.zeros_like(output)
         backward.attach(weight)
         with backward:

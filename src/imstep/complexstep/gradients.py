@@ -64,7 +64,7 @@ class _Last(TorchFunctionMode):
 
 
 def watched(func: Any, args: Any, kwargs: Any, mode: TorchFunctionMode) -> Any:
-    """Call one of :data:`PASSES` for the handler of ``mode``: all modes see the call, those of its class what it runs."""
+    """Call one of :data:`PASSES` for the handler of ``mode``: all modes see the call, its class also what it runs."""
     modes = _get_current_function_mode_stack()
     if any(isinstance(m, _Last) for m in modes):
         return func(*args, **kwargs)

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import UnsupportedOperatorError
@@ -31,6 +31,8 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
 _BELOW = torch._C.DispatchKey.ADInplaceOrView  # left out where autograd has done its part
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
+_WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def unseen() -> AbstractContextManager[Any]:
@@ -52,6 +54,7 @@ class Islands(TorchFunctionMode):
         self._contexts: list[tuple[bool, int, bool]] = []
         self._outside = self._forwards = 0
         self.final = False  # whether the backward pass that runs now is the one to differentiate
+        self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self._stack = ExitStack()
 
     @property
@@ -59,22 +62,23 @@ class Islands(TorchFunctionMode):
         """Whether a result made now is a constant."""
         return self._cut and torch._C._current_graph_task_id() == self._task
 
-    def cut_out_of_sight(self, detach: bool) -> bool:
-        """Whether an operator cuts the graph where no function was seen to: in TorchScript, or under ``inference_mode``.
+    def cut_out_of_sight(self, recorded: bool) -> bool:
+        """Whether an operator outside backward passes cuts the graph where no function was seen to.
+
+        As in TorchScript, or under ``inference_mode``.
 
         Args:
-            detach: whether the operator is a detach; most are bookkeeping of autograd's, above which one of the user's
-                has been.
+            recorded: whether gradients are on; the operator is a detach then, most of which are bookkeeping of
+                autograd's, above which one of the user's has been.
         """
-        if torch.is_grad_enabled():
-            if not detach or not torch._C._dispatch_tls_is_dispatch_key_excluded(_BELOW):
+        if recorded:
+            if not torch._C._dispatch_tls_is_dispatch_key_excluded(_BELOW):
                 return False
         elif self._cut or not self._recorded:
             return False
         elif not (torch.is_inference_mode_enabled() or torch._C._is_torch_function_mode_enabled()):
             return False  # of a function that was seen, and autograd's: for hooks on what it saves
-        ours = torch._C._is_torch_function_all_disabled() or self._entered[-1] is not self
-        if ours or torch._C._current_graph_task_id() != -1:
+        if torch._C._is_torch_function_all_disabled() or self._entered[-1] is not self:
             return False
         frame = sys._getframe(1)
         return functions_around(frame) <= self._outside and forwards(frame) <= self._forwards
@@ -104,8 +108,11 @@ class Islands(TorchFunctionMode):
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with checked_hooks(self._plane):
-            return self._call(func, args, kwargs or {})
+        if _hooks(True) is not None:
+            self.hooked = True
+            with checked_hooks(self._plane):
+                return self._call(func, args, kwargs or {})
+        return self._call(func, args, kwargs or {}) if func in _WATCHED else func(*args, **(kwargs or {}))
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch._C._set_grad_enabled:
@@ -177,8 +184,13 @@ class Islands(TorchFunctionMode):
         self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
-        with self._final_pass(), gradients.in_sight_of(Islands):
+        seen = gradients.in_sight_of(Islands) if self._runs_code(outputs) else unseen()
+        with self._final_pass(), seen:
             return gradients.gradients(outputs, inputs, weights, self._keep_graph)
+
+    def _runs_code(self, outputs: Any) -> bool:
+        """Whether the backward pass of outputs runs code that must be seen: of Functions, or hooks on saved tensors."""
+        return self.hooked or gradients.runs_functions(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
 
     @contextmanager
     def _final_pass(self) -> Iterator[None]:
@@ -190,15 +202,21 @@ class Islands(TorchFunctionMode):
 
     def _backward_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A pass that the user asks for: with ``backward()`` the gradient itself, else part of the loss."""
-        if func is not torch.autograd.grad:
-            if self._keep_graph and not (len(args) > 2 and args[2]):
-                args = (*args[:2], *([True] if len(args) > 2 else []), *args[3:])
-                kwargs = kwargs if len(args) > 2 else {**kwargs, "retain_graph": True}
-            with self._final_pass():
-                return gradients.watched(func, args, kwargs, self)
-        found = gradients.watched(func, args, kwargs, self)
-        create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
-        if create_graph or not self._may_cut():
-            return found
-        with self.cut():
-            return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, found)
+        if func is torch.autograd.grad:
+            found = self._run(func, args, kwargs)
+            create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
+            if create_graph or not self._may_cut():
+                return found
+            with self.cut():
+                return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, found)
+        if self._keep_graph and len(args) > 2:
+            args = (*args[:2], True, *args[3:])
+        elif self._keep_graph:
+            kwargs = {**kwargs, "retain_graph": True}
+        with self._final_pass():
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._runs_code((args[:1], kwargs)):
+            return gradients.watched(func, args, kwargs, self)
+        return func(*args, **kwargs)

@@ -57,7 +57,7 @@ class _Later(TorchFunctionMode):
 
 @contextmanager
 def as_evaluated() -> Iterator[None]:
-    """A context in which what a checkpoint runs again for a graph's saved tensors is run as it was in the evaluation."""
+    """A context in which what a checkpoint runs again for the sake of saved tensors runs as in the evaluation."""
     with plain_attention(), _Later(whole=False):
         yield
 
@@ -68,7 +68,7 @@ def later_grad(
     weights: Sequence[Tensor] | None = None,
     keep: bool = True,
     whole: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """:func:`torch.autograd.grad` after the evaluation; None for an input that the outputs do not depend on.
 
     Args:

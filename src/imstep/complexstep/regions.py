@@ -24,7 +24,7 @@ _AGAIN = {"backward", "unpack_hook"}  # where a checkpoint runs what it was give
 
 
 def caller() -> FrameType | None:
-    """The frame that called the function of PyTorch's whose handlers, of this arithmetic and of those in it, run now."""
+    """The frame that called the function whose handlers, of this arithmetic and of those within it, run now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "__torch_function__":
         frame = frame.f_back

@@ -195,7 +195,7 @@ class Plane:
             window.copy_(im)
 
     def extend(self, t: Tensor, before: Tensor) -> None:
-        """Let what is attached to the storage of ``t``, which was as large as ``before`` shows, fill it as it is now."""
+        """Let what is attached to the storage of ``t``, once as large as ``before`` shows, fill it as it is now."""
         im = Window(before).onto(self.find(t), self.find(t).storage_offset())
         base = mirror(t)
         Window(before).onto(base).copy_(im)

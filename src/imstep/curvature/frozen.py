@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
-from imstep.complexstep.gradients import gradients
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector
@@ -111,7 +110,7 @@ class FrozenClosure:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
         with self._same_state(), self._own_gradients():
             loss = self._call()
-            gradients = self._gradients_of(loss, lambda f, inputs: gradients([f], inputs))
+            gradients = self._gradients_of(loss, lambda f, inputs: gradients_of([f], inputs))
         return loss.detach(), self._parameters.flatten(gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,10 @@ class KroneckerFactors:
         tensors = self._parameters.tensors
         self._direct = _direct_curvature(tensors, ends, u)
         gradients = later_grad(
-            [end.z for end in ends], [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)], u, keep=False
+            [end.z for end in ends],
+            [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],
+            u,
+            keep=False,
         )
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1

@@ -191,7 +191,7 @@ class ResidualJacobian(JacobianRows):
             warnings.warn(
                 f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
                 f"the Jacobian takes {count} backward passes.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,9 +28,7 @@ _RESHAPED_IN_PLACE = {
     getattr(torch.ops.aten, name)
     for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_", "set_")
 }
-_grad_enabled, _graph_task = torch.is_grad_enabled, torch._C._current_graph_task_id
 _seen_by_mode = torch._C._is_torch_function_mode_enabled
-_DETACH = torch.ops.aten.detach.default
 _RESIZED = {torch.ops.aten.resize_, torch.ops.aten.resize_as_}
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
 _OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
@@ -63,10 +60,6 @@ class Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            recorded = _grad_enabled()
-            if (not recorded or func is _DETACH) and _graph_task() == -1 and self._islands.cut_out_of_sight(recorded):
-                with self._islands.island() if not self._decomposing else nullcontext(), unseen():
-                    return self._dispatch(func, args, kwargs or {})
             if _seen_by_mode():  # no function was seen to call, as in a backward pass
                 with unseen():
                     return self._dispatch(func, args, kwargs or {})

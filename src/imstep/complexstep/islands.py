@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -22,16 +23,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
-from imstep.complexstep.regions import caller, forwards, functions_around, is_checkpoint, switch
+from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks
 from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
-_BELOW = torch._C.DispatchKey.ADInplaceOrView  # left out where autograd has done its part
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
+_WATCHED.add(F.gumbel_softmax)
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -43,16 +44,13 @@ def unseen() -> AbstractContextManager[Any]:
 class Islands(TorchFunctionMode):
     """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative."""
 
-    _entered: ClassVar[list[Islands]] = []  # the innermost last: only that sees the user's operators as they come
-
     def __init__(self, plane: Plane, ledger: Ledger, keep_graph: bool = False) -> None:
         super().__init__()
         self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
         self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
-        self._recorded = True  # whether gradients are on, as far as changes were seen
-        self._before = False, -1, True
-        self._contexts: list[tuple[bool, int, bool]] = []
-        self._outside = self._forwards = 0
+        self._before = False, -1
+        self._contexts: list[tuple[bool, int]] = []
+        self._outside, self._inference = 0, False  # of what is around the evaluation
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self._stack = ExitStack()
@@ -60,28 +58,14 @@ class Islands(TorchFunctionMode):
     @property
     def active(self) -> bool:
         """Whether a result made now is a constant."""
-        return self._cut and torch._C._current_graph_task_id() == self._task
+        if self._cut:
+            return torch._C._current_graph_task_id() == self._task
+        return torch.is_inference_mode_enabled() and self._in_inference_mode()
 
-    def cut_out_of_sight(self, recorded: bool) -> bool:
-        """Whether an operator outside backward passes cuts the graph where no function was seen to.
-
-        As in TorchScript, or under ``inference_mode``.
-
-        Args:
-            recorded: whether gradients are on; the operator is a detach then, most of which are bookkeeping of
-                autograd's, above which one of the user's has been.
-        """
-        if recorded:
-            if not torch._C._dispatch_tls_is_dispatch_key_excluded(_BELOW):
-                return False
-        elif self._cut or not self._recorded:
-            return False
-        elif not (torch.is_inference_mode_enabled() or torch._C._is_torch_function_mode_enabled()):
-            return False  # of a function that was seen, and autograd's: for hooks on what it saves
-        if torch._C._is_torch_function_all_disabled() or self._entered[-1] is not self:
-            return False
-        frame = sys._getframe(1)
-        return functions_around(frame) <= self._outside and forwards(frame) <= self._forwards
+    def _in_inference_mode(self) -> bool:
+        """Whether the user has entered ``inference_mode``, which no handler sees, since this evaluation began."""
+        here = not self._inference and torch._C._current_graph_task_id() == self._task
+        return here and functions_around(sys._getframe(1)) <= self._outside
 
     @contextmanager
     def island(self) -> Iterator[None]:
@@ -95,16 +79,14 @@ class Islands(TorchFunctionMode):
 
     def __enter__(self) -> Islands:
         super().__enter__()
-        self._entered.append(self)
         self._stack.enter_context(plain_attention())
         self._contexts, self._cut, self._task = [], False, torch._C._current_graph_task_id()
-        self._recorded = torch.is_grad_enabled()
-        self._outside, self._forwards = functions_around(sys._getframe(1)), forwards(sys._getframe(1))
+        self._outside = functions_around(sys._getframe(1))
+        self._inference = torch.is_inference_mode_enabled()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
-        self._entered.remove(self)
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,6 +110,8 @@ class Islands(TorchFunctionMode):
             return steer(func, args, kwargs, self._ledger)
         elif func in gradients.PASSES:
             return self._backward_pass(func, args, kwargs)
+        elif func is F.gumbel_softmax and self._may_cut():
+            return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
 
     # --- cuts ---------------------------------------------------------------------------------------------------
@@ -149,13 +133,13 @@ class Islands(TorchFunctionMode):
             return  # autograd had switched gradients off already, and nothing depends on what a Function switches
         if change.event == "__exit__":
             if self._contexts:
-                self._cut, self._task, self._recorded = self._contexts.pop()
+                self._cut, self._task = self._contexts.pop()
             return
-        before = self._cut, self._task, self._recorded
+        before = self._cut, self._task
         if change.runs_again:
             self._cut, self._task = False, torch._C._current_graph_task_id()
         elif not is_checkpoint(change.user):
-            self._cut, self._recorded = not enable, enable
+            self._cut = not enable
         if change.event == "__enter__":
             self._contexts.append(self._before if change.delayed else before)
         else:
@@ -177,6 +161,18 @@ class Islands(TorchFunctionMode):
         with self.cut():
             t.detach_().data = t.clone()
         return t
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        # PyTorch's own detaches inside, out of sight of this mode.
+        soft = F.gumbel_softmax(logits, tau, False, dim=dim)
+        if not hard:
+            return soft
+        with self.cut():
+            constant = soft.detach().clone()
+        choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
+        return choice - constant + soft
 
     # --- backward passes ----------------------------------------------------------------------------------------
 

@@ -58,15 +58,6 @@ def functions_around(frame: FrameType | None) -> int:
     return found + alone
 
 
-def forwards(frame: FrameType | None) -> int:
-    """How many Functions, those of checkpoints among them, ``frame`` runs in the forward of."""
-    found = 0
-    while frame is not None:
-        found += frame.f_code is _FORWARD
-        frame = frame.f_back
-    return found
-
-
 class Switch(NamedTuple):
     """A change of grad mode.
 

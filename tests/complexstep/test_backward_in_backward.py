@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import imstep
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.parameters import ParameterVector
 
 D = torch.float64
 
@@ -135,6 +137,8 @@ def _agree(loss, plain, module) -> None:
             hessian = imstep.Hessian(_closure(loss, module, calls), module, memory_budget=budget)
             torch.testing.assert_close(hessian.gradient, gradient, rtol=1e-11, atol=1e-13)
             torch.testing.assert_close(hessian @ v, product, rtol=1e-11, atol=1e-12)
+    without_products = FrozenClosure(loss, ParameterVector(module)).gradient()[1]
+    torch.testing.assert_close(without_products, gradient, rtol=1e-11, atol=1e-13)
     pair = torch.stack([v, 2 * v], 1)
     torch.testing.assert_close(imstep.Hessian(loss, module) @ pair, torch.stack([product, 2 * product], 1))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from imstep.complexstep.gradients import PASSES, grad, in_sight_of, leaves
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
@@ -36,17 +37,17 @@ class _Later(TorchFunctionMode):
         if func in STEERED:
             return steer(func, args, kwargs, Ledger())
         if func in PASSES and func is not torch.autograd.grad:
-            self._note(args[0])
+            self._note([t for t in tree_leaves((args[:1], kwargs)) if isinstance(t, Tensor)])
         return func(*args, **kwargs)
 
-    def _note(self, outputs: Tensor | Sequence[Tensor]) -> None:
+    def _note(self, outputs: Sequence[Tensor]) -> None:
         if self._whole:
             raise ValueError(
                 "a Function calls backward() within its own backward pass, as reversible networks do; what that adds "
                 "to .grad is out of reach of the rows of a Jacobian. Call torch.autograd.grad there and return the "
                 "gradients of the parameters, or use an optimizer that needs no residuals."
             )
-        for t in leaves([outputs] if isinstance(outputs, Tensor) else outputs):
+        for t in leaves(outputs):
             self._before.setdefault(id(t), (t, t.grad))
 
     def __exit__(self, *exc: Any) -> None:

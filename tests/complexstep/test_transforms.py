@@ -122,3 +122,54 @@ def test_compiled_models_run_uncompiled(backend):
     torch.testing.assert_close(value, model(x))
     torch.testing.assert_close(fresh, plain @ v, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(warm, plain @ v, rtol=1e-12, atol=1e-13)
+
+
+def _in_inference_mode(w: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = w * 2.0
+    return (w.sin() * scale.clone()).sum()
+
+
+def _hard_choice(w: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return (torch.nn.functional.gumbel_softmax(w * w, hard=True) * w).sum()
+
+
+@pytest.mark.parametrize("f", [_in_inference_mode, _hard_choice])
+def test_cuts_that_no_function_is_seen_to_make(f):
+    """In inference mode, and within PyTorch's own functions."""
+    w, v = _normal(12, seed=3), _normal(12, seed=4)
+    expected = _double_backward(f, w, v)
+    torch.testing.assert_close(imstep.hvp(f, w, v), expected, rtol=1e-12, atol=1e-13)
+    p = w.clone().requires_grad_()
+    torch.testing.assert_close(imstep.Hessian(lambda: f(p), [p]) @ v, expected, rtol=1e-12, atol=1e-13)
+
+
+@torch.jit.script
+def _scripted(w: Tensor) -> Tensor:
+    return (w.sin() * torch.tanh(w) * w.exp()).pow(2.0).sum()
+
+
+def test_torchscript():
+    """From the second call on it differentiates by itself, and detaches what it is given."""
+    w, v = _normal(12, seed=3), _normal(12, seed=4)
+    expected = _double_backward(lambda t: (t.sin() * torch.tanh(t) * t.exp()).pow(2.0).sum(), w, v)
+    p = w.clone().requires_grad_()
+    for _ in range(4):
+        torch.testing.assert_close(imstep.hvp(_scripted, w, v), expected, rtol=1e-12, atol=1e-13)
+        product = imstep.Hessian(lambda: _scripted(p), [p]) @ v
+        torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-13)
+
+
+@torch.jit.script
+def _sparse(w: Tensor) -> Tensor:
+    return torch.sparse.sum((w * w).to_sparse())
+
+
+def test_refusals_in_torchscript_are_told():
+    """Its interpreter shows no message of an error that was raised in Python."""
+    with pytest.raises(imstep.UnsupportedOperatorError, match=r"to_sparse.*Use dense tensors"):
+        imstep.hvp(_sparse, X, U)
+    p = X.clone().requires_grad_()
+    with pytest.raises(imstep.UnsupportedOperatorError, match="to_sparse"):
+        imstep.Hessian(lambda: _sparse(p), [p])

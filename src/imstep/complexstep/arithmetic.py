@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
+from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
 
+_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
 _OF_NO_NODE = -2  # no operator of the user's
 
 
@@ -79,6 +81,9 @@ class Arithmetic:
         self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
+        raised, self._dispatch.raised = self._dispatch.raised, None
+        if raised is not None and str(exc[1]).startswith(_TORCHSCRIPT) and str(exc[1]).endswith("RuntimeError: \n"):
+            raise raised from exc[1]
 
     def attach(self, t: Tensor, im: Tensor | None = None, lent: bool = False) -> None:
         """Perturb ``t`` by ``im`` (shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.
@@ -123,6 +128,8 @@ class Arithmetic:
 
     def product(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The imaginary part of :meth:`gradient` alone; the real one is dropped part by part as it comes."""
+        if runs_functions([loss]):  # they may look at .grad of an input, or write to it
+            return [self._imaginary_alone(g) for g in self.gradient(loss, inputs)]
         handles = [t.register_hook(self._imaginary_alone) for t in inputs]
         try:
             return self.gradient(loss, inputs)
@@ -153,7 +160,7 @@ class Arithmetic:
             The gradients for zero weights, real and without meaning; None where ``output`` does not depend on an input.
         """
         backward = Arithmetic(None, tape, self._before_write, self._keep_graph)
-        backward._islands.follow(self._islands)
+        backward._islands.hooked = self._islands.hooked
         weight = torch.zeros_like(output)
         backward.attach(weight)
         with backward:

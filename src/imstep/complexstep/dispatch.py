@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
-from imstep.complexstep.islands import Islands
+from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.rules.forms import WORKING
@@ -26,8 +26,10 @@ rules.load()
 _evaluations = itertools.count()
 _RESHAPED_IN_PLACE = {
     getattr(torch.ops.aten, name)
-    for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_")
+    for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_", "set_")
 }
+_seen_by_mode = torch._C._is_torch_function_mode_enabled
+_RESIZED = {torch.ops.aten.resize_, torch.ops.aten.resize_as_}
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
 _OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
@@ -54,9 +56,19 @@ class Dispatch(TorchDispatchMode):
         self._h, self._tape, self._before_write = h, tape, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
+        self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            if _seen_by_mode():  # no function was seen to call, as in a backward pass
+                with unseen():
+                    return self._dispatch(func, args, kwargs or {})
+            return self._dispatch(func, args, kwargs or {})
+        except Exception as error:
+            self.raised = error
+            raise
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         sig = signature(func)
         if sig.window and not self._islands.active and isinstance(args[0], Tensor) and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
@@ -103,7 +115,6 @@ class Dispatch(TorchDispatchMode):
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
-        self._islands.refuse_in_checkpoint(func)
         self._ledger.enter(func, "cut")
         outputs = func(*args, **kwargs)
         self._ledger.leave()
@@ -264,6 +275,8 @@ class Dispatch(TorchDispatchMode):
             return self._copy(func, args, kwargs)
         if func.overloadpacket in _RESHAPED_IN_PLACE:
             return func(*args, **kwargs)  # another window onto the same memory
+        if func.overloadpacket in _RESIZED:
+            return self._resize(func, args, kwargs)
         if sig.functional is None and lookup(func) is not None:
             # What it overwrites is beside the point: statistics.
             return self._apply(func, tensors, attached, args, kwargs)
@@ -286,7 +299,7 @@ class Dispatch(TorchDispatchMode):
             targets = targets[0]
         for target, result in zip(targets, results, strict=True):
             if target.shape != result.shape:
-                target.resize_(result.shape)
+                self._resize(torch.ops.aten.resize_.default, (target, result.shape), {})
             if self._tape is not None:
                 self._tape.protect(target)
             if result.untyped_storage()._cdata not in kept and self._plane.interchangeable(target, result):
@@ -294,6 +307,21 @@ class Dispatch(TorchDispatchMode):
                 self._plane.hand_over(result, target)
             else:
                 self._copy(torch.ops.aten.copy_.default, (target, result), {})
+
+    def _resize(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """Another window, onto memory that may have grown; what is new of it has no imaginary part."""
+        target = args[0]
+        held, before = self._plane.find(target), whole(target)
+        outputs = func(*args, **kwargs)
+        if held is None or before.numel() == whole(target).numel():
+            return outputs
+        if self._tape is None:
+            self._plane.extend(target, before)
+            return outputs
+        self._plane.name(target, self._tape.define(whole(target)))
+        source, goal = self._tape.reference(held, before), self._tape.reference(self._plane.find(target), before)
+        self._tape.record(self._step(torch.ops.aten.copy_.default, None, [source], None, goal))
+        return outputs
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         target, source = args[0], args[1]

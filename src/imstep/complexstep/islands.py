@@ -3,7 +3,8 @@
 Below autograd these cuts cannot be told from PyTorch's own bookkeeping (a saved output is detached, the forward of
 an ``autograd.Function`` runs without gradients), so they are watched one level up, as Python calls. A result made
 inside an island is a constant, exactly as it is for ``loss.backward(create_graph=True)``. The backward pass is no
-island: its operators run without gradients, and their imaginary parts are what we are after.
+island: its operators run without gradients, and their imaginary parts are what we are after. Nor is anything within
+an ``autograd.Function``: autograd records nothing there, and the Function says itself what its derivative is.
 """
 
 from __future__ import annotations
@@ -11,37 +12,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils import checkpoint
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from imstep.complexstep import recurrent
+from imstep.complexstep import gradients
 from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.kernels import STEERED, plain_attention, steer
+from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
-from imstep.complexstep.substitutes import SUBSTITUTES
+from imstep.complexstep.saved import checked_hooks
 from imstep.complexstep.tensor import Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
-_STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-_AVOIDED = {F.scaled_dot_product_attention, *_RECURRENT}
-
-
-def _is_checkpoint(frame: FrameType) -> bool:
-    return frame.f_code.co_filename == checkpoint.__file__
-
-
-def _name(func: Any) -> str:
-    return resolve_name(func) or str(getattr(func, "__name__", func))
+_WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
+_WATCHED.add(F.gumbel_softmax)
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def unseen() -> AbstractContextManager[Any]:
@@ -49,46 +41,48 @@ def unseen() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
-@contextmanager
-def _native_recurrence() -> Iterator[None]:
-    """Recurrent networks step by step (torch.backends.mkldnn.flags warns of other settings that it touches)."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
 class Islands(TorchFunctionMode):
-    """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative.
-
-    The fused attention and recurrent kernels compute their backward pass from hidden state that no rule can
-    reach; the mathematical formulations they stand for are used instead while this mode is active.
-    """
+    """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative."""
 
     def __init__(self, plane: Plane, ledger: Ledger, keep_graph: bool = False) -> None:
         super().__init__()
         self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
-        self._toggles: list[bool] = []
-        self._nested: list[bool] = []
-        self._cut = False
-        self._recurrent_again = False  # whether the backward pass will run a recurrent network forward again
+        self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
+        self._before = False, -1
+        self._contexts: list[tuple[bool, int]] = []
+        self._outside, self._inference = 0, False  # of what is around the evaluation
         self.final = False  # whether the backward pass that runs now is the one to differentiate
+        self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self._stack = ExitStack()
 
     @property
     def active(self) -> bool:
         """Whether a result made now is a constant."""
-        return self._cut and torch._C._current_graph_task_id() == -1
+        if self._cut:
+            return torch._C._current_graph_task_id() == self._task
+        return torch.is_inference_mode_enabled() and self._in_inference_mode()
+
+    def _in_inference_mode(self) -> bool:
+        """Whether the user has entered ``inference_mode``, which no handler sees, since this evaluation began."""
+        here = not self._inference and torch._C._current_graph_task_id() == self._task
+        return here and functions_around(sys._getframe(1)) <= self._outside
+
+    @contextmanager
+    def island(self) -> Iterator[None]:
+        """An island for the time of this context."""
+        before = self._cut, self._task
+        self._cut, self._task = True, torch._C._current_graph_task_id()
+        try:
+            yield
+        finally:
+            self._cut, self._task = before
 
     def __enter__(self) -> Islands:
         super().__enter__()
-        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self._stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        self._toggles, self._nested, self._cut = [], [], False
+        self._stack.enter_context(plain_attention())
+        self._contexts, self._cut, self._task = [], False, torch._C._current_graph_task_id()
+        self._outside = functions_around(sys._getframe(1))
+        self._inference = torch.is_inference_mode_enabled()
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -96,83 +90,70 @@ class Islands(TorchFunctionMode):
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if _hooks(True) is not None:
+            self.hooked = True
+            with checked_hooks(self._plane):
+                return self._call(func, args, kwargs or {})
+        return self._call(func, args, kwargs or {}) if func in _WATCHED else func(*args, **(kwargs or {}))
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch._C._set_grad_enabled:
             self._toggle(bool(args[0]))
-            return func(*args, **kwargs)
-        if func in _CUTS:
+        elif func in _CUTS:
             with self.cut():
                 return func(*args, **kwargs)
-        if func in _EXITS:
+        elif func in _EXITS:
             self._refuse_exit(func, args[0])
-        if func is Tensor.detach_:
+        elif func is Tensor.detach_ and self._may_cut():
             return self._detach_in_place(*args)
-        if func in SUBSTITUTES:
-            return self._substitute(func, args, kwargs)
-        if func in _AVOIDED or func is F.multi_head_attention_forward:
-            self._note(func, args, kwargs)
-        if func in _STEPWISE and recurrent.takes(args, kwargs):
-            self._note_checkpoint()
-            return _STEPWISE[func](*args)
-        if func in _RECURRENT:
-            self._note_checkpoint()
-            with _native_recurrence():
-                return func(*args, **kwargs)
-        if func is torch.autograd.grad:
-            return self._inner_gradient(func, args, kwargs)
-        if func is Tensor.backward or func is torch.autograd.backward:
-            return self._closure_backward(func, args, kwargs)
-        if func is F.gumbel_softmax:
+        elif func in STEERED:
+            return steer(func, args, kwargs, self._ledger)
+        elif func in gradients.PASSES:
+            return self._backward_pass(func, args, kwargs)
+        elif func is F.gumbel_softmax and self._may_cut():
             return self._gumbel_softmax(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def refuse_in_checkpoint(self, func: Any) -> None:
-        """Raise where a constant is made within a checkpoint: run again in the backward pass, it would be none."""
-        if self._in_checkpoint(sys._getframe(1)):
-            raise UnsupportedOperatorError(
-                func,
-                "a tensor that is being differentiated is detached, or used under no_grad, within a checkpoint; "
-                "when the checkpoint is run again, that cannot be seen.",
-                "Detach outside the checkpointed function, or leave the checkpoint out.",
-            )
+    # --- cuts ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _in_checkpoint(frame: FrameType | None) -> bool:
-        while frame is not None and not _is_checkpoint(frame):
-            frame = frame.f_back
-        return frame is not None
+    def _may_cut(self) -> bool:
+        """Whether code that runs now can cut the graph: not within a Function or a hook."""
+        frame = caller()
+        return not is_checkpoint(frame) and functions_around(frame) <= self._outside
 
-    def _note_checkpoint(self) -> None:
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        self._recurrent_again |= hooked or not torch.is_grad_enabled()
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """An island for the time of this context, where there can be one."""
+        with self.island() if self._may_cut() else nullcontext():
+            yield
 
-    def _substitute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        stands_in, needed = SUBSTITUTES[func]
-        named = next((k for k in ("input", "A") if k in kwargs), None)
-        if named is not None:  # what PyTorch calls the first argument
-            args, kwargs = (kwargs[named], *args), {k: v for k, v in kwargs.items() if k != named}
-        if not needed(*args):
-            return func(*args, **kwargs)
-        self._ledger.avoid(_name(func))
-        return stands_in(*args, **kwargs)
-
-    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
-        if func in _AVOIDED:
-            self._ledger.avoid(_name(func))
+    def _toggle(self, enable: bool) -> None:
+        change = switch()
+        if functions_around(change.user) > self._outside:
+            return  # autograd had switched gradients off already, and nothing depends on what a Function switches
+        if change.event == "__exit__":
+            if self._contexts:
+                self._cut, self._task = self._contexts.pop()
             return
-        # What PyTorch calls from here is out of sight: attention without weights is the fused one.
-        if not kwargs.get("need_weights", True):
-            self._ledger.avoid(_name(F.scaled_dot_product_attention))
-        recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-        if not kwargs.get("training", True) and not recorded:
-            self._ledger.avoid("torch._native_multi_head_attention")
+        before = self._cut, self._task
+        if change.runs_again:
+            self._cut, self._task = False, torch._C._current_graph_task_id()
+        elif not is_checkpoint(change.user):
+            self._cut = not enable
+        if change.event == "__enter__":
+            self._contexts.append(self._before if change.delayed else before)
+        else:
+            self._before = before
 
     def _refuse_exit(self, func: Any, t: Tensor) -> None:
         if not self.active and self._plane.find(t) is not None:
+            remedy = "call .detach() first to treat the values as constants"
+            if not self._may_cut():
+                remedy = "leave the Function out: within it .detach() changes nothing"
             raise UnsupportedOperatorError(
                 f"Tensor.{func.__name__}",
                 "the imaginary part of a tensor that is being differentiated would be lost outside PyTorch.",
-                "Compute with torch functions, or call .detach() first to treat the values as constants.",
+                f"Compute with torch functions, or {remedy}.",
             )
 
     def _detach_in_place(self, t: Tensor) -> Tensor:
@@ -180,81 +161,6 @@ class Islands(TorchFunctionMode):
         with self.cut():
             t.detach_().data = t.clone()
         return t
-
-    @contextmanager
-    def cut(self) -> Iterator[None]:
-        """An island for the time of this context."""
-        before, self._cut = self._cut, True
-        try:
-            yield
-        finally:
-            self._cut = before
-
-    def _toggle(self, enable: bool) -> None:
-        # Contexts nest and only changes count, so each change either opens a context or closes the last one opened.
-        # Gradients that are off without a change seen here were switched off by autograd itself: no island.
-        if enable == torch.is_grad_enabled():
-            if not enable:
-                self._nest(sys._getframe(1))
-            return
-        if self._toggles and self._toggles[-1] != enable:
-            self._toggles.pop()
-            self._cut = bool(self._toggles) and not self._toggles[-1]
-        else:
-            self._toggles.append(enable)
-            self._cut = not enable
-
-    def _nest(self, frame: FrameType) -> None:
-        while frame.f_code.co_name == "__torch_function__":  # an arithmetic within this one has seen the change before
-            frame = cast(FrameType, frame.f_back)
-        context = cast(FrameType, frame.f_back)  # frame is that of set_grad_enabled
-        # Within a re-entrant checkpoint gradients are off already; the checkpoint's own context is none of the user's.
-        if context.f_code.co_name == "__exit__" and self._nested:
-            self._cut = self._nested.pop()
-        elif context.f_code.co_name == "__enter__" and torch._C._current_graph_task_id() == -1:
-            self._nested.append(self._cut)
-            user = context.f_back
-            self._cut = self._cut or (user is not None and self._in_checkpoint(user) and not _is_checkpoint(user))
-
-    def gradient(
-        self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
-    ) -> list[Tensor | None]:
-        """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
-        with self._final_pass(), unseen():
-            gradients = torch.autograd.grad(
-                outputs, inputs, weights, allow_unused=True, retain_graph=self._keep_graph
-            )
-        return list(gradients)
-
-    def follow(self, forward: Islands) -> None:
-        """Take over from the evaluation whose backward pass is to come."""
-        self._recurrent_again = forward._recurrent_again
-
-    @contextmanager
-    def _final_pass(self) -> Iterator[None]:
-        before, self.final = self.final, True
-        # What a checkpoint runs again is out of sight of this mode.
-        recurrence = _native_recurrence() if self._recurrent_again else nullcontext()
-        try:
-            with recurrence:
-                yield
-        finally:
-            self.final = before
-
-    def _closure_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self._keep_graph and not (len(args) > 2 and args[2]):
-            kwargs = {**kwargs, "retain_graph": True}
-            args = args[:2]
-        with self._final_pass():
-            return func(*args, **kwargs)
-
-    def _inner_gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
-        create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
-        gradients = func(*args, **kwargs)
-        if create_graph or self.final or not torch.is_grad_enabled():
-            return gradients
-        with self.cut():
-            return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, gradients)
 
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
@@ -264,6 +170,49 @@ class Islands(TorchFunctionMode):
         if not hard:
             return soft
         with self.cut():
-            constant = soft.clone()
+            constant = soft.detach().clone()
         choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
         return choice - constant + soft
+
+    # --- backward passes ----------------------------------------------------------------------------------------
+
+    def gradient(
+        self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
+    ) -> list[Tensor | None]:
+        """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
+        seen = gradients.in_sight_of(Islands) if self._runs_code(outputs) else unseen()
+        with self._final_pass(), seen:
+            return gradients.gradients(outputs, inputs, weights, self._keep_graph)
+
+    def _runs_code(self, outputs: Any) -> bool:
+        """Whether the backward pass of outputs runs code that must be seen: of Functions, or hooks on saved tensors."""
+        return self.hooked or gradients.runs_functions(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
+
+    @contextmanager
+    def _final_pass(self) -> Iterator[None]:
+        before, self.final = self.final, True
+        try:
+            yield
+        finally:
+            self.final = before
+
+    def _backward_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A pass that the user asks for: with ``backward()`` the gradient itself, else part of the loss."""
+        if func is torch.autograd.grad:
+            found = self._run(func, args, kwargs)
+            create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
+            if create_graph or not self._may_cut():
+                return found
+            with self.cut():
+                return tree_map(lambda g: g.clone() if isinstance(g, Tensor) else g, found)
+        if self._keep_graph and len(args) > 2:
+            args = (*args[:2], True, *args[3:])
+        elif self._keep_graph:
+            kwargs = {**kwargs, "retain_graph": True}
+        with self._final_pass():
+            return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._runs_code((args[:1], kwargs)):
+            return gradients.watched(func, args, kwargs, self)
+        return func(*args, **kwargs)

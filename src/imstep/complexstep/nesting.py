@@ -7,7 +7,7 @@ from a product back to what it depends on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.errors import ComplexStepError
+from imstep.complexstep.gradients import leaves
 
 
 def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor] = ()) -> None:
@@ -29,28 +30,10 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
     if not around or not torch.is_grad_enabled():
         return
     ignored = {id(t) for t in own}
-    for leaf in _leaves(tensors):
+    for leaf in leaves(tensors):
         if id(leaf) not in ignored and any(mode.carries(leaf) for mode in around):
             raise ComplexStepError(
                 f"imstep.{name} is called on what depends on the parameters of a loss whose gradient is taken; its "
                 "result has no graph, so the gradient would lose that dependence. Write this derivative of the loss "
                 "with torch.autograd.grad(..., create_graph=True) or torch.func, or take the outer one by imstep.jvp."
             )
-
-
-def _leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that autograd would lead back to."""
-    nodes, seen = [], set()
-    for t in tensors:
-        nodes.append(t.grad_fn)
-        if t.is_leaf and t.requires_grad:
-            yield t
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # only nodes that accumulate a gradient have one
-        if leaf is not None:
-            yield leaf
-        nodes.extend(following for following, _ in node.next_functions)

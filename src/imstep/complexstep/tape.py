@@ -114,7 +114,7 @@ class Tape:
             return
         self._find_places()
         numbers = self._places.pop(t.untyped_storage()._cdata, ())
-        copies = {id(self._held[n][0]): self._held[n][0].detach().clone() for n in numbers}
+        copies = {id(self._held[n][0]): self._held[n][0].clone() for n in numbers}
         for n in numbers:
             held, _, push = self._held[n]
             exchange(push, lambda held: copies.get(id(held), held))
@@ -136,6 +136,8 @@ class Tape:
         maps = {id(step.push) for step in self._steps}
         self._held = [held for held in self._held if held[1] is not None and id(held[2]) in maps]
         self.check()
+        if any(_is_released(t) for t, *_ in self._held):
+            raise TapeChangedError("the memory of a tensor was released after its use was recorded.")
 
     def with_steps(self, steps: list[Step]) -> Tape:
         """A tape on the same memory with other steps."""
@@ -216,3 +218,8 @@ class Tape:
         for number, change in self.stream(directions):
             found[number] = change
         return found
+
+
+def _is_released(t: Tensor) -> bool:
+    """Whether the storage of ``t`` has been resized to nothing, as reversible networks do with what they recompute."""
+    return t.layout is torch.strided and t.numel() > 0 and t.untyped_storage().nbytes() == 0

@@ -202,6 +202,14 @@ class Plane:
         else:
             window.copy_(im)
 
+    def extend(self, t: Tensor, before: Tensor) -> None:
+        """Let what is attached to the storage of ``t``, once as large as ``before`` shows, fill it as it is now."""
+        im = Window(before).onto(self.find(t), self.find(t).storage_offset())
+        base = mirror(t)
+        Window(before).onto(base).copy_(im)
+        base.untyped_storage().__dict__[_OWNED] = True
+        t.untyped_storage().__dict__[self._key] = base
+
     def constant(self, t: Tensor) -> Tensor:
         """A copy of ``t`` without imaginary part, to stand for a detached view of it."""
         copy = t.clone()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
+from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector
@@ -111,7 +111,7 @@ class FrozenClosure:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
         with self._same_state(), self._own_gradients():
             loss = self._call()
-            gradients = self._gradients_of(loss, partial(torch.autograd.grad, allow_unused=True))
+            gradients = self._gradients_of(loss, lambda f, inputs: gradients_of([f], inputs))
         return loss.detach(), self._parameters.flatten(gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:

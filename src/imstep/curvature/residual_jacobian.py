@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.later import as_evaluated
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
@@ -173,6 +174,7 @@ class ResidualJacobian(JacobianRows):
         self._fill(loss, parameters, known)
         return self
 
+    @as_evaluated()
     def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
         residuals = require_residuals(loss)
         tensors = parameters.tensors
@@ -189,7 +191,7 @@ class ResidualJacobian(JacobianRows):
             warnings.warn(
                 f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
                 f"the Jacobian takes {count} backward passes.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

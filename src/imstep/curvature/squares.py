@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from imstep.complexstep.later import later_grad
+
 _LINEAR = (
     *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
     *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
@@ -61,7 +63,7 @@ class Residuals:
         self.passes += 1
         parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
-        return torch.autograd.grad(outputs, inputs, parts, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        return later_grad(outputs, inputs, parts, whole=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +96,7 @@ def residuals_of(loss: Tensor) -> Residuals | None:
     if not squares:
         return None
     edges = [GradientEdge(square.node, 0) for square in squares]
-    factors = torch.autograd.grad(loss, edges, retain_graph=True)
+    factors = later_grad(loss, edges)
     values: list[Tensor] = []
     outputs: list[Output] = []
     start = 0

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.parameters import ParameterVector
 
@@ -48,7 +49,7 @@ def gradient_variance(point: Linearisation, parameters: ParameterVector) -> floa
     if not outputs:
         return math.nan
     contrasts = [_contrast(g) for g in _gradients_at(outputs, point.loss)]
-    parts = torch.autograd.grad(outputs, parameters.tensors, contrasts, retain_graph=True, allow_unused=True)
+    parts = later_grad(outputs, parameters.tensors, contrasts)
     return float(parameters.flatten(list(parts)).square().sum(dtype=torch.float64))
 
 
@@ -62,7 +63,7 @@ def _gradients_at(outputs: list[Tensor], loss: Tensor) -> list[Tensor]:
 
     hooks = [z.register_hook(lambda g, at=at: stop(at, g)) for at, z in enumerate(outputs)]
     try:
-        torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+        later_grad(loss, outputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,7 @@ register_linear(jointly_linear("self", scalar="fill"), aten._unsafe_masked_index
 # Writing over.
 register_linear(jointly_linear("self", scalar="value"), aten.masked_fill.Scalar, aten.scatter.value)
 register_linear(jointly_linear("self", scalar="value"), aten.index_fill.int_Scalar)
-register_linear(jointly_linear("self", "value"), aten.index_fill.int_Tensor, aten.fill.Tensor)
+register_linear(jointly_linear("self", "value"), aten.index_fill.int_Tensor)
 register_linear(jointly_linear("self", "values"), aten.index_put.default, aten._unsafe_index_put.default)
 register_linear(jointly_linear("self", "values"), aten._unsafe_masked_index_put_accumulate.default)
 register_linear(jointly_linear("self", "source"), aten.index_copy.default, aten.index_add.default, aten.put.default)
@@ -29,6 +29,13 @@ register_linear(jointly_linear("self", "src"), aten.slice_scatter.default, aten.
 def masked_fill(x, mask, value):
     push = lambda dx, _, dvalue: torch.where(mask, 0 if dvalue is None else dvalue, 0 if dx is None else dx)
     return torch.masked_fill(x, mask, value), push
+
+
+@rule(aten.fill.Tensor, family="linear", finite=exact)
+def fill(x, value):
+    """By ``expand``: the operator has no batching rule, which blocks of directions would need."""
+    push = lambda _, dvalue: None if dvalue is None else dvalue.expand(x.shape)
+    return aten.fill.Tensor(x, value), push
 
 
 @rule(aten.as_strided_scatter.default, family="linear", finite=exact)

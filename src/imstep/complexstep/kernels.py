@@ -1,0 +1,94 @@
+"""Simple operators in place of fused kernels that hide what a derivative needs.
+
+The fused attention and recurrent kernels compute their backward pass from hidden state that no rule can reach; the
+mathematical formulations they stand for are used instead, whatever backend the user has chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import resolve_name
+
+from imstep.complexstep import recurrent
+from imstep.complexstep.report import Ledger
+from imstep.complexstep.substitutes import SUBSTITUTES
+
+_STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+STEERED = _RECURRENT | _ATTENTION | set(SUBSTITUTES)
+"""The functions that :func:`steer` takes."""
+
+
+def steer(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
+    """Call one of :data:`STEERED` so that it runs no kernel without a derivative; notes those avoided."""
+    if func in SUBSTITUTES:
+        return _substitute(func, args, kwargs, ledger)
+    if func in _ATTENTION:
+        _note_attention(func, args, kwargs, ledger)
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+    ledger.avoid(_name(func))
+    if func in _STEPWISE and recurrent.takes(args, kwargs):
+        return _STEPWISE[func](*args)
+    with _native_recurrence():
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by PyTorch's mathematical formulation, also where no Python function asks for it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _native_recurrence() -> Iterator[None]:
+    """Recurrent networks step by step (torch.backends.mkldnn.flags warns of other settings that it touches)."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or str(getattr(func, "__name__", func))
+
+
+def _substitute(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
+    stands_in, needed = SUBSTITUTES[func]
+    named = next((k for k in ("input", "A") if k in kwargs), None)
+    if named is not None:  # what PyTorch calls the first argument
+        args, kwargs = (kwargs[named], *args), {k: v for k, v in kwargs.items() if k != named}
+    if not needed(*args):
+        return func(*args, **kwargs)
+    ledger.avoid(_name(func))
+    return stands_in(*args, **kwargs)
+
+
+def _note_attention(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> None:
+    if func is F.scaled_dot_product_attention:
+        ledger.avoid(_name(func))
+        return
+    # What PyTorch calls from here is out of sight: attention without weights is the fused one.
+    if not kwargs.get("need_weights", True):
+        ledger.avoid(_name(F.scaled_dot_product_attention))
+    recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    if not kwargs.get("training", True) and not recorded:
+        ledger.avoid("torch._native_multi_head_attention")

@@ -1,0 +1,87 @@
+"""Where Python code runs: in the user's own call, in an ``autograd.Function``, or in a backward pass.
+
+Autograd switches gradients off around the forward of a Function and, mostly, in a backward pass; what code does there
+is recorded nowhere, so it can cut nothing. Only the stack tells. A checkpoint is a Function, or a hook of a backward
+pass, that means to be neither: what it runs counts as the user's own call.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch.autograd import grad_mode, graph
+from torch.autograd.function import BackwardCFunction, Function
+from torch.utils import checkpoint
+
+_FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_BACKWARD = {getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed", "apply_jvp")}
+_PASS = graph._engine_run_backward.__code__
+_CONTEXTS = {"__enter__", "__exit__"}
+_AGAIN = {"backward", "unpack_hook"}  # where a checkpoint runs what it was given once more
+
+
+def caller() -> FrameType | None:
+    """The frame that called the function whose handlers, of this arithmetic and of those within it, run now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "__torch_function__":
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame
+
+
+def is_checkpoint(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is one of PyTorch's checkpoints."""
+    return frame is not None and frame.f_code.co_filename == checkpoint.__file__
+
+
+def functions_around(frame: FrameType | None) -> int:
+    """How many Functions (forward or backward) and backward passes ``frame`` runs in, those of checkpoints left out."""
+    found, in_pass, own, again = 0, False, False, False
+    while frame is not None:
+        code = frame.f_code
+        if is_checkpoint(frame):
+            own |= code.co_name == "forward"
+            again |= code.co_name in _AGAIN
+        elif code is _PASS:
+            in_pass, found, again = True, found + (not again), False
+        elif code is _FORWARD and own:
+            own = False
+        elif (code is _FORWARD or code in _BACKWARD) and not again:
+            found += 1
+        frame = frame.f_back
+    # A thread of the engine's own, for another device, does not show who asked for the pass.
+    alone = not in_pass and not again and torch._C._current_graph_task_id() != -1
+    return found + alone
+
+
+class Switch(NamedTuple):
+    """A change of grad mode.
+
+    Attributes:
+        event: "__enter__" or "__exit__" of a context; another name for a call as a function.
+        user: the code that entered or left the context, or called the function.
+        delayed: whether the context has made the change when it was created.
+    """
+
+    event: str
+    user: FrameType | None
+    delayed: bool
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether a checkpoint is about to run in a backward pass what it was given, or has done so."""
+        return is_checkpoint(self.user) and self.user.f_code.co_name in _AGAIN  # type: ignore[union-attr]
+
+
+def switch() -> Switch:
+    """Who changes grad mode, for a handler of ``torch._C._set_grad_enabled``."""
+    frame, event, delayed = caller(), "", False
+    while frame is not None and frame.f_code.co_filename == grad_mode.__file__:
+        event = frame.f_code.co_name
+        delayed = isinstance(frame.f_locals.get("self"), torch.set_grad_enabled) and event in _CONTEXTS
+        frame = frame.f_back
+    return Switch(event, frame, delayed)

@@ -79,6 +79,8 @@ class Arithmetic:
         self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
+        if self._tape is None and exc[0] is None:
+            self._dispatch.conclude()
 
     def attach(self, t: Tensor, im: Tensor | None = None, lent: bool = False) -> None:
         """Perturb ``t`` by ``im`` (shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.
@@ -133,6 +135,7 @@ class Arithmetic:
     def _imaginary_alone(self, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or gradient.layout is not torch.strided:
             return gradient
+        self.settle([gradient])
         im = self.value(gradient).im
         return gradient.new_zeros(()).expand(gradient.shape) if im is None else im
 
@@ -165,6 +168,12 @@ class Arithmetic:
         """End the recording: ``outputs`` are what the tape computes."""
         assert self._tape is not None
         self._tape.finish([None if t is None else self._dispatch.reference(t) for t in outputs])
+        self.settle(outputs)
+        self._dispatch.conclude()
+
+    def settle(self, results: Sequence[Tensor | None]) -> None:
+        """The evaluation has come to ``results``: warn where their derivative does not exist and is taken as zero."""
+        self._dispatch.settle(results)
 
     def reference(self, t: Tensor) -> Reference | None:
         """What ``t`` is on the tape; None for a constant."""

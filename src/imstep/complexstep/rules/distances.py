@@ -28,7 +28,7 @@ def _norm(e, p):
         return e.abs().amax(-1)
     powers = e * e if p == 2 else torch.where(e == 0, 1, e).abs().pow(p) * (e != 0)
     total = powers.sum(-1)
-    zero = total == 0
+    zero = total <= 0  # a finite step leaves -h²
     safe = torch.where(zero, 1, total)
     return torch.where(zero, 0, safe.sqrt() if p == 2 else safe.pow(1 / p))
 
@@ -42,12 +42,11 @@ def _norm_gradient(e, p, d):
         return e.sign()
     if math.isinf(p):
         return e.sign() * (e.abs() == d)
-    zero = d == 0
-    unit = e / torch.where(zero, 1, d)
+    unit = (e / d).masked_fill(d == 0, 0)  # as autograd guards the gradient of a norm
     if p != 2:
         nowhere = e == 0
         unit = e.sign() * torch.where(nowhere, 1, unit).abs().pow(p - 1) * ~nowhere
-    return torch.where(zero, 0, unit)
+    return unit
 
 
 @defined_as(aten._cdist_forward.default)

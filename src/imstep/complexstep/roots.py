@@ -62,7 +62,8 @@ class _Root:
         seed: the first of the numbers that stand for its entries; it is the same root where it is taken again.
         moves: whether the direction leads away from where it vanishes; None while that is not known.
         references: what it was taken of, on a tape.
-        arrived: the sum of what has arrived in the backward pass where it vanishes, and of the magnitudes; or None.
+        arrived: the sum of what has arrived in the backward pass where it vanishes, each entry with a weight of its own,
+            and that of magnitudes.
         lost: whether it leaves the result without a derivative.
     """
 
@@ -75,20 +76,20 @@ class _Root:
     seed: int
     moves: bool | None = None
     references: list[Any] = field(default_factory=list)
-    arrived: Tensor | None = None
+    arrived: tuple[Any, Any] = (0.0, 0.0)
     lost: bool = False
 
-    def receive(self, gradient: Tensor) -> None:
-        """Count what arrives, zero where the root does not vanish; where it is taken twice, edges may cancel."""
-        pair = torch.stack([gradient, gradient.abs()]).reshape(2, *self.vanishes.shape)
-        self.arrived = pair if self.arrived is None else self.arrived + pair
+    def receive(self, gradient: Tensor, weights: Tensor) -> None:
+        """Count what arrives where it vanishes; edges of a root that is taken more than once may cancel."""
+        total, size = self.arrived
+        self.arrived = total + (gradient * weights).sum(), size + (gradient * weights).abs().sum()
 
     def has_edge(self) -> bool:
         """Whether what has arrived leaves an edge that PyTorch has not."""
-        if self.edged or self.arrived is None:
-            return False
         total, size = self.arrived
-        return bool((total.abs() > 10 * torch.finfo(size.dtype).eps * size).any())
+        if self.edged or not isinstance(size, Tensor):
+            return False
+        return bool(total.abs() > 10 * torch.finfo(size.dtype).eps * size)
 
     def look(self, ims: Sequence[Any]) -> None:
         """Find out whether the direction moves it; of the first order it is then the root of the direction."""
@@ -214,6 +215,10 @@ class Roots:
             window, x, wide, root = args[0].untyped_storage().__dict__[self._of]
             if window.fits(args[0]):
                 self._remember(outputs, x, wide, root, False)
+        elif func is aten.clone.default:  # such as one in another layout, for the backward pass
+            root = args[0].untyped_storage().__dict__.get(self._root)
+            if root is not None:
+                outputs.untyped_storage().__dict__[self._root] = root
         elif func is aten.mul.Tensor:
             return self._multiplied(args[0], args[1], outputs)
         return outputs
@@ -269,8 +274,9 @@ class Roots:
     def _limit(self, gradient: Tensor, denominator: Tensor, root: _Root) -> Tensor | None:
         """The derivative of the gradient by the denominator where that vanishes, else 0; None if it is 0 everywhere."""
         zero = denominator == 0
-        root.receive(torch.where(zero & (gradient.abs() > self._least), gradient, 0))
         parts = [(plane.get(gradient), plane.get(denominator)) for plane in self._planes]
+        distinct = 1.0 if parts[1][1] is None else parts[1][1]
+        root.receive(torch.where(zero & (gradient.abs() > self._least), gradient, 0), distinct)
         if any(by_root is None or slope is None for by_root, slope in parts):
             return None
         limits, odd = [], torch.zeros_like(zero)

@@ -192,7 +192,9 @@ class Roots:
         """Whether a root has a part in the arguments of ``func``."""
         if func is aten.sgn.default:
             return self._of in tensors[0].untyped_storage().__dict__
-        return self._planes[0].attached(tensors) is not None
+        if self._planes[0].attached(tensors) is not None:
+            return True
+        return func is aten.mul.Tensor and any(self._ratio_of(t) is not None for t in tensors)
 
     def follow(self, func: OpOverload, args: Any, run: Callable[[], Any]) -> Any:
         """Carry out ``func`` by ``run``, followed; where it divides by a root that vanishes, by its limit."""

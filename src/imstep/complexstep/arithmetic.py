@@ -79,8 +79,8 @@ class Arithmetic:
         self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
-        if self._tape is None and exc[0] is None:
-            self._dispatch.conclude()
+        if self._tape is None or exc[0] is not None:
+            self._dispatch.conclude(failed=exc[0] is not None)
 
     def attach(self, t: Tensor, im: Tensor | None = None, lent: bool = False) -> None:
         """Perturb ``t`` by ``im`` (shape of ``t``); on a tape ``t`` becomes the next input, without ``im``.

@@ -16,11 +16,12 @@ from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
-from imstep.complexstep.roots import ROOTS, Roots, first
+from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
+from imstep.complexstep.vanishing import ROOTS, first
 
 rules.load()
 
@@ -128,10 +129,11 @@ class Dispatch(TorchDispatchMode):
         if self._roots is not None:
             self._roots.settle(results)
 
-    def conclude(self) -> None:
-        """The evaluation is over: warn of roots that have left something without a derivative."""
-        if self._roots is not None:
-            self._roots.conclude(self._tape)
+    def conclude(self, failed: bool = False) -> None:
+        """The evaluation is over: warn of roots that have left something without a derivative, and forget them."""
+        roots, self._roots = self._roots, None
+        if roots is not None and not failed:
+            roots.conclude(self._tape)
 
     def carries(self, t: Tensor) -> bool:
         """Whether ``t`` has an imaginary part here."""

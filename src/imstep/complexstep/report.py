@@ -18,8 +18,8 @@ class OperatorUse:
     Attributes:
         operator: its name.
         treatment: the family of its rule; or "decomposition", "cut" (a constant: under no_grad or detached), "avoided
-            kernel" (a fused kernel whose derivative is out of reach: simpler operators, listed as well, stand for it), "no
-            derivative" (taken to be zero where it does not exist; the operator is listed by its rule as well).
+            kernel" (a fused kernel whose derivative is out of reach: simpler operators, listed as well, stand for it),
+            "no derivative" (taken to be zero where it does not exist; the operator is listed by its rule as well).
         count: how often it was met, forward and backward.
         seconds: time on the host that was spent on it, without what it called; 0 for the last two treatments.
         share: ``seconds`` over the time of the whole evaluation, in [0, 1].

@@ -18,7 +18,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,74 +25,18 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from imstep.complexstep.errors import NotDifferentiableWarning, user_place
+from imstep.complexstep.errors import NotDifferentiableWarning
 from imstep.complexstep.registry import signature
 from imstep.complexstep.report import Ledger
-from imstep.complexstep.rules.piecewise import expanded
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import Plane, Window
+from imstep.complexstep.vanishing import ABSOLUTE, EUCLIDEAN, Root, differentiates, key_of, root_of, wide
 
 aten = torch.ops.aten
 
-_NORMS = (aten.linalg_vector_norm.default, aten.norm.Scalar, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-_PAIRS = (aten._cdist_forward.default, aten._pdist_forward.default, aten.dist.default)
-_DEVIATIONS = (aten.std.correction, aten.std_mean.correction)
-_EUCLIDEAN = aten._euclidean_dist.default
-ROOTS = {id(op) for op in (*_NORMS, *_PAIRS, *_DEVIATIONS, _EUCLIDEAN, aten.abs.default)}
-"""Operators that take a root, by identity."""
-
-_QUOTIENTS = {aten.div.Tensor}
 _GUARDS = {aten.masked_fill_.Scalar, aten.masked_fill.Scalar}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _numbers = itertools.count()
-
-
-@dataclass(eq=False)
-class _Root:
-    """A root that vanishes somewhere.
-
-    Attributes:
-        operator: that took it.
-        place: where in the user's code: file, line and the registry of warnings; None if unknown.
-        round: whether it is the Euclidean norm of something: phi(n) is smooth if phi is even.
-        edged: whether it has edges elsewhere, too, as an absolute value has: taken as PyTorch takes them, and no news.
-        apply: the operator as a function of its tensors.
-        vanishes: where it is zero.
-        seed: the first of the numbers that stand for its entries; it is the same root where it is taken again.
-        moves: whether the direction leads away from where it vanishes; None while that is not known.
-        references: what it was taken of, on a tape.
-        arrived: the sum of what has arrived in the backward pass where it vanishes, each entry with a weight of its own,
-            and that of magnitudes.
-        lost: whether it leaves the result without a derivative.
-    """
-
-    operator: OpOverload
-    place: Any
-    round: bool
-    edged: bool
-    apply: Callable[[Sequence[Any]], Tensor]
-    vanishes: Tensor
-    seed: int
-    moves: bool | None = None
-    references: list[Any] = field(default_factory=list)
-    arrived: tuple[Any, Any] = (0.0, 0.0)
-    lost: bool = False
-
-    def receive(self, gradient: Tensor, weights: Tensor) -> None:
-        """Count what arrives where it vanishes; edges of a root that is taken more than once may cancel."""
-        total, size = self.arrived
-        self.arrived = total + (gradient * weights).sum(), size + (gradient * weights).abs().sum()
-
-    def has_edge(self) -> bool:
-        """Whether what has arrived leaves an edge that PyTorch has not."""
-        total, size = self.arrived
-        if self.edged or not isinstance(size, Tensor):
-            return False
-        return bool(total.abs() > 10 * torch.finfo(size.dtype).eps * size)
-
-    def look(self, ims: Sequence[Any]) -> None:
-        """Find out whether the direction moves it; of the first order it is then the root of the direction."""
-        self.moves = bool(((self.apply(ims) != 0) & self.vanishes).any())
 
 
 class Roots:
@@ -119,8 +62,9 @@ class Roots:
         self._followers, self._planes = [f for f, _ in followers], [p for _, p in followers]
         self._least = 0.0 if h is None else 1e3 * h * h  # what h² leaves of a zero
         number = next(_numbers)
-        self._root, self._of, self._ratio = (f"_imstep_{name}_{number}" for name in ("root", "root_of", "ratio"))
-        self._roots: dict[Any, _Root] = {}
+        self._root, self._ratio = f"_imstep_root_{number}", f"_imstep_ratio_{number}"
+        self._roots: dict[Any, Root] = {}
+        self._signed: dict[int, tuple[Window, Tensor, Tensor, Root]] = {}  # by memory; what is kept keeps its place
         self._warned: set[OpOverload] = set()
         self._seeds = 0
         self._inside = False
@@ -131,41 +75,28 @@ class Roots:
         self, func: OpOverload, args: Any, kwargs: Any, value: Tensor, parts: Sequence[Any], on_tape: bool
     ) -> None:
         """``func`` has taken a root of what has the imaginary parts ``parts``, which on a tape are references."""
-        vanishes = value == 0
-        sig = signature(func)
-        tensors = sig.gather(args, kwargs)
-
-        def apply(parts: Sequence[Any]) -> Tensor:
-            given = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, parts, strict=True)]
-            new_args, new_kwargs = sig.replace(args, kwargs, given)
-            return first(func(*new_args, **new_kwargs))
-
-        key = _key(args, kwargs)
+        tensors, key = signature(func).gather(args, kwargs), key_of(func, args, kwargs)
         root = self._roots.get(key)
         if root is None:
-            power = _power(func, args)
-            edged = (func is aten.abs.default and not tensors[0].is_complex()) or power <= 1 or math.isinf(power)
-            alone = power == 2 or value.numel() == tensors[0].numel()
-            root = _Root(func, user_place(), alone, edged, apply, vanishes, self._seeds)
+            root = self._roots[key] = root_of(func, args, kwargs, value, self._seeds)
             self._seeds += value.numel()
-            self._roots[key] = root
             if on_tape:
                 root.references = list(parts)
             else:
                 root.look(parts)
         value.untyped_storage().__dict__[self._root] = root
-        if func is aten.abs.default or (root.edged and func in _NORMS):
-            wide = value if func is aten.abs.default else _wide(func, args, kwargs, value)
-            tensors[0].untyped_storage().__dict__[self._of] = Window(tensors[0]), tensors[0], wide, root
+        if func is ABSOLUTE or root.edged:  # of which the gradient is a multiple of the sign
+            x = tensors[0]
+            self._signed[_memory(x)] = Window(x), x, wide(func, args, kwargs, value), root
         if root.round and not root.edged:
             self._bend(root, value, tensors, parts)
         self._mark(root, value)
 
-    def _bend(self, root: _Root, value: Tensor, tensors: Sequence[Any], parts: Sequence[Any]) -> None:
-        """Let the product of a root's first derivatives by two arithmetics, one in another, be what it is for n² / 2.
+    def _bend(self, root: Root, value: Tensor, tensors: Sequence[Any], parts: Sequence[Any]) -> None:
+        """Let the product of a root's derivatives by two arithmetics, one within the other, be that of e, v·w.
 
-        D²phi(n)[v, w] = phi''(0) v·w at n = 0. The derivative along v is set to 1 and that along w to v·w, which is that
-        of (|e + v|² - |e - v|²) / 4. The first derivatives themselves do not count where phi is even.
+        D²phi(n)[v, w] = phi''(0) v·w at n = 0. The derivative along v is set to 1, that along w to v·w, that of
+        (|e + v|² - |e - v|²) / 4. By themselves first derivatives of a root do not count where phi is even.
         """
         around = [mode for mode in _get_current_dispatch_mode_stack() if mode not in self._followers]
         if self._plane is None or not any(type(mode) is type(self._arithmetic) for mode in around):
@@ -179,7 +110,7 @@ class Roots:
         known = self._plane.get(value)
         self._plane.write(value, torch.where(moved, 1.0, 0.0 if known is None else known))
 
-    def _mark(self, root: _Root, value: Tensor) -> None:
+    def _mark(self, root: Root, value: Tensor) -> None:
         count = torch.arange(root.seed + 1, root.seed + 1 + value.numel(), device=value.device)
         distinct = 1 + torch.frac(count.to(torch.float64) * _GOLDEN).reshape(value.shape).to(value.dtype)
         for plane, seed in zip(self._planes, (torch.ones_like(value), distinct), strict=True):
@@ -191,7 +122,7 @@ class Roots:
     def concern(self, func: OpOverload, tensors: Sequence[Any]) -> bool:
         """Whether a root has a part in the arguments of ``func``."""
         if func is aten.sgn.default:
-            return self._of in tensors[0].untyped_storage().__dict__
+            return _memory(tensors[0]) in self._signed
         if self._planes[0].attached(tensors) is not None:
             return True
         return func is aten.mul.Tensor and any(self._ratio_of(t) is not None for t in tensors)
@@ -209,14 +140,14 @@ class Roots:
                     outputs = run()
                 finally:
                     self._inside = False
-        if func in _QUOTIENTS:
-            self._divided(*args[:2], outputs)
+        if func is aten.div.Tensor:
+            self._divided(args[0], args[1], outputs)
         elif func in _GUARDS:
             return self._guarded(args[0], outputs)
         elif func is aten.sgn.default:
-            window, x, wide, root = args[0].untyped_storage().__dict__[self._of]
+            window, x, norm, root = self._signed[_memory(args[0])]
             if window.fits(args[0]):
-                self._remember(outputs, x, wide, root, False)
+                self._remember(outputs, x, norm, root, False)
         elif func is aten.clone.default:  # such as one in another layout, for the backward pass
             root = args[0].untyped_storage().__dict__.get(self._root)
             if root is not None:
@@ -239,11 +170,11 @@ class Roots:
         if not isinstance(denominator, Tensor) or self._planes[0].find(denominator) is None:
             return
         root = denominator.untyped_storage().__dict__.get(self._root)
-        of_gradient = root is None or root.operator is _EUCLIDEAN
+        of_gradient = root is None or root.operator is EUCLIDEAN
         if root is None:  # a multiple or a power of one, in the backward pass of the operator
             node = torch._C._current_autograd_node()
             name = "" if node is None else node.name()
-            root = next((r for r in reversed(self._roots.values()) if _differentiates(name, r.operator)), None)
+            root = next((r for r in reversed(self._roots.values()) if differentiates(name, r.operator)), None)
         if root is not None:
             self._remember(quotient, numerator, denominator, root, of_gradient)
 
@@ -273,16 +204,17 @@ class Roots:
                     return product + ratio[0] * limit
         return product
 
-    def _limit(self, gradient: Tensor, denominator: Tensor, root: _Root) -> Tensor | None:
+    def _limit(self, gradient: Tensor, denominator: Tensor, root: Root) -> Tensor | None:
         """The derivative of the gradient by the denominator where that vanishes, else 0; None if it is 0 everywhere."""
         zero = denominator == 0
-        parts = [(plane.get(gradient), plane.get(denominator)) for plane in self._planes]
-        distinct = 1.0 if parts[1][1] is None else parts[1][1]
-        root.receive(torch.where(zero & (gradient.abs() > self._least), gradient, 0), distinct)
-        if any(by_root is None or slope is None for by_root, slope in parts):
-            return None
+        slopes = [plane.get(denominator) for plane in self._planes]
+        parts = [plane.get(gradient) for plane in self._planes]
+        weights = torch.ones_like(denominator) if slopes[1] is None else slopes[1]
+        root.receive(torch.where(zero & (gradient.abs() > self._least), gradient, 0), weights)
         limits, odd = [], torch.zeros_like(zero)
-        for by_root, slope in parts:
+        for by_root, slope in zip(parts, slopes, strict=True):
+            if by_root is None or slope is None:
+                return None
             proper = zero & (slope != 0) & slope.isfinite()
             limits.append(torch.where(proper, by_root / torch.where(proper, slope, 1), 0))
             odd = odd | (zero & ~proper & (by_root != 0))
@@ -293,14 +225,14 @@ class Roots:
         if bool(odd.any()):
             self._lose(root)
         limit = torch.where(odd, 0, one)
-        self._carry(limit, gradient, parts[0][1])
+        self._carry(limit, gradient, slopes[0])
         return limit
 
-    def _carry(self, limit: Tensor, gradient: Tensor, slope: Tensor) -> None:
+    def _carry(self, limit: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
         """Let the limit change with the direction, for a derivative further out."""
         part = None if self._plane is None else self._plane.get(gradient)
         by_root = None if part is None else self._planes[0].get(part)
-        if by_root is not None and self._plane is not None:
+        if by_root is not None and slope is not None and self._plane is not None:
             change = torch.where(limit != 0, by_root / torch.where(limit != 0, slope, 1), 0)
             self._plane.put(limit, change)
 
@@ -330,12 +262,12 @@ class Roots:
         rounding = 10 * torch.finfo(t.dtype).eps * t.abs().max()
         return bool((by_root.abs() > rounding).any())
 
-    def _lose(self, root: _Root) -> None:
+    def _lose(self, root: Root) -> None:
         root.lost = True
         if root.moves:
             self._warn(root)
 
-    def _probe(self, roots: list[_Root], tape: Tape) -> None:
+    def _probe(self, roots: list[Root], tape: Tape) -> None:
         """Along a random direction, which of the roots move."""
         with _disable_current_modes(), torch.no_grad():
             watched = [root.references for root in roots]
@@ -344,7 +276,7 @@ class Roots:
             for root, references in zip(roots, watched, strict=True):
                 root.look([None if reference is None else next(parts) for reference in references])
 
-    def _warn(self, root: _Root) -> None:
+    def _warn(self, root: Root) -> None:
         if root.operator in self._warned:
             return
         self._warned.add(root.operator)
@@ -362,36 +294,5 @@ class Roots:
             warnings.warn_explicit(text, NotDifferentiableWarning, file, line, registry=registry)
 
 
-def first(outputs: Any) -> Tensor:
-    """The root among the outputs of an operator."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
-def _key(args: Any, kwargs: Any) -> Any:
-    """What a root is taken of: equal for one and the same."""
-    named = [*args, *kwargs.values()]
-    place = lambda t: (t.untyped_storage()._cdata, t._version, t.shape, t.stride(), t.storage_offset())
-    return tuple(place(a) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in named)
-
-
-def _power(func: OpOverload, args: Any) -> float:
-    """The p of a p-norm."""
-    if func in _NORMS:
-        at = 1
-    elif func in _PAIRS:
-        at = 1 if func is aten._pdist_forward.default else 2
-    else:
-        return 2.0
-    return 2.0 if len(args) <= at or args[at] is None else float(args[at])
-
-
-def _wide(func: OpOverload, args: Any, kwargs: Any, value: Tensor) -> Tensor:
-    """A norm in the shape that it has with keepdim."""
-    given = {argument.name: a for argument, a in zip(func._schema.arguments, args, strict=False)} | kwargs
-    dim = given.get("dim")
-    return expanded(value, tuple(dim) if dim else tuple(range(args[0].dim())), given.get("keepdim", False))
-
-
-def _differentiates(node: str, operator: OpOverload) -> bool:
-    """Whether a node of autograd's graph belongs to an operator, by its name: StdMeanBackward0, std_mean."""
-    return node.partition("Backward")[0] == operator.overloadpacket.__name__.title().replace("_", "")
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage()._cdata

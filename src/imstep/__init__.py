@@ -1,6 +1,14 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
-from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp, third_derivative
+from imstep.complexstep import (
+    ComplexStepTensor,
+    NotDifferentiableWarning,
+    UnsupportedOperatorError,
+    derivative,
+    hvp,
+    jvp,
+    third_derivative,
+)
 from imstep.curvature import Fisher, GaussNewton, Hessian, Jacobian
 from imstep.optim import LeastSquares, NewtonKrylov, minimize
 
@@ -14,6 +22,7 @@ __all__ = [
     "Jacobian",
     "LeastSquares",
     "NewtonKrylov",
+    "NotDifferentiableWarning",
     "UnsupportedOperatorError",
     "__version__",
     "derivative",

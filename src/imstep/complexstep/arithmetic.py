@@ -81,6 +81,8 @@ class Arithmetic:
         self._ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
+        if self._tape is None or exc[0] is not None:
+            self._dispatch.conclude(failed=exc[0] is not None)
         raised, self._dispatch.raised = self._dispatch.raised, None
         if raised is not None and str(exc[1]).startswith(_TORCHSCRIPT) and str(exc[1]).endswith("RuntimeError: \n"):
             raise raised from exc[1]
@@ -140,6 +142,7 @@ class Arithmetic:
     def _imaginary_alone(self, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or gradient.layout is not torch.strided:
             return gradient
+        self.settle([gradient])
         im = self.value(gradient).im
         return gradient.new_zeros(()).expand(gradient.shape) if im is None else im
 
@@ -172,6 +175,12 @@ class Arithmetic:
         """End the recording: ``outputs`` are what the tape computes."""
         assert self._tape is not None
         self._tape.finish([None if t is None else self._dispatch.reference(t) for t in outputs])
+        self.settle(outputs)
+        self._dispatch.conclude()
+
+    def settle(self, results: Sequence[Tensor | None]) -> None:
+        """The evaluation has come to ``results``: warn where their derivative does not exist and is taken as zero."""
+        self._dispatch.settle(results)
 
     def reference(self, t: Tensor) -> Reference | None:
         """What ``t`` is on the tape; None for a constant."""

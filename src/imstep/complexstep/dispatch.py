@@ -16,10 +16,12 @@ from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands, unseen
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
+from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
+from imstep.complexstep.vanishing import ROOTS, first
 
 rules.load()
 
@@ -57,6 +59,7 @@ class Dispatch(TorchDispatchMode):
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
+        self._roots: Roots | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -83,6 +86,11 @@ class Dispatch(TorchDispatchMode):
         return self._observe(func, sig, tensors, args, kwargs)
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if self._roots is not None and self._roots.concern(func, tensors):
+            return self._roots.follow(func, args, lambda: self._watched(func, sig, tensors, args, kwargs))
+        return self._watched(func, sig, tensors, args, kwargs)
+
+    def _watched(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._before_write is not None:
             for at in sig.overwritten:
                 self._watch(tensors[at])
@@ -107,7 +115,37 @@ class Dispatch(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if sig.view:
             return func(*args, **kwargs)
-        return self._apply(func, tensors, attached, args, kwargs)
+        outputs = self._apply(func, tensors, attached, args, kwargs)
+        if id(func) in ROOTS and not WORKING:  # one that the rule of another arithmetic takes is noted there
+            self._note_root(func, tensors, attached, args, kwargs, outputs)
+        return outputs
+
+    def _note_root(self, func: OpOverload, tensors: Any, attached: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        value = first(outputs)
+        if not bool((value == 0).any()):
+            return
+        if self._roots is None:
+            planes = Plane(), Plane()
+            follow = lambda plane: Dispatch(plane, self._islands, Ledger(), None, None, None)
+            plane = None if self._tape is not None else self._plane
+            self._roots = Roots(self, plane, [(follow(p), p) for p in planes], self._ledger, self._h)
+        references = None if self._tape is None else self._references(tensors, attached)
+        WORKING.append(self._born)
+        try:
+            self._roots.note(func, args, kwargs, value, references or self._imaginary(tensors), references is not None)
+        finally:
+            WORKING.pop()
+
+    def settle(self, results: Sequence[Tensor | None]) -> None:
+        """The evaluation has come to ``results``: note whether roots that vanish leave them without a derivative."""
+        if self._roots is not None:
+            self._roots.settle(results)
+
+    def conclude(self, failed: bool = False) -> None:
+        """The evaluation is over: warn of roots that have left something without a derivative, and forget them."""
+        roots, self._roots = self._roots, None
+        if roots is not None and not failed:
+            roots.conclude(self._tape)
 
     def carries(self, t: Tensor) -> bool:
         """Whether ``t`` has an imaginary part here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
@@ -24,13 +25,23 @@ class UnsupportedOperatorError(ComplexStepError, NotImplementedError):
         super().__init__(f"{self.operator}{at}: {reason} {remedy}")
 
 
+class NotDifferentiableWarning(UserWarning):
+    """A derivative that does not exist was asked for and is taken to be zero."""
+
+
 def user_line() -> str | None:
     """The innermost line on the stack that is neither PyTorch's nor this library's."""
+    place = user_place()
+    return None if place is None else f"{place[0]}:{place[1]}"
+
+
+def user_place() -> tuple[str, int, dict[Any, Any]] | None:
+    """The file and the number of that line, and where warnings that were given for it are remembered."""
     frame = sys._getframe(1)
     torch_home = str(Path(sys.modules["torch"].__file__ or "").resolve().parent)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_LIBRARY, torch_home, "<")):
-            return f"{name}:{frame.f_lineno}"
+            return name, frame.f_lineno, frame.f_globals.setdefault("__warningregistry__", {})
         frame = frame.f_back  # type: ignore[assignment]
     return None

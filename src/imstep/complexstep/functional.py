@@ -186,6 +186,7 @@ def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions
         arithmetic.attach(t, d)
     with arithmetic:
         outputs = f(inputs)
+        arithmetic.settle([t for t in tree_leaves(outputs) if isinstance(t, Tensor)])
     refuse_lost_graph("jvp", [t for t in (*tree_leaves(outputs), *leaves, *directions) if isinstance(t, Tensor)])
     value = lambda t: _without_graph(t) if isinstance(t, Tensor) else t
     part = lambda t: _without_graph(arithmetic.value(t).imaginary) if isinstance(t, Tensor) else t

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 AVOIDED = "avoided kernel"
+NO_DERIVATIVE = "no derivative"
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,10 @@ class OperatorUse:
     Attributes:
         operator: its name.
         treatment: the family of its rule; or "decomposition", "cut" (a constant: under no_grad or detached), "avoided
-            kernel" (a fused kernel whose derivative is out of reach: simpler operators, listed as well, stand for it).
+            kernel" (a fused kernel whose derivative is out of reach: simpler operators, listed as well, stand for it),
+            "no derivative" (taken to be zero where it does not exist; the operator is listed by its rule as well).
         count: how often it was met, forward and backward.
-        seconds: time on the host that was spent on it, without what it called; 0 for an avoided kernel.
+        seconds: time on the host that was spent on it, without what it called; 0 for the last two treatments.
         share: ``seconds`` over the time of the whole evaluation, in [0, 1].
     """
 
@@ -61,7 +63,7 @@ class OperatorReport:
     def __str__(self) -> str:
         rows = [("operator", "treatment", "count", "share")]
         for use in self.uses:
-            share = "" if use.treatment == AVOIDED else f"{use.share:.0%}"
+            share = "" if use.treatment in (AVOIDED, NO_DERIVATIVE) else f"{use.share:.0%}"
             rows.append((use.operator, use.treatment, str(use.count), share))
         rows.append(("everything else", "", "", f"{max(0.0, 1 - sum(use.share for use in self.uses)):.0%}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -125,6 +127,10 @@ class Ledger:
     def avoid(self, kernel: str) -> None:
         """A kernel was replaced by simpler operators."""
         self._entries.setdefault((kernel, AVOIDED), _Entry(kernel, AVOIDED)).count += 1
+
+    def mark(self, operator: Any) -> None:
+        """An operator was met where it has no derivative."""
+        self._entries.setdefault((id(operator), NO_DERIVATIVE), _Entry(operator, NO_DERIVATIVE)).count += 1
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:

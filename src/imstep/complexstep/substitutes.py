@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imstep.complexstep.determinants import determinant, is_nearly_singular
+from imstep.complexstep.rules.special import i1_over
 
 _MODES = ("bilinear", "nearest", "bicubic")
 _PADDINGS = ("zeros", "border", "reflection")
@@ -175,10 +176,68 @@ def prod(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: tor
     return total.unsqueeze(dim) if keepdim and dim is not None else total
 
 
+# --- smooth functions whose gradient is a formula that holds at one point only ---------------------------------------
+
+
+def sinc(x: Tensor) -> Tensor:
+    """:func:`torch.sinc`, by its series near zero: sum (-1)^k (pi x)^2k / (2k + 1)!."""
+    near = x.abs() < 0.25
+    square, series = (math.pi * torch.where(near, x, 0)).square(), torch.zeros_like(x)
+    for k in reversed(range(11)):
+        series = series * -square + 1 / math.factorial(2 * k + 1)
+    angle = math.pi * torch.where(near, 1, x)
+    return torch.where(near, series, torch.sin(angle) / angle)
+
+
+def bessel_i1(x: Tensor) -> Tensor:
+    """:func:`torch.special.i1`, by its series near zero."""
+    near = x.abs() < 1
+    small = torch.where(near, x, 0)
+    return torch.where(near, small * i1_over(small), torch.special.i1(torch.where(near, 1, x)))
+
+
+def power(x: Tensor, exponent: Tensor) -> Tensor:
+    """:func:`torch.pow`, whose derivative by x is a constant where the exponent is zero: there by the exponential."""
+    at_zero = (exponent == 0) & (x > 0)
+    smooth = torch.exp(torch.where(at_zero, exponent, 0) * torch.log(torch.where(at_zero, x, 1)))
+    return torch.where(at_zero, smooth, torch.pow(x, torch.where(at_zero, 1, exponent)))
+
+
+def float_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """:func:`torch.float_power`."""
+    return power(x.double(), exponent.double())
+
+
+def _exponent_has_zeros(x: Any, exponent: Any = None, *_: Any) -> bool:
+    tensors = isinstance(exponent, Tensor) and isinstance(x, Tensor) and not x.is_complex()
+    return tensors and exponent.is_floating_point() and _any_zero(exponent)
+
+
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """:func:`torch.logaddexp`, whose gradient overflows where one term is far below the other."""
+    same = (x == y) & x.isinf()
+    first, second = torch.where(same, 0, x), torch.where(same, 0, y)
+    largest = torch.where(first > second, first, second)
+    smallest = torch.where(first > second, second, first)
+    return torch.where(same, x, largest - F.logsigmoid(largest - smallest))
+
+
+def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+    """:func:`torch.logaddexp2`."""
+    return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
+
+
+def _real(*arguments: Any) -> bool:
+    return all(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
+
+
 def _has_zeros(x: Tensor, *_: Any) -> bool:
-    if x.dim() == 0 or not x.is_floating_point() or torch._C._functorch.maybe_current_level() is not None:
-        return False  # under a transform the entries cannot be asked for
-    return bool((x == 0).any())
+    return x.dim() > 0 and x.is_floating_point() and _any_zero(x)
+
+
+def _any_zero(x: Tensor) -> bool:
+    # Under a transform the entries cannot be asked for.
+    return torch._C._functorch.maybe_current_level() is None and bool((x == 0).any())
 
 
 def _always(*_: Any) -> bool:
@@ -199,6 +258,12 @@ SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
     torch.det: (determinant, is_nearly_singular),
     torch.linalg.det: (determinant, is_nearly_singular),
     Tensor.det: (determinant, is_nearly_singular),
+    torch.special.i1: (bessel_i1, _real),
+    **dict.fromkeys((torch.sinc, Tensor.sinc, torch.special.sinc), (sinc, _real)),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), (power, _exponent_has_zeros)),
+    **dict.fromkeys((torch.float_power, Tensor.float_power), (float_power, _exponent_has_zeros)),
+    **dict.fromkeys((torch.logaddexp, Tensor.logaddexp), (logaddexp, _real)),
+    **dict.fromkeys((torch.logaddexp2, Tensor.logaddexp2), (logaddexp2, _real)),
 }
 """What stands in for a function, and for which arguments it has to."""
 

@@ -164,6 +164,12 @@ class Tape:
         other.finish(outputs)
         return other
 
+    def probe(self, device: torch.device) -> list[Tensor]:
+        """A direction for each input: numbers that stand in no simple relation."""
+        generator = torch.Generator(device).manual_seed(0)
+        windows = [self._slots[slot].window for slot in self._inputs]
+        return [torch.randn(w.size, generator=generator, dtype=w.dtype, device=device) for w in windows]
+
     @property
     def steps(self) -> list[Step]:
         """The steps, in order; read only."""

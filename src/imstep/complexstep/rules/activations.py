@@ -16,7 +16,8 @@ import math
 import torch
 
 from imstep.complexstep.registry import elementwise, exact, rule
-from imstep.complexstep.rules.forms import plus, plus_times_, shared, times
+from imstep.complexstep.rules.elementwise import log_sigmoid_on_complex, sigmoid_on_complex
+from imstep.complexstep.rules.forms import evaluated, plus, plus_times_, shared, times
 from imstep.complexstep.rules.special import erf_on_complex
 
 aten = torch.ops.aten
@@ -58,22 +59,23 @@ def _gelu_on_complex(z, *, approximate="none"):
 
 
 def silu_curvature(x):
-    s = torch.sigmoid(x)
-    return s * (1 - s) * (2 + x * (1 - 2 * s))
+    s, c = torch.sigmoid(x), torch.sigmoid(-x)  # 1 - s would lose the tail
+    return s * c * (2 + x * (c - s))
 
 
 def mish_curvature(x):
-    s, t = torch.sigmoid(x), torch.tanh(torch.nn.functional.softplus(x))
-    return (1 - t * t) * s * (2 + x * (1 - s - 2 * t * s))
+    """With c = exp(-softplus(x)) the hyperbolic tangent of softplus is (1 - c²) / (1 + c²), and 1 - c = s."""
+    s, c = torch.sigmoid(x), torch.sigmoid(-x)
+    k = 1 / (1 + c * c)
+    return (2 * c * k).square() * s * (2 + x * (c - 2 * s * s * (1 + c) * k))
 
 
 def softplus_curvature(x, beta=1, threshold=20):
-    s = torch.sigmoid(beta * x)
-    return torch.where(beta * x > threshold, 0, beta * s * (1 - s))
+    return torch.where(beta * x > threshold, 0, beta * torch.sigmoid(beta * x) * torch.sigmoid(-beta * x))
 
 
 def _softplus_on_complex(z, beta=1, threshold=20):
-    return torch.where(beta * z.real > threshold, z, torch.log1p(torch.exp(beta * z)) / beta)
+    return torch.where(beta * z.real > threshold, z, -log_sigmoid_on_complex(-beta * z) / beta)
 
 
 def hardswish_curvature(x):
@@ -89,7 +91,7 @@ def _mish_on_complex(z):
 
 
 _smooth(aten.gelu.default, aten.gelu_backward.default, gelu_curvature, _gelu_on_complex)
-_smooth(aten.silu.default, aten.silu_backward.default, silu_curvature, lambda z: z * torch.sigmoid(z))
+_smooth(aten.silu.default, aten.silu_backward.default, silu_curvature, lambda z: z * sigmoid_on_complex(z))
 _smooth(aten.mish.default, aten.mish_backward.default, mish_curvature, _mish_on_complex)
 _smooth(aten.hardswish.default, aten.hardswish_backward.default, hardswish_curvature, _hardswish_on_complex)
 
@@ -134,17 +136,25 @@ def sigmoid_backward(g, y):
     return kernel(g, y), lambda dg, dy: plus_times_(None if dg is None else kernel(dg, y), dy, by_y)
 
 
-@rule(aten.log_sigmoid_forward.default, family="elementwise")
+@rule(
+    aten.log_sigmoid_forward.default,
+    family="elementwise",
+    finite=evaluated(lambda z: (log_sigmoid_on_complex(z), z.real.new_empty(0))),
+)
 def log_sigmoid(x):
-    outputs = aten.log_sigmoid_forward(x)
-    slope = torch.sigmoid(-x)
-    return outputs, lambda dx: (dx * slope, None)
+    # Not sigmoid(-x), whose own derivative, taken further out, loses the left tail.
+    slope = torch.exp(aten.log_sigmoid_forward(-x)[0])
+    return aten.log_sigmoid_forward(x), lambda dx: (dx * slope, None)
 
 
-@rule(aten.log_sigmoid_backward.default, family="elementwise")
+@rule(
+    aten.log_sigmoid_backward.default,
+    family="elementwise",
+    finite=evaluated(lambda g, z, buffer: g * (sigmoid_on_complex(-z) if z.is_complex() else torch.sigmoid(-z))),
+)
 def log_sigmoid_backward(g, x, buffer):
     slope = torch.sigmoid(-x)
-    by_x = -g * slope * (1 - slope)
+    by_x = -g * slope * torch.sigmoid(x)
     return g * slope, lambda dg, dx, _: plus(times(dg, slope), times(dx, by_x))
 
 
@@ -164,7 +174,7 @@ def _elu_on_complex(z, alpha=1, scale=1, input_scale=1):
 
 
 def elu_slope(x, y, alpha=1, scale=1, input_scale=1):
-    return torch.where(x > 0, scale, input_scale * (y + alpha * scale))
+    return torch.where(x > 0, scale, input_scale * alpha * scale * torch.exp(input_scale * x.clamp(max=0)))
 
 
 elementwise(aten.elu.default, elu_slope, _elu_on_complex)
@@ -180,6 +190,8 @@ def elu_backward(g, alpha, scale, input_scale, is_result, x):
     """``x`` is the result where the activation was taken in place."""
     y = x if is_result else aten.elu(x, alpha, scale, input_scale)
     f1 = elu_slope(x, y, alpha, scale, input_scale)
+    if is_result:
+        f1 = torch.where(x > 0, scale, input_scale * (y + alpha * scale))
     f2 = torch.where(x > 0, 0, torch.full_like(x, input_scale) if is_result else input_scale * f1)
     by_x = g * f2
     return g * f1, lambda dg, dx: plus(times(dg, f1), times(dx, by_x))

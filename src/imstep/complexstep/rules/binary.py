@@ -132,7 +132,7 @@ def power_tensor(x, e):
     y = torch.pow(x, e)
 
     def push(dx, de):
-        by_base = None if dx is None else dx * torch.where(e == 0, 0, e * torch.pow(x, e - 1))
+        by_base = None if dx is None else dx * torch.where((e == 0) & (x == 0), 0, e * torch.pow(x, e - 1))
         if de is None:
             return by_base
         # 0**e is constant in e for e > 0; PyTorch extends that to e = 0.

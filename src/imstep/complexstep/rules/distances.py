@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from imstep.complexstep.registry import defined_as
+from imstep.complexstep.registry import defined_as, rule
+from imstep.complexstep.rules.forms import evaluated, total
 
 aten = torch.ops.aten
 
@@ -27,9 +28,9 @@ def _norm(e, p):
     if math.isinf(p):
         return e.abs().amax(-1)
     powers = e * e if p == 2 else torch.where(e == 0, 1, e).abs().pow(p) * (e != 0)
-    total = powers.sum(-1)
-    zero = total == 0
-    safe = torch.where(zero, 1, total)
+    sums = powers.sum(-1)
+    zero = sums <= 0  # a finite step leaves -h²
+    safe = torch.where(zero, 1, sums)
     return torch.where(zero, 0, safe.sqrt() if p == 2 else safe.pow(1 / p))
 
 
@@ -42,17 +43,37 @@ def _norm_gradient(e, p, d):
         return e.sign()
     if math.isinf(p):
         return e.sign() * (e.abs() == d)
-    zero = d == 0
-    unit = e / torch.where(zero, 1, d)
+    unit = (e / d).masked_fill(d == 0, 0)  # as autograd guards the gradient of a norm
     if p != 2:
         nowhere = e == 0
         unit = e.sign() * torch.where(nowhere, 1, unit).abs().pow(p - 1) * ~nowhere
-    return torch.where(zero, 0, unit)
+    return unit
 
 
 @defined_as(aten._cdist_forward.default)
 def cdist(x, y, p, compute_mode=None):
     return _norm(x.unsqueeze(-2) - y.unsqueeze(-3), p)
+
+
+def _euclidean_on_complex(x, y):
+    dtype = torch.result_type(x, y)
+    x, y = x.to(dtype), y.to(dtype)
+    squares = (x * x).sum(-1, keepdim=True) + (y * y).sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
+    return torch.sqrt(torch.where(squares.real <= 0, 0, squares))
+
+
+@rule(aten._euclidean_dist.default, family="reduction", finite=evaluated(_euclidean_on_complex))
+def euclidean_dist(x, y):
+    """By products of matrices: d d' = (x - y)·(x' - y'), multiplied out."""
+    d = aten._euclidean_dist(x, y)
+    inverse = torch.where(d == 0, 0, 1 / d)
+
+    def push(dx, dy):
+        by_x = None if dx is None else (x * dx).sum(-1, keepdim=True) - dx @ y.mT
+        by_y = None if dy is None else (y * dy).sum(-1).unsqueeze(-2) - x @ dy.mT
+        return total(by_x, by_y) * inverse
+
+    return d, push
 
 
 @defined_as(aten._cdist_backward.default)

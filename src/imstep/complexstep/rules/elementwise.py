@@ -50,8 +50,23 @@ def sinc_slope(x, y):
     return torch.where(near, series, (torch.cos(math.pi * x) - y) / torch.where(near, torch.ones_like(x), x))
 
 
+def sigmoid_on_complex(z):
+    """Without overflow on either side."""
+    right = z.real > 0
+    decay = torch.exp(torch.where(right, -z, z))
+    return torch.where(right, 1, decay) / (1 + decay)
+
+
+def log_sigmoid_on_complex(z):
+    """As :func:`sigmoid_on_complex`."""
+    right = z.real > 0
+    return torch.where(right, 0, z) - torch.log1p(torch.exp(torch.where(right, -z, z)))
+
+
 elementwise(aten.sinc.default, sinc_slope)
-elementwise(aten.sigmoid.default, lambda x, y: y * (1 - y), kernel=aten.sigmoid_backward.default)
+elementwise(
+    aten.sigmoid.default, lambda x, y: y * (1 - y), sigmoid_on_complex, kernel=aten.sigmoid_backward.default
+)
 
 
 def _logit_slope(x, y, eps=None):

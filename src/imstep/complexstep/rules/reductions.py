@@ -177,6 +177,11 @@ def _var_mean_on_complex(z, dim=None, *, correction=None, keepdim=False):
     return _var_on_complex(z, dim, correction=correction, keepdim=keepdim), z.mean(dims, keepdim=keepdim)
 
 
+def _std_mean_on_complex(z, dim=None, *, correction=None, keepdim=False):
+    variance, mean = _var_mean_on_complex(z, dim, correction=correction, keepdim=keepdim)
+    return torch.sqrt(variance), mean
+
+
 @rule(aten.var.correction, family="reduction", finite=evaluated(_var_on_complex))
 def var(x, dim=None, *, correction=None, keepdim=False):
     dims, centred, freedom = _moments(x, dim, correction)
@@ -204,7 +209,7 @@ def _with_mean(moment):
 
 
 rule(aten.var_mean.correction, family="reduction", finite=evaluated(_var_mean_on_complex))(_with_mean(var))
-rule(aten.std_mean.correction, family="reduction")(_with_mean(std))
+rule(aten.std_mean.correction, family="reduction", finite=evaluated(_std_mean_on_complex))(_with_mean(std))
 
 
 # --- logarithms of sums -----------------------------------------------------------------------------------------

@@ -44,10 +44,17 @@ elementwise(aten.erfc.default, lambda x, y: -_TWO_OVER_ROOT_PI * torch.exp(-x * 
 real_elementwise(aten.erfinv.default, lambda x, y: torch.exp(y * y) / _TWO_OVER_ROOT_PI)
 real_elementwise(aten.special_erfcx.default, lambda x, y: 2 * x * y - _TWO_OVER_ROOT_PI)
 real_elementwise(aten.special_ndtri.default, lambda x, y: math.sqrt(2 * math.pi) * torch.exp(y * y / 2))
-real_elementwise(
-    aten.special_log_ndtr.default,
-    lambda x, y: math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2)),  # pdf / cdf without underflow
-)
+
+
+def _log_ndtr_slope(x, y):
+    """pdf / cdf without underflow on the left and without overflow on the right."""
+    right = x > 0
+    left, far = (torch.where(side, x, 0) for side in (~right, right))
+    by_density = torch.exp(-far * far / 2) / (math.sqrt(2 * math.pi) * torch.special.ndtr(far))
+    return torch.where(right, by_density, math.sqrt(2 / math.pi) / torch.special.erfcx(-left / math.sqrt(2)))
+
+
+real_elementwise(aten.special_log_ndtr.default, _log_ndtr_slope)
 elementwise(
     aten.special_entr.default,
     lambda x, y: torch.where(x > 0, -torch.log(x) - 1, torch.inf),
@@ -121,12 +128,26 @@ def zeta(s, q):
 
 
 def _over(y, x):
-    """y / x for a function with y(x) = x/2 + O(x³), such as I_1."""
+    """y / x for a function with y(x) = x/2 + O(x³), such as I_1 exp(-|x|)."""
     zero = x == 0
     return torch.where(zero, 0.5, y / torch.where(zero, 1, x))
 
 
+def i1_over(x):
+    """I_1(x) / x for |x| < 1 by its series, sum (x²/4)^k / (2 k! (k+1)!), smooth at 0 to all orders."""
+    square, total = x * x / 4, torch.zeros_like(x)
+    for k in reversed(range(12)):
+        total = total * square + 0.5 / (math.factorial(k) * math.factorial(k + 1))
+    return total
+
+
+def _i1_slope(x, y):
+    near = x.abs() < 1
+    by_series = i1_over(torch.where(near, x, 0))
+    return torch.special.i0(x) - torch.where(near, by_series, y / torch.where(near, 1, x))
+
+
 real_elementwise(aten.i0.default, lambda x, y: torch.special.i1(x))
 real_elementwise(aten.special_i0e.default, lambda x, y: torch.special.i1e(x) - torch.sgn(x) * y)
-real_elementwise(aten.special_i1.default, lambda x, y: torch.special.i0(x) - _over(y, x))
+real_elementwise(aten.special_i1.default, _i1_slope)
 real_elementwise(aten.special_i1e.default, lambda x, y: torch.special.i0e(x) - torch.sgn(x) * y - _over(y, x))

@@ -170,6 +170,15 @@ class Arithmetic:
         """What ``t`` is on the tape; None for a constant."""
         return self._dispatch.reference(t)
 
+    def elsewhere(self, numbers: range) -> bool:
+        """Whether autograd has made nodes in threads of its own, as on a GPU, where gradients are part of the loss.
+
+        Args:
+            numbers: those that this thread has given to nodes of autograd's graph.
+        """
+        steps = [] if self._tape is None else self._tape.steps
+        return any(not step.backward and step.node >= 0 and step.node not in numbers for step in steps)
+
     @property
     def counts(self) -> dict[tuple[str, str], int]:
         """How often each operator was met, by (name, how it was treated)."""

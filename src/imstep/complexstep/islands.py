@@ -236,7 +236,7 @@ class Islands(TorchFunctionMode):
         # What a checkpoint runs again is out of sight of this mode.
         recurrence = _native_recurrence() if self._recurrent_again else nullcontext()
         try:
-            with recurrence:
+            with recurrence, torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
                 yield
         finally:
             self.final = before

@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
+from imstep.curvature.backward import BackwardCalls, number
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes
+from imstep.curvature.surroundings import Surroundings
+from imstep.curvature.unmoved import Unmoved
 
 Closure = Callable[[], Any]
 
@@ -51,19 +53,28 @@ class FrozenClosure:
     """A closure on one batch, evaluated at whatever the parameters are at the time.
 
     Args:
-        closure: returns the loss, a tensor with one entry; it may also have called ``zero_grad()`` and ``backward()``.
+        closure: returns the loss, a tensor with one entry; or calls ``backward()`` on it and returns anything.
         parameters: the vector that is differentiated.
+        stale: whether ``.grad`` holds gradients that the closure must not add to.
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
+        returned: what the closure returned first, as a 0-dim tensor; None where it is no number.
         report: the operators that the last product met.
+        surroundings: what the closure is evaluated in.
     """
 
-    def __init__(self, closure: Closure, parameters: ParameterVector) -> None:
-        self._closure, self._parameters = closure, parameters
+    def __init__(self, closure: Closure, parameters: ParameterVector, stale: bool = False) -> None:
+        self.surroundings = Surroundings(parameters)
+        self._closure, self._parameters, self._stale = closure, parameters, stale
+        self._plain = False  # whether backward passes of the closure are known to be for the parameters alone
+        self._weights: list[Tensor] = []
+        self._others: list[tuple[Tensor, Tensor | None]] = []
+        self.returned: Tensor | None = None
         self._random = RandomState(parameters.device)
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
+        self._renorms = False  # whether the closure brings rows of an embedding back to a norm
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -110,8 +121,8 @@ class FrozenClosure:
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
         with self._same_state(), self._own_gradients():
-            loss = self._call()
-            gradients = self._gradients_of(loss, partial(torch.autograd.grad, allow_unused=True))
+            loss, called = self._call()
+            gradients = self._gradients_of(loss, called, partial(torch.autograd.grad, allow_unused=True))
         return loss.detach(), self._parameters.flatten(gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
@@ -131,8 +142,8 @@ class FrozenClosure:
         """
         self.losses += 1
         watching = self.arithmetic() if watch else nullcontext()
-        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors), watching:
-            return self._call()
+        with self._same_state(), self._own_gradients(), watching:
+            return self._call(skip=True)[0]
 
     def _differentiate(
         self,
@@ -142,29 +153,63 @@ class FrozenClosure:
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> tuple[Tensor, list[Tensor | None]]:
         with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
-            loss = self._call()
-            gradients = self._gradients_of(loss, take or arithmetic.gradient, part)
+            loss, called = self._call()
+            gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part)
+            self._check_sight(called, arithmetic)
         return loss, gradients
 
-    def _call(self) -> Tensor:
+    def _call(self, skip: bool = False) -> tuple[Tensor, BackwardCalls]:
+        called = BackwardCalls(self._parameters.tensors, skip=skip, plain=self._plain, stale=self._stale)
         with torch.enable_grad():
-            return scalar(self.evaluate())
+            with self.surroundings.entered(), called:
+                returned = self._closure()
+            loss = called.loss(returned)
+        if self._first:
+            self._note(called, returned)
+        elif not same_tensors(called.weights, self._weights):
+            raise ValueError(
+                "closure calls backward(gradient) with a gradient that changes with the parameters; what it adds to "
+                "curvature would be missed. Call backward() on the loss itself."
+            )
+        return loss, called
+
+    def _note(self, called: BackwardCalls, returned: Any) -> None:
+        """What the first evaluation shows of the closure."""
+        self._plain, self._renorms, self._weights = not called.seen.others, called.renorms, called.weights
+        self._others = [(t, t.grad) for t in called.seen.others]
+        value = number(returned)
+        self.returned = None if value is None else value.to(self._parameters.device)
 
     def _gradients_of(
-        self, loss: Tensor, take: Callable[..., Any], part: Callable[[Tensor], Tensor | None] = lambda g: g
+        self,
+        loss: Tensor,
+        called: BackwardCalls,
+        take: Callable[..., Any],
+        part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> list[Tensor | None]:
         """What ``take`` finds; where the closure has called ``backward()`` itself, ``part`` of what that has found."""
         self.gradients += 1
         inputs = self._parameters.tensors
-        gradients = [p.grad for p in inputs]
-        if any(g is not None for g in gradients):
-            return [None if g is None else part(g) for g in usable(gradients)]
+        if called.called:
+            return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
         if loss.grad_fn is None:
             raise ValueError(
                 "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
-                "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
+                "Return the loss itself, not loss.item() or loss.detach(), or call loss.backward() in the closure; "
+                "and do not compute it under no_grad."
             )
+        if self._first:
+            called.look([loss])
         return usable(list(take(loss, inputs)))
+
+    def _check_sight(self, called: BackwardCalls, arithmetic: Arithmetic) -> None:
+        """Raise if the loss is computed from what was out of the arithmetic's sight."""
+        if called.seen.foreign and not arithmetic.elsewhere(called.numbers):
+            raise ValueError(
+                "part of what the loss is computed from was computed in another thread, or before the closure was "
+                "called; products would miss it. Evaluate the model in the thread that calls the closure, and compute "
+                "all that depends on the parameters inside the closure."
+            )
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
 
@@ -191,7 +236,8 @@ class FrozenClosure:
 
     def evaluate(self) -> Any:
         """What the closure returns, as it is."""
-        return self._closure()
+        with self.surroundings.entered():
+            return self._closure()
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 
@@ -216,44 +262,47 @@ class FrozenClosure:
             now.restore()
             self._writes.replace(contents)
 
+    @property
+    def _first(self) -> bool:
+        """Whether there has been no evaluation yet."""
+        return self._random_after is None
+
     @contextmanager
     def _same_state(self) -> Iterator[None]:
-        first = self._random_after is None
-        if not first:
+        if not self._first:
             self._random.restore()
             self._writes.rewind()
+            yield
+            return
+        unmoved = Unmoved(self._parameters)
         yield
-        if first:
-            self._random_after = RandomState(self._parameters.device)
-            self._writes.keep()
+        if not (unmoved.holds() or self._renorms):
+            raise ValueError(
+                "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
+                "optimizer may move them between evaluations. Do it outside the closure, after the step."
+            )
+        self._random_after, self._stale = RandomState(self._parameters.device), False
+        self._writes.keep()
 
     @contextmanager
     def _own_gradients(self) -> Iterator[None]:
-        """``.grad`` fields empty for the closure's own ``backward()``, and put back afterwards."""
+        """``.grad`` fields empty for the closure's own ``backward()``, and put back afterwards.
+
+        Leaves that are not ours keep what the first evaluation left.
+        """
         inputs = self._parameters.tensors
         before = [p.grad for p in inputs]
         for p in inputs:
-            p.grad = None
+            p.grad = p.grad.clone() if self._stale and p.grad is not None else None
+        for t, _ in self._others:
+            t.grad = None
         try:
             yield
         finally:
             for p, g in zip(inputs, before, strict=True):
                 p.grad = g
-
-
-def scalar(loss: Any) -> Tensor:
-    """``loss`` as a 0-dim tensor; raises if it is none."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-        raise ValueError(
-            f"closure returned {got}; a step needs the loss, a tensor with one entry. "
-            "Reduce it, for instance with .mean(), and return it."
-        )
-    if loss.is_complex():
-        raise ValueError(
-            f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
-        )
-    return loss.reshape(())
+            for t, g in self._others:
+                t.grad = g
 
 
 def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
@@ -268,19 +317,6 @@ def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tenso
     return gradients
 
 
-class _NoBackward(TorchFunctionMode):
-    """Skips ``loss.backward()``: for a trial step only the loss is wanted; gradients read as zeros."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # With create_graph it may be part of the loss, such as a penalty on a gradient.
-        create_graph = kwargs.get("create_graph", args[3] if len(args) > 3 else False)
-        if func not in (Tensor.backward, torch.autograd.backward) or create_graph:
-            return func(*args, **kwargs)
-        for p in self._tensors:
-            p.grad = torch.zeros_like(p)
-        return None
+def same_tensors(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same values."""
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

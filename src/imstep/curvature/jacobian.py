@@ -12,9 +12,10 @@ from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
 from imstep.curvature.evaluation import checked_budget
 from imstep.curvature.frozen import FrozenClosure, usable
-from imstep.curvature.operators import ProductsOperator, Unmoved
+from imstep.curvature.operators import ProductsOperator
 from imstep.curvature.parameters import ParameterVector, TensorVector
 from imstep.curvature.products import Products, RecomputedProducts, ReplayedProducts
+from imstep.curvature.unmoved import Unmoved
 
 
 class Jacobian(ProductsOperator):

@@ -15,6 +15,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import Residuals, residuals_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.linalg import GramMatrix, LinearOperator
+from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
 _CHUNK = 128
@@ -173,6 +174,7 @@ class ResidualJacobian(JacobianRows):
         self._fill(loss, parameters, known)
         return self
 
+    @full_precision
     def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
         residuals = require_residuals(loss)
         tensors = parameters.tensors

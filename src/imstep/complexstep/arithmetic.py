@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
-from imstep.complexstep.islands import Islands, unseen
+from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
@@ -109,13 +109,13 @@ class Arithmetic:
     def number(self, re: Tensor, im: Tensor) -> Tensor:
         """A copy of ``re`` with the imaginary part ``im``; it does not require gradients."""
         with unseen():
-            t = re.detach().clone()
+            t = plain(re).detach().clone()
         self.attach(t, im)
         return t
 
     def value(self, t: Tensor) -> ComplexStepTensor:
         """What ``t`` holds: the tensor itself and a view of its imaginary part."""
-        return ComplexStepTensor(t, self._plane.get(t))
+        return ComplexStepTensor(t, self._plane.get(plain(t)))
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""

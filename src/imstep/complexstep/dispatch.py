@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
-from imstep.complexstep.islands import Islands
+from imstep.complexstep.islands import Islands, plain
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.rules.forms import WORKING
@@ -54,9 +55,13 @@ class Dispatch(TorchDispatchMode):
         self._h, self._tape, self._before_write = h, tape, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
+        self._given: Any = None  # the arguments of the operator, where they may be of subclasses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._islands.subclasses:
+            self._given = args  # with their graphs
+            args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
         sig = signature(func)
         if sig.window and not self._islands.active and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
@@ -145,7 +150,7 @@ class Dispatch(TorchDispatchMode):
             if kwargs:
                 step.alpha = kwargs.get("alpha", 1)
             if id(func) in _OF_LOSSES and not step.backward:
-                step.args, step.result = args, outputs
+                step.args, step.result = self._given or args, outputs
             self._tape.record(step)
         return outputs
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import checkpoint
@@ -49,6 +50,14 @@ def unseen() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
+def plain(t: Tensor) -> Tensor:
+    """``t`` without what a subclass of Tensor adds; with its graph, on the same memory."""
+    if type(t) is Tensor or type(t) is Parameter:
+        return t
+    with unseen():
+        return Tensor.as_subclass(t, Tensor)
+
+
 @contextmanager
 def _native_recurrence() -> Iterator[None]:
     """Recurrent networks step by step (torch.backends.mkldnn.flags warns of other settings that it touches)."""
@@ -75,6 +84,7 @@ class Islands(TorchFunctionMode):
         self._nested: list[bool] = []
         self._cut = False
         self._recurrent_again = False  # whether the backward pass will run a recurrent network forward again
+        self.subclasses = False  # whether arguments may be of subclasses of Tensor
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self._stack = ExitStack()
 
@@ -97,6 +107,8 @@ class Islands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if types:
+            self.subclasses = True
         if func is torch._C._set_grad_enabled:
             self._toggle(bool(args[0]))
             return func(*args, **kwargs)
@@ -228,7 +240,7 @@ class Islands(TorchFunctionMode):
 
     def follow(self, forward: Islands) -> None:
         """Take over from the evaluation whose backward pass is to come."""
-        self._recurrent_again = forward._recurrent_again
+        self._recurrent_again, self.subclasses = forward._recurrent_again, forward.subclasses
 
     @contextmanager
     def _final_pass(self) -> Iterator[None]:

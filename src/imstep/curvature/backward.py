@@ -7,7 +7,7 @@ all tensors that ``backward()`` was called on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.islands import plain
 from imstep.curvature.graph import Survey, survey
+from imstep.curvature.hooks import REMEDY, accumulation_watched, plain_copy, same_values
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward)
 _RENORMING = {F.embedding: 3, F.embedding_bag: 4}  # which argument is max_norm
@@ -42,7 +44,8 @@ class BackwardCalls(TorchFunctionMode):
 
     Args:
         parameters: of whose ``.grad`` is spoken; the fields are empty, or hold what ``stale`` says.
-        skip: whether to leave backward passes out: gradients of the parameters then read as zeros.
+        numbers: those that this thread has given to nodes of autograd's graph since the evaluation began.
+        skip: whether to leave backward passes out: gradients of the parameters then read as ones.
         plain: whether it is known that no backward pass is for anything but the parameters.
         stale: whether the gradients that are there belong to something else.
 
@@ -52,11 +55,17 @@ class BackwardCalls(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], *, skip: bool = False, plain: bool = False, stale: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        numbers: Callable[[], range],
+        *,
+        skip: bool = False,
+        plain: bool = False,
+        stale: bool = False,
     ) -> None:
         super().__init__()
-        self._parameters, self._skip, self._plain, self._stale = parameters, skip, plain, stale
-        self._first = torch.autograd._get_sequence_nr()
+        self._parameters, self._numbers = parameters, numbers
+        self._skip, self._plain, self._stale = skip, plain, stale
         self._roots: list[Root] = []
         self._create_graph = False
         self._left = self._gradients()
@@ -80,6 +89,8 @@ class BackwardCalls(TorchFunctionMode):
         self._settle()
         if self._stale:
             raise ValueError(_ACCUMULATED)
+        if self._skip and any(p._post_accumulate_grad_hooks for p in self._parameters):
+            raise ValueError(f"a parameter has a post-accumulate-grad hook, and backward() is not run here. {REMEDY}")
         if not self._plain:
             found = self.look([root.value for root in roots])
             if not found.reached:
@@ -91,9 +102,10 @@ class BackwardCalls(TorchFunctionMode):
                     [r.value for r in roots], [r.weight for r in roots], retain_graph=True, inputs=others
                 )
             for p in self._parameters:
-                p.grad = torch.zeros_like(p)
+                p.grad = torch.ones_like(p, requires_grad=False)
         else:
-            with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
+            # PyTorch asks for backward passes without autocast.
+            with torch._C._DisableAutocast(), accumulation_watched(self._parameters):
                 func(*args, **kwargs)
         self._roots += roots
         self._create_graph |= create_graph
@@ -102,14 +114,9 @@ class BackwardCalls(TorchFunctionMode):
 
     def look(self, outputs: Sequence[Tensor]) -> Survey:
         """What the graphs of ``outputs`` lead to; noted in :attr:`seen`, too."""
-        found = survey(outputs, self._parameters, self.numbers)
+        found = survey(outputs, self._parameters, self._numbers())
         self.seen = self.seen + found
         return found
-
-    @property
-    def numbers(self) -> range:
-        """Those that this thread has given to nodes of autograd's graph so far."""
-        return range(self._first, torch.autograd._get_sequence_nr())
 
     @property
     def weights(self) -> list[Tensor]:
@@ -131,8 +138,8 @@ class BackwardCalls(TorchFunctionMode):
         if not self._roots:
             return scalar(returned)
         alone = self._roots[0].value if len(self._roots) == 1 and self._roots[0].weight is None else None
-        graph = isinstance(returned, Tensor) and returned.grad_fn is not None
-        if self._create_graph and graph and returned is not alone:
+        node = plain(returned).grad_fn if isinstance(returned, Tensor) else None
+        if self._create_graph and node is not None and (alone is None or node is not alone.grad_fn):
             raise ValueError(
                 "closure called backward(create_graph=True), which left gradients on the parameters, and returned "
                 "another tensor with a graph: two functions to differentiate. If the gradients are part of the loss, "
@@ -157,19 +164,22 @@ class BackwardCalls(TorchFunctionMode):
 
     # --- the gradients --------------------------------------------------------------------------------------------
 
-    def _gradients(self) -> list[tuple[Tensor | None, int]]:
-        return [(p.grad, -1 if p.grad is None else p.grad._version) for p in self._parameters]
+    def _gradients(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The gradients, and copies: lists of operators and writes by ``.data`` leave no trace in version counters."""
+        return [(p.grad, None if p.grad is None else plain_copy(p.grad)) for p in self._parameters]
 
     def _settle(self) -> None:
         """Forget what was called before the gradients were emptied; raises if they were changed otherwise."""
-        now = self._gradients()
-        same = all(g is h and v == w for (g, v), (h, w) in zip(now, self._left, strict=True))
-        if not same and all(g is None or not bool((g != 0).any()) for g, _ in now):
-            self._roots, self._create_graph, self._stale = [], False, False
-            for p in self._parameters:
-                p.grad = None
-        elif not same:
+        now = [p.grad for p in self._parameters]
+        kept = zip(now, self._left, strict=True)
+        if all(g is h and (g is None or c is None or same_values(g, c)) for g, (h, c) in kept):
+            return
+        if any(g is not None and bool(plain_copy(g).any()) for g in now):
             raise ValueError(_CHANGED)
+        self._roots, self._create_graph, self._stale = [], False, False
+        for p in self._parameters:
+            p.grad = None
+        self._left = self._gradients()
 
 
 _CHANGED = (
@@ -202,18 +212,20 @@ def _parsed(
         raise ValueError("backward() was called on an edge of the graph, which has no value. Call it on the tensor.")
     if inputs is not None:
         inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    return [Root(t, w) for t, w in zip(tensors, given, strict=True)], create_graph, inputs
+    roots = [Root(plain(t), None if w is None else plain(w)) for t, w in zip(tensors, given, strict=True)]
+    return roots, create_graph, inputs
 
 
 def number(value: Any) -> Tensor | None:
     """A number, or a tensor with one entry, as a detached 0-dim tensor; None for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
+    if isinstance(value, Tensor) and plain(value).numel() == 1:
+        return plain(value).detach().reshape(())
     return torch.tensor(value) if isinstance(value, (int, float)) else None
 
 
 def scalar(loss: Any) -> Tensor:
     """``loss`` as a 0-dim tensor; raises if it is none."""
+    loss = plain(loss) if isinstance(loss, Tensor) else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
         remedy = "Reduce it, for instance with .mean(), and return it" if isinstance(loss, Tensor) else _remedy(loss)

@@ -22,6 +22,8 @@ from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls, number
+from imstep.curvature.graph import Survey, survey
+from imstep.curvature.hooks import REMEDY, HookWatch
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes
 from imstep.curvature.surroundings import Surroundings
@@ -60,6 +62,7 @@ class FrozenClosure:
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
         returned: what the closure returned first, as a 0-dim tensor; None where it is no number.
+        hook_factors: (n,), by which hooks on parameters multiply the gradient; None where they change nothing.
         report: the operators that the last product met.
         surroundings: what the closure is evaluated in.
     """
@@ -71,9 +74,11 @@ class FrozenClosure:
         self._weights: list[Tensor] = []
         self._others: list[tuple[Tensor, Tensor | None]] = []
         self.returned: Tensor | None = None
+        self.hook_factors: Tensor | None = None
         self._random = RandomState(parameters.device)
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
+        self._started = 0
         self._renorms = False  # whether the closure brings rows of an embedding back to a norm
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
@@ -152,14 +157,19 @@ class FrozenClosure:
         take: Callable[..., Any] | None = None,
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
+        hooks = HookWatch(self._parameters.tensors if self._first else [])
+        with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)), hooks.watching():
             loss, called = self._call()
             gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part)
-            self._check_sight(called, arithmetic)
+            self._check_sight(called.seen, arithmetic)
+        factors = hooks.factors()
+        if factors is not None:
+            ones = [torch.ones_like(p) if f is None else f for f, p in zip(factors, self._parameters.tensors, strict=True)]
+            self.hook_factors = self._parameters.flatten(ones)
         return loss, gradients
 
     def _call(self, skip: bool = False) -> tuple[Tensor, BackwardCalls]:
-        called = BackwardCalls(self._parameters.tensors, skip=skip, plain=self._plain, stale=self._stale)
+        called = BackwardCalls(self._parameters.tensors, self._numbers, skip=skip, plain=self._plain, stale=self._stale)
         with torch.enable_grad():
             with self.surroundings.entered(), called:
                 returned = self._closure()
@@ -200,16 +210,34 @@ class FrozenClosure:
             )
         if self._first:
             called.look([loss])
+            if any(p._post_accumulate_grad_hooks for p in inputs):
+                raise ValueError(
+                    "a parameter has a post-accumulate-grad hook, which is not run, since the closure does not call "
+                    f"backward(). {REMEDY}"
+                )
+        if not all(p.requires_grad for p in inputs):
+            raise ValueError(
+                "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
+                "outside the closure: a step leaves them out then."
+            )
         return usable(list(take(loss, inputs)))
 
-    def _check_sight(self, called: BackwardCalls, arithmetic: Arithmetic) -> None:
-        """Raise if the loss is computed from what was out of the arithmetic's sight."""
-        if called.seen.foreign and not arithmetic.elsewhere(called.numbers):
+    def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
+        """Within :meth:`perturbed`: raise if outputs are computed from what was out of the arithmetic's sight."""
+        if self._first:
+            self._check_sight(survey(outputs, self._parameters.tensors, self._numbers()), arithmetic)
+
+    def _check_sight(self, seen: Survey, arithmetic: Arithmetic) -> None:
+        if seen.foreign and not arithmetic.elsewhere(self._numbers()):
             raise ValueError(
-                "part of what the loss is computed from was computed in another thread, or before the closure was "
-                "called; products would miss it. Evaluate the model in the thread that calls the closure, and compute "
-                "all that depends on the parameters inside the closure."
+                "part of what the closure returned was computed in another thread, or before the closure was called; "
+                "products would miss it. Evaluate the model in the thread that calls the closure, and compute all that "
+                "depends on the parameters inside the closure."
             )
+
+    def _numbers(self) -> range:
+        """Those that this thread has given to nodes of autograd's graph since the evaluation began."""
+        return range(self._started, torch.autograd._get_sequence_nr())
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
 
@@ -269,6 +297,7 @@ class FrozenClosure:
 
     @contextmanager
     def _same_state(self) -> Iterator[None]:
+        self._started = torch.autograd._get_sequence_nr()
         if not self._first:
             self._random.restore()
             self._writes.rewind()

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, gauss_newton, split_loss
+from imstep.complexstep.islands import plain
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import scalar
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
@@ -169,7 +170,9 @@ class BatchGaussNewton(BatchCurvature):
         with self.frozen.perturbed(arithmetic, directions):
             with self.frozen.surroundings.entered():
                 arguments, structure = tree_flatten(self._model.outputs())
+            arguments = [plain(t) if isinstance(t, Tensor) else t for t in arguments]
             outputs = {id(t): t for t in arguments if isinstance(t, Tensor) and t.requires_grad}
+            self.frozen.check_sight(list(outputs.values()), arithmetic)
             copies = {key: _copy(arithmetic, t) for key, t in outputs.items()}
             if not directions:
                 for p in tensors:

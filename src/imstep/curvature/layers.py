@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.islands import plain
+
 
 @dataclass(frozen=True, eq=False)
 class LayerUse:
@@ -67,7 +69,8 @@ class LayerObserver(TorchFunctionMode):
             return
         if not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
-        rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
+        input, output = plain(input).detach(), plain(output)
+        rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
         if rows is None:
             return
         rows = rows.reshape(-1, rows.shape[-1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
+from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import Residuals, residuals_of
@@ -221,7 +222,12 @@ def _parts(
     told = [use for use in uses.known if use.parameter not in uses.unknown]
     values = residuals.values
     factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
-    exact = residuals.pull_back(factors, tensors)
+    hooks = HookWatch(tensors)
+    with hooks.watching():
+        exact = residuals.pull_back(factors, tensors)
+    for factor in hooks.factors() or []:
+        if factor is not None:
+            mask_of(factor)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts = _gathered(groups, told, tensors)

@@ -11,6 +11,7 @@ from torch import Tensor
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hessian import hessian_of
+from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
@@ -20,6 +21,7 @@ from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.forcing import Situation
+from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
@@ -120,6 +122,11 @@ class Attempt(StepAttempt):
     def start(self) -> tuple[Tensor, Tensor]:
         return self.loss, self.gradient
 
+    @property
+    def _mask(self) -> Tensor | None:
+        """Zeros for the entries that hooks hold fixed, (n,)."""
+        return None if self._frozen.hook_factors is None else mask_of(self._frozen.hook_factors)
+
     def _evaluate(self, observer: LayerObserver | None) -> Cost:
         """Loss and gradient of the batch, and the record that products are made from."""
         keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
@@ -176,7 +183,10 @@ class Attempt(StepAttempt):
             fixed_cost=cost.gradient_equivalents + refresh_cost + LOSS_COST,
             product_cost=product_cost,
         )
-        return _Setting(candidates, self._preconditioner.operator(damping), damping, situation, refresh), memory
+        preconditioner = self._preconditioner.operator(damping)
+        if preconditioner is not None:
+            preconditioner = masked(preconditioner, self._mask)
+        return _Setting(candidates, preconditioner, damping, situation, refresh), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
@@ -243,7 +253,7 @@ class Attempt(StepAttempt):
     def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a direction of negative curvature."""
         hessian = hessian_of(self.point, self._parameters)
-        direction = escape_direction(hessian, self.gradient, seed=memory.steps)
+        direction = escape_direction(masked(hessian, self._mask), self.gradient, seed=memory.steps)
         record = replace(record, products=hessian.products, cost=record.cost + Cost(hessian_products=hessian.products))
         if direction is None:
             self._keep = True

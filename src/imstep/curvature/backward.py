@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.islands import plain
 from imstep.curvature.graph import Survey, survey
-from imstep.curvature.hooks import REMEDY, accumulation_watched, plain_copy, same_values
+from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward)
 _RENORMING = {F.embedding: 3, F.embedding_bag: 4}  # which argument is max_norm
@@ -89,8 +89,6 @@ class BackwardCalls(TorchFunctionMode):
         self._settle()
         if self._stale:
             raise ValueError(_ACCUMULATED)
-        if self._skip and any(p._post_accumulate_grad_hooks for p in self._parameters):
-            raise ValueError(f"a parameter has a post-accumulate-grad hook, and backward() is not run here. {REMEDY}")
         if not self._plain:
             found = self.look([root.value for root in roots])
             if not found.reached:
@@ -122,6 +120,11 @@ class BackwardCalls(TorchFunctionMode):
     def weights(self) -> list[Tensor]:
         """The ``gradient`` arguments, in the order of the calls."""
         return [root.weight.detach() for root in self._roots if root.weight is not None]
+
+    @property
+    def ran(self) -> bool:
+        """Whether backward passes of the parameters were made."""
+        return self.called and not self._skip
 
     @property
     def called(self) -> bool:

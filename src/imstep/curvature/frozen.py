@@ -21,15 +21,12 @@ from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
-from imstep.curvature.backward import BackwardCalls, number
+from imstep.curvature.backward import BackwardCalls
+from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.graph import Survey, survey
-from imstep.curvature.hooks import REMEDY, HookWatch
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes
-from imstep.curvature.surroundings import Surroundings
 from imstep.curvature.unmoved import Unmoved
-
-Closure = Callable[[], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,25 +58,17 @@ class FrozenClosure:
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
-        returned: what the closure returned first, as a 0-dim tensor; None where it is no number.
-        hook_factors: (n,), by which hooks on parameters multiply the gradient; None where they change nothing.
         report: the operators that the last product met.
-        surroundings: what the closure is evaluated in.
+        user: the closure as it was given.
     """
 
     def __init__(self, closure: Closure, parameters: ParameterVector, stale: bool = False) -> None:
-        self.surroundings = Surroundings(parameters)
-        self._closure, self._parameters, self._stale = closure, parameters, stale
-        self._plain = False  # whether backward passes of the closure are known to be for the parameters alone
-        self._weights: list[Tensor] = []
-        self._others: list[tuple[Tensor, Tensor | None]] = []
-        self.returned: Tensor | None = None
-        self.hook_factors: Tensor | None = None
+        self.user = UserClosure(closure, parameters, stale)
+        self._parameters = parameters
         self._random = RandomState(parameters.device)
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
-        self._started = 0
-        self._renorms = False  # whether the closure brings rows of an embedding back to a norm
+        self._started = 0  # the number of the next node of autograd's graph when the evaluation began
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -125,8 +114,8 @@ class FrozenClosure:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        with self._same_state(), self._own_gradients():
-            loss, called = self._call()
+        with self._same_state(), self.user.own_gradients():
+            loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, partial(torch.autograd.grad, allow_unused=True))
         return loss.detach(), self._parameters.flatten(gradients)
 
@@ -147,8 +136,8 @@ class FrozenClosure:
         """
         self.losses += 1
         watching = self.arithmetic() if watch else nullcontext()
-        with self._same_state(), self._own_gradients(), watching:
-            return self._call(skip=True)[0]
+        with self._same_state(), self.user.own_gradients(), watching:
+            return self.user.loss(self._numbers, skip=True)[0]
 
     def _differentiate(
         self,
@@ -157,38 +146,12 @@ class FrozenClosure:
         take: Callable[..., Any] | None = None,
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        hooks = HookWatch(self._parameters.tensors if self._first else [])
-        with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)), hooks.watching():
-            loss, called = self._call()
+        watching = self.user.watching_hooks() if self._first else nullcontext()
+        with watching, self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
+            loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part)
             self._check_sight(called.seen, arithmetic)
-        factors = hooks.factors()
-        if factors is not None:
-            ones = [torch.ones_like(p) if f is None else f for f, p in zip(factors, self._parameters.tensors, strict=True)]
-            self.hook_factors = self._parameters.flatten(ones)
         return loss, gradients
-
-    def _call(self, skip: bool = False) -> tuple[Tensor, BackwardCalls]:
-        called = BackwardCalls(self._parameters.tensors, self._numbers, skip=skip, plain=self._plain, stale=self._stale)
-        with torch.enable_grad():
-            with self.surroundings.entered(), called:
-                returned = self._closure()
-            loss = called.loss(returned)
-        if self._first:
-            self._note(called, returned)
-        elif not same_tensors(called.weights, self._weights):
-            raise ValueError(
-                "closure calls backward(gradient) with a gradient that changes with the parameters; what it adds to "
-                "curvature would be missed. Call backward() on the loss itself."
-            )
-        return loss, called
-
-    def _note(self, called: BackwardCalls, returned: Any) -> None:
-        """What the first evaluation shows of the closure."""
-        self._plain, self._renorms, self._weights = not called.seen.others, called.renorms, called.weights
-        self._others = [(t, t.grad) for t in called.seen.others]
-        value = number(returned)
-        self.returned = None if value is None else value.to(self._parameters.device)
 
     def _gradients_of(
         self,
@@ -210,16 +173,6 @@ class FrozenClosure:
             )
         if self._first:
             called.look([loss])
-            if any(p._post_accumulate_grad_hooks for p in inputs):
-                raise ValueError(
-                    "a parameter has a post-accumulate-grad hook, which is not run, since the closure does not call "
-                    f"backward(). {REMEDY}"
-                )
-        if not all(p.requires_grad for p in inputs):
-            raise ValueError(
-                "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
-                "outside the closure: a step leaves them out then."
-            )
         return usable(list(take(loss, inputs)))
 
     def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
@@ -256,7 +209,7 @@ class FrozenClosure:
         for p, direction in zip(inputs, directions, strict=False):
             arithmetic.attach(p, direction, lent=True)
         try:
-            with self._same_state(), self._own_gradients(), arithmetic, torch.enable_grad():
+            with self._same_state(), self.user.own_gradients(), arithmetic, torch.enable_grad():
                 yield
         finally:
             for p in inputs:
@@ -264,8 +217,7 @@ class FrozenClosure:
 
     def evaluate(self) -> Any:
         """What the closure returns, as it is."""
-        with self.surroundings.entered():
-            return self._closure()
+        return self.user.call()
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 
@@ -305,33 +257,13 @@ class FrozenClosure:
             return
         unmoved = Unmoved(self._parameters)
         yield
-        if not (unmoved.holds() or self._renorms):
+        if not (unmoved.holds() or self.user.renorms):
             raise ValueError(
                 "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
                 "optimizer may move them between evaluations. Do it outside the closure, after the step."
             )
-        self._random_after, self._stale = RandomState(self._parameters.device), False
+        self._random_after = RandomState(self._parameters.device)
         self._writes.keep()
-
-    @contextmanager
-    def _own_gradients(self) -> Iterator[None]:
-        """``.grad`` fields empty for the closure's own ``backward()``, and put back afterwards.
-
-        Leaves that are not ours keep what the first evaluation left.
-        """
-        inputs = self._parameters.tensors
-        before = [p.grad for p in inputs]
-        for p in inputs:
-            p.grad = p.grad.clone() if self._stale and p.grad is not None else None
-        for t, _ in self._others:
-            t.grad = None
-        try:
-            yield
-        finally:
-            for p, g in zip(inputs, before, strict=True):
-                p.grad = g
-            for t, g in self._others:
-                t.grad = g
 
 
 def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
@@ -344,8 +276,3 @@ def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tenso
     if any(g is not None and g.layout is not torch.strided for g in gradients):
         raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
     return gradients
-
-
-def same_tensors(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether two lists hold the same values."""
-    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

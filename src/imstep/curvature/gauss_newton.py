@@ -168,7 +168,7 @@ class BatchGaussNewton(BatchCurvature):
         """The loss, and Jᵀu + w: u, w what ``part`` takes of its gradients with respect to outputs and parameters."""
         tensors = self.parameters.tensors
         with self.frozen.perturbed(arithmetic, directions):
-            with self.frozen.surroundings.entered():
+            with self.frozen.user.surroundings.entered():
                 arguments, structure = tree_flatten(self._model.outputs())
             arguments = [plain(t) if isinstance(t, Tensor) else t for t in arguments]
             outputs = {id(t): t for t in arguments if isinstance(t, Tensor) and t.requires_grad}
@@ -179,7 +179,7 @@ class BatchGaussNewton(BatchCurvature):
                     arithmetic.attach(p)
             # Another copy, so that the loss may overwrite it.
             given = [copies[id(t)].clone() if id(t) in copies else t for t in arguments]
-            with self.frozen.surroundings.entered():
+            with self.frozen.user.surroundings.entered():
                 loss = scalar(self._model.loss(tree_unflatten(given, structure)))
             gradients = arithmetic.gradient(loss, [*copies.values(), *tensors])
             parts = [None if g is None else part(g) for g in gradients]

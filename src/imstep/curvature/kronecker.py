@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.gauss_newton import ConvexLoss
+from imstep.complexstep.islands import unseen
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector
@@ -64,12 +65,13 @@ class KroneckerFactors:
         rest = self._not_layers(observer.uses)
         tensors = self._parameters.tensors
         self._direct = _direct_curvature(tensors, ends, u)
-        gradients = torch.autograd.grad(
-            [end.z for end in ends],
-            [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],  # type: ignore[arg-type]
-            u,
-            allow_unused=True,
-        )
+        with unseen():
+            gradients = torch.autograd.grad(
+                [end.z for end in ends],
+                [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],  # type: ignore[arg-type]
+                u,
+                allow_unused=True,
+            )
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
         # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class LayerObserver(TorchFunctionMode):
             return
         if not output.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
-        input, output = plain(input).detach(), plain(output)
+        input = plain(input).detach()
         rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
         if rows is None:
             return
@@ -78,7 +78,9 @@ class LayerObserver(TorchFunctionMode):
         if at_bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         channels = output.ndim - 1 if func is F.linear else 1
-        self.uses.append(LayerUse(at, at_bias, rows, get_gradient_edge(output), channels))
+        with unseen():  # the methods of a subclass as well
+            edge = get_gradient_edge(output)
+        self.uses.append(LayerUse(at, at_bias, rows, edge, channels))
 
 
 def _patches(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 
 
 def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator: torch.Generator) -> list[Tensor]:
@@ -32,7 +32,8 @@ def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator:
 
 def end_weights(loss: Tensor, ends: Sequence[ConvexLoss]) -> list[Tensor]:
     """With which weights the results of convex operators enter the loss; the loss's graph is kept."""
-    weights = torch.autograd.grad(loss, [end.result for end in ends], retain_graph=True)
+    with unseen():
+        weights = torch.autograd.grad(loss, [end.result for end in ends], retain_graph=True)
     return [weight.detach() for weight in weights]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 
 _LINEAR = (
     *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
@@ -63,7 +63,8 @@ class Residuals:
         self.passes += 1
         parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
-        return torch.autograd.grad(outputs, inputs, parts, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        with unseen():
+            return torch.autograd.grad(outputs, inputs, parts, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

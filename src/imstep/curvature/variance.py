@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import unseen
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.parameters import ParameterVector
 
@@ -48,7 +49,8 @@ def gradient_variance(point: Linearisation, parameters: ParameterVector) -> floa
     if not outputs:
         return math.nan
     contrasts = [_contrast(g) for g in _gradients_at(outputs, point.loss)]
-    parts = torch.autograd.grad(outputs, parameters.tensors, contrasts, retain_graph=True, allow_unused=True)
+    with unseen():
+        parts = torch.autograd.grad(outputs, parameters.tensors, contrasts, retain_graph=True, allow_unused=True)
     return float(parameters.flatten(list(parts)).square().sum(dtype=torch.float64))
 
 

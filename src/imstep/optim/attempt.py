@@ -88,11 +88,14 @@ class Attempt(StepAttempt):
         self.loss: Tensor
         self.gradient: Tensor
         self.point: Linearisation
+        self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         observer = self._preconditioner.observer()
         record = self._opened(self._evaluate(observer), memory.search.radius)
+        factors = self._frozen.user.hook_factors
+        self._mask = None if factors is None else mask_of(factors)
         loss, gradient_norm = record.loss, record.gradient_norm
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
@@ -121,11 +124,6 @@ class Attempt(StepAttempt):
     @property
     def start(self) -> tuple[Tensor, Tensor]:
         return self.loss, self.gradient
-
-    @property
-    def _mask(self) -> Tensor | None:
-        """Zeros for the entries that hooks hold fixed, (n,)."""
-        return None if self._frozen.hook_factors is None else mask_of(self._frozen.hook_factors)
 
     def _evaluate(self, observer: LayerObserver | None) -> Cost:
         """Loss and gradient of the batch, and the record that products are made from."""

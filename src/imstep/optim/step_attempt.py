@@ -39,7 +39,7 @@ class StepAttempt(ABC):
     @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
-        return self._frozen.returned
+        return self._frozen.user.returned
 
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""

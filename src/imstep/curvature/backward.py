@@ -13,7 +13,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +21,6 @@ from imstep.curvature.graph import Survey, survey
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward)
-_RENORMING = {F.embedding: 3, F.embedding_bag: 4}  # which argument is max_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +49,6 @@ class BackwardCalls(TorchFunctionMode):
 
     Attributes:
         seen: what the graphs that it met lead to.
-        renorms: whether the closure brings rows of an embedding back to a norm.
     """
 
     def __init__(
@@ -70,15 +67,11 @@ class BackwardCalls(TorchFunctionMode):
         self._create_graph = False
         self._left = self._gradients()
         self.seen = Survey()
-        self.renorms = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
-        if func in _RENORMING:
-            at = _RENORMING[func]
-            self.renorms |= kwargs.get("max_norm", args[at] if len(args) > at else None) is not None
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -223,7 +216,7 @@ def number(value: Any) -> Tensor | None:
     """A number, or a tensor with one entry, as a detached 0-dim tensor; None for anything else."""
     if isinstance(value, Tensor) and plain(value).numel() == 1:
         return plain(value).detach().reshape(())
-    return torch.tensor(value) if isinstance(value, (int, float)) else None
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
 
 
 def scalar(loss: Any) -> Tensor:

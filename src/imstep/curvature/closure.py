@@ -28,7 +28,6 @@ class UserClosure:
     Attributes:
         surroundings: what it is called in.
         returned: what it returned first, as a 0-dim tensor; None where that is no number.
-        renorms: whether it brings rows of an embedding back to a norm, which moves parameters.
         hook_factors: (n,), by which hooks on parameters multiply the gradient; None where they change nothing.
     """
 
@@ -40,7 +39,6 @@ class UserClosure:
         self._weights: list[Tensor] = []
         self._others: list[tuple[Tensor, Tensor | None]] = []
         self.returned: Tensor | None = None
-        self.renorms = False
         self.hook_factors: Tensor | None = None
 
     def call(self) -> Any:
@@ -62,7 +60,7 @@ class UserClosure:
                 returned = self.call()
             loss = called.loss(returned)
         if not self._known:
-            self._note(called, returned)
+            self._note(called, returned, loss)
         elif not same(called.weights, self._weights):
             raise ValueError(
                 "closure calls backward(gradient) with a gradient that changes with the parameters; what it adds to "
@@ -70,7 +68,7 @@ class UserClosure:
             )
         return loss, called
 
-    def _note(self, called: BackwardCalls, returned: Any) -> None:
+    def _note(self, called: BackwardCalls, returned: Any, loss: Tensor) -> None:
         """What the first call shows."""
         if not called.ran and any(p._post_accumulate_grad_hooks for p in self._parameters.tensors):
             raise ValueError(
@@ -82,10 +80,10 @@ class UserClosure:
                 "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
                 "outside the closure: a step leaves them out then."
             )
-        self._plain, self.renorms, self._weights = not called.seen.others, called.renorms, called.weights
+        self._plain, self._weights = not called.seen.others, called.weights
         self._others = [(t, t.grad) for t in called.seen.others]
         value = number(returned)
-        self.returned = None if value is None else value.to(self._parameters.device)
+        self.returned = value if value is None or isinstance(returned, Tensor) else value.to(loss.detach())
         self._known = True
 
     @contextmanager

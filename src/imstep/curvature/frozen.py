@@ -257,7 +257,7 @@ class FrozenClosure:
             return
         unmoved = Unmoved(self._parameters)
         yield
-        if not (unmoved.holds() or self.user.renorms):
+        if not unmoved.holds():
             raise ValueError(
                 "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
                 "optimizer may move them between evaluations. Do it outside the closure, after the step."

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from imstep.complexstep.islands import unseen
 
+_Noted = tuple[Tensor, Tensor]  # a gradient, and a copy of its values
+
 
 class HookWatch:
     """Watches what tensor hooks do to the gradients of parameters, within :meth:`watching`.
@@ -26,7 +28,7 @@ class HookWatch:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._hooked = [p for p in parameters if p._backward_hooks]
-        self._passed: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self._hooked]
+        self._passed: list[tuple[list[_Noted], list[_Noted]]] = [([], []) for _ in self._hooked]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -52,11 +54,12 @@ class HookWatch:
         return factors if any(f is not None for f in factors) else None
 
 
-def _factor(p: Tensor, before: list[Tensor], after: list[Tensor]) -> Tensor | None:
-    if all(map(same_values, before, after)):
+def _factor(p: Tensor, before: list[_Noted], after: list[_Noted]) -> Tensor | None:
+    # A hook that only looks is not called again; one that returns something may be, where all it sets to zero is zero.
+    if all(g is h and same_values(a, b) for (g, a), (h, b) in zip(before, after, strict=True)):
         return None
     factor = _hooked(p, torch.ones_like(p, requires_grad=False))
-    for g, h in zip(before, after, strict=True):
+    for (_, g), (_, h) in zip(before, after, strict=True):
         # At a second point as well: a gradient below a bound is clipped by 1.
         for at, passed in ((g, h), (g + 1, _hooked(p, g + 1))):
             if not torch.allclose(passed, at * factor, rtol=1e-4, atol=1e-6 * float(at.abs().max()), equal_nan=True):
@@ -64,7 +67,7 @@ def _factor(p: Tensor, before: list[Tensor], after: list[Tensor]) -> Tensor | No
                     f"a hook changes the gradient of a parameter of shape {tuple(p.shape)} by more than a constant "
                     f"factor for each entry, and then there is no function that it is the gradient of. {REMEDY}"
                 )
-    return factor
+    return None if bool((factor == 1).all()) else factor
 
 
 def _hooked(p: Tensor, gradient: Tensor) -> Tensor:
@@ -101,12 +104,13 @@ REMEDY = (
 def accumulation_watched(parameters: Sequence[Tensor]) -> Iterator[None]:
     """A context for a backward pass; raises if post-accumulate hooks change a gradient."""
     hooked = [p for p in parameters if p._post_accumulate_grad_hooks]
-    expected = [[] if p.grad is None else [plain_copy(p.grad)] for p in hooked]
+    expected: list[list[_Noted]] = [[] if p.grad is None else [(p.grad, plain_copy(p.grad))] for p in hooked]
     with ExitStack() as stack:
         for p, arrived in zip(hooked, expected, strict=True):
             stack.callback(p.register_hook(_noting(arrived)).remove)
         yield
-    for p, parts in zip(hooked, expected, strict=True):
+    for p, noted in zip(hooked, expected, strict=True):
+        parts = [copy for _, copy in noted]
         if parts and (p.grad is None or not same_values(plain_copy(p.grad), sum(parts[1:], parts[0]))):
             raise ValueError(f"a post-accumulate-grad hook changes the gradient of a parameter. {REMEDY}")
 
@@ -125,5 +129,5 @@ def same_values(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def _noting(noted: list[Tensor]) -> Callable[[Any], None]:
-    return lambda g: None if g is None else noted.append(plain_copy(g))
+def _noting(noted: list[_Noted]) -> Callable[[Any], None]:
+    return lambda g: None if g is None else noted.append((g, plain_copy(g)))

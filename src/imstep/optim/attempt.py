@@ -256,6 +256,8 @@ class Attempt(StepAttempt):
         if direction is None:
             self._keep = True
             return replace(record, outcome=StepOutcome.CONVERGED), memory
+        if self._mask is not None:  # rounding may have left traces
+            direction = replace(direction, vector=self._mask * direction.vector)
         record = replace(record, status=direction.status)
         model = self._line(direction)
         length = 1 + float(self._parameters.get().norm())

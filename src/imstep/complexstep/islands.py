@@ -34,6 +34,7 @@ _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_PLAIN = {Tensor, Parameter}
 _AVOIDED = {F.scaled_dot_product_attention, *_RECURRENT}
 
 
@@ -52,7 +53,7 @@ def unseen() -> AbstractContextManager[Any]:
 
 def plain(t: Tensor) -> Tensor:
     """``t`` without what a subclass of Tensor adds; with its graph, on the same memory."""
-    if type(t) is Tensor or type(t) is Parameter:
+    if type(t) in _PLAIN:
         return t
     with unseen():
         return Tensor.as_subclass(t, Tensor)
@@ -107,7 +108,7 @@ class Islands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if types:
+        if types and not _PLAIN.issuperset(types):
             self.subclasses = True
         if func is torch._C._set_grad_enabled:
             self._toggle(bool(args[0]))

@@ -24,9 +24,9 @@ from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.graph import Survey, survey
+from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes
-from imstep.curvature.unmoved import Unmoved
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,9 +255,9 @@ class FrozenClosure:
             self._writes.rewind()
             yield
             return
-        unmoved = Unmoved(self._parameters)
+        before = self._parameters.snapshot()
         yield
-        if not unmoved.holds():
+        if not all(map(same_values, self._parameters.tensors, before)):
             raise ValueError(
                 "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
                 "optimizer may move them between evaluations. Do it outside the closure, after the step."

@@ -26,12 +26,8 @@ class Unmoved:
     def _sums(self) -> Tensor:
         return torch.cat([sums for p in self._parameters for sums in _marginals(_words(p))])
 
-    def holds(self) -> bool:
-        """Whether they hold what they held."""
-        return torch.equal(self._sums(), self._then)
-
     def __call__(self) -> None:
-        if not self.holds():
+        if not torch.equal(self._sums(), self._then):
             raise TapeChangedError(
                 "a parameter was changed in place after the operator was built; the operator belongs to the old "
                 "values. Build it anew at the new point."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.gradients import runs_functions
-from imstep.complexstep.islands import Islands, unseen
+from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
@@ -116,13 +116,13 @@ class Arithmetic:
     def number(self, re: Tensor, im: Tensor) -> Tensor:
         """A copy of ``re`` with the imaginary part ``im``; it does not require gradients."""
         with unseen():
-            t = re.detach().clone()
+            t = plain(re).detach().clone()
         self.attach(t, im)
         return t
 
     def value(self, t: Tensor) -> ComplexStepTensor:
         """What ``t`` holds: the tensor itself and a view of its imaginary part."""
-        return ComplexStepTensor(t, self._plane.get(t))
+        return ComplexStepTensor(t, self._plane.get(plain(t)))
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""
@@ -163,7 +163,7 @@ class Arithmetic:
             The gradients for zero weights, real and without meaning; None where ``output`` does not depend on an input.
         """
         backward = Arithmetic(None, tape, self._before_write, self._keep_graph)
-        backward._islands.hooked = self._islands.hooked
+        backward._islands.follow(self._islands)
         weight = torch.zeros_like(output)
         backward.attach(weight)
         with backward:
@@ -185,6 +185,15 @@ class Arithmetic:
     def reference(self, t: Tensor) -> Reference | None:
         """What ``t`` is on the tape; None for a constant."""
         return self._dispatch.reference(t)
+
+    def elsewhere(self, numbers: range) -> bool:
+        """Whether autograd has made nodes in threads of its own, as on a GPU, where gradients are part of the loss.
+
+        Args:
+            numbers: those that this thread has given to nodes of autograd's graph.
+        """
+        steps = [] if self._tape is None else self._tape.steps
+        return any(not step.backward and step.node >= 0 and step.node not in numbers for step in steps)
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
-from imstep.complexstep.islands import Islands, unseen
+from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
@@ -60,6 +61,7 @@ class Dispatch(TorchDispatchMode):
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
         self._roots: Roots | None = None
+        self._given: Any = None  # the arguments of the operator, where they may be of subclasses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -72,6 +74,9 @@ class Dispatch(TorchDispatchMode):
             raise
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._islands.subclasses:
+            self._given = args  # with their graphs
+            args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
         sig = signature(func)
         if sig.window and not self._islands.active and isinstance(args[0], Tensor) and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
@@ -194,7 +199,7 @@ class Dispatch(TorchDispatchMode):
             if kwargs:
                 step.alpha = kwargs.get("alpha", 1)
             if id(func) in _OF_LOSSES and not step.backward:
-                step.args, step.result = args, outputs
+                step.args, step.result = self._given or args, outputs
             self._tape.record(step)
         return outputs
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from imstep.complexstep.arithmetic import Arithmetic
-from imstep.complexstep.islands import unseen
+from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.nesting import refuse_lost_graph
 
 DEFAULT_H = 1e-20
@@ -139,6 +139,7 @@ def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None
         arithmetic.attach(t, d)
     with arithmetic, torch.enable_grad():
         loss = f(tree_unflatten(inputs, structure))
+        loss = plain(loss) if isinstance(loss, Tensor) else loss
         _require_scalar(loss)
         parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
@@ -202,7 +203,7 @@ def _leaf(t: Any) -> Tensor:
 def _without_graph(t: Tensor) -> Tensor:
     """``t`` for autograd a constant; within another arithmetic still what it is there."""
     with unseen():
-        return t.detach()
+        return plain(t).detach()
 
 
 def _require_real(t: Any, name: str) -> None:

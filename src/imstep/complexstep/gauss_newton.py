@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import plain
 from imstep.complexstep.steps import Reference, Step, flat, slot_of
 from imstep.complexstep.tape import Tape
 
@@ -75,7 +76,7 @@ class ConvexLoss:
     def value(self, *arguments: Tensor) -> Tensor:
         """The operator with other values for the arguments that depend on the parameters."""
         at = dict(zip(self.positions, arguments, strict=True))
-        return self.func(*(at.get(i, a) for i, a in enumerate(self.args)))
+        return self.func(*(at.get(i, plain(a) if isinstance(a, Tensor) else a) for i, a in enumerate(self.args)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +192,7 @@ def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
     factors = [a for a in (args[:2] if packet is aten.mul else args[1:2]) if not _differentiated(a)]
     if len(factors) != 1 or not _differentiated(args[0] if factors[0] is args[1] else args[1]):
         return None
-    factor = torch.as_tensor(factors[0])
+    factor = plain(torch.as_tensor(factors[0]))
     if factor.is_complex():
         return None
     return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from imstep.complexstep.tensor import PLAIN
+
 _LIBRARY = __name__.split(".")[0]
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _seen_within(function: Any) -> Callable[..., Any]:
@@ -57,7 +58,7 @@ class _Last(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in PASSES or not _PLAIN.issuperset(types):  # a subclass of Tensor has a say of its own
+        if func not in PASSES or not PLAIN.issuperset(types):  # a subclass of Tensor has a say of its own
             return func(*args, **kwargs)
         with _active(self._watching):
             return PASSES[func](*args, **kwargs)

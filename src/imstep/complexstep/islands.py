@@ -26,7 +26,7 @@ from imstep.complexstep.kernels import STEERED, plain_attention, steer
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks
-from imstep.complexstep.tensor import Plane
+from imstep.complexstep.tensor import PLAIN, Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
@@ -41,6 +41,14 @@ def unseen() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
+def plain(t: Tensor) -> Tensor:
+    """``t`` without what a subclass of Tensor adds; with its graph, on the same memory."""
+    if type(t) in PLAIN:
+        return t
+    with unseen():
+        return Tensor.as_subclass(t, Tensor)
+
+
 class Islands(TorchFunctionMode):
     """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative."""
 
@@ -51,6 +59,7 @@ class Islands(TorchFunctionMode):
         self._before = False, -1
         self._contexts: list[tuple[bool, int]] = []
         self._outside, self._inference = 0, False  # of what is around the evaluation
+        self.subclasses = False  # whether arguments may be of subclasses of Tensor
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self._stack = ExitStack()
@@ -90,6 +99,8 @@ class Islands(TorchFunctionMode):
         super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types and not PLAIN.issuperset(types):
+            self.subclasses = True
         if _hooks(True) is not None:
             self.hooked = True
             with checked_hooks(self._plane):
@@ -184,6 +195,10 @@ class Islands(TorchFunctionMode):
         with self._final_pass(), seen:
             return gradients.gradients(outputs, inputs, weights, self._keep_graph)
 
+    def follow(self, forward: Islands) -> None:
+        """Take over from the evaluation whose backward pass is to come."""
+        self.hooked, self.subclasses = forward.hooked, forward.subclasses
+
     def _runs_code(self, outputs: Any) -> bool:
         """Whether the backward pass of outputs runs code that must be seen: of Functions, or hooks on saved tensors."""
         return self.hooked or gradients.runs_functions(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
@@ -192,7 +207,8 @@ class Islands(TorchFunctionMode):
     def _final_pass(self) -> Iterator[None]:
         before, self.final = self.final, True
         try:
-            yield
+            with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
+                yield
         finally:
             self.final = before
 

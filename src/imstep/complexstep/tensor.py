@@ -23,6 +23,9 @@ from torch import Tensor
 _points = itertools.count()
 _OWNED = "_imstep_imaginary_of_another"
 
+PLAIN = {Tensor, torch.nn.Parameter}
+"""Classes of tensors that add nothing of their own; others are subclasses of the user's."""
+
 
 @dataclass(frozen=True)
 class ComplexStepTensor:

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
+from imstep.curvature.backward import BackwardCalls
+from imstep.curvature.closure import Closure, UserClosure
+from imstep.curvature.graph import Survey, survey
+from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes
-
-Closure = Callable[[], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +52,23 @@ class FrozenClosure:
     """A closure on one batch, evaluated at whatever the parameters are at the time.
 
     Args:
-        closure: returns the loss, a tensor with one entry; it may also have called ``zero_grad()`` and ``backward()``.
+        closure: returns the loss, a tensor with one entry; or calls ``backward()`` on it and returns anything.
         parameters: the vector that is differentiated.
+        stale: whether ``.grad`` holds gradients that the closure must not add to.
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
         report: the operators that the last product met.
+        user: the closure as it was given.
     """
 
-    def __init__(self, closure: Closure, parameters: ParameterVector) -> None:
-        self._closure, self._parameters = closure, parameters
+    def __init__(self, closure: Closure, parameters: ParameterVector, stale: bool = False) -> None:
+        self.user = UserClosure(closure, parameters, stale)
+        self._parameters = parameters
         self._random = RandomState(parameters.device)
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
+        self._started = 0  # the number of the next node of autograd's graph when the evaluation began
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -109,9 +114,9 @@ class FrozenClosure:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        with self._same_state(), self._own_gradients():
-            loss = self._call()
-            gradients = self._gradients_of(loss, lambda f, inputs: gradients_of([f], inputs))
+        with self._same_state(), self.user.own_gradients():
+            loss, called = self.user.loss(self._numbers)
+            gradients = self._gradients_of(loss, called, lambda f, inputs: gradients_of([f], inputs))
         return loss.detach(), self._parameters.flatten(gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
@@ -131,8 +136,8 @@ class FrozenClosure:
         """
         self.losses += 1
         watching = self.arithmetic() if watch else nullcontext()
-        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors), watching:
-            return self._call()
+        with self._same_state(), self.user.own_gradients(), watching:
+            return self.user.loss(self._numbers, skip=True)[0]
 
     def _differentiate(
         self,
@@ -141,30 +146,51 @@ class FrozenClosure:
         take: Callable[..., Any] | None = None,
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        with self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
-            loss = self._call()
-            gradients = self._gradients_of(loss, take or arithmetic.gradient, part)
+        watching = self.user.watching_hooks() if self._first else nullcontext()
+        with watching, self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
+            loss, called = self.user.loss(self._numbers)
+            gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part)
+            self._check_sight(called.seen, arithmetic)
         return loss, gradients
 
-    def _call(self) -> Tensor:
-        with torch.enable_grad():
-            return scalar(self.evaluate())
-
     def _gradients_of(
-        self, loss: Tensor, take: Callable[..., Any], part: Callable[[Tensor], Tensor | None] = lambda g: g
+        self,
+        loss: Tensor,
+        called: BackwardCalls,
+        take: Callable[..., Any],
+        part: Callable[[Tensor], Tensor | None] = lambda g: g,
     ) -> list[Tensor | None]:
         """What ``take`` finds; where the closure has called ``backward()`` itself, ``part`` of what that has found."""
         self.gradients += 1
         inputs = self._parameters.tensors
-        gradients = [p.grad for p in inputs]
-        if any(g is not None for g in gradients):
-            return [None if g is None else part(g) for g in usable(gradients)]
+        if called.called:
+            return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
         if loss.grad_fn is None:
             raise ValueError(
                 "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
-                "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
+                "Return the loss itself, not loss.item() or loss.detach(), or call loss.backward() in the closure; "
+                "and do not compute it under no_grad."
             )
+        if self._first:
+            called.look([loss])
         return usable(list(take(loss, inputs)))
+
+    def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
+        """Within :meth:`perturbed`: raise if outputs are computed from what was out of the arithmetic's sight."""
+        if self._first:
+            self._check_sight(survey(outputs, self._parameters.tensors, self._numbers()), arithmetic)
+
+    def _check_sight(self, seen: Survey, arithmetic: Arithmetic) -> None:
+        if seen.foreign and not arithmetic.elsewhere(self._numbers()):
+            raise ValueError(
+                "part of what the closure returned was computed in another thread, or before the closure was called; "
+                "products would miss it. Evaluate the model in the thread that calls the closure, and compute all that "
+                "depends on the parameters inside the closure."
+            )
+
+    def _numbers(self) -> range:
+        """Those that this thread has given to nodes of autograd's graph since the evaluation began."""
+        return range(self._started, torch.autograd._get_sequence_nr())
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
 
@@ -183,7 +209,7 @@ class FrozenClosure:
         for p, direction in zip(inputs, directions, strict=False):
             arithmetic.attach(p, direction, lent=True)
         try:
-            with self._same_state(), self._own_gradients(), arithmetic, torch.enable_grad():
+            with self._same_state(), self.user.own_gradients(), arithmetic, torch.enable_grad():
                 yield
         finally:
             for p in inputs:
@@ -191,7 +217,7 @@ class FrozenClosure:
 
     def evaluate(self) -> Any:
         """What the closure returns, as it is."""
-        return self._closure()
+        return self.user.call()
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 
@@ -216,44 +242,28 @@ class FrozenClosure:
             now.restore()
             self._writes.replace(contents)
 
+    @property
+    def _first(self) -> bool:
+        """Whether there has been no evaluation yet."""
+        return self._random_after is None
+
     @contextmanager
     def _same_state(self) -> Iterator[None]:
-        first = self._random_after is None
-        if not first:
+        self._started = torch.autograd._get_sequence_nr()
+        if not self._first:
             self._random.restore()
             self._writes.rewind()
-        yield
-        if first:
-            self._random_after = RandomState(self._parameters.device)
-            self._writes.keep()
-
-    @contextmanager
-    def _own_gradients(self) -> Iterator[None]:
-        """``.grad`` fields empty for the closure's own ``backward()``, and put back afterwards."""
-        inputs = self._parameters.tensors
-        before = [p.grad for p in inputs]
-        for p in inputs:
-            p.grad = None
-        try:
             yield
-        finally:
-            for p, g in zip(inputs, before, strict=True):
-                p.grad = g
-
-
-def scalar(loss: Any) -> Tensor:
-    """``loss`` as a 0-dim tensor; raises if it is none."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
-        raise ValueError(
-            f"closure returned {got}; a step needs the loss, a tensor with one entry. "
-            "Reduce it, for instance with .mean(), and return it."
-        )
-    if loss.is_complex():
-        raise ValueError(
-            f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
-        )
-    return loss.reshape(())
+            return
+        before = self._parameters.snapshot()
+        yield
+        if not all(map(same_values, self._parameters.tensors, before)):
+            raise ValueError(
+                "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
+                "optimizer may move them between evaluations. Do it outside the closure, after the step."
+            )
+        self._random_after = RandomState(self._parameters.device)
+        self._writes.keep()
 
 
 def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
@@ -266,21 +276,3 @@ def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tenso
     if any(g is not None and g.layout is not torch.strided for g in gradients):
         raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
     return gradients
-
-
-class _NoBackward(TorchFunctionMode):
-    """Skips ``loss.backward()``: for a trial step only the loss is wanted; gradients read as zeros."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # With create_graph it may be part of the loss, such as a penalty on a gradient.
-        create_graph = kwargs.get("create_graph", args[3] if len(args) > 3 else False)
-        if func not in (Tensor.backward, torch.autograd.backward) or create_graph:
-            return func(*args, **kwargs)
-        for p in self._tensors:
-            p.grad = torch.zeros_like(p)
-        return None

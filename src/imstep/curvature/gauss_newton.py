@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, gauss_newton, split_loss
+from imstep.complexstep.islands import plain
 from imstep.complexstep.tape import Tape
+from imstep.curvature.backward import scalar
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.evaluation import BatchCurvature, Point
-from imstep.curvature.frozen import scalar, usable
+from imstep.curvature.frozen import usable
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import ReplayedProducts
@@ -166,15 +168,19 @@ class BatchGaussNewton(BatchCurvature):
         """The loss, and Jᵀu + w: u, w what ``part`` takes of its gradients with respect to outputs and parameters."""
         tensors = self.parameters.tensors
         with self.frozen.perturbed(arithmetic, directions):
-            arguments, structure = tree_flatten(self._model.outputs())
+            with self.frozen.user.surroundings.entered():
+                arguments, structure = tree_flatten(self._model.outputs())
+            arguments = [plain(t) if isinstance(t, Tensor) else t for t in arguments]
             outputs = {id(t): t for t in arguments if isinstance(t, Tensor) and t.requires_grad}
+            self.frozen.check_sight(list(outputs.values()), arithmetic)
             copies = {key: _copy(arithmetic, t) for key, t in outputs.items()}
             if not directions:
                 for p in tensors:
                     arithmetic.attach(p)
             # Another copy, so that the loss may overwrite it.
             given = [copies[id(t)].clone() if id(t) in copies else t for t in arguments]
-            loss = scalar(self._model.loss(tree_unflatten(given, structure)))
+            with self.frozen.user.surroundings.entered():
+                loss = scalar(self._model.loss(tree_unflatten(given, structure)))
             gradients = arithmetic.gradient(loss, [*copies.values(), *tensors])
             parts = [None if g is None else part(g) for g in gradients]
         weights, around = parts[: len(copies)], parts[len(copies) :]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
+from imstep.complexstep.islands import plain
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.sampling import end_weights
@@ -66,13 +69,13 @@ def _by_example(end: ConvexLoss, weight: Tensor, changes: list[Tensor | None]) -
     """(Jv)ᵢᵀ L''ᵢ (Jv)ᵢ of every example, (examples,); one entry where the loss is of no examples."""
     if end.z.is_leaf:  # a parameter itself, as in weight decay
         return end.z.new_zeros(1)
-    values = [end.args[at].detach() for at in end.positions]
+    values = [plain(end.args[at]).detach() for at in end.positions]
     given = [torch.zeros_like(z) if change is None else change for z, change in zip(values, changes, strict=True)]
     if end.func is torch.ops.aten.mul.Tensor:  # z times itself
         form = 2 * weight * given[0] ** 2
     else:
         products = hvp(lambda arguments: (end.value(*arguments) * weight).sum(), values, given)
-        form = sum(u * p for u, p in zip(given, products, strict=True))
+        form = reduce(torch.add, (u * p for u, p in zip(given, products, strict=True)))
     return form.reshape(len(form), -1).sum(1) if form.ndim else form.reshape(1)
 
 

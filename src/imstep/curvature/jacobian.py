@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.islands import plain
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
 from imstep.curvature.evaluation import checked_budget
 from imstep.curvature.frozen import FrozenClosure, usable
-from imstep.curvature.operators import ProductsOperator, Unmoved
+from imstep.curvature.operators import ProductsOperator
 from imstep.curvature.parameters import ParameterVector, TensorVector
 from imstep.curvature.products import Products, RecomputedProducts, ReplayedProducts
+from imstep.curvature.unmoved import Unmoved
 
 
 class Jacobian(ProductsOperator):
@@ -116,6 +118,7 @@ class _Evaluation:
         arithmetic = self._frozen.arithmetic(tape=tape)
         with self._frozen.perturbed(arithmetic, [None] * len(vector.tensors)):
             outputs = self._evaluate()
+            self._frozen.check_sight([outputs], arithmetic)
             arithmetic.finish([outputs])
         rest = None if memory_budget is None else max(memory_budget - tape.nbytes, 0)
         backward = Tape(rest)
@@ -128,6 +131,7 @@ class _Evaluation:
         vector, arithmetic = self._parameters, self._frozen.arithmetic()
         with self._frozen.perturbed(arithmetic, []):
             outputs = self._evaluate()
+            self._frozen.check_sight([outputs], arithmetic)
         rows = self._rows(outputs)
         usable(arithmetic.pullback([outputs], vector.tensors, [torch.zeros_like(outputs)]), "the output")
         forward = RecomputedProducts(lambda v: rows.flatten([self._push(vector.unflatten(v))]), rows, vector)
@@ -151,6 +155,7 @@ class _Evaluation:
 
     def _evaluate(self) -> Tensor:
         outputs = self._frozen.evaluate()
+        outputs = plain(outputs) if isinstance(outputs, Tensor) else outputs
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             got = f"a tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TypeError(

@@ -73,12 +73,17 @@ class KroneckerFactors:
         )
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
-        for at, block in _factors(observer.uses, gradients[: len(observer.uses)]).items():
+        # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
+        dtype = self._parameters.dtype
+        for at, block in _factors(observer.uses, gradients[: len(observer.uses)], dtype).items():
             if not bool(torch.isfinite(block.inputs.sum() + block.outputs.sum())):
                 continue  # products of large numbers overflow before a gradient does
             self._blocks[at] = _average(self._blocks.get(at), block, keep)
         for at, g in zip(rest, gradients[len(observer.uses) :], strict=True):
-            square = torch.zeros_like(as_reals(tensors[at].detach())) if g is None else as_reals(g.detach()) ** 2
+            if g is None:
+                square = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
+            else:
+                square = as_reals(g.detach()).to(dtype) ** 2
             old = self._diagonals.get(at)
             self._diagonals[at] = square if old is None else keep * old + (1 - keep) * square
 
@@ -119,20 +124,20 @@ def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequ
     for end, signs in zip(ends, u, strict=True):
         at = position.get(id(end.z))
         if at is not None:
-            found[at] = found.get(at, 0.0) + float((signs**2).mean())
+            found[at] = found.get(at, 0.0) + float((signs.double() ** 2).mean())
     return found
 
 
-def _factors(uses: list[LayerUse], gradients: tuple[Tensor | None, ...]) -> dict[int, Block]:
+def _factors(uses: list[LayerUse], gradients: tuple[Tensor | None, ...], dtype: torch.dtype) -> dict[int, Block]:
     """The factors of each weight over all its uses."""
     blocks: dict[int, Block] = {}
     rows: dict[int, int] = {}
     for use, g in zip(uses, gradients, strict=True):
         if g is None:
             continue
-        a = use.inputs
+        a = use.inputs.to(dtype)
         g = g.detach().movedim(use.channels, -1)
-        g = g.reshape(-1, g.shape[-1])
+        g = g.reshape(-1, g.shape[-1]).to(dtype)
         block = Block(use.weight, use.bias, a.T @ a, g.T @ g)
         old = blocks.get(use.weight)
         if old is not None and old.inputs.shape == block.inputs.shape:
@@ -178,7 +183,7 @@ class _KroneckerInverse(LinearOperator):
         }
 
     def matvec(self, vector: Tensor) -> Tensor:
-        parts: list[Tensor | None] = list(self._parameters.unflatten(vector))
+        parts: list[Tensor | None] = list(self._parameters.views(vector))
         for at, scale in self._scales.items():
             parts[at] = as_reals(parts[at]) * scale  # type: ignore[arg-type]
         for block, of_inputs, of_outputs in self._inverses:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.islands import plain, unseen
+
 
 @dataclass(frozen=True, eq=False)
 class LayerUse:
@@ -67,7 +69,8 @@ class LayerObserver(TorchFunctionMode):
             return
         if not output.requires_grad or output.is_complex() or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
-        rows = input.detach() if func is F.linear else _patches(func, input.detach(), weight, *args, **kwargs)
+        input = plain(input).detach()
+        rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
         if rows is None:
             return
         rows = rows.reshape(-1, rows.shape[-1])
@@ -77,7 +80,9 @@ class LayerObserver(TorchFunctionMode):
         if output._is_view():  # of what the layer has computed; its own node is replaced when it is overwritten
             output = output._base  # type: ignore[assignment]
         channels = output.ndim - 1 if func is F.linear else 1
-        self.uses.append(LayerUse(at, at_bias, rows, get_gradient_edge(output), channels))
+        with unseen():  # the methods of a subclass as well
+            edge = get_gradient_edge(output)
+        self.uses.append(LayerUse(at, at_bias, rows, edge, channels))
 
 
 def _patches(

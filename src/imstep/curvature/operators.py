@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.report import OperatorReport
-from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.complexstep.tape import Tape
 from imstep.curvature.evaluation import Point
-from imstep.curvature.parameters import ParameterVector, as_reals
+from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import Products, ReplayedProducts
+from imstep.curvature.unmoved import Unmoved
 from imstep.linalg import LinearOperator
 
 
@@ -126,50 +127,6 @@ class TapeOperator(SymmetricOperator):
     def __init__(self, parameters: ParameterVector, tape: Tape, definite: bool = False) -> None:
         super().__init__(parameters, ReplayedProducts(tape, parameters, parameters), definite)
         self.tape = tape
-
-
-class Unmoved:
-    """Raises when called after the parameters have left the values they have now.
-
-    Writes through ``.data`` leave no trace in a version counter, so what the parameters hold is summed up: bit patterns
-    read as integers, modulo 2⁶⁴, along the rows and along the columns of a table. Only a change that leaves all of
-    these sums goes unnoticed.
-
-    Source: our own; sums take two readings of the parameters and hardly any memory.
-    """
-
-    def __init__(self, parameters: ParameterVector) -> None:
-        self._parameters = [p.detach() for p in parameters.tensors]
-        self._then = self._sums()
-
-    def _sums(self) -> Tensor:
-        return torch.cat([sums for p in self._parameters for sums in _marginals(_words(p))])
-
-    def __call__(self) -> None:
-        if not torch.equal(self._sums(), self._then):
-            raise TapeChangedError(
-                "a parameter was changed in place after the operator was built; the operator belongs to the old "
-                "values. Build it anew at the new point."
-            )
-
-
-_WIDTH = 256  # columns of a table of words
-
-
-def _marginals(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the rows and over the columns of a table of words, and the words that fill no row."""
-    table, rest = words.split([words.numel() // _WIDTH * _WIDTH, words.numel() % _WIDTH])
-    table = table.view(-1, _WIDTH)
-    return table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), rest.to(torch.int64)
-
-
-def _words(p: Tensor) -> Tensor:
-    """The memory that the entries fill, as integers: as few and as wide as it can be read."""
-    flat = as_reals(p).resolve_neg().reshape(-1)
-    wide = 8 // flat.element_size()
-    if flat.numel() % wide == 0 and flat.storage_offset() % wide == 0:
-        return flat.view(torch.int64)
-    return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
 class PointOperator(SymmetricOperator):

@@ -132,12 +132,14 @@ class ParameterVector(TensorVector):
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Set the parameters to a snapshot."""
+        torch.clear_autocast_cache()  # copies of other values, also after an exception
         with torch.no_grad():
             for p, saved in zip(self.tensors, snapshot, strict=True):
                 p.copy_(saved)
 
     def move(self, snapshot: Sequence[Tensor], direction: Tensor, step_length: float) -> None:
         """Set the parameters to snapshot + step_length * direction, with ``direction`` (n,)."""
+        torch.clear_autocast_cache()
         with torch.no_grad():
             for p, saved, d in zip(self.tensors, snapshot, self.unflatten(direction), strict=True):
                 torch.add(saved, d, alpha=step_length, out=p)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
+from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.squares import Residuals, residuals_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.linalg import GramMatrix, LinearOperator
+from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
 _CHUNK = 128
@@ -174,6 +176,7 @@ class ResidualJacobian(JacobianRows):
         self._fill(loss, parameters, known)
         return self
 
+    @full_precision
     @as_evaluated()
     def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
         residuals = require_residuals(loss)
@@ -191,7 +194,7 @@ class ResidualJacobian(JacobianRows):
             warnings.warn(
                 f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
                 f"the Jacobian takes {count} backward passes.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -221,7 +224,12 @@ def _parts(
     told = [use for use in uses.known if use.parameter not in uses.unknown]
     values = residuals.values
     factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
-    exact = residuals.pull_back(factors, tensors)
+    hooks = HookWatch(tensors)
+    with hooks.watching():
+        exact = residuals.pull_back(factors, tensors)
+    for factor in hooks.factors() or []:
+        if factor is not None:
+            mask_of(factor)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts = _gathered(groups, told, tensors)

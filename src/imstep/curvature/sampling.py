@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
+from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
 
 
@@ -37,23 +38,23 @@ def end_weights(loss: Tensor, ends: Sequence[ConvexLoss]) -> list[Tensor]:
 
 
 def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator) -> Tensor:
-    z = end.z.detach()
+    z = plain(end.z).detach()
     if end.func is torch.ops.aten._log_softmax.default:
         return _softmax_sample(z, end.args[1], weight, generator)
     if end.func is torch.ops.aten.mul.Tensor:
         diagonal = 2 * weight
     else:
-        others = [end.args[at].detach() for at in end.positions[1:]]
+        others = [plain(end.args[at]).detach() for at in end.positions[1:]]
         diagonal = hvp(lambda t: (end.value(t, *others) * weight).sum(), z, torch.ones_like(z))
     signs = torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
     return diagonal.clamp_(min=0).sqrt_().mul_(signs)
 
 
 def _softmax_sample(z: Tensor, dim: int, weight: Tensor, generator: torch.Generator) -> Tensor:
-    p = z.softmax(dim)
+    p = z.softmax(dim, dtype=torch.promote_types(z.dtype, torch.float32))
     rows = p.movedim(dim, -1)
     labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
     chosen = torch.zeros_like(rows.reshape(-1, rows.shape[-1])).scatter_(1, labels, 1.0)
     chosen = chosen.reshape(rows.shape).movedim(-1, dim)
     scale = (-weight).sum(dim, keepdim=True).clamp_(min=0).sqrt_()
-    return (p - chosen) * scale
+    return ((p - chosen) * scale).to(z.dtype)

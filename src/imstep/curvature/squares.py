@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
 
 _LINEAR = (
@@ -144,23 +145,24 @@ def _operator(node: Any) -> str:
 def _power(node: Any) -> _Square | None:
     if node._saved_exponent != 2 or _operator(node.next_functions[0][0]) == "LinalgVectorNorm":
         return None  # the square of a norm is many residuals, of which this would see one
-    return _Square(node, (node._saved_self,), 1.0)
+    return _Square(node, (plain(node._saved_self),), 1.0)
 
 
 def _product_with_itself(node: Any) -> _Square | None:
     first, second = node.next_functions
     if first[0] is None or first != second or not _same(node._saved_self, node._saved_other):
         return None
-    return _Square(node, (node._saved_self,), 1.0)
+    return _Square(node, (plain(node._saved_self),), 1.0)
 
 
 def _mean_squared_error(node: Any) -> _Square:
-    z, target = node._saved_self, node._saved_target
+    z, target = plain(node._saved_self), plain(node._saved_target)
     share = 1 / z.numel() if node._saved_reduction == _MEAN else 1.0
     return _Square(node, (z, target), share)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = plain(a), plain(b)
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from imstep.complexstep.islands import plain
+
 _LEAF = "torch::autograd::AccumulateGrad"
 _REENTRANT = "CheckpointFunctionBackward"
 
@@ -158,13 +160,13 @@ def _nothing(p: Operand) -> Use | None:
 
 
 def _mm(p: Operand) -> Use:
-    return _product(p, p.at, lambda: p.node._saved_mat2 if p.at == 0 else p.node._saved_self, 1)
+    return _product(p, p.at, lambda: plain(p.node._saved_mat2 if p.at == 0 else p.node._saved_self), 1)
 
 
 def _addmm(p: Operand) -> Use | None:
     if p.at == 0:
         return _broadcast(p, lambda d: _times(p.node._saved_beta, d))
-    other = lambda: p.node._saved_mat2 if p.at == 1 else p.node._saved_mat1
+    other = lambda: plain(p.node._saved_mat2 if p.at == 1 else p.node._saved_mat1)
     return _product(p, p.at - 1, other, p.node._saved_alpha)
 
 
@@ -187,7 +189,7 @@ def _difference(p: Operand) -> Use | None:
 
 def _mul(p: Operand) -> Use | None:
     other = p.node._saved_other if p.at == 0 else p.node._saved_self
-    return None if other is None else _broadcast(p, lambda d: other.detach() * d)
+    return None if other is None else _broadcast(p, lambda d: plain(other).detach() * d)
 
 
 def _broadcast(p: Operand, addends: Callable[[Tensor], Tensor]) -> Use | None:
@@ -215,7 +217,7 @@ def _convolution(p: Operand) -> Use | None:
         return None
 
     def patches() -> Tensor:
-        input = node._saved_input.detach()
+        input = plain(node._saved_input).detach()
         settings = [kernel, node._saved_dilation, node._saved_padding, node._saved_stride]
         if len(kernel) == 1:
             input = input.unsqueeze(2)

@@ -18,10 +18,12 @@ from imstep.linalg.arguments import (
 )
 from imstep.linalg.dots import dots
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule, first_answer
 
 
+@full_precision
 def blended_conjugate_gradient(
     operator: LinearOperator,
     rhs: Tensor,

@@ -12,10 +12,12 @@ from imstep.linalg.arguments import check_limit, check_not_negative, check_preco
 from imstep.linalg.cg_system import CGState, DampedSystem, Probe
 from imstep.linalg.halved import HalvedOperator, NoiseTest
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
 from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule, first_answer
 
 
+@full_precision
 def conjugate_gradient(
     operator: LinearOperator,
     rhs: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imstep.linalg.arguments import check_not_negative, check_radius, check_vector
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
 from imstep.linalg.secular import solve_in_eigenbasis
 
@@ -73,6 +74,7 @@ class AbsoluteEigenvalues(IndefiniteRule):
         return sizes.clamp(min=self.least * float(sizes.max()))
 
 
+@full_precision
 def dense_solve(
     operator: LinearOperator,
     rhs: Tensor,
@@ -149,6 +151,7 @@ def dense_solve(
     )
 
 
+@full_precision
 def dense_trust_region(
     operator: LinearOperator, rhs: Tensor, radius: float, *, damping: float = 0.0, limit: int = 4096
 ) -> KrylovResult:

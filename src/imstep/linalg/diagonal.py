@@ -11,6 +11,7 @@ from torch import Tensor
 from imstep.linalg.arguments import check_not_negative
 from imstep.linalg.explicit import DiagonalOperator
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class DiagonalEstimate:
     products: int
 
 
+@full_precision
 def hutchinson_diagonal(
     operator: LinearOperator, probes: int, *, generator: torch.Generator, block: int = 8
 ) -> DiagonalEstimate:
@@ -74,6 +76,7 @@ def hutchinson_diagonal(
     return DiagonalEstimate(mean, variance.sqrt(), probes)
 
 
+@full_precision
 def diagonal_preconditioner(
     diagonal: Tensor, *, damping: float = 0.0, power: float = 1.0, floor: float = 1e-3
 ) -> DiagonalOperator:

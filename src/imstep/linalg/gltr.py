@@ -15,12 +15,14 @@ from imstep.linalg.arguments import (
     check_vector,
 )
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.projected import ProjectedSearch, TrustRegion
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.stopping import RelativeResidual, StoppingRule
 from imstep.linalg.subspace import Subspace
 
 
+@full_precision
 def gltr(
     operator: LinearOperator,
     rhs: Tensor,

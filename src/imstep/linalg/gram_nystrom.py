@@ -7,8 +7,10 @@ from torch import Tensor
 
 from imstep.linalg.gram import GramMatrix
 from imstep.linalg.gram_factor import GramFactor, Probe, grow
+from imstep.linalg.precision import full_precision
 
 
+@full_precision
 def gram_nystrom(matrix: GramMatrix, tolerance: float, *, generator: torch.Generator) -> GramFactor:
     """Take random combinations of the columns of K until the trace of what they leave is at most a tolerance.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator, check_vectors
+from imstep.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Eigenpair:
     products: int
 
 
+@full_precision
 def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResult:
     """An orthonormal basis of span{q, A q, A² q, ...} in which A is tridiagonal.
 
@@ -122,6 +124,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
     )
 
 
+@full_precision
 def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
     """The smallest eigenvalue of A and its vector, for the way out of a saddle.
 
@@ -159,6 +162,7 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
     return Eigenpair(values[0].item(), vector / vector.norm(), residual_norm, process.steps)
 
 
+@full_precision
 def largest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
     """The largest eigenvalue of A and its vector; otherwise as `smallest_eigenpair`, of -A.
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner, check_vector
 from imstep.linalg.minres_system import MinresState, NullWatch, Probe, ShiftedSystem
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
 from imstep.linalg.stopping import Progress, RelativeResidual, StoppingRule, first_answer
 
 
+@full_precision
 def minres(
     operator: LinearOperator,
     rhs: Tensor,

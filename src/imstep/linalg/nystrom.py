@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.linalg.arguments import check_not_negative
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,7 @@ class NystromPreconditioner(LinearOperator):
         return self._vectors @ (inside / self._values) + outside / self._rest
 
 
+@full_precision
 def nystrom(operator: LinearOperator, rank: int, *, generator: torch.Generator) -> NystromApproximation:
     """Approximate a positive semidefinite A by products with random vectors.
 
@@ -117,6 +119,7 @@ def nystrom(operator: LinearOperator, rank: int, *, generator: torch.Generator) 
     return _decomposed(test, operator.matmat(test))
 
 
+@full_precision
 def adaptive_nystrom(
     operator: LinearOperator,
     damping: float,

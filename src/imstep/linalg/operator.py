@@ -101,7 +101,8 @@ class LinearOperator(ABC):
             ValueError: `other` has another shape or lies on another device.
         """
         check_vectors(self, other)
-        return self.matvec(other) if other.ndim == 1 else self.matmat(other)
+        with torch._C._DisableAutocast():  # it would round products to half precision
+            return self.matvec(other) if other.ndim == 1 else self.matmat(other)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from imstep.linalg.gram import GramMatrix
 from imstep.linalg.gram_factor import GramFactor, Probe, grow
+from imstep.linalg.precision import full_precision
 
 _CANDIDATES = 3
 _SPOILT = 1e-12  # of the largest diagonal entry: what rounding leaves of the others
 
 
+@full_precision
 def partial_cholesky(matrix: GramMatrix, tolerance: float, *, most: int = sys.maxsize) -> GramFactor:
     """Take columns of K until the trace of what they leave is at most a tolerance.
 

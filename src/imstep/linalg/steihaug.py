@@ -8,10 +8,12 @@ from torch import Tensor
 
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.precision import full_precision
 from imstep.linalg.result import KrylovResult
 from imstep.linalg.stopping import RelativeResidual, StoppingRule
 
 
+@full_precision
 def steihaug_toint(
     operator: LinearOperator,
     rhs: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hessian import hessian_of
+from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
@@ -21,6 +22,7 @@ from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined, escape_direction
 from imstep.optim.evaluable import failing_as
 from imstep.optim.forcing import Situation
+from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
@@ -87,11 +89,14 @@ class Attempt(StepAttempt):
         self.loss: Tensor
         self.gradient: Tensor
         self.point: Linearisation
+        self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         observer = self._preconditioner.observer()
         record = self._opened(self._evaluate(observer), memory.search.radius)
+        factors = self._frozen.user.hook_factors
+        self._mask = None if factors is None else mask_of(factors)
         loss, gradient_norm = record.loss, record.gradient_norm
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
@@ -177,7 +182,10 @@ class Attempt(StepAttempt):
             fixed_cost=cost.gradient_equivalents + refresh_cost + LOSS_COST,
             product_cost=product_cost,
         )
-        return _Setting(candidates, self._preconditioner.operator(damping), damping, situation, refresh), memory
+        preconditioner = self._preconditioner.operator(damping)
+        if preconditioner is not None:
+            preconditioner = masked(preconditioner, self._mask)
+        return _Setting(candidates, preconditioner, damping, situation, refresh), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last."""
@@ -244,11 +252,13 @@ class Attempt(StepAttempt):
     def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a direction of negative curvature."""
         hessian = hessian_of(self.point, self._parameters)
-        direction = escape_direction(hessian, self.gradient, seed=memory.steps)
+        direction = escape_direction(masked(hessian, self._mask), self.gradient, seed=memory.steps)
         record = replace(record, products=hessian.products, cost=record.cost + Cost(hessian_products=hessian.products))
         if direction is None:
             self._keep = True
             return replace(record, outcome=StepOutcome.CONVERGED), memory
+        if self._mask is not None:  # rounding may have left traces
+            direction = replace(direction, vector=self._mask * direction.vector)
         record = replace(record, status=direction.status)
         model = self._line(direction)
         length = 1 + float(self._parameters.get().norm())

@@ -168,13 +168,13 @@ class NewtonKrylov(StepwiseOptimizer):
         """Take one step.
 
         Args:
-            closure: returns the loss, a tensor with one entry. It may also call ``zero_grad()`` and
-                ``loss.backward()``, as for L-BFGS. It is evaluated several times.
+            closure: see :meth:`StepwiseOptimizer.step`. It is evaluated several times.
             curvature_closure: returns the loss on a part of the batch, from which the curvature is taken; None for the
                 whole batch. Products then cost in proportion, and a plain gradient of the batch comes on top.
 
         Returns:
-            The loss before the step, 0-dim, detached. ``.grad`` of the parameters is the gradient there.
+            What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
+            the parameters is the loss's gradient there.
 
         Raises:
             TypeError: no closure.

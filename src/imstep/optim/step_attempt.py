@@ -36,6 +36,11 @@ class StepAttempt(ABC):
     def start(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
 
+    @property
+    def returned(self) -> Tensor | None:
+        """What the closure returned first, 0-dim; None where that is no number."""
+        return self._frozen.user.returned
+
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
         loss, gradient = self.start

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -43,6 +45,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         super().__init__(params, {})
         self._parameters = self._vector()
         self._memory, self._max_refusals = memory, max_refusals
+        self._left: list[tuple[weakref.ref[Tensor], int]] = []
+        self._stepping = False
         self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
         self._mark()
@@ -63,8 +67,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but hooks, so that copies and pickles go on as the original does."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
+        """All but hooks, so that copies and pickles go on as the original does; copies have no ``.grad``."""
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
+        return {**state, "_left": [], "_stepping": False}
 
     @abstractmethod
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
@@ -86,15 +91,18 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         """Take one step.
 
         Args:
-            closure: returns the loss, a tensor with one entry. It may also call ``zero_grad()`` and
-                ``loss.backward()``, as for L-BFGS. It is evaluated several times.
+            closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it, as for L-BFGS. The sum of
+                all that ``backward()`` was called on is then the loss, whatever is returned. It is evaluated several
+                times.
 
         Returns:
-            The loss before the step, 0-dim, detached. ``.grad`` of the parameters is the gradient there.
+            What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
+            the parameters is the loss's gradient there.
 
         Raises:
             TypeError: no closure.
-            ValueError: the closure returned no scalar with a graph, or one that no parameter influences.
+            ValueError: the closure gave no scalar with a graph, or one that no parameter influences, or does what has
+                no meaning here, such as clipping gradients; see docs/optimizer.md.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
         return self._take(self._attempt(self._frozen(closure)))
@@ -104,15 +112,34 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if closure is None:
             name = type(self).__name__
             raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss.")
+        if self._stepping:
+            raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._follow_parameters()
-        return FrozenClosure(closure, self._parameters)
+        return FrozenClosure(closure, self._parameters, self._holds_gradients())
+
+    def _holds_gradients(self) -> bool:
+        """Whether ``.grad`` holds anything but zeros and what the last step has left."""
+        left = {id(g): version for ref, version in self._left if (g := ref()) is not None}
+        found = [p.grad for p in self._parameters.tensors if p.grad is not None]
+        return any(left.get(id(g)) != g._version and bool((g != 0).any()) for g in found)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context for a step: no other begins in it, and autocast is for the closure only."""
+        self._stepping = True
+        try:
+            with torch._C._DisableAutocast():
+                yield
+        finally:
+            self._stepping = False
 
     def _take(self, attempt: StepAttempt) -> Tensor:
         """Run a step; keep it, or leave everything as it was."""
         started = time.perf_counter()
         before = self._parts()
         try:
-            record, memory = attempt.run()
+            with self._alone():
+                record, memory = attempt.run()
         except BaseException:  # an interrupt as well: the next step finds everything as this one did
             attempt.undo()
             self._load_parts(before)
@@ -124,15 +151,17 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self.last_step = replace(record, seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
         loss, gradient = attempt.start
+        self._left = []
         for p, g in zip(self._parameters.tensors, self._parameters.unflatten(gradient), strict=True):
             p.grad = g.clone()
+            self._left.append((weakref.ref(p.grad), p.grad._version))
         if memory.refusals >= self._max_refusals:
             raise NonFiniteLossError(
                 f"the loss or its gradient was not finite in {memory.refusals} steps in a row "
                 f"(last loss: {record.loss}). "
                 "Parameters are unchanged since. Look for an empty batch, a logarithm or division at zero, or bad data."
             )
-        return loss
+        return loss if attempt.returned is None else attempt.returned
 
     def _vector(self) -> ParameterVector:
         return ParameterVector(p for group in self.param_groups for p in group["params"])

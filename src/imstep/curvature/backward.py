@@ -1,0 +1,239 @@
+"""What a closure calls ``backward()`` on, and what becomes of the gradients that this leaves.
+
+A closure may return its loss, as for ``torch.autograd.grad``, or call ``backward()`` and return whatever it likes, as
+for L-BFGS. In the second case the function that a step is about is the one whose gradient is in ``.grad``: the sum of
+all tensors that ``backward()`` was called on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from imstep.complexstep.islands import plain
+from imstep.curvature.graph import Survey, survey
+from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
+
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A tensor that ``backward()`` was called on, and the ``gradient`` it was given, None for 1."""
+
+    value: Tensor
+    weight: Tensor | None
+
+    def term(self) -> Tensor:
+        """What it adds to the loss, 0-dim."""
+        return scalar(self.value) if self.weight is None else (self.value * self.weight).sum()
+
+
+class BackwardCalls(TorchFunctionMode):
+    """A context around a closure that finds the function which the closure differentiates.
+
+        f = Σ gradientᵀ root   over all calls of ``backward()`` since the gradients were empty
+
+    Args:
+        parameters: of whose ``.grad`` is spoken; the fields are empty, or hold what ``stale`` says.
+        numbers: those that this thread has given to nodes of autograd's graph since the evaluation began.
+        skip: whether to leave backward passes out: gradients of the parameters then read as ones.
+        plain: whether it is known that no backward pass is for anything but the parameters.
+        stale: whether the gradients that are there belong to something else.
+
+    Attributes:
+        seen: what the graphs that it met lead to.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        numbers: Callable[[], range],
+        *,
+        skip: bool = False,
+        plain: bool = False,
+        stale: bool = False,
+    ) -> None:
+        super().__init__()
+        self._parameters, self._numbers = parameters, numbers
+        self._skip, self._plain, self._stale = skip, plain, stale
+        self._roots: list[Root] = []
+        self._create_graph = False
+        self._left = self._gradients()
+        self.seen = Survey()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            return self._backward(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
+        roots, create_graph, inputs = _parsed(*args, **kwargs)
+        own = {id(p) for p in self._parameters}
+        if inputs is not None and own.isdisjoint(map(id, inputs)):
+            return func(*args, **kwargs)
+        self._settle()
+        if self._stale:
+            raise ValueError(_ACCUMULATED)
+        if not self._plain:
+            found = self.look([root.value for root in roots])
+            if not found.reached:
+                return func(*args, **kwargs)
+        if self._skip and not create_graph:
+            others = [] if self._plain else [t for t in found.others if inputs is None or any(t is i for i in inputs)]
+            if others:
+                torch.autograd.backward(
+                    [r.value for r in roots], [r.weight for r in roots], retain_graph=True, inputs=others
+                )
+            for p in self._parameters:
+                p.grad = torch.ones_like(p, requires_grad=False)
+        else:
+            # PyTorch asks for backward passes without autocast.
+            with torch._C._DisableAutocast(), accumulation_watched(self._parameters):
+                func(*args, **kwargs)
+        self._roots += roots
+        self._create_graph |= create_graph
+        self._left = self._gradients()
+        return None
+
+    def look(self, outputs: Sequence[Tensor]) -> Survey:
+        """What the graphs of ``outputs`` lead to; noted in :attr:`seen`, too."""
+        found = survey(outputs, self._parameters, self._numbers())
+        self.seen = self.seen + found
+        return found
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The ``gradient`` arguments, in the order of the calls."""
+        return [root.weight.detach() for root in self._roots if root.weight is not None]
+
+    @property
+    def ran(self) -> bool:
+        """Whether backward passes of the parameters were made."""
+        return self.called and not self._skip
+
+    @property
+    def called(self) -> bool:
+        """Whether gradients of the parameters were left that stand."""
+        return bool(self._roots)
+
+    def loss(self, returned: Any) -> Tensor:
+        """The function that the closure differentiates, 0-dim, with its graph; what it returned where it does not.
+
+        Raises:
+            ValueError: it returned no loss, or one that its gradients do not belong to; it changed the gradients.
+        """
+        self._settle()
+        if not self._roots:
+            return scalar(returned)
+        alone = self._roots[0].value if len(self._roots) == 1 and self._roots[0].weight is None else None
+        node = plain(returned).grad_fn if isinstance(returned, Tensor) else None
+        if self._create_graph and node is not None and (alone is None or node is not alone.grad_fn):
+            raise ValueError(
+                "closure called backward(create_graph=True), which left gradients on the parameters, and returned "
+                "another tensor with a graph: two functions to differentiate. If the gradients are part of the loss, "
+                "take them by torch.autograd.grad(..., create_graph=True), or call zero_grad() and loss.backward()."
+            )
+        loss = alone.reshape(()) if alone is not None else reduce(torch.add, [root.term() for root in self._roots])
+        self._compare(returned, loss)
+        return scalar(loss)
+
+    def _compare(self, returned: Any, loss: Tensor) -> None:
+        """A gradient given for many entries may be a derivative itself; then its inner product is not the loss."""
+        given = [root for root in self._roots if root.weight is not None and root.value.numel() > 1]
+        value = number(returned)
+        if not given or value is None or self._skip:
+            return
+        if not torch.allclose(value.to(loss), loss.detach(), rtol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"closure called backward(gradient) on a tensor of many entries, whose inner product with that "
+                f"gradient is {float(loss):g}, and returned {float(value):g}. If the gradient is that of a loss, its "
+                "own dependence on the parameters would be missed: call backward() on the loss itself."
+            )
+
+    # --- the gradients --------------------------------------------------------------------------------------------
+
+    def _gradients(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The gradients, and copies: lists of operators and writes by ``.data`` leave no trace in version counters."""
+        return [(p.grad, None if p.grad is None else plain_copy(p.grad)) for p in self._parameters]
+
+    def _settle(self) -> None:
+        """Forget what was called before the gradients were emptied; raises if they were changed otherwise."""
+        now = [p.grad for p in self._parameters]
+        kept = zip(now, self._left, strict=True)
+        if all(g is h and (g is None or c is None or same_values(g, c)) for g, (h, c) in kept):
+            return
+        if any(g is not None and bool(plain_copy(g).any()) for g in now):
+            raise ValueError(_CHANGED)
+        self._roots, self._create_graph, self._stale = [], False, False
+        for p in self._parameters:
+            p.grad = None
+        self._left = self._gradients()
+
+
+_CHANGED = (
+    "closure changed .grad other than by backward(), by clipping or scaling for instance; products and trial losses "
+    "would be those of another function. Leave it out: the optimizer bounds the length of a step itself, a factor "
+    "belongs in the loss, and parameters are held fixed by requires_grad=False."
+)
+_ACCUMULATED = (
+    "closure calls backward() without zero_grad(), and .grad holds a gradient from before the step: that of earlier "
+    "batches, whose loss the step cannot evaluate. Evaluate all batches in one closure, with a backward() each "
+    "(accumulate_grad_batches=1), or call zero_grad() if the gradient is left over."
+)
+
+
+def _parsed(
+    roots: Any,
+    weights: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    *rest: Any,
+    **named: Any,
+) -> tuple[list[Root], bool, Sequence[Tensor] | None]:
+    """Roots, ``create_graph`` and ``inputs`` of ``Tensor.backward`` or ``torch.autograd.backward``."""
+    roots = named.get("self", named.get("tensors", roots))
+    weights = next((named[k] for k in ("gradient", "grad_tensors") if k in named), weights)
+    inputs = named.get("inputs", rest[-1] if rest else None)
+    tensors = [roots] if isinstance(roots, Tensor) else list(roots)
+    given = [weights] * len(tensors) if weights is None or isinstance(weights, Tensor) else list(weights)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise ValueError("backward() was called on an edge of the graph, which has no value. Call it on the tensor.")
+    if inputs is not None:
+        inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    roots = [Root(plain(t), None if w is None else plain(w)) for t, w in zip(tensors, given, strict=True)]
+    return roots, create_graph, inputs
+
+
+def number(value: Any) -> Tensor | None:
+    """A number, or a tensor with one entry, as a detached 0-dim tensor; None for anything else."""
+    if isinstance(value, Tensor) and plain(value).numel() == 1:
+        return plain(value).detach().reshape(())
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
+
+
+def scalar(loss: Any) -> Tensor:
+    """``loss`` as a 0-dim tensor; raises if it is none."""
+    loss = plain(loss) if isinstance(loss, Tensor) else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss).__name__)
+        remedy = "Reduce it, for instance with .mean(), and return it" if isinstance(loss, Tensor) else _remedy(loss)
+        raise ValueError(f"closure returned {got}; a step needs the loss, a tensor with one entry. {remedy}.")
+    if loss.is_complex():
+        raise ValueError(
+            f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
+        )
+    return loss.reshape(())
+
+
+def _remedy(loss: Any) -> str:
+    if isinstance(loss, (dict, tuple, list)) or hasattr(loss, "loss"):
+        return "Return the loss alone, such as outputs['loss'] or outputs[0], or call backward() on it"
+    return "Return it, or call backward() on it in the closure"

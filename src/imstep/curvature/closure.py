@@ -1,0 +1,121 @@
+"""A user's closure: what it is called in, what it returns, and what it does to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.backward import BackwardCalls, number
+from imstep.curvature.hooks import REMEDY, HookWatch
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.surroundings import Surroundings
+
+Closure = Callable[[], Any]
+
+
+class UserClosure:
+    """A closure, and what its first call has shown of it.
+
+    Args:
+        function: returns the loss, a tensor with one entry; or calls ``backward()`` on it and returns anything.
+        parameters: the vector that is differentiated.
+        stale: whether ``.grad`` holds gradients that the closure must not add to.
+
+    Attributes:
+        surroundings: what it is called in.
+        returned: what it returned first, as a 0-dim tensor; None where that is no number.
+        hook_factors: (n,), by which hooks on parameters multiply the gradient; None where they change nothing.
+    """
+
+    def __init__(self, function: Closure, parameters: ParameterVector, stale: bool) -> None:
+        self.surroundings = Surroundings(parameters)
+        self._function, self._parameters, self._stale = function, parameters, stale
+        self._known = False
+        self._plain = False  # whether its backward passes are for the parameters alone
+        self._weights: list[Tensor] = []
+        self._others: list[tuple[Tensor, Tensor | None]] = []
+        self.returned: Tensor | None = None
+        self.hook_factors: Tensor | None = None
+
+    def call(self) -> Any:
+        """What it returns, as it is."""
+        with self.surroundings.entered():
+            return self._function()
+
+    def loss(self, numbers: Callable[[], range], skip: bool = False) -> tuple[Tensor, BackwardCalls]:
+        """The function that it differentiates, 0-dim, with its graph; and what it called ``backward()`` on.
+
+        Args:
+            numbers, skip: see :class:`BackwardCalls`.
+        """
+        called = BackwardCalls(
+            self._parameters.tensors, numbers, skip=skip, plain=self._plain, stale=self._stale and not self._known
+        )
+        with torch.enable_grad():
+            with called:
+                returned = self.call()
+            loss = called.loss(returned)
+        if not self._known:
+            self._note(called, returned, loss)
+        elif not same(called.weights, self._weights):
+            raise ValueError(
+                "closure calls backward(gradient) with a gradient that changes with the parameters; what it adds to "
+                "curvature would be missed. Call backward() on the loss itself."
+            )
+        return loss, called
+
+    def _note(self, called: BackwardCalls, returned: Any, loss: Tensor) -> None:
+        """What the first call shows."""
+        if not called.ran and any(p._post_accumulate_grad_hooks for p in self._parameters.tensors):
+            raise ValueError(
+                "a parameter has a post-accumulate-grad hook, which is not run, since no backward() of the closure "
+                f"is. {REMEDY}"
+            )
+        if not all(p.requires_grad for p in self._parameters.tensors):
+            raise ValueError(
+                "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
+                "outside the closure: a step leaves them out then."
+            )
+        self._plain, self._weights = not called.seen.others, called.weights
+        self._others = [(t, t.grad) for t in called.seen.others]
+        value = number(returned)
+        self.returned = value if value is None or isinstance(returned, Tensor) else value.to(loss.detach())
+        self._known = True
+
+    @contextmanager
+    def own_gradients(self) -> Iterator[None]:
+        """``.grad`` fields empty for its own ``backward()``, and put back; other leaves keep what the first call left.
+        """
+        inputs = self._parameters.tensors
+        before = [p.grad for p in inputs]
+        for p in inputs:
+            p.grad = p.grad.clone() if self._stale and not self._known and p.grad is not None else None
+        for t, _ in self._others:
+            t.grad = None
+        try:
+            yield
+        finally:
+            for p, g in zip(inputs, before, strict=True):
+                p.grad = g
+            for t, g in self._others:
+                t.grad = g
+
+    @contextmanager
+    def watching_hooks(self) -> Iterator[None]:
+        """A context for the first backward pass, after which :attr:`hook_factors` are known."""
+        hooks = HookWatch(self._parameters.tensors)
+        with hooks.watching():
+            yield
+        factors = hooks.factors()
+        if factors is not None:
+            whole = zip(factors, self._parameters.tensors, strict=True)
+            self.hook_factors = self._parameters.flatten([torch.ones_like(p) if f is None else f for f, p in whole])
+
+
+def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same values."""
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

@@ -1,0 +1,77 @@
+"""What autograd's graph of a loss leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+_UNNUMBERED = 2**64 - 1  # the node of a leaf
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What graphs lead to.
+
+    Attributes:
+        reached: whether to one of the parameters.
+        others: leaves beside the parameters.
+        foreign: whether a node on the way to a parameter was made elsewhere: in another thread, or earlier.
+    """
+
+    reached: bool = False
+    others: list[Tensor] = field(default_factory=list)
+    foreign: bool = False
+
+    def __add__(self, other: Survey) -> Survey:
+        return Survey(
+            self.reached or other.reached, [*self.others, *other.others], self.foreign or other.foreign
+        )
+
+
+def survey(outputs: Sequence[Tensor], parameters: Sequence[Tensor], numbers: range) -> Survey:
+    """What the graphs of ``outputs`` lead to.
+
+    Args:
+        parameters: leaves to tell from others.
+        numbers: those that this thread has given to nodes since the evaluation began. Each thread counts for itself, so
+            a node of another thread shows by a number beyond them, or by one that two nodes have.
+    """
+    own = {id(p) for p in parameters}
+    leaves = [t for t in outputs if t.grad_fn is None and t.requires_grad]
+    seen: set[Any] = set()
+    taken: set[int] = set()
+    foreign = []
+    waiting = [t.grad_fn for t in outputs]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        number = node._sequence_nr()
+        if number == _UNNUMBERED:
+            leaves.append(node.variable)
+            continue
+        if number not in numbers or number in taken:
+            foreign.append(node)
+        taken.add(number)
+        waiting += [following for following, _ in node.next_functions]
+    found = [t for t in leaves if id(t) in own]
+    others = [t for t in leaves if id(t) not in own]
+    return Survey(bool(found), others, bool(found) and any(_leads_to(node, own) for node in foreign))
+
+
+def _leads_to(node: Any, leaves: set[int]) -> bool:
+    """Whether a node's graph has one of the leaves, given by their ids."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False

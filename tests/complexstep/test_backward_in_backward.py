@@ -181,6 +181,15 @@ def test_checkpoints(reentrant):
     _agree(loss, plain, module)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_third_derivatives_through_a_checkpoint(reentrant):
+    block = lambda t: (t * t.sigmoid()).pow(3) * t.detach()
+    loss = lambda t: checkpoint(block, t.sin(), use_reentrant=reentrant).sum()
+    x, v = torch.randn(4, dtype=D), torch.randn(4, dtype=D)
+    expected = imstep.third_derivative(lambda t: block(t.sin()).sum(), x, v)
+    torch.testing.assert_close(imstep.third_derivative(loss, x, v), expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around_attention(reentrant, training):

@@ -8,6 +8,7 @@ pass, that means to be neither: what it runs counts as the user's own call.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch.autograd import grad_mode, graph
 from torch.autograd.function import BackwardCFunction, Function
 from torch.utils import checkpoint
 
+_LIBRARY = str(Path(__file__).resolve().parents[1])
 _FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _BACKWARD = {getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed", "apply_jvp")}
 _PASS = graph._engine_run_backward.__code__
@@ -28,7 +30,9 @@ def caller() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "__torch_function__":
         frame = frame.f_back
-    while frame is not None and frame.f_code.co_name == "__torch_function__":
+    while frame is not None and (
+        frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.startswith(_LIBRARY)
+    ):
         frame = frame.f_back
     return frame
 

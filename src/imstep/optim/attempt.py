@@ -163,7 +163,7 @@ class Attempt(StepAttempt):
             scale = abs(float(unit @ (candidates[-1] @ unit)))
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
-        damping = memory.damping * memory.curvature_scale * math.sqrt(relative_gradient)
+        damping = (memory.damping * math.sqrt(relative_gradient) + memory.safeguard) * memory.curvature_scale
         product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
         before = candidates[-1].products
         refresh = self._preconditioner.refresh(Evidence(self.point, observer, candidates[-1], damping))
@@ -215,7 +215,7 @@ class Attempt(StepAttempt):
 
     def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
-            return replace(record, outcome=StepOutcome.REJECTED), memory
+            return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
         line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
@@ -232,6 +232,7 @@ class Attempt(StepAttempt):
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
+        memory = memory.safeguarded(self._memory, trials.accepted)
         return self._finish(record, model, direction, trials), memory
 
     def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:

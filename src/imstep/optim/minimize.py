@@ -18,7 +18,7 @@ from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
 
-PATIENCE = 3
+PATIENCE = 8
 """Steps in a row that leave every entry as it was."""
 
 STAGNATION = 10
@@ -185,7 +185,9 @@ class _Run:
                 return Termination.CONVERGED if self._course.tolerances.tol else Termination.GRADIENT
             if self._took(before, record):
                 return Termination.STOPPED
-            if self._course.worth_a_look(self._x.detach()) and (end := self._look()):
+            if self._course.worth_a_look(self._x.detach()) and (
+                end := self._look(stalled=not record.accepted)
+            ):
                 return end
             # An accepted step may be too short to change any entry of x.
             failures = failures + 1 if torch.equal(self._x, before) else 0

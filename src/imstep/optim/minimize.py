@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imstep.globalization import Armijo
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
-from imstep.optim.stationarity import Stationarity
+from imstep.optim.stationarity import MATRIX_LIMIT, Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
 
@@ -24,10 +25,14 @@ PATIENCE = 8
 STAGNATION = 10
 """Steps in a row, none of which lowers the least loss or the least gradient norm so far."""
 
-_METHODS: dict[str, type[NewtonKrylov] | type[LeastSquares]] = {
-    "newton-krylov": NewtonKrylov,
-    "least-squares": LeastSquares,
+SPREAD = 1e4
+"""Ratio of the largest entry of x0 to the smallest from which, among few, their sizes are taken for their units."""
+
+_METHODS: dict[str, tuple[type[NewtonKrylov] | type[LeastSquares], dict[str, Any]]] = {
+    "newton-krylov": (NewtonKrylov, {"step": Armijo(forward=2.0), "max_trials": 30}),
+    "least-squares": (LeastSquares, {}),
 }
+"""What a method is, and in what its options differ from its optimizer's."""
 
 
 def minimize(
@@ -64,12 +69,14 @@ def minimize(
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 1.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
-            damping and the records' norms are then those of ``x / scale``. None for 1.
+            damping and the records' norms are then those of ``x / scale``. None for ``x0.abs()`` where up to 100 entries
+            differ by more than 1e4, none of them 0; else for 1.
         callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.
         options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``, or of
-            :class:`LeastSquares`.
+            :class:`LeastSquares`. By default steps start at the model's minimiser, backtrack and go forward, as is best
+            on known functions: ``Armijo(forward=2)``, up to 30 trials.
 
     Returns:
         A :class:`MinimizeResult`; ending without convergence is a termination, not an exception.
@@ -101,8 +108,9 @@ def minimize(
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
     units = _units(scale, start)
     y = nn.Parameter(start.detach() / units)
-    point = lambda: y if scale is None else units * y
-    optimizer = _METHODS[method]([y], tolerance=tolerances.tol, **options)
+    point = lambda: y if units.dim() == 0 and units == 1 else units * y
+    kind, defaults = _METHODS[method]
+    optimizer = kind([y], tolerance=tolerances.tol, **{**defaults, **options})
     run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
     termination = run.whole()
     gradient, evaluations = run.gradient()
@@ -144,6 +152,10 @@ def _told(
 
 def _units(scale: Any, start: Tensor) -> Tensor:
     """The scale as a tensor like the start."""
+    if scale is None and 0 < start.numel() <= MATRIX_LIMIT:
+        sizes = start.detach().abs()
+        if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
+            scale = sizes
     units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
     if units.dim() and units.shape != start.shape:
         raise ValueError(

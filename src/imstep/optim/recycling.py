@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,7 @@ class _Recycled(Preconditioner):
         if base is None:
             parameters = self._parameters
             identity = IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
-            base = _size_of_inverse(*self._pairs[-1], damping) * identity
+            base = _size_of_inverse(reversed(self._pairs), damping) * identity
         return LimitedMemoryPreconditioner(base, list(self._pairs), damping)
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,11 +90,14 @@ class _Recycled(Preconditioner):
         self._pairs.extend((pair["direction"], pair["image"]) for pair in state["pairs"])
 
 
-def _size_of_inverse(direction: Tensor, image: Tensor, damping: float) -> float:
-    """The multiple of I that stands for (A + λI)⁻¹ beside a pair; without it units of the loss would matter.
+def _size_of_inverse(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> float:
+    """The multiple of I that stands for (A + λI)⁻¹ beside pairs; without it units of the loss would matter.
 
     Source: Nocedal and Wright, Numerical Optimization (2nd ed.), (7.20).
     """
-    damped = torch.add(image, direction, alpha=damping)
-    across, along = float(direction @ damped), float(damped @ damped)
-    return across / along if across > 0 and 0 < along < math.inf else 1.0
+    for direction, image in pairs:
+        damped = torch.add(image, direction, alpha=damping)
+        across, along = float(direction @ damped), float(damped @ damped)
+        if across > 0 and 0 < along < math.inf:
+            return across / along
+    return 1.0  # no pair will be used

@@ -17,6 +17,7 @@ from imstep.globalization.search import (
     require_descent,
 )
 
+
 @dataclass(frozen=True)
 class TaylorMonitor(StepSearch):
     """Go as far as the model's predicted relative error stays below theta.

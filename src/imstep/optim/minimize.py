@@ -69,8 +69,8 @@ def minimize(
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 1.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
-            damping and the records' norms are then those of ``x / scale``. None for ``x0.abs()`` where up to 100 entries
-            differ by more than 1e4, none of them 0; else for 1.
+            damping and the records' norms are then those of ``x / scale``. None for ``x0.abs()`` where the sizes of up
+            to 100 entries differ by more than 1e4, none of them 0; else for 1.
         callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import imstep
+from imstep.globalization import TaylorMonitor
 from imstep.optim import ExactHessian, MinimizeResult
 from mgh_problems import FUNCTIONS
 from record_page import Row, complete, load, show, table
@@ -28,6 +29,7 @@ NAME = "more-garbow-hillstrom"
 F64 = torch.float64
 TOLERANCE = 1e-8
 STEPS = 1000
+SEARCH = {"step": TaylorMonitor(), "max_trials": 12}  # of NewtonKrylov; minimize's own is in step_searches.py
 Function = Callable[[Tensor], Tensor]
 
 
@@ -140,7 +142,8 @@ def by_imstep(scaled: bool = False, **options: Any) -> Callable[[Function, Tenso
     def run(function: Function, start: Tensor) -> Outcome:
         scale = torch.where(start == 0, 1.0, start.abs()) if scaled else None
         tolerance = TOLERANCE if scale is None else TOLERANCE * min(1.0, float(scale.min()))  # it is on ‖scale g‖
-        result = imstep.minimize(function, start, tol=tolerance, maxiter=STEPS, scale=scale, **options)
+        units = 1.0 if scale is None else scale
+        result = imstep.minimize(function, start, tol=tolerance, maxiter=STEPS, scale=units, **{**SEARCH, **options})
         cost = sum(r.cost.gradient_equivalents for r in result.records)
         return Outcome(result.x, result.nit, cost, result.termination.name.lower(), highest_rise(result))
 

@@ -16,13 +16,25 @@ import imstep
 from imstep.curvature import FrozenClosure
 from imstep.globalization import (
     Armijo,
+    Damping,
     ExactEstimate,
+    LevenbergMarquardt,
     NoDamping,
+    StepSearch,
     StrongWolfe,
     TaylorMonitor,
     TrustRegion,
 )
-from imstep.optim import ExactHessian, NewtonKrylov, SteihaugToint, StepOutcome
+from imstep.optim import (
+    ConjugateGradient,
+    Direct,
+    ExactHessian,
+    MinimalResidual,
+    NewtonKrylov,
+    Solver,
+    SteihaugToint,
+    StepOutcome,
+)
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "monitor": {"step": TaylorMonitor()},
@@ -103,3 +115,31 @@ def test_steps_satisfy_the_wolfe_conditions() -> None:
         assert step.accepted
         assert float(loss.detach()) <= step.loss + 1e-4 * step.step_length * slope
         assert abs(along) <= 0.3 * abs(slope) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("damping", [NoDamping(), LevenbergMarquardt(ceiling=1e-3)])
+@pytest.mark.parametrize("step", [Armijo(), StrongWolfe(), TaylorMonitor(), TrustRegion()])
+@pytest.mark.parametrize("solver", [ConjugateGradient(), MinimalResidual(), SteihaugToint(), Direct()])
+def test_no_combination_repeats_a_rejected_step(solver: Solver, step: StepSearch, damping: Damping) -> None:
+    """The exact solution of a nearly singular system is too long by more than twelve trials can make good."""
+    start = torch.tensor([-0.796381, 0.639213], dtype=F64)
+    options = {"curvature": ExactHessian(), "solver": solver, "step": step, "damping": damping, "max_trials": 12}
+    result = imstep.minimize(rosenbrock, start, maxiter=200, **options)
+    steps = [(r.accepted, r.direction_norm, r.step_length) for r in result.records]
+    assert not any(not a[0] and a == b for a, b in pairwise(steps))
+    assert result.success
+    torch.testing.assert_close(result.x, torch.ones(2, dtype=F64), rtol=0, atol=1e-6)
+
+
+def test_a_rejected_step_is_followed_by_a_damped_one() -> None:
+    """Whatever the strategies, λ grows while steps are rejected, and goes again afterwards."""
+    w = nn.Parameter(torch.tensor([-0.796381, 0.639213], dtype=F64))
+    options = {"curvature": ExactHessian(), "solver": Direct(), "step": Armijo(), "damping": NoDamping()}
+    optimizer = NewtonKrylov([w], max_trials=1, **options)
+    records = []
+    for _ in range(60):
+        optimizer.step(lambda: rosenbrock(w))
+        records.append(optimizer.last_step)
+    assert any(not a.accepted and b.damping > a.damping for a, b in pairwise(records))
+    assert all(b.damping > a.damping for a, b in pairwise(records) if not a.accepted and a.gradient_norm > 1e-6)
+    assert records[-1].loss < 1e-12

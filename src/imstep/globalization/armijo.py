@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from imstep.globalization.model import LineModel, Trial
 from imstep.globalization.search import (
+    NOTABLE,
     Reason,
     SearchState,
     StepSearch,
@@ -20,16 +21,21 @@ from imstep.globalization.search import (
 class Armijo(StepSearch):
     """Backtrack from t = 1 until f(w + t d) <= f + c1 t s.
 
+    With ``forward`` the first trial is the model's minimiser where that lies beyond 1, as it does for solutions that
+    damping has shortened, and a trial that lowers the loss by notably more than the model said is lengthened while the
+    loss falls.
+
     Args:
         c1: fraction of the linear decrease to ask for, in (0, 1).
         shrink: factor between trials, in (0, 1).
+        forward: factor by which t is lengthened, >= 1; 1 for never beyond t = 1.
 
     Raises:
         ValueError: an argument is out of range.
 
     Cost: a loss per trial.
 
-    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithm 3.1.
+    Source: Nocedal & Wright, Numerical Optimization (2nd ed.), Algorithm 3.1; going forward is our choice.
 
     Example:
         >>> model = LineModel(loss=1.0, slope=-1.0, curvature=0.0, norm=1.0)
@@ -39,17 +45,24 @@ class Armijo(StepSearch):
 
     c1: float = 1e-4
     shrink: float = 0.5
+    forward: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.c1 < 1 and 0 < self.shrink < 1):
             raise ValueError(f"c1 and shrink must lie in (0, 1), got {self.c1} and {self.shrink}.")
+        if not 1 <= self.forward < math.inf:
+            raise ValueError(f"forward, a factor on the step length, is at least 1, got {self.forward}.")
 
     def initial(self) -> SearchState:
         return SearchState()
 
+    def full(self, model: LineModel) -> float:
+        minimizer = model.minimizer
+        return minimizer if self.forward > 1 and 1 < minimizer < math.inf else 1.0
+
     def propose(self, state: SearchState, model: LineModel) -> float:
         require_descent(model)
-        return 1.0
+        return self.full(model)
 
     def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
         t, error = trial.step_length, model.taylor_error(trial)
@@ -59,6 +72,10 @@ class Armijo(StepSearch):
         if model.change(trial) <= self.c1 * t * model.slope:
             return Verdict(True, t, rho, error, state, Reason.ACCEPTED)
         return Verdict(False, self.shrink * t, rho, error, state, Reason.INSUFFICIENT_DECREASE)
+
+    def extend(self, model: LineModel, verdict: Verdict) -> float | None:
+        better_than_foreseen = not verdict.rho <= 1 + NOTABLE  # nan: beyond what the model foresees
+        return self.forward * verdict.step_length if self.forward > 1 and better_than_foreseen else None
 
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         return state

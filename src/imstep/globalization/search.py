@@ -9,6 +9,9 @@ from enum import Enum
 
 from imstep.globalization.model import LineModel, Trial
 
+NOTABLE = 0.1
+"""Deviations of rho from 1 below this are taken as agreement."""
+
 
 class Reason(Enum):
     """Why a trial was accepted or not; a member's value is its message.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from imstep.globalization.estimate import ErrorEstimate, RunningEstimate, third_derivative_for, within_cubic
 from imstep.globalization.model import LineModel, Trial
 from imstep.globalization.search import (
+    NOTABLE,
     Reason,
     SearchState,
     StepSearch,
@@ -15,8 +16,6 @@ from imstep.globalization.search import (
     decrease_ratio,
     require_descent,
 )
-
-_NOTABLE = 0.1  # deviations of rho from 1 below this are taken as agreement
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class TaylorMonitor(StepSearch):
         return model.minimizer
 
     def extend(self, model: LineModel, verdict: Verdict) -> float | None:
-        better_than_foreseen = not verdict.rho <= 1 + _NOTABLE  # nan: beyond what the model foresees
-        held_back = verdict.step_length < 0.7 * model.minimizer and verdict.rho > 1 - _NOTABLE
+        better_than_foreseen = not verdict.rho <= 1 + NOTABLE  # nan: beyond what the model foresees
+        held_back = verdict.step_length < 0.7 * model.minimizer and verdict.rho > 1 - NOTABLE
         if self.forward == 1 or not (better_than_foreseen or held_back):
             return None
         return self.forward * verdict.step_length

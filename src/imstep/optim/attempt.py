@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
-from imstep.curvature.hessian import hessian_of
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
@@ -19,7 +18,7 @@ from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
-from imstep.optim.direction import Direction, combined, escape_direction
+from imstep.optim.direction import Direction, combined
 from imstep.optim.evaluable import failing_as
 from imstep.optim.forcing import Situation
 from imstep.optim.masked import masked
@@ -36,7 +35,7 @@ from imstep.optim.record import (
 from imstep.optim.solving import NewtonSystem
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.strategies import Strategies
-from imstep.optim.trials import Line, Trials, try_escape, try_steps
+from imstep.optim.trials import Line, Trials, try_steps
 
 CONTRACTION = 0.5
 """How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
@@ -89,7 +88,6 @@ class Attempt(StepAttempt):
         self.loss: Tensor
         self.gradient: Tensor
         self.point: Linearisation
-        self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
 
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
@@ -109,7 +107,7 @@ class Attempt(StepAttempt):
             variance = gradient_variance(self.point, self._parameters)
             record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
         if gradient_norm <= self._strategies.tolerance:
-            return self._escape(record, memory)
+            return self._stationary(record, memory, self.point)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
         direction, memory = self._solve(setting, memory)
         record = replace(
@@ -170,7 +168,7 @@ class Attempt(StepAttempt):
             scale = abs(float(unit @ (candidates[-1] @ unit)))
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
-        damping = memory.damping * memory.curvature_scale * math.sqrt(relative_gradient)
+        damping = (memory.damping * math.sqrt(relative_gradient) + memory.safeguard) * memory.curvature_scale
         product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
         before = candidates[-1].products
         refresh = self._preconditioner.refresh(Evidence(self.point, observer, candidates[-1], damping))
@@ -225,7 +223,7 @@ class Attempt(StepAttempt):
 
     def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
-            return replace(record, outcome=StepOutcome.REJECTED), memory
+            return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
         line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
@@ -242,52 +240,13 @@ class Attempt(StepAttempt):
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
+        memory = memory.safeguarded(self._memory, trials.accepted)
         return self._finish(record, model, direction, trials), memory
 
     def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
             return None
         return trials.step_length * direction.vector if trials.accepted else self._memory.last_move
-
-    def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
-        """At a stationary point: converged, unless there is a direction of negative curvature."""
-        hessian = hessian_of(self.point, self._parameters)
-        direction = escape_direction(masked(hessian, self._mask), self.gradient, seed=memory.steps)
-        record = replace(record, products=hessian.products, cost=record.cost + Cost(hessian_products=hessian.products))
-        if direction is None:
-            self._keep = True
-            return replace(record, outcome=StepOutcome.CONVERGED), memory
-        if self._mask is not None:  # rounding may have left traces
-            direction = replace(direction, vector=self._mask * direction.vector)
-        record = replace(record, status=direction.status)
-        model = self._line(direction)
-        length = 1 + float(self._parameters.get().norm())
-        trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length)
-        return self._finish(record, model, direction, trials), replace(memory, full_steps=0)
-
-    def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
-        self._keep = trials.accepted
-        if trials.accepted:  # the last trial need not be the best
-            self._parameters.move(self._snapshot, direction.vector, trials.step_length)
-        return replace(
-            record,
-            outcome=StepOutcome.ACCEPTED if trials.accepted else StepOutcome.REJECTED,
-            new_loss=trials.loss,
-            trials=trials.count,
-            step_length=trials.step_length,
-            direction_norm=direction.norm,
-            slope=direction.slope,
-            curvature=direction.curvature,
-            predicted_decrease=model.decrease(trials.step_length),
-            actual_decrease=model.decrease(trials.step_length) - trials.taylor_error,
-            rho=trials.rho,
-            taylor_error=trials.taylor_error,
-            cost=record.cost + trials.cost,
-        )
-
-    def _line(self, direction: Direction) -> LineModel:
-        roundoff = torch.finfo(self.loss.dtype).eps / 2
-        return LineModel(float(self.loss), direction.slope, direction.curvature, direction.norm, roundoff)
 
     def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
         """The model, with exact derivatives along the direction where the step search asks for them."""
@@ -296,11 +255,6 @@ class Attempt(StepAttempt):
             return model, Cost()
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
-
-    @failing_as(math.nan)
-    def _loss_at(self, direction: Direction, step_length: float) -> float:
-        self._parameters.move(self._snapshot, direction.vector, step_length)
-        return float(self._frozen.loss())
 
     @failing_as((math.nan, math.nan))
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:

@@ -181,8 +181,8 @@ class _Attempt(StepAttempt):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         memory = memory.meet(gradient_norm)
         if gradient_norm <= self._settings.tolerance:
-            self._keep = True
-            return replace(record, outcome=StepOutcome.CONVERGED), memory
+            record = replace(record, cost=record.cost + Cost(linearisations=1))
+            return self._stationary(record, memory, self._frozen.linearise())
         if memory.curvature_scale == 0.0:
             memory = replace(memory, curvature_scale=_curvature_along_gradient(jacobian))
         return self._search(record, memory, jacobian)

@@ -12,6 +12,10 @@ from imstep.globalization import SearchState
 
 LONGEST_WAIT = 64
 
+SAFEGUARD = 1e-3
+SAFEGUARD_GROWTH = 100.0
+SAFEGUARD_DECAY = 4.0
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
@@ -24,6 +28,7 @@ class Memory:
         damping: λ relative to ``curvature_scale``.
         curvature_scale: c, at first |gᵀAg| / gᵀg at the first gradient, less where curvature has fallen by orders of
             magnitude; 0 before.
+        safeguard: λ that is added, relative to ``curvature_scale``, where the strategies would repeat a rejected step.
         steps: steps taken.
         refusals: consecutive steps up to now whose loss or gradient was not finite.
         gradient_norm: ‖g‖ at the last point; 0 before the first.
@@ -40,6 +45,7 @@ class Memory:
     search: SearchState
     damping: float
     curvature_scale: float = 0.0
+    safeguard: float = 0.0
     steps: int = 0
     refusals: int = 0
     gradient_norm: float = 0.0
@@ -60,6 +66,15 @@ class Memory:
             gradient_norm=gradient_norm,
             largest_gradient_norm=max(self.largest_gradient_norm, gradient_norm),
         )
+
+    def safeguarded(self, before: Memory, accepted: bool) -> Memory:
+        """The memory after a step, made such that the next step is another one if this one was not accepted."""
+        if accepted:
+            rest = self.safeguard / SAFEGUARD_DECAY
+            return replace(self, safeguard=rest if rest >= SAFEGUARD / SAFEGUARD_GROWTH else 0.0)
+        if self.damping != before.damping or self.search != before.search:
+            return self
+        return replace(self, safeguard=max(SAFEGUARD_GROWTH * self.safeguard, SAFEGUARD))
 
     def probed(self, definite: bool | None) -> Memory:
         """The memory after a step that found the Hessian definite or not; None where it was not tried."""

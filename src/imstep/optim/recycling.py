@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imstep.curvature.layers import LayerObserver
@@ -71,7 +73,9 @@ class _Recycled(Preconditioner):
         if not self._pairs:
             return base
         if base is None:
-            base = IdentityOperator(self._parameters.size, dtype=self._parameters.dtype, device=self._parameters.device)
+            parameters = self._parameters
+            identity = IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
+            base = _size_of_inverse(reversed(self._pairs), damping) * identity
         return LimitedMemoryPreconditioner(base, list(self._pairs), damping)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,3 +88,16 @@ class _Recycled(Preconditioner):
         self._base.load_state_dict(state["base"])
         self._pairs.clear()
         self._pairs.extend((pair["direction"], pair["image"]) for pair in state["pairs"])
+
+
+def _size_of_inverse(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> float:
+    """The multiple of I that stands for (A + λI)⁻¹ beside pairs; without it units of the loss would matter.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), (7.20).
+    """
+    for direction, image in pairs:
+        damped = torch.add(image, direction, alpha=damping)
+        across, along = float(direction @ damped), float(damped @ damped)
+        if across > 0 and 0 < along < math.inf:
+            return across / along
+    return 1.0  # no pair will be used

@@ -36,6 +36,10 @@ class GradientRows(ABC):
     def select(self, index: Tensor) -> GradientRows:
         """The rows at ``index`` (k,)."""
 
+    @abstractmethod
+    def written_out(self) -> Tensor:
+        """B itself, (N, entries)."""
+
     @property
     @abstractmethod
     def multiplications(self) -> tuple[int, int]:
@@ -63,6 +67,9 @@ class PlainRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])
+
+    def written_out(self) -> Tensor:
+        return self._rows
 
     @property
     def multiplications(self) -> tuple[int, int]:
@@ -106,6 +113,9 @@ class OuterRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
 
+    def written_out(self) -> Tensor:
+        return _sum_of_products(self._left, self._right)
+
     @property
     def multiplications(self) -> tuple[int, int]:
         (m, _, out), width = self._left.shape, self._right.shape[2]
@@ -132,8 +142,13 @@ def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int)
     for addends, owner in plain:
         rows.index_add_(0, owner, addends.double())
     if left is not None and right is not None:
-        rows += torch.einsum("mno,mni->noi", left, right).flatten(1)
+        rows += _sum_of_products(left, right)
     return PlainRows(rows)
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_s left_si right_siᵀ as rows, (N, out · in)."""
+    return torch.einsum("mno,mni->noi", left, right).flatten(1)
 
 
 def _owned(rows: Rows, owner: Tensor) -> tuple[Rows, Tensor]:

@@ -14,7 +14,7 @@ from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import Residuals, residuals_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
-from imstep.linalg import GramMatrix, LinearOperator
+from imstep.linalg import GramMatrix, RowMatrix
 
 F64 = torch.float64
 _CHUNK = 128
@@ -31,7 +31,7 @@ class NoResidualsError(ValueError):
     """The loss is no sum of squares, or its residuals depend on each other."""
 
 
-class JacobianRows(LinearOperator):
+class JacobianRows(RowMatrix):
     """A matrix J of N rows, one gradient each, kept parameter by parameter: shape (N, n), float64.
 
     Args:
@@ -62,6 +62,14 @@ class JacobianRows(LinearOperator):
         """The rows at ``index`` (k,)."""
         parts = [None if part is None else part.select(index) for part in self._parts]
         return JacobianRows(parts, self._sizes, len(index), self.device)
+
+    def squared_norm(self) -> float:
+        return sum(float(part.squared_norms.sum()) for part in self._parts if part is not None)
+
+    def written_out(self) -> Tensor:
+        empty = lambda n: torch.zeros(self.shape[0], n, dtype=F64, device=self.device)
+        parts = zip(self._parts, self._sizes, strict=True)
+        return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
 
     def gram(self) -> Gram:
         """J Jᵀ, (N, N)."""
@@ -163,14 +171,14 @@ class ResidualJacobian(JacobianRows):
             frozen.leave(accepted=True)
 
     @classmethod
-    def at(cls, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
-        """From a loss that was evaluated already, with its graph.
+    def at(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
+        """From the first evaluation of a closure on its batch.
 
         Args:
             known: what earlier Jacobians have found, which saves passes; taken up and completed.
         """
         self = cls.__new__(cls)
-        self._fill(loss, parameters, known)
+        self._fill(frozen.loss_with_graph(watch=True), parameters, known)
         return self
 
     def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
@@ -182,7 +190,7 @@ class ResidualJacobian(JacobianRows):
         for at, part in zip(wrong, rows, strict=True):
             parts[at] = part
         self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
-        self.backward_passes = residuals.passes
+        self.backward_passes, self.evaluations = residuals.passes, 1
         count = len(residuals.values)
         super().__init__(parts, [p.numel() for p in tensors], count, parameters.device)
         if wrong:

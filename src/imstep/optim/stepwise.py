@@ -80,7 +80,7 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
     def _adopt(self, parameters: ParameterVector) -> None:
         """Take up other parameters; the last step does not fit them."""
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.

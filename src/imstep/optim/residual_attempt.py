@@ -11,7 +11,9 @@ from torch import Tensor
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.residual_jacobian import ResidualJacobian, require_residuals
+from imstep.curvature.residual_jacobian import ResidualJacobian
+from imstep.curvature.squares import require_residuals
+from imstep.curvature.staleness import check_fresh, nodes_of
 from imstep.globalization import ContractionDamping
 from imstep.linalg import BoxLeastSquares, DenseRows, Factorisation, RowMatrix, StepSpace
 from imstep.optim.box import Box
@@ -126,7 +128,7 @@ class ResidualAttempt(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._loss = jacobian.loss
+        self._loss, self._nodes = jacobian.loss, jacobian.nodes
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
         record = replace(record, gradient_norm=float(self._free(self._gradient).norm()))
@@ -251,6 +253,9 @@ class ResidualAttempt(StepAttempt):
             self._box.clip(self._parameters)
         self._spent += Cost(losses=1)
         loss = self._frozen.loss_with_graph()
+        if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):
+            self._spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
+            check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
         self._there = step, loss
         return require_residuals(loss).values.double()
 

@@ -278,8 +278,9 @@ def test_escape_points_downhill() -> None:
     problem = planted(-1.0)
     for sign in (-1, 1):
         gradient = 1e-13 * sign * problem.vectors[:, 0]
-        direction = escape_direction(Dense(problem.matrix), gradient, seed=0)
-        assert direction is not None
+        escape = escape_direction(Dense(problem.matrix), gradient, seed=0)
+        assert escape is not None
+        direction = escape.direction
         assert direction.slope < 0
         assert float(gradient @ direction.vector) == pytest.approx(direction.slope)
 

@@ -48,12 +48,14 @@ class Eigenpair:
         vector: y, (n,).
         residual_norm: ‖A y - θ y‖: some eigenvalue of A lies within this distance of θ.
         products: products with A that were spent.
+        magnitude: the largest |θ| that was met; nan if no product was finite.
     """
 
     value: float
     vector: Tensor
     residual_norm: float
     products: int
+    magnitude: float
 
 
 def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResult:
@@ -151,12 +153,13 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
     start = start.to(operator.device)
     process = lanczos(operator, start, steps)
     if process.steps == 0:
-        return Eigenpair(math.nan, start / start.norm(), math.inf, products=1)
+        return Eigenpair(math.nan, start / start.norm(), math.inf, products=1, magnitude=math.nan)
     values, vectors = process.ritz()
     weights = vectors[:, 0]
     vector = process.basis @ weights.to(start)
     residual_norm = process.betas[-1].item() * abs(weights[-1].item())
-    return Eigenpair(values[0].item(), vector / vector.norm(), residual_norm, process.steps)
+    magnitude = values.abs().max().item()
+    return Eigenpair(values[0].item(), vector / vector.norm(), residual_norm, process.steps, magnitude)
 
 
 def largest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
@@ -169,4 +172,4 @@ def largest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, s
         2.0
     """
     pair = smallest_eigenpair(-operator, generator=generator, steps=steps)
-    return Eigenpair(-pair.value, pair.vector, pair.residual_norm, pair.products)
+    return Eigenpair(-pair.value, pair.vector, pair.residual_norm, pair.products, pair.magnitude)

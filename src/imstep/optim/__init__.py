@@ -4,7 +4,8 @@ from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
-from imstep.optim.minimize import MinimizeResult, Termination, minimize
+from imstep.optim.minimize import minimize
+from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -20,6 +21,7 @@ from imstep.optim.solving import (
     SteihaugToint,
 )
 from imstep.optim.stepwise import NonFiniteLossError
+from imstep.optim.stopping_tests import Termination
 
 __all__ = [
     "BestRateForcing",
@@ -33,6 +35,7 @@ __all__ = [
     "GeneralizedLanczos",
     "GrowingBatches",
     "Hutchinson",
+    "IntermediateResult",
     "Kronecker",
     "LeastSquares",
     "MinimalResidual",

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
-from imstep.curvature.hessian import hessian_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
@@ -18,7 +17,7 @@ from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
-from imstep.optim.direction import Direction, combined, escape_direction
+from imstep.optim.direction import Direction, combined
 from imstep.optim.forcing import Situation
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Evidence, Preconditioner
@@ -33,7 +32,7 @@ from imstep.optim.record import (
 from imstep.optim.solving import NewtonSystem
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.strategies import Strategies
-from imstep.optim.trials import Line, Trials, try_escape, try_steps
+from imstep.optim.trials import Line, Trials, try_steps
 
 CONTRACTION = 0.5
 """How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
@@ -103,7 +102,7 @@ class Attempt(StepAttempt):
             variance = gradient_variance(self.point, self._parameters)
             record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
         if gradient_norm <= self._strategies.tolerance:
-            return self._escape(record, memory)
+            return self._stationary(record, memory, self.point)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
         direction, memory = self._solve(setting, memory)
         record = replace(
@@ -240,44 +239,6 @@ class Attempt(StepAttempt):
             return None
         return trials.step_length * direction.vector if trials.accepted else self._memory.last_move
 
-    def _escape(self, record: StepRecord, memory: Memory) -> tuple[StepRecord, Memory]:
-        """At a stationary point: converged, unless there is a direction of negative curvature."""
-        hessian = hessian_of(self.point, self._parameters)
-        direction = escape_direction(hessian, self.gradient, seed=memory.steps)
-        record = replace(record, products=hessian.products, cost=record.cost + Cost(hessian_products=hessian.products))
-        if direction is None:
-            self._keep = True
-            return replace(record, outcome=StepOutcome.CONVERGED), memory
-        record = replace(record, status=direction.status)
-        model = self._line(direction)
-        length = 1 + float(self._parameters.get().norm())
-        trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length)
-        return self._finish(record, model, direction, trials), replace(memory, full_steps=0)
-
-    def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
-        self._keep = trials.accepted
-        if trials.accepted:  # the last trial need not be the best
-            self._parameters.move(self._snapshot, direction.vector, trials.step_length)
-        return replace(
-            record,
-            outcome=StepOutcome.ACCEPTED if trials.accepted else StepOutcome.REJECTED,
-            new_loss=trials.loss,
-            trials=trials.count,
-            step_length=trials.step_length,
-            direction_norm=direction.norm,
-            slope=direction.slope,
-            curvature=direction.curvature,
-            predicted_decrease=model.decrease(trials.step_length),
-            actual_decrease=model.decrease(trials.step_length) - trials.taylor_error,
-            rho=trials.rho,
-            taylor_error=trials.taylor_error,
-            cost=record.cost + trials.cost,
-        )
-
-    def _line(self, direction: Direction) -> LineModel:
-        roundoff = torch.finfo(self.loss.dtype).eps / 2
-        return LineModel(float(self.loss), direction.slope, direction.curvature, direction.norm, roundoff)
-
     def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
         """The model, with exact derivatives along the direction where the step search asks for them."""
         model = self._line(direction)
@@ -285,10 +246,6 @@ class Attempt(StepAttempt):
             return model, Cost()
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
-
-    def _loss_at(self, direction: Direction, step_length: float) -> float:
-        self._parameters.move(self._snapshot, direction.vector, step_length)
-        return float(self._frozen.loss())
 
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
         self._parameters.move(self._snapshot, direction.vector, step_length)

@@ -86,8 +86,30 @@ def combined(
     return replace(direction, vector=vector, image=image, slope=slope, norm=norm, curvature=curvature)
 
 
-def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> Direction | None:
-    """A unit direction of negative curvature at a stationary point, pointing downhill; None if there is none.
+@dataclass(frozen=True, eq=False)
+class Escape:
+    """A way out of a stationary point.
+
+    Attributes:
+        direction: a unit direction of negative curvature, pointing downhill.
+        largest: the largest curvature that is known of, in magnitude.
+    """
+
+    direction: Direction
+    largest: float
+
+    @classmethod
+    def along(cls, vector: Tensor, image: Tensor, gradient: Tensor, largest: float, dtype: torch.dtype) -> Escape:
+        """Along ± ``vector``, of any length, with its product."""
+        slope, norm, curvature = _along(gradient, vector, image)
+        sign = -1.0 if slope > 0 else 1.0
+        unit, image = (v.to(dtype) * (sign / norm) for v in (vector, image))
+        status = KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
+        return cls(Direction(unit, image, -abs(slope) / norm, curvature / norm**2, 1.0, status, 0), largest)
+
+
+def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> Escape | None:
+    """A way out of a stationary point along negative curvature; None if none was found.
 
     Cost: up to 32 products of Lanczos' method from a random start.
 
@@ -95,20 +117,13 @@ def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> D
     """
     generator = torch.Generator(device=operator.device).manual_seed(seed)
     pair = smallest_eigenpair(operator, generator=generator, steps=min(LANCZOS_STEPS, operator.size))
-    # A negative value within the pair's own error is no proof.
-    if not pair.value < -max(10 * pair.residual_norm**2, 1e3 * torch.finfo(operator.dtype).eps):
+    if not pair.value < 0:
         return None
-    slope = float(gradient @ pair.vector)
-    vector = -pair.vector if slope > 0 else pair.vector
-    return Direction(
-        vector,
-        pair.value * vector,
-        -abs(slope),
-        float(pair.value),
-        float(vector.norm()),
-        KrylovStatus.DISTURBING_NEGATIVE_CURVATURE,
-        0,
-    )
+    # A negative value within the pair's own error, or rounding of the largest, is no proof.
+    rounding = 1e3 * torch.finfo(operator.dtype).eps * pair.magnitude
+    if -pair.value <= max(10 * pair.residual_norm**2 / pair.magnitude, rounding):
+        return None
+    return Escape.along(pair.vector, pair.value * pair.vector, gradient, pair.magnitude, operator.dtype)
 
 
 def _along(gradient: Tensor, vector: Tensor, image: Tensor) -> tuple[float, float, float]:

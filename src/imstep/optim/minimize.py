@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imstep.optim.least_squares import LeastSquares
+from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
+from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
+from imstep.optim.stopping_tests import Course, Termination, Tolerances
 
 PATIENCE = 3
 """Steps in a row that leave every entry as it was."""
@@ -26,52 +28,6 @@ _METHODS: dict[str, type[NewtonKrylov] | type[LeastSquares]] = {
     "newton-krylov": NewtonKrylov,
     "least-squares": LeastSquares,
 }
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-
-
-class Termination(Enum):
-    """Why :func:`minimize` ended; a member's value is its message."""
-
-    CONVERGED = "the gradient norm is within the tolerance, and no direction of negative curvature was found"
-    MAX_ITERATIONS = "the limit on iterations was reached"
-    NO_PROGRESS = (
-        "several steps in a row lowered nothing or left every entry as it was: the precision is exhausted; "
-        "where entries differ by orders of magnitude, give minimize their scale"
-    )
-    NON_FINITE = "the function or its gradient is not finite at the last point"
-    STOPPED = "the callback asked to stop"
-
-
-@dataclass(frozen=True, eq=False)
-class MinimizeResult:
-    """What :func:`minimize` found.
-
-    Attributes:
-        x: the best point, of the shape and dtype of x0.
-        fun: the function there.
-        grad: its gradient there, of the shape of ``x``.
-        nit: steps taken.
-        nhev: products with the Hessian.
-        nfev: evaluations of the function, with or without a gradient.
-        success: whether it converged.
-        termination: why it ended.
-        records: one :class:`StepRecord` a step.
-    """
-
-    x: Tensor
-    fun: float
-    grad: Tensor
-    nit: int
-    nhev: int
-    nfev: int
-    success: bool
-    termination: Termination
-    records: tuple[StepRecord, ...]
-
-    @property
-    def message(self) -> str:
-        """A sentence that explains the termination."""
-        return self.termination.value
 
 
 def minimize(
@@ -79,23 +35,39 @@ def minimize(
     x0: Any,
     method: str = "newton-krylov",
     *,
+    ftol: float | None = None,
+    xtol: float | None = None,
+    gtol: float | None = None,
     tol: float | None = None,
     maxiter: int = 1000,
     scale: Any = None,
-    callback: Callable[[StepRecord], bool | None] | None = None,
+    callback: Callable[..., bool | None] | None = None,
     **options: Any,
 ) -> MinimizeResult:
     """Minimise a smooth function of one tensor.
+
+    The end is a minimum to second order: where steps become small, Newton's full step s from there is computed, and
+    directions of negative curvature are looked for. Lengths are measured with D from the columns of the Hessian, so
+    that no unit of f or x enters; curvature and gradient within rounding count as none.
+
+        gtol:  q(s) <= gtol² |f|,  q the decrease by Newton's model: for sums of squares, the squared cosine between
+               the residuals and all that the columns of their Jacobian span
+        xtol:  ‖D s‖ <= xtol ‖D x‖
+        ftol:  the decrease of the last step, actual and predicted, and q(s) are at most ftol |f|
 
     Args:
         fun: maps a tensor like ``x0`` to a scalar tensor.
         x0: start; a real floating-point tensor, or what ``torch.as_tensor`` makes one of (NumPy arrays, lists).
         method: "newton-krylov", or "least-squares" for sums of squares.
-        tol: ‖scale ∇f‖ to reach, > 0; default 1e-8 in float64, 1e-4 in float32.
+        ftol, xtol, gtol: >= 0, one that is met is enough; 0 for none. Default ε^(2/3) for xtol and gtol, ε^(4/3) for
+            ftol, ε the spacing of the dtype: 4e-11 and 1e-21 in float64.
+        tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 1.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
             damping and the records' norms are then those of ``x / scale``. None for 1.
-        callback: called after every step with its record; a true answer stops.
+        callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
+            ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
+            ``StopIteration``, or returning True, stops.
         options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``, or of
             :class:`LeastSquares`.
 
@@ -106,8 +78,13 @@ def minimize(
         ValueError: unknown method, a number out of range, ``fun`` returns no scalar.
         TypeError: ``x0`` is not real floating point, or an unknown option.
 
-    Source: the interface follows ``scipy.optimize.minimize``; ``scale`` is ``typx`` of Dennis and Schnabel, Numerical
-        Methods for Unconstrained Optimization (1983), section 7.1.
+    Cost: beside the steps, an evaluation and n products (up to 132 beyond 100 variables) for each look at a point,
+        about one or two a run.
+
+    Source: the interface follows ``scipy.optimize.minimize``; the tests MINPACK's (Moré, Garbow and Hillstrom, User
+        guide for MINPACK-1, 1980, section 2.3), for any function and with Newton's step in place of the last one;
+        ``scale`` is ``typx`` of Dennis and Schnabel, Numerical Methods for Unconstrained Optimization (1983),
+        section 7.1.
 
     Example:
         >>> result = minimize(lambda x: ((x - 3) ** 4).sum() + (x ** 2).sum(), torch.zeros(2, dtype=torch.float64))
@@ -121,28 +98,48 @@ def minimize(
     start = torch.as_tensor(x0)
     if not start.is_floating_point():
         raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. Convert it with .double().")
-    tol = _TOLERANCE.get(start.dtype, 1e-3) if tol is None else tol
+    tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
     units = _units(scale, start)
     y = nn.Parameter(start.detach() / units)
     point = lambda: y if scale is None else units * y
-    optimizer = _METHODS[method]([y], tolerance=tol, **options)
-    records: list[StepRecord] = []
-    termination = _run(optimizer, y, lambda: fun(point()), records, maxiter, callback)
+    optimizer = _METHODS[method]([y], tolerance=tolerances.tol, **options)
+    run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
+    termination = run.whole()
+    gradient, evaluations = run.gradient()
     cost = optimizer.cost
-    assert y.grad is not None
-    if records[-1].accepted:  # .grad belongs to the point before the last step
-        y.grad = torch.autograd.grad(fun(point()), y)[0]
+    with_gradient = cost.linearisations + cost.gradients + evaluations
     return MinimizeResult(
         x=point().detach(),
-        fun=records[-1].new_loss,
-        grad=y.grad.detach() / units,
-        nit=sum(r.outcome is not StepOutcome.CONVERGED for r in records),
+        fun=run.loss,
+        grad=gradient / units,
+        nit=len(run.records),
+        nfev=with_gradient + cost.losses,
+        njev=with_gradient + cost.jacobian_passes,
         nhev=cost.products,
-        nfev=cost.linearisations + cost.gradients + cost.losses,
-        success=termination is Termination.CONVERGED,
         termination=termination,
-        records=tuple(records),
+        records=tuple(run.records),
     )
+
+
+def _told(
+    callback: Callable[..., bool | None] | None, point: Callable[[], Tensor]
+) -> Callable[[float, list[StepRecord]], bool]:
+    """Whether the callback, told of a step in the way that it asks for, wants to stop."""
+    if callback is None:
+        return lambda loss, records: False
+    by_name = list(inspect.signature(callback).parameters) == ["intermediate_result"]
+
+    def stops(loss: float, records: list[StepRecord]) -> bool:
+        x = point().detach().clone()
+        try:
+            if by_name:
+                result = IntermediateResult(x, loss, len(records), records[-1])
+                return callback(intermediate_result=result) is True
+            return callback(x) is True
+        except StopIteration:
+            return True
+
+    return stops
 
 
 def _units(scale: Any, start: Tensor) -> Tensor:
@@ -157,36 +154,91 @@ def _units(scale: Any, start: Tensor) -> Tensor:
     return units
 
 
-def _run(
-    optimizer: StepwiseOptimizer,
-    x: Tensor,
-    closure: Callable[[], Tensor],
-    records: list[StepRecord],
-    maxiter: int,
-    callback: Callable[[StepRecord], bool | None] | None,
-) -> Termination:
-    failures = stagnation = 0
-    least_loss = least_norm = math.inf
-    for _ in range(maxiter + 1):  # the last one only to see whether the last point is stationary
-        before = x.detach().clone()
+class _Run:
+    """A minimisation under way."""
+
+    def __init__(
+        self,
+        optimizer: StepwiseOptimizer,
+        x: Tensor,
+        closure: Callable[[], Tensor],
+        tolerances: Tolerances,
+        maxiter: int,
+        stops: Callable[[float, list[StepRecord]], bool],
+    ) -> None:
+        self._optimizer, self._x, self._closure = optimizer, x, closure
+        self._maxiter, self._stops = maxiter, stops
+        self._course = Course(tolerances, torch.finfo(x.dtype).eps / 2, x.detach().abs())
+        self.records: list[StepRecord] = []
+        self.loss = math.nan
+
+    def whole(self) -> Termination:
+        """Step until there is a reason to end."""
+        failures = stagnation = 0
+        least_loss = least_norm = math.inf
+        while len(self.records) < self._maxiter:
+            before = self._x.detach().clone()
+            record = self._stepped()
+            if record is None:
+                return Termination.NON_FINITE
+            if record.outcome is StepOutcome.CONVERGED:
+                return Termination.CONVERGED if self._course.tolerances.tol else Termination.GRADIENT
+            if self._took(before, record):
+                return Termination.STOPPED
+            if self._course.worth_a_look(self._x.detach()) and (end := self._look()):
+                return end
+            # An accepted step may be too short to change any entry of x.
+            failures = failures + 1 if torch.equal(self._x, before) else 0
+            # Where losses differ by rounding only, steps may go to and fro for ever.
+            lower = record.new_loss < least_loss or record.gradient_norm < least_norm
+            stagnation = 0 if lower else stagnation + 1
+            least_loss, least_norm = min(least_loss, record.new_loss), min(least_norm, record.gradient_norm)
+            if failures >= PATIENCE or stagnation >= STAGNATION:
+                if record.outcome is StepOutcome.NON_FINITE:
+                    return Termination.NON_FINITE
+                return self._look(stalled=True) or Termination.NO_PROGRESS
+        return self._look() or Termination.MAX_ITERATIONS
+
+    def gradient(self) -> tuple[Tensor, int]:
+        """At the last point, and how many evaluations it took."""
+        last = self._optimizer.last_step
+        if self._x.grad is None or (last is not None and last.accepted):  # .grad is of where the last step began
+            return torch.autograd.grad(self._closure(), self._x)[0].detach(), 1
+        return self._x.grad, 0
+
+    def _stepped(self) -> StepRecord | None:
+        """The record of a step; None where loss or gradient have not been finite for long."""
         try:
-            optimizer.step(closure)
+            self._optimizer.step(self._closure)
         except NonFiniteLossError:
-            return Termination.NON_FINITE
-        record = optimizer.last_step
+            return None
+        record = self._optimizer.last_step
         assert record is not None
-        records.append(record)
+        self.loss = record.new_loss
+        return record
+
+    def _took(self, before: Tensor, record: StepRecord) -> bool:
+        """Take in a step; whether the callback wants to stop."""
+        self.records.append(record)
+        self._course.went(before, self._x.detach(), record)
+        return self._stops(self.loss, self.records)
+
+    def _look(self, stalled: bool = False) -> Termination | None:
+        """Whether the point is a minimum, and by what test; at a saddle, leave it, which is a step."""
+        ends: list[Termination | None] = []
+
+        def stationary(loss: float, found: Stationarity) -> bool:
+            ends.append(self._course.verdict(loss, found, stalled))
+            return ends[0] is not None
+
+        before = self._x.detach().clone()
+        may_leave = len(self.records) < self._maxiter
+        record = self._optimizer.examine(self._closure, stationary, self._course.typical, may_leave)
         if record.outcome is StepOutcome.CONVERGED:
-            return Termination.CONVERGED
-        if callback is not None and callback(record):
-            return Termination.STOPPED
-        # An accepted step may be too short to change any entry of x.
-        failures = failures + 1 if torch.equal(x, before) else 0
-        # Where losses differ by rounding only, steps may go to and fro for ever.
-        lower = record.new_loss < least_loss or record.gradient_norm < least_norm
-        stagnation = 0 if lower else stagnation + 1
-        least_loss, least_norm = min(least_loss, record.new_loss), min(least_norm, record.gradient_norm)
-        if failures >= PATIENCE or stagnation >= STAGNATION:
-            finite = record.outcome is not StepOutcome.NON_FINITE
-            return Termination.NO_PROGRESS if finite else Termination.NON_FINITE
-    return Termination.MAX_ITERATIONS
+            self.loss = record.new_loss
+            return ends[0]
+        if record.accepted:
+            self.loss = record.new_loss
+            return Termination.STOPPED if self._took(before, record) else None
+        self._course.in_vain()
+        return None

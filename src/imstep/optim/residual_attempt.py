@@ -136,8 +136,8 @@ class ResidualAttempt(StepAttempt):
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         memory = memory.meet(record.gradient_norm)
         if record.gradient_norm <= self._settings.tolerance:
-            self._keep = True
-            return replace(record, outcome=StepOutcome.CONVERGED), memory
+            record = replace(record, cost=record.cost + Cost(linearisations=1))
+            return self._stationary(record, memory, self._frozen.linearise())
         ground, memory = self._ground(jacobian, memory)
         return self._search(record, memory, ground)
 
@@ -208,7 +208,7 @@ class ResidualAttempt(StepAttempt):
         decrease = math.inf if fine and step.decrease >= -ground.rounding else step.decrease
         if not rule.accepts(step.ratio, decrease, step.promise):
             return False
-        gradient = self._gradient_at(there)
+        gradient = self._gradient_there(there)
         if not bool(gradient.isfinite().all()):
             return False
         before, after = (self._free(g) for g in (self._gradient, gradient))
@@ -259,7 +259,7 @@ class ResidualAttempt(StepAttempt):
         self._there = step, loss
         return require_residuals(loss).values.double()
 
-    def _gradient_at(self, step: Tensor) -> Tensor:
+    def _gradient_there(self, step: Tensor) -> Tensor:
         """∇f(w + d), (n,); leaves the parameters there."""
         if self._there is None or not torch.equal(self._there[0], step):
             self._residuals_at(step)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
+from imstep.globalization import LineModel
+from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.trials import Trials, try_escape
 
 
 class StepAttempt(ABC):
@@ -49,6 +55,66 @@ class StepAttempt(ABC):
             radius=radius,
             cost=cost,
         )
+
+    # --- along a direction --------------------------------------------------------------------------------------
+
+    def _line(self, direction: Direction) -> LineModel:
+        loss = self.start[0]
+        roundoff = torch.finfo(loss.dtype).eps / 2
+        return LineModel(float(loss), direction.slope, direction.curvature, direction.norm, roundoff)
+
+    def _loss_at(self, direction: Direction, step_length: float) -> float:
+        self._parameters.move(self._snapshot, direction.vector, step_length)
+        return float(self._frozen.loss())
+
+    def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
+        self._keep = trials.accepted
+        if trials.accepted:  # the last trial need not be the best
+            self._parameters.move(self._snapshot, direction.vector, trials.step_length)
+        return replace(
+            record,
+            outcome=StepOutcome.ACCEPTED if trials.accepted else StepOutcome.REJECTED,
+            new_loss=trials.loss,
+            trials=trials.count,
+            step_length=trials.step_length,
+            direction_norm=direction.norm,
+            slope=direction.slope,
+            curvature=direction.curvature,
+            predicted_decrease=model.decrease(trials.step_length),
+            actual_decrease=model.decrease(trials.step_length) - trials.taylor_error,
+            rho=trials.rho,
+            taylor_error=trials.taylor_error,
+            cost=record.cost + trials.cost,
+        )
+
+    # --- at a stationary point ----------------------------------------------------------------------------------
+
+    def _stationary(self, record: StepRecord, memory: Memory, point: Linearisation) -> tuple[StepRecord, Memory]:
+        """At a stationary point: converged, unless there is a way out along negative curvature."""
+        hessian = hessian_of(point, self._parameters)
+        escape = escape_direction(hessian, point.gradient, seed=memory.steps)
+        spent = Cost(hessian_products=hessian.products)
+        return self._escape(replace(record, products=hessian.products, cost=record.cost + spent), memory, escape)
+
+    def _escape(self, record: StepRecord, memory: Memory, escape: Escape | None) -> tuple[StepRecord, Memory]:
+        """Leave, if the loss falls measurably: curvature whose promise drowns in rounding is none."""
+        if escape is not None:
+            direction, size = escape.direction, float(self._parameters.get().norm())
+            model = self._line(direction)
+            # What rounding makes of the loss where x is rounded comes on top of the rounding of the loss itself.
+            blur = torch.finfo(self.start[0].dtype).eps * size
+            least = model.rounding + blur * (record.gradient_norm + escape.largest * blur)
+            length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature)) or 1.0
+            trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length, 10 * least)
+            record = self._finish(replace(record, status=direction.status), model, direction, trials)
+            if trials.accepted:
+                return record, replace(memory, full_steps=0)
+        self._keep = True
+        if escape is not None:
+            self._parameters.restore(self._snapshot)
+        return replace(record, outcome=StepOutcome.CONVERGED), memory
+
+    # --- the end of a step --------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Put back what must not stay: after a rejected step everything, else what later evaluations did."""

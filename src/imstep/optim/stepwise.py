@@ -13,8 +13,10 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.stationarity import Stationarity
 from imstep.optim.step_attempt import StepAttempt
 
 
@@ -98,6 +100,19 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
         return self._take(self._attempt(self._frozen(closure)))
+
+    def examine(
+        self,
+        closure: Callable[[], Any],
+        stationary: Callable[[float, Stationarity], bool],
+        typical: Tensor | None = None,
+        may_leave: bool = True,
+    ) -> StepRecord:
+        """Look at the present point without a step, unless it proves a saddle: see :class:`Examination`."""
+        frozen = self._frozen(closure)
+        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave))
+        assert self.last_step is not None
+        return self.last_step
 
     def _frozen(self, closure: Callable[[], Any] | None) -> FrozenClosure:
         """The closure on its batch, at the parameters as they are now."""

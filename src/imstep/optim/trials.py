@@ -102,17 +102,22 @@ def _go_on(
 
 
 def try_escape(
-    state: SearchState, model: LineModel, loss_at: Callable[[float], float], length: float, acceptance: float = 1e-4
+    state: SearchState,
+    model: LineModel,
+    loss_at: Callable[[float], float],
+    length: float,
+    least: float = 0.0,
+    acceptance: float = 1e-4,
 ) -> Trials:
     """Leave a stationary point along negative curvature: the longest of a geometric sequence of steps that keeps
-    a fraction ``acceptance`` of the promised decrease.
+    a fraction ``acceptance`` of the promised decrease, as long as that is promised to be more than ``least``.
 
     Source: backtracking, Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 3.1; lengths are our choice.
     """
-    step_length = length / model.norm
+    step_length, count = length / model.norm, 0
     rho = error = math.nan
-    for count in range(1, ESCAPE_TRIALS + 1):
-        loss = loss_at(step_length)
+    while count < ESCAPE_TRIALS and model.decrease(step_length) > least:
+        loss, count = loss_at(step_length), count + 1
         error = model.taylor_error(Trial(step_length, loss))
         rho = (model.loss - loss) / model.decrease(step_length)
         if math.isfinite(loss) and rho >= acceptance and loss < model.loss:

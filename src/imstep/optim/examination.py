@@ -1,0 +1,62 @@
+"""Looking at a point without taking a step: is it a minimum?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.parameters import ParameterVector
+from imstep.optim.memory import Memory
+from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.stationarity import Stationarity, stationarity_at
+from imstep.optim.step_attempt import StepAttempt
+
+
+class Examination(StepAttempt):
+    """Measures how far a point is from a minimum; leaves it along negative curvature if it is stationary otherwise.
+
+    The record's outcome is CONVERGED at a minimum, ACCEPTED where the point was left, NON_FINITE where nothing can be
+    said, and else REJECTED: the point is not stationary.
+
+    Args:
+        memory, parameters, frozen: see :class:`StepAttempt`.
+        stationary: says whether a point counts as stationary, from the loss and what was measured.
+        typical: see :func:`stationarity_at`.
+        may_leave: whether the point may be left; else a saddle counts as not stationary.
+
+    Attributes:
+        found: what was measured; None where loss or gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        parameters: ParameterVector,
+        frozen: FrozenClosure,
+        stationary: Callable[[float, Stationarity], bool],
+        typical: Tensor | None,
+        may_leave: bool,
+    ) -> None:
+        super().__init__(memory, parameters, frozen)
+        self._stationary_by, self._typical, self._may_leave = stationary, typical, may_leave
+        self.found: Stationarity | None = None
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self._point.loss, self._point.gradient
+
+    def run(self) -> tuple[StepRecord, Memory]:
+        self._point = self._frozen.linearise()
+        record, memory = self._opened(Cost(linearisations=1)), self._memory
+        if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
+            return replace(record, outcome=StepOutcome.NON_FINITE), memory
+        self.found = stationarity_at(self._point, self._parameters, self._typical, seed=memory.steps)
+        spent = Cost(hessian_products=self.found.products)
+        record = replace(record, products=self.found.products, cost=record.cost + spent)
+        if not self._stationary_by(record.loss, self.found) or (self.found.escape and not self._may_leave):
+            return replace(record, outcome=StepOutcome.REJECTED), memory
+        return self._escape(record, memory, self.found.escape)

@@ -1,0 +1,125 @@
+"""How far a point is from a minimum, to second order, in measures that no unit enters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.frozen import Linearisation
+from imstep.curvature.hessian import hessian_of
+from imstep.curvature.operators import TapeOperator
+from imstep.curvature.parameters import ParameterVector
+from imstep.linalg import ProgressStall, RelativeResidual, conjugate_gradient
+from imstep.optim.direction import Escape, escape_direction
+
+MATRIX_LIMIT = 100
+"""Parameters up to which the matrix itself is taken, by one block of products."""
+
+_SWEEPS = 8
+_PRODUCTS = 100
+_RESIDUAL = 1e-2
+_FLOOR = 100
+"""Rounding of an eigenvalue of an equilibrated matrix, in n times the spacing of its numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stationarity:
+    """What Newton's model says of a point.
+
+    Attributes:
+        gradient_norm: ‖g‖.
+        decrease: how far Newton's full step s would lower f, by the model. Parts of g that are within what rounding x
+            makes of it, u |H||x|, are left out.
+        step, size: ‖D s‖ and ‖D x‖, with D from the columns of H, so that units of x cancel; D = 1 beyond
+            ``MATRIX_LIMIT`` parameters.
+        at_rounding: whether all of g is within rounding.
+        escape: a direction of negative curvature, beyond what rounding may have made; None if none was found.
+        products: spent.
+    """
+
+    gradient_norm: float
+    decrease: float
+    step: float
+    size: float
+    at_rounding: bool
+    escape: Escape | None
+    products: int
+
+
+def stationarity_at(
+    point: Linearisation, parameters: ParameterVector, typical: Tensor | None = None, seed: int = 0
+) -> Stationarity:
+    """Measure a point with finite loss and gradient.
+
+    Args:
+        point: loss, gradient and derivative at the parameters as they are.
+        parameters: the vector.
+        typical: sizes (n,) in place of the entries' own for ``size``.
+        seed: of the random start of Lanczos' method, beyond ``MATRIX_LIMIT`` parameters.
+
+    Cost: n products at once up to ``MATRIX_LIMIT`` parameters, then 32 for the curvature and up to 100 for the step.
+    """
+    hessian = hessian_of(point, parameters)
+    x = parameters.get()
+    measure = _by_matrix if hessian.size <= MATRIX_LIMIT else _by_products
+    return measure(hessian, point.gradient, x, x if typical is None else typical, seed)
+
+
+def _by_matrix(operator: TapeOperator, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
+    del seed
+    eps = torch.finfo(gradient.dtype).eps
+    matrix = operator.to_dense().double()
+    matrix, g, x = (matrix + matrix.mT) / 2, gradient.double(), x.double()
+    n, norm = operator.size, float(g.norm())
+    if not bool(matrix.isfinite().all()):
+        return Stationarity(norm, math.inf, math.inf, 0.0, False, None, n)
+    scale = equilibration(matrix)
+    values, vectors = torch.linalg.eigh(matrix / scale / scale[:, None])
+    parts, noise = vectors.mT @ (g / scale), vectors.mT.abs() @ (eps * (matrix.abs() @ x.abs()) / scale)
+    parts = torch.where(parts.abs() <= noise, 0.0, parts)
+    floor = _FLOOR * n * eps
+    divisors = values.abs().clamp(min=floor)
+    step = parts / divisors
+    escape = None
+    if float(values[0]) < -floor:
+        vector = vectors[:, 0] / scale
+        escape = Escape.along(vector, matrix @ vector, g, float(matrix.abs().sum(1).max()), gradient.dtype)
+    return Stationarity(
+        gradient_norm=norm,
+        decrease=float(parts @ step) / 2,
+        step=float(step.norm()),
+        size=float((scale * typical.double()).norm()),
+        at_rounding=not parts.any(),
+        escape=escape,
+        products=n,
+    )
+
+
+def _by_products(operator: TapeOperator, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
+    eps, norm = torch.finfo(gradient.dtype).eps, float(gradient.norm())
+    escape = escape_direction(operator, gradient, seed)
+    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
+    at_rounding = norm <= eps * float((operator @ (x * signs)).norm())
+    decrease = step = 0.0
+    if not at_rounding:
+        rules = (RelativeResidual(_RESIDUAL), ProgressStall())
+        solved = conjugate_gradient(operator, -gradient, stopping=rules, max_iterations=_PRODUCTS)
+        decrease, step = solved.predicted_decrease, float(solved.solution.norm())
+        if solved.iterations == 0:  # the curvature along g is not positive: nothing is known
+            decrease = step = math.inf
+    return Stationarity(norm, decrease, step, float(typical.norm()), at_rounding, escape, operator.products)
+
+
+def equilibration(matrix: Tensor) -> Tensor:
+    """D > 0, (n,), with which the largest entry of each row of |D⁻¹ H D⁻¹| is about 1; 1 for a row of zeros.
+
+    Source: Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices, RAL-TR-2001-034.
+    """
+    scale = torch.ones_like(matrix[0])
+    for _ in range(_SWEEPS):
+        largest = (matrix / scale / scale[:, None]).abs().amax(1)
+        scale = torch.where(largest > 0, scale * largest.sqrt(), scale)
+    return scale

@@ -22,6 +22,7 @@ class ChordStep:
     Attributes:
         coordinates: u of the best iterate, (k,), as the factorised problem has it.
         image: J d for the d of u, (N,).
+        length: ‖d‖.
         decrease: ρ₀ᵀρ₀/2 - ρᵀρ/2; -inf where there is no iterate.
         promise: the decrease for the first iterate if ρ were linear.
         ratio: length of the second correction over that of the first; infinite where residuals were not finite.
@@ -31,6 +32,7 @@ class ChordStep:
 
     coordinates: Tensor
     image: Tensor
+    length: float
     decrease: float
     promise: float
     ratio: float
@@ -97,7 +99,7 @@ def chord_iterations(
             break
         if decrease >= best_decrease - rounding:
             best, best_decrease, best_at = u, decrease, iteration
-    return ChordStep(best, reduced.image(best), best_decrease, promise, ratio, best_at, evaluations)
+    return ChordStep(best, reduced.image(best), reduced.norm(best), best_decrease, promise, ratio, best_at, evaluations)
 
 
 def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections: Sequence[Tensor]) -> Tensor:

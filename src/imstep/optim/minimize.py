@@ -14,6 +14,7 @@ from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
+from imstep.optim.scaling import ColumnNorms
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
@@ -102,6 +103,8 @@ def minimize(
     units = _units(scale, start)
     y = nn.Parameter(start.detach() / units)
     point = lambda: y if scale is None else units * y
+    if method == "least-squares" and scale is None:
+        options.setdefault("scaling", ColumnNorms())
     optimizer = _METHODS[method]([y], tolerance=tolerances.tol, **options)
     run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
     termination = run.whole()

@@ -76,6 +76,7 @@ class _Ground:
         space: damped least squares with J D⁻¹.
         scale: λ is a multiple of it.
         rounding: of a decrease of the loss.
+        reach: the longest ‖D d‖ allowed.
     """
 
     jacobian: ResidualJacobian
@@ -83,6 +84,7 @@ class _Ground:
     space: StepSpace
     scale: float
     rounding: float
+    reach: float
 
     def step(self, coordinates: Tensor) -> Tensor:
         """d, (n,)."""
@@ -151,7 +153,10 @@ class ResidualAttempt(StepAttempt):
         if memory.curvature_scale == 0.0:
             memory = replace(memory, curvature_scale=_curvature_along_gradient(scaled, jacobian.residuals))
         space = self._space(scaled, units, memory)
-        return _Ground(jacobian, units, space, memory.curvature_scale, self._rounding(jacobian)), memory
+        w = self._parameters.get().double()
+        reach = self._settings.scaling.reach(w if units is None else units * w, first=memory.steps == 0)
+        rounding = self._rounding(jacobian, w)
+        return _Ground(jacobian, units, space, memory.curvature_scale, rounding, reach), memory
 
     def _space(self, scaled: RowMatrix, units: Tensor | None, memory: Memory) -> StepSpace:
         if self._box is not None:
@@ -161,10 +166,10 @@ class ResidualAttempt(StepAttempt):
         size = min(memory.damping * memory.curvature_scale, LEAST_SHARE * scaled.squared_norm())
         return self._settings.factorisation.of(scaled, self._settings.share * size, draw=memory.steps)
 
-    def _rounding(self, jacobian: ResidualJacobian) -> float:
+    def _rounding(self, jacobian: ResidualJacobian, w: Tensor) -> float:
         """Of a decrease: that of w and of ρ, taken as random."""
         values = jacobian.residuals
-        sizes = values.abs() + (jacobian @ self._parameters.get().double()).abs()
+        sizes = values.abs() + (jacobian @ w).abs()
         return _ROUNDING * torch.finfo(self._loss.dtype).eps * float((values * sizes).norm())
 
     # --- trials -------------------------------------------------------------------------------------------------
@@ -206,7 +211,7 @@ class ResidualAttempt(StepAttempt):
         """Whether a step is good enough. Where its decrease is rounding, ``fine``, the gradient decides."""
         rule = self._settings.damping
         decrease = math.inf if fine and step.decrease >= -ground.rounding else step.decrease
-        if not rule.accepts(step.ratio, decrease, step.promise):
+        if not rule.accepts(step.ratio, decrease, step.promise) or step.length > ground.reach:
             return False
         gradient = self._gradient_there(there)
         if not bool(gradient.isfinite().all()):

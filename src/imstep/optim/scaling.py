@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ class Scaling(ABC):
         """
 
 
+    def reach(self, scaled: Tensor, first: bool) -> float:
+        """The longest ‖D d‖ of a step from w, given D w (n,) and whether it is the first of all."""
+        return math.inf
+
+
 class Unscaled(Scaling):
     """D = 1: all parameters have one unit, as the weights of a network do. J is not written out."""
 
@@ -30,6 +37,7 @@ class Unscaled(Scaling):
         return None
 
 
+@dataclass(frozen=True)
 class ColumnNorms(Scaling):
     """The largest norm so far of each column of J: steps do not depend on the parameters' units. J is written out.
 
@@ -43,6 +51,12 @@ class ColumnNorms(Scaling):
         tensor([5.0000, 2.5000], dtype=torch.float64)
     """
 
+    memory: float = 0.5
+    factor: float = 10.0
+
     def norms(self, jacobian: RowMatrix, last: Tensor | None) -> Tensor | None:
         now = torch.linalg.vector_norm(jacobian.written_out(), dim=0)
-        return now if last is None else torch.maximum(now, last)
+        return now if last is None else torch.maximum(now, self.memory * last)
+
+    def reach(self, scaled: Tensor, first: bool) -> float:
+        return self.factor * float(scaled.norm()) or math.inf if first else math.inf

@@ -7,9 +7,10 @@ from typing import Any
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
+from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
-from imstep.optim.box import Box
+from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
 from imstep.optim.residual_attempt import ResidualAttempt, Settings
 from imstep.optim.scaling import Scaling, Unscaled
@@ -34,8 +35,12 @@ class LeastSquares(StepwiseOptimizer):
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
-        factorisation: of JJᵀ; default :class:`~imstep.linalg.PivotedCholesky`, few columns, or all of JJᵀ where few do
-            not do; :class:`~imstep.linalg.RandomizedNystrom`; :class:`~imstep.linalg.DenseFactorisation`.
+        factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
+            :class:`~imstep.linalg.PivotedCholesky` of JJᵀ, few columns, or all of them where few do not do;
+            :class:`~imstep.linalg.RandomizedNystrom`; :class:`~imstep.linalg.DenseFactorisation`.
+        scaling: the D of a damping λ‖D d‖²: :class:`Unscaled`, D = 1, or :class:`ColumnNorms`, with which steps do not
+            depend on the parameters' units, and for which J is written out.
+        box: bounds on the parameters, as one vector; None for none. J is written out.
         corrections: chord iterations per trial at most, >= 1; 1 for plain Levenberg-Marquardt steps.
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
@@ -101,12 +106,17 @@ class LeastSquares(StepwiseOptimizer):
             tolerance,
             max_trials,
         )
+        self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         super().__init__(params, memory, max_refusals)
-        self._owners, self._box = KnownOwners(), box
+        self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
         return ResidualAttempt(self._settings, self._memory, self._parameters, frozen, self._owners, self._box)
+
+    def _vector(self) -> ParameterVector:
+        vector = super()._vector()
+        return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
 
     def _parts(self) -> dict[str, Any]:
         return {"owners": self._owners.state_dict()}

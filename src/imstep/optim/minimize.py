@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imstep.optim.box import Box, box_of
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -41,6 +42,7 @@ def minimize(
     gtol: float | None = None,
     tol: float | None = None,
     maxiter: int = 1000,
+    bounds: Any = None,
     scale: Any = None,
     callback: Callable[..., bool | None] | None = None,
     **options: Any,
@@ -64,8 +66,12 @@ def minimize(
             ftol, ε the spacing of the dtype: 4e-11 and 1e-21 in float64.
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 1.
+        bounds: for "least-squares", as SciPy takes them: an object with ``lb`` and ``ub`` (``scipy.optimize.Bounds``);
+            a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, which is
+            also how two pairs of plain numbers for two entries are read. Equal ones hold an entry. ``x0`` lies within.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
-            damping and the records' norms are then those of ``x / scale``. None for 1.
+            damping and the records' norms are then those of ``x / scale``. None for 1; for "least-squares" for what
+            the columns of the Jacobian say, :class:`ColumnNorms`.
         callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.
@@ -76,7 +82,7 @@ def minimize(
         A :class:`MinimizeResult`; ending without convergence is a termination, not an exception.
 
     Raises:
-        ValueError: unknown method, a number out of range, ``fun`` returns no scalar.
+        ValueError: unknown method, a number out of range, ``fun`` returns no scalar, ``x0`` outside the bounds.
         TypeError: ``x0`` is not real floating point, or an unknown option.
 
     Cost: beside the steps, an evaluation and n products (up to 132 beyond 100 variables) for each look at a point,
@@ -103,16 +109,15 @@ def minimize(
     units = _units(scale, start)
     y = nn.Parameter(start.detach() / units)
     point = lambda: y if scale is None else units * y
-    if method == "least-squares" and scale is None:
-        options.setdefault("scaling", ColumnNorms())
-    optimizer = _METHODS[method]([y], tolerance=tolerances.tol, **options)
+    box = box_of(bounds, start, units)
+    optimizer = _optimizer(method, y, box, scale is None, {"tolerance": tolerances.tol, **options})
     run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
     termination = run.whole()
     gradient, evaluations = run.gradient()
     cost = optimizer.cost
     with_gradient = cost.linearisations + cost.gradients + evaluations
     return MinimizeResult(
-        x=point().detach(),
+        x=point().detach() if box is None else _within(point().detach(), box_of(bounds, start, torch.ones_like(units))),
         fun=run.loss,
         grad=gradient / units,
         nit=len(run.records),
@@ -122,6 +127,25 @@ def minimize(
         termination=termination,
         records=tuple(run.records),
     )
+
+
+def _optimizer(
+    method: str, x: nn.Parameter, box: Box | None, unscaled: bool, options: dict[str, Any]
+) -> StepwiseOptimizer:
+    """The optimizer of a method, with what :func:`minimize` chooses for functions of unknown units."""
+    if method == "least-squares":
+        return LeastSquares([x], box=box, **({"scaling": ColumnNorms()} if unscaled else {}) | options)
+    if box is not None:
+        raise ValueError(
+            f'method "{method}" takes no bounds. Use method="least-squares" for sums of squares, or write the bounded '
+            "entries as smooth functions of free ones, such as lower + (upper - lower) * y.sigmoid()."
+        )
+    return _METHODS[method]([x], **options)
+
+
+def _within(x: Tensor, box: Box | None) -> Tensor:
+    """x without what rounding of its units takes beyond the bounds."""
+    return x if box is None else x.reshape(-1).clamp(box.lower, box.upper).view_as(x)
 
 
 def _told(

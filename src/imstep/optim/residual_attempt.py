@@ -254,8 +254,6 @@ class ResidualAttempt(StepAttempt):
     def _residuals_at(self, step: Tensor) -> Tensor:
         """ρ(w + d), (N,)."""
         self._parameters.move(self._snapshot, step.to(self._parameters.dtype), 1.0)
-        if self._box is not None:
-            self._box.clip(self._parameters)
         self._spent += Cost(losses=1)
         loss = self._frozen.loss_with_graph()
         if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):

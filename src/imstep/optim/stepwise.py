@@ -14,6 +14,7 @@ from torch import Tensor
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.optim.examination import Examination
+from imstep.optim.box import Box
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.stationarity import Stationarity
@@ -39,6 +40,9 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
 
     _key: ClassVar[str]
     """Under which a saved state keeps what is not PyTorch's."""
+
+    _box: Box | None = None
+    """Bounds on the parameters, where there are any."""
 
     def __init__(self, params: Iterable[Any], memory: Memory, max_refusals: int) -> None:
         if max_refusals < 1:
@@ -110,7 +114,7 @@ class StepwiseOptimizer(torch.optim.Optimizer, ABC):
     ) -> StepRecord:
         """Look at the present point without a step, unless it proves a saddle: see :class:`Examination`."""
         frozen = self._frozen(closure)
-        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave))
+        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave, self._box))
         assert self.last_step is not None
         return self.last_step
 

@@ -155,7 +155,38 @@ def frozen() -> Case:
     return [p for p in model.parameters() if p.requires_grad], lambda: [(1.0, model(x))]
 
 
+def ensemble_of(count: int, *widths: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    models = [mlp(*widths) for _ in range(count)]
+    stacked, _ = torch.func.stack_module_state(models)
+    return models[0], {name: nn.Parameter(p.detach()) for name, p in stacked.items()}
+
+
+def ensemble() -> Case:
+    """Each member has residuals of its own."""
+    base, params = ensemble_of(4, 3, 7, 6, 1)
+    x = normal(9, 3)
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(base, p, (x,)), (0, None))
+    return list(params.values()), lambda: [(1.0, outputs(params, x) - normal(9, 1, seed=1))]
+
+
+def mean_of_ensemble() -> Case:
+    """Each residual has a row of every member; each member has inputs of its own."""
+    base, params = ensemble_of(3, 3, 5, 2)
+    x = normal(3, 9, 3)
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(base, p, (x,)))
+    return list(params.values()), lambda: [(1.0, outputs(params, x).mean(0))]
+
+
+def slopes_of_ensemble() -> Case:
+    base, params = ensemble_of(4, 2, 7, 6, 1)
+    x = normal(8, 2)
+    slope = torch.func.grad(lambda x, p: torch.func.functional_call(base, p, (x,)).squeeze())
+    outputs = torch.func.vmap(torch.func.vmap(slope, (0, None)), (None, 0))
+    return list(params.values()), lambda: [(1.0, outputs(x, params)[..., 1])]
+
+
 CASES = [
+    ensemble, mean_of_ensemble, slopes_of_ensemble,
     regression, components, dead_units, transport, heat, together, two_conditions, functional, convolution,
     convolution_over_time, sequence, tied, by_hand, checkpointed, frozen,
 ]  # fmt: skip

@@ -122,6 +122,44 @@ class OuterRows(GradientRows):
         return m * out * width, m * m * (out + width)
 
 
+class StackedRows(GradientRows):
+    """Rows of a parameter in slices, each kept by itself.
+
+    Args:
+        slices: the rows of each.
+        entries: of one.
+    """
+
+    def __init__(self, slices: Sequence[GradientRows], entries: int) -> None:
+        self._slices, self._entries = list(slices), entries
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        pairs = zip(self._slices, vector.split(self._entries), strict=True)
+        return torch.stack([part.matvec(v) for part, v in pairs]).sum(0)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return torch.cat([part.rmatvec(vector) for part in self._slices])
+
+    def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
+        for part in self._slices:
+            part.add_gram(out, rows, columns)
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        return torch.stack([part.squared_norms for part in self._slices]).sum(0)
+
+    def select(self, index: Tensor) -> GradientRows:
+        return StackedRows([part.select(index) for part in self._slices], self._entries)
+
+    def written_out(self) -> Tensor:
+        return torch.cat([part.written_out() for part in self._slices], 1)
+
+    @property
+    def multiplications(self) -> tuple[int, int]:
+        counts = [part.multiplications for part in self._slices]
+        return sum(image for image, _ in counts), sum(entry for _, entry in counts)
+
+
 def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:
     """The gradient rows of one parameter from what its uses add, in float64.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import GradientRows, gather_rows
+from imstep.curvature.gradient_rows import GradientRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError, Residuals
@@ -226,9 +226,15 @@ def _parts(
 
 def _gathered(groups: Sequence[Group], uses: Sequence[Use], tensors: Sequence[Tensor]) -> list[GradientRows | None]:
     """The rows for each parameter; None where it has none."""
-    pieces: list[list[tuple[Rows, Tensor]]] = [[] for _ in tensors]
+    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in tensors]
+    members = [1] * len(tensors)
     for group in groups:
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
-            pieces[use.parameter].append((use.rows(rows), owner))
+            e, members[use.parameter] = use.member
+            pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     count = len(groups[0].members)
-    return [gather_rows(own, count, p.numel()) if own else None for own, p in zip(pieces, tensors, strict=True)]
+    parts: list[GradientRows | None] = []
+    for own, of, p in zip(pieces, members, tensors, strict=True):
+        gathered = [gather_rows(own[e], count, p.numel() // of) for e in range(of)] if own else []
+        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, p.numel() // of))
+    return parts

@@ -213,7 +213,7 @@ class _Run:
             if self._took(before, record):
                 return Termination.STOPPED
             if self._course.worth_a_look(self._x.detach()) and (end := self._look()):
-                return end
+                return self._polished(end)
             # An accepted step may be too short to change any entry of x.
             failures = failures + 1 if torch.equal(self._x, before) else 0
             # Where losses differ by rounding only, steps may go to and fro for ever.
@@ -225,6 +225,16 @@ class _Run:
                     return Termination.NON_FINITE
                 return self._look(stalled=True) or Termination.NO_PROGRESS
         return self._look() or Termination.MAX_ITERATIONS
+
+    def _polished(self, end: Termination) -> Termination:
+        """A last step for least squares, which takes the point from within the tolerances to within rounding."""
+        wanted = isinstance(self._optimizer, LeastSquares) and end is not Termination.PRECISION
+        if not wanted or len(self.records) >= self._maxiter:
+            return end
+        before = self._x.detach().clone()
+        record = self._stepped()
+        stopped = record is not None and record.accepted and self._took(before, record)
+        return Termination.STOPPED if stopped else end
 
     def gradient(self) -> tuple[Tensor, int]:
         """At the last point, and how many evaluations it took."""

@@ -13,7 +13,7 @@ from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import require_residuals
-from imstep.curvature.staleness import check_fresh, nodes_of
+from imstep.curvature.staleness import StaleLossError, check_fresh, nodes_of
 from imstep.globalization import ContractionDamping
 from imstep.linalg import BoxLeastSquares, DenseRows, Factorisation, RowMatrix, StepSpace
 from imstep.optim.box import Box
@@ -121,6 +121,7 @@ class ResidualAttempt(StepAttempt):
         self._loss: Tensor
         self._gradient: Tensor
         self._spent = Cost()  # on trials
+        self._follows = False  # whether a trial's residuals differ from those of the start
         self._there: tuple[Tensor, Tensor] | None = None  # the last trial's step (n,), and the loss with its graph
 
     @property
@@ -130,7 +131,7 @@ class ResidualAttempt(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         memory = self._memory
         jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._loss, self._nodes = jacobian.loss, jacobian.nodes
+        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
         record = replace(record, gradient_norm=float(self._free(self._gradient).norm()))
@@ -177,7 +178,7 @@ class ResidualAttempt(StepAttempt):
     def _search(self, record: StepRecord, memory: Memory, ground: _Ground) -> tuple[StepRecord, Memory]:
         """Try one λ after the other until a step is accepted."""
         rule, settings, residuals = self._settings.damping, self._settings, ground.jacobian.residuals
-        damping, patience, shifted = memory.damping, _PATIENCE, residuals
+        damping, patience, promised, shifted = memory.damping, _PATIENCE, False, residuals
         shift = None if memory.last_move is None else settings.momentum * memory.last_move
         if shift is not None:
             shifted = self._residuals_at(shift)
@@ -202,7 +203,14 @@ class ResidualAttempt(StepAttempt):
             patience -= fine
             if patience == 0:
                 break
+            promised |= not fine and step.promise > 0
             damping, shift, shifted = rule.again(damping, step.ratio), None, residuals
+        if promised and not self._follows:
+            raise StaleLossError(
+                "the loss has a derivative, but at no trial point was it another than at the start: it does not follow "
+                "the parameters. Look for a result that is kept from an earlier call, for detach() or .data, and for "
+                "rounding, and compute all that depends on the parameters anew inside the closure."
+            )
         record = replace(record, outcome=StepOutcome.REJECTED, trials=self._spent.losses, cost=record.cost + self._spent)
         # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
         return record, replace(memory, damping=rule.again(memory.damping, math.inf))
@@ -259,8 +267,9 @@ class ResidualAttempt(StepAttempt):
         if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):
             self._spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
             check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
-        self._there = step, loss
-        return require_residuals(loss).values.double()
+        self._there, values = (step, loss), require_residuals(loss).values.double()
+        self._follows = self._follows or not torch.equal(values, self._residuals)
+        return values
 
     def _gradient_there(self, step: Tensor) -> Tensor:
         """∇f(w + d), (n,); leaves the parameters there."""

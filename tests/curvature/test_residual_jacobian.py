@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imstep.curvature import NoResidualsError, ParameterVector, ResidualJacobian
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 
 Weighted = list[tuple[float, Tensor]]
@@ -153,7 +155,38 @@ def frozen() -> Case:
     return [p for p in model.parameters() if p.requires_grad], lambda: [(1.0, model(x))]
 
 
+def ensemble_of(count: int, *widths: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    models = [mlp(*widths) for _ in range(count)]
+    stacked, _ = torch.func.stack_module_state(models)
+    return models[0], {name: nn.Parameter(p.detach()) for name, p in stacked.items()}
+
+
+def ensemble() -> Case:
+    """Each member has residuals of its own."""
+    base, params = ensemble_of(4, 3, 7, 6, 1)
+    x = normal(9, 3)
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(base, p, (x,)), (0, None))
+    return list(params.values()), lambda: [(1.0, outputs(params, x) - normal(9, 1, seed=1))]
+
+
+def mean_of_ensemble() -> Case:
+    """Each residual has a row of every member; each member has inputs of its own."""
+    base, params = ensemble_of(3, 3, 5, 2)
+    x = normal(3, 9, 3)
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(base, p, (x,)))
+    return list(params.values()), lambda: [(1.0, outputs(params, x).mean(0))]
+
+
+def slopes_of_ensemble() -> Case:
+    base, params = ensemble_of(4, 2, 7, 6, 1)
+    x = normal(8, 2)
+    slope = torch.func.grad(lambda x, p: torch.func.functional_call(base, p, (x,)).squeeze())
+    outputs = torch.func.vmap(torch.func.vmap(slope, (0, None)), (None, 0))
+    return list(params.values()), lambda: [(1.0, outputs(x, params)[..., 1])]
+
+
 CASES = [
+    ensemble, mean_of_ensemble, slopes_of_ensemble,
     regression, components, dead_units, transport, heat, together, two_conditions, functional, convolution,
     convolution_over_time, sequence, tied, by_hand, checkpointed, frozen,
 ]  # fmt: skip
@@ -187,6 +220,10 @@ def dense(case: Case) -> tuple[Tensor, Tensor]:
         pairs = zip(params, gradients, strict=True)
         rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs]))
     return scaled.detach(), torch.stack(rows)
+
+
+def jacobian_at(closure: Callable[[], Tensor], vector: ParameterVector, known: KnownOwners) -> ResidualJacobian:
+    return ResidualJacobian.at(FrozenClosure(closure, vector), vector, known)
 
 
 def in_order_of(J: ResidualJacobian, values: Tensor) -> Tensor:
@@ -241,12 +278,13 @@ def test_owners_are_found_once(make: Callable[[], Case]) -> None:
     """The next Jacobian, elsewhere, is the same with remembered owners as without, from fewer passes."""
     params, residuals = build(make)
     vector, known = ParameterVector(params), KnownOwners()
-    passes = [ResidualJacobian.at(loss_of(residuals()), vector, known).backward_passes]
+    closure = lambda: loss_of(residuals())
+    passes = [jacobian_at(closure, vector, known).backward_passes]
     for seed in (1, 2):
         vector.move(vector.snapshot(), 0.3 * normal(vector.size, seed=seed), 1.0)
-        J = ResidualJacobian.at(loss_of(residuals()), vector, known)
+        J = jacobian_at(closure, vector, known)
         passes.append(J.backward_passes)
-        assert torch.equal(J.to_dense(), ResidualJacobian.at(loss_of(residuals()), vector, KnownOwners()).to_dense())
+        assert torch.equal(J.to_dense(), jacobian_at(closure, vector, KnownOwners()).to_dense())
     assert make is dead_units or (passes[0] > passes[1] == passes[2])
 
 
@@ -255,15 +293,16 @@ def test_remembered_owners_are_checked() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1)).double().eval()
     x = normal(9, 3)
     vector, known = ParameterVector(model), KnownOwners()
-    at = lambda values: ResidualJacobian.at(values.square().mean(), vector, known)
-    reference = at(model(x)).to_dense()
+    at = lambda values: jacobian_at(lambda: values().square().mean(), vector, known)
+    reference = at(lambda: model(x)).to_dense()
     turned = torch.arange(9).roll(2)
-    assert relative_error(at(model(x)[turned]).to_dense(), reference[turned]) < 1e-12
-    assert relative_error(at(model(x[:5])).to_dense(), (9 / 5) ** 0.5 * reference[:5]) < 1e-12
-    at(model(x))
+    assert relative_error(at(lambda: model(x)[turned]).to_dense(), reference[turned]) < 1e-12
+    assert relative_error(at(lambda: model(x[:5])).to_dense(), (9 / 5) ** 0.5 * reference[:5]) < 1e-12
+    at(lambda: model(x))
     model.train()
-    with pytest.raises(NoResidualsError, match="depend on each other"):
-        at(model(x))
+    whole = dense((list(model.parameters()), lambda: [(1.0, model(x))]))[1]
+    for _ in range(2):
+        assert relative_error(at(lambda: model(x)).to_dense(), whole) < 1e-12
 
 
 @pytest.mark.parametrize("make", CASES)
@@ -285,14 +324,69 @@ def test_keeps_factors_where_that_is_less() -> None:
     assert kept < 0.1 * J.shape[0] * J.shape[1]
 
 
-def test_uses_that_are_not_recognised_take_backward_passes() -> None:
-    params, residuals = build(unrecognised)
+@pytest.mark.parametrize("count", [9, 40])
+def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
+    """By columns where there are fewer of them, 19, than rows."""
+    params, _ = build(unrecognised)
+    x, (inner, norm, bent) = normal(count, 3), (params[:6], params[6:8], params[8])
+
+    def residuals() -> Weighted:
+        h = F.layer_norm(F.linear(x @ bent.sin(), *inner[:2]), (5,), *norm)
+        return [(1.0, F.linear(F.linear(h.tanh(), *inner[2:4]).tanh(), *inner[4:])), (0.1, bent)]
+
     values, expected = dense((params, residuals))
-    with pytest.warns(UserWarning, match="3 of 9 parameters .* 18 backward passes"):
-        J = ResidualJacobian(lambda: loss_of(residuals()), params)
-    order = in_order_of(J, values)
-    assert relative_error(J.to_dense()[order], expected) < 1e-12
-    assert [tuple(params[at].shape) for at in J.explicit] == [(5,), (5,), (3, 3)]
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss_of(residuals())
+
+    vector, known = ParameterVector(params), KnownOwners()
+    for first in (True, False):
+        calls = 0
+        J = jacobian_at(closure, vector, known)
+        order = in_order_of(J, values)
+        assert relative_error(J.to_dense()[order], expected) < 1e-12
+        assert [tuple(params[at].shape) for at in J.explicit] == [(5,), (5,), (3, 3)]
+        assert J.evaluations == calls == (2 if first and count == 40 else 1)
+        assert 19 <= J.backward_passes - (2 if first else 0) <= 22
+
+
+def test_one_side_is_enough() -> None:
+    """400 residuals and 2 parameters: two products, one pass to check them, and nothing a residual."""
+    t, w = torch.linspace(0, 1, 400, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
+    model = lambda w: w[0] * (-w[1] * t).exp()
+    J = ResidualJacobian(lambda: (model(w) - 1).square().sum() / 2, [w])
+    assert relative_error(J.to_dense(), torch.func.jacrev(model)(w.detach())) < 1e-14
+    assert J.backward_passes == 3
+
+
+class Doubled(torch.autograd.Function):
+    """Has a derivative that is not recorded."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return torch.from_numpy(2 * g.detach().numpy()) if type(g) is Tensor else 2 * g
+
+
+@pytest.mark.parametrize("outside", [torch.sin, Doubled.apply], ids=["sin", "NumPy"])
+def test_what_cannot_be_recorded_takes_blocks_of_rows(outside: Callable[[Tensor], Tensor]) -> None:
+    t, w = torch.linspace(0, 1, 50, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
+    residuals = lambda: [(1.0, w[0] * outside(w[1] * t))]
+    expected = dense(([w], residuals))[1]
+    assert relative_error(ResidualJacobian(lambda: loss_of(residuals()), [w]).to_dense(), expected) < 1e-14
+
+
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+def test_dear_jacobians_warn() -> None:
+    w = nn.Parameter(normal(90))
+    with pytest.warns(UserWarning, match="1 of 1 parameters .* 90 products"):
+        ResidualJacobian(lambda: w.sin().square().sum(), [w])
 
 
 def test_reentrant_checkpoints_are_refused() -> None:
@@ -301,20 +395,40 @@ def test_reentrant_checkpoints_are_refused() -> None:
         ResidualJacobian(lambda: checkpoint(model, x, use_reentrant=True).square().mean(), model)
 
 
-@pytest.mark.filterwarnings("ignore:.*not recognised")
-def test_dependent_residuals_are_refused() -> None:
+def batch_normalised() -> Case:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double(), normal(9, 3)
+    return case(model, lambda: [(1.0, model(x))])
+
+
+def attention() -> Case:
+    model, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), normal(1, 7, 4)
+    return case(model, lambda: [(1.0, model(x, x, x, need_weights=False)[0].sum(2))])
+
+
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+@pytest.mark.parametrize("make", [batch_normalised, attention])
+def test_dependent_residuals_are_written_out(make: Callable[[], Case]) -> None:
+    params, residuals = build(make)
+    values, expected = dense((params, residuals))
+    J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+
+
+def test_dependent_residuals_are_refused_where_that_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", 8)
+    params, residuals = build(batch_normalised)
     with pytest.raises(ValueError, match="depend on each other"):
-        ResidualJacobian(lambda: model(x).square().mean(), model)
-    model.eval()
-    assert ResidualJacobian(lambda: model(x).square().mean(), model).shape[0] == 9
+        ResidualJacobian(lambda: loss_of(residuals()), params)
 
 
-def test_buffers_are_left_as_one_evaluation_leaves_them() -> None:
+@pytest.mark.filterwarnings("ignore:.*not recognised")
+@pytest.mark.parametrize("affordable", [8, 1000])
+def test_buffers_are_left_as_one_evaluation_leaves_them(affordable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", affordable)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)).double().train(), normal(9, 3)
     twin = nn.BatchNorm1d(4, affine=False).double()
     twin(model[0](x))
-    with pytest.raises(ValueError, match="depend on each other"):
+    with pytest.raises(ValueError, match="depend on each other") if affordable == 8 else nullcontext():
         ResidualJacobian(lambda: model(x).square().mean(), model)
     torch.testing.assert_close(model[1].running_mean, twin.running_mean)
 
@@ -383,8 +497,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 def test_residuals(name: str) -> None:
     loss, expected = FORMS[name]
     w = nn.Parameter(normal(6, seed=1))
-    with pytest.warns(UserWarning, match="not recognised"):
-        J = ResidualJacobian(lambda: loss(w.sin()), [w])
+    J = ResidualJacobian(lambda: loss(w.sin()), [w])
     torch.testing.assert_close(J.residuals, expected(w.detach().sin()))
     rows = torch.func.jacrev(lambda p: expected(p.sin()))(w.detach())
     torch.testing.assert_close(J.to_dense(), rows)

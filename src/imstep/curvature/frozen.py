@@ -128,14 +128,15 @@ class FrozenClosure:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
         return self.loss_with_graph().detach()
 
-    def loss_with_graph(self, watch: bool = False) -> Tensor:
+    def loss_with_graph(self, watch: bool = False, arithmetic: Arithmetic | None = None) -> Tensor:
         """The loss (0-dim) and its graph at the current parameters: a ``backward()`` in the closure is skipped.
 
         Args:
             watch: whether to note what the closure overwrites; for a first evaluation.
+            arithmetic: of :meth:`arithmetic`, which notes it too; what it evaluates in.
         """
         self.losses += 1
-        watching = self.arithmetic() if watch else nullcontext()
+        watching = arithmetic or (self.arithmetic() if watch else nullcontext())
         with self._same_state(), self.user.own_gradients(), watching:
             return self.user.loss(self._numbers, skip=True)[0]
 

@@ -36,6 +36,10 @@ class GradientRows(ABC):
     def select(self, index: Tensor) -> GradientRows:
         """The rows at ``index`` (k,)."""
 
+    @abstractmethod
+    def written_out(self) -> Tensor:
+        """B itself, (N, entries)."""
+
     @property
     @abstractmethod
     def multiplications(self) -> tuple[int, int]:
@@ -63,6 +67,9 @@ class PlainRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])
+
+    def written_out(self) -> Tensor:
+        return self._rows
 
     @property
     def multiplications(self) -> tuple[int, int]:
@@ -106,10 +113,51 @@ class OuterRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
 
+    def written_out(self) -> Tensor:
+        return _sum_of_products(self._left, self._right)
+
     @property
     def multiplications(self) -> tuple[int, int]:
         (m, _, out), width = self._left.shape, self._right.shape[2]
         return m * out * width, m * m * (out + width)
+
+
+class StackedRows(GradientRows):
+    """Rows of a parameter in slices, each kept by itself.
+
+    Args:
+        slices: the rows of each.
+        entries: of one.
+    """
+
+    def __init__(self, slices: Sequence[GradientRows], entries: int) -> None:
+        self._slices, self._entries = list(slices), entries
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        pairs = zip(self._slices, vector.split(self._entries), strict=True)
+        return torch.stack([part.matvec(v) for part, v in pairs]).sum(0)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return torch.cat([part.rmatvec(vector) for part in self._slices])
+
+    def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
+        for part in self._slices:
+            part.add_gram(out, rows, columns)
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        return torch.stack([part.squared_norms for part in self._slices]).sum(0)
+
+    def select(self, index: Tensor) -> GradientRows:
+        return StackedRows([part.select(index) for part in self._slices], self._entries)
+
+    def written_out(self) -> Tensor:
+        return torch.cat([part.written_out() for part in self._slices], 1)
+
+    @property
+    def multiplications(self) -> tuple[int, int]:
+        counts = [part.multiplications for part in self._slices]
+        return sum(image for image, _ in counts), sum(entry for _, entry in counts)
 
 
 def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:
@@ -132,8 +180,13 @@ def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int)
     for addends, owner in plain:
         rows.index_add_(0, owner, addends.double())
     if left is not None and right is not None:
-        rows += torch.einsum("mno,mni->noi", left, right).flatten(1)
+        rows += _sum_of_products(left, right)
     return PlainRows(rows)
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_s left_si right_siᵀ as rows, (N, out · in)."""
+    return torch.einsum("mno,mni->noi", left, right).flatten(1)
 
 
 def _owned(rows: Rows, owner: Tensor) -> tuple[Rows, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,17 @@ class Group:
 
 
 class KnownOwners:
-    """Remembers which row belongs to which residual, from one Jacobian to the next."""
+    """Remembers which row belongs to which residual, from one Jacobian to the next.
+
+    Attributes:
+        recorded: whether evaluations are to be recorded, for columns by forward products; None where that is ruled out.
+        dependent: whether residuals were found to depend on each other.
+    """
 
     def __init__(self) -> None:
         self._groups: list[tuple[Tensor, list[Tensor]]] = []
+        self.recorded: bool | None = False
+        self.dependent = False
 
     def groups(self, residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
         """The rows with the owners that are remembered; None where there are none for them.
@@ -69,13 +77,14 @@ class KnownOwners:
                 owners[:] = [torch.where(a < 0, b, a) for a, b in zip(owners, before, strict=True)]
         self._groups = found
 
-    def state_dict(self) -> list[tuple[Tensor, list[Tensor]]]:
-        """What is remembered: of each group its members and the owners of each use's rows."""
-        return self._groups
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered: of each group its members and the owners of each use's rows; whether to record."""
+        return {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
 
-    def load_state_dict(self, groups: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._groups = [(members, list(owners)) for members, owners in groups]
+        self._groups = [(members, list(owners)) for members, owners in state["groups"]]
+        self.recorded, self.dependent = state["recorded"], state["dependent"]
 
 
 def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import GradientRows, PlainRows, gather_rows
-from imstep.curvature.hooks import HookWatch, mask_of
+from imstep.curvature.gradient_rows import GradientRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
-from imstep.curvature.parameters import ParameterVector, as_reals
-from imstep.curvature.squares import Residuals, residuals_of
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.squares import NoResidualsError, Residuals
+from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
-from imstep.linalg import GramMatrix, LinearOperator
+from imstep.curvature.writing_out import Check, Evaluation, write_out
+from imstep.linalg import GramMatrix, RowMatrix
 from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
 _CHUNK = 128
 """Rows of a Gram matrix at a time."""
 
-_SLACK = 1e3
-"""Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
-
-_GOLDEN = (5**0.5 - 1) / 2
-"""The fractions of its multiples are spread evenly, and all differ."""
+AFFORDABLE = 1000
+"""Rows or columns, whichever are fewer, up to which a Jacobian of residuals that depend on each other is written out."""
 
 
-class NoResidualsError(ValueError):
-    """The loss is no sum of squares, or its residuals depend on each other."""
-
-
-class JacobianRows(LinearOperator):
+class JacobianRows(RowMatrix):
     """A matrix J of N rows, one gradient each, kept parameter by parameter: shape (N, n), float64.
 
     Args:
@@ -65,6 +58,14 @@ class JacobianRows(LinearOperator):
         """The rows at ``index`` (k,)."""
         parts = [None if part is None else part.select(index) for part in self._parts]
         return JacobianRows(parts, self._sizes, len(index), self.device)
+
+    def squared_norm(self) -> float:
+        return sum(float(part.squared_norms.sum()) for part in self._parts if part is not None)
+
+    def written_out(self) -> Tensor:
+        empty = lambda n: torch.zeros(self.shape[0], n, dtype=F64, device=self.device)
+        parts = zip(self._parts, self._sizes, strict=True)
+        return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
 
     def gram(self) -> Gram:
         """J Jᵀ, (N, N)."""
@@ -137,15 +138,18 @@ class ResidualJacobian(JacobianRows):
     Attributes:
         loss: f(w), a 0-dim tensor.
         residuals: ρ, (N,), float64.
-        backward_passes: how many it took to build.
-        explicit: positions of parameters whose uses were not recognised, and whose rows cost a backward pass each.
+        evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
+        backward_passes: how many it took to build; a forward product counts as one.
+        explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
 
     Raises:
         NoResidualsError: the loss is no sum of squares; or the residuals depend on each other, as with batch
-            normalisation.
+            normalisation, and J is too large to be written out.
+        ValueError: the loss depends on none of the parameters.
 
-    Cost: a forward pass; three to five backward passes; N more where ``explicit`` is not empty. Arithmetic on rows is
-        float64 whatever the parameters' dtype, since JJᵀ has the square of J's condition.
+    Cost: a forward pass; three to five backward passes. For the n' entries of ``explicit`` n' forward products at once
+        by the complex step, or N backward passes in blocks, whichever are fewer. Arithmetic on rows is float64
+        whatever the parameters' dtype, since JJᵀ has the square of J's condition.
 
     Source: our own.
 
@@ -161,126 +165,80 @@ class ResidualJacobian(JacobianRows):
         parameters = ParameterVector(params)
         frozen = FrozenClosure(closure, parameters)
         try:
-            self._fill(frozen.loss_with_graph(watch=True), parameters, KnownOwners())
+            self._fill(frozen, parameters, KnownOwners())
         finally:
             frozen.leave(accepted=True)
 
     @classmethod
-    def at(cls, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
-        """From a loss that was evaluated already, with its graph.
+    def at(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
+        """From a closure that has not been evaluated on its batch yet.
 
         Args:
             known: what earlier Jacobians have found, which saves passes; taken up and completed.
         """
         self = cls.__new__(cls)
-        self._fill(loss, parameters, known)
+        self._fill(frozen, parameters, known)
         return self
 
     @full_precision
     @as_evaluated()
-    def _fill(self, loss: Tensor, parameters: ParameterVector, known: KnownOwners) -> None:
-        residuals = require_residuals(loss)
-        tensors = parameters.tensors
+    def _fill(self, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> None:
+        before = frozen.losses
+        evaluation = Evaluation.of(frozen, parameters, known)
+        residuals, tensors = evaluation.residuals, parameters.tensors
         uses = find_uses([o.z for o in residuals.outputs], tensors)
-        parts, wrong = _parts(residuals, uses, tensors, known)
-        rows = _by_backward_passes(residuals, [tensors[at] for at in wrong])
-        for at, part in zip(wrong, rows, strict=True):
+        check = Check.of(residuals, tensors)
+        parts, wrong = _parts(residuals, uses, tensors, known, check)
+        for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
             parts[at] = part
-        self.loss, self.residuals, self.explicit = loss.detach(), residuals.values.double(), tuple(wrong)
-        self.backward_passes = residuals.passes
-        count = len(residuals.values)
-        super().__init__(parts, parameters.sizes, count, parameters.device)
-        if wrong:
-            warnings.warn(
-                f"{len(wrong)} of {len(tensors)} parameters are used in ways that are not recognised; their part of "
-                f"the Jacobian takes {count} backward passes.",
-                stacklevel=5,
-            )
-
-
-def require_residuals(loss: Tensor) -> Residuals:
-    """The residuals of a loss.
-
-    Raises:
-        NoResidualsError: the loss is no sum of squares.
-    """
-    residuals = residuals_of(loss)
-    if residuals is None:
-        raise NoResidualsError(
-            "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
-            "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
-        )
-    return residuals
+        self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
+        self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
+        self.nodes = nodes_of(evaluation.loss)
+        super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
 
 def _parts(
-    residuals: Residuals, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners
+    residuals: Residuals, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners, check: Check
 ) -> tuple[list[GradientRows | None], list[int]]:
-    """The rows for each parameter, and the positions of those whose rows are not known.
-
-    Rows are checked by a combination of the residuals' gradients that autograd computes: factors that differ tell
-    a row that belongs to another residual, or to several.
-    """
+    """The rows for each parameter, and the positions of those whose rows are not known."""
+    none: list[GradientRows | None] = [None] * len(tensors)
+    if known.dependent:
+        return none, list(range(len(tensors)))
     told = [use for use in uses.known if use.parameter not in uses.unknown]
-    values = residuals.values
-    factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
-    hooks = HookWatch(tensors)
-    with hooks.watching():
-        exact = residuals.pull_back(factors, tensors)
-    for factor in hooks.factors() or []:
-        if factor is not None:
-            mask_of(factor)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts = _gathered(groups, told, tensors)
-        wrong = _wrong(parts, exact, factors)
+        wrong = check.wrong(parts)
         if uses.unknown.issuperset(wrong):
             return parts, sorted(uses.unknown)
     groups = find_groups(residuals, told)
     if groups is None:
-        raise NoResidualsError(
-            "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
-            "normalisation or attention across the batch. Put normalisation into eval mode, or use an optimizer "
-            "that needs no residuals."
-        )
+        shorter = min(len(residuals.values), sum(p.numel() for p in tensors))
+        if shorter > AFFORDABLE:
+            raise NoResidualsError(
+                "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
+                f"normalisation or attention across the batch; and J is too large to be written out ({shorter} rows "
+                f"or columns; up to {AFFORDABLE} are). Put normalisation into eval mode, or use an optimizer "
+                "that needs no residuals."
+            )
+        known.dependent = True
+        return none, list(range(len(tensors)))
     known.remember(groups)
     parts = _gathered(groups, told, tensors)
-    return parts, sorted(uses.unknown.union(_wrong(parts, exact, factors)))
+    return parts, sorted(uses.unknown.union(check.wrong(parts)))
 
 
 def _gathered(groups: Sequence[Group], uses: Sequence[Use], tensors: Sequence[Tensor]) -> list[GradientRows | None]:
     """The rows for each parameter; None where it has none."""
-    pieces: list[list[tuple[Rows, Tensor]]] = [[] for _ in tensors]
+    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in tensors]
+    members = [1] * len(tensors)
     for group in groups:
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
-            pieces[use.parameter].append((use.rows(rows), owner))
+            e, members[use.parameter] = use.member
+            pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     count = len(groups[0].members)
-    return [gather_rows(own, count, p.numel()) if own else None for own, p in zip(pieces, tensors, strict=True)]
-
-
-def _wrong(parts: Sequence[GradientRows | None], exact: Sequence[Tensor | None], factors: Tensor) -> list[int]:
-    """The parameters whose rows, times the factors (N,), do not add up to what autograd says."""
-    wrong = []
-    for at, (part, g) in enumerate(zip(parts, exact, strict=True)):
-        if g is None:
-            continue
-        missed, size = as_reals(g).double().reshape(-1), 0.0
-        if part is not None:
-            missed = missed - part.rmatvec(factors.double())
-            size = float(part.squared_norms.sqrt().sum())
-        if float(missed.norm()) > _SLACK * torch.finfo(g.dtype).eps * size:
-            wrong.append(at)
-    return wrong
-
-
-def _by_backward_passes(residuals: Residuals, tensors: Sequence[Tensor]) -> Iterator[GradientRows]:
-    """Rows of parameters by a backward pass per residual."""
-    count = len(residuals.values) if tensors else 0
-    rows = [torch.empty(count, as_reals(p).numel(), dtype=F64, device=p.device) for p in tensors]
-    unit = torch.zeros_like(residuals.values)
-    for i in range(count):
-        unit[i] = 1
-        for whole, g in zip(rows, residuals.pull_back(unit, tensors), strict=True):
-            whole[i] = 0 if g is None else as_reals(g).reshape(-1)
-        unit[i] = 0
-    return map(PlainRows, rows)
+    parts: list[GradientRows | None] = []
+    for own, of, p in zip(pieces, members, tensors, strict=True):
+        gathered = [gather_rows(own[e], count, p.numel() // of) for e in range(of)] if own else []
+        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, p.numel() // of))
+    return parts

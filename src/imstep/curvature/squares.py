@@ -30,6 +30,10 @@ _BILINEAR = ("Mul", "Div")
 _MEAN = 1  # how autograd's graph notes the reduction of a mean squared error
 
 
+class NoResidualsError(ValueError):
+    """The loss is no sum of squares, or its residuals depend on each other."""
+
+
 @dataclass(frozen=True, eq=False)
 class Output:
     """A tensor z of the model that residuals are made of: ρ_i = ... + factor_i z_i + ...
@@ -65,6 +69,19 @@ class Residuals:
         parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
         return later_grad(outputs, inputs, parts, whole=True)
+
+
+    def pull_back_block(
+        self, cotangents: Tensor, inputs: Sequence[Tensor | GradientEdge]
+    ) -> tuple[Tensor | None, ...]:
+        """As :meth:`pull_back` for a block (k, N) at once, by vmap; gradients have k as their first dimension."""
+        self.passes += len(cotangents)
+        pieces = [cotangents[:, o.start : o.start + o.z.numel()].unflatten(1, (*o.z.shape, 1)) for o in self.outputs]
+        parts = [piece.squeeze(-1) * o.factor for piece, o in zip(pieces, self.outputs, strict=True)]
+        outputs = [o.z for o in self.outputs]
+        return torch.autograd.grad(
+            outputs, inputs, parts, retain_graph=True, allow_unused=True, is_grads_batched=True  # type: ignore[arg-type]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +129,54 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
         start += z.numel()
     return Residuals(torch.cat(values), tuple(outputs))
+
+
+def require_residuals(loss: Tensor) -> Residuals:
+    """The residuals of a loss.
+
+    Raises:
+        NoResidualsError: the loss is no sum of squares, or has no graph that shows it.
+    """
+    residuals = None if loss.grad_fn is None else residuals_of(loss)
+    if residuals is None:
+        raise NoResidualsError(_why_none(loss))
+    return residuals
+
+
+def _why_none(loss: Tensor) -> str:
+    """What is in the way of residuals, and what to do."""
+    if loss.is_inference() or torch.is_inference_mode_enabled():
+        return (
+            "the loss was computed under torch.inference_mode(), which keeps no graph, so its residuals and their "
+            "derivatives cannot be found. Take the step, and make the tensors that the closure uses, outside of it."
+        )
+    if loss.grad_fn is None:
+        return (
+            "closure returned a loss without a graph (grad_fn is None); its residuals are found in it. "
+            "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
+        )
+    names = {_operator(node) for node in _nodes(loss.grad_fn)}
+    if "CompiledFunction" in names:
+        return (
+            "the loss is computed inside a compiled function (torch.compile), whose graph hides the squares. "
+            "Compile the model alone, and compute residuals and loss outside of it."
+        )
+    return (
+        "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
+        "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
+    )
+
+
+def _nodes(root: Any) -> set[Any]:
+    """The nodes of a graph."""
+    seen: set[Any] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return seen
 
 
 def _squares(root: Any) -> list[_Square]:

@@ -2,6 +2,7 @@
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
+from imstep.linalg.box import box_least_squares
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -13,13 +14,17 @@ from imstep.linalg.dense import (
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
-from imstep.linalg.gram import DenseGram, GramMatrix
+from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix
 from imstep.linalg.gram_factor import GramFactor
 from imstep.linalg.gram_factorisation import (
+    ByShape,
     DenseFactorisation,
+    Factorisation,
     GramFactorisation,
     PivotedCholesky,
     RandomizedNystrom,
+    StepSpace,
+    ThinFactorisation,
 )
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
@@ -29,7 +34,7 @@ from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
-from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, ReducedLeastSquares
+from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
@@ -40,20 +45,26 @@ from imstep.linalg.stopping import (
     RelativeResidual,
     StoppingRule,
 )
+from imstep.linalg.thin import BoxLeastSquares, ThinLeastSquares
 
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "BoxLeastSquares",
+    "ByShape",
     "DampedLeastSquares",
     "DenseFactorisation",
     "DenseGram",
     "DenseLeastSquares",
     "DenseOperator",
+    "DenseRows",
     "DiagonalEstimate",
     "DiagonalOperator",
     "Eigenpair",
+    "Factorisation",
     "GramFactor",
     "GramFactorisation",
+    "GramLeastSquares",
     "GramMatrix",
     "HalvedOperator",
     "IdentityOperator",
@@ -74,13 +85,18 @@ __all__ = [
     "RandomizedNystrom",
     "ReducedLeastSquares",
     "RelativeResidual",
+    "RowMatrix",
     "ScaledOperator",
     "ShiftedEigenvalues",
     "SplitOperator",
+    "StepSpace",
     "StoppingRule",
     "SumOperator",
+    "ThinFactorisation",
+    "ThinLeastSquares",
     "adaptive_nystrom",
     "blended_conjugate_gradient",
+    "box_least_squares",
     "conjugate_gradient",
     "dense_solve",
     "dense_trust_region",

@@ -15,15 +15,12 @@ from imstep.linalg.gram_factor import GramFactor
 class DampedLeastSquares(ABC):
     """Solves min ‖ρ + J d‖² + λ‖d‖² for steps d given by few coordinates u, for several ρ and λ.
 
-        d = Jᵀ[:, S] w(u)
-
     Args:
         rank: k, how many coordinates there are.
-        pivots: S, (p,), the rows of J that d is made of; None for all of them, p = N.
     """
 
-    def __init__(self, rank: int, pivots: Tensor | None) -> None:
-        self.rank, self.pivots = rank, pivots
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
 
     @abstractmethod
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
@@ -37,19 +34,42 @@ class DampedLeastSquares(ABC):
         """J d, (N,)."""
 
     @abstractmethod
-    def weights(self, coordinates: Tensor) -> Tensor:
-        """The factors w(u) of the rows at S, (p,)."""
-
-    @abstractmethod
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         """Inner products dᵀd' of the steps of coordinates (k, a) and (k, b): (a, b)."""
+
+    def project(self, coordinates: Tensor) -> Tensor:
+        """The coordinates, or the nearest that are allowed."""
+        return coordinates
+
+    def dual_norm(self, gradient: Tensor, damping: float) -> float:
+        """√(gᵀ(JᵀJ + λI)⁻¹g) of a gradient (n,), where that is at hand; else ‖g‖."""
+        return float(gradient.norm())
 
     def norm(self, coordinates: Tensor) -> float:
         """‖d‖."""
         return math.sqrt(max(float(self.inner(coordinates[:, None], coordinates[:, None])), 0.0))
 
 
-class ReducedLeastSquares(DampedLeastSquares):
+class GramLeastSquares(DampedLeastSquares):
+    """Damped least squares from K = J Jᵀ, whose steps are combinations of rows of J.
+
+        d = Jᵀ[:, S] w(u)
+
+    Args:
+        rank: k.
+        pivots: S, (p,), the rows of J that d is made of; None for all of them, p = N.
+    """
+
+    def __init__(self, rank: int, pivots: Tensor | None) -> None:
+        super().__init__(rank)
+        self.pivots = pivots
+
+    @abstractmethod
+    def weights(self, coordinates: Tensor) -> Tensor:
+        """The factors w(u) of the rows at S, (p,)."""
+
+
+class ReducedLeastSquares(GramLeastSquares):
     """Damped least squares within the span of a :class:`GramFactor` F of K = J Jᵀ.
 
         min ‖ρ + F u‖² + λ‖u‖²,   d = Jᵀ[:, S] R u,   u' = -(FᵀF + λI)⁻¹ (Fᵀρ + λu)
@@ -85,7 +105,7 @@ class ReducedLeastSquares(DampedLeastSquares):
         return first.mT @ second
 
 
-class DenseLeastSquares(DampedLeastSquares):
+class DenseLeastSquares(GramLeastSquares):
     """Damped least squares with all of K = J Jᵀ: the coordinates are the factors of the rows of J.
 
         d = Jᵀ u,   u' = -(K + λI)⁻¹ (ρ + λu)

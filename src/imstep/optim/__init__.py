@@ -1,6 +1,7 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
@@ -10,6 +11,7 @@ from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.recycling import Recycling
+from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
     BlendedConjugateGradient,
     ConjugateGradient,
@@ -26,6 +28,8 @@ from imstep.optim.stopping_tests import Termination
 __all__ = [
     "BestRateForcing",
     "BlendedConjugateGradient",
+    "Box",
+    "ColumnNorms",
     "ConjugateGradient",
     "Cost",
     "Direct",
@@ -47,11 +51,13 @@ __all__ = [
     "Nystrom",
     "Recycling",
     "ResidualForcing",
+    "Scaling",
     "Solver",
     "SquaredGradients",
     "SteihaugToint",
     "StepOutcome",
     "StepRecord",
     "Termination",
+    "Unscaled",
     "minimize",
 ]

@@ -22,6 +22,7 @@ class ChordStep:
     Attributes:
         coordinates: u of the best iterate, (k,), as the factorised problem has it.
         image: J d for the d of u, (N,).
+        length: ‖d‖.
         decrease: ρ₀ᵀρ₀/2 - ρᵀρ/2; -inf where there is no iterate.
         promise: the decrease for the first iterate if ρ were linear.
         ratio: length of the second correction over that of the first; infinite where residuals were not finite.
@@ -31,6 +32,7 @@ class ChordStep:
 
     coordinates: Tensor
     image: Tensor
+    length: float
     decrease: float
     promise: float
     ratio: float
@@ -47,6 +49,7 @@ def chord_iterations(
     *,
     limit: float,
     max_iterations: int,
+    rounding: float = 0.0,
 ) -> ChordStep:
     """Approach min ‖ρ(w + v + d)‖² + λ‖d‖² with the Jacobian at w.
 
@@ -66,6 +69,7 @@ def chord_iterations(
         residuals_at: ρ for coordinates u, (N,); not finite where the loss is not.
         limit: < 1.
         max_iterations: >= 1.
+        rounding: of a decrease: of iterates whose decreases differ by less the later one is better.
 
     Source: chord iterations, Kelley, Iterative Methods for Linear and Nonlinear Equations (1995), chapter 5; geodesic
         acceleration, Transtrum and Sethna (arXiv 1201.5885), that one leads to the other is our own remark; Anderson
@@ -87,15 +91,15 @@ def chord_iterations(
             break
         points.append(u)
         corrections.append(correction)
-        u = _combined(reduced, points, corrections)
+        u = reduced.project(_combined(reduced, points, corrections))
         current, evaluations = residuals_at(u), iteration
         decrease = _decrease(residuals, current)
         if not math.isfinite(decrease):
             ratio = math.inf
             break
-        if decrease > best_decrease:
+        if decrease >= best_decrease - rounding:
             best, best_decrease, best_at = u, decrease, iteration
-    return ChordStep(best, reduced.image(best), best_decrease, promise, ratio, best_at, evaluations)
+    return ChordStep(best, reduced.image(best), reduced.norm(best), best_decrease, promise, ratio, best_at, evaluations)
 
 
 def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.optim.box import Box
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.stationarity import Stationarity, stationarity_at
@@ -27,6 +28,7 @@ class Examination(StepAttempt):
         stationary: says whether a point counts as stationary, from the loss and what was measured.
         typical: see :func:`stationarity_at`.
         may_leave: whether the point may be left; else a saddle counts as not stationary.
+        box: bounds; entries that they hold back are left out of all measures.
 
     Attributes:
         found: what was measured; None where loss or gradient is not finite.
@@ -40,9 +42,11 @@ class Examination(StepAttempt):
         stationary: Callable[[float, Stationarity], bool],
         typical: Tensor | None,
         may_leave: bool,
+        box: Box | None = None,
     ) -> None:
         super().__init__(memory, parameters, frozen)
         self._stationary_by, self._typical, self._may_leave = stationary, typical, may_leave
+        self._box = box
         self.found: Stationarity | None = None
 
     @property
@@ -54,9 +58,15 @@ class Examination(StepAttempt):
         record, memory = self._opened(Cost(linearisations=1)), self._memory
         if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             return replace(record, outcome=StepOutcome.NON_FINITE), memory
-        self.found = stationarity_at(self._point, self._parameters, self._typical, seed=memory.steps)
+        self.found = stationarity_at(
+            self._point, self._parameters, self._typical, self._held(), seed=memory.steps
+        )
         spent = Cost(hessian_products=self.found.products)
         record = replace(record, products=self.found.products, cost=record.cost + spent)
         if not self._stationary_by(record.loss, self.found) or (self.found.escape and not self._may_leave):
             return replace(record, outcome=StepOutcome.REJECTED), memory
         return self._escape(record, memory, self.found.escape)
+
+    def _held(self) -> Tensor | None:
+        """Which entries (n,) bounds hold back."""
+        return None if self._box is None else self._box.held(self._point.gradient, self._parameters.get())

@@ -40,6 +40,7 @@ class Memory:
         probe_in: steps until the Hessian is tried in place of an approximation.
         probe_wait: how long to wait after its next failure.
         last_move: the last step, t d, (n,), where a strategy uses it; None before the first.
+        column_norms: the largest norm so far of each column of a Jacobian, (n,), where a strategy uses it.
     """
 
     search: SearchState
@@ -57,6 +58,7 @@ class Memory:
     probe_in: int = 0
     probe_wait: int = 1
     last_move: Tensor | None = None
+    column_norms: Tensor | None = None
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from imstep.globalization import Armijo
+from imstep.optim.box import Box, box_of
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
+from imstep.optim.scaling import ColumnNorms
 from imstep.optim.stationarity import MATRIX_LIMIT, Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
@@ -28,11 +30,7 @@ STAGNATION = 10
 SPREAD = 1e4
 """Ratio of the largest entry of x0 to the smallest from which, among few, their sizes are taken for their units."""
 
-_METHODS: dict[str, tuple[type[NewtonKrylov] | type[LeastSquares], dict[str, Any]]] = {
-    "newton-krylov": (NewtonKrylov, {"step": Armijo(forward=2.0), "max_trials": 30}),
-    "least-squares": (LeastSquares, {}),
-}
-"""What a method is, and in what its options differ from its optimizer's."""
+_METHODS = ("newton-krylov", "least-squares")
 
 
 def minimize(
@@ -45,6 +43,7 @@ def minimize(
     gtol: float | None = None,
     tol: float | None = None,
     maxiter: int = 1000,
+    bounds: Any = None,
     scale: Any = None,
     callback: Callable[..., bool | None] | None = None,
     **options: Any,
@@ -68,9 +67,13 @@ def minimize(
             ftol, ε the spacing of the dtype: 4e-11 and 1e-21 in float64.
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 1.
+        bounds: for "least-squares", as SciPy takes them: an object with ``lb`` and ``ub`` (``scipy.optimize.Bounds``);
+            a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, which is
+            also how two pairs of plain numbers for two entries are read. Equal ones hold an entry. ``x0`` lies within.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
-            damping and the records' norms are then those of ``x / scale``. None for ``x0.abs()`` where the sizes of up
-            to 100 entries differ by more than 1e4, none of them 0; else for 1.
+            damping and the records' norms are then those of ``x / scale``. None for what the columns of the Jacobian
+            say, :class:`ColumnNorms`, with "least-squares"; else for ``x0.abs()`` where the sizes of up to 100 entries
+            differ by more than 1e4, none of them 0, and for 1 otherwise.
         callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.
@@ -82,7 +85,7 @@ def minimize(
         A :class:`MinimizeResult`; ending without convergence is a termination, not an exception.
 
     Raises:
-        ValueError: unknown method, a number out of range, ``fun`` returns no scalar.
+        ValueError: unknown method, a number out of range, ``fun`` returns no scalar, ``x0`` outside the bounds.
         TypeError: ``x0`` is not real floating point, or an unknown option.
 
     Cost: beside the steps, an evaluation and n products (up to 132 beyond 100 variables) for each look at a point,
@@ -108,18 +111,18 @@ def minimize(
         remedy = pairs if start.is_complex() else "Convert it with .double()."
         raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
-    units = _units(scale, start)
+    units = _units(scale, start, guess=method != "least-squares")
     y = nn.Parameter(start.detach() / units)
     point = lambda: y if units.dim() == 0 and units == 1 else units * y
-    kind, defaults = _METHODS[method]
-    optimizer = kind([y], tolerance=tolerances.tol, **{**defaults, **options})
+    box = box_of(bounds, start, units)
+    optimizer = _optimizer(method, y, box, scale is None, {"tolerance": tolerances.tol, **options})
     run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
     termination = run.whole()
     gradient, evaluations = run.gradient()
     cost = optimizer.cost
     with_gradient = cost.linearisations + cost.gradients + evaluations
     return MinimizeResult(
-        x=point().detach(),
+        x=point().detach() if box is None else _within(point().detach(), box_of(bounds, start, torch.ones_like(units))),
         fun=run.loss,
         grad=gradient / units,
         nit=len(run.records),
@@ -129,6 +132,25 @@ def minimize(
         termination=termination,
         records=tuple(run.records),
     )
+
+
+def _optimizer(
+    method: str, x: nn.Parameter, box: Box | None, unscaled: bool, options: dict[str, Any]
+) -> StepwiseOptimizer:
+    """The optimizer of a method, with what :func:`minimize` chooses for functions of unknown units."""
+    if method == "least-squares":
+        return LeastSquares([x], box=box, **({"scaling": ColumnNorms()} if unscaled else {}) | options)
+    if box is not None:
+        raise ValueError(
+            f'method "{method}" takes no bounds. Use method="least-squares" for sums of squares, or write the bounded '
+            "entries as smooth functions of free ones, such as lower + (upper - lower) * y.sigmoid()."
+        )
+    return NewtonKrylov([x], **{"step": Armijo(forward=2.0), "max_trials": 30, **options})
+
+
+def _within(x: Tensor, box: Box | None) -> Tensor:
+    """x without what rounding of its units takes beyond the bounds."""
+    return x if box is None else x.reshape(-1).clamp(box.lower, box.upper).view_as(x)
 
 
 def _told(
@@ -152,9 +174,9 @@ def _told(
     return stops
 
 
-def _units(scale: Any, start: Tensor) -> Tensor:
-    """The scale as a tensor like the start."""
-    if scale is None and 0 < start.numel() <= MATRIX_LIMIT:
+def _units(scale: Any, start: Tensor, guess: bool) -> Tensor:
+    """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
+    if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
         sizes = start.detach().abs()
         if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
             scale = sizes
@@ -202,7 +224,7 @@ class _Run:
             if self._course.worth_a_look(self._x.detach()) and (
                 end := self._look(stalled=not record.accepted)
             ):
-                return end
+                return self._polished(end)
             # An accepted step may be too short to change any entry of x.
             failures = failures + 1 if torch.equal(self._x, before) else 0
             # Where losses differ by rounding only, steps may go to and fro for ever.
@@ -214,6 +236,16 @@ class _Run:
                     return Termination.NON_FINITE
                 return self._look(stalled=True) or Termination.NO_PROGRESS
         return self._look() or Termination.MAX_ITERATIONS
+
+    def _polished(self, end: Termination) -> Termination:
+        """A last step for least squares, which takes the point from within the tolerances to within rounding."""
+        wanted = isinstance(self._optimizer, LeastSquares) and end is not Termination.PRECISION
+        if not wanted or len(self.records) >= self._maxiter:
+            return end
+        before = self._x.detach().clone()
+        record = self._stepped()
+        stopped = record is not None and record.accepted and self._took(before, record)
+        return Termination.STOPPED if stopped else end
 
     def gradient(self) -> tuple[Tensor, int]:
         """At the last point, and how many evaluations it took."""

@@ -12,7 +12,7 @@ from imstep.curvature.frozen import Linearisation
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
-from imstep.linalg import ProgressStall, RelativeResidual, conjugate_gradient
+from imstep.linalg import LinearOperator, ProgressStall, RelativeResidual, conjugate_gradient
 from imstep.optim.direction import Escape, escape_direction
 
 MATRIX_LIMIT = 100
@@ -50,7 +50,11 @@ class Stationarity:
 
 
 def stationarity_at(
-    point: Linearisation, parameters: ParameterVector, typical: Tensor | None = None, seed: int = 0
+    point: Linearisation,
+    parameters: ParameterVector,
+    typical: Tensor | None = None,
+    held: Tensor | None = None,
+    seed: int = 0,
 ) -> Stationarity:
     """Measure a point with finite loss and gradient.
 
@@ -58,17 +62,42 @@ def stationarity_at(
         point: loss, gradient and derivative at the parameters as they are.
         parameters: the vector.
         typical: sizes (n,) in place of the entries' own for ``size``.
+        held: entries (n,) that bounds hold back, which are left out.
         seed: of the random start of Lanczos' method, beyond ``MATRIX_LIMIT`` parameters.
 
     Cost: n products at once up to ``MATRIX_LIMIT`` parameters, then 32 for the curvature and up to 100 for the step.
     """
-    hessian = hessian_of(point, parameters)
-    x = parameters.get()
+    hessian: TapeOperator | _Face = hessian_of(point, parameters)
+    x, gradient = parameters.get(), point.gradient
+    typical = x if typical is None else typical
+    if held is not None:
+        hessian = _Face(hessian, held)
+        gradient, typical = gradient.masked_fill(held, 0.0), typical.masked_fill(held, 0.0)
     measure = _by_matrix if hessian.size <= MATRIX_LIMIT else _by_products
-    return measure(hessian, point.gradient, x, x if typical is None else typical, seed)
+    return measure(hessian, gradient, x, typical, seed)
 
 
-def _by_matrix(operator: TapeOperator, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
+class _Face(LinearOperator):
+    """A Hessian on the entries that are free."""
+
+    def __init__(self, hessian: TapeOperator, held: Tensor) -> None:
+        super().__init__(hessian.size, hessian.dtype, hessian.device)
+        self._hessian, self._held = hessian, held
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return (self._hessian @ vector.masked_fill(self._held, 0.0)).masked_fill(self._held, 0.0)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        held = self._held[:, None]
+        return (self._hessian @ block.masked_fill(held, 0.0)).masked_fill(held, 0.0)
+
+    @property
+    def products(self) -> int:
+        """As of the Hessian."""
+        return self._hessian.products
+
+
+def _by_matrix(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
     del seed
     eps = torch.finfo(gradient.dtype).eps
     matrix = operator.to_dense().double()
@@ -98,7 +127,7 @@ def _by_matrix(operator: TapeOperator, gradient: Tensor, x: Tensor, typical: Ten
     )
 
 
-def _by_products(operator: TapeOperator, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
+def _by_products(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
     eps, norm = torch.finfo(gradient.dtype).eps, float(gradient.norm())
     escape = escape_direction(operator, gradient, seed)
     signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1

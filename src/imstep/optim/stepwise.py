@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.optim.box import Box
 from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -40,6 +41,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
         cost: everything spent so far.
     """
+
+    _box: Box | None = None
+    """Bounds on the parameters, where there are any."""
 
     def __init__(self, params: Iterable[Any], memory: Memory, max_refusals: int) -> None:
         if max_refusals < 1:
@@ -87,7 +91,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def _adopt(self, parameters: ParameterVector) -> None:
         """Take up other parameters; the last step does not fit them."""
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.
@@ -118,7 +122,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     ) -> StepRecord:
         """Look at the present point without a step, unless it proves a saddle: see :class:`Examination`."""
         frozen = self._frozen(closure)
-        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave))
+        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave, self._box))
         assert self.last_step is not None
         return self.last_step
 

@@ -1,0 +1,60 @@
+"""Whether a loss is computed anew from the parameters each time that a closure is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+class StaleLossError(ValueError):
+    """The closure's value does not follow the parameters that its derivative is taken of."""
+
+
+def nodes_of(loss: Tensor) -> set[tuple[str, int]]:
+    """The nodes of a graph but its leaves, by name and number, so that none is kept alive."""
+    return {_key(node) for node in _walk([loss.grad_fn])}
+
+
+def check_fresh(loss: Tensor, again: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Raise if part of the way from the parameters to a loss is in the graph of a second evaluation as well.
+
+    Args:
+        loss, again: two evaluations, both with their graphs.
+
+    Raises:
+        StaleLossError: a part was computed outside the closure, or kept from one call to the next.
+    """
+    first = set(_walk([loss.grad_fn]))
+    ours = {id(p) for p in parameters}
+    shared = [node for node in _walk([again.grad_fn]) if node in first]
+    if any(_is_leaf(node) and id(node.variable) in ours for node in _walk(shared, leaves=True)):
+        raise StaleLossError(
+            "part of what the loss is computed from was computed before the closure was called, or is kept from one "
+            f"call to the next (at {shared[0].name()}): it has a derivative, but does not follow the parameters. "
+            "Compute all that depends on the parameters inside the closure, each time anew."
+        )
+
+
+def _walk(roots: Sequence[Any], leaves: bool = False) -> list[Any]:
+    """The nodes that roots depend on, each once."""
+    found: dict[Any, None] = {}
+    waiting = [root for root in roots if root is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in found or (not leaves and _is_leaf(node)):
+            continue
+        found[node] = None
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    return list(found)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node.name() == _LEAF
+
+
+def _key(node: Any) -> tuple[str, int]:
+    return node.name(), node._sequence_nr()

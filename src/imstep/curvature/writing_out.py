@@ -1,0 +1,195 @@
+"""Columns or rows of a Jacobian that no graph tells: all at once by forward products, or in blocks backward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.curvature.frozen import FrozenClosure, usable
+from imstep.curvature.gradient_rows import GradientRows, PlainRows
+from imstep.curvature.hooks import HookWatch, mask_of
+from imstep.curvature.ownership import KnownOwners
+from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
+from imstep.curvature.products import ReplayedProducts
+from imstep.curvature.squares import Residuals, require_residuals
+
+_SLACK = 1e3
+"""Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
+
+_GOLDEN = (5**0.5 - 1) / 2
+"""The fractions of its multiples are spread evenly, and all differ."""
+
+_MANY = 64
+"""Products or passes from which a Jacobian is dear."""
+
+_BLOCK = 2**22
+"""Entries of rows that a block of backward passes makes at most; our choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """A combination of the rows of J by autograd, against which rows are checked.
+
+    Factors that differ tell a row that belongs to another residual, or to several.
+
+    Attributes:
+        factors: (N,).
+        exact: Jᵀ times them, by parameter.
+    """
+
+    factors: Tensor
+    exact: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, residuals: Residuals, tensors: Sequence[Tensor]) -> Check:
+        """By a backward pass.
+
+        Raises:
+            ValueError: the residuals depend on none of the tensors.
+        """
+        values = residuals.values
+        factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
+        hooks = HookWatch(tensors)
+        with hooks.watching():
+            exact = usable(list(residuals.pull_back(factors, tensors)))
+        for factor in hooks.factors() or []:
+            if factor is not None:
+                mask_of(factor)
+        return cls(factors, exact)
+
+    def wrong(self, parts: Sequence[GradientRows | None]) -> list[int]:
+        """The parameters whose rows, times the factors, do not add up to what autograd says."""
+        pairs = zip(parts, self.exact, strict=True)
+        return [at for at, (part, g) in enumerate(pairs) if not self._right(part, g)]
+
+    def _right(self, part: GradientRows | None, g: Tensor | None) -> bool:
+        if g is None:
+            return True
+        missed, size = as_reals(g).double().reshape(-1), 0.0
+        if part is not None:
+            missed = missed - part.rmatvec(self.factors.double())
+            size = float(part.squared_norms.sqrt().sum())
+        # What is not finite is not wrong: the gradient will show it.
+        return not float(missed.norm()) > _SLACK * torch.finfo(g.dtype).eps * size
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluation of a loss.
+
+    Attributes:
+        loss: 0-dim, with its graph.
+        residuals: of it.
+        tape: the derivative of the tensors that the residuals are made of; None where it was not recorded.
+    """
+
+    loss: Tensor
+    residuals: Residuals
+    tape: Tape | None = None
+
+    @classmethod
+    def of(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation:
+        """The first on a batch, recorded where that is known to be wanted."""
+        recorded = cls.recorded(frozen, parameters, known) if known.recorded else None
+        if recorded is not None:
+            return recorded
+        loss = frozen.loss_with_graph(watch=True)
+        return cls(loss, require_residuals(loss))
+
+    @classmethod
+    def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
+        """One that is recorded; None where the closure cannot be."""
+        tape = Tape()
+        arithmetic = frozen.arithmetic(tape=tape)
+        for p in parameters.tensors:
+            arithmetic.attach(p, lent=True)
+        try:
+            loss = frozen.loss_with_graph(arithmetic=arithmetic)
+            residuals = require_residuals(loss)
+            arithmetic.finish([o.z for o in residuals.outputs])
+        except (UnsupportedOperatorError, TapeChangedError):
+            frozen.undo()
+            known.recorded = None
+            return None
+        finally:
+            for p in parameters.tensors:
+                arithmetic.release(p)
+        return cls(loss, residuals, tape)
+
+
+def write_out(
+    evaluation: Evaluation,
+    positions: Sequence[int],
+    frozen: FrozenClosure,
+    parameters: ParameterVector,
+    known: KnownOwners,
+    check: Check,
+) -> list[GradientRows]:
+    """The rows of some parameters, by position: columns where they are no more than the rows."""
+    if not positions:
+        return []
+    residuals, tensors = evaluation.residuals, [parameters.tensors[at] for at in positions]
+    count, columns = len(residuals.values), sum(as_reals(p).numel() for p in tensors)
+    if min(count, columns) > _MANY:
+        warnings.warn(
+            f"{len(positions)} of {len(parameters.tensors)} parameters are used in ways that are not recognised; "
+            f"their part of the Jacobian takes {min(count, columns)} products.",
+            stacklevel=5,
+        )
+    if columns <= count and known.recorded is not None:
+        known.recorded = True
+        recorded = evaluation if evaluation.tape is not None else Evaluation.recorded(frozen, parameters, known)
+        if recorded is not None:
+            parts = by_columns(recorded, positions, parameters)
+            residuals.passes += columns
+            if not Check(check.factors, [check.exact[at] for at in positions]).wrong(parts):
+                return parts
+            known.recorded = None  # something is out of the record's sight
+    return [PlainRows(rows) for rows in in_blocks(residuals, tensors)]
+
+
+@torch.no_grad()
+def by_columns(evaluation: Evaluation, positions: Sequence[int], parameters: ParameterVector) -> list[GradientRows]:
+    """The rows of some parameters from all of their columns, by one replay of the tape."""
+    assert evaluation.tape is not None
+    residuals, part = evaluation.residuals, parameters.part(positions)
+    outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
+    products = ReplayedProducts(evaluation.tape, outputs, parameters)
+    block = products.block(range(len(residuals.outputs)), positions)
+    made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
+    rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
+    for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
+        rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)
+    return [PlainRows(of) for of in rows.split(part.sizes, 1)]
+
+
+def in_blocks(residuals: Residuals, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of parameters by backward passes, as many at once as there is room for: (N, entries) each."""
+    count, sizes = len(residuals.values), [as_reals(p).numel() for p in tensors]
+    width = sum(sizes)
+    rows = [torch.zeros(count, n, dtype=torch.float64, device=residuals.values.device) for n in sizes]
+    at_once = max(1, min(count, _BLOCK // max(width, count)))
+    unit = torch.zeros(at_once, count, dtype=residuals.values.dtype, device=residuals.values.device)
+    for index in torch.arange(count, device=unit.device).split(at_once):
+        block = unit[: len(index)].zero_()
+        block[torch.arange(len(index), device=unit.device), index] = 1
+        for whole, g in zip(rows, _pulled_back(residuals, block, tensors), strict=True):
+            if g is not None:
+                whole[index] = as_reals(g).reshape(len(index), -1).double()
+    return rows
+
+
+def _pulled_back(residuals: Residuals, block: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients (k, ...) of a block (k, N) of combinations."""
+    try:
+        return residuals.pull_back_block(block, tensors)
+    except RuntimeError:  # a backward pass that vmap cannot take, of a custom function
+        made: list[Any] = [residuals.pull_back(one, tensors) for one in block]
+        return [None if row[0] is None else torch.stack(row) for row in zip(*made, strict=True)]

@@ -1,0 +1,62 @@
+"""In what units steps of least squares are measured."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.linalg import RowMatrix
+
+
+class Scaling(ABC):
+    """The D of the damping λ‖D d‖²."""
+
+    @abstractmethod
+    def norms(self, jacobian: RowMatrix, last: Tensor | None) -> Tensor | None:
+        """The diagonal of D, (n,), where 0 stands for 1; None for D = 1.
+
+        Args:
+            jacobian: J at the new point.
+            last: what this returned at the last one; None at the first.
+        """
+
+
+    def reach(self, scaled: Tensor, first: bool) -> float:
+        """The longest ‖D d‖ of a step from w, given D w (n,) and whether it is the first of all."""
+        return math.inf
+
+
+class Unscaled(Scaling):
+    """D = 1: all parameters have one unit, as the weights of a network do. J is not written out."""
+
+    def norms(self, jacobian: RowMatrix, last: Tensor | None) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class ColumnNorms(Scaling):
+    """The largest norm so far of each column of J: steps do not depend on the parameters' units. J is written out.
+
+    Source: MINPACK; Moré, The Levenberg-Marquardt algorithm: implementation and theory (1978), section 6.
+
+    Example:
+        >>> from imstep.linalg import DenseRows
+        >>> scaling, J = ColumnNorms(), torch.tensor([[3.0, 1.0], [4.0, 0.0]], dtype=torch.float64)
+        >>> first = scaling.norms(DenseRows(J), None)
+        >>> scaling.norms(DenseRows(J.flip(1) / 2), first)
+        tensor([5.0000, 2.5000], dtype=torch.float64)
+    """
+
+    memory: float = 0.5
+    factor: float = 10.0
+
+    def norms(self, jacobian: RowMatrix, last: Tensor | None) -> Tensor | None:
+        now = torch.linalg.vector_norm(jacobian.written_out(), dim=0)
+        return now if last is None else torch.maximum(now, self.memory * last)
+
+    def reach(self, scaled: Tensor, first: bool) -> float:
+        return self.factor * float(scaled.norm()) or math.inf if first else math.inf

@@ -52,6 +52,7 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = {
     "dist": (lambda t: torch.dist(t, ORIGIN + 1) ** 2, ORIGIN + 1, 2 * EYE),
     "pairwise_distance": (lambda t: (F.pairwise_distance(t[None], ORIGIN[None], eps=0.0) ** 2).sum(), ORIGIN, 2 * EYE),
     "cdist": (lambda t: (torch.cdist(ORIGIN[None], t[None]) ** 2).sum(), ORIGIN, 2 * EYE),
+    "cdist of numbers": (lambda t: (torch.cdist(t[:, None], ORIGIN[:1, None], p=1.0) ** 2).sum(), ORIGIN, 2 * EYE),
     "cdist by products": (
         lambda t: (torch.cdist(t[None], ORIGIN[None] + 1, compute_mode="use_mm_for_euclid_dist") ** 2).sum(),
         ORIGIN + 1,

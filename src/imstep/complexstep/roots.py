@@ -64,7 +64,7 @@ class Roots:
         number = next(_numbers)
         self._root, self._ratio = f"_imstep_root_{number}", f"_imstep_ratio_{number}"
         self._roots: dict[Any, Root] = {}
-        self._signed: dict[int, tuple[Window, Tensor, Tensor, Root]] = {}  # by memory; what is kept keeps its place
+        self._signed: dict[int, tuple[Window, Tensor, Any, Root]] = {}  # by memory; what is kept keeps its place
         self._warned: set[OpOverload] = set()
         self._seeds = 0
         self._inside = False
@@ -85,9 +85,9 @@ class Roots:
             else:
                 root.look(parts)
         value.untyped_storage().__dict__[self._root] = root
-        if func is ABSOLUTE or root.edged:  # of which the gradient is a multiple of the sign
-            x = tensors[0]
-            self._signed[_memory(x)] = Window(x), x, wide(func, args, kwargs, value), root
+        norm = wide(func, args, kwargs, value)
+        if (root.edged and norm is not None) or func is ABSOLUTE:  # of which the gradient is a multiple of the sign
+            self._signed[_memory(tensors[0])] = Window(tensors[0]), tensors[0], norm, root
         if root.round and not root.edged:
             self._bend(root, value, tensors, parts)
         self._mark(root, value)

@@ -18,7 +18,8 @@ from imstep.complexstep.rules.piecewise import expanded
 aten = torch.ops.aten
 
 _NORMS = (aten.linalg_vector_norm.default, aten.norm.Scalar, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-_PAIRS = (aten._cdist_forward.default, aten._pdist_forward.default, aten.dist.default)
+_ROWS = (aten._cdist_forward.default, aten._pdist_forward.default)
+_PAIRS = (*_ROWS, aten.dist.default)
 _DEVIATIONS = (aten.std.correction, aten.std_mean.correction)
 EUCLIDEAN, ABSOLUTE = aten._euclidean_dist.default, aten.abs.default
 ROOTS = {id(op) for op in (*_NORMS, *_PAIRS, *_DEVIATIONS, EUCLIDEAN, ABSOLUTE)}
@@ -84,8 +85,8 @@ def root_of(func: OpOverload, args: Any, kwargs: Any, value: Tensor, seed: int) 
 
     power = _power(func, args)
     edged = (func is ABSOLUTE and not tensors[0].is_complex()) or power <= 1 or math.isinf(power)
-    alone = power == 2 or value.numel() == tensors[0].numel()
-    return Root(func, user_place(), alone, edged, apply, value == 0, seed)
+    of_one = value.numel() == tensors[0].numel() or (func in _ROWS and tensors[0].shape[-1] == 1)
+    return Root(func, user_place(), power == 2 or of_one, edged, apply, value == 0, seed)
 
 
 def first(outputs: Any) -> Tensor:
@@ -111,10 +112,10 @@ def _power(func: OpOverload, args: Any) -> float:
     return 2.0 if len(args) <= at or args[at] is None else float(args[at])
 
 
-def wide(func: OpOverload, args: Any, kwargs: Any, value: Tensor) -> Tensor:
-    """A norm in the shape that it has with keepdim."""
+def wide(func: OpOverload, args: Any, kwargs: Any, value: Tensor) -> Tensor | None:
+    """A norm, or an absolute value, in the shape that it has with keepdim; None for another root."""
     if func not in _NORMS:
-        return value
+        return value if func is ABSOLUTE else None
     given = {argument.name: a for argument, a in zip(func._schema.arguments, args, strict=False)} | kwargs
     dim = given.get("dim")
     return expanded(value, tuple(dim) if dim else tuple(range(args[0].dim())), given.get("keepdim", False))

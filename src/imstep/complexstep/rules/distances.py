@@ -37,6 +37,8 @@ def _norm(e, p):
 def _norm_gradient(e, p, d):
     """The gradient of ``d``, the p-norm of ``e``, one vector per norm."""
     d = d.unsqueeze(-1)
+    if e.shape[-1] == 1 and p != 0:
+        p = 2  # the absolute value, whatever p
     if p == 0:
         return torch.zeros_like(e)
     if p == 1:

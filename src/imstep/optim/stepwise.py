@@ -13,8 +13,8 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
-from imstep.optim.examination import Examination
 from imstep.optim.box import Box
+from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.stationarity import Stationarity

@@ -3,7 +3,7 @@
 python benchmarks/nist.py           # what the record lacks; writes records/nist.json and docs/fitting.md
 python benchmarks/nist.py --table   # the tables again, from the record
 
-All defaults, but for SciPy's tolerances, which are as small as it takes, and its `x_scale="jac"`. Derivatives are exact.
+All defaults, but for SciPy's tolerances, as small as it takes, and its `x_scale="jac"`. Derivatives are exact.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from curvature_cases import F64, normal, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imstep.curvature import NoResidualsError, ParameterVector, ResidualJacobian
+from imstep.curvature import ParameterVector, ResidualJacobian
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 

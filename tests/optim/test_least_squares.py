@@ -353,8 +353,9 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "wanted"),
-    [({"damping": 1e-3}, "ContractionDamping"), ({"factorisation": "dense"}, "Factorisation"), ({"scaling": "columns"}, "Scaling")],
-)
+    [({"damping": 1e-3}, "ContractionDamping"), ({"factorisation": "dense"}, "Factorisation"),
+     ({"scaling": "columns"}, "Scaling")],
+)  # fmt: skip
 def test_options_of_another_kind(options: dict[str, Any], wanted: str) -> None:
     with pytest.raises(TypeError, match=wanted):
         LeastSquares(network().parameters(), **options)

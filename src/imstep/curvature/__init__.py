@@ -9,7 +9,9 @@ from imstep.curvature.jacobian import Jacobian
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
-from imstep.curvature.residual_jacobian import NoResidualsError, ResidualJacobian
+from imstep.curvature.residual_jacobian import ResidualJacobian
+from imstep.curvature.squares import NoResidualsError
+from imstep.curvature.staleness import StaleLossError
 
 __all__ = [
     "BatchOperator",
@@ -32,5 +34,6 @@ __all__ = [
     "Poisson",
     "Reduction",
     "ResidualJacobian",
+    "StaleLossError",
     "SumOverBatches",
 ]

@@ -24,7 +24,7 @@ _CHUNK = 128
 """Rows of a Gram matrix at a time."""
 
 AFFORDABLE = 1000
-"""Rows or columns, whichever are fewer, up to which a Jacobian of residuals that depend on each other is written out."""
+"""Rows or columns, whichever are fewer, up to which J is written out where residuals depend on each other."""
 
 
 class JacobianRows(RowMatrix):

@@ -81,7 +81,8 @@ def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Uses:
     """The uses of parameters in what ``outputs`` are computed from.
 
     Known are linear layers and matrix products of two dimensions, stacks of them (as ``torch.func.vmap`` makes of an
-    ensemble), convolutions with one group, and parameters that are added to or multiply a larger tensor. An output that is a parameter itself counts as unknown.
+    ensemble), convolutions with one group, and parameters that are added to or multiply a larger tensor. An output that
+    is a parameter itself counts as unknown.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.

@@ -74,9 +74,9 @@ class BoxedParameters(ParameterVector):
         if bool(outside.any()):
             at = int(outside.nonzero()[0, 0])
             raise ValueError(
-                f"{int(outside.sum())} entries of the start lie outside their bounds: entry {at} is {float(w[at])}, "
-                f"its bounds are {float(box.lower[at])} and {float(box.upper[at])}. Start within the bounds, for "
-                "instance from start.clamp(lower, upper)."
+                f"the start lies outside the bounds in {int(outside.sum())} of its entries: entry {at} is "
+                f"{float(w[at])}, its bounds are {float(box.lower[at])} and {float(box.upper[at])}. Start within them, "
+                "for instance from start.clamp(lower, upper)."
             )
         bounds = zip(self.unflatten(box.lower), self.unflatten(box.upper), strict=True)
         self._bounds = [(lower.clone(), upper.clone()) for lower, upper in bounds]
@@ -92,9 +92,9 @@ def box_of(bounds: Any, start: Tensor, units: Tensor) -> Box | None:
     """Bounds as SciPy takes them, on start / units.
 
     Args:
-        bounds: an object with ``lb`` and ``ub``, such as ``scipy.optimize.Bounds``; a pair of numbers, arrays or tensors
-            (lower, upper), each for all entries or like ``start``; or one pair (lower, upper) for each entry, None
-            where there is no bound. None for no bounds.
+        bounds: an object with ``lb`` and ``ub``, such as ``scipy.optimize.Bounds``; a pair of numbers, arrays or
+            tensors (lower, upper), each for all entries or like ``start``; or one pair (lower, upper) for each entry,
+            None where there is no bound. None for no bounds.
 
     Raises:
         ValueError, TypeError: it is none of these, or :class:`Box` refuses it.

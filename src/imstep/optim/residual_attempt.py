@@ -37,6 +37,9 @@ _FINE = 10.0
 _LOWER = 0.9
 """Of a gradient: what is no more than this is lower, rounding or not."""
 
+_SOON = 2
+"""Trials of a step after which λ grows ever faster."""
+
 _PATIENCE = 3
 """Trials in a step whose decrease is rounding and whose gradient is no lower."""
 
@@ -185,7 +188,7 @@ class ResidualAttempt(StepAttempt):
         if shift is not None:
             shifted = self._residuals_at(shift)
         place = lambda u: ground.step(u) if shift is None else ground.step(u) + shift
-        for _ in range(settings.max_trials):
+        for failures in range(settings.max_trials):
             step = chord_iterations(
                 ground.space.reduced,
                 residuals,
@@ -206,14 +209,17 @@ class ResidualAttempt(StepAttempt):
             if patience == 0:
                 break
             promised |= not fine and step.promise > 0
-            damping, shift, shifted = rule.again(damping, step.ratio), None, residuals
+            # λ may be off by many orders of magnitude, as where steps have become long on the way out of a saddle.
+            damping = rule.again(damping, step.ratio) * 2.0 ** max(failures - _SOON, 0)
+            shift, shifted = None, residuals
         if promised and not self._follows:
             raise StaleLossError(
                 "the loss has a derivative, but at no trial point was it another than at the start: it does not follow "
                 "the parameters. Look for a result that is kept from an earlier call, for detach() or .data, and for "
                 "rounding, and compute all that depends on the parameters anew inside the closure."
             )
-        record = replace(record, outcome=StepOutcome.REJECTED, trials=self._spent.losses, cost=record.cost + self._spent)
+        spent = record.cost + self._spent
+        record = replace(record, outcome=StepOutcome.REJECTED, trials=self._spent.losses, cost=spent)
         # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
         return record, replace(memory, damping=rule.again(memory.damping, math.inf))
 

@@ -67,11 +67,12 @@ def stationarity_at(
 
     Cost: n products at once up to ``MATRIX_LIMIT`` parameters, then 32 for the curvature and up to 100 for the step.
     """
-    hessian: TapeOperator | _Face = hessian_of(point, parameters)
+    whole = hessian_of(point, parameters)
+    hessian: TapeOperator | _Face = whole
     x, gradient = parameters.get(), point.gradient
     typical = x if typical is None else typical
     if held is not None:
-        hessian = _Face(hessian, held)
+        hessian = _Face(whole, held)
         gradient, typical = gradient.masked_fill(held, 0.0), typical.masked_fill(held, 0.0)
     measure = _by_matrix if hessian.size <= MATRIX_LIMIT else _by_products
     return measure(hessian, gradient, x, typical, seed)
@@ -127,7 +128,9 @@ def _by_matrix(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typi
     )
 
 
-def _by_products(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
+def _by_products(
+    operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typical: Tensor, seed: int
+) -> Stationarity:
     eps, norm = torch.finfo(gradient.dtype).eps, float(gradient.norm())
     escape = escape_direction(operator, gradient, seed)
     signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep import Arithmetic
@@ -109,7 +110,7 @@ class FrozenClosure:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        with self._same_state(), self._own_gradients():
+        with self._same_state(), self._own_gradients(), _same_attention():
             loss = self._call()
             gradients = self._gradients_of(loss, partial(torch.autograd.grad, allow_unused=True))
         return loss.detach(), self._parameters.flatten(gradients)
@@ -131,7 +132,8 @@ class FrozenClosure:
         """
         self.losses += 1
         watching = self.arithmetic() if watch else nullcontext()
-        with self._same_state(), self._own_gradients(), _NoBackward(self._parameters.tensors), watching:
+        skipping = _NoBackward(self._parameters.tensors)
+        with self._same_state(), self._own_gradients(), skipping, _same_attention(), watching:
             return self._call()
 
     def _differentiate(
@@ -239,6 +241,14 @@ class FrozenClosure:
         finally:
             for p, g in zip(inputs, before, strict=True):
                 p.grad = g
+
+
+def _same_attention() -> AbstractContextManager[Any]:
+    """Attention by the formulation that complex-step numbers use, so that a dropout draws the same mask.
+
+    Fused kernels draw their own, and one behind attention draws in the order of its output's memory, which differs.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def scalar(loss: Any) -> Tensor:

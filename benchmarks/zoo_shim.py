@@ -10,7 +10,7 @@ import torch
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError:
     _LIBRARY = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):

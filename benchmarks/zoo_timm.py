@@ -12,25 +12,33 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo_problem import Problem, draw, scalar
 
 LARGEST = 5_000_000  # parameters
 CLASSES, BATCH = 5, 4  # batch statistics of two are ill-conditioned
-_SMALL = ("test_", "atto", "femto", "pico", "nano", "xxs", "xx_small", "xxtiny", "xtiny", "xs", "tiny", "mini",
-          "small", "b0", "s0", "m0", "t0", "t8", "050", "035", "s050", "_ti", "_t", "14", "18", "s12", "_s", "h1")  # fmt: skip
-_NUMBERS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "dim": 32, "inner_dim": 8, "stem_hidden_dim": 8,
-            "growth_rate": 8, "base_width": 8, "num_init_features": 16}  # fmt: skip
-_LISTS = {"depths": (1,), "layers": (1,), "num_heads": (2,), "embed_dims": (16, 32, 32, 64), "dims": (16, 32, 32, 64),
-          "channels": (16, 32, 32, 64), "block_config": (2,), "stages": (1,), "hidden_sizes": (8, 8, 16, 16)}  # fmt: skip
+_SMALL = (
+    "test_", "atto", "femto", "pico", "nano", "xxs", "xx_small", "xxtiny", "xtiny", "xs", "tiny", "mini", "small", "b0",
+    "s0", "m0", "t0", "t8", "050", "035", "s050", "_ti", "_t", "14", "18", "s12", "_s", "h1",
+)  # fmt: skip
+_NUMBERS = {
+    "embed_dim": 32, "depth": 2, "num_heads": 2, "dim": 32, "inner_dim": 8, "stem_hidden_dim": 8, "growth_rate": 8,
+    "base_width": 8, "num_init_features": 16,
+}  # fmt: skip
+_WIDTHS = (16, 32, 32, 64)
+_LISTS: dict[str, tuple[int, ...]] = {
+    "depths": (1,), "layers": (1,), "num_heads": (2,), "embed_dims": _WIDTHS, "dims": _WIDTHS, "channels": _WIDTHS,
+    "block_config": (2,), "stages": (1,), "hidden_sizes": (8, 8, 16, 16),
+}  # fmt: skip
 _OTHERS = {"naflexvit": {"embed_dim": 32, "depth": 2, "num_heads": 2}}  # by fields of a configuration
 _PICTURES = (32, 64, 96, 224)
 
 
 def cases() -> dict[str, Callable[[], Problem]]:
     """Name -> how to build it."""
-    return {f"timm/{family}": partial(build, family) for family in timm.list_modules() if timm.list_models(module=family)}
+    families = [family for family in timm.list_modules() if timm.list_models(module=family)]
+    return {f"timm/{family}": partial(build, family) for family in families}
 
 
 def build(family: str) -> Problem:
@@ -80,10 +88,9 @@ def _built(name: str, way: dict[str, Any]) -> Problem:
                 model(torch.zeros(BATCH, 3, picture, picture))
         except Exception:  # too small for its windows or strides, or of a fixed size
             continue
-        images = draw(BATCH, 3, picture, picture)
-        return Problem(model, lambda: scalar(model(images.to(_dtype(model)))))
+        return Problem(model, partial(_loss, model, draw(BATCH, 3, picture, picture)))
     raise ValueError(f"{name} takes no picture of {_PICTURES}")
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
+def _loss(model: nn.Module, images: Tensor) -> Tensor:
+    return scalar(model(images.to(next(model.parameters()).dtype)))

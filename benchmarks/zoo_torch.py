@@ -25,7 +25,8 @@ def _of(module: nn.Module, f: Callable[[Tensor], object], shape: tuple[int, ...]
 
 
 def weight_norm() -> Problem:
-    return _sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Tanh(), parametrizations.weight_norm(nn.Linear(8, 3)))
+    normed = parametrizations.weight_norm
+    return _sequential(normed(nn.Linear(8, 8)), nn.Tanh(), normed(nn.Linear(8, 3)))
 
 
 def spectral_norm() -> Problem:

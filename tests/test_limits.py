@@ -48,7 +48,7 @@ def run(source: str) -> None:
 
 def raised(source: str) -> str:
     """Type and message of the error, on one line, without the line of code that it names."""
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 the page says which
+    with pytest.raises(Exception) as caught:
         run(source)
     message = re.sub(r" \(called from [^)]*\)", "", f"{caught.type.__name__}: {caught.value}")
     return " ".join(message.split())

@@ -134,8 +134,12 @@ class Judge:
             return self._loss()
 
     def gradient(self) -> list[Tensor]:
-        """Of the loss, by PyTorch."""
-        return list(torch.autograd.grad(self.loss(), self.params, allow_unused=True, materialize_grads=True))
+        """Of the loss, by PyTorch.
+
+        Attention is the mathematical one: behind it dropout draws in the order of memory, which fused kernels change.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            return list(torch.autograd.grad(self.loss(), self.params, allow_unused=True, materialize_grads=True))
 
     # --- the reference ------------------------------------------------------------------------------------------
 

@@ -52,24 +52,25 @@ def in_brief(record: dict[str, Any]) -> str:
     for side, label in SIDES.items():
         count = Counter(_verdict(row, side) for row in rows.values())
         body.append([label, *(str(count[verdict]) for verdict in VERDICTS)])
-    wrong = sorted({_plain(name) for name, row in rows.items() if _silent(row)}, key=str.lower)
-    missing = sorted({_plain(name) for name, row in rows.items() if _absent(row)}, key=str.lower)
+    wrong = _by_package([name for name, row in rows.items() if _silent(row)])
+    missing = _by_package([name for name, row in rows.items() if _absent(row)])
     return "\n\n".join(
         [
             table([f"Hessian-vector products of {len(rows)} networks", *VERDICTS], body),
-            f"Silently wrong by double backward and right here: {_some(wrong)}. Not there and right here, with any "
-            f"attention: {_some(missing)}. Case by case: [networks that others wrote](docs/zoo.md).",
+            f"Silently wrong by double backward and right here: {wrong}. Not there and right here, whatever attention "
+            f"is used: {missing}. Case by case: [networks that others wrote](docs/zoo.md).",
         ]
     )
 
 
-def _some(names: list[str], most: int = 14) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _plain(name: str) -> str:
-    package, case = name.split("/", 1)
-    return case if package == "torch" else f"{case} ({PACKAGES.get(package, package)})"
+def _by_package(cases: list[str], most: int = 4) -> str:
+    """Names of cases, a few of each package."""
+    names: dict[str, list[str]] = {}
+    for case in cases:
+        names.setdefault(_package(case), []).append(case.split("/", 1)[1])
+    rest = lambda some: f" and {len(some) - most} more" if len(some) > most else ""
+    shown = {package: f"{', '.join(some[:most])}{rest(some)}" for package, some in names.items()}
+    return "; ".join(text if p == "torch" else f"{PACKAGES.get(p, p)}: {text}" for p, text in shown.items())
 
 
 def _silent(row: Row) -> bool:

@@ -208,7 +208,7 @@ class Judge:
         shapes = [_real(p.detach()).shape for p in self.params]
         parts = [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
         return [
-            torch.view_as_complex(part.contiguous()) if p.is_complex() else part
+            torch.view_as_complex(part.clone()) if p.is_complex() else part
             for part, p in zip(parts, self.params, strict=True)
         ]
 

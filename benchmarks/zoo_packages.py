@@ -250,7 +250,6 @@ def _neural_operator(name: str) -> Problem:
             "hidden_channels": 6, "uno_out_channels": [6, 6, 6], "uno_n_modes": [[4, 4]] * 3,
             "uno_scalings": [[1.0, 1.0], [0.5, 0.5], [1.0, 1.0]], "channel_mlp_skip": "linear", "n_layers": 3,
         },
-        "LocalNO": {"n_modes": (4, 4), "hidden_channels": 6, "default_in_shape": (8, 8), "disco_layers": False},
     }  # fmt: skip
     module = getattr(models, name)(in_channels=1, out_channels=1, **options[name])
     return _on(module, module, 2, 1, 8, 8)
@@ -292,7 +291,7 @@ _PACKAGES: dict[str, dict[str, Callable[[], Problem]]] = {
         name: partial(_normflows, name)
         for name in ("RealNVP", "planar", "radial", "residual", "residual, saving memory", "neural spline", "Glow")
     },
-    "neuralop": {name: partial(_neural_operator, name) for name in ("FNO", "TFNO", "UNO", "LocalNO")},
+    "neuralop": {name: partial(_neural_operator, name) for name in ("FNO", "TFNO", "UNO")},
 }  # fmt: skip
 
 

@@ -92,6 +92,22 @@ def _restore(saved: tuple[Any, ...]) -> None:
     torch.set_rng_state(torch.tensor(saved[2], dtype=torch.uint8))
 
 
+def test_dropout_behind_attention_draws_the_same_mask_in_every_evaluation() -> None:
+    """Masks are drawn in the order of memory, and fused attention orders its output as its queries are."""
+    w = nn.Parameter(torch.randn(2, 4, 3, 8, dtype=torch.float64))
+
+    def closure() -> Tensor:
+        heads = w.transpose(1, 2)
+        return F.dropout(F.scaled_dot_product_attention(heads, heads, heads), 0.5).square().mean()
+
+    frozen = FrozenClosure(closure, ParameterVector([w]))
+    at = frozen.linearise()
+    torch.testing.assert_close(frozen.loss(), at.loss, rtol=1e-13, atol=0)
+    loss, gradient = frozen.gradient()
+    torch.testing.assert_close(loss, at.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, at.gradient, rtol=1e-10, atol=1e-14)
+
+
 def test_next_batch_is_another_also_after_rejection() -> None:
     model = nn.Linear(4, 3).double()
     frozen = FrozenClosure(lambda: F.mse_loss(model(by_torch()), Y), ParameterVector(model))

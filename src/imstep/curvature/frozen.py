@@ -19,6 +19,7 @@ from torch import Tensor
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
+from imstep.complexstep.kernels import plain_attention
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
@@ -114,7 +115,7 @@ class FrozenClosure:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        with self._same_state(), self.user.own_gradients():
+        with self._same_state(), self.user.own_gradients(), plain_attention():
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, lambda f, inputs: gradients_of([f], inputs))
         return loss.detach(), self._parameters.flatten(gradients)
@@ -137,7 +138,8 @@ class FrozenClosure:
         """
         self.losses += 1
         watching = arithmetic or (self.arithmetic() if watch else nullcontext())
-        with self._same_state(), self.user.own_gradients(), watching:
+        # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
+        with self._same_state(), self.user.own_gradients(), plain_attention(), watching:
             return self.user.loss(self._numbers, skip=True)[0]
 
     def _differentiate(

@@ -104,8 +104,8 @@ def _incomplete_gamma(op, sign):
     return incomplete
 
 
-rule(aten.igamma.default, family="elementwise")(_incomplete_gamma(torch.special.gammainc, 1))
-rule(aten.igammac.default, family="elementwise")(_incomplete_gamma(torch.special.gammaincc, -1))
+rule(aten.igamma.default, family="elementwise")(_incomplete_gamma(aten.igamma.default, 1))
+rule(aten.igammac.default, family="elementwise")(_incomplete_gamma(aten.igammac.default, -1))
 
 
 @rule(aten.special_zeta.default, family="elementwise")

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from imstep.linalg.operator import LinearOperator, check_alike, check_vectors
+from imstep.linalg.fitting import check_alike, check_vectors
+from imstep.linalg.operator import LinearOperator
 
 
 def check_vector(operator: LinearOperator, vector: Tensor, solver: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.linalg.operator import LinearOperator, check_vectors
+from imstep.linalg.fitting import check_vectors
+from imstep.linalg.operator import LinearOperator
 
 
 @dataclass(frozen=True, eq=False)

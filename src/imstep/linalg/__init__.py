@@ -3,6 +3,7 @@
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.cg import conjugate_gradient
+from imstep.linalg.composed import ProductOperator, SubmatrixOperator
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
     IndefiniteRule,
@@ -23,6 +24,7 @@ from imstep.linalg.gram_factorisation import (
 )
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
+from imstep.linalg.inverse import InverseOperator, InverseSolution, NotSolvedError
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
@@ -59,16 +61,20 @@ __all__ = [
     "IdentityOperator",
     "IndefinitePreconditionerError",
     "IndefiniteRule",
+    "InverseOperator",
+    "InverseSolution",
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
     "LimitedMemoryPreconditioner",
     "LinearOperator",
     "NoiseTest",
+    "NotSolvedError",
     "NystromApproximation",
     "NystromPreconditioner",
     "PivotedCholesky",
     "ProductBudget",
+    "ProductOperator",
     "Progress",
     "ProgressStall",
     "RandomizedNystrom",
@@ -78,6 +84,7 @@ __all__ = [
     "ShiftedEigenvalues",
     "SplitOperator",
     "StoppingRule",
+    "SubmatrixOperator",
     "SumOperator",
     "adaptive_nystrom",
     "blended_conjugate_gradient",

@@ -94,6 +94,10 @@ class LinearOperator(ABC):
         """The transpose Aᵀ, an operator of shape (n, m)."""
         return TransposedOperator(self)
 
+    def gram(self) -> LinearOperator:
+        """A Aᵀ, an operator of shape (m, m)."""
+        return self @ self.T
+
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
 

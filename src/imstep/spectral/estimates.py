@@ -16,6 +16,9 @@ from imstep.spectral.probes import Samples, generator_of, images, orthonormal, s
 _FIRST = 8
 """Probes before anything is decided; fewer would not tell their own spread."""
 
+_TRIED = 32
+"""Directions that are taken out before growth must have paid: a spectrum may fall only beyond the first few."""
+
 _ROOM = 2**30
 """Bytes that the directions taken out may fill."""
 
@@ -133,7 +136,7 @@ def diagonal(
     Raises:
         ValueError: as for :func:`trace`.
 
-    Cost: without a decay of eigenvalues about 4 (‖A‖_F / (rtol ‖diag A‖))² products, at most 2 n; memory as for
+    Cost: without a decay of eigenvalues about 4 (‖A‖_F / (rtol ‖diag A‖))² products, and never much more than n; memory as for
     :func:`trace`.
 
     Source: Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57 (2007), 1214-1229; with Q, Baston and Nakatsukasa
@@ -229,7 +232,7 @@ class Adaptive:
             added = min(max(_FIRST, len(self._basis)), self._most - len(self._basis))
             growth = 2 * added - len(self._sketch) + _FIRST
             left = max_products - self._products
-            if missing >= size and self._products + growth >= size and left >= size:
+            if missing >= size and 2 * (self._products + growth) >= size and left >= size:
                 return self._exact()
             if not (pays and added > 0 and min(missing, left) > growth):
                 # What is missing is itself uncertain: at most as many again before it is asked anew.
@@ -238,9 +241,9 @@ class Adaptive:
                 self._sample(added - len(self._sketch))
             else:
                 self._grow(added)
-                pays = self._missing(rtol, atol) < missing - growth
+                pays = len(self._basis) < _TRIED or self._missing(rtol, atol) < missing - growth
         value = self._known + self._rest.mean
-        rounding = torch.finfo(self._operator.dtype).eps * (self._known.abs() + self._rest.mean.abs())
+        rounding = 10 * torch.finfo(self._operator.dtype).eps * (self._known.abs() + self._rest.mean.abs())
         return _Mean(value, self._rest.half_width + rounding, self._products, missing == 0)
 
     def _missing(self, rtol: float, atol: float) -> float:
@@ -284,6 +287,6 @@ class Adaptive:
             units = torch.zeros(count, size, dtype=operator.dtype, device=operator.device)
             units.diagonal(start).fill_(1)
             entries[start : start + count] = images(operator, units).diagonal(start)
-        rounding = torch.finfo(operator.dtype).eps * entries.abs()
+        rounding = 10 * torch.finfo(operator.dtype).eps * entries.abs()
         value, error = self._functional.of_diagonal(entries), self._functional.of_diagonal(rounding)
         return _Mean(value, error, self._products + size, bool(torch.isfinite(value).all()))

@@ -1,0 +1,262 @@
+"""The inverse of a damped operator, as an operator: each product is a solve, with a certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner
+from imstep.linalg.block_cg import block_conjugate_gradient
+from imstep.linalg.composed import ProductOperator
+from imstep.linalg.fitting import check_vectors
+from imstep.linalg.minres import minres
+from imstep.linalg.operator import LinearOperator
+from imstep.linalg.result import KrylovStatus
+from imstep.linalg.stopping import RelativeResidual
+
+F64 = torch.float64
+_SMALL = 512
+"""Rows up to which a matrix is decomposed: a second of arithmetic, and at most some iterative solves' products."""
+
+
+_ROUNDS = 2
+"""Corrections at most: the first takes away what rounding left, and a second that of the first."""
+
+
+class NotSolvedError(ArithmeticError):
+    """A product with an inverse that was not found to the accuracy asked for; `solve` tells what was."""
+
+
+@dataclass(frozen=True, eq=False)
+class InverseSolution:
+    """Solutions X of (A + λI) X = B, with their certificates.
+
+    Attributes:
+        solution: X, of B's shape; where a system was not solved, the best that was found.
+        residual_norms: ‖b - (A + λI)x‖ / ‖b‖ for each column b, (k,), computed from x by a product; 0 for b = 0.
+        converged: which of them meet the tolerance, (k,), of bool.
+        statuses: why each solve ended, k of them.
+        products: products with A that were spent, those of the certificates included.
+    """
+
+    solution: Tensor
+    residual_norms: Tensor
+    converged: Tensor
+    statuses: tuple[KrylovStatus, ...]
+    products: int
+
+
+def inverse(
+    operator: LinearOperator,
+    damping: float = 0.0,
+    preconditioner: LinearOperator | None = None,
+    *,
+    rtol: float = 1e-5,
+    max_iterations: int | None = None,
+) -> InverseOperator:
+    """See :meth:`~imstep.linalg.LinearOperator.inverse`."""
+    check_not_negative(damping=damping)
+    check_limit(max_iterations)
+    check_preconditioner(operator, preconditioner)
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol, the largest relative residual of a product, lies in (0, 1), got {rtol}.")
+    limit = min(10 * operator.size, 10_000) if max_iterations is None else max_iterations
+    return InverseOperator(operator, damping, preconditioner, rtol, limit)
+
+
+class InverseOperator(LinearOperator):
+    """(A + λI)⁻¹ of a symmetric A; what `A.inverse(damping)` builds.
+
+    Matrices of up to 512 rows are decomposed, once. Of JᵀJ + λI with fewer rows than columns, (JJᵀ + λI) is decomposed
+    in its place:
+
+        (JᵀJ + λI)⁻¹ b = (b - Jᵀ (JJᵀ + λI)⁻¹ J b) / λ
+
+    Otherwise each system is solved by conjugate gradients, all columns of a block together, and by minimal residuals
+    where A + λI proves indefinite. Whatever the way, residuals are computed anew from the solution.
+
+    Raises:
+        NotSolvedError: (in a product) a residual is above the tolerance, as where A + λI is singular.
+        ValueError: A is found not to be symmetric.
+
+    Cost: to decompose, n products once (for JᵀJ one with each row of J); else 1 an iteration. One more for the
+    certificate of each column.
+
+    Source: Woodbury's identity, Golub and Van Loan, Matrix Computations (4th ed.), section 2.1.4.
+
+    Example:
+        >>> from imstep.linalg import DiagonalOperator
+        >>> B = DiagonalOperator(torch.tensor([1.0, 4.0, 0.0])).inverse()
+        >>> found = B.solve(torch.tensor([1.0, 1.0, 0.0]))
+        >>> found.solution, found.converged.tolist()
+        (tensor([1.0000, 0.2500, 0.0000]), [True])
+        >>> B.solve(torch.ones(3)).converged.tolist()
+        [False]
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        damping: float,
+        preconditioner: LinearOperator | None,
+        rtol: float,
+        max_iterations: int,
+    ) -> None:
+        super().__init__(operator.size, operator.dtype, operator.device)
+        self.operator, self.damping, self.preconditioner = operator, damping, preconditioner
+        self.rtol, self.max_iterations = rtol, max_iterations
+        self._direct: _Decomposed | None = None
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matmat(vector[:, None])[:, 0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        found = self.solve(block)
+        if not bool(found.converged.all()):
+            raise self._refusal(found)
+        return found.solution
+
+    def inverse(
+        self,
+        damping: float = 0.0,
+        preconditioner: LinearOperator | None = None,
+        *,
+        rtol: float = 1e-5,
+        max_iterations: int | None = None,
+    ) -> InverseOperator:
+        return inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
+
+    def solve(self, rhs: Tensor) -> InverseSolution:
+        """Solutions for one vector (n,) or a block (n, k), and how good they are; refuses nothing that fits."""
+        check_vectors(self, rhs)
+        rows = (rhs[None] if rhs.ndim == 1 else rhs.mT).detach()
+        solution, statuses, products = self._attempt(rows)
+        left, sizes = self._residuals(rows, solution)
+        products += len(rows)
+        for _ in range(_ROUNDS):
+            again = [
+                at for at, status in enumerate(statuses)
+                if status is KrylovStatus.CONVERGED and self.rtol < float(sizes[at]) < 0.5
+            ]  # fmt: skip
+            if not again:
+                break
+            # The residual computed anew is above that of the recurrence, or of the rounded solution: solve for the rest.
+            better, statuses_again, spent = self._attempt(left[again])
+            better = solution[again] + better
+            left_again, sizes_again = self._residuals(rows[again], better)
+            products += spent + len(again)
+            for place, at in enumerate(again):
+                if float(sizes_again[place]) < float(sizes[at]):
+                    solution[at], left[at], sizes[at] = better[place], left_again[place], sizes_again[place]
+                    statuses[at] = statuses_again[place]
+        good = sizes <= self.rtol  # not for nan
+        # A solver's own word counts for nothing against the residual of what is given out.
+        reached = {True: KrylovStatus.CONVERGED, False: KrylovStatus.STALLED}
+        told = [
+            reached[ok] if ok or status is KrylovStatus.CONVERGED else status
+            for status, ok in zip(statuses, good.tolist(), strict=True)
+        ]
+        return InverseSolution(solution[0] if rhs.ndim == 1 else solution.mT, sizes, good, tuple(told), products)
+
+    def _attempt(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
+        """Solutions (k, n), why each ended, and the products spent."""
+        if self.size <= _SMALL or self._wide() is not None:
+            spent = self._decompose() if self._direct is None else 0
+            assert self._direct is not None
+            return *self._direct.solve(rows), spent
+        return self._iterate(rows)
+
+    def _wide(self) -> LinearOperator | None:
+        """J where A = JᵀJ with fewer rows than columns, and the damping lets its rows do."""
+        if not isinstance(self.operator, ProductOperator) or not self.damping > 0:
+            return None
+        first, second = self.operator.first, self.operator.second
+        rows, columns = second.shape
+        return second if (first.T is second or second.T is first) and rows < min(columns, 4 * _SMALL) else None
+
+    def _decompose(self) -> int:
+        """Decompose A or JJᵀ, once; the number of products with A that this is worth."""
+        wide = None if self.size <= _SMALL else self._wide()
+        matrix = (self.operator if wide is None else wide.gram()).to_dense().to(F64)
+        self._direct = _Decomposed(matrix, self.damping, wide, torch.finfo(self.dtype).eps)
+        return len(matrix)
+
+    def _iterate(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
+        """By conjugate gradients; by minimal residuals what they leave because of negative curvature."""
+        found = block_conjugate_gradient(
+            self.operator, rows, self.damping, self.preconditioner, 0.5 * self.rtol, self.max_iterations
+        )
+        statuses, products = list(found.statuses), found.products
+        for at, status in enumerate(statuses):
+            if status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
+                other = minres(
+                    self.operator,
+                    rows[at],
+                    damping=self.damping,
+                    preconditioner=self.preconditioner,
+                    stopping=[RelativeResidual(0.5 * self.rtol)],
+                    max_iterations=self.max_iterations,
+                )
+                found.solution[at], statuses[at] = other.solution, other.status
+                products += other.products
+        return found.solution, statuses, products
+
+    def _residuals(self, rows: Tensor, solution: Tensor) -> tuple[Tensor, Tensor]:
+        """b - (A + λI) x for each row, (k, n), and their norms relative to those of b, (k,)."""
+        left = rows - self.operator.matmat(solution.mT).mT - self.damping * solution
+        sizes, norms = (torch.linalg.vector_norm(t, dim=1, dtype=F64).cpu() for t in (left, rows))
+        return left, torch.where(norms > 0, sizes / norms.clamp(min=torch.finfo(F64).tiny), sizes)
+
+    def _refusal(self, found: InverseSolution) -> NotSolvedError:
+        at = int(found.residual_norms.nan_to_num(nan=torch.inf).argmax())
+        return NotSolvedError(
+            f"{int((~found.converged).sum())} of {len(found.converged)} systems with A + damping I are not solved to "
+            f"rtol={self.rtol:g}: a relative residual is {float(found.residual_norms[at]):.2g} "
+            f"({found.statuses[at].message}). If the matrix is singular or nearly so raise damping (now "
+            f"{self.damping:g}); if products' rounding is in the way raise rtol or use float64; or pass a "
+            "preconditioner or more max_iterations. solve(b) returns what was found, with its residuals."
+        )
+
+
+class _Decomposed:
+    """A small symmetric matrix by its eigenvalues, float64.
+
+    Args:
+        matrix: A, or JJᵀ.
+        damping: λ.
+        wide: J, if the matrix is JJᵀ.
+        eps: rounding of the products that the matrix is made of.
+    """
+
+    def __init__(self, matrix: Tensor, damping: float, wide: LinearOperator | None, eps: float) -> None:
+        self._damping, self._wide = damping, wide
+        self._finite = bool(torch.isfinite(matrix).all())
+        if not self._finite:
+            return
+        scale, difference = float(matrix.abs().max()), float((matrix - matrix.mT).abs().max())
+        if difference > 10 * eps**0.5 * scale:
+            raise ValueError(
+                f"the operator is not symmetric: entries of it and its transpose differ by {difference / scale:.1e} of "
+                "the largest. inverse() is for symmetric matrices; solve with A.T @ A and A.T @ b instead."
+            )
+        values, self._vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+        shifted = values + damping
+        # Eigenvalues that are rounding have no inverse; what they leave unsolved shows in the residual.
+        regular = shifted.abs() > len(matrix) * eps * float(shifted.abs().max())
+        self._inverses = torch.where(regular, 1 / shifted, 0.0)
+        self._singular = not bool(regular.all())
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        """Solutions (k, n) for rows (k, n)."""
+        if not self._finite:
+            return torch.full_like(rows, torch.nan), [KrylovStatus.NON_FINITE] * len(rows)
+        status = KrylovStatus.LEAST_SQUARES if self._singular else KrylovStatus.CONVERGED
+        if self._wide is None:
+            return self._apply(rows.to(F64)).to(rows), [status] * len(rows)
+        inner = self._apply(self._wide.matmat(rows.mT).mT.to(F64)).to(rows)
+        return (rows - self._wide.rmatmat(inner.mT).mT) / self._damping, [status] * len(rows)
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return ((rows @ self._vectors) * self._inverses) @ self._vectors.mT

@@ -1,5 +1,6 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
+from imstep import spectral
 from imstep.complexstep import ComplexStepTensor, UnsupportedOperatorError, derivative, hvp, jvp, third_derivative
 from imstep.curvature import Fisher, GaussNewton, Hessian, Jacobian
 from imstep.optim import LeastSquares, NewtonKrylov, minimize
@@ -20,5 +21,6 @@ __all__ = [
     "hvp",
     "jvp",
     "minimize",
+    "spectral",
     "third_derivative",
 ]

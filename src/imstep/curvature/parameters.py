@@ -22,7 +22,7 @@ class TensorVector:
     def __init__(
         self, forms: Sequence[tuple[torch.Size, torch.dtype]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._forms, self.dtype, self.device = list(forms), dtype, device
+        self.forms, self.dtype, self.device = list(forms), dtype, device
         self._sizes = [shape.numel() for shape, _ in forms]
         self.size = sum(self._sizes)
 
@@ -36,18 +36,36 @@ class TensorVector:
             ]
             return torch.cat(parts)
 
+    def checked(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors, one per part, each of its shape.
+
+        Raises:
+            TypeError: they are not all tensors.
+            ValueError: they are more or fewer, or one has another shape.
+        """
+        if not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError("a list to multiply holds tensors, one for each parameter. Pass [t for t in ...].")
+        shapes, wanted = [t.shape for t in tensors], [shape for shape, _ in self.forms]
+        if shapes != wanted:
+            show = lambda sizes: ", ".join(str(tuple(s)) for s in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
+            raise ValueError(
+                f"a list to multiply holds {len(wanted)} tensors of shapes {show(wanted)}; got {len(shapes)} of shapes "
+                f"{show(shapes)}. Pass one for each parameter that requires a gradient, in order."
+            )
+        return tensors
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` (n,), one per part, in its shape."""
         parts = vector.split(self._sizes)
-        return [part.view(shape) for part, (shape, _) in zip(parts, self._forms, strict=True)]
+        return [part.view(shape) for part, (shape, _) in zip(parts, self.forms, strict=True)]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` (n,), one per part, in its shape and dtype (converted where that differs)."""
-        return [part.to(dtype) for part, (_, dtype) in zip(self.views(vector), self._forms, strict=True)]
+        return [part.to(dtype) for part, (_, dtype) in zip(self.views(vector), self.forms, strict=True)]
 
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""
-        return TensorVector([self._forms[at] for at in positions], self.dtype, self.device)
+        return TensorVector([self.forms[at] for at in positions], self.dtype, self.device)
 
     def entries(self, positions: Sequence[int]) -> Tensor:
         """Where the entries of some of the tensors are, in the order of :meth:`part`."""
@@ -68,6 +86,10 @@ class ParameterVector(TensorVector):
         ValueError: no parameter requires gradients, or they live on several devices.
         TypeError: a parameter is complex or sparse, or ``params`` is no module or iterable of tensors.
 
+    Attributes:
+        tensors: the parameters, in order.
+        names: of each, in the module; its place among those given where there is none.
+
     Example:
         >>> layer = nn.Linear(2, 1)
         >>> ParameterVector(layer).size
@@ -77,7 +99,13 @@ class ParameterVector(TensorVector):
     def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
         if isinstance(params, Tensor):
             raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
-        candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
+        self._named = isinstance(params, nn.Module)
+        named = params.named_parameters() if isinstance(params, nn.Module) else ((str(i), p) for i, p in enumerate(params))
+        names: dict[int, str] = {}
+        candidates = []
+        for name, p in named:
+            candidates.append(p)
+            names.setdefault(id(p), name)
         for p in candidates:
             if not isinstance(p, Tensor):
                 raise TypeError(
@@ -89,6 +117,7 @@ class ParameterVector(TensorVector):
                 "there is no parameter to differentiate: "
                 + ("none was given." if not candidates else f"all {len(candidates)} have requires_grad=False.")
             )
+        self.names = [names[id(p)] for p in self.tensors]
         _check(self.tensors)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.tensors) else torch.float32
         super().__init__([(p.shape, p.dtype) for p in self.tensors], dtype, self.tensors[0].device)
@@ -108,6 +137,28 @@ class ParameterVector(TensorVector):
                 "Pass parameters that the operator was built with."
             )
         return [place[id(p)] for p in wanted]
+
+    def groups(self, by: str) -> dict[str, list[Tensor]]:
+        """The parameters of each layer, or each by itself, by name.
+
+        Args:
+            by: "layer" for those of one module together, or "parameter".
+
+        Raises:
+            ValueError: another word; layers of parameters that were given without their module.
+        """
+        if by not in ("layer", "parameter"):
+            raise ValueError(f"by is 'layer' or 'parameter', got {by!r}. For other groups use A.block(parameters).")
+        if by == "layer" and not self._named:
+            raise ValueError(
+                "by='layer' needs the names of the layers, and the operator was built from a list of parameters. Build "
+                "it with the module in their place, or pass by='parameter'."
+            )
+        groups: dict[str, list[Tensor]] = {}
+        for name, p in zip(self.names, self.tensors, strict=True):
+            # A parameter of the model itself, which has no name, is a layer of its own.
+            groups.setdefault(name.rpartition(".")[0] or name if by == "layer" else name, []).append(p)
+        return groups
 
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""

@@ -15,7 +15,8 @@ def check_vector(operator: LinearOperator, vector: Tensor, solver: str) -> None:
     check_vectors(operator, vector)
     if vector.ndim != 1:
         raise ValueError(
-            f"{solver} solves for one vector (n,), got {tuple(vector.shape)}. Solve column by column."
+            f"{solver} solves for one vector (n,), got {tuple(vector.shape)}. "
+            "Solve column by column, or all together by A.inverse(damping) @ block."
         )
 
 

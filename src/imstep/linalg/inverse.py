@@ -15,6 +15,7 @@ from imstep.linalg.minres import minres
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
 from imstep.linalg.stopping import RelativeResidual
+from imstep.linalg.symmetry import symmetric_part
 
 F64 = torch.float64
 _SMALL = 512
@@ -180,7 +181,7 @@ class InverseOperator(LinearOperator):
         """Decompose A or JJᵀ, once; the number of products with A that this is worth."""
         wide = None if self.size <= _SMALL else self._wide()
         matrix = (self.operator if wide is None else wide.gram()).to_dense().to(F64)
-        self._direct = _Decomposed(matrix, self.damping, wide, torch.finfo(self.dtype).eps)
+        self._direct = _Decomposed(matrix, self.damping, wide, self.dtype)
         return len(matrix)
 
     def _iterate(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
@@ -227,24 +228,18 @@ class _Decomposed:
         matrix: A, or JJᵀ.
         damping: λ.
         wide: J, if the matrix is JJᵀ.
-        eps: rounding of the products that the matrix is made of.
+        dtype: of the products that the matrix is made of.
     """
 
-    def __init__(self, matrix: Tensor, damping: float, wide: LinearOperator | None, eps: float) -> None:
+    def __init__(self, matrix: Tensor, damping: float, wide: LinearOperator | None, dtype: torch.dtype) -> None:
         self._damping, self._wide = damping, wide
         self._finite = bool(torch.isfinite(matrix).all())
         if not self._finite:
             return
-        scale, difference = float(matrix.abs().max()), float((matrix - matrix.mT).abs().max())
-        if difference > 10 * eps**0.5 * scale:
-            raise ValueError(
-                f"the operator is not symmetric: entries of it and its transpose differ by {difference / scale:.1e} of "
-                "the largest. inverse() is for symmetric matrices; solve with A.T @ A and A.T @ b instead."
-            )
-        values, self._vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+        values, self._vectors = torch.linalg.eigh(symmetric_part(matrix, dtype))
         shifted = values + damping
         # Eigenvalues that are rounding have no inverse; what they leave unsolved shows in the residual.
-        regular = shifted.abs() > len(matrix) * eps * float(shifted.abs().max())
+        regular = shifted.abs() > len(matrix) * torch.finfo(dtype).eps * float(shifted.abs().max())
         self._inverses = torch.where(regular, 1 / shifted, 0.0)
         self._singular = not bool(regular.all())
 

@@ -123,12 +123,16 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
     )
 
 
-def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
-    """The smallest eigenvalue of A and its vector, for the way out of a saddle.
+def smallest_eigenpair(
+    operator: LinearOperator, *, generator: torch.Generator | None = None, steps: int = 32
+) -> Eigenpair:
+    """The smallest eigenvalue of A and its vector, as well as so many products tell, for the way out of a saddle.
+
+    For pairs to a given accuracy, and for more than one, there is :func:`imstep.spectral.eigenpairs`.
 
     Args:
         operator: A, self-adjoint, size n >= 1.
-        generator: draws the normal start vector, on its own device.
+        generator: draws the normal start vector, on its own device; without it one of seed 0 does.
         steps: products to spend, at most; >= 1.
 
     Returns:
@@ -145,9 +149,10 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
     Example:
         >>> from imstep.linalg import DiagonalOperator
         >>> A = DiagonalOperator(torch.tensor([-3.0, 1.0, 2.0]))
-        >>> round(smallest_eigenpair(A, generator=torch.Generator().manual_seed(0)).value, 4)
+        >>> round(smallest_eigenpair(A).value, 4)
         -3.0
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     start = torch.randn(operator.size, generator=generator, device=generator.device, dtype=operator.dtype)
     start = start.to(operator.device)
     process = lanczos(operator, start, steps)
@@ -160,13 +165,15 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
     return Eigenpair(values[0].item(), vector / vector.norm(), residual_norm, process.steps)
 
 
-def largest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
+def largest_eigenpair(
+    operator: LinearOperator, *, generator: torch.Generator | None = None, steps: int = 32
+) -> Eigenpair:
     """The largest eigenvalue of A and its vector; otherwise as `smallest_eigenpair`, of -A.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
         >>> A = DiagonalOperator(torch.tensor([-3.0, 1.0, 2.0]))
-        >>> round(largest_eigenpair(A, generator=torch.Generator().manual_seed(0)).value, 4)
+        >>> round(largest_eigenpair(A).value, 4)
         2.0
     """
     pair = smallest_eigenpair(-operator, generator=generator, steps=steps)

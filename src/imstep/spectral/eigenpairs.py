@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.symmetry import symmetric_part
 from imstep.spectral.groups import per_group
-from imstep.spectral.krylov import F64, KrylovSpace, asymmetric, certified
+from imstep.spectral.krylov import F64, KrylovSpace, certified
 from imstep.spectral.probes import generator_of, images
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,8 +92,9 @@ def eigenpairs(
 
         ‖A y - θ y‖ <= tol · max |θ|,   the largest magnitude of all θ seen, which is ‖A‖ or a little less
 
-    Once k pairs are found, the search begins anew from a random vector orthogonal to them: so eigenvalues that are
-    repeated come as often as they occur.
+    Once k pairs are found, the search begins anew from a random vector orthogonal to them, until nothing more wanted
+    turns up: so eigenvalues that are repeated come as often as they occur, unless they are within 1 % of the range of
+    the last one.
 
     Args:
         operator: A, self-adjoint, of size n.
@@ -240,10 +242,7 @@ def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -
         nowhere = torch.full((k,), torch.nan, dtype=F64)
         vectors = torch.full((size, k), torch.nan, dtype=operator.dtype, device=operator.device)
         return Eigenpairs(nowhere, vectors, torch.full_like(nowhere, torch.inf), size, False)
-    scale, difference = float(matrix.abs().max()), float((matrix - matrix.mT).abs().max())
-    if difference > 10 * torch.finfo(operator.dtype).eps ** 0.5 * scale:
-        raise asymmetric(difference / scale)
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    values, vectors = torch.linalg.eigh(symmetric_part(matrix, operator.dtype))
     order = _KEYS[which](values).argsort(descending=True, stable=True)[:k]
     largest = float(values.abs().max())
     values, rounded = values[order], vectors[:, order].to(operator.dtype)

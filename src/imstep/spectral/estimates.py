@@ -281,7 +281,7 @@ class Adaptive:
         """By all n products."""
         size, operator = self._operator.size, self._operator
         entries = torch.empty(size, dtype=operator.dtype, device=operator.device)
-        block = max(1, min(256, 2**24 // size))
+        block = max(1, min(256, 2**24 // max(size, 1)))
         for start in range(0, size, block):
             count = min(block, size - start)
             units = torch.zeros(count, size, dtype=operator.dtype, device=operator.device)

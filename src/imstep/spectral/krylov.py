@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.symmetry import asymmetric, tolerance
 from imstep.spectral.probes import images
 
 F64 = torch.float64
@@ -166,17 +167,8 @@ class KrylovSpace:
             return
         size = max(self.scale, norm, float(column.abs().max()))
         difference = float((column - self._couplings).abs().max())
-        if difference > 10 * torch.finfo(self._basis.dtype).eps ** 0.5 * size + self._lost:
+        if difference > tolerance(self._basis.dtype) * size + self._lost:
             raise asymmetric(difference / size)
-
-
-def asymmetric(difference: float) -> ValueError:
-    """What to raise where vᵀ(A w) and wᵀ(A v) differ, relative to the size of A."""
-    return ValueError(
-        f"the operator is not symmetric, or not the same from product to product: vᵀ(A w) and wᵀ(A v) differ by "
-        f"{difference:.1e} of its size. Eigenpairs and densities are those of symmetric matrices: take the symmetric "
-        "part 0.5 * (A + A.T), or A.T @ A for singular values; make random numbers the same in each product."
-    )
 
 
 def certified(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
-from imstep.spectral.krylov import F64, asymmetric
+from imstep.linalg.symmetry import asymmetric, symmetric_part, tolerance
 from imstep.spectral.probes import Samples, images, signs
 
+F64 = torch.float64
 _ROOM = 2**31
 """Bytes that the vectors of the probes that run together may fill."""
 
@@ -94,7 +95,7 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
     for step in range(steps):
         following = images(operator, vectors)
         products += len(vectors)
-        _check_symmetry(_dots(before, following), betas, scale, eps)
+        _check_symmetry(_dots(before, following), betas, scale, vectors.dtype)
         following = following - betas.to(vectors)[:, None] * before
         alphas = _dots(vectors, following)
         following.sub_(alphas.to(vectors)[:, None] * vectors)
@@ -119,12 +120,11 @@ def _dots(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.vecdot(first, second).double().cpu()
 
 
-def _check_symmetry(back: Tensor, betas: Tensor, scale: Tensor, eps: float) -> None:
+def _check_symmetry(back: Tensor, betas: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     """Raise where a product with the last vector is not what the last product had with this one."""
-    difference = (back - betas).abs()
-    wrong = difference > 10 * eps**0.5 * torch.maximum(scale, back.abs())
-    if bool(wrong.any()):
-        raise asymmetric(float((difference / torch.maximum(scale, back.abs()))[wrong].max()))
+    relative = (back - betas).abs() / torch.maximum(scale, back.abs())  # nan where all is zero, which is symmetric
+    if bool((relative > tolerance(dtype)).any()):
+        raise asymmetric(float(relative.nan_to_num(nan=0.0).max()))
 
 
 def _all_eigenvalues(operator: LinearOperator) -> Quadrature:
@@ -132,7 +132,4 @@ def _all_eigenvalues(operator: LinearOperator) -> Quadrature:
     matrix = images(operator, identity).to(F64).cpu()
     if not bool(torch.isfinite(matrix).all()):
         return Quadrature([], matrix.diagonal() * torch.nan, operator.size, finite=False)
-    scale, difference = float(matrix.abs().max()), float((matrix - matrix.mT).abs().max())
-    if difference > 10 * torch.finfo(operator.dtype).eps ** 0.5 * scale:
-        raise asymmetric(difference / scale)
-    return Quadrature([], torch.linalg.eigvalsh((matrix + matrix.mT) / 2), operator.size)
+    return Quadrature([], torch.linalg.eigvalsh(symmetric_part(matrix, operator.dtype)), operator.size)

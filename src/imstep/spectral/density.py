@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.spectral.groups import per_group
-from imstep.spectral.probes import generator_of
+from imstep.spectral.probes import NORMAL, generator_of
 from imstep.spectral.quadrature import quadrature
 
 _REACH = 5.0
@@ -98,4 +98,9 @@ def density(
     height = 1 / (width * math.sqrt(2 * math.pi))
     kernel = lambda at: height * torch.exp(-(((grid[:, None] - at) / width) ** 2) / 2)
     values, error = spectrum.mean(kernel)
+    if spectrum.values is None:
+        # The weights of a single eigenvalue are so skewed that a few of them tell too little of their spread; random
+        # signs v spread vᵀf(A)v by 2 tr f(A)² in variance, where eigenvectors are not those of the coordinates.
+        squares, _ = spectrum.mean(lambda at: kernel(at) ** 2)
+        error = torch.maximum(error, NORMAL * (2 * squares / (operator.size * probes)).sqrt())
     return SpectralDensity(grid, values, error, width, spectrum.products)

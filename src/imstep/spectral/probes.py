@@ -12,7 +12,8 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 
-_NORMAL = 1.959963984540054  # 97.5 % of a normal distribution
+NORMAL = 1.959963984540054
+"""97.5 % of a normal distribution."""
 
 
 def generator_of(seed: int, generator: torch.Generator | None) -> torch.Generator:
@@ -95,7 +96,7 @@ def student(freedom: int) -> float:
     """
     if freedom < 3:
         return (12.7062, 4.3027)[freedom - 1]
-    z = _NORMAL
+    z = NORMAL
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

@@ -35,7 +35,8 @@ class ProductsOperator(LinearOperator):
         self._sources = (forward,) if forward is transposed else (forward, transposed)
         self.products = 0
 
-    @overload
+    # mypy would have every operator multiply lists; only one over parameters knows what they stand for.
+    @overload  # type: ignore[override]
     def __matmul__(self, other: Tensor) -> Tensor: ...
 
     @overload
@@ -44,12 +45,14 @@ class ProductsOperator(LinearOperator):
     @overload
     def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
 
-    def __matmul__(self, other: Tensor | LinearOperator | Sequence[Tensor]) -> Tensor | LinearOperator | list[Tensor]:
+    def __matmul__(
+        self, other: Tensor | LinearOperator | Sequence[Tensor]
+    ) -> Tensor | LinearOperator | list[Tensor]:
         """As of any operator; a list of tensors shaped like the parameters gives a list."""
-        if isinstance(other, (list, tuple)):
-            columns, rows = self._forward.columns, self._forward.rows
-            return rows.unflatten(super().__matmul__(columns.flatten(columns.checked(other))))
-        return super().__matmul__(other)
+        if not isinstance(other, (list, tuple)):
+            return super().__matmul__(other)  # type: ignore[operator]
+        columns, rows = self._forward.columns, self._forward.rows
+        return rows.unflatten(super().__matmul__(columns.flatten(columns.checked(other))))
 
     def as_parameters(self, vector: Tensor) -> list[Tensor]:
         """A vector (n,) as a list of tensors, one for each parameter, in its shape and dtype.

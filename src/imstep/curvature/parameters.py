@@ -100,12 +100,12 @@ class ParameterVector(TensorVector):
         if isinstance(params, Tensor):
             raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
         self._named = isinstance(params, nn.Module)
-        named = params.named_parameters() if isinstance(params, nn.Module) else ((str(i), p) for i, p in enumerate(params))
-        names: dict[int, str] = {}
-        candidates = []
-        for name, p in named:
-            candidates.append(p)
-            names.setdefault(id(p), name)
+        if isinstance(params, nn.Module):
+            named: list[tuple[str, Tensor]] = list(params.named_parameters())
+        else:
+            named = [(str(at), p) for at, p in enumerate(params)]
+        names = {id(p): name for name, p in reversed(named)}
+        candidates = [p for _, p in named]
         for p in candidates:
             if not isinstance(p, Tensor):
                 raise TypeError(

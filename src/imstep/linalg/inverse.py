@@ -143,7 +143,7 @@ class InverseOperator(LinearOperator):
             ]  # fmt: skip
             if not again:
                 break
-            # The residual computed anew is above that of the recurrence, or of the rounded solution: solve for the rest.
+            # The residual computed anew is above that of the recurrence or before rounding: solve for the rest.
             better, statuses_again, spent = self._attempt(left[again])
             better = solution[again] + better
             left_again, sizes_again = self._residuals(rows[again], better)

@@ -56,8 +56,8 @@ def density(
         operator: A, self-adjoint, of size n.
         steps: of the Lanczos process of each probe.
         probes: random vectors of signs; at least 2 for an error.
-        width: of the smoothing. Default: the range of the eigenvalues divided by ``steps``, about the least that so many
-            steps resolve; where it is wider than that, the error is that of the probes.
+        width: of the smoothing. Default: the range of the eigenvalues divided by ``steps``, about the least that so
+            many steps resolve; from there on the error is that of the probes.
         points: of the grid, >= 2.
         seed: of the probes; or pass a ``generator``.
         by: "layer" or "parameter" for the densities of the diagonal blocks of an operator over a model, a dictionary.
@@ -72,8 +72,8 @@ def density(
     Cost: ``steps * probes`` products in blocks of ``probes``, or n; 4 ``probes`` vectors.
 
     Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), 1075-1099; of networks, Ghorbani, Krishnan and
-    Xiao, ICML 2019 (arXiv 1901.10159). The default width is our own: a normal distribution of standard deviation s times
-    half the range has Chebyshev coefficients like exp(-s² j² / 2), and the quadrature is exact up to j = 2 ``steps``.
+    Xiao, ICML 2019 (arXiv 1901.10159). The default width is our own: a normal distribution of standard deviation s
+    times half the range has Chebyshev coefficients like exp(-s² j² / 2), and the quadrature is exact up to j = 2 steps.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator

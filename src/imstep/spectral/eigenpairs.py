@@ -29,6 +29,10 @@ _INNER = 0.3
 """Part of the tolerance that recurrences must reach; rounding and what is left out when a search begins anew may have
 the rest."""
 
+_ROUNDING = 16.0
+"""Units of rounding that products of a network leave in a residual, relative to the largest eigenvalue: in float32
+about 2e-6. Measured on the networks of benchmarks/product_models.py."""
+
 _FEWEST = 5
 """Steps from a random vector before anything can be said."""
 
@@ -100,7 +104,7 @@ def eigenpairs(
         operator: A, self-adjoint, of size n.
         k: how many, in [1, n].
         which: "LM" for the largest magnitudes, "LA" for the largest, "SA" for the smallest.
-        tol: > 0; below 1e-6 needs float64.
+        tol: in (0, 1). In float32 rounding leaves residuals of about 1e-6, and up to 2e-6 count as converged.
         seed: of the start vector; or pass a ``generator``.
         max_products: ends there, unconverged; at least 3 k. Default 1000 + 100 k.
         progress: called after each product.
@@ -119,7 +123,7 @@ def eigenpairs(
     where that is not more. max(40, 4 k) + 1 vectors, fewer where they would fill 2 GiB, but at least 2 k + 9.
 
     Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
-    choice; the chance that it misses a pair is that of Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992).
+    choice; for the chance to miss a pair see Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992).
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
@@ -202,8 +206,8 @@ class _Search:
     def _enough(self, keys: Tensor, residuals: Tensor) -> float:
         """Steps after which a missed pair would have shown itself, were it as wanted as the last one.
 
-        A random vector has about 1/√n of an eigenvector. A polynomial of degree j, bounded by 1 on the other eigenvalues,
-        magnifies it by cosh(j acosh x), x being where it lies if the others lie in [-1, 1].
+        A random vector has about 1/√n of an eigenvector. A polynomial of degree j, bounded by 1 on the other
+        eigenvalues, magnifies it by cosh(j acosh x), x being where it lies if the others lie in [-1, 1].
         """
         if len(keys) <= self.k or self._worst is None:
             return math.inf
@@ -230,7 +234,8 @@ def _certified(operator: LinearOperator, search: _Search, state: dict[str, Any] 
     _, coordinates, _ = search.wanted()
     values, rows, residuals = certified(operator, space.vectors(coordinates[:, :k]))
     order = search.key(values).argsort(descending=True, stable=True)
-    good = not space.broken and state is None and bool((residuals <= search.tol * space.scale).all())
+    level = max(search.tol, _ROUNDING * torch.finfo(operator.dtype).eps) * space.scale
+    good = not space.broken and state is None and bool((residuals <= level).all())
     return Eigenpairs(values[order], rows[order].mT, residuals[order], space.products + k, good, state)
 
 
@@ -247,7 +252,7 @@ def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -
     largest = float(values.abs().max())
     values, rounded = values[order], vectors[:, order].to(operator.dtype)
     residuals = (matrix @ rounded.to(F64) - rounded.to(F64) * values).norm(dim=0)
-    good = bool((residuals <= tol * largest).all())
+    good = bool((residuals <= max(tol, _ROUNDING * torch.finfo(operator.dtype).eps) * largest).all())
     return Eigenpairs(values, rounded.to(operator.device), residuals, size, good)
 
 

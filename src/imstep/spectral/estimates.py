@@ -136,8 +136,8 @@ def diagonal(
     Raises:
         ValueError: as for :func:`trace`.
 
-    Cost: without a decay of eigenvalues about 4 (‖A‖_F / (rtol ‖diag A‖))² products, and never much more than n; memory as for
-    :func:`trace`.
+    Cost: without a decay of eigenvalues about 4 (‖A‖_F / (rtol ‖diag A‖))² products, and never much more than n; memory
+    as for :func:`trace`.
 
     Source: Bekas, Kokiopoulou and Saad, Appl. Numer. Math. 57 (2007), 1214-1229; with Q, Baston and Nakatsukasa
     (arXiv 2208.03268), Diag++.

@@ -104,8 +104,8 @@ def log_determinant(
     if not least > torch.finfo(operator.dtype).eps * size:
         raise ValueError(
             f"log_determinant needs a positive definite matrix, and A + damping I has an eigenvalue of at most "
-            f"{least:.3g}, where its largest are {size:.3g}. Raise damping above {damping:g}, or take a Gauss-Newton or "
-            "Fisher matrix with damping."
+            f"{least:.3g}, where its largest are {size:.3g}. Raise damping above {damping:g}, or take a Gauss-Newton "
+            "or Fisher matrix with damping."
         )
     logarithm = lambda at: (at + damping).clamp(min=least).log()
     value, error = spectrum.mean(logarithm)
@@ -150,7 +150,8 @@ def condition_number(
     """
     check_not_negative(damping=damping)
     generator = generator_of(seed, generator)
-    ends = [eigenpairs(operator, 1, which, tol, generator=generator, max_products=max_products) for which in ("LA", "SA")]
+    end = lambda which: eigenpairs(operator, 1, which, tol, generator=generator, max_products=max_products)
+    ends = [end("LA"), end("SA")]
     (largest, smallest), products = (float(end.values[0]) + damping for end in ends), sum(e.products for e in ends)
     if not math.isfinite(largest + smallest):
         return Estimate(math.nan, math.inf, products, False)

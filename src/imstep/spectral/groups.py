@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, overload
 
 from imstep.linalg import LinearOperator
 
-Result = TypeVar("Result", covariant=True)
+Result = TypeVar("Result")
 
 
 class PerGroup(Protocol[Result]):

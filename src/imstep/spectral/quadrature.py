@@ -64,8 +64,8 @@ def quadrature(operator: LinearOperator, steps: int, probes: int, generator: tor
     The vectors are not kept: what they lose of their orthogonality leaves the quadrature as good as it is, since copies
     of a node share its weight.
 
-    Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), 1075-1099; without orthogonalisation, Knizhnerman,
-    Comput. Math. Math. Phys. 36 (1996), and Chen, Trogdon and Ubaru, ICML 2021 (arXiv 2105.06595).
+    Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), 1075-1099; without orthogonalisation,
+    Knizhnerman, Comput. Math. Math. Phys. 36 (1996), and Chen, Trogdon and Ubaru, ICML 2021 (arXiv 2105.06595).
     """
     size = operator.size
     if steps < 1 or probes < 1:

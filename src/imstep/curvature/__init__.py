@@ -6,12 +6,15 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gauss_newton import GaussNewton
 from imstep.curvature.hessian import Hessian
 from imstep.curvature.jacobian import Jacobian
+from imstep.curvature.kfac import EKFAC, KFAC
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
 from imstep.curvature.residual_jacobian import NoResidualsError, ResidualJacobian
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "BatchOperator",
     "Bernoulli",
     "Categorical",

@@ -13,7 +13,7 @@ from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.evaluation import Point
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import Products, ReplayedProducts
-from imstep.linalg import LinearOperator
+from imstep.linalg import BlockDiagonalOperator, LinearOperator
 
 
 class ProductsOperator(LinearOperator):
@@ -153,6 +153,18 @@ class SymmetricOperator(ProductsOperator):
 
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         return {name: self.block(own) for name, own in self.parameters.groups(by).items()}
+
+    def block_diagonal(self, by: str = "layer") -> BlockDiagonalOperator:
+        """The matrix without what is outside of the diagonal blocks of layers or parameters.
+
+        Args:
+            by: "layer" or "parameter".
+
+        Cost: a product with each block; its inverse solves each by itself.
+        """
+        groups, vector = self.parameters.groups(by), self.parameters
+        places = {name: vector.entries(vector.positions(own)) for name, own in groups.items()}
+        return BlockDiagonalOperator(self.diagonal_blocks(by), places, self.size)
 
 
 class TapeOperator(SymmetricOperator):

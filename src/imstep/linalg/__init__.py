@@ -2,6 +2,7 @@
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
+from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, SubmatrixOperator
 from imstep.linalg.dense import (
@@ -46,6 +47,7 @@ from imstep.linalg.stopping import (
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "BlockDiagonalOperator",
     "DampedLeastSquares",
     "DenseFactorisation",
     "DenseGram",

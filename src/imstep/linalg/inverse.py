@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,14 @@ class InverseSolution:
     converged: Tensor
     statuses: tuple[KrylovStatus, ...]
     products: int
+
+
+class DirectSolver(ABC):
+    """A way to solve the systems of one matrix without iterations."""
+
+    @abstractmethod
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        """Solutions (k, n) for right-hand sides (k, n), and how each ended."""
 
 
 def inverse(
@@ -104,11 +113,12 @@ class InverseOperator(LinearOperator):
         preconditioner: LinearOperator | None,
         rtol: float,
         max_iterations: int,
+        direct: DirectSolver | None = None,
     ) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)
         self.operator, self.damping, self.preconditioner = operator, damping, preconditioner
         self.rtol, self.max_iterations = rtol, max_iterations
-        self._direct: _Decomposed | None = None
+        self._direct = direct
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matmat(vector[:, None])[:, 0]
@@ -163,10 +173,11 @@ class InverseOperator(LinearOperator):
 
     def _attempt(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
         """Solutions (k, n), why each ended, and the products spent."""
+        if self._direct is not None:
+            return *self._direct.solve(rows), 0
         if self.size <= _SMALL or self._wide() is not None:
-            spent = self._decompose() if self._direct is None else 0
-            assert self._direct is not None
-            return *self._direct.solve(rows), spent
+            self._direct = self._decomposed()
+            return *self._direct.solve(rows), self._direct.size
         return self._iterate(rows)
 
     def _wide(self) -> LinearOperator | None:
@@ -177,12 +188,10 @@ class InverseOperator(LinearOperator):
         rows, columns = second.shape
         return second if (first.T is second or second.T is first) and rows < min(columns, 4 * _SMALL) else None
 
-    def _decompose(self) -> int:
-        """Decompose A or JJᵀ, once; the number of products with A that this is worth."""
+    def _decomposed(self) -> _Decomposed:
         wide = None if self.size <= _SMALL else self._wide()
         matrix = (self.operator if wide is None else wide.gram()).to_dense().to(F64)
-        self._direct = _Decomposed(matrix, self.damping, wide, self.dtype)
-        return len(matrix)
+        return _Decomposed(matrix, self.damping, wide, self.dtype)
 
     def _iterate(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
         """By conjugate gradients; by minimal residuals what they leave because of negative curvature."""
@@ -221,18 +230,18 @@ class InverseOperator(LinearOperator):
         )
 
 
-class _Decomposed:
+class _Decomposed(DirectSolver):
     """A small symmetric matrix by its eigenvalues, float64.
 
     Args:
-        matrix: A, or JJᵀ.
+        matrix: A, or JJᵀ; (size, size).
         damping: λ.
         wide: J, if the matrix is JJᵀ.
         dtype: of the products that the matrix is made of.
     """
 
     def __init__(self, matrix: Tensor, damping: float, wide: LinearOperator | None, dtype: torch.dtype) -> None:
-        self._damping, self._wide = damping, wide
+        self._damping, self._wide, self.size = damping, wide, len(matrix)
         self._finite = bool(torch.isfinite(matrix).all())
         if not self._finite:
             return
@@ -244,7 +253,6 @@ class _Decomposed:
         self._singular = not bool(regular.all())
 
     def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
-        """Solutions (k, n) for rows (k, n)."""
         if not self._finite:
             return torch.full_like(rows, torch.nan), [KrylovStatus.NON_FINITE] * len(rows)
         status = KrylovStatus.LEAST_SQUARES if self._singular else KrylovStatus.CONVERGED

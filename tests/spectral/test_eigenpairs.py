@@ -66,6 +66,13 @@ def test_repeated_eigenvalues_come_as_often_as_they_occur(dtype, seed):
     assert_eigenpairs(found, planted(values), values, "LA", 9, 1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_pair_may_be_one_of_several(seed):
+    values = torch.cat([torch.tensor([5.0, 3.0, 3.0, 3.0, 3.0]), torch.linspace(0, 1, 295)]).double()
+    found = spectral.eigenpairs(DenseOperator(planted(values)), 3, "LA", 1e-8, seed=seed)
+    assert_eigenpairs(found, planted(values), values, "LA", 3, 1e-8)
+
+
 def test_the_last_layer_of_a_regression_repeats_each_eigenvalue():
     torch.manual_seed(0)
     model, x = torch.nn.Linear(40, 5, bias=False).double(), torch.randn(60, 40).double()
@@ -111,6 +118,9 @@ def test_by_layer():
     found, dense = spectral.eigenpairs(H, 3, by="layer"), H.to_dense()
     for name, at in {"0": slice(0, 200), "2": slice(200, 221)}.items():
         torch.testing.assert_close(found[name].values, wanted(torch.linalg.eigvalsh(dense[at, at]), "LM", 3))
+    assert {name: len(own.values) for name, own in spectral.eigenpairs(H, by="parameter").items()} == {
+        "0.weight": 10, "0.bias": 10, "2.weight": 10, "2.bias": 1
+    }  # fmt: skip
 
 
 # --- going on, and looking on ---------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class KFAC(LinearOperator):
         if point.split is None:
             raise ValueError(
                 "Kronecker factors are of a loss that is a convex function of outputs, and this one is not recognised "
-                "as such. Build it from mean squared errors, cross entropies or the like, or use Hessian or GaussNewton."
+                "as such. Build it from mean squared errors, cross entropies and the like, or use GaussNewton."
             )
         return point, observer
 

@@ -110,8 +110,8 @@ def eigenpairs(
         progress: called after each product.
         resume: ``state`` of an earlier result with the same operator and arguments; the result is the same as without
             the interruption. It can be kept by ``torch.save``.
-        by: "layer" or "parameter" for the pairs of the diagonal blocks of an operator over a model, a dictionary; k is
-            an upper bound then.
+        by: "layer" or "parameter" for the pairs of the diagonal blocks of an operator over a model, a dictionary;
+            all pairs of a block that is smaller than k.
 
     Returns:
         :class:`Eigenpairs`. Outcomes are values: not converged, or not finite.
@@ -132,6 +132,7 @@ def eigenpairs(
         (tensor([-5.,  3.], dtype=torch.float64), True)
     """
     size = operator.size
+    k = k if by is None else min(k, size)
     _check(size, k, which, tol)
     capacity = max(2 * k + 8, min(max(40, 4 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
     if size <= 2 * capacity:
@@ -144,7 +145,7 @@ def eigenpairs(
         search.load_state_dict(resume)
     found = search.run(limit - k)
     state = None if found or search.space.broken else search.state_dict()
-    return _certified(operator, search, state)
+    return _certified(operator, search, found, state)
 
 
 class _Search:
@@ -225,17 +226,20 @@ class _Search:
         self.space.restart(values[:kept], coordinates[:, :kept])
 
 
-def _certified(operator: LinearOperator, search: _Search, state: dict[str, Any] | None) -> Eigenpairs:
+def _certified(
+    operator: LinearOperator, search: _Search, found: bool, state: dict[str, Any] | None
+) -> Eigenpairs:
     space, k = search.space, search.k
     if space.size < k:
         nowhere = torch.full((k,), torch.nan, dtype=F64)
         vectors = torch.full((k, operator.size), torch.nan, dtype=operator.dtype, device=operator.device)
         return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), space.products, False, state)
-    _, coordinates, _ = search.wanted()
+    # Pairs that are found come first in the basis; a Ritz vector might mix the last one with another of its eigenvalue.
+    coordinates = torch.eye(space.size, dtype=F64) if found else search.wanted()[1]
     values, rows, residuals = certified(operator, space.vectors(coordinates[:, :k]))
     order = search.key(values).argsort(descending=True, stable=True)
     level = max(search.tol, _ROUNDING * torch.finfo(operator.dtype).eps) * space.scale
-    good = not space.broken and state is None and bool((residuals <= level).all())
+    good = found and bool((residuals <= level).all())
     return Eigenpairs(values[order], rows[order].mT, residuals[order], space.products + k, good, state)
 
 

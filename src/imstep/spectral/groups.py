@@ -28,6 +28,7 @@ def per_group(function: Callable[..., Result]) -> PerGroup[Result]:
     def asked(operator: LinearOperator, *args: Any, by: str | None = None, **options: Any) -> Any:
         if by is None:
             return function(operator, *args, **options)
-        return {name: function(block, *args, **options) for name, block in operator.diagonal_blocks(by).items()}
+        blocks = operator.diagonal_blocks(by)
+        return {name: function(block, *args, by=by, **options) for name, block in blocks.items()}
 
     return asked

@@ -6,6 +6,7 @@ import pytest
 import torch
 from linalg_cases import Counted, Failing
 
+from imstep import spectral
 from imstep.linalg import (
     DenseOperator,
     DiagonalOperator,
@@ -71,6 +72,17 @@ def test_products_are_solutions(with_spectrum, way, name, dtype):
         assert actual.dtype is dtype
     assert (B @ b[:, :0]).shape == (60, 0)
     assert (B @ torch.zeros(60, dtype=dtype)).equal(torch.zeros(60, dtype=dtype))
+
+
+def test_by_default_float32_may_leave_a_thousandth(with_spectrum, way):
+    matrix = with_spectrum(torch.cat([torch.zeros(20), torch.logspace(-2, 1, 40)]))[0].float()
+    B, b = DenseOperator(matrix).inverse(damping=1e-3), block(60, 3, torch.float32)
+    found = B.solve(b)
+    assert found.converged.all()
+    assert found.residual_norms.max() < 1e-3
+    torch.testing.assert_close((B @ b).double(), solved(matrix, 1e-3, b), rtol=0, atol=5.0)
+    with pytest.raises(NotSolvedError, match=r"rtol=1e-08.*use float64"):
+        DenseOperator(matrix).inverse(damping=1e-3, rtol=1e-8) @ b
 
 
 def test_certificates_are_true_residuals_and_products_are_counted(with_spectrum, way):
@@ -158,6 +170,13 @@ def test_inverses_compose(with_spectrum, way):
     A = DenseOperator(matrix)
     torch.testing.assert_close((A @ A.inverse(rtol=1e-9)).to_dense(), torch.eye(12, dtype=F64), rtol=0, atol=1e-7)
     torch.testing.assert_close(A.inverse(rtol=1e-9).inverse(rtol=1e-7).to_dense(), matrix, rtol=0, atol=1e-5)
+
+
+def test_eigenvalues_next_to_zero_are_those_of_the_inverse(with_spectrum, way):
+    values = torch.cat([torch.tensor([0.01, -0.02, 0.05]), torch.linspace(1, 3, 297)])
+    inverse_of = DenseOperator(with_spectrum(values)[0]).inverse(rtol=1e-7)
+    found = spectral.eigenpairs(inverse_of, 3, tol=1e-4)
+    torch.testing.assert_close(1 / found.values, values[:3].double(), rtol=1e-4, atol=0)
 
 
 def test_products_that_are_not_finite_are_a_status(monkeypatch):

@@ -166,12 +166,13 @@ class KFAC(LinearOperator):
         damping: float = 0.0,
         preconditioner: LinearOperator | None = None,
         *,
-        rtol: float = 1e-5,
+        rtol: float | None = None,
         max_iterations: int | None = None,
     ) -> InverseOperator:
         """As of any operator, by the eigenvalues of the factors: without iterations, exact but for rounding."""
         checked = inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
-        return InverseOperator(self, damping, None, checked.rtol, 0, direct=_ByEigenvalues(self, damping))
+        direct = _ByEigenvalues(self, damping)
+        return InverseOperator(self, damping, None, checked.rtol, 0, aim=checked.aim, direct=direct)
 
 
 class EKFAC(KFAC):

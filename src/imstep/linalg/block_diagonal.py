@@ -58,17 +58,19 @@ class BlockDiagonalOperator(LinearOperator):
         damping: float = 0.0,
         preconditioner: LinearOperator | None = None,
         *,
-        rtol: float = 1e-5,
+        rtol: float | None = None,
         max_iterations: int | None = None,
     ) -> InverseOperator:
         """As of any operator, block by block; a preconditioner is of no use to them, and refused."""
         if preconditioner is not None:
             raise ValueError("blocks are solved one by one, each without the preconditioner of the whole. Pass None.")
         inverses = {
-            name: inverse(block, damping, rtol=0.5 * rtol, max_iterations=max_iterations)
+            name: inverse(block, damping, rtol=rtol, max_iterations=max_iterations)
             for name, block in self.blocks.items()
         }
-        return InverseOperator(self, damping, None, rtol, 0, direct=_BlockByBlock(inverses, self.places, damping))
+        whole = inverse(self, damping, rtol=rtol)
+        direct = _BlockByBlock(inverses, self.places, damping)
+        return InverseOperator(self, damping, None, whole.rtol, 0, aim=whole.aim, direct=direct)
 
 
 class _BlockByBlock(DirectSolver):

@@ -23,6 +23,12 @@ _SMALL = 512
 """Rows up to which a matrix is decomposed: a second of arithmetic, and at most some iterative solves' products."""
 
 
+_AIM = 1e-5
+"""Relative residual that solves aim at by default, as those of `conjugate_gradient` do."""
+
+_ROUNDING = 2.0**13
+"""Units of rounding that a residual may have by default: 1e-3 in float32."""
+
 _ROUNDS = 2
 """Corrections at most: the first takes away what rounding left, and a second that of the first."""
 
@@ -63,17 +69,19 @@ def inverse(
     damping: float = 0.0,
     preconditioner: LinearOperator | None = None,
     *,
-    rtol: float = 1e-5,
+    rtol: float | None = None,
     max_iterations: int | None = None,
 ) -> InverseOperator:
     """See :meth:`~imstep.linalg.LinearOperator.inverse`."""
     check_not_negative(damping=damping)
     check_limit(max_iterations)
     check_preconditioner(operator, preconditioner)
-    if not 0 < rtol < 1:
+    if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"rtol, the largest relative residual of a product, lies in (0, 1), got {rtol}.")
     limit = min(10 * operator.size, 10_000) if max_iterations is None else max_iterations
-    return InverseOperator(operator, damping, preconditioner, rtol, limit)
+    # What is aimed at by default is more than float32 may reach; then a thousandth has to do.
+    accepted = max(_AIM, _ROUNDING * torch.finfo(operator.dtype).eps) if rtol is None else rtol
+    return InverseOperator(operator, damping, preconditioner, accepted, limit, aim=_AIM if rtol is None else rtol)
 
 
 class InverseOperator(LinearOperator):
@@ -113,11 +121,13 @@ class InverseOperator(LinearOperator):
         preconditioner: LinearOperator | None,
         rtol: float,
         max_iterations: int,
+        *,
+        aim: float,
         direct: DirectSolver | None = None,
     ) -> None:
         super().__init__(operator.size, operator.dtype, operator.device)
         self.operator, self.damping, self.preconditioner = operator, damping, preconditioner
-        self.rtol, self.max_iterations = rtol, max_iterations
+        self.rtol, self.aim, self.max_iterations = rtol, aim, max_iterations
         self._direct = direct
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ class InverseOperator(LinearOperator):
         damping: float = 0.0,
         preconditioner: LinearOperator | None = None,
         *,
-        rtol: float = 1e-5,
+        rtol: float | None = None,
         max_iterations: int | None = None,
     ) -> InverseOperator:
         return inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
@@ -196,7 +206,7 @@ class InverseOperator(LinearOperator):
     def _iterate(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus], int]:
         """By conjugate gradients; by minimal residuals what they leave because of negative curvature."""
         found = block_conjugate_gradient(
-            self.operator, rows, self.damping, self.preconditioner, 0.5 * self.rtol, self.max_iterations
+            self.operator, rows, self.damping, self.preconditioner, 0.5 * self.aim, self.max_iterations
         )
         statuses, products = list(found.statuses), found.products
         for at, status in enumerate(statuses):
@@ -206,7 +216,7 @@ class InverseOperator(LinearOperator):
                     rows[at],
                     damping=self.damping,
                     preconditioner=self.preconditioner,
-                    stopping=[RelativeResidual(0.5 * self.rtol)],
+                    stopping=[RelativeResidual(0.5 * self.aim)],
                     max_iterations=self.max_iterations,
                 )
                 found.solution[at], statuses[at] = other.solution, other.status

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How much vᵀ(A w) and wᵀ(A v) may differ, relative to the size of A: by rounding, or as products with an inverse do.
+    """How much vᵀ(A w) and wᵀ(A v) may differ, relative to the size of A: by rounding, or as with an inverse.
 
     Our choice. Residuals tell how good an answer is in any case; this is to notice the wrong question.
     """

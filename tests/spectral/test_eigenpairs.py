@@ -226,3 +226,15 @@ def test_matrices_that_are_not_symmetric_are_noticed(n):
 def test_misuse_is_explained(arguments, message):
     with pytest.raises(ValueError, match=message):
         spectral.eigenpairs(DiagonalOperator(torch.ones(300)), **arguments)
+
+
+def test_a_million_unknowns_in_float32():
+    """Sums over so many entries lose four digits where they are added up one after the other."""
+    values = torch.randn(1_000_000, generator=seeded(), dtype=F64) * 0.05
+    values[:6] = torch.tensor([9.0, 7.0, 5.0, 4.0, 3.0, 2.0])
+    found = spectral.eigenpairs(DiagonalOperator(values.float()), 4)
+    vectors = found.vectors.double()
+    assert found.converged
+    assert (values[:, None] * vectors - vectors * found.values).norm(dim=0).max() < 2e-6 * 9
+    assert (vectors.T @ vectors - torch.eye(4, dtype=F64)).abs().max() < 2e-6
+    torch.testing.assert_close(found.values, values[:4], rtol=1e-6, atol=0)

@@ -98,4 +98,4 @@ def _dots(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=F64)
+    return torch.linalg.vecdot(rows, rows).to(F64).sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.spectral.groups import per_group
-from imstep.spectral.probes import Samples, generator_of, images, orthonormal, signs
+from imstep.spectral.probes import Samples, generator_of, images, orthonormal, outside, signs
 
 _FIRST = 8
 """Probes before anything is decided; fewer would not tell their own spread."""
@@ -172,7 +172,7 @@ class _Trace(Functional):
         return (directions * images(operator, directions)).sum(dtype=torch.float64)
 
     def sample(self, operator: LinearOperator, probes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        probes = probes - (probes @ basis.mT) @ basis
+        probes = outside(probes, basis)
         made = images(operator, probes)
         return (probes * made).sum(1, dtype=torch.float64), made
 
@@ -186,7 +186,7 @@ class _Diagonal(Functional):
 
     def sample(self, operator: LinearOperator, probes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         made = images(operator, probes)
-        return probes * (made - (made @ basis.mT) @ basis), made
+        return probes * outside(made, basis), made
 
     def of_diagonal(self, entries: Tensor) -> Tensor:
         return entries

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.linalg.symmetry import asymmetric, tolerance
-from imstep.spectral.probes import images
+from imstep.spectral.probes import images, inner, norms
 
 F64 = torch.float64
 
@@ -141,16 +141,16 @@ class KrylovSpace:
 
     def _outside(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
         """The part of a vector orthogonal to the first ``count`` ones, its coordinates in them, and its norm."""
-        known, before = self._basis[:count], float(vector.norm())
-        coordinates = known @ vector
-        vector = vector - known.mT @ coordinates
-        norm = float(vector.norm())
+        known, rows = self._basis[:count], vector[None]
+        before, coordinates = float(norms(rows)), inner(rows, known)
+        rows = rows - coordinates.to(rows) @ known
+        norm = float(norms(rows))
         # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
         if not norm > 0.7 * before:
-            again = known @ vector
-            vector, coordinates = vector - known.mT @ again, coordinates + again
-            norm = float(vector.norm())
-        return vector, coordinates.double().cpu(), norm
+            again = inner(rows, known)
+            rows, coordinates = rows - again.to(rows) @ known, coordinates + again
+            norm = float(norms(rows))
+        return rows[0], coordinates[0].cpu(), norm
 
     def _begin_randomly(self) -> None:
         """The next vector is random, orthogonal to V, and no product has led to it."""
@@ -174,19 +174,11 @@ class KrylovSpace:
 def certified(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values (k,), float64, vectors (k, n) and residual norms (k,) in the span of rows, by a product with each."""
     made = images(operator, rows)
-    factor = torch.linalg.cholesky(_gram(rows, rows))
-    half = torch.linalg.solve_triangular(factor, _gram(rows, made), upper=False)
+    factor = torch.linalg.cholesky(inner(rows, rows))
+    half = torch.linalg.solve_triangular(factor, inner(rows, made), upper=False)
     reduced = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     values, rotation = torch.linalg.eigh((reduced + reduced.mT) / 2)
     weights = torch.linalg.solve_triangular(factor.mT, rotation, upper=True).mT.to(rows)
     vectors = weights @ rows
     residuals = (weights @ made).sub_(values.to(rows)[:, None] * vectors)
-    return values.cpu(), vectors, torch.linalg.vector_norm(residuals, dim=1, dtype=F64).cpu()
-
-
-def _gram(first: Tensor, second: Tensor) -> Tensor:
-    """Inner products of rows in float64, a stretch at a time."""
-    total = torch.zeros(len(first), len(second), dtype=F64, device=first.device)
-    for a, b in zip(first.split(2**18, 1), second.split(2**18, 1), strict=True):
-        total += a.double() @ b.double().mT
-    return total
+    return values.cpu(), vectors, norms(residuals).cpu()

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 
+_STRETCH = 2**13
+"""Entries whose products are added up in the dtype of the vectors."""
+
 NORMAL = 1.959963984540054
 """97.5 % of a normal distribution."""
 
@@ -32,6 +35,27 @@ def images(operator: LinearOperator, rows: Tensor) -> Tensor:
     return operator.matmat(rows.mT).mT
 
 
+def inner(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products of rows, (k, n) with (m, n): (k, m), float64.
+
+    A product of matrices adds up a million float32 terms one after the other, to four digits: so a stretch at a time.
+    """
+    total = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
+    for a, b in zip(first.split(_STRETCH, 1), second.split(_STRETCH, 1), strict=True):
+        total += (a @ b.mT).double()
+    return total
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Norms of rows (k,), float64."""
+    return torch.linalg.vecdot(rows, rows).double().sqrt()
+
+
+def outside(rows: Tensor, basis: Tensor) -> Tensor:
+    """The part of rows (k, n) that is orthogonal to those of an orthonormal basis (m, n)."""
+    return rows - inner(rows, basis).to(rows) @ basis if len(basis) else rows
+
+
 def orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows (r, n), r <= k, for what ``rows`` (k, n) add to the span of an orthonormal basis (m, n).
 
@@ -45,8 +69,8 @@ def orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     rows = rows / largest
     for later in (False, True, True):
         for _ in range(2):
-            rows = rows - (rows @ basis.mT) @ basis
-        values, vectors = torch.linalg.eigh((rows @ rows.mT).double())
+            rows = outside(rows, basis)
+        values, vectors = torch.linalg.eigh(inner(rows, rows))
         if later:
             kept = values > 100 * eps
             values, vectors = values[kept], vectors[:, kept]

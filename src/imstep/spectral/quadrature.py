@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.linalg.symmetry import asymmetric, symmetric_part, tolerance
-from imstep.spectral.probes import Samples, images, signs
+from imstep.spectral.probes import Samples, images, norms, signs
 
 F64 = torch.float64
 _ROOM = 2**31
@@ -96,10 +96,10 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
         following = images(operator, vectors)
         products += len(vectors)
         _check_symmetry(_dots(before, following), betas, scale, vectors.dtype)
-        following = following - betas.to(vectors)[:, None] * before
+        following = torch.addcmul(following, betas.to(vectors)[:, None], before, value=-1)
         alphas = _dots(vectors, following)
-        following.sub_(alphas.to(vectors)[:, None] * vectors)
-        betas = torch.linalg.vector_norm(following, dim=1, dtype=F64).cpu()
+        following.addcmul_(alphas.to(vectors)[:, None], vectors, value=-1)
+        betas = norms(following).cpu()
         made[running, step, step] = alphas
         scale = torch.maximum(scale, alphas.abs() + betas)
         ended = ~(betas > 10 * eps * scale) | ~torch.isfinite(betas)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
+from imstep.linalg.dots import row_dots
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
-
-F64 = torch.float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +45,11 @@ def block_conjugate_gradient(
     """
     solution = torch.zeros_like(rhs)
     statuses = [KrylovStatus.CONVERGED] * len(rhs)
-    norms = _norms(rhs)
+    norms = row_dots(rhs, rhs).sqrt()
     running = (norms > 0).nonzero()[:, 0]
     x, r = solution[running], rhs[running].clone()
     z = _applied(preconditioner, r)
-    p, rho, products = z.clone(), _dots(r, z), 0
+    p, rho, products = z.clone(), row_dots(r, z), 0
     if bool((rho <= 0).any()):
         raise IndefinitePreconditionerError(float(rho.min()))
     for _ in range(max_iterations):
@@ -58,16 +57,16 @@ def block_conjugate_gradient(
             break
         image = operator.matmat(p.mT).mT + damping * p
         products += len(p)
-        curvature, squares = _dots(p, image), _dots(p, p)
+        curvature, squares = row_dots(p, image), row_dots(p, p)
         # Below the rounding of its own inner product a curvature has no sign.
-        level = 10 * torch.finfo(rhs.dtype).eps * (squares.sqrt() * _norms(image))
+        level = 10 * torch.finfo(rhs.dtype).eps * (squares.sqrt() * row_dots(image, image).sqrt())
         bad = ~(curvature > level)
         step = torch.where(bad, 0.0, rho / curvature)
         x = x + step.to(x)[:, None] * p
         r = r - step.to(r)[:, None] * image
-        sizes = _norms(r)
+        sizes = row_dots(r, r).sqrt()
         z = _applied(preconditioner, r)
-        following = _dots(r, z)
+        following = row_dots(r, z)
         finite = torch.isfinite(sizes) & torch.isfinite(curvature) & torch.isfinite(following)
         done = bad | ~finite | (sizes <= rtol * norms[running])
         for at in done.nonzero()[:, 0].tolist():
@@ -91,11 +90,3 @@ def block_conjugate_gradient(
 
 def _applied(preconditioner: LinearOperator | None, rows: Tensor) -> Tensor:
     return rows if preconditioner is None else preconditioner.matmat(rows.mT).mT
-
-
-def _dots(first: Tensor, second: Tensor) -> Tensor:
-    return torch.linalg.vecdot(first, second).to(F64)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vecdot(rows, rows).to(F64).sqrt()

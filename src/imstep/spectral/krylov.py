@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.linalg.symmetry import asymmetric, tolerance
-from imstep.spectral.probes import images, inner, norms
+from imstep.spectral.probes import images, inner, norms, orthonormal
 
 F64 = torch.float64
 
@@ -171,14 +173,49 @@ class KrylovSpace:
             raise asymmetric(difference / size)
 
 
-def certified(operator: LinearOperator, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values (k,), float64, vectors (k, n) and residual norms (k,) in the span of rows, by a product with each."""
-    made = images(operator, rows)
+@dataclass(frozen=True, eq=False)
+class Certified:
+    """Ritz pairs with residuals that were computed from the vectors: values θ (k,), vectors and A y, rows (k, n)."""
+
+    values: Tensor
+    vectors: Tensor
+    images: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        """A y - θ y, (k, n)."""
+        return self.images - self.values.to(self.vectors)[:, None] * self.vectors
+
+
+def certified(
+    operator: LinearOperator, rows: Tensor, key: Callable[[Tensor], Tensor], level: float
+) -> tuple[Certified, Tensor, int]:
+    """Ritz pairs in the span of rows (k, n), the most wanted first; their residual norms (k,); the products spent.
+
+    Where rounding has left residuals above the level, once more in the span of rows and residuals: that takes most of
+    the rounding away, which is spread over all eigenvectors alike.
+    """
+    count = len(rows)
+    found = _rayleigh_ritz(rows, images(operator, rows), key, count)
+    residuals, spent = found.residuals, count
+    sizes = norms(residuals)
+    if float(sizes.max()) > level:
+        more = orthonormal(residuals, found.vectors)
+        made = torch.cat([found.images, images(operator, more)])
+        better = _rayleigh_ritz(torch.cat([found.vectors, more]), made, key, count)
+        spent += len(more)
+        improved = norms(better.residuals)
+        if float(improved.max()) < float(sizes.max()):
+            found, sizes = better, improved
+    return found, sizes.cpu(), spent
+
+
+def _rayleigh_ritz(rows: Tensor, made: Tensor, key: Callable[[Tensor], Tensor], count: int) -> Certified:
+    """The ``count`` most wanted Ritz pairs in the span of rows, whose products were made."""
     factor = torch.linalg.cholesky(inner(rows, rows))
     half = torch.linalg.solve_triangular(factor, inner(rows, made), upper=False)
     reduced = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     values, rotation = torch.linalg.eigh((reduced + reduced.mT) / 2)
-    weights = torch.linalg.solve_triangular(factor.mT, rotation, upper=True).mT.to(rows)
-    vectors = weights @ rows
-    residuals = (weights @ made).sub_(values.to(rows)[:, None] * vectors)
-    return values.cpu(), vectors, norms(residuals).cpu()
+    order = key(values).argsort(descending=True, stable=True)[:count]
+    weights = torch.linalg.solve_triangular(factor.mT, rotation[:, order], upper=True).mT.to(rows)
+    return Certified(values[order].cpu(), weights @ rows, weights @ made)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.dots import row_dots
 
 _STRETCH = 2**13
 """Entries whose products are added up in the dtype of the vectors."""
@@ -48,7 +49,7 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
 
 def norms(rows: Tensor) -> Tensor:
     """Norms of rows (k,), float64."""
-    return torch.linalg.vecdot(rows, rows).double().sqrt()
+    return row_dots(rows, rows).sqrt()
 
 
 def outside(rows: Tensor, basis: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.dots import row_dots
 from imstep.linalg.symmetry import asymmetric, symmetric_part, tolerance
 from imstep.spectral.probes import Samples, images, norms, signs
 
@@ -95,9 +96,9 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
     for step in range(steps):
         following = images(operator, vectors)
         products += len(vectors)
-        _check_symmetry(_dots(before, following), betas, scale, vectors.dtype)
+        _check_symmetry(row_dots(before, following).cpu(), betas, scale, vectors.dtype)
         following = torch.addcmul(following, betas.to(vectors)[:, None], before, value=-1)
-        alphas = _dots(vectors, following)
+        alphas = row_dots(vectors, following).cpu()
         following.addcmul_(alphas.to(vectors)[:, None], vectors, value=-1)
         betas = norms(following).cpu()
         made[running, step, step] = alphas
@@ -113,11 +114,6 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
         made[running, step, step + 1] = made[running, step + 1, step] = betas
         before, vectors = vectors, following.div_(betas.to(vectors)[:, None])
     return [T[:k, :k] for T, k in zip(made, lengths.tolist(), strict=True)], products
-
-
-def _dots(first: Tensor, second: Tensor) -> Tensor:
-    """Inner products of rows (k,), float64 on the CPU."""
-    return torch.linalg.vecdot(first, second).double().cpu()
 
 
 def _check_symmetry(back: Tensor, betas: Tensor, scale: Tensor, dtype: torch.dtype) -> None:

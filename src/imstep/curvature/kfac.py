@@ -13,8 +13,8 @@ from imstep.curvature.kronecker import Block, KroneckerFactors, disjoint
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.sampling import sample_output_gradients
-from imstep.linalg import InverseOperator, KrylovStatus, LinearOperator
-from imstep.linalg.inverse import DirectSolver, inverse
+from imstep.linalg import KrylovStatus, LinearOperator
+from imstep.linalg.inverse import DirectSolver
 
 _CHUNK = 2**24
 """Entries of the gradients of single cases that are formed at once."""
@@ -161,18 +161,9 @@ class KFAC(LinearOperator):
             raise ValueError(f"a preconditioner is definite only with a damping above 0, got {damping}.")
         return _ByEigenvalues(self, damping)
 
-    def inverse(
-        self,
-        damping: float = 0.0,
-        preconditioner: LinearOperator | None = None,
-        *,
-        rtol: float | None = None,
-        max_iterations: int | None = None,
-    ) -> InverseOperator:
-        """As of any operator, by the eigenvalues of the factors: without iterations, exact but for rounding."""
-        checked = inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
-        direct = _ByEigenvalues(self, damping)
-        return InverseOperator(self, damping, None, checked.rtol, 0, aim=checked.aim, direct=direct)
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        """By the eigenvalues of the factors: exact but for rounding."""
+        return _ByEigenvalues(self, damping)
 
 
 class EKFAC(KFAC):

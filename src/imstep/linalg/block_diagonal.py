@@ -53,24 +53,13 @@ class BlockDiagonalOperator(LinearOperator):
             product[:, self.places[name]] = own.matmat(rows[:, self.places[name]].mT).mT
         return product.mT
 
-    def inverse(
-        self,
-        damping: float = 0.0,
-        preconditioner: LinearOperator | None = None,
-        *,
-        rtol: float | None = None,
-        max_iterations: int | None = None,
-    ) -> InverseOperator:
-        """As of any operator, block by block; a preconditioner is of no use to them, and refused."""
-        if preconditioner is not None:
-            raise ValueError("blocks are solved one by one, each without the preconditioner of the whole. Pass None.")
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        """Each block by itself, without the preconditioner of the whole."""
         inverses = {
             name: inverse(block, damping, rtol=rtol, max_iterations=max_iterations)
             for name, block in self.blocks.items()
         }
-        whole = inverse(self, damping, rtol=rtol)
-        direct = _BlockByBlock(inverses, self.places, damping)
-        return InverseOperator(self, damping, None, whole.rtol, 0, aim=whole.aim, direct=direct)
+        return _BlockByBlock(inverses, self.places, damping)
 
 
 class _BlockByBlock(DirectSolver):

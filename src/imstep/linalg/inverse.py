@@ -81,7 +81,8 @@ def inverse(
     limit = min(10 * operator.size, 10_000) if max_iterations is None else max_iterations
     # What is aimed at by default is more than float32 may reach; then a thousandth has to do.
     accepted = max(_AIM, _ROUNDING * torch.finfo(operator.dtype).eps) if rtol is None else rtol
-    return InverseOperator(operator, damping, preconditioner, accepted, limit, aim=_AIM if rtol is None else rtol)
+    aim, direct = _AIM if rtol is None else rtol, operator.direct_solver(damping, rtol, limit)
+    return InverseOperator(operator, damping, preconditioner, accepted, limit, aim=aim, direct=direct)
 
 
 class InverseOperator(LinearOperator):
@@ -138,16 +139,6 @@ class InverseOperator(LinearOperator):
         if not bool(found.converged.all()):
             raise self._refusal(found)
         return found.solution
-
-    def inverse(
-        self,
-        damping: float = 0.0,
-        preconditioner: LinearOperator | None = None,
-        *,
-        rtol: float | None = None,
-        max_iterations: int | None = None,
-    ) -> InverseOperator:
-        return inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
 
     def solve(self, rhs: Tensor) -> InverseSolution:
         """Solutions for one vector (n,) or a block (n, k), and how good they are; refuses nothing that fits."""

@@ -15,7 +15,7 @@ from imstep.linalg.fitting import check_alike, check_vectors
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-    from imstep.linalg.inverse import InverseOperator
+    from imstep.linalg.inverse import DirectSolver, InverseOperator
 
 
 class LinearOperator(ABC):
@@ -239,6 +239,10 @@ class LinearOperator(ABC):
         from imstep.linalg.inverse import inverse
 
         return inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver | None:
+        """What `inverse` solves with where the operator's form allows it; None to choose by size."""
+        return None
 
 
 class SumOperator(LinearOperator):

@@ -1,5 +1,6 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
+from imstep import pde, spectral
 from imstep.complexstep import (
     ComplexStepTensor,
     NotDifferentiableWarning,
@@ -29,5 +30,7 @@ __all__ = [
     "hvp",
     "jvp",
     "minimize",
+    "pde",
+    "spectral",
     "third_derivative",
 ]

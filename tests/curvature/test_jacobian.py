@@ -215,3 +215,63 @@ def test_refusals() -> None:
         operator.T @ normal(3)
     with pytest.raises(ValueError, match="square"):
         conjugate_gradient(operator, normal(3))
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_over_batches_is_the_jacobian_of_all(share: float | None) -> None:
+    operator, dense, model = jacobian("mlp")
+    inputs, seen = build("mlp")[1], []
+    told = lambda done, total: seen.append((done, total))
+    batches = inputs.split([3, 3, 2])
+    room = imstep.Jacobian.over(batches, lambda x: model(x), model, memory_budget=None).nbytes
+    memory_budget = None if share is None else int(share * room)
+    whole = imstep.Jacobian.over(batches, lambda x: model(x), model, memory_budget=memory_budget, progress=told)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    reason = {None: None, 0.0: "3 of 3 batches", 0.5: "2 of 3 batches"}[share]
+    assert whole.recomputes is None if reason is None else whole.recomputes.startswith(reason)
+    torch.testing.assert_close(whole.outputs, operator.outputs)
+    assert relative_error(whole.to_dense(), dense) < 1e-13
+    u, v = normal(whole.shape[0], 2), normal(whole.shape[1], 3)
+    assert relative_error(whole @ v, dense @ v) < 1e-13
+    assert relative_error(whole.T @ u, dense.T @ u) < 1e-13
+    assert relative_error(whole.T @ u[:, 0], dense.T @ u[:, 0]) < 1e-13
+    last = whole.block(model[4])
+    assert relative_error(last.to_dense(), dense[:, -18:]) < 1e-13
+    assert relative_error(last.T @ u, dense[:, -18:].T @ u) < 1e-13
+    with pytest.raises(ValueError, match="no batches"):
+        imstep.Jacobian.over([], lambda x: model(x), model)
+
+
+def test_batches_draw_their_random_numbers_once_and_leave_buffers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    before, batches = model[1].running_mean.clone(), [normal(5, 3), normal(4, 3, seed=1)]
+    for budget in (None, 0):
+        torch.manual_seed(3)
+        whole = imstep.Jacobian.over(batches, lambda x: model(x), model, memory_budget=budget)
+        first = whole.to_dense()
+        assert first.equal(whole.to_dense())
+        assert model[1].running_mean.equal(before)
+        torch.manual_seed(3)
+        parts = [imstep.Jacobian(lambda x=x: model(x), model).to_dense() for x in batches]
+        assert relative_error(first, torch.cat(parts)) < 1e-13
+        model[1].running_mean.copy_(before)
+
+
+def test_lists_of_tensors_in_and_out() -> None:
+    operator, dense, model = jacobian("mlp")
+    directions = [normal(*p.shape, seed=i) for i, p in enumerate(model.parameters())]
+    flat = torch.cat([d.reshape(-1) for d in directions])
+    (made,) = operator @ directions
+    assert made.shape == operator.outputs.shape
+    assert relative_error(made.reshape(-1), dense @ flat) < 1e-13
+    assert operator.as_vector(directions).equal(flat)
+    assert all(a.equal(b) for a, b in zip(operator.as_parameters(flat), directions, strict=True))
+
+
+def test_the_gram_matrix_inverts_in_residual_space() -> None:
+    operator, dense, _ = jacobian("mlp")
+    m, n = operator.shape
+    assert m < n
+    expected = torch.linalg.solve(dense.T @ dense + 1e-2 * torch.eye(n, dtype=F64), normal(n, 2))
+    assert relative_error((operator.T @ operator).inverse(damping=1e-2, rtol=1e-9) @ normal(n, 2), expected) < 1e-9

@@ -22,7 +22,7 @@ from curvature_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import imstep
 from imstep.curvature import (
@@ -33,6 +33,7 @@ from imstep.curvature import (
     Expectation,
     Gaussian,
     Likelihood,
+    ParameterVector,
     Poisson,
 )
 from imstep.curvature.operators import PointOperator
@@ -247,3 +248,48 @@ def test_linear_and_symmetric(case: Case, seed: int, a: float) -> None:
     assert abs(float(u @ other - v @ image)) <= 1e-12 * float(u.norm() * other.norm())
     if operator.definite:
         assert float(u @ image) >= -1e-12 * float(u.norm() * image.norm())
+
+
+def test_lists_of_tensors_in_and_out() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)), torch.randn(5, 3)
+    H = imstep.Hessian(lambda: model(x).square().mean(), model)
+    directions = [torch.randn_like(p) for p in model.parameters()]
+    flat = torch.cat([d.reshape(-1) for d in directions])
+    product = H @ directions
+    assert [t.shape for t in product] == [p.shape for p in model.parameters()]
+    assert torch.cat([t.reshape(-1) for t in product]).equal(H @ flat)
+    assert H.as_vector(H.as_parameters(flat)).equal(flat)
+    head = H.block(model[2])
+    assert [t.shape for t in head @ directions[2:]] == [(1, 2), (1,)]
+    with pytest.raises(ValueError, match=r"4 tensors of shapes \(2, 3\), \(2,\).*got 3 of shapes"):
+        H @ directions[1:]
+    with pytest.raises(TypeError, match="holds tensors"):
+        H @ [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"shape \(11,\), got \(3,\)"):
+        H.as_parameters(flat[:3])
+
+
+def test_blocks_by_layer_and_parameter() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), torch.randn(5, 3).double()
+    H = imstep.Hessian(lambda: model(x).square().mean(), model)
+    dense, places = H.to_dense(), {"0": slice(0, 8), "2": slice(8, 11)}
+    blocks = H.diagonal_blocks("layer")
+    assert list(blocks) == list(places)
+    for name, at in places.items():
+        torch.testing.assert_close(blocks[name].to_dense(), dense[at, at])
+        torch.testing.assert_close((H + 2 * H).diagonal_blocks("layer")[name].to_dense(), 3 * dense[at, at])
+    assert list(H.diagonal_blocks("parameter")) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    unnamed = imstep.Hessian(lambda: model(x).square().mean(), model.parameters())
+    assert list(unnamed.diagonal_blocks("parameter")) == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="built from a list of parameters"):
+        unnamed.diagonal_blocks("layer")
+    with pytest.raises(ValueError, match="by is 'layer' or 'parameter'"):
+        H.diagonal_blocks("module")
+
+
+def test_names_follow_what_is_trained_and_tied() -> None:
+    model = nn.Module()
+    model.scale, model.one, model.two = nn.Parameter(torch.ones(2)), nn.Linear(2, 2), nn.Linear(2, 2)
+    model.two.weight, model.one.bias.requires_grad = model.one.weight, False
+    assert ParameterVector(model).names == ["scale", "one.weight", "two.bias"]
+    assert list(ParameterVector(model).groups("layer")) == ["scale", "one", "two"]

@@ -208,3 +208,60 @@ def test_products_are_linear_and_symmetric(alpha, beta, n, seed):
         A @ (alpha * u + beta * v), alpha * (A @ u) + beta * (A @ v), atol=1e-9, rtol=1e-9
     )
     torch.testing.assert_close(u @ (A @ v), v @ (A @ u), atol=1e-9, rtol=1e-9)
+
+
+def test_products_of_operators(normal):
+    A, B, v = normal(15).reshape(3, 5), normal(20, seed=2).reshape(5, 4), normal(4)
+    product = Rectangular(A) @ Rectangular(B)
+    assert product.shape == (3, 4)
+    torch.testing.assert_close(product @ v, A @ B @ v)
+    torch.testing.assert_close(product.to_dense(), A @ B)
+    torch.testing.assert_close(product.T.to_dense(), (A @ B).T)
+    torch.testing.assert_close((2 * product @ product.T).to_dense(), 2 * A @ B @ B.T @ A.T)
+    with pytest.raises(ValueError, match=r"shape \(3, 5\).*columns of the first must be rows of the second"):
+        Rectangular(A) @ Rectangular(B).T
+    with pytest.raises(TypeError, match=r"works in torch.float64, the second in torch.float32"):
+        Rectangular(A) @ Rectangular(B.float())
+
+
+def test_vectors_from_the_left(normal):
+    A, x, X = normal(15).reshape(3, 5), normal(3), normal(6).reshape(2, 3)
+    torch.testing.assert_close(x @ Rectangular(A), x @ A)
+    torch.testing.assert_close(X @ Rectangular(A), X @ A)
+    torch.testing.assert_close(X @ Rectangular(A.T).T, X @ A)
+    with pytest.raises(ValueError, match="shape"):
+        normal(5) @ Rectangular(A)
+    with pytest.raises(TypeError):
+        np.ones(3) @ Rectangular(A)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([0, 2], None),
+        ([2, 0, 0], [4, 1, 4]),
+        (slice(1, None), slice(None, None, 2)),
+        (torch.tensor([True, False, True]), torch.tensor([-1, 0])),
+        ([], [1]),
+    ],
+)
+def test_sub_matrices_by_index(normal, rows, columns):
+    A = normal(15).reshape(3, 5)
+    if columns is None:
+        A = A[:, :3]
+    part = Rectangular(A).submatrix(rows, columns)
+    to_index = lambda i: torch.tensor(i, dtype=torch.long) if isinstance(i, list) else i
+    expected = A[to_index(rows)][:, to_index(rows if columns is None else columns)]
+    assert part.shape == tuple(expected.shape)
+    torch.testing.assert_close(part.to_dense(), expected)
+    torch.testing.assert_close(part.T.to_dense(), expected.T)
+    u = normal(expected.shape[1])
+    torch.testing.assert_close(part @ u, expected @ u)
+    torch.testing.assert_close(part.T @ normal(expected.shape[0]), expected.T @ normal(expected.shape[0]))
+
+
+def test_indices_that_do_not_fit_are_refused(matrix):
+    with pytest.raises(IndexError):
+        DenseOperator(matrix).submatrix([4])
+    with pytest.raises(IndexError, match="one-dimensional, of whole numbers"):
+        DenseOperator(matrix).submatrix(torch.ones(2))

@@ -6,6 +6,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gauss_newton import GaussNewton
 from imstep.curvature.hessian import Hessian
 from imstep.curvature.jacobian import Jacobian
+from imstep.curvature.kfac import EKFAC, KFAC
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
@@ -14,6 +15,8 @@ from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import StaleLossError
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "BatchOperator",
     "Bernoulli",
     "Categorical",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,18 @@ from torch import Tensor, nn
 from imstep.complexstep.islands import plain
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
+from imstep.curvature.batches import ROOM_FOR_RECORDS, ProgressCallback
 from imstep.curvature.evaluation import checked_budget
 from imstep.curvature.frozen import FrozenClosure, usable
 from imstep.curvature.operators import ProductsOperator
 from imstep.curvature.parameters import ParameterVector, TensorVector
-from imstep.curvature.products import Products, RecomputedProducts, ReplayedProducts
+from imstep.curvature.products import (
+    JoinedProducts,
+    Products,
+    RecomputedProducts,
+    ReplayedProducts,
+    StackedProducts,
+)
 from imstep.curvature.unmoved import Unmoved
 
 
@@ -64,10 +73,63 @@ class Jacobian(ProductsOperator):
     ) -> None:
         parameters = ParameterVector(params)
         evaluation = _Evaluation(FrozenClosure(closure, parameters), parameters)
-        point = evaluation.once(checked_budget(memory_budget))
+        self._take(parameters, evaluation.once(checked_budget(memory_budget)))
+
+    def _take(self, parameters: ParameterVector, point: _Outputs) -> None:
         super().__init__(point.forward, point.transposed, Unmoved(parameters))
         self.parameters, self.outputs, self.recomputes = parameters, point.outputs, point.recomputes
         self._report = point.report
+
+    @classmethod
+    def over(
+        cls,
+        batches: Iterable[Any],
+        closure: Callable[[Any], Tensor],
+        params: nn.Module | Iterable[Tensor],
+        *,
+        memory_budget: int | None = ROOM_FOR_RECORDS,
+        progress: ProgressCallback | None = None,
+    ) -> Jacobian:
+        """The Jacobian of the outputs of all ``batches``, one below the other.
+
+        Args:
+            batches: an iterable, such as a DataLoader; gone through once.
+            closure: called with a batch, returns its outputs.
+            params: as for :class:`Jacobian`.
+            memory_budget: bytes that the records of all batches may take together; None for no limit. Batches beyond
+                it are kept themselves, and evaluated anew for every product.
+            progress: called after each batch with the number of batches done and of all (None if not known).
+
+        Returns:
+            An operator as :class:`Jacobian`, with the outputs joined along their first dimension. Buffers are left as
+            they were: every batch is evaluated on the same ones.
+
+        Raises:
+            ValueError: there are no batches; and as for :class:`Jacobian`.
+
+        Example:
+            >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> J = Jacobian.over([torch.eye(2), torch.ones(1, 2)], lambda x: x @ w, [w])
+            >>> J.outputs, J.to_dense()
+            (tensor([1., 2., 3.]), tensor([[1., 0.],
+                    [0., 1.],
+                    [1., 1.]]))
+        """
+        parameters, room = ParameterVector(params), checked_budget(memory_budget)
+        expected = len(batches) if isinstance(batches, Sized) else None
+        points: list[_Outputs] = []
+        for batch in batches:
+            point = _Evaluation(FrozenClosure(partial(closure, batch), parameters), parameters).once(room, False)
+            points.append(point)
+            if room is not None and point.recomputes is None:
+                room -= point.forward.nbytes + point.transposed.nbytes
+            if progress is not None:
+                progress(len(points), expected)
+        if not points:
+            raise ValueError("there are no batches to take outputs of: the iterable is empty.")
+        self = cls.__new__(cls)
+        self._take(parameters, _joined(points))
+        return self
 
     def block(self, params: nn.Module | Iterable[Tensor]) -> ProductsOperator:
         """The columns of some of the parameters, as an operator on their part of the vector.
@@ -78,8 +140,8 @@ class Jacobian(ProductsOperator):
         Raises:
             ValueError: a parameter is not among those of this operator.
         """
-        columns = self.parameters.positions(params)
-        return ProductsOperator(self._forward.block([0], columns), self._transposed.block(columns, [0]), self.check)
+        columns, rows = self.parameters.positions(params), range(len(self._forward.rows.forms))
+        return ProductsOperator(self._forward.block(rows, columns), self._transposed.block(columns, rows), self.check)
 
     def explain(self) -> OperatorReport:
         """The operators that the closure met going forward, how often, and how each was differentiated."""
@@ -97,21 +159,36 @@ class _Outputs:
     recomputes: str | None = None
 
 
+def _joined(points: list[_Outputs]) -> _Outputs:
+    """The outputs of several batches, one below the other."""
+    outputs = [point.outputs for point in points]
+    alike = all(z.ndim > 0 and z.shape[1:] == outputs[0].shape[1:] for z in outputs)
+    recomputed = [point.recomputes for point in points if point.recomputes is not None]
+    reason = f"{len(recomputed)} of {len(points)} batches are evaluated anew for every product: " if recomputed else ""
+    return _Outputs(
+        torch.cat(outputs if alike else [z.reshape(-1) for z in outputs]),
+        StackedProducts([point.forward for point in points]),
+        JoinedProducts([point.transposed for point in points]),
+        points[0].report,
+        reason + recomputed[0] if recomputed else None,
+    )
+
+
 class _Evaluation:
     """A model's outputs on one batch, and their derivative."""
 
     def __init__(self, frozen: FrozenClosure, parameters: ParameterVector) -> None:
         self._frozen, self._parameters = frozen, parameters
 
-    def once(self, memory_budget: int | None) -> _Outputs:
-        """The first evaluation, leaving random numbers and buffers as one evaluation does."""
+    def once(self, memory_budget: int | None, accepted: bool = True) -> _Outputs:
+        """The first evaluation, leaving random numbers as one evaluation does, and buffers too if ``accepted``."""
         try:
             return self._record(memory_budget)
         except (TapeTooLargeError, TapeChangedError) as error:
             self._frozen.undo()
             return self._without_record(str(error))
         finally:
-            self._frozen.leave(accepted=True)
+            self._frozen.leave(accepted)
 
     def _record(self, memory_budget: int | None) -> _Outputs:
         vector, tape = self._parameters, Tape(memory_budget)

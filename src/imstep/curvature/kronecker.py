@@ -93,6 +93,18 @@ class KroneckerFactors:
             return None
         return _KroneckerInverse(self._parameters, list(self._blocks.values()), self._diagonals, self._direct, damping)
 
+    def blocks(self) -> list[Block]:
+        """The factors of each layer."""
+        return list(self._blocks.values())
+
+    def diagonals(self) -> dict[int, Tensor]:
+        """Mean squared gradients of the other parameters, by position."""
+        return self._diagonals
+
+    def direct(self, weight: int) -> float:
+        """Mean curvature of what the loss adds of a weight alone, such as weight decay."""
+        return self._direct.get(weight, 0.0)
+
     def _not_layers(self, uses: list[LayerUse]) -> list[int]:
         layered = {at for use in uses for at in (use.weight, use.bias)} | {
             at for block in self._blocks.values() for at in (block.weight, block.bias)
@@ -170,7 +182,7 @@ class _KroneckerInverse(LinearOperator):
     ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
-        blocks = _disjoint(blocks)
+        blocks = disjoint(blocks)
         typical = _typical_curvature(blocks, diagonals)
         shift = lambda b: damping + direct.get(b.weight, 0.0)
         self._inverses = [(b, *_damped_inverses(b, shift(b), typical)) for b in blocks]
@@ -201,7 +213,7 @@ class _KroneckerInverse(LinearOperator):
         return self._parameters.flatten(parts)
 
 
-def _disjoint(blocks: list[Block]) -> list[Block]:
+def disjoint(blocks: list[Block]) -> list[Block]:
     """The blocks, a bias that several layers share being part of the first only."""
     taken: set[int] = set()
     disjoint = []

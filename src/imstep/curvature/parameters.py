@@ -29,7 +29,7 @@ class TensorVector:
     def __init__(
         self, forms: Sequence[tuple[torch.Size, torch.dtype]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._forms, self.dtype, self.device = list(forms), dtype, device
+        self.forms, self.dtype, self.device = list(forms), dtype, device
         self._shapes = [torch.Size([*shape, 2]) if kind.is_complex else shape for shape, kind in forms]
         self.sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self.sizes)
@@ -44,6 +44,24 @@ class TensorVector:
             ]
             return torch.cat(parts)
 
+    def checked(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors, one per part, each of its shape.
+
+        Raises:
+            TypeError: they are not all tensors.
+            ValueError: they are more or fewer, or one has another shape.
+        """
+        if not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError("a list to multiply holds tensors, one for each parameter. Pass [t for t in ...].")
+        shapes, wanted = [t.shape for t in tensors], [shape for shape, _ in self.forms]
+        if shapes != wanted:
+            show = lambda sizes: ", ".join(str(tuple(s)) for s in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
+            raise ValueError(
+                f"a list to multiply holds {len(wanted)} tensors of shapes {show(wanted)}; got {len(shapes)} of shapes "
+                f"{show(shapes)}. Pass one for each parameter that requires a gradient, in order."
+            )
+        return tensors
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Real views of ``vector`` (n,), one per part, in its shape; with a last dimension of 2 for a complex one."""
         parts = vector.split(self.sizes)
@@ -53,12 +71,12 @@ class TensorVector:
         """The parts of ``vector`` (n,), in shape and dtype; views of it where they are real and of its dtype."""
         return [
             torch.complex(part[..., 0], part[..., 1]).to(dtype) if dtype.is_complex else part.to(dtype)
-            for part, (_, dtype) in zip(self.views(vector), self._forms, strict=True)
+            for part, (_, dtype) in zip(self.views(vector), self.forms, strict=True)
         ]
 
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""
-        return TensorVector([self._forms[at] for at in positions], self.dtype, self.device)
+        return TensorVector([self.forms[at] for at in positions], self.dtype, self.device)
 
     def entries(self, positions: Sequence[int]) -> Tensor:
         """Where the entries of some of the tensors are, in the order of :meth:`part`."""
@@ -80,6 +98,10 @@ class ParameterVector(TensorVector):
         ValueError: no parameter requires gradients, or they live on several devices.
         TypeError: a parameter is sparse, or ``params`` is no module or iterable of tensors.
 
+    Attributes:
+        tensors: the parameters, in order.
+        names: of each, in the module; its place among those given where there is none.
+
     Example:
         >>> layer = nn.Linear(2, 1)
         >>> ParameterVector(layer).size
@@ -89,7 +111,13 @@ class ParameterVector(TensorVector):
     def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
         if isinstance(params, Tensor):
             raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
-        candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
+        self._named = isinstance(params, nn.Module)
+        if isinstance(params, nn.Module):
+            named: list[tuple[str, Tensor]] = list(params.named_parameters())
+        else:
+            named = [(str(at), p) for at, p in enumerate(params)]
+        names = {id(p): name for name, p in reversed(named)}
+        candidates = [p for _, p in named]
         for p in candidates:
             if not isinstance(p, Tensor):
                 raise TypeError(
@@ -101,6 +129,7 @@ class ParameterVector(TensorVector):
                 "there is no parameter to differentiate: "
                 + ("none was given." if not candidates else f"all {len(candidates)} have requires_grad=False.")
             )
+        self.names = [names[id(p)] for p in self.tensors]
         _check(self.tensors)
         double = (torch.float64, torch.complex128)
         dtype = torch.float64 if any(p.dtype in double for p in self.tensors) else torch.float32
@@ -121,6 +150,28 @@ class ParameterVector(TensorVector):
                 "Pass parameters that the operator was built with."
             )
         return [place[id(p)] for p in wanted]
+
+    def groups(self, by: str) -> dict[str, list[Tensor]]:
+        """The parameters of each layer, or each by itself, by name.
+
+        Args:
+            by: "layer" for those of one module together, or "parameter".
+
+        Raises:
+            ValueError: another word; layers of parameters that were given without their module.
+        """
+        if by not in ("layer", "parameter"):
+            raise ValueError(f"by is 'layer' or 'parameter', got {by!r}. For other groups use A.block(parameters).")
+        if by == "layer" and not self._named:
+            raise ValueError(
+                "by='layer' needs the names of the layers, and the operator was built from a list of parameters. Build "
+                "it with the module in their place, or pass by='parameter'."
+            )
+        groups: dict[str, list[Tensor]] = {}
+        for name, p in zip(self.names, self.tensors, strict=True):
+            # A parameter of the model itself, which has no name, is a layer of its own.
+            groups.setdefault(name.rpartition(".")[0] or name if by == "layer" else name, []).append(p)
+        return groups
 
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""

@@ -168,6 +168,64 @@ class SummedProducts(Products):
             part.check()
 
 
+class StackedProducts(Products):
+    """Products with matrices below each other, of the same columns.
+
+    Args:
+        parts: products with each.
+    """
+
+    def __init__(self, parts: Sequence[Products]) -> None:
+        forms = [form for part in parts for form in part.rows.forms]
+        super().__init__(TensorVector(forms, parts[0].rows.dtype, parts[0].rows.device), parts[0].columns)
+        self._parts = list(parts)
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def one(self, direction: Tensor) -> Tensor:
+        return torch.cat([part.one(direction) for part in self._parts])
+
+    def several(self, directions: Tensor) -> Tensor:
+        return torch.cat([part.several(directions) for part in self._parts], dim=1)
+
+    def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
+        # Each part's rows belong to one tensor: its outputs.
+        return StackedProducts([self._parts[at].block([0], columns) for at in rows])
+
+    def check(self) -> None:
+        for part in self._parts:
+            part.check()
+
+
+class JoinedProducts(Products):
+    """Products with matrices beside each other, of the same rows: the transpose of :class:`StackedProducts`.
+
+    Args:
+        parts: products with each.
+    """
+
+    def __init__(self, parts: Sequence[Products]) -> None:
+        forms = [form for part in parts for form in part.columns.forms]
+        super().__init__(parts[0].rows, TensorVector(forms, parts[0].columns.dtype, parts[0].columns.device))
+        self._parts, self._sizes = list(parts), [part.columns.size for part in parts]
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self.several(direction.unsqueeze(0)).squeeze(0)
+
+    def several(self, directions: Tensor) -> Tensor:
+        total = directions.new_zeros(len(directions), self.rows.size)
+        for part, own in zip(self._parts, directions.split(self._sizes, dim=1), strict=True):
+            total += part.several(own)
+        return total
+
+    def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
+        return JoinedProducts([self._parts[at].block(rows, [0]) for at in columns])
+
+    def check(self) -> None:
+        for part in self._parts:
+            part.check()
+
+
 class PaddedProducts(Products):
     """Products with a sub-matrix by those with the whole: zeros put in, entries picked out.
 

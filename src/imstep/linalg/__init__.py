@@ -2,8 +2,10 @@
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
+from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.cg import conjugate_gradient
+from imstep.linalg.composed import ProductOperator, SubmatrixOperator
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
     IndefiniteRule,
@@ -28,6 +30,7 @@ from imstep.linalg.gram_factorisation import (
 )
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
+from imstep.linalg.inverse import InverseOperator, InverseSolution, NotSolvedError
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
@@ -50,6 +53,7 @@ from imstep.linalg.thin import BoxLeastSquares, ThinLeastSquares
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "BlockDiagonalOperator",
     "BoxLeastSquares",
     "ByShape",
     "DampedLeastSquares",
@@ -70,16 +74,20 @@ __all__ = [
     "IdentityOperator",
     "IndefinitePreconditionerError",
     "IndefiniteRule",
+    "InverseOperator",
+    "InverseSolution",
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
     "LimitedMemoryPreconditioner",
     "LinearOperator",
     "NoiseTest",
+    "NotSolvedError",
     "NystromApproximation",
     "NystromPreconditioner",
     "PivotedCholesky",
     "ProductBudget",
+    "ProductOperator",
     "Progress",
     "ProgressStall",
     "RandomizedNystrom",
@@ -91,6 +99,7 @@ __all__ = [
     "SplitOperator",
     "StepSpace",
     "StoppingRule",
+    "SubmatrixOperator",
     "SumOperator",
     "ThinFactorisation",
     "ThinLeastSquares",

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from imstep.linalg.operator import LinearOperator, check_alike, check_vectors
+from imstep.linalg.fitting import check_alike, check_vectors
+from imstep.linalg.operator import LinearOperator
 
 
 def check_vector(operator: LinearOperator, vector: Tensor, solver: str) -> None:
@@ -14,7 +15,8 @@ def check_vector(operator: LinearOperator, vector: Tensor, solver: str) -> None:
     check_vectors(operator, vector)
     if vector.ndim != 1:
         raise ValueError(
-            f"{solver} solves for one vector (n,), got {tuple(vector.shape)}. Solve column by column."
+            f"{solver} solves for one vector (n,), got {tuple(vector.shape)}. "
+            "Solve column by column, or all together by A.inverse(damping) @ block."
         )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from imstep.linalg.operator import LinearOperator, check_alike
+from imstep.linalg.fitting import check_alike
+from imstep.linalg.operator import LinearOperator
 
 
 class HalvedOperator(LinearOperator):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.linalg.operator import LinearOperator, check_vectors
+from imstep.linalg.fitting import check_vectors
+from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
 
 
@@ -127,12 +128,16 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
 
 
 @full_precision
-def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
-    """The smallest eigenvalue of A and its vector, for the way out of a saddle.
+def smallest_eigenpair(
+    operator: LinearOperator, *, generator: torch.Generator | None = None, steps: int = 32
+) -> Eigenpair:
+    """The smallest eigenvalue of A and its vector, as well as so many products tell, for the way out of a saddle.
+
+    For pairs to a given accuracy, and for more than one, there is :func:`imstep.spectral.eigenpairs`.
 
     Args:
         operator: A, self-adjoint, size n >= 1.
-        generator: draws the normal start vector, on its own device.
+        generator: draws the normal start vector, on its own device; without it one of seed 0 does.
         steps: products to spend, at most; >= 1.
 
     Returns:
@@ -149,9 +154,10 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
     Example:
         >>> from imstep.linalg import DiagonalOperator
         >>> A = DiagonalOperator(torch.tensor([-3.0, 1.0, 2.0]))
-        >>> round(smallest_eigenpair(A, generator=torch.Generator().manual_seed(0)).value, 4)
+        >>> round(smallest_eigenpair(A).value, 4)
         -3.0
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     start = torch.randn(operator.size, generator=generator, device=generator.device, dtype=operator.dtype)
     start = start.to(operator.device)
     process = lanczos(operator, start, steps)
@@ -166,13 +172,15 @@ def smallest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, 
 
 
 @full_precision
-def largest_eigenpair(operator: LinearOperator, *, generator: torch.Generator, steps: int = 32) -> Eigenpair:
+def largest_eigenpair(
+    operator: LinearOperator, *, generator: torch.Generator | None = None, steps: int = 32
+) -> Eigenpair:
     """The largest eigenvalue of A and its vector; otherwise as `smallest_eigenpair`, of -A.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
         >>> A = DiagonalOperator(torch.tensor([-3.0, 1.0, 2.0]))
-        >>> round(largest_eigenpair(A, generator=torch.Generator().manual_seed(0)).value, 4)
+        >>> round(largest_eigenpair(A).value, 4)
         2.0
     """
     pair = smallest_eigenpair(-operator, generator=generator, steps=steps)

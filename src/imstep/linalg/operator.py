@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
+from imstep.linalg.fitting import check_alike, check_vectors
+
 if TYPE_CHECKING:
     import scipy.sparse.linalg
+
+    from imstep.linalg.inverse import DirectSolver, InverseOperator
 
 
 class LinearOperator(ABC):
@@ -40,6 +44,8 @@ class LinearOperator(ABC):
     Source: the interface follows scipy.sparse.linalg.LinearOperator.
     """
 
+    __array_ufunc__ = None  # NumPy leaves products with an operator to the operator
+
     def __init__(self, size: int | tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         self.shape = (size, size) if isinstance(size, int) else size
         if min(self.shape) < 0:
@@ -65,7 +71,8 @@ class LinearOperator(ABC):
 
     def _by_columns(self, product: Callable[[Tensor], Tensor], block: Tensor, rows: int) -> Tensor:
         columns = [product(column) for column in block.unbind(1)]
-        return torch.stack(columns, dim=1) if columns else block.new_empty(rows, 0)
+        # Each product stays in one piece: to interleave large vectors costs as much as to compute with them.
+        return torch.stack(columns).mT if columns else block.new_empty(rows, 0)
 
     @property
     def size(self) -> int:
@@ -87,22 +94,43 @@ class LinearOperator(ABC):
         """The transpose Aᵀ, an operator of shape (n, m)."""
         return TransposedOperator(self)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """A v or A V.
+    def gram(self) -> LinearOperator:
+        """A Aᵀ, an operator of shape (m, m)."""
+        return self @ self.T
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+
+    def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        """A v, A V or A B.
 
         Args:
-            other: vector (n,) or block of columns (n, k), of the operator's dtype and device.
+            other: vector (n,) or block of columns (n, k), of the operator's dtype and device; or an operator B of
+                n rows, for the operator A B.
 
         Returns:
-            (m,) or (m, k).
+            (m,), (m, k) or an operator.
 
         Raises:
-            TypeError: `other` is not a tensor or has another dtype.
+            TypeError: `other` is neither a tensor nor an operator, or has another dtype.
             ValueError: `other` has another shape or lies on another device.
         """
+        if isinstance(other, LinearOperator):
+            from imstep.linalg.composed import ProductOperator
+
+            return ProductOperator(self, other)
         check_vectors(self, other)
         with torch._C._DisableAutocast():  # it would round products to half precision
             return self.matvec(other) if other.ndim == 1 else self.matmat(other)
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """x A for a vector (m,), or X A for a block of rows (k, m): products with Aᵀ."""
+        if isinstance(other, Tensor) and other.ndim == 2:
+            return (self.T @ other.mT).mT
+        return self.T @ other
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):
@@ -146,9 +174,76 @@ class LinearOperator(ABC):
         Raises:
             ImportError: SciPy is not installed.
         """
-        from imstep.linalg.scipy_bridge import to_scipy
+        from imstep.linalg.scipy_bridge import scipy_operator
 
-        return to_scipy(self)
+        return scipy_operator(self.shape, self.dtype, self.device, self.__matmul__, self.T.__matmul__)
+
+    def submatrix(
+        self, rows: Tensor | Sequence[int] | slice, columns: Tensor | Sequence[int] | slice | None = None
+    ) -> LinearOperator:
+        """The sub-matrix of some rows and columns, by index, as an operator; without `columns` those of `rows`.
+
+        Args:
+            rows, columns: whole numbers, a mask or a slice.
+
+        Cost: a product with A each.
+
+        Example:
+            >>> from imstep.linalg import DiagonalOperator
+            >>> DiagonalOperator(torch.tensor([1.0, 2.0, 3.0])).submatrix([2, 0]) @ torch.ones(2)
+            tensor([3., 1.])
+        """
+        from imstep.linalg.composed import SubmatrixOperator
+
+        return SubmatrixOperator(self, rows, rows if columns is None else columns)
+
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        """The blocks on the diagonal that belong to the layers or parameters of a model, by name.
+
+        Args:
+            by: "layer" or "parameter".
+
+        Raises:
+            ValueError: the operator knows of no parameters.
+        """
+        raise ValueError(
+            f"by={by!r} needs an operator that belongs to a model, and {type(self).__name__} is none. Pass a Hessian, "
+            "Gauss-Newton or Fisher matrix, a multiple or a sum of them; or cut out blocks with A.submatrix(index)."
+        )
+
+    def inverse(
+        self,
+        damping: float = 0.0,
+        preconditioner: LinearOperator | None = None,
+        *,
+        rtol: float | None = None,
+        max_iterations: int | None = None,
+    ) -> InverseOperator:
+        """(A + λI)⁻¹ as an operator: each product solves a system, and is refused where that did not succeed.
+
+        Args:
+            damping: λ >= 0.
+            preconditioner: P ≈ (A + λI)⁻¹, symmetric positive definite; for iterative solves.
+            rtol: largest ‖b - (A + λI)x‖ / ‖b‖ of a product that is given out, in (0, 1). Default 1e-5; in float32
+                that is aimed at, and 1e-3 accepted.
+            max_iterations: of an iterative solve; default 10 n, at most 10,000.
+
+        Returns:
+            An :class:`~imstep.linalg.InverseOperator`; its `solve` returns solutions with their certificates.
+
+        Example:
+            >>> from imstep.linalg import DiagonalOperator
+            >>> A = DiagonalOperator(torch.tensor([1.0, -3.0]))
+            >>> A.inverse(damping=1.0) @ torch.ones(2)
+            tensor([ 0.5000, -0.5000])
+        """
+        from imstep.linalg.inverse import inverse
+
+        return inverse(self, damping, preconditioner, rtol=rtol, max_iterations=max_iterations)
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver | None:
+        """What `inverse` solves with where the operator's form allows it; None to choose by size."""
+        return None
 
 
 class SumOperator(LinearOperator):
@@ -181,6 +276,10 @@ class SumOperator(LinearOperator):
     def rmatmat(self, block: Tensor) -> Tensor:
         return self.first.rmatmat(block) + self.second.rmatmat(block)
 
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        second = self.second.diagonal_blocks(by)
+        return {name: block + second[name] for name, block in self.first.diagonal_blocks(by).items()}
+
 
 class ScaledOperator(LinearOperator):
     """factor · A; what `factor * A` builds.
@@ -206,6 +305,9 @@ class ScaledOperator(LinearOperator):
 
     def rmatmat(self, block: Tensor) -> Tensor:
         return self.factor * self.operator.rmatmat(block)
+
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        return {name: self.factor * block for name, block in self.operator.diagonal_blocks(by).items()}
 
 
 class TransposedOperator(LinearOperator):
@@ -238,38 +340,3 @@ class TransposedOperator(LinearOperator):
     def T(self) -> LinearOperator:
         """A itself."""
         return self.operator
-
-
-def check_vectors(operator: LinearOperator, vectors: Tensor) -> None:
-    """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
-    if not isinstance(vectors, Tensor):
-        raise TypeError(
-            f"an operator multiplies torch tensors, not {type(vectors).__name__}. "
-            "Convert with torch.as_tensor."
-        )
-    m, n = operator.shape
-    if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
-        raise ValueError(
-            f"an operator of shape ({m}, {n}) multiplies vectors of shape ({n},) or blocks of shape ({n}, k), "
-            f"not {tuple(vectors.shape)}. Flatten or transpose the vectors first."
-        )
-    if vectors.dtype != operator.dtype:
-        raise TypeError(
-            f"the operator works in {operator.dtype}, the vector is {vectors.dtype}. "
-            f"Convert it with v.to({operator.dtype})."
-        )
-    if vectors.device != operator.device:
-        raise ValueError(
-            f"the operator lives on {operator.device}, the vector on {vectors.device}. "
-            f"Move it with v.to({str(operator.device)!r})."
-        )
-
-
-def check_alike(first: LinearOperator, second: LinearOperator) -> None:
-    """Raise unless the two operators multiply the same vectors."""
-    mine, other = ((a.shape, a.dtype, a.device) for a in (first, second))
-    if mine != other:
-        raise ValueError(
-            f"operators that are combined must agree in size, dtype and device, got {mine} and {other}. "
-            "Build both for the same vectors."
-        )

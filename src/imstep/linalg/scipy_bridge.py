@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-    from imstep.linalg.operator import LinearOperator
 
+def scipy_operator(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    product: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+) -> scipy.sparse.linalg.LinearOperator:
+    """A `scipy.sparse.linalg.LinearOperator` over NumPy vectors.
 
-def to_scipy(operator: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
-    """The operator as a `scipy.sparse.linalg.LinearOperator` over NumPy vectors.
+    Vectors are converted to the dtype and device, and back, at each product.
 
-    Vectors are converted to the operator's dtype and device, and back, at each product.
+    Args:
+        shape, dtype, device: of the operator.
+        product, transposed: map a vector or a block to its product with the matrix, with the transpose.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -27,17 +37,15 @@ def to_scipy(operator: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     except ImportError as error:
         raise ImportError("to_scipy needs SciPy, which is not installed. Run: pip install scipy") from error
 
-    def to_torch(array: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array), dtype=operator.dtype, device=operator.device)
-
-    def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-        return tensor.detach().cpu().numpy()
+    def on_arrays(of: Callable[[Tensor], Tensor], array: np.ndarray) -> np.ndarray:
+        tensor = torch.as_tensor(np.ascontiguousarray(array), dtype=dtype, device=device)
+        return of(tensor).detach().cpu().numpy()
 
     return ScipyOperator(
-        operator.shape,
-        matvec=lambda v: to_numpy(operator @ to_torch(v.reshape(-1))),
-        rmatvec=lambda v: to_numpy(operator.T @ to_torch(v.reshape(-1))),
-        matmat=lambda V: to_numpy(operator @ to_torch(V)),
-        rmatmat=lambda V: to_numpy(operator.T @ to_torch(V)),
-        dtype=torch.empty(0, dtype=operator.dtype).numpy().dtype,
+        shape,
+        matvec=lambda v: on_arrays(product, v.reshape(-1)),
+        rmatvec=lambda v: on_arrays(transposed, v.reshape(-1)),
+        matmat=lambda V: on_arrays(product, V),
+        rmatmat=lambda V: on_arrays(transposed, V),
+        dtype=torch.empty(0, dtype=dtype).numpy().dtype,
     )

@@ -1,0 +1,259 @@
+"""Kronecker-factored approximations of the Gauss-Newton matrix, as operators with products and exact inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
+from imstep.curvature.kronecker import Block, KroneckerFactors, disjoint
+from imstep.curvature.layers import LayerObserver, LayerUse
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.sampling import sample_output_gradients
+from imstep.linalg import KrylovStatus, LinearOperator
+from imstep.linalg.inverse import DirectSolver
+
+_CHUNK = 2**24
+"""Entries of the gradients of single cases that are formed at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock:
+    """A weight's matrix in the eigenvectors of its Kronecker factors: W -> G (s * (GᵀW A)) Aᵀ.
+
+    Attributes:
+        weight, bias: positions among the parameters; the bias is a last column of W.
+        inputs: A, (in, in), orthogonal.
+        outputs: G, (out, out), orthogonal.
+        values: s, (out, in).
+    """
+
+    weight: int
+    bias: int | None
+    inputs: Tensor
+    outputs: Tensor
+    values: Tensor
+
+    def applied(self, matrices: Tensor, factors: Tensor) -> Tensor:
+        """Matrices (k, out, in) multiplied by ``factors`` (out, in) in the eigenvectors."""
+        inside = self.outputs.mT @ matrices @ self.inputs
+        return self.outputs @ (inside * factors) @ self.inputs.mT
+
+
+class KFAC(LinearOperator):
+    """The Kronecker-factored approximation of a loss's Gauss-Newton matrix, layer by layer.
+
+        block of a layer = A ⊗ G,   A = E[a aᵀ] of its inputs,   G = Σ E[g gᵀ] of sampled gradients at its outputs
+
+    Linear layers and convolutions (1d and 2d, one group) have factors; all other parameters a diagonal, of squared
+    gradients of the same samples. Weight decay that is part of the loss is added; that of a layer's weight counts for
+    its bias, too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
+
+    Args:
+        closure: returns the loss, a convex function of the model's outputs made of PyTorch's mean squared error, cross
+            entropy, binary cross entropy, Huber losses and the like by sums, means and positive factors.
+        params: a module or an iterable of parameters; those with ``requires_grad=False`` are left out.
+        samples: targets drawn for each case, >= 1.
+        seed: of the generator they come from.
+        largest: widest input or output of a layer that has factors.
+
+    Attributes:
+        loss: f(w), 0-dim.
+        blocks: of the layers that have factors.
+
+    Raises:
+        ValueError: the loss is not recognised as convex; as for :class:`ParameterVector`.
+
+    Cost: ``samples`` evaluations of the closure, each with a backward pass more; in³ + out³ operations a layer. A
+        product: 2 in out (in + out) multiplications a layer.
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), section 3; for convolutions Grosse and Martens, ICML 2016
+        (arXiv 1602.01407).
+
+    Example:
+        >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [1.0, 0.0]])
+        >>> K = KFAC(lambda: model(x).square().mean(), model)
+        >>> K.to_dense().round(decimals=3)  # 2/2 XᵀX
+        tensor([[2., 2.],
+                [2., 4.]])
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: nn.Module | Iterable[Tensor],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        largest: int = 4096,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples, the targets drawn for each case, is at least 1, got {samples}.")
+        self.parameters = ParameterVector(params)
+        super().__init__(self.parameters.size, self.parameters.dtype, self.parameters.device)
+        self._frozen, self._largest = FrozenClosure(closure, self.parameters), largest
+        generator = torch.Generator(self.device).manual_seed(seed)
+        factors = KroneckerFactors(self.parameters, decay=1 - 1 / (samples + 1))
+        try:
+            for _ in range(samples):
+                point, observer = self._evaluate()
+                factors.update(point, observer, generator)
+            self.loss = point.loss.detach()
+            self.blocks = [_decomposed(block) for block in disjoint(factors.blocks())]
+            self.blocks = [
+                replace(block, values=block.values + factors.direct(block.weight))
+                for block in self._rescaled(self.blocks, samples, generator)
+            ]
+        finally:
+            self._frozen.leave(accepted=True)
+        layered = {at for block in self.blocks for at in (block.weight, block.bias)}
+        self._diagonals = {at: d for at, d in factors.diagonals().items() if at not in layered}
+
+    def _evaluate(self) -> tuple[Linearisation, LayerObserver]:
+        observer = LayerObserver(self.parameters.tensors, self._largest)
+        point = self._frozen.linearise(observer)
+        if point.split is None:
+            raise ValueError(
+                "Kronecker factors are of a loss that is a convex function of outputs, and this one is not recognised "
+                "as such. Build it from mean squared errors, cross entropies and the like, or use GaussNewton."
+            )
+        return point, observer
+
+    def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:
+        """The blocks with other values in the same eigenvectors."""
+        return blocks
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matmat(vector[:, None])[:, 0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.scaled(block.mT, lambda values: values).mT
+
+    def scaled(self, rows: Tensor, factors: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows (k, n) multiplied by a function of the matrix."""
+        count, made = len(rows), torch.zeros_like(rows)
+        places = self.parameters.entries
+        for at, d in self._diagonals.items():
+            own = places([at])
+            made[:, own] = rows[:, own] * factors(d.reshape(-1).to(rows))
+        covered = [self._diagonals.keys(), *({b.weight, b.bias} for b in self.blocks)]
+        for at in set(range(len(self.parameters.tensors))).difference(*covered):
+            own = places([at])
+            made[:, own] = rows[:, own] * factors(rows.new_zeros(len(own)))
+        for block in self.blocks:
+            weight, bias = places([block.weight]), None if block.bias is None else places([block.bias])
+            matrices = rows[:, weight].view(count, len(block.outputs), -1)
+            if bias is not None:
+                matrices = torch.cat([matrices, rows[:, bias][:, :, None]], dim=2)
+            solved = block.applied(matrices, factors(block.values))
+            if bias is not None:
+                made[:, bias] = solved[:, :, -1]
+                solved = solved[:, :, :-1]
+            made[:, weight] = solved.reshape(count, -1)
+        return made
+
+    def preconditioner(self, damping: float) -> LinearOperator:
+        """P = (matrix + λI)⁻¹ for a solver, λ > 0: as `inverse`, without the checks of its solutions."""
+        if not damping > 0:
+            raise ValueError(f"a preconditioner is definite only with a damping above 0, got {damping}.")
+        return _ByEigenvalues(self, damping)
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        """By the eigenvalues of the factors: exact but for rounding."""
+        return _ByEigenvalues(self, damping)
+
+
+class EKFAC(KFAC):
+    """As :class:`KFAC`, with the eigenvalues of each layer replaced by the best ones in the same eigenvectors.
+
+        s = Σ E[(Gᵀ D A)²],   D the gradient of the weight, of one case with a sampled target
+
+    In Frobenius norm the matrix is nearer to that of Gauss-Newton than that of K-FAC.
+
+    Args:
+        closure, params, samples, seed, largest: as for :class:`KFAC`. Cases are along the first dimension of a layer's
+            output.
+
+    Cost: twice that of :class:`KFAC` to build.
+
+    Source: George, Laurent, Bouthillier, Ballas and Vincent, NeurIPS 2018 (arXiv 1806.03884).
+
+    Example:
+        >>> model, x = nn.Linear(1, 2, bias=False), torch.tensor([[1.0], [2.0]])
+        >>> EKFAC(lambda: model(x).square().mean(), model).to_dense()
+        tensor([[2.5000, 0.0000],
+                [0.0000, 2.5000]])
+    """
+
+    def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:
+        totals = [torch.zeros_like(block.values) for block in blocks]
+        for _ in range(samples):
+            point, observer = self._evaluate()
+            assert point.split is not None
+            u = sample_output_gradients(point.loss, point.split.losses, generator)
+            edges = [use.edge for use in observer.uses]
+            found = torch.autograd.grad([end.z for end in point.split.losses], edges, u, allow_unused=True)
+            for total, block in zip(totals, blocks, strict=True):
+                own = [(use, g) for use, g in zip(observer.uses, found, strict=True) if use.weight == block.weight]
+                total += _squares(block, own) / samples
+        return [replace(block, values=values) for block, values in zip(blocks, totals, strict=True)]
+
+
+def _squares(block: EigenBlock, uses: Sequence[tuple[LayerUse, Tensor | None]]) -> Tensor:
+    """Squared gradients of the weight, each of one case, summed over cases, in a block's eigenvectors; (out, in)."""
+    inputs, outputs = [], []
+    for use, g in uses:
+        if g is None:
+            continue
+        g = g.detach().movedim(use.channels, -1)
+        cases = len(g) if g.ndim > 1 else 1
+        # A bias that belongs to another layer's block is a last column that this one has not.
+        rows = use.inputs[:, : len(block.inputs)]
+        inputs.append((rows @ block.inputs).view(cases, -1, len(block.inputs)))
+        outputs.append((g.reshape(-1, g.shape[-1]) @ block.outputs).view(cases, -1, len(block.outputs)))
+    total = torch.zeros_like(block.values)
+    if not inputs:
+        return total
+    if len({len(rows) for rows in inputs}) > 1:  # uses of different batches: no case has a part in two
+        pairs = list(zip(inputs, outputs, strict=True))
+    else:
+        pairs = [(torch.cat(inputs, 1), torch.cat(outputs, 1))]
+    for a, g in pairs:
+        if a.shape[1] == 1:
+            total += (g[:, 0] ** 2).mT @ a[:, 0] ** 2
+            continue
+        chunk = max(1, _CHUNK // total.numel())
+        for some_a, some_g in zip(a.split(chunk), g.split(chunk), strict=True):
+            total += (some_g.mT @ some_a).square_().sum(0)
+    return total
+
+
+def _decomposed(block: Block) -> EigenBlock:
+    (a, inputs), (g, outputs) = (torch.linalg.eigh(m.double()) for m in (block.inputs, block.outputs))
+    values = g.clamp(min=0)[:, None] * a.clamp(min=0)
+    return EigenBlock(block.weight, block.bias, *(t.to(block.inputs.dtype) for t in (inputs, outputs, values)))
+
+
+class _ByEigenvalues(LinearOperator, DirectSolver):
+    """(A + λI)⁻¹ of a matrix whose eigenvalues are known, unchecked."""
+
+    def __init__(self, matrix: KFAC, damping: float) -> None:
+        super().__init__(matrix.size, matrix.dtype, matrix.device)
+        self._matrix, self._damping = matrix, damping
+        largest = max([0.0, *(float(block.values.max()) for block in matrix.blocks)])
+        self._level = 0.0 if damping > 0 else torch.finfo(matrix.dtype).eps * largest
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matmat(vector[:, None])[:, 0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        shifted = lambda values: values + self._damping
+        # What has no curvature but rounding and no damping has no inverse: left out, and seen by the residual.
+        reciprocal = lambda values: torch.where(shifted(values) > self._level, 1 / shifted(values), 0.0)
+        return self._matrix.scaled(block.mT, reciprocal).mT
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        return self.matmat(rows.mT).mT, [KrylovStatus.CONVERGED] * len(rows)

@@ -1,0 +1,272 @@
+"""Extreme eigenvalues with their vectors, each with its residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.linalg import LinearOperator
+from imstep.linalg.symmetry import symmetric_part
+from imstep.spectral.groups import per_group
+from imstep.spectral.krylov import F64, KrylovSpace, certified
+from imstep.spectral.probes import generator_of, images
+
+_KEYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "LM": lambda values: values.abs(),
+    "LA": lambda values: values,
+    "SA": lambda values: -values,
+}
+
+_ROOM = 2**31
+"""Bytes that the basis may fill, unless so few vectors would not do."""
+
+_INNER = 0.3
+"""Part of the tolerance that recurrences must reach; rounding and what is left out when a search begins anew may have
+the rest."""
+
+_ROUNDING = 8.0
+"""Units of rounding that a residual may have, relative to the largest eigenvalue: in float32 about 1e-6."""
+
+_FEWEST = 5
+"""Steps from a random vector before anything can be said."""
+
+_APART = 0.01
+"""Part of the range of eigenvalues: a pair that was missed and stands out by less may stay so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """Approximate eigenpairs (θ, y) of A, ‖y‖ = 1, the most wanted first.
+
+    Attributes:
+        values: θ, (k,), float64 on the CPU; nan where products were not finite.
+        vectors: y, orthonormal columns (n, k).
+        residual_norms: ‖A y - θ y‖, (k,), computed from y by a product: an eigenvalue of A lies within this of θ.
+        products: products with A that were spent.
+        converged: whether all residuals meet the tolerance, and no wanted eigenvalue was seen to be missing.
+        state: to go on from where the products ran out; None where they have not.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residual_norms: Tensor
+    products: int
+    converged: bool
+    state: dict[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class EigenProgress:
+    """How far a search is.
+
+    Attributes:
+        products: spent so far.
+        converged: how many of the wanted pairs meet the tolerance.
+        values: the best approximations so far, at most k, the most wanted first.
+        residual_norms: of these, from the recurrence.
+    """
+
+    products: int
+    converged: int
+    values: Tensor
+    residual_norms: Tensor
+
+
+@per_group
+def eigenpairs(
+    operator: LinearOperator,
+    k: int = 10,
+    which: str = "LM",
+    tol: float = 1e-6,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    max_products: int | None = None,
+    progress: Callable[[EigenProgress], None] | None = None,
+    resume: dict[str, Any] | None = None,
+    by: str | None = None,
+) -> Eigenpairs:
+    """The k largest or smallest eigenvalues of A with their vectors, by a restarted Lanczos method.
+
+        ‖A y - θ y‖ <= tol · max |θ|,   the largest magnitude of all θ seen, which is ‖A‖ or a little less
+
+    Once k pairs are found, the search begins anew from a random vector orthogonal to them, until nothing more wanted
+    turns up: so eigenvalues that are repeated come as often as they occur, unless they are within 1 % of the range of
+    the last one.
+
+    Args:
+        operator: A, self-adjoint, of size n.
+        k: how many, in [1, n].
+        which: "LM" for the largest magnitudes, "LA" for the largest, "SA" for the smallest.
+        tol: in (0, 1). In float32 rounding leaves some 1e-7, and less than 1e-6 need not be reached.
+        seed: of the start vector; or pass a ``generator``.
+        max_products: ends there, unconverged; at least 3 k. Default 1000 + 100 k.
+        progress: called after each product.
+        resume: ``state`` of an earlier result with the same operator and arguments; the result is the same as without
+            the interruption. It can be kept by ``torch.save``.
+        by: "layer" or "parameter" for the pairs of the diagonal blocks of an operator over a model, a dictionary;
+            all pairs of a block that is smaller than k.
+
+    Returns:
+        :class:`Eigenpairs`. Outcomes are values: not converged, or not finite.
+
+    Raises:
+        ValueError: an argument out of range; A is not symmetric, as far as its products show it.
+
+    Cost: some ten products for each well separated pair, more where eigenvalues crowd; k for the residuals, and k more
+    where rounding has to be taken out of them. n products where that is not more. max(40, 4 k) + 1 vectors, fewer where
+    they would fill 2 GiB, but at least 2 k + 9.
+
+    Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
+    choice; for the chance to miss a pair see Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992).
+
+    Example:
+        >>> from imstep.linalg import DiagonalOperator
+        >>> found = eigenpairs(DiagonalOperator(torch.tensor([1.0, -5.0, 3.0])), k=2)
+        >>> found.values, found.converged
+        (tensor([-5.,  3.], dtype=torch.float64), True)
+    """
+    size = operator.size
+    k = k if by is None else min(k, size)
+    _check(size, k, which, tol)
+    capacity = max(2 * k + 8, min(max(40, 4 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
+    if size <= 2 * capacity:
+        return _by_all_products(operator, k, which, tol)
+    limit = 1000 + 100 * k if max_products is None else max_products
+    if limit < 3 * k:
+        raise ValueError(f"max_products is at least 3 k = {3 * k}, got {limit}.")
+    search = _Search(KrylovSpace(operator, capacity, generator_of(seed, generator)), k, which, tol, progress)
+    if resume is not None:
+        search.load_state_dict(resume)
+    found = search.run(limit - k)
+    state = None if found or search.space.broken else search.state_dict()
+    return _certified(operator, search, found, state)
+
+
+class _Search:
+    """The search for the k most wanted pairs in a Krylov space."""
+
+    def __init__(
+        self, space: KrylovSpace, k: int, which: str, tol: float, progress: Callable[[EigenProgress], None] | None
+    ) -> None:
+        self.space, self.k, self.tol, self._progress = space, k, tol, progress
+        self.key = _KEYS[which]
+        self._worst: float | None = None  # key of the last pair, while the search looks for what it missed
+        self._since = 0
+
+    def run(self, limit: int) -> bool:
+        """Spend up to ``limit`` products; whether all pairs are found."""
+        while self.space.products < limit:
+            if self.space.full:
+                self._restart()
+            self.space.expand()
+            if self.space.broken:
+                return False
+            if self._step():
+                return True
+        return False
+
+    def wanted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, coordinates and residual norms of all Ritz pairs, the most wanted first."""
+        values, coordinates, residuals = self.space.ritz()
+        order = self.key(values).argsort(descending=True, stable=True)
+        return values[order], coordinates[:, order], residuals[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"space": self.space.state_dict(), "worst": self._worst, "since": self._since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.space.load_state_dict(state["space"])
+        self._worst, self._since = state["worst"], state["since"]
+
+    def _step(self) -> bool:
+        """What the last product has shown; whether the search is over."""
+        values, coordinates, residuals = self.wanted()
+        level = _INNER * self.tol * self.space.scale
+        converged = int((residuals[: self.k] <= level).sum())
+        if self._progress is not None:
+            self._progress(EigenProgress(self.space.products, converged, values[: self.k], residuals[: self.k]))
+        if len(values) < self.k:
+            return False
+        keys = self.key(values)
+        self._since += 1
+        if self._worst is not None and float(keys[self.k - 1]) > self._worst + level:
+            self._worst = None  # a pair was missed: it is among the wanted now
+        if self._worst is None:
+            if converged == self.k:
+                self._worst, self._since = float(keys[self.k - 1]), 0
+                self.space.begin_anew(values[: self.k], coordinates[:, : self.k])
+            return False
+        return self.space.full or self._since >= max(_FEWEST, self._enough(keys, residuals))
+
+    def _enough(self, keys: Tensor, residuals: Tensor) -> float:
+        """Steps after which a missed pair would have shown itself, were it as wanted as the last one.
+
+        A random vector has about 1/√n of an eigenvector. A polynomial of degree j, bounded by 1 on the other
+        eigenvalues, magnifies it by cosh(j acosh x), x being where it lies if the others lie in [-1, 1].
+        """
+        if len(keys) <= self.k or self._worst is None:
+            return math.inf
+        others = float(keys[self.k] + residuals[self.k])
+        least = -others if self.key is _KEYS["LM"] else float(keys[-1])
+        spread = (others - least) / 2
+        beyond = max(self._worst - others, _APART * 2 * spread)
+        if spread <= 0 or beyond <= 0:
+            return 0.0
+        return (1 + math.log(2 * self.space.dimension**0.5)) / math.acosh(1 + beyond / spread)
+
+    def _restart(self) -> None:
+        values, coordinates, _ = self.wanted()
+        kept = self.k + (len(values) - self.k) // 2
+        self.space.restart(values[:kept], coordinates[:, :kept])
+
+
+def _certified(
+    operator: LinearOperator, search: _Search, found: bool, state: dict[str, Any] | None
+) -> Eigenpairs:
+    space, k = search.space, search.k
+    if space.size < k:
+        nowhere = torch.full((k,), torch.nan, dtype=F64)
+        vectors = torch.full((k, operator.size), torch.nan, dtype=operator.dtype, device=operator.device)
+        return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), space.products, False, state)
+    # Pairs that are found come first in the basis; a Ritz vector might mix the last one with another of its eigenvalue.
+    coordinates = torch.eye(space.size, dtype=F64) if found else search.wanted()[1]
+    aim = search.tol * space.scale if found else math.inf
+    pairs, residuals, spent = certified(operator, space.vectors(coordinates[:, :k]), search.key, aim)
+    level = max(search.tol, _ROUNDING * torch.finfo(operator.dtype).eps) * space.scale
+    good = found and bool((residuals <= level).all())
+    return Eigenpairs(pairs.values, pairs.vectors.mT, residuals, space.products + spent, good, state)
+
+
+def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -> Eigenpairs:
+    """From the matrix itself."""
+    size = operator.size
+    matrix = images(operator, torch.eye(size, dtype=operator.dtype, device=operator.device)).to(F64).cpu()
+    if not bool(torch.isfinite(matrix).all()):
+        nowhere = torch.full((k,), torch.nan, dtype=F64)
+        vectors = torch.full((size, k), torch.nan, dtype=operator.dtype, device=operator.device)
+        return Eigenpairs(nowhere, vectors, torch.full_like(nowhere, torch.inf), size, False)
+    values, vectors = torch.linalg.eigh(symmetric_part(matrix, operator.dtype))
+    order = _KEYS[which](values).argsort(descending=True, stable=True)[:k]
+    largest = float(values.abs().max())
+    values, rounded = values[order], vectors[:, order].to(operator.dtype)
+    residuals = (matrix @ rounded.to(F64) - rounded.to(F64) * values).norm(dim=0)
+    good = bool((residuals <= max(tol, _ROUNDING * torch.finfo(operator.dtype).eps) * largest).all())
+    return Eigenpairs(values, rounded.to(operator.device), residuals, size, good)
+
+
+def _check(size: int, k: int, which: str, tol: float) -> None:
+    if not 1 <= k <= size:
+        raise ValueError(f"k, the number of eigenpairs, lies between 1 and the size {size} of the operator, got {k}.")
+    if which not in _KEYS:
+        raise ValueError(
+            f"which is one of 'LM' (largest magnitude), 'LA' (largest) and 'SA' (smallest), got {which!r}."
+            + (" For eigenvalues next to zero take those of A.inverse(damping)." if which == "SM" else "")
+        )
+    if not 0 < tol < 1:
+        raise ValueError(f"tol, a residual relative to the largest eigenvalue, lies in (0, 1), got {tol}.")

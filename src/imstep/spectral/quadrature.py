@@ -1,0 +1,131 @@
+"""Stochastic Lanczos quadrature: the spectrum as a few nodes and weights for each random vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imstep.linalg import LinearOperator
+from imstep.linalg.dots import row_dots
+from imstep.linalg.symmetry import asymmetric, symmetric_part, tolerance
+from imstep.spectral.probes import Samples, images, norms, signs
+
+F64 = torch.float64
+_ROOM = 2**31
+"""Bytes that the vectors of the probes that run together may fill."""
+
+_LARGEST = 2048
+"""Rows of a matrix whose eigenvalues are computed, rather than estimated, where that takes no more products."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """For each probe v, ‖v‖ = 1, the matrix T of its Lanczos process: vᵀf(A)v ≈ e₁ᵀf(T)e₁.
+
+    Attributes:
+        processes: T, (k, k) with k <= steps, float64 on the CPU.
+        values: all n eigenvalues where they were computed instead.
+        products: products with A that were spent.
+        finite: whether all products were finite.
+    """
+
+    processes: list[Tensor]
+    values: Tensor | None
+    products: int
+    finite: bool = True
+
+    def rules(self, part: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Nodes and weights (k,) for each probe, after a part of the steps; all eigenvalues are a single rule."""
+        if self.values is not None:
+            return [(self.values, torch.full_like(self.values, 1 / len(self.values)))]
+        rules = []
+        for T in self.processes:
+            k = max(1, round(part * len(T)))
+            nodes, vectors = torch.linalg.eigh(T[:k, :k])
+            rules.append((nodes, vectors[0] ** 2))
+        return rules
+
+    def mean(self, function: Callable[[Tensor], Tensor], part: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The mean of f over the eigenvalues and half the width of its interval of 95 %.
+
+        Args:
+            function: nodes (k,) -> values (..., k).
+        """
+        samples = Samples()
+        samples.add(torch.stack([function(nodes) @ weights for nodes, weights in self.rules(part)]))
+        return samples.mean, torch.zeros_like(samples.mean) if self.values is not None else samples.half_width
+
+
+def quadrature(operator: LinearOperator, steps: int, probes: int, generator: torch.Generator) -> Quadrature:
+    """The processes of random signs, all probes together, a block of products a step.
+
+    The vectors are not kept: what they lose of their orthogonality leaves the quadrature as good as it is, since copies
+    of a node share its weight.
+
+    Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), 1075-1099; without orthogonalisation,
+    Knizhnerman, Comput. Math. Math. Phys. 36 (1996), and Chen, Trogdon and Ubaru, ICML 2021 (arXiv 2105.06595).
+    """
+    size = operator.size
+    if steps < 1 or probes < 1:
+        raise ValueError(f"steps and probes are at least 1, got {steps} and {probes}.")
+    if size == 0:
+        raise ValueError("an operator of size 0 has no spectrum.")
+    if size <= min(steps * probes, _LARGEST):
+        return _all_eigenvalues(operator)
+    together = max(1, _ROOM // (4 * size * operator.dtype.itemsize))
+    processes: list[Tensor] = []
+    products, finite = 0, True
+    for start in range(0, probes, together):
+        vectors = signs(operator, min(together, probes - start), generator).div_(size**0.5)
+        made, spent = _lanczos(operator, vectors, min(steps, size))
+        processes, products = processes + made, products + spent
+        finite = finite and all(bool(torch.isfinite(T).all()) for T in made)
+    return Quadrature(processes, None, products, finite)
+
+
+def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[list[Tensor], int]:
+    """T of each unit vector, (k, n), and the number of products."""
+    count, eps = len(vectors), torch.finfo(vectors.dtype).eps
+    made = torch.zeros(count, steps, steps, dtype=F64)
+    lengths = torch.full((count,), steps)
+    running, before, products = torch.arange(count), torch.zeros_like(vectors), 0
+    betas, scale = torch.zeros(count, dtype=F64), torch.zeros(count, dtype=F64)
+    for step in range(steps):
+        following = images(operator, vectors)
+        products += len(vectors)
+        _check_symmetry(row_dots(before, following).cpu(), betas, scale, vectors.dtype)
+        following = torch.addcmul(following, betas.to(vectors)[:, None], before, value=-1)
+        alphas = row_dots(vectors, following).cpu()
+        following.addcmul_(alphas.to(vectors)[:, None], vectors, value=-1)
+        betas = norms(following).cpu()
+        made[running, step, step] = alphas
+        scale = torch.maximum(scale, alphas.abs() + betas)
+        ended = ~(betas > 10 * eps * scale) | ~torch.isfinite(betas)
+        lengths[running[ended]] = step + 1
+        if step + 1 == steps or bool(ended.all()):
+            break
+        if bool(ended.any()):
+            at = (~ended).nonzero()[:, 0]
+            running, betas, scale = running[at], betas[at], scale[at]
+            vectors, following = vectors[at.to(vectors.device)], following[at.to(vectors.device)]
+        made[running, step, step + 1] = made[running, step + 1, step] = betas
+        before, vectors = vectors, following.div_(betas.to(vectors)[:, None])
+    return [T[:k, :k] for T, k in zip(made, lengths.tolist(), strict=True)], products
+
+
+def _check_symmetry(back: Tensor, betas: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise where a product with the last vector is not what the last product had with this one."""
+    relative = (back - betas).abs() / torch.maximum(scale, back.abs())  # nan where all is zero, which is symmetric
+    if bool((relative > tolerance(dtype)).any()):
+        raise asymmetric(float(relative.nan_to_num(nan=0.0).max()))
+
+
+def _all_eigenvalues(operator: LinearOperator) -> Quadrature:
+    identity = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
+    matrix = images(operator, identity).to(F64).cpu()
+    if not bool(torch.isfinite(matrix).all()):
+        return Quadrature([], matrix.diagonal() * torch.nan, operator.size, finite=False)
+    return Quadrature([], torch.linalg.eigvalsh(symmetric_part(matrix, operator.dtype)), operator.size)

@@ -1,0 +1,201 @@
+"""K-FAC and E-KFAC as operators: against factors and Gauss-Newton matrices by reverse mode, case by case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_cases import F64, dense_jacobian, normal, relative_error
+from torch import Tensor, nn
+
+import imstep
+from imstep import spectral
+from imstep.curvature import EKFAC, KFAC
+from imstep.linalg import NotSolvedError
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+class Shared(nn.Module):
+    """A layer that is used twice, and a parameter that belongs to none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.scale = nn.Linear(3, 3), nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scale * self.layer(torch.tanh(self.layer(x))))
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), normal(12, 3)
+
+
+def conv() -> tuple[nn.Module, Tensor]:
+    body = (nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(32, 2, bias=False))
+    return nn.Sequential(*body).double(), normal(6, 1, 4, 4)
+
+
+def shared() -> tuple[nn.Module, Tensor]:
+    return Shared().double(), normal(10, 3)
+
+
+MODELS = {"mlp": mlp, "conv": conv, "shared": shared}
+
+
+def gauss_newton(model: nn.Module, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+    """The block of a layer for half of a squared error, with the bias as a last column of the weight."""
+    J = dense_jacobian(model(x), [weight] if bias is None else [weight, bias])
+    out = len(weight)
+    matrix = J[:, : weight.numel()].view(len(J), out, -1)
+    if bias is not None:
+        matrix = torch.cat([matrix, J[:, weight.numel() :, None]], 2)
+    flat = matrix.reshape(len(J), -1)
+    return flat.T @ flat
+
+
+def half_square(model: nn.Module, x: Tensor):
+    return lambda: 0.5 * model(x).square().sum()
+
+
+def test_one_output_and_one_layer_are_exact() -> None:
+    layer, x = nn.Linear(4, 1).double(), normal(9, 4)
+    G = imstep.GaussNewton(lambda: (layer(x), torch.zeros(9, 1).double()), layer)
+    for kind in (KFAC, EKFAC):
+        K = kind(lambda: F.mse_loss(layer(x), torch.zeros(9, 1).double()), layer)
+        assert relative_error(K.to_dense(), G.to_dense()) < 1e-13
+        assert float(K.loss) == pytest.approx(float(G.loss))
+
+
+def test_factors_are_those_of_expectations() -> None:
+    model, x = mlp()
+    K, hidden = KFAC(half_square(model, x), model, samples=100), model[1](model[0](x)).detach()
+    with_ones = lambda a: torch.cat([a, torch.ones(len(a), 1, dtype=F64)], 1)
+    through = torch.stack([model[2].weight.detach() * (1 - h**2) for h in hidden])  # d output / d hidden, case by case
+    expected = torch.block_diag(
+        torch.kron(torch.einsum("nki,nkj->ij", through, through), with_ones(x).T @ with_ones(x) / 12),
+        torch.kron(12 * torch.eye(2, dtype=F64), with_ones(hidden).T @ with_ones(hidden) / 12),
+    )
+    assert relative_error(K.to_dense(), _without_columns(expected, [(4, 3), (2, 4)])) < 0.15
+
+
+def _without_columns(matrix: Tensor, layers: list[tuple[int, int]]) -> Tensor:
+    """From weights with a bias as last column to weights followed by biases."""
+    order, start = [], 0
+    for out, inn in layers:
+        places = start + torch.arange(out * (inn + 1)).view(out, inn + 1)
+        order += [places[:, :-1].reshape(-1), places[:, -1]]
+        start += out * (inn + 1)
+    index = torch.cat(order)
+    return matrix[index][:, index]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_corrected_eigenvalues_are_those_of_gauss_newton(name: str) -> None:
+    model, x = MODELS[name]()
+    plain, corrected = (kind(half_square(model, x), model, samples=50) for kind in (KFAC, EKFAC))
+    tensors = list(model.parameters())
+    assert len(plain.blocks) == len(corrected.blocks) == 2
+    for first, second in zip(plain.blocks, corrected.blocks, strict=True):
+        exact = gauss_newton(model, x, tensors[second.weight], None if second.bias is None else tensors[second.bias])
+        basis = torch.kron(second.outputs, second.inputs)
+        best = (basis.T @ exact @ basis).diagonal().view_as(second.values)
+        assert relative_error(second.values, best) < 0.2
+        dense = lambda b: (lambda q: (q * b.values.reshape(-1)) @ q.T)(torch.kron(b.outputs, b.inputs))
+        assert relative_error(dense(second), exact) <= relative_error(dense(first), exact) * 1.02 + 0.02
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", MODELS)
+def test_products_and_inverses_are_exact_for_the_matrix(kind: type[KFAC], name: str) -> None:
+    model, x = MODELS[name]()
+    K = kind(half_square(model, x), model)
+    dense, v = K.to_dense(), normal(K.size, 3)
+    assert relative_error(dense, dense.T) < 1e-13
+    assert torch.linalg.eigvalsh(dense)[0] > -1e-10
+    assert relative_error(K @ v[:, 0], dense @ v[:, 0]) < 1e-13
+    for damping in (1e-2, 10.0):
+        found = K.inverse(damping).solve(v)
+        expected = torch.linalg.solve(dense + damping * torch.eye(K.size, dtype=F64), v)
+        assert relative_error(found.solution, expected) < 1e-9
+        assert found.converged.all()
+        assert relative_error(K.preconditioner(damping) @ v, expected) < 1e-9
+    with pytest.raises(ValueError, match="above 0"):
+        K.preconditioner(0.0)
+    assert spectral.trace(K, rtol=0.1).value == pytest.approx(float(dense.trace()), rel=0.3)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_singular_matrix_is_not_inverted(kind: type[KFAC]) -> None:
+    layer, x = nn.Linear(4, 2).double(), normal(9, 4)
+    x[:, 1] = 0
+    K = kind(half_square(layer, x), layer)
+    found = K.inverse().solve(normal(10))
+    assert not found.converged.any()
+    with pytest.raises(NotSolvedError, match="raise damping"):
+        K.inverse() @ normal(10)
+    assert K.inverse().solve(K @ normal(10)).converged.all()
+
+
+def test_what_is_no_layer_has_a_diagonal() -> None:
+    model, x = shared()
+    K = KFAC(half_square(model, x), model)
+    at = [name for name, _ in model.named_parameters()].index("scale")
+    own = K.parameters.entries([at])
+    rows = K.to_dense()[own]
+    assert rows[:, own].count_nonzero() == rows.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_weight_decay_is_added(kind: type[KFAC]) -> None:
+    layer, x = nn.Linear(4, 1).double(), normal(9, 4)
+    plain = imstep.GaussNewton(lambda: (layer(x), torch.zeros(9, 1).double()), layer).to_dense()
+    loss = lambda: layer(x).square().mean() + 0.35 * sum(p.square().sum() for p in layer.parameters())
+    assert relative_error(kind(loss, layer).to_dense(), plain + 0.7 * torch.eye(5, dtype=F64)) < 1e-12
+
+
+def test_numbers_are_those_of_the_seed_and_states_are_left() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+    x, state = normal(12, 3), torch.get_rng_state()
+    make = lambda seed: KFAC(lambda: model(x).square().mean(), model, samples=2, seed=seed)
+    first = make(1).to_dense()
+    torch.set_rng_state(state)
+    assert make(1).to_dense().equal(first)
+    torch.set_rng_state(state)
+    assert not make(2).to_dense().equal(first)
+    assert all(p.grad is None for p in model.parameters())
+    assert int(model[1].num_batches_tracked) == 3
+
+
+def test_misuse_is_explained() -> None:
+    model, x = mlp()
+    with pytest.raises(ValueError, match="convex function of outputs"):
+        KFAC(lambda: model(x).sin().sum(), model)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        KFAC(half_square(model, x), model, samples=0)
+
+
+# --- block diagonal ---------------------------------------------------------------------------------------------------
+
+
+def test_block_diagonal_matrices() -> None:
+    model, x = mlp()
+    G = imstep.GaussNewton(lambda: (model(x), torch.zeros(12, 2).double()), model)
+    dense, v = G.to_dense(), normal(G.size, 2)
+    parts = {"layer": [16, 10], "parameter": [12, 4, 8, 2]}
+    for by, sizes in parts.items():
+        B = G.block_diagonal(by)
+        mask = torch.block_diag(*[torch.ones(n, n, dtype=F64) for n in sizes])
+        expected = dense * mask
+        assert relative_error(B.to_dense(), expected) < 1e-13
+        assert relative_error(B @ v[:, 0], expected @ v[:, 0]) < 1e-13
+        solution = torch.linalg.solve(expected + 0.1 * torch.eye(26, dtype=F64), v)
+        assert relative_error(B.inverse(0.1, rtol=1e-9) @ v, solution) < 1e-8
+    few = imstep.GaussNewton(lambda: (model(x[:1]), torch.zeros(1, 2).double()), model)
+    with pytest.raises(NotSolvedError):
+        few.block_diagonal().inverse() @ v

@@ -221,7 +221,7 @@ class Roots:
         one, other = limits
         eps = torch.finfo(one.dtype).eps
         depends = (one - other).abs() > math.sqrt(eps) * (one.abs() + other.abs()) + 10 * eps
-        odd = odd | depends if root.round else odd | (one != 0)
+        odd = odd | depends | ~one.isfinite() | ~other.isfinite() if root.round else odd | (one != 0)
         if bool(odd.any()):
             self._lose(root)
         limit = torch.where(odd, 0, one)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import plain
 from imstep.curvature.graph import Survey, survey
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
@@ -46,9 +47,11 @@ class BackwardCalls(TorchFunctionMode):
         skip: whether to leave backward passes out: gradients of the parameters then read as ones.
         plain: whether it is known that no backward pass is for anything but the parameters.
         stale: whether the gradients that are there belong to something else.
+        hidden: whether backward passes reach parameters that graphs do not lead to, as an earlier evaluation has shown.
 
     Attributes:
         seen: what the graphs that it met lead to.
+        hidden: the same, and what this evaluation has shown.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class BackwardCalls(TorchFunctionMode):
         skip: bool = False,
         plain: bool = False,
         stale: bool = False,
+        hidden: bool = False,
     ) -> None:
         super().__init__()
         self._parameters, self._numbers = parameters, numbers
@@ -66,7 +70,7 @@ class BackwardCalls(TorchFunctionMode):
         self._roots: list[Root] = []
         self._create_graph = False
         self._left = self._gradients()
-        self.seen = Survey()
+        self.seen, self.hidden = Survey(), hidden
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,12 +86,15 @@ class BackwardCalls(TorchFunctionMode):
         self._settle()
         if self._stale:
             raise ValueError(_ACCUMULATED)
-        if not self._plain:
-            found = self.look([root.value for root in roots])
-            if not found.reached:
-                return func(*args, **kwargs)
+        values = [root.value for root in roots]
+        found = Survey(reached=True) if self._plain else self.look(values)
+        # Re-entrant checkpoints and reversible blocks use parameters that their graph does not lead to.
+        maybe = not found.reached and runs_functions(values)
+        if not (found.reached or maybe) or (maybe and self._skip and not self.hidden):
+            return func(*args, **kwargs)
         if self._skip and not create_graph:
-            others = [] if self._plain else [t for t in found.others if inputs is None or any(t is i for i in inputs)]
+            given = [] if maybe else found.others
+            others = [t for t in given if inputs is None or any(t is i for i in inputs)]
             if others:
                 torch.autograd.backward(
                     [r.value for r in roots], [r.weight for r in roots], retain_graph=True, inputs=others
@@ -98,10 +105,18 @@ class BackwardCalls(TorchFunctionMode):
             # PyTorch asks for backward passes without autocast.
             with torch._C._DisableAutocast(), accumulation_watched(self._parameters):
                 func(*args, **kwargs)
+            if maybe and self._untouched():
+                return None
+            self.hidden |= maybe
         self._roots += roots
         self._create_graph |= create_graph
         self._left = self._gradients()
         return None
+
+    def _untouched(self) -> bool:
+        """Whether the gradients are those that the last backward pass of the parameters has left."""
+        kept = zip((p.grad for p in self._parameters), self._left, strict=True)
+        return all(g is h and (g is None or c is None or same_values(g, c)) for g, (h, c) in kept)
 
     def look(self, outputs: Sequence[Tensor]) -> Survey:
         """What the graphs of ``outputs`` lead to; noted in :attr:`seen`, too."""
@@ -166,11 +181,9 @@ class BackwardCalls(TorchFunctionMode):
 
     def _settle(self) -> None:
         """Forget what was called before the gradients were emptied; raises if they were changed otherwise."""
-        now = [p.grad for p in self._parameters]
-        kept = zip(now, self._left, strict=True)
-        if all(g is h and (g is None or c is None or same_values(g, c)) for g, (h, c) in kept):
+        if self._untouched():
             return
-        if any(g is not None and bool(plain_copy(g).any()) for g in now):
+        if any(p.grad is not None and bool(plain_copy(p.grad).any()) for p in self._parameters):
             raise ValueError(_CHANGED)
         self._roots, self._create_graph, self._stale = [], False, False
         for p in self._parameters:

@@ -36,6 +36,7 @@ class UserClosure:
         self._function, self._parameters, self._stale = function, parameters, stale
         self._known = False
         self._plain = False  # whether its backward passes are for the parameters alone
+        self._hidden = False  # whether they reach parameters that graphs do not lead to
         self._weights: list[Tensor] = []
         self._others: list[tuple[Tensor, Tensor | None]] = []
         self.returned: Tensor | None = None
@@ -53,7 +54,12 @@ class UserClosure:
             numbers, skip: see :class:`BackwardCalls`.
         """
         called = BackwardCalls(
-            self._parameters.tensors, numbers, skip=skip, plain=self._plain, stale=self._stale and not self._known
+            self._parameters.tensors,
+            numbers,
+            skip=skip,
+            plain=self._plain,
+            stale=self._stale and not self._known,
+            hidden=self._hidden,
         )
         with torch.enable_grad():
             with called:
@@ -80,7 +86,8 @@ class UserClosure:
                 "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
                 "outside the closure: a step leaves them out then."
             )
-        self._plain, self._weights = not called.seen.others, called.weights
+        self._plain, self._weights = not (called.seen.others or called.hidden), called.weights
+        self._hidden = called.hidden
         self._others = [(t, t.grad) for t in called.seen.others]
         value = number(returned)
         self.returned = value if value is None or isinstance(returned, Tensor) else value.to(loss.detach())

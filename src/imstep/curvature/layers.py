@@ -67,8 +67,13 @@ class LayerObserver(TorchFunctionMode):
         at = self._position.get(id(weight))
         if at is None or max(len(weight), weight.numel() // max(len(weight), 1)) > self._largest:
             return
-        if not output.requires_grad or output.is_complex() or torch._C._functorch.is_functorch_wrapped_tensor(output):
-            return
+        with unseen():  # the methods of a subclass as well
+            differentiated = output.requires_grad and not output.is_complex()
+            if not differentiated or torch._C._functorch.is_functorch_wrapped_tensor(output):
+                return
+            # Of a view its base, which the layer has computed: a view's own node is replaced when it is overwritten.
+            own: Any = output._base if output._is_view() else output
+            edge, channels = get_gradient_edge(own), own.ndim - 1 if func is F.linear else 1
         input = plain(input).detach()
         rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
         if rows is None:
@@ -77,11 +82,6 @@ class LayerObserver(TorchFunctionMode):
         at_bias = None if bias is None else self._position.get(id(bias))
         if at_bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        if output._is_view():  # of what the layer has computed; its own node is replaced when it is overwritten
-            output = output._base  # type: ignore[assignment]
-        channels = output.ndim - 1 if func is F.linear else 1
-        with unseen():  # the methods of a subclass as well
-            edge = get_gradient_edge(output)
         self.uses.append(LayerUse(at, at_bias, rows, edge, channels))
 
 

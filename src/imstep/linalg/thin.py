@@ -31,7 +31,8 @@ class ThinLeastSquares(DampedLeastSquares):
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self._left, self._values, self._right = torch.linalg.svd(matrix, full_matrices=False)
+        self._left, self._values, right = torch.linalg.svd(matrix, full_matrices=False)
+        self._right = right.masked_fill(~matrix.any(0), 0.0)  # an entry that nothing depends on stays where it is
         super().__init__(len(self._values))
 
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:

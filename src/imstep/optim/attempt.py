@@ -19,7 +19,6 @@ from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined
-from imstep.optim.evaluable import failing_as
 from imstep.optim.forcing import Situation
 from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
@@ -255,12 +254,6 @@ class Attempt(StepAttempt):
             return model, Cost()
         exact = derivatives_along(self._frozen, self._parameters, direction.vector)
         return replace(model, derivatives=LineDerivatives(*exact)), Cost(third_derivatives=1)
-
-    @failing_as((math.nan, math.nan))
-    def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
-        self._parameters.move(self._snapshot, direction.vector, step_length)
-        loss, gradient = self._frozen.gradient()
-        return float(loss), float(gradient @ direction.vector)
 
 
 def _realised(model: LineModel, trials: Trials, full: float) -> float:

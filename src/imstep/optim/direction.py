@@ -40,6 +40,13 @@ class Direction:
     cost: Cost = field(default_factory=Cost)
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
 
+    @classmethod
+    def along(cls, vector: Tensor, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> Direction:
+        """A vector, with its product by A as a matrix."""
+        image = matrix @ vector
+        slope, norm, curvature = _along(gradient, vector, image)
+        return cls(vector.to(dtype), image.to(dtype), slope, curvature, norm, KrylovStatus.CONVERGED, 0)
+
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
     """The solution that a solver has found; or, where rounding has left no descent, -g.

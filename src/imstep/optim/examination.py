@@ -10,18 +10,24 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.globalization import Armijo
 from imstep.optim.box import Box
+from imstep.optim.direction import Direction
 from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.stationarity import Stationarity, stationarity_at
 from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.trials import Line, try_steps
+
+NEWTON_TRIALS = 6
+"""Step lengths tried along Newton's step at a point that is no minimum."""
 
 
 class Examination(StepAttempt):
     """Measures how far a point is from a minimum; leaves it along negative curvature if it is stationary otherwise.
 
-    The record's outcome is CONVERGED at a minimum, ACCEPTED where the point was left, NON_FINITE where nothing can be
-    said, and else REJECTED: the point is not stationary.
+    The record's outcome is CONVERGED at a minimum, ACCEPTED where the point was left, also by Newton's step where it is
+    not stationary, NON_FINITE where nothing can be said, and else REJECTED.
 
     Args:
         memory, parameters, frozen: see :class:`StepAttempt`.
@@ -64,8 +70,22 @@ class Examination(StepAttempt):
         spent = Cost(hessian_products=self.found.products)
         record = replace(record, products=self.found.products, cost=record.cost + spent)
         if not self._stationary_by(record.loss, self.found) or (self.found.escape and not self._may_leave):
-            return replace(record, outcome=StepOutcome.REJECTED), memory
+            return self._newton(record, memory, self.found.newton)
         return self._escape(record, memory, self.found.escape)
+
+    def _newton(self, record: StepRecord, memory: Memory, direction: Direction | None) -> tuple[StepRecord, Memory]:
+        """No minimum: take Newton's step, which is known now, as far as the loss falls along it."""
+        record = replace(record, outcome=StepOutcome.REJECTED)
+        usable = direction is not None and direction.slope < 0 and math.isfinite(direction.norm + direction.curvature)
+        if direction is None or not usable or not self._may_leave or self._box is not None:
+            return record, memory
+        model = self._line(direction)
+        line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
+        search = Armijo()
+        trials = try_steps(search, search.initial(), line, NEWTON_TRIALS)
+        if trials.accepted:
+            return self._finish(replace(record, status=direction.status), model, direction, trials), memory
+        return replace(record, cost=record.cost + trials.cost), memory
 
     def _held(self) -> Tensor | None:
         """Which entries (n,) bounds hold back."""

@@ -234,7 +234,11 @@ class _Run:
             if failures >= PATIENCE or stagnation >= STAGNATION:
                 if record.outcome is StepOutcome.NON_FINITE:
                     return Termination.NON_FINITE
-                return self._look(stalled=True) or Termination.NO_PROGRESS
+                steps = len(self.records)
+                end = self._look(stalled=True)
+                if end is not None or len(self.records) == steps:
+                    return end or Termination.NO_PROGRESS
+                failures = stagnation = 0
         return self._look() or Termination.MAX_ITERATIONS
 
     def _polished(self, end: Termination) -> Termination:

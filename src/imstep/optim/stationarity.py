@@ -13,7 +13,7 @@ from imstep.curvature.hessian import hessian_of
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator, ProgressStall, RelativeResidual, conjugate_gradient
-from imstep.optim.direction import Escape, escape_direction
+from imstep.optim.direction import Direction, Escape, escape_direction
 
 MATRIX_LIMIT = 100
 """Parameters up to which the matrix itself is taken, by one block of products."""
@@ -37,6 +37,7 @@ class Stationarity:
             ``MATRIX_LIMIT`` parameters.
         at_rounding: whether all of g is within rounding.
         escape: a direction of negative curvature, beyond what rounding may have made; None if none was found.
+        newton: s itself, by the magnitudes of curvature; None beyond ``MATRIX_LIMIT`` parameters.
         products: spent.
     """
 
@@ -46,6 +47,7 @@ class Stationarity:
     size: float
     at_rounding: bool
     escape: Escape | None
+    newton: Direction | None
     products: int
 
 
@@ -105,7 +107,7 @@ def _by_matrix(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typi
     matrix, g, x = (matrix + matrix.mT) / 2, gradient.double(), x.double()
     n, norm = operator.size, float(g.norm())
     if not bool(matrix.isfinite().all()):
-        return Stationarity(norm, math.inf, math.inf, 0.0, False, None, n)
+        return Stationarity(norm, math.inf, math.inf, 0.0, False, None, None, n)
     scale = equilibration(matrix)
     values, vectors = torch.linalg.eigh(matrix / scale / scale[:, None])
     parts, noise = vectors.mT @ (g / scale), vectors.mT.abs() @ (eps * (matrix.abs() @ x.abs()) / scale)
@@ -124,6 +126,7 @@ def _by_matrix(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typi
         size=float((scale * typical.double()).norm()),
         at_rounding=not parts.any(),
         escape=escape,
+        newton=Direction.along(-(vectors @ step) / scale, matrix, g, gradient.dtype),
         products=n,
     )
 
@@ -142,7 +145,7 @@ def _by_products(
         decrease, step = solved.predicted_decrease, float(solved.solution.norm())
         if solved.iterations == 0:  # the curvature along g is not positive: nothing is known
             decrease = step = math.inf
-    return Stationarity(norm, decrease, step, float(typical.norm()), at_rounding, escape, operator.products)
+    return Stationarity(norm, decrease, step, float(typical.norm()), at_rounding, escape, None, operator.products)
 
 
 def equilibration(matrix: Tensor) -> Tensor:

@@ -76,6 +76,12 @@ class StepAttempt(ABC):
         self._parameters.move(self._snapshot, direction.vector, step_length)
         return float(self._frozen.loss())
 
+    @failing_as((math.nan, math.nan))
+    def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
+        self._parameters.move(self._snapshot, direction.vector, step_length)
+        loss, gradient = self._frozen.gradient()
+        return float(loss), float(gradient @ direction.vector)
+
     def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
         self._keep = trials.accepted
         if trials.accepted:  # the last trial need not be the best

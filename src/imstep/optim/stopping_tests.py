@@ -19,6 +19,9 @@ SLOW = 0.2
 RUN = 5
 """Slow steps in a row that show a minimum without curvature, such as that of x⁴."""
 
+CRAWL = 0.05
+"""Of the loss: steps that lower it by less, several in a row, are looked into; Newton's may do better."""
+
 
 class Termination(Enum):
     """Why :func:`minimize` ended; a member's value is its message."""
@@ -106,6 +109,7 @@ class Course:
     _next_wait: int = 1
     _near: float = math.inf
     _seen: bool = False
+    _crawls: int = 0
 
     def went(self, before: Tensor, after: Tensor, record: StepRecord) -> None:
         """Take in a step."""
@@ -113,6 +117,8 @@ class Course:
         self._steps.append(float((after - before).norm()) if record.accepted else 0.0)
         self._wait -= 1
         self._seen = self._seen and torch.equal(before, after)
+        crawls = record.accepted and abs(record.loss - record.new_loss) <= CRAWL * abs(record.new_loss)
+        self._crawls = self._crawls + 1 if crawls else 0
         # What the model promised, beside the function; a step that moved nothing promises nothing.
         self._near = record.predicted_decrease / abs(record.new_loss) if record.new_loss else math.inf
 
@@ -137,6 +143,7 @@ class Course:
             or self.record.gradient_norm <= tolerances.tol
             or step <= math.sqrt(tolerances.xtol) * size
             or self._near <= max(tolerances.gtol, tolerances.ftol)
+            or self._crawls >= RUN
         )
         return likely and not self._seen and (self._wait <= 0 or not self.record.accepted)
 

@@ -26,8 +26,8 @@ NEWTON_TRIALS = 6
 class Examination(StepAttempt):
     """Measures how far a point is from a minimum; leaves it along negative curvature if it is stationary otherwise.
 
-    The record's outcome is CONVERGED at a minimum, ACCEPTED where the point was left, also by Newton's step where it is
-    not stationary, NON_FINITE where nothing can be said, and else REJECTED.
+    The record's outcome is CONVERGED at a minimum, ACCEPTED where the point was left, NON_FINITE where nothing can be
+    said, and else REJECTED.
 
     Args:
         memory, parameters, frozen: see :class:`StepAttempt`.
@@ -35,6 +35,7 @@ class Examination(StepAttempt):
         typical: see :func:`stationarity_at`.
         may_leave: whether the point may be left; else a saddle counts as not stationary.
         box: bounds; entries that they hold back are left out of all measures.
+        newton: whether Newton's step is taken where the point is no minimum, as far as the loss falls along it.
 
     Attributes:
         found: what was measured; None where loss or gradient is not finite.
@@ -49,10 +50,11 @@ class Examination(StepAttempt):
         typical: Tensor | None,
         may_leave: bool,
         box: Box | None = None,
+        newton: bool = False,
     ) -> None:
         super().__init__(memory, parameters, frozen)
         self._stationary_by, self._typical, self._may_leave = stationary, typical, may_leave
-        self._box = box
+        self._box, self._takes_newton = box, newton and may_leave and box is None
         self.found: Stationarity | None = None
 
     @property
@@ -77,7 +79,7 @@ class Examination(StepAttempt):
         """No minimum: take Newton's step, which is known now, as far as the loss falls along it."""
         record = replace(record, outcome=StepOutcome.REJECTED)
         usable = direction is not None and direction.slope < 0 and math.isfinite(direction.norm + direction.curvature)
-        if direction is None or not usable or not self._may_leave or self._box is not None:
+        if direction is None or not usable or not self._takes_newton:
             return record, memory
         model = self._line(direction)
         line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))

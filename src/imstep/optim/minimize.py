@@ -284,8 +284,8 @@ class _Run:
             return ends[0] is not None
 
         before = self._x.detach().clone()
-        may_leave = len(self.records) < self._maxiter
-        record = self._optimizer.examine(self._closure, stationary, self._course.typical, may_leave)
+        course, may_leave = self._course, len(self.records) < self._maxiter
+        record = self._optimizer.examine(self._closure, stationary, course.typical, may_leave, course.crawls)
         if record.outcome is StepOutcome.CONVERGED:
             self.loss = record.new_loss
             return ends[0]

@@ -119,10 +119,12 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         stationary: Callable[[float, Stationarity], bool],
         typical: Tensor | None = None,
         may_leave: bool = True,
+        newton: bool = False,
     ) -> StepRecord:
-        """Look at the present point without a step, unless it proves a saddle: see :class:`Examination`."""
+        """Look at the present point, and leave it only where that pays: see :class:`Examination`."""
         frozen = self._frozen(closure)
-        self._take(Examination(self._memory, self._parameters, frozen, stationary, typical, may_leave, self._box))
+        where = self._memory, self._parameters, frozen
+        self._take(Examination(*where, stationary, typical, may_leave, self._box, newton))
         assert self.last_step is not None
         return self.last_step
 

@@ -109,7 +109,7 @@ class Course:
     _next_wait: int = 1
     _near: float = math.inf
     _seen: bool = False
-    _crawls: int = 0
+    _crawling: int = 0
 
     def went(self, before: Tensor, after: Tensor, record: StepRecord) -> None:
         """Take in a step."""
@@ -118,7 +118,7 @@ class Course:
         self._wait -= 1
         self._seen = self._seen and torch.equal(before, after)
         crawls = record.accepted and abs(record.loss - record.new_loss) <= CRAWL * abs(record.new_loss)
-        self._crawls = self._crawls + 1 if crawls else 0
+        self._crawling = self._crawling + 1 if crawls else 0
         # What the model promised, beside the function; a step that moved nothing promises nothing.
         self._near = record.predicted_decrease / abs(record.new_loss) if record.new_loss else math.inf
 
@@ -127,6 +127,11 @@ class Course:
         """Whether the last steps contracted slowly but surely, as Newton's do where curvature vanishes."""
         last = self._steps[-RUN - 1 :]
         return len(last) > RUN and all(SLOW * a < b < a for a, b in itertools.pairwise(last))
+
+    @property
+    def crawls(self) -> bool:
+        """Whether the last steps have lowered the loss by little each."""
+        return self._crawling >= RUN
 
     @property
     def typical(self) -> Tensor | None:
@@ -143,7 +148,7 @@ class Course:
             or self.record.gradient_norm <= tolerances.tol
             or step <= math.sqrt(tolerances.xtol) * size
             or self._near <= max(tolerances.gtol, tolerances.ftol)
-            or self._crawls >= RUN
+            or self.crawls
         )
         return likely and not self._seen and (self._wait <= 0 or not self.record.accepted)
 

@@ -357,3 +357,11 @@ def test_derivatives_that_lie_are_no_minimum() -> None:
     result = imstep.minimize(lambda x: (x - 0.3).abs().sum() + 1, vector(1.0, -2.0), maxiter=60)
     assert not result.success
 
+
+def test_least_squares_with_residuals_that_stay_large() -> None:
+    """Brown and Dennis (number 16 of Moré, Garbow and Hillstrom): what J shows of the curvature is the lesser part."""
+    t = torch.arange(1, 21, dtype=F64) / 5
+    residuals = lambda x: (x[0] + t * x[1] - t.exp()) ** 2 + (x[2] + x[3] * t.sin() - t.cos()) ** 2
+    result = imstep.minimize(lambda x: residuals(x).square().sum(), vector(25, 5, -5, -1), "least-squares", maxiter=100)
+    assert result.success
+    assert abs(result.fun - 85822.2) < 0.1

@@ -26,7 +26,11 @@ PROGRAMS = [page for page in PAGES if documentation.blocks(page) and page.name !
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    documentation.run(page)
+    dtype = torch.get_default_dtype()
+    try:
+        documentation.run(page)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

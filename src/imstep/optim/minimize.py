@@ -204,7 +204,8 @@ class _Run:
     ) -> None:
         self._optimizer, self._x, self._closure = optimizer, x, closure
         self._maxiter, self._stops = maxiter, stops
-        self._course = Course(tolerances, torch.finfo(x.dtype).eps / 2, x.detach().abs())
+        by_residuals, rounding = isinstance(optimizer, LeastSquares), torch.finfo(x.dtype).eps / 2
+        self._course = Course(tolerances, rounding, x.detach().abs(), by_residuals)
         self.records: list[StepRecord] = []
         self.loss = math.nan
 

@@ -20,7 +20,7 @@ RUN = 5
 """Slow steps in a row that show a minimum without curvature, such as that of x⁴."""
 
 CRAWL = 0.05
-"""Of the loss: steps that lower it by less, several in a row, are looked into; Newton's may do better."""
+"""Of the loss: steps of least squares that lower it by less, several in a row, are looked into."""
 
 
 class Termination(Enum):
@@ -97,12 +97,14 @@ class Course:
         tolerances: what counts as a minimum.
         unit_roundoff: of the function's dtype.
         largest: the largest |x_i| met, (n,).
+        by_residuals: whether steps see of the curvature what residuals show; where they crawl, Newton's may do better.
         record: of the last step.
     """
 
     tolerances: Tolerances
     unit_roundoff: float
     largest: Tensor
+    by_residuals: bool = False
     record: StepRecord | None = None
     _steps: list[float] = field(default_factory=list)
     _wait: int = 0
@@ -130,8 +132,8 @@ class Course:
 
     @property
     def crawls(self) -> bool:
-        """Whether the last steps have lowered the loss by little each."""
-        return self._crawling >= RUN
+        """Whether the last steps have lowered the loss by little each, and Newton's may do better."""
+        return self.by_residuals and self._crawling >= RUN
 
     @property
     def typical(self) -> Tensor | None:

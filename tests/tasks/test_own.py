@@ -50,7 +50,8 @@ def test_the_only_task_is_taken(tmp_path: Path) -> None:
 def test_of_several_one_is_named(tmp_path: Path) -> None:
     file = program(tmp_path, "a, b = make('first', 1), make('second', 1)\nclass Box: c = a\ndef d(): return b")
     assert refused(file) == f"{file} defines 2 tasks. Choose one: {file}:a, {file}:b."
-    assert [get_task(f"{file}:{name}").name for name in ("a", "b", "Box.c", "d")] == ["first", "second", "first", "second"]
+    found = {name: get_task(f"{file}:{name}").name for name in ("a", "b", "Box.c", "d")}
+    assert found == {"a": "first", "b": "second", "Box.c": "first", "d": "second"}
     assert "has no 'e'. Choose one:" in refused(f"{file}:e")
     assert "problem.py:x is an object of type Tensor, not a Task." in refused(f"{file}:x")
 

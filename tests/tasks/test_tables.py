@@ -207,6 +207,6 @@ def test_parquet_without_its_package_is_explained(tmp_path: Path, monkeypatch: p
 
 
 def test_options_are_for_tables_only() -> None:
-    with pytest.raises(TaskError, match="are for tables such as data.csv; digits-mlp is none"):
+    with pytest.raises(TaskError, match=r"are for tables such as data\.csv; digits-mlp is none"):
         get_task("digits-mlp", TableOptions("price"))
     assert TableOptions.from_dict(TableOptions("a", drop=("b",)).to_dict()) == TableOptions("a", drop=("b",))

@@ -46,8 +46,8 @@ def network():
     return nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
-# 3. The solution, if you know it somewhere, to measure the error against. Else leave `reference` out below: the held-out
-#    loss is then the loss at points that no step has seen.
+# 3. The solution, if you know it somewhere, to measure the error against. Else leave `reference` out below: the
+#    held-out loss is then the loss at points that no step has seen.
 def reference():
     points = grid(DOMAIN, (41, 41))
     x, t = points[:, :1], points[:, 1:]

@@ -18,8 +18,8 @@ __all__ = ["anatomy_figure", "status_color", "status_counts"]
 Steps = Sequence[dict[str, Any]]
 
 _STATUS_ORDER = (
-    "converged", "best_rate", "stalled", "boundary", "max_iterations",
-    "disturbing_negative_curvature", "disturbing_noise", "non_finite",
+    "converged", "best_rate", "enough", "boundary", "max_iterations",
+    "disturbing_negative_curvature", "disturbing_noise", "breakdown", "non_finite",
 )  # fmt: skip
 
 
@@ -34,12 +34,13 @@ def status_color(theme: Theme, status: str) -> str:
     """Calm colours for a solve that ended by a rule, warm ones for a disturbing direction."""
     return {
         "converged": theme.good,
-        "stalled": theme.series[1],
+        "enough": theme.series[1],
         "best_rate": theme.series[1],
         "boundary": theme.series[3],
         "max_iterations": theme.muted,
         "disturbing_negative_curvature": theme.warn,
         "disturbing_noise": theme.series[0],
+        "breakdown": theme.bad,
         "non_finite": theme.bad,
     }.get(status, theme.muted)
 

@@ -19,7 +19,7 @@ from imstep.runs.page import page, section
 from imstep.runs.records import Run
 from imstep.runs.surfaces import surfaces_figure
 from imstep.runs.theme import Theme, linear_axis, log_axis, svg
-from imstep.tasks import Surface, get_task
+from imstep.tasks import Surface, Task
 
 __all__ = ["save_run_report"]
 
@@ -32,6 +32,7 @@ Rows = Sequence[Mapping[str, Any]]
 def save_run_report(
     path: Path,
     config: RunConfig,
+    task: Task,
     rows: Rows,
     facts: Mapping[str, str],
     surfaces: tuple[Surface, Surface] | None = None,
@@ -41,11 +42,11 @@ def save_run_report(
     Args:
         path: the run directory.
         config: the run.
+        task: its task.
         rows: the lines of steps.jsonl.
         facts: name -> text, what the run reached and used.
         surfaces: the solution and the network, to be drawn.
     """
-    task = get_task(config.task)
     losses = svg(partial(_losses, rows), "losses", "Losses over cost and seconds")
     steps = tuple({**row["record"], "cost": row["cost"]} for row in rows if row.get("record"))
     sections = [

@@ -14,13 +14,14 @@ from rich.markup import escape
 
 from imstep.runs.accuracy import measure_accuracy
 from imstep.runs.compare import DEFAULT_BUDGET, compare
-from imstep.runs.contestants import DEFAULT_OPTIMIZERS, MINIBATCH, contestants
+from imstep.runs.contestants import MINIBATCH, RIVALS, contestants
 from imstep.runs.files import write_json
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.live import ComparisonProgress, endings, result_table
 from imstep.runs.records import Comparison
 from imstep.runs.rundir import RunDirectoryError
-from imstep.tasks import get_task
+from imstep.runs.suitability import suited
+from imstep.tasks import TableOptions, get_task
 
 __all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
 
@@ -32,11 +33,12 @@ class ComparisonRequest:
     """What is to be compared; see `imstep.runs.compare.compare`.
 
     Args:
+        optimizers: who takes part, the subject first; None for the one that suits the task best, Adam and L-BFGS.
         tune: choose learning rates by a sweep; otherwise each optimizer's default is taken.
     """
 
     task: str
-    optimizers: Sequence[str] = DEFAULT_OPTIMIZERS
+    optimizers: Sequence[str] | None = None
     budget: float = DEFAULT_BUDGET
     seed: int = 0
     batch_size: int | None = None
@@ -45,12 +47,14 @@ class ComparisonRequest:
     examples: int | None = None
     device: str = "cpu"
     tune: bool = True
+    dtype: str = "float32"
+    table: TableOptions | None = None
 
     @property
     def command(self) -> str:
         """The command line that repeats it."""
         words = ["imstep", "compare", self.task, "--budget", f"{self.budget:g}", "--seed", str(self.seed)]
-        words += ["--optimizers", ",".join(self.optimizers)]
+        words += [] if self.optimizers is None else ["--optimizers", ",".join(self.optimizers)]
         given = {
             "--batch-size": self.batch_size,
             "--threads": self.threads,
@@ -59,7 +63,9 @@ class ComparisonRequest:
         }
         words += [str(word) for pair in given.items() if pair[1] is not None for word in pair]
         words += ["--device", self.device] if self.device != "cpu" else []
-        return " ".join(words + ([] if self.tune else ["--no-tune"]))
+        words += ["--dtype", self.dtype] if self.dtype != "float32" else []
+        words += [] if self.table is None else self.table.words
+        return shlex.join(words + ([] if self.tune else ["--no-tune"]))
 
 
 def run_comparison(
@@ -76,18 +82,22 @@ def run_comparison(
         TaskError, OptimizerError, TrainingError: a setting that cannot be.
         RunDirectoryError: `out` holds something that may not be replaced.
     """
+    task = get_task(request.task, request.table)
+    for note in task.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     earlier = None if overwrite else _unfinished(out / RECORD, request.command)
     if earlier is None:
         _claim(out, RECORD, overwrite)
-    minibatch = MINIBATCH if get_task(request.task).has_batches else None
-    rivals = contestants(request.optimizers, batch_size=request.batch_size, minibatch=minibatch)
+    minibatch = MINIBATCH if task.has_batches else None
+    names = (suited(task)[0], *RIVALS) if request.optimizers is None else request.optimizers
+    rivals = contestants(names, batch_size=request.batch_size, minibatch=minibatch)
     if not request.tune:
         rivals = [replace(rival, learning_rates=()) for rival in rivals]
     with ComparisonProgress(console) as progress, Interrupt(
         lambda: progress.announce("finishing this step, then the report (Ctrl-C again: stop at once)")
     ) as interrupt:
         comparison = compare(
-            request.task,
+            task,
             rivals,
             budget=request.budget,
             seed=request.seed,
@@ -95,6 +105,7 @@ def run_comparison(
             data=request.data,
             examples=request.examples,
             device=request.device,
+            dtype=request.dtype,
             command=request.command,
             listener=progress,
             earlier=earlier,

@@ -54,6 +54,14 @@ class TableOptions:
         if any(width < 1 for width in self.hidden):
             raise TaskError(f"--hidden {','.join(map(str, self.hidden))}: give widths of at least 1, such as 64,64.")
 
+    @property
+    def words(self) -> list[str]:
+        """The command line's words for what is not as it is by default."""
+        said = [word for name in self.drop for word in ("--drop", name)] + (["--impute"] if self.impute else [])
+        for name, value in (("--target", self.target), ("--kind", self.kind)):
+            said += [] if value is None else [name, value]
+        return said + ([] if self.hidden == TableOptions.hidden else ["--hidden", ",".join(map(str, self.hidden))])
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return {**asdict(self), "drop": list(self.drop), "hidden": list(self.hidden)}

@@ -226,6 +226,6 @@ def _read_run(run: dict[str, Any]) -> Run:
         Point(**{**p, "train": _number(p["train"]), "heldout": _number(p["heldout"])}) for p in run["points"]
     )
     statuses = {present_status(name): count for name, count in run["statuses"].items()}
-    anatomy = tuple({**step, "status": present_status(step.get("status"))} for step in run["anatomy"])
+    anatomy = tuple({k: present_status(v) if k == "status" else v for k, v in s.items()} for s in run["anatomy"])
     read = {"anatomy": anatomy, "statuses": statuses, "pictures": tuple(run["pictures"])}
     return Run(**{**run, "points": points, **read, "surface": _read_surface(run.get("surface"))})

@@ -193,7 +193,7 @@ def _tuning(comparison: Comparison) -> str:
 def _sweep_table(sweep: Sweep) -> str:
     rows = "".join(_sweep_row(row, row == sweep.chosen) for row in sweep.rows)
     head = f"<th>{escape(sweep.optimizer)}: lr</th><th>lowest train loss</th><th>seconds</th><th></th>"
-    return f'<div class="scroll"><table class="cards"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _sweep_row(row: SweepRow, chosen: bool) -> str:
@@ -224,7 +224,9 @@ def _surfaces(comparison: Comparison) -> str:
     found = [(run.label, run.surface) for run in comparison.runs if run.surface is not None]
     if comparison.solution is None or not found:
         return ""
-    picture = panels(surface_panels(comparison.solution, found), "surfaces")
+    solution, *rest = surface_panels(comparison.solution, found)
+    pairs = [rest[at : at + 2] for at in range(0, len(rest), 2)]
+    picture = "".join(panels(part, f"surfaces{at}-") for at, part in enumerate([[solution], *pairs]))
     note = "What each final network makes of the solution, and where it is wrong; each error in its own scale."
     return section("Solution", picture, note)
 

@@ -149,6 +149,34 @@ def test_compare_refuses_before_anything_has_run(program: Path, tmp_path: Path) 
     assert not (tmp_path / "c").exists()
 
 
+def test_an_interrupted_comparison_says_what_is_done_and_goes_on_on_the_same_files_only(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c"
+
+    class AfterTheFirst(Interrupt):
+        @property
+        def requested(self) -> bool:
+            if (out / "comparison.json").exists():
+                raise KeyboardInterrupt
+            return False
+
+        @requested.setter
+        def requested(self, value: bool) -> None: ...
+
+    words = ["compare", str(program), "--optimizers", "lbfgs,adam", "--budget", "4", "--no-tune", "--batch-size", "40"]
+    words += ["--threads", "1", "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr("imstep.runs.studies.Interrupt", AfterTheFirst)
+        shown = output(*words, code=130)
+    assert "Stopped at once, without a report. Done and kept: L-BFGS, batch 40 (lowest " in shown
+    assert f"--out {out}" in shown
+    program.with_name("slope.py").write_text("SLOPE = 3.0")
+    assert "slope.py has changed since the comparison" in output(*words, code=2)
+    program.with_name("slope.py").write_text("SLOPE = 2.0")
+    assert "lowest training loss" in output(*words)
+
+
 def test_tasks_says_which_optimizers_suit(program: Path) -> None:
     listed = output("tasks")
     assert "optimizers: least-squares, newton-krylov, lbfgs, adam" in listed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ def compare(
     device: str = "cpu",
     dtype: str = "float32",
     command: str = "",
+    sources: Mapping[str, str] | None = None,
     listener: Listener | None = None,
     earlier: Comparison | None = None,
     keep: Callable[[Comparison], None] = lambda comparison: None,
@@ -101,6 +102,7 @@ def compare(
         device: where to train.
         dtype: "float32" or "float64".
         command: what the report shows as the way to repeat this.
+        sources: files of the task and their hashes, to be shown with the versions.
         listener: is told about progress.
         earlier: an unfinished comparison by the same arguments, to go on with.
         keep: called with the comparison so far whenever a setting is done.
@@ -141,7 +143,7 @@ def compare(
         batch_size=rivals[0].batch_size,
         runs=(),
         sweeps=(),
-        environment=environment(),
+        environment={**environment(), **(sources or {})},
         command=command,
         seconds=0.0,
         verdict=judge((), setting.budget),

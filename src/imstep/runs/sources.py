@@ -12,7 +12,7 @@ from imstep.runs.rows import TrainingError
 from imstep.tasks import Origin
 from imstep.tasks.tables import is_table
 
-__all__ = ["COPIES", "keep", "origin_of"]
+__all__ = ["COPIES", "hashes", "keep", "origin_of"]
 
 COPIES = "problem"
 """Folder of a run directory with the programs that its task is made from."""
@@ -29,6 +29,11 @@ def keep(origin: Origin, run: Path) -> dict[str, str]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(copy, content)
     return found
+
+
+def hashes(origin: Origin) -> dict[str, str]:
+    """The files of a task and what they hold, for a record's list of versions."""
+    return {str(file): f"SHA-256 {_digest(file)}" for file in origin.files()}
 
 
 def origin_of(config: RunConfig, run: Path) -> tuple[Origin, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -63,7 +64,7 @@ def load_program(name: str, kept: Path | None = None) -> Program:
     """
     path, _, wanted = (name, "", "") if name.endswith(".py") else name.rpartition(":")
     if path.endswith(".py"):
-        file = Path(path).absolute()
+        file = Path(os.path.abspath(path))
         module, root = _run_file(file, kept)
     else:
         module = _import(path)

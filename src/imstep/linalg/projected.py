@@ -167,7 +167,7 @@ class ProjectedSearch:
             if squared_norm <= 0 and self._space.products == 0:
                 raise IndefinitePreconditionerError(squared_norm)
             if not squared_norm > 0:  # or nan
-                return KrylovStatus.STALLED if squared_norm <= 0 else KrylovStatus.NON_FINITE
+                return KrylovStatus.BREAKDOWN if squared_norm <= 0 else KrylovStatus.NON_FINITE
             if (status := self._advance(direction)) is not None:
                 return status
         return status

@@ -71,6 +71,9 @@ class Arithmetic:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled: its kernels have no derivative
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # TorchScript's own differentiation detaches where the user does not.
+            stack.callback(torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize())
+            torch._C._set_graph_executor_optimize(False)
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()
@@ -194,6 +197,11 @@ class Arithmetic:
         """
         steps = [] if self._tape is None else self._tape.steps
         return any(not step.backward and step.node >= 0 and step.node not in numbers for step in steps)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the code that was evaluated has asked autograd for a backward pass."""
+        return self._islands.passes
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:

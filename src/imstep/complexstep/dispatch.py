@@ -67,6 +67,9 @@ class Dispatch(TorchDispatchMode):
         try:
             if _seen_by_mode():  # no function was seen to call, as in a backward pass
                 with unseen():
+                    if self._islands.hides_cut(func):
+                        with self._islands.island():
+                            return self._dispatch(func, args, kwargs or {})
                     return self._dispatch(func, args, kwargs or {})
             return self._dispatch(func, args, kwargs or {})
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from imstep.complexstep.arithmetic import Arithmetic
 from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.nesting import refuse_lost_graph
+from imstep.complexstep.sight import Threads, refuse_threads, traced
 
 DEFAULT_H = 1e-20
 
@@ -137,10 +139,12 @@ def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None
     arithmetic = Arithmetic(h)
     for t, d in zip(inputs, directions, strict=True):
         arithmetic.attach(t, d)
+    started = torch.autograd._get_sequence_nr()
     with arithmetic, torch.enable_grad():
         loss = f(tree_unflatten(inputs, structure))
         loss = plain(loss) if isinstance(loss, Tensor) else loss
         _require_scalar(loss)
+        refuse_threads([loss], inputs, started, arithmetic.passes)
         parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
     products = [torch.zeros_like(t) if part is None else part for t, part in zip(leaves, parts, strict=True)]
@@ -181,17 +185,33 @@ def third_derivative(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, w: _Tree 
 
 
 def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor]) -> tuple[Any, Any]:
-    inputs = [_leaf(t) for t in leaves]
-    arithmetic = Arithmetic()
-    for t, d in zip(inputs, directions, strict=True):
-        arithmetic.attach(t, d)
-    with arithmetic:
-        outputs = f(inputs)
-        arithmetic.settle([t for t in tree_leaves(outputs) if isinstance(t, Tensor)])
-    refuse_lost_graph("jvp", [t for t in (*tree_leaves(outputs), *leaves, *directions) if isinstance(t, Tensor)])
+    with Threads() as threads:
+        outputs, arithmetic = _evaluate(f, leaves, directions, threads.before)
+    if threads.begun and not threads.before:
+        outputs, arithmetic = _evaluate(f, leaves, directions, True)
+    found = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    refuse_lost_graph("jvp", [*found, *leaves, *directions])
     value = lambda t: _without_graph(t) if isinstance(t, Tensor) else t
     part = lambda t: _without_graph(arithmetic.value(t).imaginary) if isinstance(t, Tensor) else t
     return tree_map(value, outputs), tree_map(part, outputs)
+
+
+def _evaluate(
+    f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor], several: bool
+) -> tuple[Any, Arithmetic]:
+    """What ``f`` returns on complex-step numbers; checked by a graph if there are ``several`` threads."""
+    inputs, started = [_leaf(t) for t in leaves], torch.autograd._get_sequence_nr()
+    several = several and torch._C._functorch.maybe_current_level() is None
+    arithmetic = Arithmetic()
+    for t, d in zip(inputs, directions, strict=True):
+        arithmetic.attach(traced(t) if several else t, d)
+    with arithmetic, torch.enable_grad() if several else nullcontext():
+        outputs = f([t.clone() for t in inputs] if several else inputs)
+        found = [plain(t) for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        if several:
+            refuse_threads(found, inputs, started, arithmetic.passes)
+        arithmetic.settle(found)
+    return outputs, arithmetic
 
 
 def _leaf(t: Any) -> Tensor:

@@ -34,6 +34,8 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
 _WATCHED.add(F.gumbel_softmax)
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_DETACH = torch.ops.aten.detach.default
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 
 def unseen() -> AbstractContextManager[Any]:
@@ -58,9 +60,10 @@ class Islands(TorchFunctionMode):
         self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
         self._before = False, -1
         self._contexts: list[tuple[bool, int]] = []
-        self._outside, self._inference = 0, False  # of what is around the evaluation
+        self._outside, self._inference, self._recorded = 0, False, True  # of what is around the evaluation
         self.subclasses = False  # whether arguments may be of subclasses of Tensor
         self.final = False  # whether the backward pass that runs now is the one to differentiate
+        self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self._stack = ExitStack()
 
@@ -91,7 +94,7 @@ class Islands(TorchFunctionMode):
         self._stack.enter_context(plain_attention())
         self._contexts, self._cut, self._task = [], False, torch._C._current_graph_task_id()
         self._outside = functions_around(sys._getframe(1))
-        self._inference = torch.is_inference_mode_enabled()
+        self._inference, self._recorded = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -185,6 +188,19 @@ class Islands(TorchFunctionMode):
         choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
         return choice - constant + soft
 
+    def hides_cut(self, func: Any) -> bool:
+        """Whether ``func``, which no Python function was seen to call, is a cut, or within one: in TorchScript.
+
+        What autograd detaches to save it, or in a backward pass, is none.
+        """
+        if func is _DETACH:
+            hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        else:
+            hidden = not torch.is_grad_enabled() and self._recorded
+        if not hidden or self._cut or torch._C._current_graph_task_id() != self._task:
+            return False
+        return functions_around(sys._getframe(1)) <= self._outside
+
     # --- backward passes ----------------------------------------------------------------------------------------
 
     def gradient(
@@ -214,6 +230,7 @@ class Islands(TorchFunctionMode):
 
     def _backward_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A pass that the user asks for: with ``backward()`` the gradient itself, else part of the loss."""
+        self.passes = True
         if func is torch.autograd.grad:
             found = self._run(func, args, kwargs)
             create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)

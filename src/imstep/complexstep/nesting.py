@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.errors import ComplexStepError
 from imstep.complexstep.gradients import leaves
+from imstep.complexstep.sight import is_traced
 
 
 def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor] = ()) -> None:
@@ -31,7 +32,7 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
         return
     ignored = {id(t) for t in own}
     for leaf in leaves(tensors):
-        if id(leaf) not in ignored and any(mode.carries(leaf) for mode in around):
+        if id(leaf) not in ignored and not is_traced(leaf) and any(mode.carries(leaf) for mode in around):
             raise ComplexStepError(
                 f"imstep.{name} is called on what depends on the parameters of a loss whose gradient is taken; its "
                 "result has no graph, so the gradient would lose that dependence. Write this derivative of the loss "

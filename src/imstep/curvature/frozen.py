@@ -24,7 +24,7 @@ from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
-from imstep.curvature.graph import Survey, survey
+from imstep.complexstep.graph import Survey, survey
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes

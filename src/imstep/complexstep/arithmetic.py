@@ -64,6 +64,7 @@ class Arithmetic:
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self._ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self._ledger, h, tape, before_write)
+        self._islands.at_last = self._dispatch.settle_jumps
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:
@@ -197,6 +198,18 @@ class Arithmetic:
         """
         steps = [] if self._tape is None else self._tape.steps
         return any(not step.backward and step.node >= 0 and step.node not in numbers for step in steps)
+
+    def take_branch(self, sign: int) -> None:
+        """Within another arithmetic, let magnitudes that vanish be numbers times ``sign``, 1 (by default) or -1.
+
+        |x| is then smooth at 0, and the mean over both signs is that of what is even in x.
+        """
+        self._dispatch.branch = sign
+
+    @property
+    def branched(self) -> bool:
+        """Whether a magnitude has vanished within another arithmetic."""
+        return self._dispatch.branched
 
     @property
     def passes(self) -> bool:

@@ -10,7 +10,7 @@ an ``autograd.Function``: autograd records nothing there, and the Function says 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -65,6 +65,7 @@ class Islands(TorchFunctionMode):
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
+        self.at_last: Callable[[Sequence[Any]], None]  # told where that begins
         self._stack = ExitStack()
 
     @property
@@ -208,7 +209,7 @@ class Islands(TorchFunctionMode):
     ) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
         seen = gradients.in_sight_of(Islands) if self._runs_code(outputs) else unseen()
-        with self._final_pass(), seen:
+        with self._final_pass(outputs), seen:
             return gradients.gradients(outputs, inputs, weights, self._keep_graph)
 
     def follow(self, forward: Islands) -> None:
@@ -220,7 +221,8 @@ class Islands(TorchFunctionMode):
         return self.hooked or gradients.runs_functions(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
 
     @contextmanager
-    def _final_pass(self) -> Iterator[None]:
+    def _final_pass(self, outputs: Sequence[Any]) -> Iterator[None]:
+        self.at_last(outputs)
         before, self.final = self.final, True
         try:
             with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
@@ -242,7 +244,7 @@ class Islands(TorchFunctionMode):
             args = (*args[:2], True, *args[3:])
         elif self._keep_graph:
             kwargs = {**kwargs, "retain_graph": True}
-        with self._final_pass():
+        with self._final_pass(tree_leaves((args[:1], kwargs))):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

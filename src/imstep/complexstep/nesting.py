@@ -19,6 +19,16 @@ from imstep.complexstep.gradients import leaves
 from imstep.complexstep.sight import is_traced
 
 
+def _around() -> list[Dispatch]:
+    """The arithmetics that code runs in."""
+    return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Dispatch)]
+
+
+def is_nested() -> bool:
+    """Whether code that runs now is differentiated itself."""
+    return bool(_around())
+
+
 def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor] = ()) -> None:
     """Raise if a gradient that is taken further out would have to pass through a derivative.
 
@@ -27,7 +37,7 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
         tensors: what the derivative depends on.
         own: leaves of its own, whose gradient nobody else takes.
     """
-    around = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Dispatch)]
+    around = _around()
     if not around or not torch.is_grad_enabled():
         return
     ignored = {id(t) for t in own}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
@@ -23,7 +23,7 @@ from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
-from imstep.complexstep.vanishing import ROOTS, first
+from imstep.complexstep.vanishing import ROOTS, Root, first
 
 rules.load()
 
@@ -191,6 +191,13 @@ class Dispatch(TorchDispatchMode):
     def carries(self, t: Tensor) -> bool:
         """Whether ``t`` has an imaginary part here."""
         return self._plane.find(t) is not None
+
+    def moves(self, root: Root, tensors: Sequence[Any]) -> bool:
+        """Whether a root that another arithmetic has met, taken of ``tensors``, may leave zero here."""
+        if self._tape is not None:
+            return self._plane.attached(tensors) is not None
+        with _disable_current_modes():
+            return bool(((root.apply(self._imaginary(tensors)) != 0) & root.vanishes).any())
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""

@@ -35,6 +35,7 @@ from imstep.complexstep.vanishing import ABSOLUTE, EUCLIDEAN, Root, differentiat
 aten = torch.ops.aten
 
 _GUARDS = {aten.masked_fill_.Scalar, aten.masked_fill.Scalar}
+_OF_ROWS = {aten._cdist_backward.default, aten._pdist_backward.default}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _numbers = itertools.count()
 
@@ -93,19 +94,15 @@ class Roots:
         norm = wide(func, args, kwargs, value)
         if (root.edged and norm is not None) or func is ABSOLUTE:  # of which the gradient is a multiple of the sign
             self._signed[_memory(tensors[0])] = Window(tensors[0]), tensors[0], norm, root
-        depth = self._depth()
-        if root.round and root.edged and depth and self._plane is not None:
+        around = [mode for mode in _get_current_dispatch_mode_stack() if type(mode) is type(self._arithmetic)]
+        if root.round and root.edged and around and self._plane is not None:
             self._take_branch(root, value, tensors[0], parts[0])
             return
-        if root.round and not root.edged and depth:
-            if depth > 1 and root.moves:
+        if root.round and not root.edged and around:
+            if len(around) > 1 and sum(mode.moves(root, tensors) for mode in around) > 1:
                 raise ComplexStepError(f"{func} {_TOO_DEEP}")
             self._bend(root, value, tensors, parts)
         self._mark(root, value)
-
-    def _depth(self) -> int:
-        """How many arithmetics there are around this one."""
-        return sum(type(mode) is type(self._arithmetic) for mode in _get_current_dispatch_mode_stack())
 
     def _take_branch(self, root: Root, value: Tensor, x: Tensor, part: Tensor | None) -> None:
         """Let a magnitude that vanishes be the number itself, or its negative; the mean over both is what is even."""
@@ -180,7 +177,15 @@ class Roots:
                 outputs.untyped_storage().__dict__[self._root] = root
         elif func is aten.mul.Tensor:
             return self._multiplied(args[0], args[1], outputs)
+        elif func in _OF_ROWS:
+            self._arrived(args[0], args[-1])
         return outputs
+
+    def _arrived(self, gradient: Tensor, distances: Tensor) -> None:
+        """What arrives at distances by another norm than Euclid's, which nothing smooths."""
+        root = distances.untyped_storage().__dict__.get(self._root)
+        if root is not None and not root.round:
+            self._limit(gradient, distances, root)
 
     def _remember(self, quotient: Tensor, *parts: Any) -> None:
         quotient.untyped_storage().__dict__[self._ratio] = Window(quotient), *parts

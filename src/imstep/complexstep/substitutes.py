@@ -227,6 +227,42 @@ def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
     return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
 
 
+# --- roots, where a sum that they are taken of vanishes --------------------------------------------------------------
+
+
+def dist(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
+    """:func:`torch.dist`, as the norm that it is."""
+    return torch.linalg.vector_norm(x - y, p)
+
+
+def polar(r: Tensor, angle: Tensor) -> Tensor:
+    """:func:`torch.polar`, whose gradient by the angle and by the radius is 0 where the radius is."""
+    return torch.complex(r * torch.cos(angle), r * torch.sin(angle))
+
+
+def _lp_pool(original: Callable[..., Tensor], pool: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
+    """A power-average pooling, which takes windows of zeros by a norm: PyTorch guards their gradient where none does."""
+
+    def lp_pool(x: Tensor, p: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:
+        kernel = _several(kernel_size, dims)
+        if ceil_mode or not 0 < p < math.inf or bool(pool((x.detach() != 0).to(x), kernel, stride).all()):
+            return original(x, p, kernel_size, stride, ceil_mode)
+        windows, inner = x, tuple(range(-dims, 0))
+        for at, size, step in zip(inner, kernel, _several(kernel if stride is None else stride, dims), strict=True):
+            windows = windows.unfold(at - (windows.dim() - x.dim()), size, step)
+        if p == 1:
+            return windows.sum(inner)
+        nothing = (windows == 0).flatten(-dims).all(-1)
+        powers = torch.where(nothing, 1, windows.pow(p).sum(inner))
+        return torch.where(nothing, torch.linalg.vector_norm(windows, p, inner), powers.pow(1 / p))
+
+    return lp_pool
+
+
+def _several(number: Any, count: int) -> list[int]:
+    return [number] * count if isinstance(number, int) else [*number] * (count // len(number))
+
+
 def _real(*arguments: Any) -> bool:
     return all(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
 
@@ -238,6 +274,10 @@ def _has_zeros(x: Tensor, *_: Any) -> bool:
 def _any_zero(x: Tensor) -> bool:
     # Under a transform the entries cannot be asked for.
     return torch._C._functorch.maybe_current_level() is None and bool((x == 0).any())
+
+
+def _not_euclidean(x: Tensor, y: Tensor, p: float = 2.0) -> bool:
+    return p != 2
 
 
 def _always(*_: Any) -> bool:
@@ -259,6 +299,11 @@ SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
     torch.linalg.det: (determinant, is_nearly_singular),
     Tensor.det: (determinant, is_nearly_singular),
     torch.special.i1: (bessel_i1, _real),
+    torch.polar: (polar, lambda r, *_: _any_zero(r)),
+    **dict.fromkeys((torch.dist, Tensor.dist), (dist, _not_euclidean)),
+    F.lp_pool1d: (_lp_pool(F.lp_pool1d, F.max_pool1d, 1), _has_zeros),
+    F.lp_pool2d: (_lp_pool(F.lp_pool2d, F.max_pool2d, 2), _has_zeros),
+    F.lp_pool3d: (_lp_pool(F.lp_pool3d, F.max_pool3d, 3), _has_zeros),
     **dict.fromkeys((torch.sinc, Tensor.sinc, torch.special.sinc), (sinc, _real)),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), (power, _exponent_has_zeros)),
     **dict.fromkeys((torch.float_power, Tensor.float_power), (float_power, _exponent_has_zeros)),

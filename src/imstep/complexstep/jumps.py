@@ -18,7 +18,6 @@ from torch._ops import OpOverload
 
 from imstep.complexstep.errors import user_place
 from imstep.complexstep.missing import Missing, depends
-from imstep.complexstep.registry import signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import Plane
@@ -91,6 +90,6 @@ class Jumps:
 
 
 _REASON = (
-    "is taken of zero, where it jumps and has no derivative: that is taken to be 0, as in PyTorch's gradient. If it does "
-    "not matter there, select another value by torch.where; if it is to count, keep the argument away from zero."
+    "is taken of zero, where it jumps and has no derivative: that is taken to be 0, as in PyTorch's gradient. If it "
+    "does not matter there, select another value by torch.where; if it is to count, keep the argument away from zero."
 )

@@ -68,6 +68,6 @@ def refuse_threads(outputs: Sequence[Tensor], inputs: Sequence[Tensor], started:
     numbers = range(started, torch.autograd._get_sequence_nr())
     if survey(outputs, inputs, numbers).foreign:
         raise ComplexStepError(
-            "part of what the function returned was computed in another thread, out of sight of the arithmetic, so that "
-            "its derivative would be missed. Evaluate it in the thread that asks for the derivative."
+            "part of what the function returned was computed in another thread, out of sight of the arithmetic, so "
+            "that its derivative would be missed. Evaluate it in the thread that asks for the derivative."
         )

@@ -290,7 +290,7 @@ _TOO_DEEP = (
     "imstep.third_derivative, or use squares in place of the root."
 )
 _REASON = (
-    "is zero, where it has no derivative, and what is made of it does not smooth that: the derivative there is taken to "
-    "be 0, as in PyTorch's gradient. If it is to count, add a small number under the root, as in "
+    "is zero, where it has no derivative, and what is made of it does not smooth that: the derivative there is taken "
+    "to be 0, as in PyTorch's gradient. If it is to count, add a small number under the root, as in "
     "(x.square().sum() + 1e-12).sqrt(), or use the squares themselves."
 )

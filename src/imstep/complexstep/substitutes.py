@@ -135,15 +135,9 @@ def ctc_sum(
     alone = log_probs.dim() == 2
     if alone:
         log_probs = log_probs.unsqueeze(1)
-    times = [int(n) for n in _listed(input_lengths)]
     labels = [int(n) for n in _listed(target_lengths)]
     rows = targets.split(labels) if targets.dim() == 1 else [t[:n] for t, n in zip(targets, labels, strict=True)]
-    losses = torch.stack(
-        [
-            _ctc_one(log_probs[:time, i], row.to(log_probs.device), blank)
-            for i, (time, row) in enumerate(zip(times, rows, strict=True))
-        ]
-    )
+    losses = _ctc_losses(log_probs, rows, log_probs.new_tensor(_listed(input_lengths), dtype=torch.long), blank)
     if zero_infinity:
         losses = torch.where(losses.isinf(), 0, losses)
     if reduction == _MEAN:
@@ -157,23 +151,29 @@ def _listed(lengths: Tensor | Sequence[int]) -> list[int]:
     return lengths.reshape(-1).tolist() if isinstance(lengths, Tensor) else list(lengths)
 
 
-def _ctc_one(log_probs: Tensor, target: Tensor, blank: int) -> Tensor:
-    """The loss of one sequence: log_probs (time, classes), target (labels,)."""
-    if len(log_probs) == 0:
-        return log_probs.sum() + (0.0 if len(target) == 0 else math.inf)
-    states = torch.full((2 * len(target) + 1,), blank, dtype=torch.long, device=log_probs.device)
-    states[1::2] = target
+def _ctc_losses(log_probs: Tensor, rows: Sequence[Tensor], times: Tensor, blank: int) -> Tensor:
+    """The losses of sequences, (batch,): log_probs (time, batch, classes), rows of labels, times (batch,)."""
+    labels = times.new_tensor([len(row) for row in rows])
+    states = times.new_full((len(rows), 2 * int(labels.max()) + 1), blank)
+    for state, row in zip(states, rows, strict=True):
+        state[1 : 2 * len(row) : 2] = row
     skips = torch.zeros_like(states, dtype=torch.bool)
-    skips[2:] = (states[2:] != blank) & (states[2:] != states[:-2])
-    emitted = log_probs[:, states]
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    running = torch.arange(len(log_probs), device=times.device)[:, None, None] < times[:, None]
+    emitted = torch.where(running, log_probs.gather(2, states.expand(len(log_probs), *states.shape)), 0)
     never = torch.finfo(log_probs.dtype).min / 4  # -inf would give nan in the derivative of logaddexp
-    alpha = torch.where(torch.arange(len(states), device=states.device) < 2, emitted[0], never)
-    for step in emitted[1:]:
+    first = (torch.arange(states.shape[1], device=times.device) < 2) & (times > 0)[:, None]
+    alpha = torch.where(first, emitted[0], never)
+    for step, goes_on in zip(emitted[1:], running[1:], strict=True):
         before = F.pad(alpha, (2, 0), value=never)
-        skipped = torch.where(skips, before[:-2], never)
-        alpha = torch.logsumexp(torch.stack([alpha, before[1:-1], skipped]), 0) + step
-    loss = -torch.logsumexp(alpha[-2:], 0)
-    return torch.where(loss > -never / 2, math.inf, loss)
+        skipped = torch.where(skips, before[:, :-2], never)
+        moved = torch.logsumexp(torch.stack([alpha, before[:, 1:-1], skipped]), 0) + step
+        alpha = torch.where(goes_on, moved, alpha)
+    ends = torch.stack([2 * labels, (2 * labels - 1).clamp(min=0)], 1)
+    last = torch.where(torch.stack([labels >= 0, labels > 0], 1), alpha.gather(1, ends), never)
+    losses = -torch.logsumexp(last, 1)
+    losses = torch.where(losses > -never / 2, math.inf, losses)
+    return torch.where((times == 0) & (labels == 0), 0, losses)
 
 
 # --- what stands in for what, and when ------------------------------------------------------------------------------

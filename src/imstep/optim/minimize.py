@@ -66,7 +66,7 @@ def minimize(
         ftol, xtol, gtol: >= 0, one that is met is enough; 0 for none. Default ε^(2/3) for xtol and gtol, ε^(4/3) for
             ftol, ε the spacing of the dtype: 4e-11 and 1e-21 in float64.
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
-        maxiter: steps at most, >= 1.
+        maxiter: steps at most, >= 0; 0 to look at ``x0`` only.
         bounds: for "least-squares", as SciPy takes them: an object with ``lb`` and ``ub`` (``scipy.optimize.Bounds``);
             a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, which is
             also how two pairs of plain numbers for two entries are read. Equal ones hold an entry. ``x0`` lies within.
@@ -103,13 +103,9 @@ def minimize(
     """
     if method not in _METHODS:
         raise ValueError(f"there is no method {method!r}. Methods: {', '.join(map(repr, _METHODS))}.")
-    if maxiter < 1:
-        raise ValueError(f"maxiter is at least 1, got {maxiter}.")
-    start = torch.as_tensor(x0)
-    if not start.is_floating_point():
-        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
-        remedy = pairs if start.is_complex() else "Convert it with .double()."
-        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
+    if maxiter < 0:
+        raise ValueError(f"maxiter is at least 0, got {maxiter}.")
+    start = _start(x0)
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
     units = _units(scale, start, guess=method != "least-squares")
     y = nn.Parameter(start.detach() / units)
@@ -132,6 +128,23 @@ def minimize(
         termination=termination,
         records=tuple(run.records),
     )
+
+
+def _start(x0: Any) -> Tensor:
+    """x0 as a tensor of real numbers."""
+    try:
+        start = torch.as_tensor(x0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"x0 must be one tensor or what torch.as_tensor makes one of, got {type(x0).__name__}. Join several tensors, "
+            "as torch.cat([t.reshape(-1) for t in tensors]), and take x apart in the function by x.split(sizes); or "
+            "step an optimizer, which takes any parameters: imstep.NewtonKrylov(tensors)."
+        ) from error
+    if not start.is_floating_point():
+        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
+        remedy = pairs if start.is_complex() else "Convert it with .double()."
+        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
+    return start
 
 
 def _optimizer(
@@ -229,6 +242,8 @@ class _Run:
             # An accepted step may be too short to change any entry of x.
             failures = failures + 1 if torch.equal(self._x, before) else 0
             # Where losses differ by rounding only, steps may go to and fro for ever.
+            if record.went_back:  # the least loss was met where nobody can stay
+                least_loss = math.inf
             lower = record.new_loss < least_loss or record.gradient_norm < least_norm
             stagnation = 0 if lower else stagnation + 1
             least_loss, least_norm = min(least_loss, record.new_loss), min(least_norm, record.gradient_norm)
@@ -240,7 +255,8 @@ class _Run:
                 if end is not None or len(self.records) == steps:
                     return end or Termination.NO_PROGRESS
                 failures = stagnation = 0
-        return self._look() or Termination.MAX_ITERATIONS
+        end = self._look() or Termination.MAX_ITERATIONS
+        return end if math.isfinite(self.loss) else Termination.NON_FINITE
 
     def _polished(self, end: Termination) -> Termination:
         """A last step for least squares, which takes the point from within the tolerances to within rounding."""
@@ -287,11 +303,10 @@ class _Run:
         before = self._x.detach().clone()
         course, may_leave = self._course, len(self.records) < self._maxiter
         record = self._optimizer.examine(self._closure, stationary, course.typical, may_leave, course.crawls)
+        self.loss = record.new_loss
         if record.outcome is StepOutcome.CONVERGED:
-            self.loss = record.new_loss
             return ends[0]
         if record.accepted:
-            self.loss = record.new_loss
             return Termination.STOPPED if self._took(before, record) else None
         self._course.in_vain()
         return None

@@ -168,7 +168,7 @@ class Course:
         """
         t, size = self.tolerances, abs(loss)
         if found.gradient_norm <= t.tol:
-            return Termination.CONVERGED
+            return Termination.CONVERGED if t.tol else Termination.GRADIENT
         if found.at_rounding:
             return Termination.PRECISION
         if found.decrease <= t.gtol**2 * size:

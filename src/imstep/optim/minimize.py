@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from imstep.globalization import Armijo
+from imstep.optim.arguments import check_options, start_of, told, units_of, value_of
 from imstep.optim.box import Box, box_of
 from imstep.optim.least_squares import LeastSquares
-from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
+from imstep.optim.minimize_result import MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms
-from imstep.optim.stationarity import MATRIX_LIMIT, Stationarity
+from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
 
@@ -26,9 +26,6 @@ PATIENCE = 8
 
 STAGNATION = 10
 """Steps in a row, none of which lowers the least loss or the least gradient norm so far."""
-
-SPREAD = 1e4
-"""Ratio of the largest entry of x0 to the smallest from which, among few, their sizes are taken for their units."""
 
 _METHODS = ("newton-krylov", "least-squares")
 
@@ -105,20 +102,21 @@ def minimize(
         raise ValueError(f"there is no method {method!r}. Methods: {', '.join(map(repr, _METHODS))}.")
     if maxiter < 0:
         raise ValueError(f"maxiter is at least 0, got {maxiter}.")
-    start = _start(x0)
+    start = start_of(x0)
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
-    units = _units(scale, start, guess=method != "least-squares")
-    y = nn.Parameter(start.detach() / units)
-    point = lambda: y if units.dim() == 0 and units == 1 else units * y
+    units = units_of(scale, start, guess=method != "least-squares")
     box = box_of(bounds, start, units)
+    y = nn.Parameter(start.detach() / units if box is None else box.clamped(start.detach() / units))
+    point = lambda: y if units.dim() == 0 and units == 1 else units * y
     optimizer = _optimizer(method, y, box, scale is None, {"tolerance": tolerances.tol, **options})
-    run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
+    value = value_of(fun, method == "least-squares")
+    run = _Run(optimizer, y, lambda: value(point()), tolerances, maxiter, told(callback, point))
     termination = run.whole()
     gradient, evaluations = run.gradient()
     cost = optimizer.cost
     with_gradient = cost.linearisations + cost.gradients + evaluations
     return MinimizeResult(
-        x=point().detach() if box is None else _within(point().detach(), box_of(bounds, start, torch.ones_like(units))),
+        x=point().detach(),
         fun=run.loss,
         grad=gradient / units,
         nit=len(run.records),
@@ -130,27 +128,11 @@ def minimize(
     )
 
 
-def _start(x0: Any) -> Tensor:
-    """x0 as a tensor of real numbers."""
-    try:
-        start = torch.as_tensor(x0)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"x0 must be one tensor or what torch.as_tensor makes one of, got {type(x0).__name__}. Join several tensors, "
-            "as torch.cat([t.reshape(-1) for t in tensors]), and take x apart in the function by x.split(sizes); or "
-            "step an optimizer, which takes any parameters: imstep.NewtonKrylov(tensors)."
-        ) from error
-    if not start.is_floating_point():
-        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
-        remedy = pairs if start.is_complex() else "Convert it with .double()."
-        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
-    return start
-
-
 def _optimizer(
     method: str, x: nn.Parameter, box: Box | None, unscaled: bool, options: dict[str, Any]
 ) -> StepwiseOptimizer:
     """The optimizer of a method, with what :func:`minimize` chooses for functions of unknown units."""
+    check_options(options, method, LeastSquares if method == "least-squares" else NewtonKrylov)
     if method == "least-squares":
         return LeastSquares([x], box=box, **({"scaling": ColumnNorms()} if unscaled else {}) | options)
     if box is not None:
@@ -159,48 +141,6 @@ def _optimizer(
             "entries as smooth functions of free ones, such as lower + (upper - lower) * y.sigmoid()."
         )
     return NewtonKrylov([x], **{"step": Armijo(forward=2.0), "max_trials": 30, **options})
-
-
-def _within(x: Tensor, box: Box | None) -> Tensor:
-    """x without what rounding of its units takes beyond the bounds."""
-    return x if box is None else x.reshape(-1).clamp(box.lower, box.upper).view_as(x)
-
-
-def _told(
-    callback: Callable[..., bool | None] | None, point: Callable[[], Tensor]
-) -> Callable[[float, list[StepRecord]], bool]:
-    """Whether the callback, told of a step in the way that it asks for, wants to stop."""
-    if callback is None:
-        return lambda loss, records: False
-    by_name = list(inspect.signature(callback).parameters) == ["intermediate_result"]
-
-    def stops(loss: float, records: list[StepRecord]) -> bool:
-        x = point().detach().clone()
-        try:
-            if by_name:
-                result = IntermediateResult(x, loss, len(records), records[-1])
-                return callback(intermediate_result=result) is True
-            return callback(x) is True
-        except StopIteration:
-            return True
-
-    return stops
-
-
-def _units(scale: Any, start: Tensor, guess: bool) -> Tensor:
-    """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
-    if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
-        sizes = start.detach().abs()
-        if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
-            scale = sizes
-    units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
-    if units.dim() and units.shape != start.shape:
-        raise ValueError(
-            f"scale has shape {tuple(units.shape)}, x0 {tuple(start.shape)}. Give one number, or one for each entry."
-        )
-    if not bool(((units > 0) & units.isfinite()).all()):
-        raise ValueError("scale must be positive and finite. Put 1 where an entry's size is not known.")
-    return units
 
 
 class _Run:

@@ -1,6 +1,6 @@
 """Combinations of the strategies of `NewtonKrylov` on three functions: does each arrive, and is what it claims true?
 
-python -m benchmarks.combinations           # those with all triples of choices: what the record lacks; writes the page
+python -m benchmarks.combinations           # so many that all triples of choices occur; what the record lacks
 python -m benchmarks.combinations --all     # each of them all as well; hours
 python -m benchmarks.combinations --table   # the page again, from the record
 
@@ -57,6 +57,7 @@ from imstep.optim import (
     SquaredGradients,
     SteihaugToint,
     StepRecord,
+    Termination,
 )
 
 NAME = "combinations"
@@ -94,8 +95,6 @@ FACTORS: dict[str, dict[str, Any]] = {
     },
     "momentum": {"without": False, "with": True},
 }
-CHOICES = [list(choices) for choices in FACTORS.values()]
-Combination = tuple[str, ...]
 
 
 def saddle(x: Tensor) -> Tensor:
@@ -111,17 +110,22 @@ PROBLEMS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 }
 
 
+CHOICES = [list(PROBLEMS), *(list(choices) for choices in FACTORS.values())]
+Combination = tuple[str, ...]  # a function and a choice of each factor
+
+
 def selection(strength: int) -> list[Combination]:
-    """Combinations with all pairs (2) or triples (3) of choices."""
+    """Combinations with all pairs (2) or triples (3) of choices, of which the function is one."""
     rows = covering([len(choices) for choices in CHOICES], strength)
     return [tuple(choices[i] for choices, i in zip(CHOICES, row, strict=True)) for row in rows]
 
 
-def outcome(problem: str, combination: Combination) -> Row:
+def outcome(combination: Combination) -> Row:
     """How a run ends, with the fault that it has, if any."""
+    problem, *chosen = combination
     function, start = PROBLEMS[problem]
-    options = {name: FACTORS[name][choice] for name, choice in zip(FACTORS, combination, strict=True)}
-    row: Row = {"problem": problem, **dict(zip(FACTORS, combination, strict=True))}
+    options = {name: FACTORS[name][choice] for name, choice in zip(FACTORS, chosen, strict=True)}
+    row: Row = {"function": problem, **dict(zip(FACTORS, chosen, strict=True))}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Kronecker factors have no layers here, and say so
@@ -147,9 +151,10 @@ def fault(result: MinimizeResult, at_minimum: bool, monitored: bool) -> str:
         return "repeats a rejected step"
     if monitored and any(r.accepted and r.new_loss > r.loss + 1e-13 * abs(r.loss) for r in records):
         return "raises the loss"
-    if result.success != at_minimum:
-        return "claims a minimum" if result.success else "does not claim its minimum"
-    return ""
+    if result.success and not at_minimum:
+        return "claims a minimum"
+    ended = result.termination is not Termination.MAX_ITERATIONS
+    return "does not claim its minimum" if at_minimum and ended and not result.success else ""
 
 
 def _same(a: StepRecord, b: StepRecord) -> bool:
@@ -170,12 +175,8 @@ def is_minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 
 def runs(combinations: Iterable[Combination]) -> dict[str, Callable[[], Row]]:
-    """Each on each function, by name."""
-    return {
-        "; ".join((problem, *combination)): partial(outcome, problem, combination)
-        for combination in combinations
-        for problem in PROBLEMS
-    }
+    """Each by its name."""
+    return {"; ".join(combination): partial(outcome, combination) for combination in combinations}
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -183,19 +184,18 @@ def runs(combinations: Iterable[Combination]) -> dict[str, Callable[[], Row]]:
 
 def text_of(rows: Sequence[Row]) -> str:
     """How many runs end how, by problem and step search, and those at fault."""
-    of_all = math.prod(len(choices) for choices in CHOICES)
-    made = len({tuple(r[name] for name in FACTORS) for r in rows})
+    of_all = math.prod(map(len, CHOICES))
     ends = list(dict.fromkeys(["minimum", *sorted({r["end"] for r in rows})]))
     groups = [(problem, step) for problem in PROBLEMS for step in FACTORS["step"]]
     body = []
     for problem, step in groups:
-        own = [r for r in rows if (r["problem"], r["step"]) == (problem, step)]
+        own = [r for r in rows if (r["function"], r["step"]) == (problem, step)]
         counts = Counter(r["end"] for r in own)
         body.append([problem, step, *(str(counts[end]) for end in ends), str(sum(bool(r["fault"]) for r in own))])
-    faults = [f"- {'; '.join(str(r[k]) for k in ('problem', *FACTORS))}: {r['fault']}" for r in rows if r["fault"]]
+    faults = [f"- {'; '.join(r[k] for k in ('function', *FACTORS))}: {r['fault']}" for r in rows if r["fault"]]
     return "\n\n".join(
         [
-            f"{made:,} of {of_all:,} combinations, on each of {len(PROBLEMS)} functions:",
+            f"{len(rows):,} of {of_all:,} combinations of a function and strategies:",
             table(["function", "step search", *(end.replace("_", " ") for end in ends), "at fault"], body),
             "\n".join(["At fault:", "", *faults]) if faults else "None is at fault.",
         ]

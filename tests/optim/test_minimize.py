@@ -78,6 +78,8 @@ HILLS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, float]] = {
     "cosine": (lambda x: x.cos().sum(), vector(0.1, 0.2, 0), -3),
     "far from a dip": (lambda x: -(-x.square().sum()).exp(), vector(8, 0), -1),
     "plateau": (lambda x: x.square().sum().tanh(), vector(4, 0), 0),
+    "almost straight": (lambda x: torch.nn.functional.softplus(x).sum() - 0.3 * x.sum(), vector(30, -30), 1.2217286),
+    "rounded away": (lambda x: x.cosh().log().sum(), vector(50, -70), 0),
     "flat saddle": (lambda x: x[0] ** 2 - x[1] ** 4 + x[1] ** 6, vector(1, 1e-2), -4 / 27),
 }
 
@@ -86,12 +88,15 @@ HILLS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, float]] = {
 @pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("step", [Armijo(forward=2.0), TaylorMonitor(), StrongWolfe()], ids=lambda s: type(s).__name__)
 def test_hills_are_left_in_any_unit(name: str, unit: float, step: StepSearch) -> None:
-    """Along -g no curvature says how far to go, and the length of a gradient is none of a step."""
+    """Along -g no curvature says how far to go, and the length of a gradient is none of a step.
+
+    Where curvature all but vanishes a step may be too long by more than its trials make good.
+    """
     function, start, minimum = HILLS[name]
     result = imstep.minimize(lambda x: unit * function(x), start, step=step)
     assert result.success
     assert result.nit < 30
-    assert result.fun / unit == pytest.approx(minimum, abs=1e-9)
+    assert result.fun / unit == pytest.approx(minimum, abs=1e-7)
 
 
 @pytest.mark.parametrize("shift", [1.0, -7.0, 1e6])

@@ -102,6 +102,7 @@ class Attempt(StepAttempt):
             self._preconditioner.forget()
         contraction = self._contraction(gradient_norm) if same else 1.0
         memory = memory.meet(gradient_norm)
+        memory = memory.resumed() if same else memory
         if self._strategies.measures(memory.steps):
             variance = gradient_variance(self.point, self._parameters)
             record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
@@ -237,6 +238,7 @@ class Attempt(StepAttempt):
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
             loss=trials.loss,
+            failed=math.inf if trials.accepted else trials.step_length * direction.norm,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),

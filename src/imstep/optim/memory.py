@@ -46,7 +46,8 @@ class Memory:
         column_norms: the largest norm so far of each column of a Jacobian, (n,), where a strategy uses it.
         previous: where the last accepted step began, (n,); None before the first.
         size: norm of the parameters where it ended, by which they are known again; nan before the first.
-        reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back.
+        reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back or rejected.
+        failed: the shortest ‖t d‖ that failed, if the last step was rejected; else infinite.
     """
 
     search: SearchState
@@ -68,6 +69,7 @@ class Memory:
     previous: Tensor | None = None
     size: float = math.nan
     reach: float = math.inf
+    failed: float = math.inf
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
@@ -87,6 +89,13 @@ class Memory:
         if self.damping != before.damping or self.search != before.search:
             return self
         return replace(self, safeguard=max(SAFEGUARD_GROWTH * self.safeguard, SAFEGUARD))
+
+    def resumed(self) -> Memory:
+        """The memory where a step begins on the batch of the last one: it goes on from where its trials have ended.
+
+        Where curvature is all but absent the model's minimiser is too long by more than a step's trials make good.
+        """
+        return replace(self, reach=min(self.reach, self.failed))
 
     def retreated(self, length: float) -> Memory:
         """The memory where the last step, of ``length``, is taken back."""

@@ -191,7 +191,7 @@ class _Run:
                 if record.outcome is StepOutcome.NON_FINITE:
                     return Termination.NON_FINITE
                 steps = len(self.records)
-                end = self._look(stalled=True)
+                end = self._look(stalled=True, typical=self._course.largest)
                 if end is not None or len(self.records) == steps:
                     return end or Termination.NO_PROGRESS
                 failures = stagnation = 0
@@ -232,8 +232,13 @@ class _Run:
         self._course.went(before, self._x.detach(), record)
         return self._stops(self.loss, self.records)
 
-    def _look(self, stalled: bool = False) -> Termination | None:
-        """Whether the point is a minimum, and by what test; at a saddle, leave it, which is a step."""
+    def _look(self, stalled: bool = False, typical: Tensor | None = None) -> Termination | None:
+        """Whether the point is a minimum, and by what test; at a saddle, leave it, which is a step.
+
+        Args:
+            stalled: see :meth:`Course.verdict`.
+            typical: sizes of entries, in place of those of the course.
+        """
         ends: list[Termination | None] = []
 
         def stationary(loss: float, found: Stationarity) -> bool:
@@ -242,7 +247,8 @@ class _Run:
 
         before = self._x.detach().clone()
         course, may_leave = self._course, len(self.records) < self._maxiter
-        record = self._optimizer.examine(self._closure, stationary, course.typical, may_leave, course.crawls)
+        typical = course.typical if typical is None else typical
+        record = self._optimizer.examine(self._closure, stationary, typical, may_leave, course.crawls)
         self.loss = record.new_loss
         if record.outcome is StepOutcome.CONVERGED:
             return ends[0]

@@ -89,7 +89,8 @@ class Solver(ABC):
 class ConjugateGradient(Solver):
     """Conjugate gradients, ended by the first disturbing direction.
 
-    If that is the very first direction, it becomes the direction of the step.
+    If that is the very first direction, it becomes the direction of the step, as long as if its curvature had the other
+    sign.
 
     Args:
         curvature_floor: least curvature per ‖p‖² of a direction p that does not disturb, >= 0.
@@ -136,7 +137,7 @@ class ConjugateGradient(Solver):
         )
         if self.follow and result.iterations > 0 and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
             result = _followed(system, result)
-        return descent(system.operator, system.gradient, led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class BlendedConjugateGradient(Solver):
             stopping=system.stopping,
             keep_pairs=system.keep_pairs,
         )
-        return descent(system.operator, system.gradient, led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class MinimalResidual(Solver):
             stopping=system.stopping,
             curvature_floor=self.curvature_floor,
         )
-        return descent(system.operator, system.gradient, led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,20 @@ def in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Directi
     return descent(system.operator, system.gradient, result)
 
 
-def led_on(result: KrylovResult) -> KrylovResult:
-    """The very first direction in place of no solution, where that one disturbed."""
+def _led_on(system: NewtonSystem, result: KrylovResult) -> KrylovResult:
+    """The very first direction in place of no solution, where that one disturbed: τp, τ = -gᵀp / (|pᵀAp| + λpᵀp).
+
+    A gradient alone has the length of a gradient, in other units than a step.
+    """
     p, image = result.disturbing_direction, result.disturbing_image
     if result.iterations > 0 or p is None or image is None:
         return result
-    return replace(result, solution=p, image=image)
+    fall, curvature, square = (float(x) for x in torch.stack([-system.gradient @ p, p @ image, p @ p]))
+    size = abs(curvature) + system.damping * square
+    factor = fall / size if size > 0 else math.inf
+    if not 0 < factor * math.sqrt(square) <= torch.finfo(p.dtype).max:
+        factor = 1.0
+    return replace(result, solution=factor * p, image=factor * image)
 
 
 def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:

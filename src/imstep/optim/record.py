@@ -112,6 +112,9 @@ class StepRecord:
         rho: actual over predicted decrease.
         taylor_error: E(t) = f(w + t d) - (f + t s + t²k/2), with its sign.
         radius, damping: the trust radius and λ that this step used.
+        factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "singular values" of J, its "triangular"
+            factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
+        rank: how many numbers the step was sought among.
         cost: evaluations spent.
         seconds: wall-clock time.
     """
@@ -136,6 +139,8 @@ class StepRecord:
     taylor_error: float = math.nan
     radius: float = math.nan
     damping: float = math.nan
+    factorisation: str | None = None
+    rank: int = 0
     cost: Cost = Cost()
     seconds: float = 0.0
 

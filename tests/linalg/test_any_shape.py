@@ -88,19 +88,19 @@ def test_triangular_problem_beside_the_normal_equations() -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
-@pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-10])
+@pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
 def test_sketched_steps(shape: tuple[int, int], damping: float) -> None:
-    """With enough iterations as good as dense algebra, however few the columns."""
+    """Corrections from where the last has led come to the step of dense algebra, though the columns are too few."""
     J, residuals = graded(*shape, decades=5), normal(shape[0], seed=7)
-    expected = step_of(ThinFactorisation(), J, residuals, damping)
-    found = step_of(SketchedFactorisation(columns=60), J, residuals, damping)
-    missed = J @ (found - expected)
-    assert float(missed.norm()) < 1e-2 * float((J @ expected).norm())
-    space = SketchedFactorisation(columns=60).of(DenseRows(J), 0.0, draw=0)
-    u = torch.zeros(shape[1], dtype=F64)
-    for _ in range(12):  # corrections from where the last has led
-        u = u + space.reduced.solve(residuals + J @ u, u, damping)
-    torch.testing.assert_close(J @ u, J @ expected, rtol=1e-4, atol=1e-4 * float((J @ expected).norm()))
+    expected = J @ step_of(ThinFactorisation(), J, residuals, damping)
+    reduced = SketchedFactorisation(columns=60).of(DenseRows(J), 0.0, draw=0).reduced
+    u, errors = torch.zeros(shape[1], dtype=F64), []
+    for _ in range(4):
+        u = u + reduced.solve(residuals + J @ u, u, damping)
+        errors.append(float((J @ u - expected).norm() / expected.norm()))
+    assert errors[0] < 3e-2
+    assert errors[3] < 1e-5
+    torch.testing.assert_close(reduced.image(u), J @ u)
 
 
 KINDS = [

@@ -5,6 +5,7 @@ from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.cg import conjugate_gradient
+from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.composed import ProductOperator, SubmatrixOperator
 from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
@@ -18,21 +19,20 @@ from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hu
 from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
-from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix
+from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
 from imstep.linalg.gram_factor import GramFactor
 from imstep.linalg.gram_factorisation import (
-    ByShape,
     DenseFactorisation,
     Factorisation,
     GramFactorisation,
     PivotedCholesky,
     RandomizedNystrom,
     StepSpace,
-    ThinFactorisation,
 )
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.inverse import InverseOperator, InverseSolution, NotSolvedError
+from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
@@ -52,11 +52,13 @@ from imstep.linalg.stopping import (
     StoppingRule,
 )
 from imstep.linalg.thin import BoxLeastSquares, ThinLeastSquares
+from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
     "BlockDiagonalOperator",
+    "BlockQR",
     "BoxLeastSquares",
     "ByShape",
     "DampedLeastSquares",
@@ -79,6 +81,7 @@ __all__ = [
     "IndefiniteRule",
     "InverseOperator",
     "InverseSolution",
+    "IterativeLeastSquares",
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
@@ -97,8 +100,11 @@ __all__ = [
     "ReducedLeastSquares",
     "RelativeResidual",
     "RowMatrix",
+    "RowsGram",
     "ScaledOperator",
+    "ScaledRows",
     "ShiftedEigenvalues",
+    "SketchedFactorisation",
     "SplitOperator",
     "StepSpace",
     "StoppingRule",
@@ -106,6 +112,7 @@ __all__ = [
     "SumOperator",
     "ThinFactorisation",
     "ThinLeastSquares",
+    "TriangularLeastSquares",
     "adaptive_nystrom",
     "blended_conjugate_gradient",
     "box_least_squares",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from imstep.linalg.gram import BLOCK, RowMatrix
+from imstep.linalg.gram_factor import LEAST
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
 from imstep.linalg.iterative import IterativeLeastSquares
-from imstep.linalg.gram_factor import LEAST
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import ReducedLeastSquares
 from imstep.linalg.thin import ThinLeastSquares

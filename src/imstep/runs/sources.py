@@ -55,7 +55,9 @@ def origin_of(config: RunConfig, run: Path) -> tuple[Origin, list[str]]:
         TrainingError: a table has changed, so that the run's numbers would not go on.
     """
     changed = [name for name, digest in config.files.items() if _digest(Path(name)) != digest]
-    if not changed:
+    # A module is found from the folder where the run began only; its copy from anywhere.
+    by_module = bool(config.files) and not is_table(config.task) and ".py" not in config.task
+    if not changed and not by_module:
         return config.origin(), []
     if is_table(config.task):
         raise TrainingError(
@@ -64,6 +66,8 @@ def origin_of(config: RunConfig, run: Path) -> tuple[Origin, list[str]]:
         )
     copies = run / COPIES
     _check_copies(config.files, copies)
+    if not changed:
+        return config.origin(copies), []
     names = ", ".join(Path(name).name for name in changed)
     note = (
         f"{names} changed since this run began, or moved: it goes on with the copy in {copies}. "

@@ -176,9 +176,9 @@ def find_task(name: str, table: TableOptions | None = None, kept: Path | None = 
     if is_program(name):
         program = load_program(name, kept)
         _, colon, wanted = name.partition(".py:")
-        own = name.endswith(".py") or bool(colon)
-        full = str(program.file) + (f":{wanted}" if wanted else "") if own else name
-        return Origin(program.task, full, program.root, program.files if own else tuple, programs=True)
+        by_file = name.endswith(".py") or bool(colon)
+        full = str(program.file) + (f":{wanted}" if wanted else "") if by_file else name
+        return Origin(program.task, full, program.root, program.files, programs=True)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownTaskError(

@@ -201,6 +201,7 @@ class Attempt(StepAttempt):
                 memory.last_move if self._strategies.solver.uses_last_move else None,
                 self.point,
                 self._parameters,
+                memory.search.third_derivative / 2,
             )
             direction = self._solved(system)
             if not direction.status.disturbing:

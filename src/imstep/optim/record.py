@@ -114,6 +114,9 @@ class StepRecord:
         radius, damping: the trust radius and λ that this step used.
         went_back: whether the step before was taken back, for loss or gradient were not finite where it ended; this one
             began where that had begun.
+        factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "singular values" of J, its "triangular"
+            factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
+        rank: how many numbers the step was sought among.
         cost: evaluations spent.
         seconds: wall-clock time.
     """
@@ -139,6 +142,8 @@ class StepRecord:
     radius: float = math.nan
     damping: float = math.nan
     went_back: bool = False
+    factorisation: str | None = None
+    rank: int = 0
     cost: Cost = Cost()
     seconds: float = 0.0
 

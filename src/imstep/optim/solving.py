@@ -46,6 +46,7 @@ class NewtonSystem:
         last_move: the last step, (n,); None before the first, and where the solver makes no use of it.
         point: loss, gradient and record at the point; with the loss's graph if the solver asked for it.
         parameters: the vector that all of this is about.
+        sigma: σ of a cubic term σ‖d‖³/3 that a solver may add to the model, by the step search; 0 where there is none.
     """
 
     operator: LinearOperator
@@ -58,6 +59,7 @@ class NewtonSystem:
     last_move: Tensor | None
     point: Linearisation
     parameters: ParameterVector
+    sigma: float = 0.0
 
 
 class Solver(ABC):
@@ -214,7 +216,7 @@ class SteihaugToint(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        return _in_ball(steihaug_toint, system)
+        return in_ball(steihaug_toint, system)
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class GeneralizedLanczos(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        return _in_ball(gltr, system)
+        return in_ball(gltr, system)
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class Direct(Solver):
         return descent(operator, system.gradient, result)
 
 
-def _in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direction:
+def in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direction:
     """The direction by a solver that takes a radius; by conjugate gradients before there is one."""
     if math.isinf(system.radius):
         return ConjugateGradient().solve(system)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imstep.complexstep import gradients
-from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.errors import NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
@@ -48,6 +48,8 @@ def plain(t: Tensor) -> Tensor:
     if type(t) in PLAIN:
         return t
     with unseen():
+        if t.is_nested:
+            raise UnsupportedOperatorError("torch.nested", "a nested tensor carries no imaginary part.", NESTED)
         return Tensor.as_subclass(t, Tensor)
 
 

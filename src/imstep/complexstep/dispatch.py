@@ -98,6 +98,8 @@ class Dispatch(TorchDispatchMode):
         return self._observe(func, sig, tensors, args, kwargs)
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if self._roots is None and self._jumps is None:
+            return self._watched(func, sig, tensors, args, kwargs)
         if self._jumps is not None and self._jumps.concern(tensors) and not self._islands.final:
             return self._jumps.follow(lambda: self._followed(func, sig, tensors, args, kwargs))
         return self._followed(func, sig, tensors, args, kwargs)

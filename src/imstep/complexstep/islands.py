@@ -196,13 +196,13 @@ class Islands(TorchFunctionMode):
 
         What autograd detaches to save it, or in a backward pass, is none.
         """
+        if self._cut or torch._C._current_graph_task_id() != self._task:
+            return False
         if func is _DETACH:
             hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
         else:
-            hidden = not torch.is_grad_enabled() and self._recorded
-        if not hidden or self._cut or torch._C._current_graph_task_id() != self._task:
-            return False
-        return functions_around(sys._getframe(1)) <= self._outside
+            hidden = self._recorded and not torch.is_grad_enabled()
+        return hidden and functions_around(sys._getframe(1)) <= self._outside
 
     # --- backward passes ----------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
@@ -33,7 +35,10 @@ class LeastSquares(StepwiseOptimizer):
     parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` of their own.
+        lr: how much of the step is taken, >= 0, for schedules; see docs/optimizer.md.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
         factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
             :class:`~imstep.linalg.PivotedCholesky` of JJᵀ, few columns, or all of them where few do not do;
@@ -85,6 +90,8 @@ class LeastSquares(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        max_step_norm: float | None = None,
         damping: ContractionDamping | None = None,
         factorisation: Factorisation | None = None,
         scaling: Scaling | None = None,
@@ -108,11 +115,13 @@ class LeastSquares(StepwiseOptimizer):
         )
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr}
+        super().__init__(params, memory, options=options, max_step_norm=max_step_norm, max_refusals=max_refusals)
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        return ResidualAttempt(self._settings, self._memory, self._parameters, frozen, self._owners, self._box)
+        where = self._memory, self._parameters, frozen
+        return ResidualAttempt(self._settings, *where, self._owners, self._box, self._pace())
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()

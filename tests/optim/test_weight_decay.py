@@ -360,7 +360,7 @@ def test_groups_whose_rates_differ(hidden: int, options: dict[str, Any]) -> None
         losses.append(optimizer.last_step.new_loss)
     if not options or "momentum" in options:
         torch.testing.assert_close(*moves, rtol=1e-6, atol=1e-8)
-    assert losses[0] < 1.05 * losses[1]
+    assert losses[0] < 1.1 * losses[1]
 
 
 @pytest.mark.parametrize("factorisation", [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()])

@@ -30,7 +30,7 @@ class LeastSquares(StepwiseOptimizer):
         min over d of ‖ρ(w + d)‖² + λ‖d‖²
 
     λ follows from how fast their corrections shrink; other λ are tried without a new factorisation. There is no
-    learning rate, and the loss never rises.
+    learning rate to set, and the loss never rises.
 
     Data, random numbers and buffers are the same for all evaluations of one step. A step that cannot be accepted leaves
     parameters and buffers bit for bit as they were.

@@ -155,7 +155,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def _adopt(self, parameters: ParameterVector) -> None:
         """Take up other parameters; the last step does not fit them."""
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None, column_norms=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
 
     @needs_closure
     def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]
@@ -236,6 +236,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         attempt.leave()
         if record.outcome is StepOutcome.NON_FINITE:
             self._load_parts(before)
+        if record.accepted:
+            memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
         self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost

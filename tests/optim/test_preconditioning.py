@@ -51,7 +51,7 @@ def kind(request: pytest.FixtureRequest) -> Preconditioning:
 
 def evidence(matrix: Tensor, gradient: Tensor, damping: float = 0.1) -> Evidence:
     class Point:
-        split = None
+        split = penalty = None
 
     point: Any = Point()
     point.gradient = gradient

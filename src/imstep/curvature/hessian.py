@@ -128,11 +128,12 @@ class BatchHessian(BatchCurvature):
 
 def hessian_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator:
     """The Hessian at a point that was evaluated already."""
-    return TapeOperator(parameters, point.tape)
+    return TapeOperator(parameters, point.tape, penalty=point.penalty)
 
 
 def gauss_newton_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator | None:
     """The Gauss-Newton matrix at a point that was evaluated already; None where the loss has no convex end."""
     if point.split is None:
         return None
-    return TapeOperator(parameters, gauss_newton(point.tape, point.split.nodes), definite=True)
+    tape = gauss_newton(point.tape, point.split.nodes)
+    return TapeOperator(parameters, tape, definite=True, penalty=point.penalty)

@@ -73,9 +73,13 @@ def told(
     return stops
 
 
+_NOT_THERE = {"params", "box", "lr", "weight_decay"}
+"""Arguments of optimizers that minimize sets itself, or that would have it minimise another function."""
+
+
 def check_options(given: Iterable[str], method: str, optimizer: type) -> None:
     """Raise for options that an optimizer's constructor does not have."""
-    known = inspect.signature(optimizer).parameters.keys() - {"params", "box"}
+    known = inspect.signature(optimizer).parameters.keys() - _NOT_THERE
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(

@@ -17,7 +17,7 @@ from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
-from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class NewtonKrylovOptions(TypedDict, total=False):
     """The keyword arguments of :class:`NewtonKrylov`, for functions that pass them on."""
 
+    lr: float | Tensor
+    weight_decay: float
+    max_step_norm: float | None
     curvature: CurvatureChoice | None
     solver: Solver | None
     forcing: Forcing | None
@@ -53,7 +56,12 @@ class NewtonKrylov(StepwiseOptimizer):
     accepted leaves parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` and a ``weight_decay`` of their own.
+        lr: how much of the step is taken, >= 0; see docs/optimizer.md. 1 is Newton's step, and no tuning improves on it
+            near a minimum, where less makes convergence linear, by 1 - lr a step. For schedules.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, and so to gradient, curvature and trials.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. It takes the place of gradient clipping.
         curvature: which matrix A is: by default Gauss-Newton where the loss is a convex function of the
             model's outputs, else the Hessian; ``ExactHessian()`` for the Hessian always.
         solver: how the system is solved: by default conjugate gradients.
@@ -97,6 +105,9 @@ class NewtonKrylov(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        max_step_norm: float | None = None,
         curvature: CurvatureChoice | None = None,
         solver: Solver | None = None,
         forcing: Forcing | None = None,
@@ -121,7 +132,8 @@ class NewtonKrylov(StepwiseOptimizer):
             variance_every=variance_every,
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(params, memory, options=options, max_step_norm=max_step_norm, max_refusals=max_refusals)
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
 
@@ -162,8 +174,9 @@ class NewtonKrylov(StepwiseOptimizer):
         configuration.update(options)
         return cls(params, **configuration)
 
+    @needs_closure
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None
+        self, closure: Callable[[], Any], curvature_closure: Callable[[], Any] | None = None
     ) -> Tensor:
         """Take one step.
 
@@ -186,7 +199,13 @@ class NewtonKrylov(StepwiseOptimizer):
         return self._take(self._attempt(frozen, part))
 
     def _attempt(self, frozen: FrozenClosure, part: FrozenClosure | None = None) -> Attempt:
-        return Attempt(self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part)
+        return Attempt(
+            self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
+        )
+
+    def _chosen(self) -> dict[str, Any]:
+        names = ("curvature", "solver", "forcing", "step", "damping")
+        return {name: getattr(self._strategies, name) for name in names} | {"preconditioning": self._preconditioning}
 
     def _parts(self) -> dict[str, Any]:
         return {"preconditioner": self._preconditioner.state_dict()}

@@ -78,7 +78,8 @@ class Periodic(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         y, t = x[..., :1], x[..., 1:]
-        z = torch.cat([torch.cos(math.pi * y), torch.sin(math.pi * y), (self.rate * t).cos(), (self.rate * t).sin()], -1)
+        y_and_t = math.pi * y, self.rate * t
+        z = torch.cat([f(a) for a in y_and_t for f in (torch.cos, torch.sin)], -1)
         return torch.sin(math.pi * y) + t * (1 - y**2) * super().forward(z)
 
 

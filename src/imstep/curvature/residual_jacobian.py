@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
-from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.derived import Derived
+from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector

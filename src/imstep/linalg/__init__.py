@@ -4,8 +4,8 @@ from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
-from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
+from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, SubmatrixOperator
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,

@@ -19,8 +19,8 @@ from torch import Tensor
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use_rules import Use
 
-_BITS = 6
-"""Of a digit; 2^63 times a gradient is a number in float32 as well."""
+_BITS = 6, 3
+"""Of a digit; 2^63 times a gradient is a number in float32 as well, 2^7 times mostly in float16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,8 @@ def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself.
 
-    Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144.
+    Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144; in float16,
+        whose range is short, one more for each factor of 8.
     """
     together = _group(residuals, uses, torch.ones_like(residuals.values))
     if together is not None:
@@ -172,19 +173,38 @@ def _operator(node: Any) -> str:
 def _group(residuals: Residuals, uses: Sequence[Use], members: Tensor) -> Group | None:
     """The group of ``members``, (N,) ones and zeros; None where it is not independent."""
     rows = _spread(residuals, uses, members)
+    for bits in _BITS:
+        try:
+            owners = _owners(residuals, uses, members, rows, bits)
+        except OverflowError:
+            continue
+        if owners is None or any(bool((owner >= len(members)).any()) for owner in owners):
+            return None
+        return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
+    return None
+
+
+def _owners(
+    residuals: Residuals, uses: Sequence[Use], members: Tensor, rows: Sequence[Tensor], bits: int
+) -> list[Tensor] | None:
+    """The residual that each of the rows (R, k) belongs to, of each use; None where one belongs to several.
+
+    Raises:
+        OverflowError: a coded gradient is beyond the range of its dtype.
+    """
     count = len(members)
     index = torch.arange(count, device=members.device)
     owners = [torch.zeros(len(part), dtype=torch.long, device=members.device) for part in rows]
-    for shift in range(0, max(count - 1, 1).bit_length(), _BITS):
-        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**_BITS - 1)))
+    for shift in range(0, max(count - 1, 1).bit_length(), bits):
+        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**bits - 1)))
         for owner, one, many in zip(owners, rows, coded, strict=True):
-            power = _power_of_two(one, many)
+            if bool((one.isfinite() & ~many.isfinite()).any()):
+                raise OverflowError
+            power = _power_of_two(one, many, 2**bits - 1)
             if power is None:
                 return None
             owner += power << shift
-    if any(bool((owner >= count).any()) for owner in owners):
-        return None
-    return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
+    return owners
 
 
 def _spread(residuals: Residuals, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
@@ -210,13 +230,13 @@ def _shape(groups: Sequence[tuple[Tensor, list[Tensor]]]) -> list[tuple[int, lis
     return [(len(members), [len(owner) for owner in owners]) for members, owners in groups]
 
 
-def _power_of_two(one: Tensor, many: Tensor) -> Tensor | None:
-    """The k (R,) with many = 2^k one for each row; None where a row is no such multiple.
+def _power_of_two(one: Tensor, many: Tensor, largest: int) -> Tensor | None:
+    """The k (R,), up to ``largest``, with many = 2^k one for each row; None where a row is no such multiple.
 
     0 for rows of zeros, and for rows that are not finite, which the gradient will show.
     """
     size, larger = one.abs().amax(1), many.abs().amax(1)
     told = (size > 0) & larger.isfinite()
-    power = torch.where(told, larger / size, 1.0).log2().round_().clamp_(0, 2**_BITS - 1)
+    power = torch.where(told, larger / size, 1.0).log2().round_().clamp_(0, largest)
     error = torch.addcmul(many, one, torch.exp2(power)[:, None], value=-1).abs_().amax(1)
     return power.long() if bool(((error <= 1e-3 * larger) | ~larger.isfinite()).all()) else None

@@ -7,6 +7,7 @@ from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, SubmatrixOperator
+from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
     IndefiniteRule,
@@ -15,6 +16,7 @@ from imstep.linalg.dense import (
     dense_trust_region,
 )
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
+from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
 from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
@@ -39,6 +41,7 @@ from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.saddle_free import saddle_free
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
@@ -114,9 +117,12 @@ __all__ = [
     "blended_conjugate_gradient",
     "box_least_squares",
     "conjugate_gradient",
+    "cubic_regularization",
+    "dense_cubic_regularization",
     "dense_solve",
     "dense_trust_region",
     "diagonal_preconditioner",
+    "dogleg",
     "gltr",
     "gram_nystrom",
     "hutchinson_diagonal",
@@ -125,6 +131,8 @@ __all__ = [
     "minres",
     "nystrom",
     "partial_cholesky",
+    "saddle_free",
     "smallest_eigenpair",
     "steihaug_toint",
+    "two_dimensional_subspace",
 ]

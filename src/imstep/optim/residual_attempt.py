@@ -134,13 +134,9 @@ class ResidualAttempt(StepAttempt):
         return self._loss, self._gradient
 
     def run(self) -> tuple[StepRecord, Memory]:
-        memory = self._memory
-        jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
-        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
-        record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
-        record = replace(record, gradient_norm=float(self._free(self._gradient).norm()))
-        if not (math.isfinite(record.loss) and bool(self._gradient.isfinite().all())):
+        record = self._started(self._linearise)
+        memory, jacobian = self._memory, self._jacobian
+        if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         memory = memory.meet(record.gradient_norm)
         if record.gradient_norm <= self._settings.tolerance:
@@ -149,6 +145,14 @@ class ResidualAttempt(StepAttempt):
         ground, memory = self._ground(jacobian, memory)
         reduced = ground.space.reduced
         return self._search(replace(record, factorisation=reduced.kind, rank=reduced.rank), memory, ground)
+
+    def _linearise(self) -> StepRecord:
+        """Residuals, Jacobian and gradient."""
+        self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
+        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
+        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
+        return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
 
     # --- the linearisation --------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
-from imstep.curvature.state import RandomState, Writes
+from imstep.curvature.state import RandomState, Writes, WriteWatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class FrozenClosure:
             arithmetic: of :meth:`arithmetic`, which notes it too; what it evaluates in.
         """
         self.losses += 1
-        watching = arithmetic or (self.arithmetic() if watch else nullcontext())
+        watching = arithmetic or (WriteWatch(self._writes) if watch else nullcontext())
         # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
         with self._same_state(), self.user.own_gradients(), plain_attention(), watching:
             return self.user.loss(self._numbers, skip=True)[0]

@@ -5,6 +5,7 @@ from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -42,6 +43,7 @@ __all__ = [
     "IntermediateResult",
     "Kronecker",
     "LeastSquares",
+    "MicroBatches",
     "MinimalResidual",
     "MinimizeResult",
     "NewtonKrylov",

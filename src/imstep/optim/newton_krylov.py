@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
-from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch, FrozenPieces
 from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
@@ -181,11 +182,19 @@ class NewtonKrylov(StepwiseOptimizer):
             ValueError: a closure returned no scalar with a graph, or one that no parameter influences.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
-        frozen = self._frozen(closure)
-        part = None if curvature_closure is None else self._frozen(curvature_closure)
+        frozen = self._batch(closure)
+        part = None if curvature_closure is None else self._batch(curvature_closure)
         return self._take(self._attempt(frozen, part))
 
-    def _attempt(self, frozen: FrozenClosure, part: FrozenClosure | None = None) -> Attempt:
+    def _batch(self, closure: Any) -> FrozenBatch:
+        """The closure on its batch, whole or in pieces."""
+        pieces = MicroBatches.of(closure)
+        if pieces is None:
+            return self._frozen(closure)
+        self._begin(closure)
+        return FrozenPieces(pieces.pieces, self._parameters, self._holds_gradients(), pieces.memory_budget)
+
+    def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
         return Attempt(self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part)
 
     def _parts(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.globalization import LineModel
 from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.evaluable import failing_as
@@ -30,7 +30,7 @@ class StepAttempt(ABC):
         frozen: the closure on its batch.
     """
 
-    def __init__(self, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure) -> None:
+    def __init__(self, memory: Memory, parameters: ParameterVector, frozen: FrozenBatch) -> None:
         self._memory, self._parameters, self._frozen = memory, parameters, frozen
         self._snapshot = parameters.snapshot()
         self._keep = False
@@ -48,7 +48,7 @@ class StepAttempt(ABC):
     @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
-        return self._frozen.user.returned
+        return self._frozen.returned
 
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
@@ -104,7 +104,7 @@ class StepAttempt(ABC):
 
     # --- at a stationary point ----------------------------------------------------------------------------------
 
-    def _stationary(self, record: StepRecord, memory: Memory, point: Linearisation) -> tuple[StepRecord, Memory]:
+    def _stationary(self, record: StepRecord, memory: Memory, point: Linearised) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a way out along negative curvature."""
         hessian = hessian_of(point, self._parameters)
         escape = escape_direction(masked(hessian, self._mask), point.gradient, seed=memory.steps)

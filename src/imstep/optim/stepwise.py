@@ -19,6 +19,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.saving import SavedOptimizer
 from imstep.optim.stationarity import Stationarity
@@ -99,7 +100,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         Args:
             closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it, as for L-BFGS. The sum of
                 all that ``backward()`` was called on is then the loss, whatever is returned. It is evaluated several
-                times.
+                times. For a batch in pieces a :class:`MicroBatches`, or a list of closures, whose losses add up.
 
         Returns:
             What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
@@ -128,15 +129,19 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         assert self.last_step is not None
         return self.last_step
 
-    def _frozen(self, closure: Callable[[], Any] | None) -> FrozenClosure:
-        """The closure on its batch, at the parameters as they are now."""
+    def _frozen(self, closure: Any) -> FrozenClosure:
+        """The closure on its batch, at the parameters as they are now; a batch in pieces is evaluated as one."""
+        self._begin(closure)
+        return FrozenClosure(MicroBatches.of(closure) or closure, self._parameters, self._holds_gradients())
+
+    def _begin(self, closure: Any) -> None:
+        """Take up the parameters as they are now, unless no step can be taken."""
         if closure is None:
             name = type(self).__name__
             raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss.")
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._follow_parameters()
-        return FrozenClosure(closure, self._parameters, self._holds_gradients())
 
     def _holds_gradients(self) -> bool:
         """Whether ``.grad`` holds anything but zeros and what the last step has left."""

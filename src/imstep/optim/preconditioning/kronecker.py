@@ -62,9 +62,8 @@ class _KroneckerPreconditioner(Preconditioner):
 
     def refresh(self, evidence: Evidence) -> Cost:
         point, observer = evidence.point, evidence.observer
-        if observer is None or point.split is None or not observer.uses:
+        if observer is None or not point.convex or not self._factors.update(point, observer, self._generator):
             return Cost()
-        self._factors.update(point, observer, self._generator)
         self._inverse_damping = 0.0
         return Cost(refreshes=1)
 

@@ -16,7 +16,7 @@ from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
-from imstep.optim.recycling import Recycling
+from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.optim.strategies import Strategies
@@ -142,7 +142,7 @@ class NewtonKrylov(StepwiseOptimizer):
         Raises:
             TypeError: an option that the constructor does not have.
 
-        Source: our choice by measurement, ``benchmarks/minibatch.py``.
+        Source: our choice by measurement, ``benchmarks/minibatch``.
 
         Example:
             >>> import torch

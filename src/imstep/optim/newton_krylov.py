@@ -10,7 +10,7 @@ from torch import Tensor
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, FrozenPieces
-from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
+from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
@@ -131,7 +131,7 @@ class NewtonKrylov(StepwiseOptimizer):
         """The configuration for mini-batches: short solves that do not fit the batch.
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
-        take two products, λ has a floor, and backtracking leaves the full step as it is unless the loss rises.
+        take two products, λ has a floor, and the Taylor monitor bounds the step where batches contradict each other.
         Evaluate an average of the iterates, such as the one
         ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))``.
 
@@ -142,7 +142,7 @@ class NewtonKrylov(StepwiseOptimizer):
         Raises:
             TypeError: an option that the constructor does not have.
 
-        Source: our choice by measurement, ``benchmarks/minibatch``.
+        Source: our choice by measurement, ``benchmarks/minibatch`` and ``benchmarks/small_problems``.
 
         Example:
             >>> import torch
@@ -156,7 +156,6 @@ class NewtonKrylov(StepwiseOptimizer):
         configuration: NewtonKrylovOptions = {
             "solver": BlendedConjugateGradient(),
             "forcing": FixedProducts(2),
-            "step": Armijo(),
             "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
             "preconditioning": Kronecker(every=10),
         }

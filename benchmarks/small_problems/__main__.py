@@ -1,0 +1,133 @@
+"""Is NewtonKrylov.for_batches safe on small problems, and what do averages and decay do for held-out losses?
+
+python -m benchmarks.small_problems           # what the record lacks, about an hour for all; writes docs/mini-batches.md
+python -m benchmarks.small_problems --table   # the page again, from the record
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from benchmarks.record_page import Row, complete, load, show, table
+from benchmarks.small_problems.problems import HELDOUT, PROBLEMS, Data, SmallProblem
+from imstep import NewtonKrylov
+from imstep.globalization import Armijo
+from imstep.optim import Kronecker
+
+NAME = "small-problems"
+SEEDS = range(3)
+Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+SIDES: dict[str, Make] = {
+    "for_batches": NewtonKrylov.for_batches,
+    "defaults": NewtonKrylov,
+    "without the monitor": lambda p: NewtonKrylov.for_batches(p, step=Armijo(), preconditioning=Kronecker(every=10)),
+    "factors every 10": lambda p: NewtonKrylov.for_batches(p, preconditioning=Kronecker(every=10)),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3),
+}
+DECAYS = (1e-2,)
+DECAYED = ("for_batches", "AdamW")
+
+
+def evaluate(problem: SmallProblem, model: nn.Module, *sets: Data) -> list[float]:
+    """The loss on each set, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        losses = [float(problem.loss(model(x), y)) for x, y in sets]
+    model.train()
+    return losses
+
+
+def train(problem: SmallProblem, side: str, decay: float, seed: int) -> Row:
+    """Training and held-out loss after every epoch, and of the average of iterates at the end; float32."""
+    inputs, targets = problem.data(problem.examples + HELDOUT, torch.Generator().manual_seed(seed))
+    known, heldout = ((inputs[part], targets[part]) for part in (slice(problem.examples), slice(problem.examples, None)))
+    torch.manual_seed(seed)
+    model, order = problem.model(), torch.Generator().manual_seed(seed)
+    parameters = list(model.parameters())
+    optimizer = SIDES[side](parameters)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    curve, cost = [evaluate(problem, model, known, heldout)], 0.0
+
+    def loss(index: torch.Tensor) -> torch.Tensor:
+        value = problem.loss(model(known[0][index]), known[1][index])
+        return value + decay / 2 * sum(p.square().sum() for p in parameters) if decay else value
+
+    for _ in range(problem.epochs):
+        for index in torch.randperm(problem.examples, generator=order).split(problem.size):
+            share = len(index) / problem.examples
+            if isinstance(optimizer, NewtonKrylov):
+                optimizer.step(partial(loss, index))
+                cost += share * optimizer.last_step.cost.gradient_equivalents
+            else:
+                optimizer.zero_grad()
+                loss(index).backward()
+                optimizer.step()
+                cost += share
+            average.update_parameters(model)
+        curve.append(evaluate(problem, model, known, heldout))
+    averaged = evaluate(problem, average.module, known, heldout)
+    known_losses, heldout_losses = zip(*curve, strict=True)
+    about = {"problem": problem.name, "side": side, "decay": decay, "seed": seed, "cost": cost}
+    return {**about, "train": known_losses, "heldout": heldout_losses, "average": averaged}
+
+
+def runs() -> dict[str, Callable[[], Row]]:
+    """All runs, by name."""
+    ways = [(side, 0.0) for side in SIDES] + list(itertools.product(DECAYED, DECAYS))
+    return {
+        f"{problem.name}; {side}; {decay:g}; {seed}": partial(train, problem, side, decay, seed)
+        for seed, (side, decay), problem in itertools.product(SEEDS, ways, PROBLEMS)
+    }
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """Medians over the seeds, in Markdown."""
+    rows = list(record["runs"].values())
+
+    def cell(problem: SmallProblem, side: str, of: Callable[[Row], float], decay: float = 0.0) -> list[float]:
+        made = [r for r in rows if (r["problem"], r["side"], r["decay"]) == (problem.name, side, decay)]
+        return [float(of(r)) for r in made]
+
+    show_median = lambda values: f"{statistics.median(values):.3g}"
+    last, body = lambda r: float(r["train"][-1]), []
+    for problem in PROBLEMS:
+        cells = [cell(problem, side, last) for side in SIDES]
+        body.append([problem.name, *(f"{show_median(c)} ({max(c):.3g})" for c in cells)])
+    costs = [[statistics.median(cell(p, side, lambda r: r["cost"] / (len(r["train"]) - 1))) for p in PROBLEMS] for side in SIDES]
+    body.append(["gradients an epoch", *(f"{statistics.median(c):.1f}" for c in costs)])
+    training = table(["training loss", *SIDES], body)
+
+    ways: dict[str, tuple[str, float, Callable[[Row], float]]] = {
+        "for_batches": ("for_batches", 0.0, lambda r: r["heldout"][-1]),
+        "average": ("for_batches", 0.0, lambda r: r["average"][1]),
+        "best epoch": ("for_batches", 0.0, lambda r: min(r["heldout"])),
+        **{f"λ = {d:g}": ("for_batches", d, lambda r: r["heldout"][-1]) for d in DECAYS},
+        "λ = 0.01, average": ("for_batches", 1e-2, lambda r: r["average"][1]),
+        "defaults": ("defaults", 0.0, lambda r: r["heldout"][-1]),
+        "AdamW": ("AdamW", 0.0, lambda r: r["heldout"][-1]),
+        **{f"AdamW, λ = {d:g}": ("AdamW", d, lambda r: r["heldout"][-1]) for d in DECAYS},
+    }
+    body = [[p.name, *(show_median(cell(p, side, of, decay)) for side, decay, of in ways.values())] for p in PROBLEMS]
+    return f"{training}\n\n{table(['held-out loss', *ways], body)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the page from the record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    show(NAME, "mini-batches", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
+
+
+if __name__ == "__main__":
+    main()

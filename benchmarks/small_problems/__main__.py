@@ -1,6 +1,6 @@
 """Is NewtonKrylov.for_batches safe on small problems, and what do averages and decay do for held-out losses?
 
-python -m benchmarks.small_problems           # what the record lacks, about an hour for all; writes docs/mini-batches.md
+python -m benchmarks.small_problems           # what the record lacks, minutes for all; writes docs/mini-batches.md
 python -m benchmarks.small_problems --table   # the page again, from the record
 """
 
@@ -50,7 +50,8 @@ def evaluate(problem: SmallProblem, model: nn.Module, *sets: Data) -> list[float
 def train(problem: SmallProblem, side: str, decay: float, seed: int) -> Row:
     """Training and held-out loss after every epoch, and of the average of iterates at the end; float32."""
     inputs, targets = problem.data(problem.examples + HELDOUT, torch.Generator().manual_seed(seed))
-    known, heldout = ((inputs[part], targets[part]) for part in (slice(problem.examples), slice(problem.examples, None)))
+    n = problem.examples
+    known, heldout = (inputs[:n], targets[:n]), (inputs[n:], targets[n:])
     torch.manual_seed(seed)
     model, order = problem.model(), torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
@@ -103,7 +104,8 @@ def text_of(record: dict[str, Any]) -> str:
     for problem in PROBLEMS:
         cells = [cell(problem, side, last) for side in SIDES]
         body.append([problem.name, *(f"{show_median(c)} ({max(c):.3g})" for c in cells)])
-    costs = [[statistics.median(cell(p, side, lambda r: r["cost"] / (len(r["train"]) - 1))) for p in PROBLEMS] for side in SIDES]
+    cost = lambda r: r["cost"] / (len(r["train"]) - 1)
+    costs = [itertools.chain(*(cell(problem, side, cost) for problem in PROBLEMS)) for side in SIDES]
     body.append(["gradients an epoch", *(f"{statistics.median(c):.1f}" for c in costs)])
     training = table(["training loss", *SIDES], body)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -108,10 +109,12 @@ def maxima(n: int, g: Generator) -> Data:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def dense(*widths: int, act: Callable[[], nn.Module] = nn.ReLU, extra: Callable[[int], nn.Module] | None = None) -> nn.Module:
+def dense(
+    *widths: int, act: Callable[[], nn.Module] = nn.ReLU, extra: Callable[[int], nn.Module] | None = None
+) -> nn.Module:
     """Linear layers with an activation, and ``extra`` of each width, between them."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         if layers:
             layers += [act()] if extra is None else [extra(a), act()]
         layers.append(nn.Linear(a, b))
@@ -160,13 +163,13 @@ class Attention(nn.Module):
 
 
 MSE, HUBER, BINARY = F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits
-DROPOUT = lambda width: nn.Dropout(0.1)
+WEAK = lambda width: nn.Dropout(0.1)
 STRONG = lambda width: nn.Dropout(0.5)
 TANH = nn.Tanh
 
 PROBLEMS = (
-    SmallProblem("3 classes, dropout 0.1", classes(20, 3), lambda: dense(20, 64, 3, extra=DROPOUT), 600, 100, epochs=8),
-    SmallProblem("linear classes, dropout 0.1", linear_classes, lambda: dense(20, 32, 3, extra=DROPOUT), 600, 100, epochs=8),
+    SmallProblem("3 classes, dropout 0.1", classes(20, 3), lambda: dense(20, 64, 3, extra=WEAK), 600, 100, epochs=8),
+    SmallProblem("linear classes", linear_classes, lambda: dense(20, 32, 3, extra=WEAK), 600, 100, epochs=8),
     SmallProblem("a fifth of labels random", classes(20, 5, 0.2), lambda: dense(20, 64, 5), 600, 50),
     SmallProblem("batches of 16", classes(20, 5), lambda: dense(20, 64, 5), 320, 16, epochs=3),
     SmallProblem("batches of 300", classes(20, 5), lambda: dense(20, 64, 5, act=TANH), 1200, 300, epochs=10),

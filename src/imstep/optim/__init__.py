@@ -1,6 +1,7 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.growing import GrowingBatches
@@ -35,6 +36,7 @@ __all__ = [
     "Cost",
     "Direct",
     "ExactHessian",
+    "ExponentialAverage",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
@@ -59,6 +61,7 @@ __all__ = [
     "SteihaugToint",
     "StepOutcome",
     "StepRecord",
+    "TailAverage",
     "Termination",
     "Unscaled",
     "minimize",

@@ -16,12 +16,13 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
-from imstep.globalization import LineDerivatives, LineModel
+from imstep.globalization import LineDerivatives, LineModel, bounded
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined
 from imstep.optim.forcing import Situation
 from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
+from imstep.optim.pace import Pace
 from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
     GAUSS_NEWTON_PRODUCT_COST,
@@ -35,7 +36,7 @@ from imstep.optim.record import (
 from imstep.optim.solving import NewtonSystem
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.strategies import Strategies
-from imstep.optim.trials import Line, Trials, try_steps
+from imstep.optim.trials import Trials, try_steps
 
 CONTRACTION = 0.5
 """How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
@@ -82,8 +83,9 @@ class Attempt(StepAttempt):
         parameters: ParameterVector,
         frozen: FrozenBatch,
         part: FrozenBatch | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        super().__init__(memory, parameters, frozen)
+        super().__init__(memory, parameters, frozen, pace)
         self._strategies, self._preconditioner, self._part = strategies, preconditioner, part
         self.loss: Tensor
         self.gradient: Tensor
@@ -118,7 +120,7 @@ class Attempt(StepAttempt):
         if gradient_norm <= self._strategies.tolerance:
             return self._stationary(record, memory, self.point)
         setting, memory = self._set_up(memory, record.cost, contraction, observer)
-        direction, memory = self._solve(setting, memory)
+        direction, taken, memory = self._solve(setting, memory)
         record = replace(
             record,
             status=direction.status,
@@ -127,7 +129,7 @@ class Attempt(StepAttempt):
             damping=setting.damping,
             cost=record.cost + setting.refresh + setting.products + direction.cost,
         )
-        return self._move(record, memory, direction)
+        return self._move(record, memory, direction, taken)
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
@@ -195,8 +197,11 @@ class Attempt(StepAttempt):
             preconditioner = masked(preconditioner, self._mask)
         return _Setting(candidates, preconditioner, damping, situation, refresh), memory
 
-    def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
-        """The direction by the first candidate that does not prove indefinite, or else by the last."""
+    def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Direction, Memory]:
+        """The direction by the first candidate that does not prove indefinite, or else by the last; what is taken."""
+        radius = memory.search.radius
+        if math.isfinite(radius) and self._pace.lr > 0:
+            radius = min(radius, self._pace.longest / self._pace.lr)
         for operator in setting.candidates:
             before = operator.products
             system = NewtonSystem(
@@ -206,7 +211,7 @@ class Attempt(StepAttempt):
                 setting.preconditioner,
                 self._preconditioner.pairs_wanted,
                 self._strategies.forcing.rules(setting.situation),
-                memory.search.radius,
+                radius,
                 memory.last_move if self._strategies.solver.uses_last_move else None,
                 self.point,
                 self._parameters,
@@ -220,7 +225,24 @@ class Attempt(StepAttempt):
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move
             direction = combined(self.gradient, direction, memory.last_move, image, setting.damping)
-        return direction, replace(memory, products=operator.products - before)
+        memory = replace(memory, products=operator.products - before)
+        return *self._paced(direction, operator), memory
+
+    def _paced(self, direction: Direction, operator: LinearOperator) -> tuple[Direction, Direction]:
+        """A direction d to search along, and what D d of it is taken; another one where D d does not descend."""
+        pace = self._pace
+        if pace.rates is None:
+            return direction, direction.times(pace.lr)
+        share = pace.share(direction.vector)
+        taken = direction.moved(share, operator @ share, self.gradient)
+        if taken.descends(self.gradient):
+            return direction, taken
+        steepest = pace.steepest(self.gradient)
+        if not bool(steepest.any()):
+            return direction, direction.times(0.0)
+        along = direction.moved(steepest, operator @ steepest, self.gradient)
+        share = pace.share(steepest)
+        return along, along.moved(share, operator @ share, self.gradient)
 
     def _solved(self, system: NewtonSystem) -> Direction:
         try:
@@ -231,32 +253,38 @@ class Attempt(StepAttempt):
 
     # --- step length --------------------------------------------------------------------------------------------
 
-    def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
+    def _move(
+        self, record: StepRecord, memory: Memory, direction: Direction, taken: Direction
+    ) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
-        line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
-        trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials)
-        full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
-        realised = _realised(model, trials, self._strategies.step.full(model))
+        search = bounded(self._strategies.step, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)
+        line = replace(self._along(direction), model=model)
+        trials = try_steps(search, memory.search, line, self._strategies.max_trials)
+        # What is learnt comes from the trials: they tell of the model, learning rates do not.
+        taken, end = self._taken(search, taken, trials)
+        full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1 and self._pace.whole
+        judged = end.accepted or not trials.accepted
+        realised = _realised(model, trials, search.full(model)) if judged else math.nan
         memory = replace(
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
-            loss=trials.loss,
-            full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
-            last_move=self._last_move(direction, trials),
+            loss=end.loss,
+            full_steps=memory.full_steps + 1 if end.accepted and full else 0,
+            last_move=self._last_move(taken, end),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
-        memory = memory.safeguarded(self._memory, trials.accepted)
-        return self._finish(record, model, direction, trials), memory
+        memory = memory.safeguarded(self._memory, end.accepted)
+        return self._finish(record, model, direction, end, taken), memory
 
-    def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
+    def _last_move(self, taken: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
             return None
-        return trials.step_length * direction.vector if trials.accepted else self._memory.last_move
+        return trials.step_length * taken.vector if trials.accepted else self._memory.last_move
 
     def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
         """The model, with exact derivatives along the direction where the step search asks for them."""

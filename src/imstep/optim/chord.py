@@ -84,7 +84,7 @@ def chord_iterations(
         correction = reduced.solve(current, u, damping)
         last, length = length, reduced.norm(correction)
         if iteration == 1:
-            promise = _decrease(residuals, shifted + reduced.image(correction))
+            promise = decrease_of(residuals, shifted + reduced.image(correction))
         elif iteration == 2:
             ratio = length / last if last > 0 else 0.0
         if not length <= limit * last:
@@ -93,7 +93,7 @@ def chord_iterations(
         corrections.append(correction)
         u = reduced.project(_combined(reduced, points, corrections))
         current, evaluations = residuals_at(u), iteration
-        decrease = _decrease(residuals, current)
+        decrease = decrease_of(residuals, current)
         if not math.isfinite(decrease):
             ratio = math.inf
             break
@@ -113,6 +113,6 @@ def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections
     return u + c - ((moves + changes) @ (torch.linalg.pinv(normal, rtol=_RANK, hermitian=True) @ slope))[:, 0]
 
 
-def _decrease(before: Tensor, after: Tensor) -> float:
+def decrease_of(before: Tensor, after: Tensor) -> float:
     """aᵀa/2 - bᵀb/2, as a product of difference and sum: the difference of nearly equal sums would be all rounding."""
     return float((before - after) @ (before + after)) / 2

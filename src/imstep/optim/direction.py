@@ -13,6 +13,9 @@ from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
 
+_SLANT = 1e-10
+"""Of ‖g‖‖d‖: a slope that is less is rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -44,8 +47,30 @@ class Direction:
     def along(cls, vector: Tensor, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> Direction:
         """A vector, with its product by A as a matrix."""
         image = matrix @ vector
-        slope, norm, curvature = _along(gradient, vector, image)
-        return cls(vector.to(dtype), image.to(dtype), slope, curvature, norm, KrylovStatus.CONVERGED, 0)
+        numbers = _along(gradient, vector, image)
+        return cls(vector.to(dtype), image.to(dtype), *numbers, KrylovStatus.CONVERGED, 0)
+
+    def moved(self, vector: Tensor, image: Tensor, gradient: Tensor) -> Direction:
+        """Another vector with its product in its place."""
+        slope, curvature, norm = _along(gradient, vector, image)
+        return replace(self, vector=vector, image=image, slope=slope, curvature=curvature, norm=norm)
+
+    def times(self, factor: float) -> Direction:
+        """The direction, longer by a factor >= 0; itself if that is 1."""
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            vector=factor * self.vector,
+            image=factor * self.image,
+            slope=factor * self.slope,
+            curvature=factor**2 * self.curvature,
+            norm=factor * self.norm,
+        )
+
+    def descends(self, gradient: Tensor) -> bool:
+        """Whether s < 0, measurably: s <= -1e-10 ‖g‖‖d‖."""
+        return 0 < self.norm < math.inf and self.slope <= -_SLANT * float(gradient.norm()) * self.norm
 
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
@@ -54,15 +79,13 @@ def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) ->
     No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more.
     """
     vector, image = result.solution, result.image
-    slope, norm, curvature = _along(gradient, vector, image)
-    descends = 0 < norm < math.inf and slope <= -1e-10 * float(gradient.norm()) * norm
-    if not descends or not math.isfinite(curvature):
-        vector = -gradient
-        image = operator @ vector
-        slope, norm, curvature = _along(gradient, vector, image)
-        # Nothing is known of the curvature where it is not finite; the trials will tell.
-        curvature = curvature if math.isfinite(curvature) else 0.0
-    return Direction(vector, image, slope, curvature, norm, result.status, result.iterations, pairs=result.pairs)
+    numbers = _along(gradient, vector, image)
+    found = Direction(vector, image, *numbers, result.status, result.iterations, pairs=result.pairs)
+    if found.descends(gradient) and math.isfinite(found.curvature):
+        return found
+    found = found.moved(-gradient, operator @ -gradient, gradient)
+    # Nothing is known of the curvature where it is not finite; the trials will tell.
+    return found if math.isfinite(found.curvature) else replace(found, curvature=0.0)
 
 
 def combined(
@@ -87,10 +110,9 @@ def combined(
     alpha, beta = (de * ge - ee * gd) / determinant, (de * gd - dd * ge) / determinant
     vector = torch.add(alpha * d, e, alpha=beta)
     image = torch.add(alpha * direction.image, other_image, alpha=beta)
-    slope, norm, curvature = _along(gradient, vector, image)
-    if not (slope < 0 and 0 < norm < math.inf and math.isfinite(curvature)):
-        return direction
-    return replace(direction, vector=vector, image=image, slope=slope, norm=norm, curvature=curvature)
+    both = direction.moved(vector, image, gradient)
+    usable = both.slope < 0 and 0 < both.norm < math.inf and math.isfinite(both.curvature)
+    return both if usable else direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +130,7 @@ class Escape:
     @classmethod
     def along(cls, vector: Tensor, image: Tensor, gradient: Tensor, largest: float, dtype: torch.dtype) -> Escape:
         """Along ± ``vector``, of any length, with its product."""
-        slope, norm, curvature = _along(gradient, vector, image)
+        slope, curvature, norm = _along(gradient, vector, image)
         sign = -1.0 if slope > 0 else 1.0
         unit, image = (v.to(dtype) * (sign / norm) for v in (vector, image))
         status = KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
@@ -134,6 +156,6 @@ def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> E
 
 
 def _along(gradient: Tensor, vector: Tensor, image: Tensor) -> tuple[float, float, float]:
-    """gᵀd, ‖d‖ and dᵀAd."""
+    """gᵀd, dᵀAd and ‖d‖."""
     slope, squared, curvature = torch.stack([gradient @ vector, vector @ vector, vector @ image]).tolist()
-    return slope, math.sqrt(squared) if squared >= 0 else math.nan, curvature
+    return slope, curvature, math.sqrt(squared) if squared >= 0 else math.nan

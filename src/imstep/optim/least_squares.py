@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
+from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
 from imstep.optim.residual_attempt import ResidualAttempt, Settings
@@ -33,7 +36,10 @@ class LeastSquares(StepwiseOptimizer):
     parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` of their own.
+        lr: how much of the step is taken, >= 0, for schedules; see docs/optimizer.md.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
         factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
             :class:`~imstep.linalg.PivotedCholesky` of JJᵀ, few columns, or all of them where few do not do;
@@ -47,6 +53,7 @@ class LeastSquares(StepwiseOptimizer):
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
@@ -85,6 +92,8 @@ class LeastSquares(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        max_step_norm: float | None = None,
         damping: ContractionDamping | None = None,
         factorisation: Factorisation | None = None,
         scaling: Scaling | None = None,
@@ -95,6 +104,7 @@ class LeastSquares(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
+        average: Averaging | None = None,
     ) -> None:
         self._settings = Settings(
             damping or ContractionDamping(),
@@ -108,11 +118,20 @@ class LeastSquares(StepwiseOptimizer):
         )
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr}
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        return ResidualAttempt(self._settings, self._memory, self._parameters, frozen, self._owners, self._box)
+        where = self._memory, self._parameters, frozen
+        return ResidualAttempt(self._settings, *where, self._owners, self._box, self._pace())
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()

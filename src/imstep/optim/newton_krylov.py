@@ -12,13 +12,14 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, FrozenPieces
 from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
+from imstep.optim.averaging import Averaging
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
-from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 class NewtonKrylovOptions(TypedDict, total=False):
     """The keyword arguments of :class:`NewtonKrylov`, for functions that pass them on."""
 
+    lr: float | Tensor
+    max_step_norm: float | None
     curvature: CurvatureChoice | None
     solver: Solver | None
     forcing: Forcing | None
@@ -38,6 +41,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     tolerance: float
     max_trials: int
     max_refusals: int
+    average: Averaging | None
     variance_every: int
 
 
@@ -54,7 +58,11 @@ class NewtonKrylov(StepwiseOptimizer):
     accepted leaves parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` of their own.
+        lr: how much of the step is taken, >= 0; see docs/optimizer.md. 1 is Newton's step, and no tuning improves on it
+            near a minimum, where less makes convergence linear, by 1 - lr a step. For schedules.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. It takes the place of gradient clipping.
         curvature: which matrix A is: by default Gauss-Newton where the loss is a convex function of the
             model's outputs, else the Hessian; ``ExactHessian()`` for the Hessian always.
         solver: how the system is solved: by default conjugate gradients.
@@ -67,6 +75,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
 
@@ -98,6 +107,8 @@ class NewtonKrylov(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        max_step_norm: float | None = None,
         curvature: CurvatureChoice | None = None,
         solver: Solver | None = None,
         forcing: Forcing | None = None,
@@ -108,6 +119,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 12,
         max_refusals: int = 5,
+        average: Averaging | None = None,
         variance_every: int = 0,
     ) -> None:
         self._strategies = Strategies(
@@ -122,7 +134,15 @@ class NewtonKrylov(StepwiseOptimizer):
             variance_every=variance_every,
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr}
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
 
@@ -132,8 +152,7 @@ class NewtonKrylov(StepwiseOptimizer):
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
         take two products, λ has a floor, and the Taylor monitor bounds the step where batches contradict each other.
-        Evaluate an average of the iterates, such as the one
-        ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))``.
+        With ``average=ExponentialAverage()``, and evaluated in :meth:`averaged`, it is mostly a little better still.
 
         Args:
             params: parameters or parameter groups.
@@ -162,8 +181,9 @@ class NewtonKrylov(StepwiseOptimizer):
         configuration.update(options)
         return cls(params, **configuration)
 
+    @needs_closure
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None
+        self, closure: Callable[[], Any], curvature_closure: Callable[[], Any] | None = None
     ) -> Tensor:
         """Take one step.
 
@@ -194,7 +214,9 @@ class NewtonKrylov(StepwiseOptimizer):
         return FrozenPieces(pieces.pieces, self._parameters, self._holds_gradients(), pieces.memory_budget)
 
     def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
-        return Attempt(self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part)
+        return Attempt(
+            self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
+        )
 
     def _parts(self) -> dict[str, Any]:
         return {"preconditioner": self._preconditioner.state_dict()}

@@ -93,6 +93,9 @@ class Cost:
 class StepRecord:
     """One step, as it happened. Numbers that a step did not come to are nan.
 
+    Where a learning rate is not 1, ``step_length`` to ``taylor_error`` are of the step that was found, before it;
+    ``new_loss`` and ``step_norm`` of what was taken.
+
     Attributes:
         step: how many steps were taken before this one.
         outcome: what became of the step.
@@ -105,7 +108,8 @@ class StepRecord:
         products: products with the curvature matrix.
         trials: trial points evaluated.
         step_length: t of the last trial.
-        direction_norm: ‖d‖; the step moved the parameters by t‖d‖.
+        direction_norm: ‖d‖.
+        step_norm: how far the parameters moved: t‖d‖, of which learning rates leave a part.
         slope, curvature: s = gᵀd and k = dᵀAd, A being the curvature matrix of the step, undamped.
         predicted_decrease: q(t) = -t s - t²k/2.
         actual_decrease: f(w) - f(w + t d).
@@ -128,6 +132,7 @@ class StepRecord:
     trials: int = 0
     step_length: float = math.nan
     direction_norm: float = math.nan
+    step_norm: float = 0.0
     slope: float = math.nan
     curvature: float = math.nan
     predicted_decrease: float = math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +19,10 @@ from imstep.curvature.staleness import StaleLossError, check_fresh, nodes_of
 from imstep.globalization import ContractionDamping
 from imstep.linalg import BoxLeastSquares, DenseRows, Factorisation, RowMatrix, StepSpace
 from imstep.optim.box import Box
-from imstep.optim.chord import ChordStep, chord_iterations
+from imstep.optim.chord import ChordStep, chord_iterations, decrease_of
 from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.memory import Memory
+from imstep.optim.pace import Pace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import Scaling
 from imstep.optim.step_attempt import StepAttempt
@@ -39,6 +41,9 @@ _LOWER = 0.9
 
 _SOON = 2
 """Trials of a step after which λ grows ever faster."""
+
+MOST_DAMPING = 1e100
+"""λ at which a step that is still too long will not get shorter."""
 
 _PATIENCE = 3
 """Trials in a step whose decrease is rounding and whose gradient is no lower."""
@@ -122,8 +127,9 @@ class ResidualAttempt(StepAttempt):
         frozen: FrozenClosure,
         owners: KnownOwners,
         box: Box | None,
+        pace: Pace | None = None,
     ) -> None:
-        super().__init__(memory, parameters, frozen)
+        super().__init__(memory, parameters, frozen, pace)
         self._settings, self._owners, self._box = settings, owners, box
         self._loss: Tensor
         self._gradient: Tensor
@@ -191,6 +197,7 @@ class ResidualAttempt(StepAttempt):
             shifted = self._residuals_at(shift)
         place = lambda u: ground.step(u) if shift is None else ground.step(u) + shift
         for failures in range(settings.max_trials):
+            damping = self._reaching(ground, shifted, damping, place)
             step = chord_iterations(
                 ground.space.reduced,
                 residuals,
@@ -206,7 +213,14 @@ class ResidualAttempt(StepAttempt):
             fine = 0 < step.promise <= _FINE * ground.rounding
             if self._stays(step, ground, there, record.damping, fine):
                 image = step.image if shift is None else step.image + ground.jacobian @ shift
-                return self._accept(record, memory, step, residuals, there, image)
+                share = self._pace.share(there)
+                excess = float(share.norm()) / self._pace.longest
+                share = share / excess if excess > 1 else share
+                as_it_is = self._pace.whole and excess <= 1
+                left = step.decrease if as_it_is else self._decrease_at(share, residuals)
+                if left >= 0 or (fine and left >= -ground.rounding):
+                    return self._accept(record, memory, step, residuals, there, image, share, left)
+                step = replace(step, ratio=math.inf)
             patience -= fine
             if patience == 0:
                 break
@@ -245,16 +259,20 @@ class ResidualAttempt(StepAttempt):
         residuals: Tensor,
         there: Tensor,
         image: Tensor,
+        share: Tensor,
+        left: float,
     ) -> tuple[StepRecord, Memory]:
+        """The record of a step d = ``there``, given what is taken of it and by how much that lowers the loss."""
         self._keep = True
         slope, curvature = float(residuals @ image), float(image @ image)
         predicted = -slope - curvature / 2
         record = replace(
             record,
-            new_loss=record.loss - step.decrease,
+            new_loss=record.loss - left,
             trials=self._spent.losses,
             step_length=1.0,
             direction_norm=float(there.norm()),
+            step_norm=float(share.norm()),
             slope=slope,
             curvature=curvature,
             predicted_decrease=predicted,
@@ -264,8 +282,31 @@ class ResidualAttempt(StepAttempt):
             cost=record.cost + self._spent,
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
-        last_move = there if self._settings.momentum > 0 else None
+        last_move = share if self._settings.momentum > 0 else None
         return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
+
+    def _reaching(
+        self, ground: _Ground, residuals: Tensor, damping: float, place: Callable[[Tensor], Tensor]
+    ) -> float:
+        """The least of growing λ whose linear step is no longer than steps may be."""
+        if math.isinf(self._pace.longest) or self._pace.lr == 0:
+            return damping
+        reduced, longest = ground.space.reduced, self._pace.longest / self._pace.lr
+        none = residuals.new_zeros(reduced.rank)
+        while damping * ground.scale < MOST_DAMPING:
+            length = float(place(reduced.solve(residuals, none, damping * ground.scale)).norm())
+            if not length > longest:
+                break
+            damping *= max(length / longest, 2.0)  # in the end steps are as long as 1/λ
+        return damping
+
+    def _decrease_at(self, step: Tensor, residuals: Tensor) -> float:
+        """By how much a step lowers the loss; leaves the parameters there."""
+        if not bool(step.any()):
+            self._parameters.restore(self._snapshot)
+            return 0.0
+        decrease = decrease_of(residuals, self._residuals_at(step))
+        return decrease if math.isfinite(decrease) else -math.inf
 
     # --- evaluations --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What helps on mini-batches: NewtonKrylov.for_batches with parts of it exchanged, beside NewtonKrylov and Adam.
 
-python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes docs/optimizer.md
+python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes docs/mini-batches.md
 python -m benchmarks.minibatch --table   # the page again, from the record
 
 One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says how to get it.
@@ -50,7 +50,7 @@ CASES = (
     Case("digits-autoencoder", 128, 100),
     Case("fashion-autoencoder", 512, 20, examples=10_000),
 )
-LAST = ("`for_batches`", "batches grow, θ = 1/2")
+LAST = ("`for_batches`", "the base", "batches grow, θ = 1/2")
 """The sides whose last iterate is shown beside the average."""
 
 
@@ -121,6 +121,9 @@ def text_of(record: dict[str, Any]) -> str:
     def cells(side: Side, which: str) -> Iterator[str]:
         for case in CASES:
             made = [r[which] for r in rows if (r["case"], r["side"]) == (case.name, side.name)]
+            if not made:
+                yield "not measured"
+                continue
             losses = zip(*made, strict=True)
             yield " / ".join(f"{statistics.median(values):.2e}".replace("e-0", "e-") for values in losses)
 
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    show(NAME, "optimizer", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
+    show(NAME, "mini-batches", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
 
 
 if __name__ == "__main__":

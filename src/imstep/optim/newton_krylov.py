@@ -151,7 +151,7 @@ class NewtonKrylov(StepwiseOptimizer):
         """The configuration for mini-batches: short solves that do not fit the batch.
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
-        take two products, λ has a floor, and the Taylor monitor bounds the step where batches contradict each other.
+        take two products, λ has a floor, and the Taylor monitor bounds the step.
         With ``average=ExponentialAverage()``, and evaluated in :meth:`averaged`, it is mostly a little better still.
 
         Args:
@@ -173,9 +173,9 @@ class NewtonKrylov(StepwiseOptimizer):
             tensor([0., 1., 2.])
         """
         configuration: NewtonKrylovOptions = {
-            "solver": BlendedConjugateGradient(),
+            "solver": BlendedConjugateGradient(weight=0.1),
             "forcing": FixedProducts(2),
-            "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
+            "damping": LevenbergMarquardt(initial=0.1, floor=1e-4),
             "preconditioning": Kronecker(every=10),
         }
         configuration.update(options)

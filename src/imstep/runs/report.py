@@ -78,7 +78,7 @@ def _verdict(comparison: Comparison) -> str:
 def _table(comparison: Comparison) -> str:
     best = min(range(len(comparison.runs)), key=lambda i: _sortable(comparison.runs[i].best.train))
     rows = "".join(_table_row(run, index, index == best) for index, run in enumerate(comparison.runs))
-    heads = ("lowest train loss", "final train", "final held-out", "steps", "epochs",
+    heads = ("lowest train loss", "final train", "final held-out", "lowest held-out", "steps", "epochs",
              "gradient-equivalents", "products", "seconds")  # fmt: skip
     head = "<th>optimizer</th>" + "".join(f"<th>{name}</th>" for name in heads)
     head += "<th class=text>how steps ended</th>"
@@ -103,7 +103,7 @@ def _table_row(run: Run, index: int, best: bool) -> str:
     ended = [f"{name.replace('_', ' ')} {count}" for name, count in status_counts(run)]
     ended += [run.note] if run.note else []
     numbers = [
-        short(run.best.train, 3), short(end.train, 3), short(end.heldout, 3),
+        short(run.best.train, 3), short(end.train, 3), short(end.heldout, 3), short(run.stopped.heldout, 3),
         f"{end.steps:,}", f"{end.epochs:,.0f}", f"{end.cost:,.0f}",
         f"{run.products:,}" if run.products else "–", f"{end.seconds:.1f}",
     ]  # fmt: skip

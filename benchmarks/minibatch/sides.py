@@ -1,6 +1,7 @@
 """What benchmarks/minibatch compares: NewtonKrylov.for_batches, a base, parts of that exchanged, and ideas.
 
-The base is what for_batches was when the record was made: whole steps, more of the blend, a higher floor. The ideas use nothing but what the library offers to everybody.
+The base is what for_batches was when the record was made: whole steps, more of the blend, a higher floor. The ideas use
+nothing but what the library offers to everybody.
 """
 
 from __future__ import annotations

@@ -232,7 +232,8 @@ def demo(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """The main job: compare on the digits autoencoder, about a minute on two cores."""
-    request = ComparisonRequest("digits-autoencoder", threads=threads)
+    names = (DEFAULT_OPTIMIZERS[0], "newton-krylov-batches", *DEFAULT_OPTIMIZERS[1:])
+    request = ComparisonRequest("digits-autoencoder", names, threads=threads)
     with _explained():
         done = run_comparison(request, out, Console(), overwrite=True)
     if not done:

@@ -109,7 +109,7 @@ def _heldout(runs: Sequence[Run]) -> str:
 
 
 def _stopped(runs: Sequence[Run]) -> str:
-    """Early stopping, the same for all: by the held-out set itself, so that all of these losses are a little too low."""
+    """Early stopping, the same for all; by the held-out set itself, so that all these losses are a little too low."""
     ranked = sorted(runs, key=lambda run: run.stopped.heldout if math.isfinite(run.stopped.heldout) else math.inf)
     losses = ", ".join(
         f"{run.label} {short(run.stopped.heldout)} after {run.stopped.cost:,.0f} gradient-equivalents"

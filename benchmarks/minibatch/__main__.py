@@ -8,7 +8,6 @@ One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says ho
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.minibatch.sides import SIDES, Side
-from benchmarks.record_page import Row, complete, load, show, table
+from benchmarks.record_page import Row, command, table
 from imstep import NewtonKrylov
 from imstep.optim import GrowingBatches
 from imstep.tasks import Batch, Problem, get_task
@@ -135,13 +134,5 @@ def text_of(record: dict[str, Any]) -> str:
     return table(["", *(case.name for case in CASES)], body)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the page from the record")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    show(NAME, "mini-batches", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, NAME, "mini-batches", text_of, runs)

@@ -6,7 +6,6 @@ python -m benchmarks.small_problems --table   # the page again, from the record
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.record_page import Row, complete, load, show, table
+from benchmarks.record_page import Row, command, table
 from benchmarks.small_problems.problems import HELDOUT, PROBLEMS, Data, SmallProblem
 from imstep import NewtonKrylov
 from imstep.globalization import Armijo, LevenbergMarquardt
@@ -26,6 +25,7 @@ from imstep.optim import BlendedConjugateGradient
 NAME = "small-problems"
 SEEDS = range(3)
 Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+Way = tuple[str, float, Callable[[Row], float]]
 
 
 def as_it_was(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -46,6 +46,17 @@ SIDES: dict[str, Make] = {
 }
 DECAYS = (1e-2,)
 DECAYED = ("for_batches", "AdamW")
+HELDOUT_WAYS: dict[str, Way] = {
+    "for_batches": ("for_batches", 0.0, lambda r: r["heldout"][-1]),
+    "average": ("for_batches", 0.0, lambda r: r["average"][1]),
+    "best epoch": ("for_batches", 0.0, lambda r: min(r["heldout"])),
+    "λ = 0.01": ("for_batches", 1e-2, lambda r: r["heldout"][-1]),
+    "λ = 0.01, average": ("for_batches", 1e-2, lambda r: r["average"][1]),
+    "AdamW": ("AdamW", 0.0, lambda r: r["heldout"][-1]),
+    "AdamW, λ = 0.01": ("AdamW", 1e-2, lambda r: r["heldout"][-1]),
+    "defaults": ("defaults", 0.0, lambda r: r["heldout"][-1]),
+    "defaults, average": ("defaults", 0.0, lambda r: r["average"][1]),
+}
 
 
 def evaluate(problem: SmallProblem, model: nn.Module, *sets: Data) -> list[float]:
@@ -94,8 +105,7 @@ def train(problem: SmallProblem, side: str, decay: float, seed: int) -> Row:
 
 def runs() -> dict[str, Callable[[], Row]]:
     """All runs, by name."""
-    decayed = itertools.product(DECAYED, DECAYS)
-    ways = sorted([*((side, 0.0) for side in SIDES), *decayed], key=lambda way: list(SIDES).index(way[0]))
+    ways = [(side, 0.0) for side in SIDES] + list(itertools.product(DECAYED, DECAYS))
     return {
         f"{problem.name}; {side}; {decay:g}; {seed}": partial(train, problem, side, decay, seed)
         for seed, (side, decay), problem in itertools.product(SEEDS, ways, PROBLEMS)
@@ -103,45 +113,31 @@ def runs() -> dict[str, Callable[[], Row]]:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """Medians over the seeds, in Markdown."""
+    """Medians over the seeds, in Markdown; without what was not measured at all."""
     rows = list(record["runs"].values())
 
-    def cell(problem: SmallProblem, side: str, of: Callable[[Row], float], decay: float = 0.0) -> list[float]:
+    def values(problem: SmallProblem, way: Way) -> list[float]:
+        side, decay, of = way
         made = [r for r in rows if (r["problem"], r["side"], r["decay"]) == (problem.name, side, decay)]
         return [float(of(r)) for r in made]
 
-    show_median = lambda values: f"{statistics.median(values):.3g}" if values else "not measured"
-    with_worst = lambda values: f"{show_median(values)} ({max(values):.3g})" if len(values) > 1 else show_median(values)
-    last, body = lambda r: float(r["train"][-1]), []
-    for problem in PROBLEMS:
-        cells = [cell(problem, side, last) for side in SIDES]
-        body.append([problem.name, *map(with_worst, cells)])
-    cost = lambda r: r["cost"] / (len(r["train"]) - 1)
-    costs = [list(itertools.chain(*(cell(problem, side, cost) for problem in PROBLEMS))) for side in SIDES]
-    body.append(["gradients an epoch", *map(show_median, costs)])
-    training = table(["training loss", *SIDES], body)
+    def made_of(ways: dict[str, Way]) -> dict[str, Way]:
+        return {name: way for name, way in ways.items() if any(values(problem, way) for problem in PROBLEMS)}
 
-    ways: dict[str, tuple[str, float, Callable[[Row], float]]] = {
-        "for_batches": ("for_batches", 0.0, lambda r: r["heldout"][-1]),
-        "average": ("for_batches", 0.0, lambda r: r["average"][1]),
-        "best epoch": ("for_batches", 0.0, lambda r: min(r["heldout"])),
-        **{f"λ = {d:g}": ("for_batches", d, lambda r: r["heldout"][-1]) for d in DECAYS},
-        "λ = 0.01, average": ("for_batches", 1e-2, lambda r: r["average"][1]),
-        "defaults": ("defaults", 0.0, lambda r: r["heldout"][-1]),
-        "AdamW": ("AdamW", 0.0, lambda r: r["heldout"][-1]),
-        **{f"AdamW, λ = {d:g}": ("AdamW", d, lambda r: r["heldout"][-1]) for d in DECAYS},
-    }
-    body = [[p.name, *(show_median(cell(p, side, of, decay)) for side, decay, of in ways.values())] for p in PROBLEMS]
+    def show_median(found: list[float]) -> str:
+        worst = f" ({max(found):.3g})" if len(found) > 1 else ""
+        return f"{statistics.median(found):.3g}{worst}" if found else "not measured"
+
+    ways = made_of({side: (side, 0.0, lambda r: r["train"][-1]) for side in SIDES})
+    body = [[problem.name, *(show_median(values(problem, way)) for way in ways.values())] for problem in PROBLEMS]
+    costs = {side: (side, 0.0, lambda r: r["cost"] / (len(r["train"]) - 1)) for side in ways}
+    of_all = (itertools.chain(*(values(problem, way) for problem in PROBLEMS)) for way in costs.values())
+    body.append(["gradients an epoch", *(f"{statistics.median(found):.1f}" for found in of_all)])
+    training = table(["training loss", *ways], body)
+    ways = made_of(HELDOUT_WAYS)
+    body = [[problem.name, *(show_median(values(problem, way)) for way in ways.values())] for problem in PROBLEMS]
     return f"{training}\n\n{table(['held-out loss', *ways], body)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the page from the record")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    show(NAME, "mini-batches", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, NAME, "mini-batches", text_of, runs)

@@ -453,3 +453,15 @@ def test_a_blend_at_half_rate_trains() -> None:
     optimizer = NewtonKrylov.for_batches(model.parameters(), lr=0.5, solver=BlendedConjugateGradient())
     losses = [float(optimizer.step(closure)) for _ in range(10)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_repr_is_short_and_tells_what_was_chosen() -> None:
+    model, _ = problem(torch.float32)
+    groups = [{"params": model[0].parameters(), "lr": 0.5, "weight_decay": 0.1}, {"params": model[2].parameters()}]
+    text = repr(NewtonKrylov(groups, step=TaylorMonitor(theta=0.1), max_step_norm=2.0))
+    assert text.startswith("NewtonKrylov(50 parameters, float32 on cpu, lr=0.5 and 1, weight_decay=0.1 and 0, ")
+    assert "max_step_norm=2, " in text
+    assert "step=TaylorMonitor(theta=0.1)" in text
+    assert "solver=ConjugateGradient()" in text
+    assert len(text) < 400
+    assert "factorisation=ByShape()" in repr(LeastSquares(model.parameters()))

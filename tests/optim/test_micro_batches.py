@@ -71,11 +71,12 @@ def test_pieces_are_one_batch(reduction: str, budget: int | None) -> None:
     "options",
     [
         {"curvature": ExactHessian(), "forcing": FixedProducts(3), "preconditioning": NoPreconditioning()},
+        {"weight_decay": 0.1, **EXACT},
         {"momentum": True, "forcing": FixedProducts(3), "preconditioning": NoPreconditioning()},
         {"step": StrongWolfe(), **EXACT},
         {"step": TaylorMonitor(error=ExactEstimate()), **EXACT},
     ],
-    ids=["Hessian", "momentum", "slopes of trials", "third derivatives"],
+    ids=["Hessian", "weight decay", "momentum", "slopes of trials", "third derivatives"],
 )
 def test_strategies_see_one_batch(options: dict[str, object]) -> None:
     torch.testing.assert_close(trained(False, **options), trained(True, **options), rtol=1e-7, atol=1e-9)

@@ -55,7 +55,7 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
         self._ends = point.split.losses
         self._weights = end_weights(point.loss, self._ends)
         self._watched = operator.tape.watching([reference for end in self._ends for reference in end.references])
-        super().__init__(operator.parameters, operator.tape, operator.definite)
+        super().__init__(operator.parameters, operator.tape, operator.definite, operator.penalty)
 
     def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
         self.check()
@@ -64,6 +64,8 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
         with torch.no_grad():
             changes = self._watched.replay(parts)
         image, seen = self.parameters.flatten(changes[: len(parts)]), changes[len(parts) :]
+        if self.penalty is not None:  # of no examples
+            image.addcmul_(self.penalty.factors, vector)
         curvature, spread = float(vector @ image), 0.0
         for end, weight in zip(self._ends, self._weights, strict=True):
             given, seen = seen[: len(end.references)], seen[len(end.references) :]

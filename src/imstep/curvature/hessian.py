@@ -137,7 +137,7 @@ def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOpera
 
 def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOperator:
     """The Hessian at a point that was evaluated already."""
-    return point.matrix(parameters, lambda at: TapeOperator(parameters, at.tape), definite=False)
+    return point.matrix(parameters, lambda at: TapeOperator(parameters, at.tape, penalty=at.penalty), definite=False)
 
 
 @overload
@@ -157,6 +157,7 @@ def gauss_newton_of(
 
     def build(at: Linearisation) -> TapeOperator:
         assert at.split is not None
-        return TapeOperator(parameters, gauss_newton(at.tape, at.split.nodes), definite=True)
+        tape = gauss_newton(at.tape, at.split.nodes)
+        return TapeOperator(parameters, tape, definite=True, penalty=at.penalty)
 
     return point.matrix(parameters, build, definite=True) if point.convex else None

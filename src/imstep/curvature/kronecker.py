@@ -115,11 +115,13 @@ class KroneckerFactors:
             elif old is None:
                 into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
 
-    def preconditioner(self, damping: float) -> LinearOperator | None:
-        """(approximation + damping I)⁻¹; None before the first update."""
+    def preconditioner(self, damping: float, decay: Sequence[float] | None = None) -> LinearOperator | None:
+        """(approximation + damping I)⁻¹, None before the first update; ``decay`` is added for each parameter."""
         if not self._blocks and not self._diagonals:
             return None
-        return _KroneckerInverse(self._parameters, list(self._blocks.values()), self._diagonals, self._direct, damping)
+        blocks, direct = list(self._blocks.values()), self._direct
+        shifts = [damping + rate for rate in decay or [0.0] * len(self._parameters.tensors)]
+        return _KroneckerInverse(self._parameters, blocks, self._diagonals, direct, shifts)
 
     def blocks(self) -> list[Block]:
         """The factors of each layer."""
@@ -216,18 +218,18 @@ class _KroneckerInverse(LinearOperator):
         blocks: list[Block],
         diagonals: dict[int, Tensor],
         direct: dict[int, float],
-        damping: float,
+        damping: Sequence[float],
     ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
         blocks = disjoint(blocks)
         typical = _typical_curvature(blocks, diagonals)
-        shift = lambda b: damping + direct.get(b.weight, 0.0)
+        shift = lambda b: damping[b.weight] + direct.get(b.weight, 0.0)
         self._inverses = [(b, *_damped_inverses(b, shift(b), typical)) for b in blocks]
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
         # A parameter without any sampled curvature is moved on the scale of the others.
         self._scales = {
-            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping)
+            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping[at])
             for at, d in diagonals.items()
             if at not in blocked
         }

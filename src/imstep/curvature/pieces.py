@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.products import Products
+from imstep.curvature.penalty import Penalty
+from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.state import RandomState
 
 Observer = TypeVar("Observer", LayerObserver, None)
@@ -41,18 +42,28 @@ class Piece:
 class FrozenPieces:
     """f = Σ w_k f_k over the pieces of a batch, evaluated one after the other; the counterpart of `FrozenClosure`.
 
+    A penalty is added by the first piece, divided by its weight.
+
     Each piece is evaluated on the random numbers and buffers that the pieces before it have left in the first
     evaluation, so that f is one function.
 
     Args:
         pieces: at least one.
         parameters: the vector that is differentiated.
-        stale: see :class:`FrozenClosure`.
+        stale, penalty: see :class:`FrozenClosure`.
         room: bytes that the records of pieces may take together; the others are recorded anew for every product.
     """
 
-    def __init__(self, pieces: Sequence[Piece], parameters: ParameterVector, stale: bool, room: int | None) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        parameters: ParameterVector,
+        stale: bool,
+        penalty: Penalty | None,
+        room: int | None,
+    ) -> None:
         self._given, self._parameters, self._stale, self._room = list(pieces), parameters, stale, room
+        self._penalty = penalty
         self._frozen: list[FrozenClosure] = []
         self._repeats = 0
 
@@ -66,7 +77,7 @@ class FrozenPieces:
         records: list[Linearisation | None] = []
         convex: list[bool] = []
         for piece, frozen in self.each():
-            at = frozen.linearise()
+            at = replace(frozen.linearise(), penalty=None)
             total.add(piece.weight, at.loss, at.gradient)
             convex.append(at.convex)
             fits = at.tape.nbytes <= room
@@ -74,7 +85,7 @@ class FrozenPieces:
             records.append(at if fits else None)
             del at  # before the next piece takes its place
         loss, gradient = total.terms
-        return JointLinearisation(loss, gradient, self, tuple(records), all(convex))
+        return JointLinearisation(loss, gradient, self, tuple(records), all(convex), self.penalty)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, for a first evaluation without a record."""
@@ -107,7 +118,8 @@ class FrozenPieces:
             self._rewind()
         for number, piece in enumerate(self._given):
             if not again:  # not before its turn: it begins where random numbers are now
-                self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale))
+                penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
+                self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
             yield piece, self._frozen[number]
             if again:
                 self._frozen[number].leave(accepted=True)
@@ -115,12 +127,18 @@ class FrozenPieces:
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""
         self._repeats += 1
-        return frozen.linearise(observer, keep_graph=graph)
+        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None)
 
     @property
     def repeated(self) -> int:
         """Evaluations made anew for products or for a preconditioner, in batches, rounded up."""
         return -(-self._repeats // len(self._given))
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """What is added to the loss; after the first evaluation without the parameters that have no gradient."""
+        first = self._frozen[0].penalty if self._frozen else None
+        return self._penalty if first is None else first.times(self._given[0].weight)
 
     # --- what the first evaluation has shown --------------------------------------------------------------------
 
@@ -165,6 +183,7 @@ class JointLinearisation:
         pieces: of the batch.
         records: of each piece; None where there was no room.
         convex: whether the loss of every piece is a convex function of outputs.
+        penalty: what is added to the loss; it is in ``loss`` and ``gradient``, not in the records.
     """
 
     loss: Tensor
@@ -172,6 +191,7 @@ class JointLinearisation:
     pieces: FrozenPieces
     records: tuple[Linearisation | None, ...]
     convex: bool
+    penalty: Penalty | None = None
 
     @property
     def repeats(self) -> float:
@@ -180,7 +200,10 @@ class JointLinearisation:
 
     def matrix(self, parameters: ParameterVector, build: Build, definite: bool) -> SymmetricOperator:
         """The sum of the pieces' matrices."""
-        return SymmetricOperator(parameters, _PieceProducts(self, parameters, build), definite)
+        source: Products = _PieceProducts(self, parameters, build)
+        if self.penalty is not None:
+            source = ShiftedProducts(source, self.penalty.factors)
+        return SymmetricOperator(parameters, source, definite)
 
     def evaluations(self, observer: Observer) -> Iterator[tuple[float, Linearisation, Observer]]:
         """Each piece's weight and record with its graph, evaluated anew under an observer of its own."""

@@ -16,7 +16,7 @@ from imstep.curvature.squares import NoResidualsError, Residuals
 from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
-from imstep.linalg import GramMatrix, RowMatrix
+from imstep.linalg import DenseRows, GramMatrix, RowMatrix
 from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
@@ -66,6 +66,15 @@ class JacobianRows(RowMatrix):
         empty = lambda n: torch.zeros(self.shape[0], n, dtype=F64, device=self.device)
         parts = zip(self._parts, self._sizes, strict=True)
         return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
+
+    def in_units(self, units: Tensor) -> RowMatrix:
+        """J D⁻¹ for D (n,) > 0; as compact as J where D has one entry for each parameter, else written out."""
+        pieces = units.split(self._sizes)
+        if not all(bool((piece == piece[0]).all()) for piece in pieces if len(piece)):
+            return DenseRows(self.written_out() / units)
+        pairs = zip(self._parts, pieces, strict=True)
+        parts = [None if part is None else part.over(float(piece[0])) for part, piece in pairs]
+        return JacobianRows(parts, self._sizes, self.shape[0], self.device)
 
     def gram(self) -> Gram:
         """J Jᵀ, (N, N)."""
@@ -140,6 +149,7 @@ class ResidualJacobian(JacobianRows):
         residuals: ρ, (N,), float64.
         evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
         backward_passes: how many it took to build; a forward product counts as one.
+        used: whether the residuals depend on each parameter.
         explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
 
     Raises:
@@ -193,7 +203,7 @@ class ResidualJacobian(JacobianRows):
             parts[at] = part
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
-        self.nodes = nodes_of(evaluation.loss)
+        self.nodes, self.used = nodes_of(evaluation.loss), [part is not None for part in parts]
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
 

@@ -2,7 +2,6 @@
 
 from imstep.globalization.armijo import Armijo, FixedStep
 from imstep.globalization.batch_size import NormTest
-from imstep.globalization.bounded import Bounded, bounded
 from imstep.globalization.contraction import ContractionDamping
 from imstep.globalization.damping import Damping, LevenbergMarquardt, NoDamping
 from imstep.globalization.estimate import ErrorEstimate, ExactEstimate, RunningEstimate
@@ -14,7 +13,6 @@ from imstep.globalization.wolfe import StrongWolfe
 
 __all__ = [
     "Armijo",
-    "Bounded",
     "Bracket",
     "ContractionDamping",
     "Damping",
@@ -35,6 +33,5 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "Verdict",
-    "bounded",
     "decrease_ratio",
 ]

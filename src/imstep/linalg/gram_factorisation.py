@@ -18,10 +18,16 @@ from imstep.linalg.thin import ThinLeastSquares
 
 @dataclass(frozen=True, eq=False)
 class StepSpace:
-    """Damped least squares, and the steps d (n,) that its coordinates stand for."""
+    """Damped least squares, and the steps d (n,) that its coordinates stand for.
+
+    Attributes:
+        vector: d from coordinates.
+        project: the coordinates of the step that is nearest to a vector (n,); None where the minimum is over all steps.
+    """
 
     reduced: DampedLeastSquares
     vector: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 class Factorisation(ABC):
@@ -53,7 +59,8 @@ class GramFactorisation(Factorisation):
     def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
         reduced = self.factorise(jacobian.gram(), tolerance, draw)
         basis = jacobian if reduced.pivots is None else jacobian.rows(reduced.pivots)
-        return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u))
+        project = None if reduced.complete else lambda d: reduced.nearest(basis @ d)
+        return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u), project)
 
     @abstractmethod
     def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> GramLeastSquares:

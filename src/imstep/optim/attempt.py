@@ -16,7 +16,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
-from imstep.globalization import LineDerivatives, LineModel, bounded
+from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
 from imstep.optim.direction import Direction, combined
 from imstep.optim.forcing import Situation
@@ -147,6 +147,7 @@ class Attempt(StepAttempt):
             self.point = self._part.linearise(observer, keep_graph=keep_graph)
         finally:
             self._part.undo()
+        self.point = replace(self.point, penalty=self._frozen.penalty)
         return Cost(gradients=1, linearisations=1)
 
     def _goes_on(self, loss: float) -> bool:
@@ -260,9 +261,9 @@ class Attempt(StepAttempt):
             return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
-        search = bounded(self._strategies.step, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)
-        line = replace(self._along(direction), model=model)
-        trials = try_steps(search, memory.search, line, self._strategies.max_trials)
+        search, line = self._strategies.step, replace(self._along(direction), model=model)
+        longest = self._pace.longest / taken.norm if taken.norm > 0 else math.inf
+        trials = try_steps(search, memory.search, line, self._strategies.max_trials, longest)
         # What is learnt comes from the trials: they tell of the model, learning rates do not.
         taken, end = self._taken(search, taken, trials)
         full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1 and self._pace.whole

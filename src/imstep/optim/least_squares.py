@@ -15,7 +15,8 @@ from imstep.linalg import ByShape, Factorisation
 from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
-from imstep.optim.residual_attempt import ResidualAttempt, Settings
+from imstep.optim.residual_attempt import ResidualAttempt
+from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.stepwise import StepwiseOptimizer
@@ -30,15 +31,16 @@ class LeastSquares(StepwiseOptimizer):
         min over d of ‖ρ(w + d)‖² + λ‖d‖²
 
     λ follows from how fast their corrections shrink; other λ are tried without a new factorisation. There is no
-    learning rate, and the loss never rises.
+    learning rate to set, and the loss never rises.
 
     Data, random numbers and buffers are the same for all evaluations of one step. A step that cannot be accepted leaves
     parameters and buffers bit for bit as they were.
 
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
-            ``lr`` of their own.
+            ``lr`` and a ``weight_decay`` of their own.
         lr: how much of the step is taken, >= 0, for schedules; see docs/optimizer.md.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, as if √λ w were residuals.
         max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
         factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
@@ -93,6 +95,7 @@ class LeastSquares(StepwiseOptimizer):
         params: Iterable[Any],
         *,
         lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
         max_step_norm: float | None = None,
         damping: ContractionDamping | None = None,
         factorisation: Factorisation | None = None,
@@ -118,7 +121,7 @@ class LeastSquares(StepwiseOptimizer):
         )
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
-        options = {"lr": lr}
+        options = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(
             params,
             memory,
@@ -130,12 +133,20 @@ class LeastSquares(StepwiseOptimizer):
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
+        if self._box is not None and frozen.penalty is not None:
+            raise ValueError(
+                "LeastSquares takes weight_decay or a box, not both: steps within bounds are found another way. Write "
+                "the penalty into the loss, as in loss + weight_decay / 2 * w.square().sum(), which makes residuals."
+            )
         where = self._memory, self._parameters, frozen
         return ResidualAttempt(self._settings, *where, self._owners, self._box, self._pace())
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
+
+    def _chosen(self) -> dict[str, Any]:
+        return {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling")}
 
     def _parts(self) -> dict[str, Any]:
         return {"owners": self._owners.state_dict()}

@@ -30,6 +30,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     """The keyword arguments of :class:`NewtonKrylov`, for functions that pass them on."""
 
     lr: float | Tensor
+    weight_decay: float
     max_step_norm: float | None
     curvature: CurvatureChoice | None
     solver: Solver | None
@@ -59,9 +60,10 @@ class NewtonKrylov(StepwiseOptimizer):
 
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
-            ``lr`` of their own.
+            ``lr`` and a ``weight_decay`` of their own.
         lr: how much of the step is taken, >= 0; see docs/optimizer.md. 1 is Newton's step, and no tuning improves on it
             near a minimum, where less makes convergence linear, by 1 - lr a step. For schedules.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, and so to gradient, curvature and trials.
         max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. It takes the place of gradient clipping.
         curvature: which matrix A is: by default Gauss-Newton where the loss is a convex function of the
             model's outputs, else the Hessian; ``ExactHessian()`` for the Hessian always.
@@ -108,6 +110,7 @@ class NewtonKrylov(StepwiseOptimizer):
         params: Iterable[Any],
         *,
         lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
         max_step_norm: float | None = None,
         curvature: CurvatureChoice | None = None,
         solver: Solver | None = None,
@@ -134,7 +137,7 @@ class NewtonKrylov(StepwiseOptimizer):
             variance_every=variance_every,
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
-        options = {"lr": lr}
+        options = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(
             params,
             memory,
@@ -211,12 +214,17 @@ class NewtonKrylov(StepwiseOptimizer):
         if pieces is None:
             return self._frozen(closure)
         self._begin(closure)
-        return FrozenPieces(pieces.pieces, self._parameters, self._holds_gradients(), pieces.memory_budget)
+        where = self._parameters, self._holds_gradients(), self._penalty()
+        return FrozenPieces(pieces.pieces, *where, pieces.memory_budget)
 
     def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
         return Attempt(
             self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
         )
+
+    def _chosen(self) -> dict[str, Any]:
+        names = ("curvature", "solver", "forcing", "step", "damping")
+        return {name: getattr(self._strategies, name) for name in names} | {"preconditioning": self._preconditioning}
 
     def _parts(self) -> dict[str, Any]:
         return {"preconditioner": self._preconditioner.state_dict()}

@@ -100,8 +100,9 @@ class StepRecord:
         step: how many steps were taken before this one.
         outcome: what became of the step.
         status: why the Krylov iteration ended, which is not what became of the step; None if there was none.
-        loss, new_loss: f before and after the step; equal unless it was accepted.
-        gradient_norm: ‖g‖ before the step.
+        loss, new_loss: f before and after the step, weight decay included; equal unless it was accepted.
+        penalty, new_penalty: the part of them that is weight decay; the rest is the closure's loss.
+        gradient_norm: ‖g‖ before the step, weight decay included.
         gradient_variance: the trace of the covariance of g as a mean over examples, estimated from two halves; of the
             part that the curvature was taken from, if there was one. nan where it was not asked for.
         iterations: Krylov iterations, that is, directions the solution was built from.
@@ -126,6 +127,8 @@ class StepRecord:
     loss: float
     new_loss: float
     gradient_norm: float
+    penalty: float = 0.0
+    new_penalty: float = 0.0
     gradient_variance: float = math.nan
     iterations: int = 0
     products: int = 0

@@ -53,6 +53,21 @@ class StepAttempt(ABC):
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
 
     @property
+    def of_closure(self) -> tuple[Tensor, Tensor]:
+        """As :attr:`start`, of the closure's loss alone, without the penalty."""
+        loss, gradient = self.start
+        penalty = self._frozen.penalty
+        if penalty is None:
+            return loss, gradient
+        w = self._parameters.flatten(self._snapshot)
+        return loss - penalty.value(w), torch.addcmul(gradient, penalty.factors, w, value=-1)
+
+    def penalty_now(self) -> float:
+        """What is added to the closure's loss where the parameters are."""
+        penalty = self._frozen.penalty
+        return 0.0 if penalty is None else penalty.value(self._parameters.get())
+
+    @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
         return self._frozen.returned
@@ -67,6 +82,7 @@ class StepAttempt(ABC):
             loss=float(loss),
             new_loss=float(loss),
             gradient_norm=float(gradient.norm()),
+            penalty=self.penalty_now(),
             radius=radius,
             cost=cost,
         )

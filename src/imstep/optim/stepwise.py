@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.penalty import Penalty
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
@@ -28,6 +29,7 @@ from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.saving import SavedOptimizer
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.strategies import short
 
 _OF_OTHERS = ("name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 """Options of groups that schedulers and loggers write for themselves."""
@@ -64,7 +66,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         memory: before the first step.
-        options: of the parameter groups: ``lr``.
+        options: of the parameter groups: ``lr`` and ``weight_decay``.
         max_step_norm: the longest step, > 0; None for no bound.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
         average: of the iterates; None for none.
@@ -119,7 +121,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
                 f"a parameter group has options that {name} makes no use of: {', '.join(unused)}. "
                 f"Leave them out; groups may differ in {options}."
             )
-        option_of({**self.defaults, **param_group}, "lr")
+        for name in ("lr", "weight_decay"):
+            option_of({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,6 +131,21 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         own = {name: value for name, value in self.__dict__.items() if name != "step"}
         state = {name: value for name, value in own.items() if not name.startswith("_optimizer_")}
         return {**state, "_left": [], "_stepping": False}
+
+    def __repr__(self) -> str:
+        parameters = self._parameters
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for _, dtype in parameters.forms)
+        parts = [f"{parameters.size:,} parameters", f"{' and '.join(dtypes)} on {parameters.device}"]
+        for name in ("lr", "weight_decay"):
+            values = dict.fromkeys(f"{option_of(group, name):.6g}" for group in self.param_groups)
+            parts.append(f"{name}={' and '.join(values)}")
+        parts += [] if math.isinf(self._longest) else [f"max_step_norm={self._longest:.6g}"]
+        parts += [f"{name}={short(strategy)}" for name, strategy in self._chosen().items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _chosen(self) -> dict[str, Any]:
+        """Strategies by the names of the constructor's arguments."""
+        return {}
 
     @abstractmethod
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
@@ -213,7 +231,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def _frozen(self, closure: Any) -> FrozenClosure:
         """The closure on its batch, at the parameters as they are now; a batch in pieces is evaluated as one."""
         self._begin(closure)
-        return FrozenClosure(MicroBatches.of(closure) or closure, self._parameters, self._holds_gradients())
+        whole = MicroBatches.of(closure) or closure
+        return FrozenClosure(whole, self._parameters, self._holds_gradients(), self._penalty())
 
     def _begin(self, closure: Any) -> None:
         """Take up the parameters as they are now, unless no step can be taken."""
@@ -222,6 +241,10 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._follow_parameters()
+
+    def _penalty(self) -> Penalty | None:
+        """What weight decay adds to the loss."""
+        return Penalty.of(options_of(self.param_groups, "weight_decay", self._parameters), self._parameters)
 
     def _pace(self) -> Pace:
         """What is taken of a step."""
@@ -260,9 +283,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         elif self._average is not None:
             self._average.take(self._parameters)
         self._memory = replace(memory, steps=memory.steps + 1)
-        self.last_step = replace(record, seconds=time.perf_counter() - started)
+        self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
-        loss, gradient = attempt.start
+        loss, gradient = attempt.of_closure
         self._left = []
         for p, g in zip(self._parameters.tensors, self._parameters.unflatten(gradient), strict=True):
             p.grad = g.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,10 @@ class _KroneckerPreconditioner(Preconditioner):
         self._factors = KroneckerFactors(parameters, kind.decay)
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
         self._steps = self._due = 0
+        self._decay: tuple[float, ...] | None = None  # of each parameter
         self._inverse: LinearOperator | None = None
         self._inverse_damping = 0.0  # 0: out of date
+        self._inverse_decay: tuple[float, ...] | None = None
 
     def observer(self) -> LayerObserver | None:
         due = self._steps >= self._due
@@ -68,6 +71,7 @@ class _KroneckerPreconditioner(Preconditioner):
 
     def refresh(self, evidence: Evidence) -> Cost:
         point, observer = evidence.point, evidence.observer
+        self._decay = None if point.penalty is None else point.penalty.rates
         if observer is None or not point.convex or not self._factors.update(point, observer, self._generator):
             return Cost()
         self._inverse_damping = 0.0
@@ -75,9 +79,16 @@ class _KroneckerPreconditioner(Preconditioner):
 
     def operator(self, damping: float) -> LinearOperator | None:
         # Inverting costs as much as several gradients on wide layers; a factor of two in λ is not worth it.
-        if not 0.5 * self._inverse_damping < damping < 2 * self._inverse_damping:
-            self._inverse, self._inverse_damping = self._factors.preconditioner(damping), damping
+        before, now = self._shifts(self._inverse_damping, self._inverse_decay), self._shifts(damping, self._decay)
+        near = all(0.5 * old < new < 2 * old for old, new in zip(before, now, strict=True))
+        if self._inverse_damping == 0 or not near:
+            self._inverse_damping, self._inverse_decay = damping, self._decay
+            self._inverse = self._factors.preconditioner(damping, self._decay)
         return self._inverse
+
+    def _shifts(self, damping: float, decay: Sequence[float] | None) -> list[float]:
+        """What is added to the curvature of each parameter."""
+        return [damping + rate for rate in decay or [0.0] * len(self._parameters.tensors)]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -85,6 +96,7 @@ class _KroneckerPreconditioner(Preconditioner):
             "due": self._due,
             "generator": self._generator.get_state(),
             "inverse_damping": self._inverse_damping,
+            "inverse_decay": None if self._inverse_decay is None else list(self._inverse_decay),
             "factors": self._factors.state_dict(),
         }
 
@@ -95,4 +107,8 @@ class _KroneckerPreconditioner(Preconditioner):
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])
         self._inverse_damping = state["inverse_damping"]
-        self._inverse = self._factors.preconditioner(self._inverse_damping) if self._inverse_damping else None
+        decay = state.get("inverse_decay")
+        self._inverse_decay = None if decay is None else tuple(decay)
+        self._inverse = None
+        if self._inverse_damping:
+            self._inverse = self._factors.preconditioner(self._inverse_damping, self._inverse_decay)

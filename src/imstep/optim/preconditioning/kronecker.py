@@ -103,7 +103,7 @@ class _KroneckerPreconditioner(Preconditioner):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "factors" not in state:
             raise ValueError(OTHER_STATE)
-        self._steps, self._due = state["steps"], state["due"]
+        self._steps, self._due = state["steps"], state.get("due", 0)  # older states refresh at once
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])
         self._inverse_damping = state["inverse_damping"]

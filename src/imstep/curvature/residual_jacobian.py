@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.later import as_evaluated
+from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import GradientRows, StackedRows, gather_rows
+from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError, Residuals
 from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
-from imstep.linalg import DenseRows, GramMatrix, RowMatrix
+from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
@@ -68,10 +69,10 @@ class JacobianRows(RowMatrix):
         return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
 
     def in_units(self, units: Tensor) -> RowMatrix:
-        """J D⁻¹ for D (n,) > 0; as compact as J where D has one entry for each parameter, else written out."""
+        """J D⁻¹ for D (n,) > 0; as compact as J where D has one entry for each parameter."""
         pieces = units.split(self._sizes)
         if not all(bool((piece == piece[0]).all()) for piece in pieces if len(piece)):
-            return DenseRows(self.written_out() / units)
+            return ScaledRows(self, units)
         pairs = zip(self._parts, pieces, strict=True)
         parts = [None if part is None else part.over(float(piece[0])) for part, piece in pairs]
         return JacobianRows(parts, self._sizes, self.shape[0], self.device)
@@ -215,9 +216,10 @@ def _parts(
     if known.dependent:
         return none, list(range(len(tensors)))
     told = [use for use in uses.known if use.parameter not in uses.unknown]
+    gathered = lambda groups: _gathered(groups, told, uses.derived, tensors)
     groups = known.groups(residuals, told)
     if groups is not None:
-        parts = _gathered(groups, told, tensors)
+        parts = gathered(groups)
         wrong = check.wrong(parts)
         if uses.unknown.issuperset(wrong):
             return parts, sorted(uses.unknown)
@@ -234,21 +236,28 @@ def _parts(
         known.dependent = True
         return none, list(range(len(tensors)))
     known.remember(groups)
-    parts = _gathered(groups, told, tensors)
+    parts = gathered(groups)
     return parts, sorted(uses.unknown.union(check.wrong(parts)))
 
 
-def _gathered(groups: Sequence[Group], uses: Sequence[Use], tensors: Sequence[Tensor]) -> list[GradientRows | None]:
+def _gathered(
+    groups: Sequence[Group], uses: Sequence[Use], derived: Sequence[Derived], tensors: Sequence[Tensor]
+) -> list[GradientRows | None]:
     """The rows for each parameter; None where it has none."""
-    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in tensors]
-    members = [1] * len(tensors)
+    sizes = [*(p.numel() for p in tensors), *(theta.shape.numel() for theta in derived)]
+    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
+    members = [1] * len(sizes)
     for group in groups:
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     count = len(groups[0].members)
     parts: list[GradientRows | None] = []
-    for own, of, p in zip(pieces, members, tensors, strict=True):
-        gathered = [gather_rows(own[e], count, p.numel() // of) for e in range(of)] if own else []
-        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, p.numel() // of))
-    return parts
+    for own, of, size in zip(pieces, members, sizes, strict=True):
+        gathered = [gather_rows(own[e], count, size // of) for e in range(of)] if own else []
+        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, size // of))
+    for theta, part in zip(derived, parts[len(tensors) :], strict=True):
+        for at, rows in theta.pull_back(part.written_out(), tensors) if part is not None else ():
+            before = parts[at]
+            parts[at] = PlainRows(rows if before is None else before.written_out() + rows)
+    return parts[: len(tensors)]

@@ -43,6 +43,8 @@ class RidgeLeastSquares(DampedLeastSquares):
         tensor([ 1.8000, -1.0000], dtype=torch.float64)
     """
 
+    kind = "ridge"
+
     def __init__(self, jacobian: LinearOperator, space: StepSpace, factors: Tensor, at: Tensor, more: float) -> None:
         super().__init__(len(at))
         self._jacobian, self._space, self._factors, self._at, self._more = jacobian, space, factors, at, more

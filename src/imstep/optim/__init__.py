@@ -4,6 +4,13 @@ from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
+from imstep.optim.globalized import (
+    CubicRegularization,
+    Dogleg,
+    PreconditionedGradient,
+    SaddleFree,
+    TwoDimensionalSubspace,
+)
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.micro_batches import MicroBatches
@@ -34,7 +41,9 @@ __all__ = [
     "ColumnNorms",
     "ConjugateGradient",
     "Cost",
+    "CubicRegularization",
     "Direct",
+    "Dogleg",
     "ExactHessian",
     "ExponentialAverage",
     "FixedProducts",
@@ -53,8 +62,10 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "PreconditionedGradient",
     "Recycling",
     "ResidualForcing",
+    "SaddleFree",
     "Scaling",
     "Solver",
     "SquaredGradients",
@@ -63,6 +74,7 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TwoDimensionalSubspace",
     "Unscaled",
     "minimize",
 ]

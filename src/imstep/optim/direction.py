@@ -64,7 +64,7 @@ class Direction:
             vector=factor * self.vector,
             image=factor * self.image,
             slope=factor * self.slope,
-            curvature=factor**2 * self.curvature,
+            curvature=factor * (factor * self.curvature),
             norm=factor * self.norm,
         )
 
@@ -74,18 +74,26 @@ class Direction:
 
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
-    """The solution that a solver has found; or, where rounding has left no descent, -g.
+    """The solution that a solver has found; or, where rounding has left no descent, -τg, τ = gᵀg / |gᵀAg|.
 
-    No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more.
+    No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more; alone it has the length of
+    a gradient, in other units than a step.
     """
     vector, image = result.solution, result.image
     numbers = _along(gradient, vector, image)
     found = Direction(vector, image, *numbers, result.status, result.iterations, pairs=result.pairs)
     if found.descends(gradient) and math.isfinite(found.curvature):
         return found
-    found = found.moved(-gradient, operator @ -gradient, gradient)
+    return downhill(found, operator, -gradient, gradient)
+
+
+def downhill(found: Direction, operator: LinearOperator, vector: Tensor, gradient: Tensor) -> Direction:
+    """In place of another direction τv, τ = -gᵀv / |vᵀAv|, for a vector v (n,) along which the loss falls."""
+    found = found.moved(vector, operator @ vector, gradient)
     # Nothing is known of the curvature where it is not finite; the trials will tell.
-    return found if math.isfinite(found.curvature) else replace(found, curvature=0.0)
+    found = found if math.isfinite(found.curvature) else replace(found, curvature=0.0)
+    factor = -found.slope / abs(found.curvature) if found.curvature else 1.0
+    return found.times(factor) if 0 < factor * found.norm <= torch.finfo(vector.dtype).max else found
 
 
 def combined(

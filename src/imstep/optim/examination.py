@@ -66,7 +66,7 @@ class Examination(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         self._point = self._frozen.linearise()
         record, memory = self._opened(Cost(linearisations=1)), self._memory
-        if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
+        if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), memory
         self.found = stationarity_at(
             self._point, self._parameters, self._typical, self._held(), seed=memory.steps
@@ -85,7 +85,8 @@ class Examination(StepAttempt):
             return record, memory
         model = self._line(direction)
         search = Armijo()
-        trials = try_steps(search, search.initial(), self._along(direction), NEWTON_TRIALS)
+        longest = memory.reach / direction.norm
+        trials = try_steps(search, search.initial(), self._along(direction), NEWTON_TRIALS, longest)
         if trials.accepted:
             record = replace(record, status=direction.status)
             return self._finish(record, model, direction, trials, direction), memory

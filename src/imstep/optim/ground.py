@@ -31,7 +31,8 @@ class Ground:
         jacobian: J at w, with ρ.
         units: D (n,), in which entries of a step are measured; None for 1.
         space: damped least squares with J D⁻¹.
-        ridge: what ``space`` solves for where there is a penalty, else None.
+        factorised: what J is factorised into for them.
+        ridge: ``space``'s where there is a penalty, else None.
         scale: λ is a multiple of it.
         rounding: of a decrease of the loss.
         reach: the longest ‖D d‖ allowed.
@@ -40,6 +41,7 @@ class Ground:
     jacobian: ResidualJacobian
     units: Tensor | None
     space: StepSpace
+    factorised: DampedLeastSquares
     ridge: RidgeLeastSquares | None
     scale: float
     rounding: float
@@ -93,7 +95,7 @@ def ground_at(
         # A λ above all eigenvalues leaves the gradient itself, which must not be left out.
         size = min(damping + more, LEAST_SHARE * scaled.squared_norm())
         space = settings.factorisation.of(scaled, settings.share * size, draw=memory.steps)
-    ridge = None
+    ridge, factorised = None, space.reduced
     if penalty is not None:
         factors, at = penalty.factors.double(), w
         if units is not None:
@@ -102,7 +104,8 @@ def ground_at(
         space = StepSpace(ridge, ridge.vector)
     reach = settings.scaling.reach(w if units is None else units * w, first=memory.steps == 0)
     rounding = _rounding(jacobian, penalty, w, torch.finfo(jacobian.loss.dtype).eps)
-    return Ground(jacobian, units, space, ridge, memory.curvature_scale, rounding, reach), memory
+    ground = Ground(jacobian, units, space, factorised, ridge, memory.curvature_scale, rounding, reach)
+    return ground, memory
 
 
 def _in_units(jacobian: ResidualJacobian, units: Tensor | None) -> RowMatrix:

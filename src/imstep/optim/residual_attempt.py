@@ -78,8 +78,22 @@ class ResidualAttempt(StepAttempt):
         return self._loss, self._gradient
 
     def run(self) -> tuple[StepRecord, Memory]:
-        memory = self._memory
-        jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
+        record = self._started(self._linearise)
+        memory, jacobian = self._memory, self._jacobian
+        if not record.finite:
+            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+        memory = memory.meet(record.gradient_norm)
+        if record.gradient_norm <= self._settings.tolerance:
+            record = replace(record, cost=record.cost + Cost(linearisations=1))
+            return self._stationary(record, memory, self._frozen.linearise())
+        where = self._parameters, self._settings, memory, self._box
+        ground, memory = ground_at(jacobian, self._penalty, *where)
+        record = replace(record, factorisation=ground.factorised.kind, rank=ground.factorised.rank)
+        return self._search(record, memory, ground)
+
+    def _linearise(self) -> StepRecord:
+        """Residuals, Jacobian and gradient."""
+        self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
         self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         self._penalty = self._frozen.settle_penalty(jacobian.used)
@@ -88,17 +102,7 @@ class ResidualAttempt(StepAttempt):
             self._loss = jacobian.loss + self._penalty.value(w)
             self._gradient = self._gradient + self._penalty.factors * w
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
-        record = replace(record, gradient_norm=float(self._free(self._gradient).norm()))
-        if not (math.isfinite(record.loss) and bool(self._gradient.isfinite().all())):
-            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
-        memory = memory.meet(record.gradient_norm)
-        if record.gradient_norm <= self._settings.tolerance:
-            record = replace(record, cost=record.cost + Cost(linearisations=1))
-            return self._stationary(record, memory, self._frozen.linearise())
-        ground, memory = ground_at(
-            jacobian, self._penalty, self._parameters, self._settings, memory, self._box
-        )
-        return self._search(record, memory, ground)
+        return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
 
     # --- trials -------------------------------------------------------------------------------------------------
 

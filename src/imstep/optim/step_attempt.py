@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -39,7 +40,7 @@ class StepAttempt(ABC):
         self, memory: Memory, parameters: ParameterVector, frozen: FrozenBatch, pace: Pace | None = None
     ) -> None:
         self._memory, self._parameters, self._frozen, self._pace = memory, parameters, frozen, pace or Pace()
-        self._snapshot = parameters.snapshot()
+        self._snapshot = self._found = parameters.snapshot()
         self._keep = False
         self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
 
@@ -59,13 +60,17 @@ class StepAttempt(ABC):
         penalty = self._frozen.penalty
         if penalty is None:
             return loss, gradient
-        w = self._parameters.flatten(self._snapshot)
-        return loss - penalty.value(w), torch.addcmul(gradient, penalty.factors, w, value=-1)
+        return loss - penalty.value(self.origin), torch.addcmul(gradient, penalty.factors, self.origin, value=-1)
 
     def penalty_now(self) -> float:
         """What is added to the closure's loss where the parameters are."""
         penalty = self._frozen.penalty
         return 0.0 if penalty is None else penalty.value(self._parameters.get())
+
+    @property
+    def origin(self) -> Tensor:
+        """Where the step began, (n,)."""
+        return self._parameters.flatten(self._snapshot)
 
     @property
     def returned(self) -> Tensor | None:
@@ -86,6 +91,30 @@ class StepAttempt(ABC):
             radius=radius,
             cost=cost,
         )
+
+    def _started(self, evaluate: Callable[[], StepRecord]) -> StepRecord:
+        """The opened record; where the start is not finite, that of where the last step began, if it is finite there.
+
+        No trial of a step looks at the gradient: the next step does so for nothing.
+        """
+        record = evaluate()
+        previous = self._memory.previous
+        if record.finite or previous is None or self._parameters.norm() != self._memory.size:
+            return record
+        here = self._parameters.get()
+        self._parameters.set(previous)
+        spent = record.cost + Cost(gradients=1)
+        if not self._finite_here():
+            self._parameters.restore(self._snapshot)
+            return replace(record, cost=spent)
+        self._memory = self._memory.retreated(float((here - previous).norm()))
+        self._snapshot = self._parameters.snapshot()
+        record = evaluate()
+        return replace(record, went_back=True, cost=record.cost + spent)
+
+    @failing_as(False)
+    def _finite_here(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in self._frozen.gradient())
 
     # --- along a direction --------------------------------------------------------------------------------------
 
@@ -163,7 +192,7 @@ class StepAttempt(ABC):
             length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature)) or 1.0
             share = self._pace.share(direction.vector)
             taken = direction if self._pace.whole else direction.moved(share, torch.zeros_like(share), self.start[1])
-            length = min(length, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)
+            length = min(length, memory.reach, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)
             trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length, 10 * least)
             taken, trials = self._taken(Armijo(), taken, trials)
             record = self._finish(replace(record, status=direction.status), model, direction, trials, taken)
@@ -184,5 +213,5 @@ class StepAttempt(ABC):
 
     def undo(self) -> None:
         """Put back everything, as if the step had not been tried."""
-        self._parameters.restore(self._snapshot)
+        self._parameters.restore(self._found)
         self._frozen.undo()

@@ -163,7 +163,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if self._average is not None:
             self._average.forget()
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None, column_norms=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
 
     @needs_closure
     def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]
@@ -282,6 +282,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             self._load_parts(before)
         elif self._average is not None:
             self._average.take(self._parameters)
+        if record.accepted:
+            memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
         self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost

@@ -52,7 +52,8 @@ def kind(request: pytest.FixtureRequest) -> Preconditioning:
 
 def evidence(matrix: Tensor, gradient: Tensor, damping: float = 0.1) -> Evidence:
     class Point:
-        split = None
+        split = penalty = None
+        convex = False
 
     point: Any = Point()
     point.gradient = gradient

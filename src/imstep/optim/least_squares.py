@@ -12,6 +12,7 @@ from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
+from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
 from imstep.optim.residual_attempt import ResidualAttempt
@@ -56,6 +57,7 @@ class LeastSquares(StepwiseOptimizer):
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
@@ -108,6 +110,7 @@ class LeastSquares(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
+        average: Averaging | None = None,
     ) -> None:
         self._settings = Settings(
             damping or ContractionDamping(),
@@ -122,7 +125,14 @@ class LeastSquares(StepwiseOptimizer):
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         options = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, memory, options=options, max_step_norm=max_step_norm, max_refusals=max_refusals)
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:

@@ -1,0 +1,67 @@
+"""What docstrings say, in the words of the tool that sets the reference.
+
+Our docstrings are written for people and for doctest: ``Example:`` stands over an example, ``Source:`` and ``Cost:``
+begin a paragraph, arguments may share an entry, names are marked by Sphinx's roles. The site is made by mkdocstrings, which knows ``Examples:`` and
+Markdown links. This extension of its collector translates, so that no docstring has to.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from griffe import Docstring, Extension, Module
+
+REFERENCE = Path(__file__).resolve().parents[1]
+
+_ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|obj|exc):`(~?)([^`]+)`")
+_PARAGRAPH = re.compile(r"^( *)(Source|Cost): +(\S.*(?:\n\1 +\S.*)*)$", re.MULTILINE)
+_HEADING = re.compile(r"^( *)Example:$", re.MULTILINE)
+_SHARED = re.compile(r"^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +\S.*)*)$", re.MULTILINE)
+_CODE = re.compile(r"``([^`]+)``")
+
+
+def documented() -> dict[str, str]:
+    """Last part of a name, and the whole of it -> where the reference documents it."""
+    found: dict[str, str] = {}
+    for page in sorted(REFERENCE.glob("reference*.md")):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            found[name] = name
+            found.setdefault(name.rsplit(".", 1)[-1], name)
+    return found
+
+
+def link(name: str, targets: dict[str, str], shorten: bool = False) -> str:
+    """A link to what the reference documents, a method of it included; else the name as code."""
+    shown = f"`{name.rsplit('.', 1)[-1] if shorten else name}`"
+    owner, _, member = name.rpartition(".")
+    if name in targets:
+        return f"[{shown}][{targets[name]}]"
+    if owner in targets and member:
+        return f"[{shown}][{targets[owner]}.{member}]"
+    return shown
+
+
+def translated(text: str, targets: dict[str, str]) -> str:
+    """The docstring in Markdown, with the headings that the tool knows."""
+    text = _HEADING.sub(r"\1Examples:", text)
+    text = _SHARED.sub(lambda m: "\n".join(f"{m[1]}{name}{m[3]}" for name in m[2].split(", ")), text)
+    text = _PARAGRAPH.sub(lambda m: f"{m[1]}**{m[2]}.** " + re.sub(r"\n +", "\n" + m[1], m[3]), text)
+    text = _ROLE.sub(lambda m: link(m[2], targets, shorten=bool(m[1])), text)
+    return _CODE.sub(r"`\1`", text)
+
+
+class Translation(Extension):
+    """Translates every docstring of a package once it has been collected."""
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        """Called by the collector."""
+        self._walk(pkg, documented())
+
+    def _walk(self, obj: Any, targets: dict[str, str]) -> None:
+        if isinstance(obj.docstring, Docstring):
+            obj.docstring.value = translated(obj.docstring.value, targets)
+        for member in obj.members.values():
+            if not member.is_alias:
+                self._walk(member, targets)

@@ -10,21 +10,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imstep.bench.environment import environment
-from imstep.bench.files import write_atomically
+from imstep.runs.environment import environment
+from imstep.runs.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE / "records"
 DOCS = HERE.parent / "docs"
 Row = dict[str, Any]
 
 
+def path_of(name: str) -> Path:
+    """Where the record of a question lies: beside its program."""
+    return HERE / name.replace("-", "_") / "record.json"
+
+
 def complete(name: str, about: Mapping[str, Any], runs: Mapping[str, Callable[[], Row]]) -> dict[str, Any]:
-    """records/NAME.json with the runs that it lacks made, each saved at once; runs no longer asked for go.
+    """The record of a question with the runs that it lacks made, each saved at once; runs no longer asked for go.
 
     Numbers that are not finite are kept as text, which JSON has, and `float` reads back.
     """
-    path = RECORDS / f"{name}.json"
+    path = path_of(name)
     made: dict[str, Row] = load(name)["runs"] if path.exists() else {}
     for key, run in runs.items():
         if key not in made:
@@ -43,7 +47,7 @@ def _writable(value: Any) -> Any:
 
 def load(name: str) -> dict[str, Any]:
     """What `complete` wrote."""
-    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(path_of(name).read_text(encoding="utf-8"))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

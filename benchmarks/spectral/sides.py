@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import imstep
+from benchmarks.products.models import Subject
+from benchmarks.products.sides import twice_differentiable
 from imstep import spectral
-from product_models import Subject
-from product_sides import twice_differentiable
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line: parsing only. What the commands do is in `imstep.bench`."""
+"""The command line: parsing only. What the commands do is in `imstep.runs`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ except ImportError as error:  # pragma: no cover (the test environment has them)
     ) from error
 
 import imstep
-from imstep.bench.checkpoint import CheckpointError
-from imstep.bench.compare import DEFAULT_BUDGET as COMPARISON_BUDGET
-from imstep.bench.config import RunConfig
-from imstep.bench.contestants import DEFAULT_OPTIMIZERS
-from imstep.bench.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
-from imstep.bench.rows import TrainingError
-from imstep.bench.rundir import RunDirectoryError
-from imstep.bench.session import Manner, resume_run, start_run
-from imstep.bench.studies import ComparisonRequest, run_accuracy, run_comparison
 from imstep.curvature import NoResidualsError
+from imstep.runs.checkpoint import CheckpointError
+from imstep.runs.compare import DEFAULT_BUDGET as COMPARISON_BUDGET
+from imstep.runs.config import RunConfig
+from imstep.runs.contestants import DEFAULT_OPTIMIZERS
+from imstep.runs.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
+from imstep.runs.rows import TrainingError
+from imstep.runs.rundir import RunDirectoryError
+from imstep.runs.session import Manner, resume_run, start_run
+from imstep.runs.studies import ComparisonRequest, run_accuracy, run_comparison
 from imstep.tasks import TASKS, TaskError, get_task
 
 __all__ = ["app", "main"]

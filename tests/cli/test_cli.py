@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import imstep
-from imstep.bench.optimizers import OPTIMIZERS
 from imstep.cli import app
+from imstep.runs.optimizers import OPTIMIZERS
 from imstep.tasks import TASKS
 
 SMALL = ["--examples", "40", "--threads", "1"]

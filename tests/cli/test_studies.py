@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from imstep.bench.interrupt import Interrupt
-from imstep.bench.studies import ComparisonRequest
 from imstep.cli import app
+from imstep.runs.interrupt import Interrupt
+from imstep.runs.studies import ComparisonRequest
 
 
 def imstep_command(*words: str) -> Result:
@@ -40,7 +40,7 @@ def test_an_interrupted_comparison_is_reported_and_gone_on_with(
         requested = property(lambda self: (out / "comparison.json").exists(), lambda self, value: None)
 
     with monkeypatch.context() as patched:
-        patched.setattr("imstep.bench.studies.Interrupt", AfterTheFirst)
+        patched.setattr("imstep.runs.studies.Interrupt", AfterTheFirst)
         result = imstep_command("compare", "digits-mlp", *QUICK, "--batch-size", "15", "--out", str(out))
     assert result.exit_code == 130, result.output
     assert "Unfinished, without Adam" in " ".join(result.output.split())
@@ -61,7 +61,7 @@ def test_a_comparison_interrupted_at_once_leaves_nothing(tmp_path: Path, monkeyp
     class AtOnce(Interrupt):
         requested = property(lambda self: True, lambda self, value: None)
 
-    monkeypatch.setattr("imstep.bench.studies.Interrupt", AtOnce)
+    monkeypatch.setattr("imstep.runs.studies.Interrupt", AtOnce)
     result = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(tmp_path / "c"))
     assert result.exit_code == 130
     assert "nothing is kept" in result.output
@@ -103,7 +103,7 @@ def test_the_command_in_the_report_repeats_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_accuracy_writes_figure_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from imstep.bench import accuracy
+    from imstep.runs import accuracy
 
     few = {"float64": (1e-3, 1e-20), "float32": (1e-3, 1e-20)}
     monkeypatch.setattr(accuracy, "steps_of", few.__getitem__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import module_walk
+from benchmarks.coverage import module_walk
 
 MODULES = {info.name: info for info in module_walk.modules()}
 

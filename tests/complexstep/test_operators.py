@@ -1,13 +1,12 @@
-"""Every entry of PyTorch's operator database, two samples each; ``benchmarks/coverage.py`` walks all of them."""
+"""Every entry of PyTorch's operator database, two samples each; ``benchmarks/coverage`` walks all of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import directional_walk
-import operator_walk
-from operator_walk import Entry
+from benchmarks.coverage import directional_walk, operator_walk
+from benchmarks.coverage.operator_walk import Entry
 
 ENTRIES = {entry.formatted_name: entry for entry in operator_walk.yardstick()}
 

@@ -1,4 +1,4 @@
-"""Where the optimizer arrives from far away; whole and beside SciPy: benchmarks/more_garbow_hillstrom.py."""
+"""Where the optimizer arrives from far away; whole and beside SciPy: benchmarks/more_garbow_hillstrom."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import imstep
+from benchmarks.more_garbow_hillstrom.__main__ import network_case, rosenbrock_cases
+from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS, SumOfSquares
 from imstep.optim import MinimizeResult, Termination
-from mgh_problems import FUNCTIONS, SumOfSquares
-from more_garbow_hillstrom import network_case, rosenbrock_cases
 
 F64 = torch.float64
 # Curvatures from 1e-2 to 1e14 at the minimum: rounding alone leaves gradients far above the tolerance.

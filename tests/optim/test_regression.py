@@ -14,10 +14,10 @@ from optim_cases import F64, normal
 from torch import Tensor, nn
 
 import imstep
+from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS
+from benchmarks.nist.problems import REGRESSIONS
 from imstep.curvature.staleness import StaleLossError
 from imstep.optim import ColumnNorms, LeastSquares, MinimizeResult, StepOutcome
-from mgh_problems import FUNCTIONS
-from nist_problems import REGRESSIONS
 
 SETS = {regression.name: regression for regression in REGRESSIONS}
 T = torch.linspace(0, 1, 50, dtype=F64)
@@ -38,7 +38,7 @@ def fit(fun: Callable[[Tensor], Tensor], x0: Any, **options: Any) -> MinimizeRes
      ("Eckerle4", 0), ("DanWood", 1), ("Gauss2", 1), ("Kirby2", 0)],
 )  # fmt: skip
 def test_certified_values(name: str, start: int) -> None:
-    """All 54 runs: ``benchmarks/nist.py``."""
+    """All 54 runs: ``benchmarks/nist``."""
     regression = SETS[name]
     result = fit(regression, regression.starts[start])
     assert result.success, result.message

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
+from benchmarks.termination.unguarded import unguarded_solve
 from imstep.globalization import FixedStep, NoDamping
 from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, RelativeResidual, conjugate_gradient
 from imstep.optim import (
@@ -24,7 +25,6 @@ from imstep.optim import (
 )
 from imstep.optim.direction import combined, descent
 from imstep.optim.forcing import Forcing
-from unguarded import unguarded_solve
 
 
 class OneProduct(Forcing):

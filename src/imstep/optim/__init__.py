@@ -9,8 +9,8 @@ from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost, StepOutcome, StepRecord
-from imstep.optim.recycling import Recycling
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
     BlendedConjugateGradient,

@@ -15,7 +15,7 @@ from imstep.optim.attempt import Attempt
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.preconditioning import Kronecker, Preconditioning
-from imstep.optim.recycling import Recycling
+from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.optim.strategies import Strategies
@@ -141,7 +141,7 @@ class NewtonKrylov(StepwiseOptimizer):
         Raises:
             TypeError: an option that the constructor does not have.
 
-        Source: our choice by measurement, ``benchmarks/minibatch.py``.
+        Source: our choice by measurement, ``benchmarks/minibatch``.
 
         Example:
             >>> import torch

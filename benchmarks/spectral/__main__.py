@@ -1,0 +1,176 @@
+"""Eigenpairs, densities and traces of Hessians beside those of other packages.
+
+python -m benchmarks.spectral                  # everything; writes record.json and page.md beside this file
+python -m benchmarks.spectral --short          # one small model, low accuracy; prints, writes nothing
+python -m benchmarks.spectral --page           # the page again, from the record
+
+Peers are optional: pip install -c constraints.txt '.[peers]'. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import imstep  # noqa: E402
+from benchmarks.products.__main__ import environment  # noqa: E402
+from benchmarks.products.measure import failure  # noqa: E402
+from benchmarks.products.models import SUBJECTS, Subject, build  # noqa: E402
+from benchmarks.products.sides import remedy  # noqa: E402
+from benchmarks.spectral.page import page  # noqa: E402
+from benchmarks.spectral.sides import SIDES, Pairs, Side  # noqa: E402
+from imstep import spectral  # noqa: E402
+
+SEED = 0
+LIMIT = 3600.0
+"""Seconds for one question to one side; a budget that would be next is not tried beyond."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is asked.
+
+    Attributes:
+        models: names of `product_models`.
+        k, tol: eigenpairs, and their residuals relative to the largest eigenvalue.
+        steps, probes: of the density.
+        rtol: of the trace, with probability 95 %.
+        repeats: seeds on which a trace is judged.
+    """
+
+    models: tuple[str, ...] = ("GPT", "MLP", "ResNet-18")
+    k: int = 10
+    tol: float = 1e-6
+    steps: int = 100
+    probes: int = 10
+    rtol: float = 1e-2
+    repeats: int = 5
+
+
+SHORT = Size(("small",), k=3, tol=1e-5, steps=10, probes=2, rtol=0.1, repeats=2)
+
+
+def small(device: torch.device) -> Subject:
+    """A model that shows whether the program works."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).to(device)
+    x, y = torch.randn(64, 20, device=device), torch.randn(64, 5, device=device)
+    return Subject("small", "20-30-5 tanh, batch 64", model, x, y, nn.MSELoss())
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = work()
+    return time.perf_counter() - start, found
+
+
+def worst_residual(hessian: imstep.Hessian, pairs: Pairs) -> float:
+    """The largest residual relative to the largest eigenvalue, by products of imstep, in float64."""
+    vectors = pairs.vectors.to(hessian.dtype)
+    images = (hessian @ vectors.mT).mT.double()
+    vectors = vectors.double()
+    values = (vectors * images).sum(1) / vectors.square().sum(1)
+    residuals = (images - values[:, None] * vectors).norm(dim=1) / vectors.norm(dim=1)
+    return float(residuals.max() / values.abs().max())
+
+
+def ask_pairs(side: Side, hessian: imstep.Hessian, size: Size) -> dict[str, Any]:
+    """The time of the first budget whose residuals meet the tolerance; earlier ones do not count."""
+    entry: dict[str, Any] = {}
+    for budget in side.pair_budgets:
+        seconds, found = timed(lambda b=budget: side.pairs(size.k, size.tol, b, SEED))
+        residual = worst_residual(hessian, found)
+        entry = {"seconds": seconds, "residual": residual, "reached": residual <= size.tol, "budget": budget}
+        # Rounding of the products that check is no fault of a side.
+        if residual <= 1.5 * size.tol or seconds > LIMIT:
+            entry["reached"] = residual <= 1.5 * size.tol
+            break
+    return entry
+
+
+def ask_trace(side: Side, reference: float, size: Size) -> dict[str, Any]:
+    """The mean time of the first budget whose root mean square error is half of the tolerance: 95 % lie within it."""
+    entry: dict[str, Any] = {}
+    for budget in side.trace_budgets:
+        runs = [timed(lambda b=budget, s=seed: side.trace(size.rtol, b, s)) for seed in range(size.repeats)]
+        seconds = sum(seconds for seconds, _ in runs) / len(runs)
+        error = (sum((value / reference - 1) ** 2 for _, value in runs) / len(runs)) ** 0.5
+        entry = {"seconds": seconds, "error": error, "reached": error <= size.rtol / 2, "budget": budget}
+        if entry["reached"] or seconds > LIMIT:
+            break
+    return entry
+
+
+def ask(kind: type[Side], subject: Subject, hessian: imstep.Hessian, trace: float, size: Size) -> dict[str, Any]:
+    """All three questions to one side."""
+    try:
+        metadata.version(kind.package)
+    except metadata.PackageNotFoundError:
+        return {"failure": "not installed"}
+    side, entry = kind(subject), {}
+    questions = {
+        "pairs": lambda: ask_pairs(side, hessian, size),
+        "density": lambda: {"seconds": timed(lambda: side.density(size.steps, size.probes, SEED))[0], "reached": True},
+        "trace": lambda: ask_trace(side, trace, size),
+    }
+    for name, question in questions.items():
+        try:
+            entry[name] = question()
+        except Exception as error:
+            entry[name] = {"failure": failure(error)}
+        print(f"{subject.name}, {kind.name}, {name}: {entry[name]}", flush=True)
+    return entry
+
+
+def measure(name: str, size: Size) -> dict[str, Any]:
+    """All sides on one model, one after the other."""
+    subject = build(name, torch.device("cpu"), SEED)
+    remedy(subject)
+    hessian = imstep.Hessian(subject.closure, subject.model)
+    reference = spectral.trace(hessian, size.rtol / 4, seed=SEED + 100, max_products=20_000)
+    print(f"{subject.name}, the trace to compare with: {reference}", flush=True)
+    sides = {kind.name: ask(kind, subject, hessian, reference.value, size) for kind in SIDES}
+    return {
+        "description": subject.description,
+        "parameters": hessian.size,
+        "trace": asdict(reference),
+        "load_average": os.getloadavg()[0],
+        "sides": sides,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    path, size = HERE / "record.json", SHORT if options.short else Size()
+    if not options.page:
+        torch.set_num_threads(options.threads)
+        SUBJECTS["small"] = small
+        record: dict[str, Any] = {**environment(options.threads), "size": asdict(size), "models": {}}
+        for name in size.models:
+            record["models"][name] = measure(name, size)
+            if not options.short:  # what is measured stays, should a later model fail
+                path.write_text(json.dumps(record, indent=1) + "\n")
+        if options.short:
+            print(page(record))
+            return
+    (HERE / "page.md").write_text(page(json.loads(path.read_text())))
+    print((HERE / "page.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

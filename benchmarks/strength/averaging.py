@@ -1,0 +1,49 @@
+"""Any optimizer, evaluated at the running average of its iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from imstep.runs.steppers import Stepper, StepResult
+from imstep.tasks import Batch, Problem
+
+
+class AveragedStepper(Stepper):
+    """Another stepper's steps; what is evaluated is PyTorch's exponential average of the parameters.
+
+    Args:
+        stepper: makes the steps.
+        model: whose parameters it moves.
+        decay: weight of the past, in [0, 1).
+    """
+
+    def __init__(self, stepper: Stepper, model: nn.Module, decay: float = 0.9) -> None:
+        self._stepper, self._model = stepper, model
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._stepper.optimizer
+
+    def step(self, problem: Problem, batch: Batch) -> StepResult:
+        result = self._stepper.step(problem, batch)
+        self._average.update_parameters(self._model)
+        return result
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for p, q in zip(self._model.parameters(), self._average.module.parameters(), strict=True):
+                p.data, q.data = q.data, p.data

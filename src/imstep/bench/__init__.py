@@ -1,1 +1,0 @@
-"""Training runs, baselines, comparisons and their records."""

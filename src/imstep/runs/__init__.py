@@ -1,0 +1,1 @@
+"""Training runs, baselines, comparisons, their records and reports."""

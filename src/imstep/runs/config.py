@@ -1,0 +1,137 @@
+"""What defines a run, and how a run is built from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from imstep.runs.optimizers import get_optimizer
+from imstep.runs.rows import Limits, Schedule, TrainingError
+from imstep.runs.runner import Trainer
+from imstep.tasks import get_task
+
+__all__ = ["RunConfig"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LIMITS = ("epochs", "budget", "seconds")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+    "float | None": (int, float, type(None)),
+    "dict[str, float]": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers.
+
+    Args:
+        task: name of a task.
+        optimizer: name of an optimizer.
+        options: its options; what is left out takes its default.
+        seed: initial weights, order of mini-batches, dropout.
+        epochs, budget, seconds: limits; the first reached ends the run.
+        batch_size: examples per step; None for the full batch.
+        device: a torch device such as "cpu" or "cuda:0".
+        dtype: "float32" or "float64".
+        threads: CPU threads of torch; part of the run, because sums depend on it.
+        data: folder of the data set, or None.
+        examples: train on the first so many examples, or None for all.
+        evaluate_every: epochs between evaluations.
+    """
+
+    task: str
+    optimizer: str
+    options: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    epochs: float | None = None
+    budget: float | None = None
+    seconds: float | None = None
+    batch_size: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    data: str | None = None
+    examples: int | None = None
+    evaluate_every: float = 1.0
+
+    @property
+    def limits(self) -> Limits:
+        """When the run ends.
+
+        Raises:
+            TrainingError: no limit, or one that is not above zero.
+        """
+        return Limits(self.epochs, self.budget, self.seconds)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what decides each step; limits and the data's folder may change on resuming."""
+        decisive = {k: v for k, v in asdict(self).items() if k not in (*_LIMITS, "data")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The config that `to_dict` wrote.
+
+        Raises:
+            TrainingError: a key is missing or unknown, or a value is of the wrong type.
+        """
+        known = {f.name: str(f.type) for f in fields(cls)}
+        odd = sorted(set(values) ^ set(known))
+        if odd:
+            state = "missing" if odd[0] in known else "unknown"
+            raise TrainingError(f"the configuration's {odd[0]!r} is {state}: it is another version's.")
+        for name, kind in known.items():
+            if not isinstance(values[name], _TYPES[kind]):
+                raise TrainingError(f"the configuration's {name!r} is {values[name]!r}, expected {kind}.")
+        return cls(**values)
+
+    def build(self) -> Trainer:
+        """Task, model and optimizer at their start. Sets torch's number of threads for this process.
+
+        Raises:
+            TaskError, OptimizerError, TrainingError: a setting that cannot be; the message says why.
+        """
+        spec = get_optimizer(self.optimizer)
+        options, dtype, device = spec.resolve(self.options), self._dtype(), self._device()
+        if self.threads < 1:
+            raise TrainingError(f"threads={self.threads}: give at least one.")
+        torch.set_num_threads(self.threads)
+        problem = get_task(self.task).build(
+            self.seed, device=device, dtype=dtype, data=self.data, examples=self.examples
+        )
+        return Trainer(
+            problem,
+            spec.create(problem, **options),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            schedule=Schedule(self.evaluate_every),
+        )
+
+    def _dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise TrainingError(f"dtype={self.dtype!r}: training runs in {' or '.join(DTYPES)}.")
+        return DTYPES[self.dtype]
+
+    def _device(self) -> torch.device:
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"device={self.device!r} cannot be used here: {reason}") from error
+        return device

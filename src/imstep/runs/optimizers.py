@@ -1,0 +1,181 @@
+"""The optimizers that can be named, and the options they take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from imstep.globalization import ContractionDamping
+from imstep.optim import LeastSquares
+from imstep.runs.newton_krylov import OPTIONS, make_newton_krylov
+from imstep.runs.steppers import (
+    LOSS_COST,
+    GradientStepper,
+    LBFGSStepper,
+    Stepper,
+    StepResult,
+    StepwiseStepper,
+)
+from imstep.tasks import Problem
+
+__all__ = [
+    "LOSS_COST",
+    "OPTIMIZERS",
+    "OptimizerError",
+    "OptimizerSpec",
+    "StepResult",
+    "Stepper",
+    "get_optimizer",
+]
+
+
+class OptimizerError(ValueError):
+    """No such optimizer, or it does not take such an option; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A named optimizer and the options it takes.
+
+    Args:
+        name: what the command line calls it.
+        title: for tables and legends.
+        description: one sentence.
+        make: `make(problem, options)` -> Stepper; `options` has every key of `defaults`.
+        defaults: the options and their values when not given.
+        learning_rates: what a sweep tries; empty if there is nothing to tune.
+        full_batch: whether it is meant for the full batch when no batch size is asked for.
+    """
+
+    name: str
+    title: str
+    description: str
+    make: Callable[[Problem, Mapping[str, float]], Stepper]
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    full_batch: bool = False
+
+    def resolve(self, options: Mapping[str, float] | None = None) -> dict[str, float]:
+        """`defaults` overridden by `options`.
+
+        Raises:
+            OptimizerError: an option that this optimizer does not have.
+        """
+        given = dict(options or {})
+        unknown = [key for key in given if key not in self.defaults]
+        if unknown:
+            known = ", ".join(f"{key}={value:g}" for key, value in self.defaults.items()) or "none"
+            raise OptimizerError(f"{self.name} has no option {unknown[0]!r}. Its options: {known}.")
+        return {**self.defaults, **given}
+
+    def create(self, problem: Problem, **options: float) -> Stepper:
+        """A fresh optimizer of the problem's parameters.
+
+        Raises:
+            OptimizerError: an unknown option, or a value that the optimizer refuses.
+        """
+        resolved = self.resolve(options)
+        try:
+            return self.make(problem, resolved)
+        except ValueError as error:
+            raise OptimizerError(f"{self.name} refuses {resolved}: {error}") from error
+
+
+def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    damping = ContractionDamping(initial=options["damping"])
+    return StepwiseStepper(
+        LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]))
+    )
+
+
+def _adam(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    betas = (options["beta1"], options["beta2"])
+    return GradientStepper(torch.optim.Adam(problem.parameters, lr=options["lr"], betas=betas))
+
+
+def _sgd(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    return GradientStepper(
+        torch.optim.SGD(
+            problem.parameters,
+            lr=options["lr"],
+            momentum=options["momentum"],
+            nesterov=options["momentum"] > 0,
+        )
+    )
+
+
+def _lbfgs(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    return LBFGSStepper(
+        torch.optim.LBFGS(
+            problem.parameters,
+            lr=options["lr"],
+            history_size=int(options["history"]),
+            max_iter=int(options["max_iter"]),
+            # torch's defaults (1e-7, 1e-9) end steps early and stall the method before its best loss.
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+    )
+
+
+_ALL = (
+    OptimizerSpec(
+        "newton-krylov",
+        "NewtonKrylov",
+        "Newton steps by CG on complex-step curvature, Taylor error monitored. No learning rate.",
+        make_newton_krylov,
+        OPTIONS,
+        full_batch=True,
+    ),
+    OptimizerSpec(
+        "least-squares",
+        "LeastSquares",
+        "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
+        _least_squares,
+        {"damping": ContractionDamping().initial, "corrections": 8},
+        full_batch=True,
+    ),
+    OptimizerSpec(
+        "adam",
+        "Adam",
+        "Kingma and Ba 2015; one gradient a step.",
+        _adam,
+        {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999},
+        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    ),
+    OptimizerSpec(
+        "lbfgs",
+        "L-BFGS",
+        "torch's L-BFGS with the strong Wolfe line search; every evaluation inside a step is counted.",
+        _lbfgs,
+        {"lr": 1.0, "history": 100, "max_iter": 20},
+        full_batch=True,
+    ),
+    OptimizerSpec(
+        "sgd",
+        "SGD, Nesterov momentum",
+        "Stochastic gradient descent with Nesterov momentum; one gradient a step.",
+        _sgd,
+        {"lr": 0.1, "momentum": 0.9},
+        learning_rates=(0.03, 0.1, 0.3, 1.0),
+    ),
+)
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {spec.name: spec for spec in _ALL}
+
+
+def get_optimizer(name: str) -> OptimizerSpec:
+    """The optimizer of that name.
+
+    Raises:
+        OptimizerError: there is none; names the nearest and lists all.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise OptimizerError(f"there is no optimizer {name!r}.{hint} Optimizers: {', '.join(OPTIMIZERS)}.")

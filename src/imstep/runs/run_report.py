@@ -1,0 +1,112 @@
+"""A page about one training run: losses over cost and time, what it used, the anatomy of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from imstep.runs.anatomy import anatomy_figure
+from imstep.runs.config import RunConfig
+from imstep.runs.files import write_atomically
+from imstep.runs.page import page, section
+from imstep.runs.records import Run
+from imstep.runs.surfaces import surfaces_figure
+from imstep.runs.theme import Theme, linear_axis, log_axis, svg
+from imstep.tasks import Surface, get_task
+
+__all__ = ["save_run_report"]
+
+POINTS = 1000
+"""At most so many points a line: a long run's page stays small."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def save_run_report(
+    path: Path,
+    config: RunConfig,
+    rows: Rows,
+    facts: Mapping[str, str],
+    surfaces: tuple[Surface, Surface] | None = None,
+) -> Path:
+    """Write a self-contained `report.html` into a run directory.
+
+    Args:
+        path: the run directory.
+        config: the run.
+        rows: the lines of steps.jsonl.
+        facts: name -> text, what the run reached and used.
+        surfaces: the solution and the network, to be drawn.
+    """
+    task = get_task(config.task)
+    losses = svg(partial(_losses, rows), "losses", "Losses over cost and seconds")
+    steps = tuple({**row["record"], "cost": row["cost"]} for row in rows if row.get("record"))
+    sections = [
+        section("Losses", losses),
+        section("Steps", svg(partial(anatomy_figure, _as_run(config, steps)), "steps", "Steps"))
+        if steps
+        else "",
+        _solution(surfaces, config.optimizer),
+        section("What it reached and used", _list(facts)),
+        section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
+    ]
+    text = page(task.title, "imstep train", f"{task.description} Trained by {config.optimizer}.", "\n".join(sections))
+    file = path / "report.html"
+    write_atomically(file, text.encode())
+    return file
+
+
+def _solution(surfaces: tuple[Surface, Surface] | None, label: str) -> str:
+    if surfaces is None:
+        return ""
+    draw = partial(surfaces_figure, surfaces[0], [(label, surfaces[1])])
+    return section("Solution", svg(draw, "surfaces", "Solution and error"))
+
+
+def _as_run(config: RunConfig, steps: tuple[dict[str, Any], ...]) -> Run:
+    """The steps in the form that the comparison's figures take."""
+    return Run(config.optimizer, config.optimizer, dict(config.options), points=(), anatomy=steps)
+
+
+def _losses(rows: Rows, theme: Theme) -> Figure:
+    """Batch, training and held-out loss over gradient-equivalents and over seconds."""
+    figure = Figure(figsize=(10.4, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, clock in ((left, "cost"), (right, "seconds")):
+        _lines(axes, rows, clock, theme)
+        linear_axis(axes, "x")
+        axes.set_xlim(left=0)
+    left.set(title="Loss by cost", xlabel="gradient-equivalents")
+    right.set(title="Loss by the clock", xlabel="seconds in steps")
+    left.legend(frameon=False)
+    return figure
+
+
+def _lines(axes: Axes, rows: Rows, clock: str, theme: Theme) -> None:
+    # A step's loss is that at its start, where the row before it ended; evaluations move neither clock.
+    starts = [0.0, *(row[clock] for row in rows)]
+    timed = list(zip(starts, rows, strict=False))
+    seen: list[float] = []
+    for key, label, color, width in (
+        ("loss", "batch, at the start of a step", theme.muted, 0.7),
+        ("train_loss", "training set", theme.series[0], 2.2),
+        ("heldout_loss", "held out", theme.series[1], 2.2),
+    ):
+        points = [(at, row[key]) for at, row in timed if row.get(key) is not None and row[key] > 0]
+        points = points[:: len(points) // POINTS + 1]
+        axes.plot(*(zip(*points, strict=True) if points else ((), ())), color=color, lw=width, label=label)
+        seen += [value for _, value in points]
+    decades = math.log10(max(seen) / min(seen)) if seen else 1.0
+    log_axis(axes, "y", decades=decades)
+
+
+def _list(facts: Mapping[str, str]) -> str:
+    entries = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    return f"<dl>{entries}</dl>"

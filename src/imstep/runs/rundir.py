@@ -1,0 +1,217 @@
+"""A run's folder: config.json, steps.jsonl (one line per step and evaluation), checkpoint/, report.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from imstep.runs.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from imstep.runs.config import RunConfig
+from imstep.runs.environment import environment
+from imstep.runs.files import write_atomically, write_json
+from imstep.runs.rows import Row, TrainingError
+from imstep.runs.runner import Trainer
+
+__all__ = ["RunDirectory", "RunDirectoryError"]
+
+FORMAT = "imstep-run"
+VERSION = 1
+
+
+class RunDirectoryError(RuntimeError):
+    """A run directory exists already, or is not one; the message says what to do."""
+
+
+class RunDirectory:
+    """The files of one run. Make it with `create` or `open`; close it, or use it as a context."""
+
+    def __init__(self, path: Path, config: RunConfig, made_in: Mapping[str, str]) -> None:
+        self.path = path
+        self.config = config
+        self._made_in = dict(made_in)
+        self._log: IO[str] | None = None
+        self._rows = 0
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunDirectory:
+        """Begin a run in a new (or empty) folder.
+
+        Raises:
+            RunDirectoryError: the folder holds something, or cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be used as a run directory: {error.strerror}.") from error
+        if occupied:
+            is_run = (path / "config.json").exists()
+            resume = f", or continue that run with: imstep train --resume {path}" if is_run else ""
+            raise RunDirectoryError(f"{path} exists and is not empty. Choose another --out{resume}.")
+        run = cls(path, config, environment())
+        run._write_config()
+        run._open_log()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            RunDirectoryError: it is not there, or was not written by imstep.
+        """
+        file = path / "config.json"
+        try:
+            content = json.loads(file.read_bytes())
+        except FileNotFoundError as error:
+            raise RunDirectoryError(
+                f"{path} holds no run (no config.json). Start one with --out {path}."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(
+                f"{file} cannot be read ({error}): it is truncated or foreign."
+            ) from error
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != FORMAT
+            or content.get("version") != VERSION
+        ):
+            raise RunDirectoryError(f"{file} is not the configuration of an imstep run (version {VERSION}).")
+        try:
+            config = RunConfig.from_dict(content["config"])
+        except (KeyError, TypeError, TrainingError) as error:
+            raise RunDirectoryError(f"{file} cannot be used: {error}") from error
+        return cls(path, config, content.get("environment", {}))
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the log; nothing else is open."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def differences(self) -> list[str]:
+        """In what this machine differs from the one the run was begun on; then bits may differ, too."""
+        here = environment()
+        decisive = ("imstep", "PyTorch", "system", "processor", "threads")
+        pairs = [(name, self._made_in.get(name), here[name]) for name in decisive]
+        return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
+
+    def extend(self, **limits: float | None) -> None:
+        """Replace the limits that are given, for a run that goes on longer than first asked."""
+        given = {name: value for name, value in limits.items() if value is not None}
+        if given:
+            merged = {"epochs": None, "budget": None, "seconds": None, **given}
+            self.config = RunConfig.from_dict({**self.config.to_dict(), **merged})
+            self._write_config()
+
+    def append(self, row: Row) -> None:
+        """Add one line to steps.jsonl; numbers that JSON has no word for (nan, inf) become null."""
+        log = self._log or self._open_log()
+        log.write(json.dumps(_plain(row.to_dict()), allow_nan=False) + "\n")
+        self._rows += 1
+
+    def save(self, trainer: Trainer) -> None:
+        """Flush the log, then replace the checkpoint; the log is never behind the checkpoint.
+
+        Raises:
+            CodecError: the optimizer's state holds something that is not a tensor, number or string.
+        """
+        log = self._log or self._open_log()
+        log.flush()
+        os.fsync(log.fileno())
+        parts = {
+            "model": trainer.problem.model.state_dict(),
+            "optimizer": trainer.stepper.optimizer.state_dict(),
+            "trainer": {**trainer.state_dict(), "rows": self._rows},
+        }
+        write_checkpoint(self.path / "checkpoint", parts, run=self.config.identity)
+
+    def restore(self, trainer: Trainer) -> None:
+        """Load the checkpoint into a freshly built trainer; log lines after it are dropped.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another run or model.
+        """
+        parts = read_checkpoint(self.path / "checkpoint", run=self.config.identity)
+        try:
+            trainer.problem.model.load_state_dict(parts["model"])
+            trainer.stepper.optimizer.load_state_dict(parts["optimizer"])
+            rows = parts["trainer"].pop("rows")
+            trainer.load_state_dict(parts["trainer"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.path / 'checkpoint'} does not fit this run: {reason}") from error
+        self._cut_log(rows)
+
+    def write_report(self, trainer: Trainer) -> None:
+        """report.json: how the run ended, what it used, its last evaluation."""
+        evaluations = [row for row in self.rows() if row["kind"] == "evaluation"]
+        report = {
+            "ending": trainer.ending.name.lower() if trainer.ending else "interrupted",
+            "parameters": trainer.problem.size,
+            "totals": asdict(trainer.totals),
+            "evaluation": evaluations[-1] if evaluations else None,
+            "environment": environment(),
+        }
+        write_json(self.path / "report.json", _plain(report))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines of steps.jsonl, oldest first.
+
+        Raises:
+            RunDirectoryError: a line is not JSON.
+        """
+        if self._log is not None:
+            self._log.flush()
+        lines = (self.path / "steps.jsonl").read_text().splitlines()
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunDirectoryError(f"{self.path / 'steps.jsonl'} has a damaged line ({error}).") from error
+
+    def _write_config(self) -> None:
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_dict(),
+            "environment": self._made_in,
+        }
+        write_json(self.path / "config.json", content)
+
+    def _open_log(self) -> IO[str]:
+        self._log = (self.path / "steps.jsonl").open("a", encoding="utf-8", buffering=1)
+        return self._log
+
+    def _cut_log(self, rows: int) -> None:
+        """Keep the first `rows` lines: later ones are of steps after the checkpoint, and are made again."""
+        self.close()
+        file = self.path / "steps.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        if len(lines) < rows:
+            raise CheckpointError(
+                f"{file} has {len(lines)} lines, the checkpoint was written after {rows}: lines were lost. "
+                "Restore the file from a copy."
+            )
+        write_atomically(file, b"".join(lines[:rows]))
+        self._rows = rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

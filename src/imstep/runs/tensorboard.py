@@ -1,0 +1,53 @@
+"""Rows as TensorBoard scalars; needs the `tensorboard` package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imstep.runs.rows import Row, StepRow, TrainingError
+from imstep.runs.runner import Trainer
+
+__all__ = ["TensorBoardLog", "writer_class"]
+
+
+def writer_class() -> type:
+    """torch's SummaryWriter.
+
+    Raises:
+        TrainingError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError(
+            "--tensorboard needs TensorBoard, which is not installed: pip install 'imstep[tensorboard]'."
+        ) from error
+    return SummaryWriter
+
+
+class TensorBoardLog:
+    """An observer that writes scalars to `<run>/tensorboard`, for `tensorboard --logdir <run>`.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint that the run goes on from; later scalars are dropped.
+
+    Raises:
+        TrainingError: TensorBoard is not installed.
+    """
+
+    def __init__(self, run: Path, step: int = 0) -> None:
+        self._writer = writer_class()(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def __call__(self, trainer: Trainer, row: Row) -> None:
+        values = row.to_dict()
+        if isinstance(row, StepRow) and row.record is not None:
+            values |= {f"record/{name}": value for name, value in row.record.items()}
+        group = values.pop("kind")
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, row.step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()

@@ -1,0 +1,51 @@
+"""A training run with its files: step, log, save now and then, stop when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from imstep.runs.interrupt import Interrupt
+from imstep.runs.rows import Row
+from imstep.runs.rundir import RunDirectory
+from imstep.runs.runner import Trainer
+
+__all__ = ["Observer", "train"]
+
+Observer = Callable[[Trainer, Row], None]
+
+
+def train(
+    trainer: Trainer,
+    run: RunDirectory,
+    *,
+    observers: Sequence[Observer] = (),
+    interrupt: Interrupt | None = None,
+    save_every: float = 30.0,
+) -> None:
+    """Run `trainer` to the limits of the run's config, keeping the run directory up to date.
+
+    A checkpoint is written at the start, every `save_every` seconds, at the end and on an interruption; when
+    it is written never changes the numbers. Afterwards `trainer.ending` is None if the run was
+    interrupted. If a step raises, the last checkpoint stays as it was.
+
+    Args:
+        trainer: fresh, or restored by `run.restore`.
+        run: where rows and checkpoints go.
+        observers: called with (trainer, row) after each row.
+        interrupt: checked between rows.
+        save_every: seconds between checkpoints (> 0).
+    """
+    run.save(trainer)
+    saved = time.monotonic()
+    for row in trainer.run(run.config.limits):
+        run.append(row)
+        for observe in observers:
+            observe(trainer, row)
+        if interrupt is not None and interrupt.requested:
+            break
+        if time.monotonic() - saved > save_every:
+            run.save(trainer)
+            saved = time.monotonic()
+    run.save(trainer)
+    run.write_report(trainer)

@@ -1,8 +1,9 @@
 """What docstrings say, in the words of the tool that sets the reference.
 
-Our docstrings are written for people and for doctest: ``Example:`` stands over an example, ``Source:`` and ``Cost:``
-begin a paragraph, arguments may share an entry, names are marked by Sphinx's roles. The site is made by mkdocstrings, which knows ``Examples:`` and
-Markdown links. This extension of its collector translates, so that no docstring has to.
+Our docstrings are written for people and for doctest: ``Example:`` stands over an example; ``Source:``, ``Cost:`` and
+other headings begin a paragraph where text follows on their line; arguments may share an entry; names are marked by
+Sphinx's roles. mkdocstrings wants ``Examples:``, sections and Markdown links. This extension of its collector translates,
+so that no docstring has to.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from griffe import Docstring, Extension, Module
 REFERENCE = Path(__file__).resolve().parents[1]
 
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|obj|exc):`(~?)([^`]+)`")
-_PARAGRAPH = re.compile(r"^( *)(Source|Cost): +(\S.*(?:\n\1 +\S.*)*)$", re.MULTILINE)
+_PARAGRAPH = re.compile(r"^( *)(Source|Cost|Args|Attributes|Returns|Raises): +(\S.*(?:\n\1 +\S.*)*)$", re.MULTILINE)
 _HEADING = re.compile(r"^( *)Example:$", re.MULTILINE)
 _SHARED = re.compile(r"^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +\S.*)*)$", re.MULTILINE)
 _CODE = re.compile(r"``([^`]+)``")

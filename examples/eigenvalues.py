@@ -43,7 +43,8 @@ def draw(figure, result):
     every, found = result
     axes = figure.subplots()
     axes.plot(np.arange(len(every)), every, ".", markersize=3, label="all, by the dense matrix")
-    axes.plot(np.searchsorted(every, found - 1e-9), found, "o", fillstyle="none", markersize=9, label="found by products")
+    where = np.searchsorted(every, found - 1e-9)
+    axes.plot(where, found, "o", fillstyle="none", markersize=9, label="found by products")
     axes.set(xlabel="number", ylabel="eigenvalue")
     axes.legend()
 

@@ -2,8 +2,8 @@
 
 Our docstrings are written for people and for doctest: ``Example:`` stands over an example; ``Source:``, ``Cost:`` and
 other headings begin a paragraph where text follows on their line; arguments may share an entry; names are marked by
-Sphinx's roles. mkdocstrings wants ``Examples:``, sections and Markdown links. This extension of its collector translates,
-so that no docstring has to.
+Sphinx's roles. mkdocstrings wants ``Examples:``, sections and Markdown links. This extension of its collector
+translates, so that no docstring has to.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ PAGE = ROOT / "docs" / "gallery.md"
 
 HEAD = """# Gallery
 
-With these programs you can begin your own: each is short, complete, and runs as it is. Below each stands what it printed
-when this page was made. They are in the folder `examples/`.
+With these programs you can begin your own: each is short, complete, and runs as it is. Below each stands what it
+printed when this page was made. They are in the folder `examples/`.
 """
 
 

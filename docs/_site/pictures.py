@@ -30,7 +30,7 @@ def complex_step(figure: Figure) -> None:
     left.plot(x, f(x), color=INK)
     left.plot(x, f(at) + exact * (x - at), color=RED, linewidth=1.3, label="tangent")
     slope = (f(at + far) - f(at)) / far
-    left.plot(x, f(at) + slope * (x - at), color=BLUE, linewidth=1.3, linestyle="--", label="chord from x to x + h")
+    left.plot(x, f(at) + slope * (x - at), color=BLUE, linewidth=1.3, linestyle="--", label="chord")
     left.plot([at, at + far], [f(at), f(at + far)], "o", color=BLUE)
     left.set(title="A chord is not the tangent", xlabel="x", ylabel="f", ylim=(1.5, 8))
     left.legend(loc="upper left")
@@ -66,11 +66,12 @@ def termination(figure: Figure) -> None:
     for axes, matrix, title in zip(
         figure.subplots(1, 2),
         (np.array([[2.0, 0.6], [0.6, 0.7]]), np.array([[2.0, 0.2], [0.2, -0.6]])),
-        ("A bowl: two directions to the bottom", "A saddle: the second direction disturbs"),
+        ("A bowl", "A saddle"),
         strict=True,
     ):
         x, y = np.meshgrid(np.linspace(-1.0, 3.5, 160), np.linspace(-3.4, 1.0, 160))
-        values = 0.5 * (matrix[0, 0] * x * x + 2 * matrix[0, 1] * x * y + matrix[1, 1] * y * y) - rhs[0] * x - rhs[1] * y
+        at = np.stack([x, y], axis=-1)
+        values = ((at @ matrix) * at).sum(-1) / 2 - at @ rhs
         axes.contour(x, y, values, levels=18, cmap="Greys_r", linewidths=0.8)
         points, disturbing = _path_of_cg(matrix, rhs)
         way = np.array(points)
@@ -78,7 +79,7 @@ def termination(figure: Figure) -> None:
         if disturbing is not None:
             ahead = points[-1] + 1.5 * disturbing / np.linalg.norm(disturbing)
             axes.annotate("", ahead, points[-1], arrowprops={"arrowstyle": "->", "color": RED, "linewidth": 1.8})
-            axes.text(*(ahead + [0.12, 0.3]), "pᵀA p < 0", color=RED)
+            axes.text(ahead[0] + 0.12, ahead[1] + 0.3, "pᵀA p < 0", color=RED)
         axes.set(title=title, aspect="equal", xlim=(-1.0, 3.5), ylim=(-3.4, 1.0))
         bare(axes)
         axes.text(-0.1, 0.15, "start", ha="right", color=BLUE)
@@ -158,7 +159,7 @@ SIDES = {
 
 def start(figure: Figure) -> None:
     """Training strength in two of its tasks, from the records: the seed whose end is the median, over seconds."""
-    tasks = {"autoencoder": "Autoencoder, NewtonKrylov", "convection-float64": "Differential equation, LeastSquares"}
+    tasks = {"autoencoder": "Autoencoder", "convection-float64": "Differential equation"}
     for axes, (task, title) in zip(figure.subplots(1, 2), tasks.items(), strict=True):
         runs = json.loads((RECORDS / f"{task}.json").read_text())["runs"]
         for side, (label, colour) in SIDES.items():
@@ -169,7 +170,7 @@ def start(figure: Figure) -> None:
             curve = curves[ends.index(statistics.median_low(ends))]
             axes.loglog(np.maximum(curve[1:, 1], 0.3), curve[1:, 4], color=colour, label=label)
         axes.set(title=title, xlabel="seconds", ylabel="training loss")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
 
 
 PICTURES = {

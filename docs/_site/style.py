@@ -16,14 +16,14 @@ RED, BLUE, GREEN, VIOLET, BROWN = "#c8441b", "#2b6cb0", "#1f9e89", "#7a4fbf", "#
 Draw = Callable[[Figure], None]
 
 matplotlib.rcParams.update({
-    "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 10.5, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
+    "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 10.5,
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
     "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "lines.linewidth": 1.8, "legend.frameon": False,
     "svg.hashsalt": "imstep", "axes.axisbelow": True,
 })  # fmt: skip
 
 
-def save(name: str, draw: Draw, size: tuple[float, float] = (7.4, 3.0)) -> None:
+def save(name: str, draw: Draw, size: tuple[float, float] = (6.0, 2.7)) -> None:
     """Draw a picture and write it to images/NAME.svg."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     draw(figure)

@@ -90,8 +90,8 @@ def recurrent(figure: Figure, v: dict[str, Any]) -> None:
     right.plot(series, color=RED, label="continued by the network")
     right.plot(known, "o", color=INK, markersize=4, label="given")
     right.axvline(len(known) - 1, color=MUTED, linewidth=1, linestyle=":")
-    right.set(title="A wave goes on", xlabel="time", ylim=(-1.2, 1.9))
-    right.legend(loc="upper right", ncols=2)
+    right.set(title="A wave goes on", xlabel="time", ylim=(-1.2, 2.4))
+    right.legend(loc="upper right")
 
 
 def _adam(v: dict[str, Any]) -> list[float]:

@@ -20,7 +20,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix src tests benchmarks examples docs
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
 # The pictures of docs/ and the gallery, from their programs: a few minutes.
 pictures: $(VENV)/.test

@@ -8,11 +8,13 @@ translates, so that no docstring has to.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from griffe import Docstring, Extension, Module
+from griffe import Alias, AliasResolutionError, CyclicAliasError, Docstring, Extension, Module
 
 REFERENCE = Path(__file__).resolve().parents[1]
 
@@ -59,6 +61,11 @@ class Translation(Extension):
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """Called by the collector."""
         self._walk(pkg, documented())
+        modules = list(_modules(pkg))
+        for module in modules:
+            _resolve(module)
+        for module in modules:
+            _uncover(module)
 
     def _walk(self, obj: Any, targets: dict[str, str]) -> None:
         if isinstance(obj.docstring, Docstring):
@@ -66,3 +73,25 @@ class Translation(Extension):
         for member in obj.members.values():
             if not member.is_alias:
                 self._walk(member, targets)
+
+
+def _modules(module: Module) -> Iterator[Module]:
+    yield module
+    for member in module.modules.values():
+        if not member.is_alias:
+            yield from _modules(member)
+
+
+def _resolve(module: Module) -> None:
+    """Let imported names find what they stand for while every module is still to be found."""
+    for member in module.members.values():
+        if member.is_alias:
+            with contextlib.suppress(AliasResolutionError, CyclicAliasError):
+                member.resolve_target()
+
+
+def _uncover(package: Module) -> None:
+    """A function that bears the name of its module, as `lanczos` does: the package's name means the function."""
+    for name, inner in list(package.modules.items()):
+        if not inner.is_alias and name in inner.members and name in (package.exports or ()):
+            package.members[name] = Alias(name, inner.members[name], parent=package)

@@ -16,10 +16,10 @@ RED, BLUE, GREEN, VIOLET, BROWN = "#c8441b", "#2b6cb0", "#1f9e89", "#7a4fbf", "#
 Draw = Callable[[Figure], None]
 
 matplotlib.rcParams.update({
-    "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 10.5,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6,
-    "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "lines.linewidth": 1.8, "legend.frameon": False,
-    "svg.hashsalt": "imstep", "axes.axisbelow": True,
+    "font.size": 10, "text.color": INK, "lines.linewidth": 1.8, "legend.frameon": False, "svg.hashsalt": "imstep",
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
+    "grid.color": LINE, "grid.linewidth": 0.6, "xtick.color": MUTED, "ytick.color": MUTED,
 })  # fmt: skip
 
 

@@ -119,3 +119,10 @@ def test_docstrings_are_translated(docstrings: Any, written: str, shown: str) ->
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fences_are_known(page: Path) -> None:
+    """A fence that the site does not know is shown as text, with all that is in it."""
+    fences = set(re.findall(r"^ *```(.+)$", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert fences <= {"python", "python raises", "sh", "text", "bibtex", "json", "toml", "yaml"}

@@ -59,7 +59,7 @@ class Translation(Extension):
     """Translates every docstring of a package once it has been collected."""
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
-        """Called by the collector."""
+        """Called by the collector, before it writes."""
         self._walk(pkg, documented())
         modules = list(_modules(pkg))
         for module in modules:

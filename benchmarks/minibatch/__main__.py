@@ -1,6 +1,6 @@
 """What helps on mini-batches: NewtonKrylov.for_batches with parts of it exchanged, beside NewtonKrylov and Adam.
 
-python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes the page
+python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes docs/mini-batches.md
 python -m benchmarks.minibatch --table   # the page again, from the record
 
 One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says how to get it.
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    show(NAME, "mini-batches-measured", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
+    show(NAME, "mini-batches", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
 
 
 if __name__ == "__main__":

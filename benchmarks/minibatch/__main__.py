@@ -1,6 +1,6 @@
 """What helps on mini-batches: NewtonKrylov.for_batches with parts of it exchanged, beside NewtonKrylov and Adam.
 
-python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes docs/mini-batches.md
+python -m benchmarks.minibatch           # what the record lacks, twenty minutes for all; writes docs/mini-batches.md
 python -m benchmarks.minibatch --table   # the page again, from the record
 
 One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says how to get it.

@@ -27,12 +27,13 @@ from imstep.curvature.gradient_rows import PlainRows
 from imstep.curvature.residual_jacobian import JacobianRows
 from imstep.globalization import ContractionDamping
 from imstep.linalg import (
-    DampedLeastSquares,
+    ByShape,
     DenseFactorisation,
-    GramFactorisation,
-    GramMatrix,
+    Factorisation,
     PivotedCholesky,
     RandomizedNystrom,
+    RowMatrix,
+    StepSpace,
 )
 from imstep.tasks import Batch, ExampleProblem, Problem, get_task
 from imstep.tasks.models import mlp
@@ -115,15 +116,15 @@ LIMITS = [("seconds", 3), ("seconds", 6), ("seconds", 12), ("gradients", 60), ("
 
 
 @dataclass(frozen=True)
-class Counted(GramFactorisation):
+class Counted(Factorisation):
     """A factorisation that keeps the rank of each."""
 
-    inner: GramFactorisation
+    inner: Factorisation
     ranks: list[int] = field(default_factory=list)
 
-    def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> DampedLeastSquares:
-        found = self.inner.factorise(matrix, tolerance, draw)
-        self.ranks.append(found.rank)
+    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
+        found = self.inner.of(jacobian, tolerance, draw)
+        self.ranks.append(found.reduced.rank)
         return found
 
 
@@ -141,7 +142,7 @@ class Moment:
 
 def steps(problem: Problem, options: dict[str, Any], batches: Iterator[Batch]) -> Iterator[Moment]:
     """Train, a step a batch; ``loss`` is that of the batch."""
-    counted = Counted(options.get("factorisation", PivotedCholesky()))
+    counted = Counted(options.get("factorisation", ByShape()))
     optimizer = LeastSquares(problem.parameters, **{**options, "factorisation": counted})
     seconds = gradients = 0.0
     for number, batch in enumerate(batches, 1):

@@ -1,6 +1,6 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
-from imstep import pde, spectral
+from imstep import methods, pde, spectral
 from imstep.complexstep import (
     ComplexStepTensor,
     NotDifferentiableWarning,
@@ -29,6 +29,7 @@ __all__ = [
     "derivative",
     "hvp",
     "jvp",
+    "methods",
     "minimize",
     "pde",
     "spectral",

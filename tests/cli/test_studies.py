@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 from imstep.cli import app
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.studies import ComparisonRequest
+from imstep.tasks import TableOptions
 
 
 def imstep_command(*words: str) -> Result:
@@ -95,11 +97,15 @@ def test_bad_comparisons_are_explained(tmp_path: Path, words: list[str], message
 
 
 def test_the_command_in_the_report_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = ComparisonRequest("digits-mlp", ("lbfgs", "adam"), 12, 3, 10, 1, None, 30, tune=False)
+    table = TableOptions("the price", "regression", ("a",), True, (8,))
+    request = ComparisonRequest(
+        "my data.csv", ("lbfgs", "adam"), 12, 3, 10, 1, None, 30, tune=False, dtype="float64", table=table
+    )
     seen: list[ComparisonRequest] = []
-    monkeypatch.setattr("imstep.cli.run_comparison", lambda found, *_, **__: not seen.append(found))
-    assert imstep_command(*request.command.split()[1:]).exit_code == 0
+    monkeypatch.setattr("imstep.cli.comparing.run_comparison", lambda found, *_, **__: not seen.append(found))
+    assert imstep_command(*shlex.split(request.command)[1:]).exit_code == 0
     assert seen[0].command == request.command
+    assert seen[0] == replace(request, optimizers=["lbfgs", "adam"])
 
 
 def test_accuracy_writes_figure_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every entry of PyTorch's operator database, two samples each; ``benchmarks/coverage`` walks all of them."""
+"""Every entry of PyTorch's operator database, a sample or two each; ``benchmarks/coverage`` walks all of them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_operator(name: str) -> None:
-    _expect(name, operator_walk.judge(ENTRIES[name], 2))
-
-
-@pytest.mark.parametrize("name", sorted(ENTRIES))
-def test_directional_derivative(name: str) -> None:
-    _expect(name, directional_walk.judge_directional(ENTRIES[name], 4))
+    """A Hessian product of one sample, and directional derivatives of two."""
+    _expect(name, operator_walk.judge(ENTRIES[name], 1))
+    _expect(name, directional_walk.judge_directional(ENTRIES[name], 2))
 
 
 def _expect(name: str, entry: Entry) -> None:
     if name in UNSUPPORTED:
         assert "UnsupportedOperatorError" in entry.worst.message
-        pytest.xfail(UNSUPPORTED[name])
+        return
     assert entry.passed, f"{entry.worst.judgement.value}: {entry.worst.message} (error {entry.worst.error:.1e})"
 
 

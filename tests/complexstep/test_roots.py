@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import imstep
+from imstep.complexstep import ComplexStepError
 
 F64 = torch.float64
 ORIGIN, EYE = torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64)
@@ -72,6 +73,14 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = {
     "of norms": (lambda t: torch.stack([t[:2].norm(), t[2:].norm()]).norm() ** 2, ORIGIN, 2 * EYE),
     "of a list": (lambda t: torch.stack(torch._foreach_norm([t[:2], t[2:]])).norm() ** 2, ORIGIN, 2 * EYE),
     "of normalised": (lambda t: (F.normalize(t, dim=0) * 1e-12).square().sum(), ORIGIN, 2 * EYE),
+    "pooled": (lambda t: (F.lp_pool1d(t[None], 2, 3) ** 2).sum(), ORIGIN, 2 * EYE),
+    "pooled in windows": (
+        lambda t: (F.lp_pool2d(t.view(1, 1, 2, 2), 2.0, (2, 1), stride=(1, 1)) ** 2).sum(),
+        QUARTERS[0] * 0,
+        2 * QUARTERS,
+    ),
+    "pooled sums": (lambda t: F.lp_pool1d(t[None], 1, 3).square().sum(), ORIGIN, 2 * torch.ones_like(EYE)),
+    "norm of one": (lambda t: (t[:, None].norm(1, dim=1) ** 2).sum(), ORIGIN, 2 * EYE),
     "distances to itself": (lambda t: torch.cdist(t[:, None], t[:, None]).sum(), torch.arange(3.0).double(), 0 * EYE),
 }
 
@@ -162,6 +171,69 @@ def test_third_derivatives(name: str) -> None:
     torch.testing.assert_close(forward, v @ torch.autograd.functional.hessian(plain, x) @ w, rtol=1e-10, atol=1e-12)
 
 
+MAGNITUDES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "squared": (lambda t: t.abs() ** 2, lambda t: t**2),
+    "by itself": (lambda t: t.abs() * t.abs(), lambda t: t**2),
+    "cosine": (lambda t: t.abs().cos(), lambda t: t.cos()),
+    "of a magnitude": (lambda t: t.sinh().abs().abs() ** 4, lambda t: t.sinh() ** 4),
+    "norm of one": (lambda t: t[:, None].norm(1, dim=1) ** 2, lambda t: t**2),
+    "log cosh": (lambda t: t.abs() + F.softplus(-2 * t.abs()), lambda t: torch.log(2 * t.cosh())),
+    "odd": (lambda t: t.abs() * t.detach() + t.abs(), lambda t: 0 * t),  # as PyTorch has it
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_third_derivatives_of_magnitudes(name: str) -> None:
+    """In any nesting, since |x| is x or -x."""
+    f, plain = (lambda t, g=g: (g(t[:2]) * t[2].exp()).sum() for g in MAGNITUDES[name])
+    x = torch.tensor([0.0, 0.0, 0.4], dtype=F64)
+    v, w, u = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for first, second in ((v, w), (EYE[0], EYE[0]), (EYE[0], EYE[2]), (EYE[2], EYE[0])):
+        at = x.clone().requires_grad_()
+        hessian = torch.autograd.functional.hessian(plain, at, create_graph=True)
+        (expected,) = torch.autograd.grad(first @ hessian @ second, at)
+        torch.testing.assert_close(imstep.third_derivative(f, x, first, second), expected, rtol=1e-10, atol=1e-12)
+        found = along(along(along(f, first), second), u)(x)
+        torch.testing.assert_close(found, expected @ u, rtol=1e-10, atol=1e-12)
+
+
+def along(f: Callable[[Tensor], Tensor], v: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda t: imstep.jvp(f, (t,), (v,))[1]
+
+
+def test_random_numbers_are_the_same_on_both_branches() -> None:
+    f = lambda t: (F.dropout(t, 0.5).abs() ** 2).sum() * t[2].exp()
+    torch.manual_seed(1)
+    once = imstep.third_derivative(f, ORIGIN, EYE[0] + EYE[1], EYE[2])
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    torch.testing.assert_close(imstep.third_derivative(f, ORIGIN, EYE[0] + EYE[1], EYE[2]), once)
+    torch.manual_seed(1)
+    f(ORIGIN)
+    assert torch.equal(torch.rand(3), after)
+    assert set(once[:2].tolist()) <= {0.0, 8.0}  # 2 (1 / 0.5)², or dropped
+
+
+def test_three_nested_directions_of_a_norm_are_refused() -> None:
+    f = lambda t: t[2].exp() * t[:2].norm() ** 2
+    nested = lambda a, b, c: along(along(along(f, a), b), c)(ORIGIN)
+    for directions in ((EYE[0], EYE[1], EYE[2] + EYE[0]), (EYE[2], EYE[0], EYE[0])):
+        with pytest.raises(ComplexStepError, match="third_derivative"):
+            nested(*directions)
+    torch.testing.assert_close(nested(EYE[0], EYE[2], EYE[0]), torch.tensor(2.0, dtype=F64))
+    torch.testing.assert_close(nested(EYE[2], EYE[2], EYE[2]), torch.tensor(0.0, dtype=F64))
+
+
+def test_polar_at_a_radius_of_zero() -> None:
+    """PyTorch's own gradient by the radius is 0 there."""
+    for angle in (0.0, 0.5, 2.0):
+        x = torch.tensor([0.0, angle], dtype=F64)
+        f = lambda t: torch.polar(t[0], t[1]).real
+        expected = torch.tensor([[0.0, -math.sin(angle)], [-math.sin(angle), 0.0]], dtype=F64)
+        torch.testing.assert_close(by_hvp(f, x), expected)
+        torch.testing.assert_close(imstep.jvp(f, (x,), (EYE[0, :2],))[1], torch.tensor(math.cos(angle), dtype=F64))
+
+
 # What has no second derivative: the function, where, and the operator that is named.
 EDGES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
     "norm": (lambda t: t.norm(), ORIGIN, "linalg_vector_norm"),
@@ -175,6 +247,13 @@ EDGES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
     "pairwise_distance": (lambda t: F.pairwise_distance(t, ORIGIN, eps=0.0), ORIGIN, "norm"),
     "std": (lambda t: t.std(), ORIGIN + 1, "std"),
     "complex abs": (lambda t: torch.complex(t, t).abs().sum(), ORIGIN, "abs"),
+    "dist, p = 1, squared": (lambda t: torch.dist(t, ORIGIN, 1) ** 2, ORIGIN, "vector_norm"),
+    "cdist, p = 1, squared": (lambda t: (torch.cdist(t[None], ORIGIN[None], p=1) ** 2).sum(), ORIGIN, "cdist"),
+    "cdist, p = 3, squared": (lambda t: (torch.cdist(t[None], ORIGIN[None], p=3) ** 2).sum(), ORIGIN, "cdist"),
+    "cdist, p = inf, squared": (lambda t: (torch.cdist(t[None], ORIGIN[None], p=math.inf) ** 2).sum(), ORIGIN, "cdist"),
+    "pdist, p = 1, squared": (lambda t: (F.pdist(torch.stack([t, ORIGIN]), p=1) ** 2).sum(), ORIGIN, "pdist"),
+    "pooled": (lambda t: F.lp_pool1d(t[None], 2, 3).sum(), ORIGIN, "vector_norm"),
+    "pooled cubes, squared": (lambda t: (F.lp_pool1d(t[None], 3, 3) ** 2).sum(), ORIGIN, "vector_norm"),
 }
 
 
@@ -205,6 +284,10 @@ QUIET: dict[str, Callable[[Tensor], Tensor]] = {
     "absolute values": lambda t: t.abs().sum() + t.norm(1) + t.relu().sum() + F.l1_loss(t, ORIGIN),
     "of no part in the result": lambda t: (t.norm(), t.sum())[1],
     "multiplied by zero": lambda t: 0.0 * t.norm() + t.sum(),
+    "distances by sums": lambda t: (torch.cdist(t[None], ORIGIN[None], p=1) + torch.dist(t, ORIGIN, 1)).sum(),
+    "distances by the largest": lambda t: torch.cdist(t[None], ORIGIN[None], p=math.inf).sum(),
+    "distances to itself": lambda t: (torch.cdist(t[:, None], t[:, None], p=1) ** 2).sum(),
+    "pooled dead units": lambda t: F.lp_pool1d((t - 1).relu()[None], 3, 3).sum() + t.sum(),
     "cosine similarity": lambda t: F.cosine_similarity(t, ORIGIN + 1, dim=0),
 }
 
@@ -217,6 +300,62 @@ def test_no_false_alarm(name: str) -> None:
         imstep.jvp(f, (ORIGIN,), (EYE[0],))
         imstep.hvp(f, ORIGIN, EYE[0])
         by_record(f, ORIGIN)
+
+
+# --- jumps ------------------------------------------------------------------------------------------------------------
+
+PAIR, ONES = torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+pair = lambda t: torch.complex(t[0], t[1])
+
+# What has no derivative of any order at the origin, and the operator that is named.
+JUMPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "atan2": (lambda t: torch.atan2(t[0], t[1]), "atan2"),
+    "atan2, squared": (lambda t: torch.atan2(t[0], t[1]) ** 2, "atan2"),
+    "angle": (lambda t: pair(t).angle(), "angle"),
+    "phases of a spectrum": (lambda t: torch.fft.fft(t).angle().square().sum(), "angle"),
+    "sign": (lambda t: torch.view_as_real(pair(t).sgn()).sum(), "sgn"),
+    "beside a smooth root": (lambda t: torch.atan2(t[0], t[1]) + t.norm() ** 2, "atan2"),
+}
+
+# What does not depend on the jump, or not along any direction.
+WITHOUT_JUMP: dict[str, Callable[[Tensor], Tensor]] = {
+    "selected": lambda t: torch.where(t[0] ** 2 + t[1] ** 2 > 0, torch.atan2(t[0], t[1]), 0.0) + t.sum() ** 2,
+    "detached": lambda t: (torch.atan2(t[0], t[1]).detach() + 1) * t.sum() ** 2,
+    "at rest": lambda t: torch.atan2(t[0] * 0, t[1] * 0) + t.sum() ** 2,
+    "unused": lambda t: (pair(t).angle(), t.sum() ** 2)[1],
+    "elsewhere": lambda t: torch.atan2(t[0], t[1] + 1),
+    "of real numbers": lambda t: (t.sgn() * t + t.angle() * t).sum(),
+    "of a smooth root's gradient": lambda t: (pair(t).abs() ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", JUMPS)
+def test_jumps_are_named(name: str, way: str) -> None:
+    f, operator = JUMPS[name]
+    with pytest.warns(imstep.NotDifferentiableWarning, match=f"{operator}.*torch.where"):
+        WAYS[way](f, PAIR)
+    with pytest.warns(imstep.NotDifferentiableWarning, match=operator) as caught:
+        imstep.jvp(f, (PAIR,), (ONES,))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", WITHOUT_JUMP)
+def test_no_jump_no_word(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        imstep.jvp(WITHOUT_JUMP[name], (PAIR,), (ONES,))
+        for of in (by_hvp, by_record, by_own_backward):
+            of(WITHOUT_JUMP[name], PAIR)
+
+
+def test_a_jump_shows_in_the_report() -> None:
+    p = PAIR.clone().requires_grad_()
+    with pytest.warns(imstep.NotDifferentiableWarning):
+        H = imstep.Hessian(lambda: torch.atan2(p[0], p[1]) + p.norm() ** 2, [p])
+    assert {use.operator for use in H.explain().uses if use.treatment == "no derivative"} == {"aten.atan2.default"}
+    torch.testing.assert_close(H.to_dense(), 2 * torch.eye(2, dtype=F64))
 
 
 def test_an_edge_shows_in_the_report_and_is_told_once() -> None:

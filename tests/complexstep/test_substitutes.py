@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import imstep
-from imstep.complexstep import substitutes
+from imstep.complexstep import Arithmetic, substitutes
 
 
 def _central_difference(f, x, v, h=1e-5):
@@ -101,3 +101,40 @@ def test_max_pool1d_keeps_the_imaginary_part_without_gradients():
         value, tangent = imstep.jvp(lambda t: F.max_pool1d(t, 3), x, v)
     expected = torch.func.jvp(lambda t: F.max_pool2d(t, (1, 3)), (x,), (v,))
     torch.testing.assert_close((value, tangent), expected)
+
+
+# Products with zeros among their factors: PyTorch's gradient at two zeros is a constant.
+_SEGMENTS, _INDEX = torch.tensor([1, 3]), torch.tensor([0, 2, 2, 1])
+_LINES = _INDEX[:, None].expand(4, 3)
+_BEFORE = 1 + torch.arange(9.0, dtype=torch.float64).view(3, 3) / 10
+_PRODUCTS = {
+    "scatter_reduce": lambda x: _BEFORE.scatter_reduce(0, _LINES, x, "prod"),
+    "scatter_reduce, named": lambda x: torch.scatter_reduce(_BEFORE, 0, index=_LINES, src=x, reduce="prod"),
+    "scatter_reduce, alone": lambda x: _BEFORE.scatter_reduce(0, _LINES, x, "prod", include_self=False),
+    "scatter_reduce, of few": lambda x: _BEFORE.scatter_reduce(0, _LINES[:2, :2], x, "prod"),
+    "scatter_reduce_": lambda x: (1 * _BEFORE).scatter_reduce_(0, _LINES, x, reduce="prod"),
+    "into zeros": lambda x: (x[:3] * 1).scatter_reduce(0, _LINES, x + 1, "prod"),
+    "index_reduce": lambda x: _BEFORE.index_reduce(0, _INDEX, x, "prod"),
+    "index_reduce along rows": lambda x: _BEFORE.index_reduce(1, _INDEX, x.T, "prod", include_self=False),
+    "segment_reduce": lambda x: torch.segment_reduce(x, "prod", lengths=_SEGMENTS),
+    "segment_reduce by offsets": lambda x: torch.segment_reduce(
+        x, "prod", offsets=torch.tensor([0, 1, 4]), initial=2, axis=0
+    ),
+    "prod": lambda x: x.prod(0),
+    "cumprod_": lambda x: (1 * x).cumprod_(0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce")
+@pytest.mark.parametrize("name", _PRODUCTS)
+def test_products_with_zeros(name):
+    f = _PRODUCTS[name]
+    x = torch.tensor([[0.0, 1, 2], [0, 0, 1], [0, 3, 0], [0, 0, 0]], dtype=torch.float64)
+    away = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    with Arithmetic() as arithmetic:
+        found = f(arithmetic.number(x, away))
+    torch.testing.assert_close(found, f(x))
+    loss = lambda t: f(t).exp().sum()
+    by_values = lambda h: (loss(x + h * away) - 2 * loss(x) + loss(x - h * away)) / h**2
+    expected = (4 * by_values(1e-3) - by_values(2e-3)) / 3
+    torch.testing.assert_close(imstep.hvp(loss, x, away).mul(away).sum(), expected, rtol=1e-5, atol=1e-5)

@@ -173,3 +173,46 @@ def test_refusals_in_torchscript_are_told():
     p = X.clone().requires_grad_()
     with pytest.raises(imstep.UnsupportedOperatorError, match="to_sparse"):
         imstep.Hessian(lambda: _sparse(p), [p])
+
+
+@torch.jit.script
+def _detached(w: Tensor, times: int) -> Tensor:
+    total = w.exp()
+    for _ in range(times):
+        total = total * w.detach() + torch.sin(w)
+    return total.sum()
+
+
+@torch.jit.script
+def _without_gradients(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = w.tanh()
+    return (weight * w * w).sum()
+
+
+@torch.jit.script
+def _straight_through(w: Tensor) -> Tensor:
+    y = 3.0 * w.exp()
+    return (y + (y.round() - y).detach()).square().sum()
+
+
+def _traced(w: Tensor) -> Tensor:
+    return (w.exp() * w.detach() * w.sin().tanh()).sum()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [lambda w: _detached(w, 3), _without_gradients, _straight_through, torch.jit.trace(_traced, torch.ones(12))],
+    ids=["loop", "no_grad", "straight through", "traced"],
+)
+def test_cuts_in_torchscript(f):
+    """What a scripted function detaches is a constant there, too."""
+    w, v = _normal(12, seed=3), _normal(12, seed=4)
+    expected = _double_backward(f, w, v)
+    p = w.clone().requires_grad_()
+    for _ in range(3):
+        torch.testing.assert_close(imstep.hvp(f, w, v), expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(imstep.Hessian(lambda: f(p), [p]) @ v, expected, rtol=1e-12, atol=1e-13)
+    forward = imstep.jvp(f, (w,), (v,))[1]
+    (gradient,) = torch.autograd.grad(f(p), p)
+    torch.testing.assert_close(forward, gradient @ v, rtol=1e-12, atol=1e-13)

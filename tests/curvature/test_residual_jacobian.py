@@ -193,11 +193,12 @@ CASES = [
 
 
 def unrecognised() -> Case:
-    """Rows that nothing tells: a weight that is bent first, a normalisation's, one that is penalised itself."""
+    """Rows that nothing tells: of a weight that is summed up first and penalised itself, and of a rare operator's."""
     model, norm, bent = mlp(3, 5, 4, 1), nn.LayerNorm(5).double(), nn.Parameter(normal(3, 3))
     x = normal(9, 3)
     params = [*model.parameters(), *norm.parameters(), bent]
-    return params, lambda: [(1.0, model[1:](norm(model[0](x @ bent.sin())))), (0.1, bent)]
+    scaled = lambda h: torch.addcmul(norm.bias, h, norm.weight)
+    return params, lambda: [(1.0, model[1:](scaled(model[0](x @ bent.cumsum(0))))), (0.1, bent)]
 
 
 def build(make: Callable[[], Case]) -> Case:
@@ -331,7 +332,7 @@ def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
     x, (inner, norm, bent) = normal(count, 3), (params[:6], params[6:8], params[8])
 
     def residuals() -> Weighted:
-        h = F.layer_norm(F.linear(x @ bent.sin(), *inner[:2]), (5,), *norm)
+        h = torch.addcmul(norm[1], F.linear(x @ bent.cumsum(0), *inner[:2]), norm[0])
         return [(1.0, F.linear(F.linear(h.tanh(), *inner[2:4]).tanh(), *inner[4:])), (0.1, bent)]
 
     values, expected = dense((params, residuals))
@@ -356,7 +357,7 @@ def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
 def test_one_side_is_enough() -> None:
     """400 residuals and 2 parameters: two products, one pass to check them, and nothing a residual."""
     t, w = torch.linspace(0, 1, 400, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
-    model = lambda w: w[0] * (-w[1] * t).exp()
+    model = lambda w: (t + 1) ** w.cumsum(0)[1] * w.cumsum(0)[0]
     J = ResidualJacobian(lambda: (model(w) - 1).square().sum() / 2, [w])
     assert relative_error(J.to_dense(), torch.func.jacrev(model)(w.detach())) < 1e-14
     assert J.backward_passes == 3

@@ -29,14 +29,14 @@ def test_progress_stall_is_the_rule_of_martens():
     # k = 2: stop if (q_j - q_{j-2}) / q_j < 0.002.
     assert rule.check(progress([0.0, 1.0, 1.0])) is None  # j = 2 is not beyond the window
     assert rule.check(progress([0.0, 1.0, 1.001, 1.003])) is None
-    assert rule.check(progress([0.0, 1.0, 1.001, 1.0019])) is KrylovStatus.STALLED
+    assert rule.check(progress([0.0, 1.0, 1.001, 1.0019])) is KrylovStatus.ENOUGH
     assert rule.check(progress([-1.0, -1.0, -1.0, -1.0])) is None  # a warm start that still loses
 
 
 def test_progress_stall_widens_its_window_with_the_iteration():
     rule = ProgressStall(tolerance=5e-4, minimum=10)
     rising = [0.0] * 170 + [1.0] * 31  # flat for the last 30: window 10 would stop, window 20 would, not 40
-    assert rule.check(progress(rising)) is KrylovStatus.STALLED
+    assert rule.check(progress(rising)) is KrylovStatus.ENOUGH
     recent = [0.0] * 185 + [1.0] * 16  # j = 200, k = 20: the rise is inside the window
     assert rule.check(progress(recent)) is None
 
@@ -45,14 +45,14 @@ def test_best_rate_is_the_rule_of_the_design():
     rule = BestRate(window=2, product_cost=2.0, fixed_cost=3.0)
     # j = 3: (q_3 - q_1) / 4 against q_3 / 9; equality at q_1 = 5/9 q_3.
     assert rule.check(progress([0.0, 5.0 - 1e-9, 7.0, 9.0])) is None
-    assert rule.check(progress([0.0, 5.0 + 1e-9, 7.0, 9.0])) is KrylovStatus.STALLED
+    assert rule.check(progress([0.0, 5.0 + 1e-9, 7.0, 9.0])) is KrylovStatus.ENOUGH
     assert rule.check(progress([0.0, 9.0])) is None
 
 
 def test_best_rate_never_stops_within_its_first_window():
     for q in ([0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]):
         assert BestRate(window=3).check(progress(q)) is None
-    assert BestRate(window=3).check(progress([0.0, 1.0, 1.0, 1.0, 1.0])) is KrylovStatus.STALLED
+    assert BestRate(window=3).check(progress([0.0, 1.0, 1.0, 1.0, 1.0])) is KrylovStatus.ENOUGH
 
 
 def test_best_rate_spends_more_where_fixed_costs_are_high(with_spectrum, normal):
@@ -61,7 +61,7 @@ def test_best_rate_spends_more_where_fixed_costs_are_high(with_spectrum, normal)
         conjugate_gradient(DenseOperator(matrix), normal(100), stopping=[BestRate(fixed_cost=c)])
         for c in (1.0, 30.0, 1000.0)
     ]
-    assert all(result.status is KrylovStatus.STALLED for result in spent)
+    assert all(result.status is KrylovStatus.ENOUGH for result in spent)
     assert spent[0].products < spent[1].products < spent[2].products
 
 

@@ -12,7 +12,7 @@ from optim_cases import F64, normal, rosenbrock
 from torch import Tensor, nn
 
 import imstep
-from imstep.globalization import Armijo
+from imstep.globalization import Armijo, StepSearch, StrongWolfe, TaylorMonitor
 from imstep.optim import ColumnNorms, IntermediateResult, LeastSquares, NewtonKrylov, StepOutcome, Termination
 
 W = torch.linspace(0.5, 2.5, 60, dtype=F64)
@@ -71,6 +71,32 @@ def test_other_units_change_nothing_but_rounding(name: str, of_f: float, of_x: f
     assert scaled.success
     assert abs(scaled.nit - plain.nit) <= 1
     torch.testing.assert_close(scaled.x / of_x, plain.x, rtol=1e-9, atol=1e-9)
+
+
+HILLS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, float]] = {
+    "near the top": (lambda x: (x**4 - x**2).sum(), vector(1e-3, 1e-3), -0.5),
+    "cosine": (lambda x: x.cos().sum(), vector(0.1, 0.2, 0), -3),
+    "far from a dip": (lambda x: -(-x.square().sum()).exp(), vector(8, 0), -1),
+    "plateau": (lambda x: x.square().sum().tanh(), vector(4, 0), 0),
+    "almost straight": (lambda x: torch.nn.functional.softplus(x).sum() - 0.3 * x.sum(), vector(30, -30), 1.2217286),
+    "rounded away": (lambda x: x.cosh().log().sum(), vector(50, -70), 0),
+    "flat saddle": (lambda x: x[0] ** 2 - x[1] ** 4 + x[1] ** 6, vector(1, 1e-2), -4 / 27),
+}
+
+
+@pytest.mark.parametrize("name", HILLS)
+@pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("step", [Armijo(forward=2.0), TaylorMonitor(), StrongWolfe()], ids=lambda s: type(s).__name__)
+def test_hills_are_left_in_any_unit(name: str, unit: float, step: StepSearch) -> None:
+    """Along -g no curvature says how far to go, and the length of a gradient is none of a step.
+
+    Where curvature all but vanishes a step may be too long by more than its trials make good.
+    """
+    function, start, minimum = HILLS[name]
+    result = imstep.minimize(lambda x: unit * function(x), start, step=step)
+    assert result.success
+    assert result.nit < 30
+    assert result.fun / unit == pytest.approx(minimum, abs=1e-7)
 
 
 @pytest.mark.parametrize("shift", [1.0, -7.0, 1e6])
@@ -279,6 +305,35 @@ def test_a_saddle_that_may_not_be_left_is_no_minimum() -> None:
 
 
 # --- counts, callbacks, interruptions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_steps_the_start_is_looked_at(method: str) -> None:
+    square = lambda x: (x - 3).square().sum()
+    away, there = (imstep.minimize(square, vector(value), method, maxiter=0) for value in (0, 3))
+    assert (away.nit, away.status, away.fun, away.grad.tolist()) == (0, 1, 9, [-6])
+    assert (there.nit, there.status, there.fun) == (0, 0, 0)
+    assert there.termination is Termination.GRADIENT
+    assert imstep.minimize(lambda x: x.log().square().sum(), vector(-1), method, maxiter=0).status == 3
+    with pytest.raises(ValueError, match="maxiter is at least 0"):
+        imstep.minimize(square, vector(0), method, maxiter=-1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda f: imstep.minimize(f, {"a": vector(1)}), TypeError, "Join several tensors"),
+        (lambda f: imstep.minimize(f, [vector(1), vector(1, 2)]), TypeError, "Join several tensors"),
+        (lambda f: imstep.minimize(f, torch.zeros(0, dtype=F64)), ValueError, "no entries"),
+        (lambda f: imstep.minimize(f, [1, 2]), TypeError, "double"),
+        (lambda f: imstep.minimize(f, vector(1), args=(2,)), TypeError, "lambda x: fun"),
+        (lambda f: imstep.minimize(f, vector(1), "least-squares", jac=True), TypeError, "Derivatives are its own"),
+        (lambda f: imstep.minimize(lambda x: x - 1, vector(1, 2), "least-squares"), ValueError, "residuals.square"),
+    ],
+)
+def test_what_is_meant_otherwise_is_refused(call: Callable[..., object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call(lambda x: x.square().sum())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -303,3 +303,18 @@ def test_bounds_that_are_refused(bounds: Any, says: str) -> None:
 def test_bounds_of_another_method_are_refused() -> None:
     with pytest.raises(ValueError, match="least-squares"):
         imstep.minimize(line, torch.zeros(2, dtype=F64), bounds=(0, 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_unit_takes_the_function_beyond_its_bounds(seed: int) -> None:
+    low, scale = normal(2, seed=seed), normal(2, seed=9 + seed).abs() + 0.1
+    beyond = []
+
+    def function(x: Tensor) -> Tensor:
+        beyond.append(bool((x < low).any()))
+        return (x - low + 1).log().square().sum() + (x - low + 1).square().sum()
+
+    result = fit(function, low + 1, bounds=(low, low + 3), scale=scale)
+    assert result.success
+    torch.testing.assert_close(result.x, low, rtol=0, atol=1e-15)
+    assert not any(beyond)

@@ -19,7 +19,7 @@ from imstep.runs.verdict import judge
 from imstep.tasks import Surface
 
 STEP = {
-    "status": "stalled", "outcome": "accepted", "step_length": 0.5, "rho": 0.9, "taylor_error": -1e-4,
+    "status": "enough", "outcome": "accepted", "step_length": 0.5, "rho": 0.9, "taylor_error": -1e-4,
     "predicted_decrease": 1e-2, "products": 4, "damping": 1e-3, "gradient_norm": 0.3, "cost": 10.0,
 }  # fmt: skip
 PICTURES = tuple([[[0, 128], [255, 10]]] * 3)
@@ -34,7 +34,7 @@ def comparison_of(**changes: object) -> Comparison:
     points = tuple(Point(10.0 * i, i / 2, i, i, 0.1 / (1 + i), 0.2 / (1 + i)) for i in range(4))
     newton = Run(
         "newton-krylov", "NewtonKrylov", {}, points, 12,
-        {"stalled": 1, "disturbing_negative_curvature": 1}, "", steps, PICTURES,
+        {"enough": 1, "disturbing_negative_curvature": 1}, "", steps, PICTURES,
     )  # fmt: skip
     slow = tuple(replace(point, train=2 * point.train) for point in points)
     adam = Run("adam", "Adam, lr 0.01", {"lr": 0.01}, slow, pictures=PICTURES)
@@ -105,7 +105,7 @@ def test_figures_follow_the_page_in_both_modes() -> None:
     page = render(comparison_of())
     assert "prefers-color-scheme: dark" in page
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
-        assert "var(--s0)" in svg
+        assert "var(--ink)" in svg
         colors = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
         assert colors == set()
 
@@ -150,19 +150,34 @@ def test_files_are_written_and_the_record_reads_back(tmp_path) -> None:
     record = json.loads(files.record.read_text(encoding="utf-8"))
     back = Comparison.from_dict(record)
     assert back.to_dict() == record
-    assert render(back).count("<svg") == render(comparison_of()).count("<svg") == 5
+    assert render(back).count("<svg") == render(comparison_of()).count("<svg") == 10
+
+
+def test_a_record_of_an_earlier_version_is_read_with_the_present_names() -> None:
+    record = json.loads(json.dumps(comparison_of().to_dict()).replace('"enough"', '"stalled"'))
+    assert Comparison.from_dict(record).to_dict() == comparison_of().to_dict()
+
+
+def test_every_plot_names_its_axes_and_every_entry_of_a_card_its_head() -> None:
+    page = render(comparison_of())
+    for words in ("training loss", "seconds in steps", "held-out loss", "learning rate; filled: chosen", "step length",
+                  "products", "λ", "‖g‖", "ρ", "change of the loss"):  # fmt: skip
+        assert f">{words}</text>" in page
+    cards = re.search(r'class="cards".*?</table>', page, flags=re.DOTALL)
+    assert cards is not None
+    assert cards[0].count("<td") == cards[0].count("data-head=") + 2  # the names of the two optimizers
 
 
 def test_progress_and_table_without_a_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=220)
     whole = comparison_of()
     with ComparisonProgress(console) as progress:
-        progress.begin(["NewtonKrylov", "Adam"], [30.0, 60.0])
-        progress.candidate(0, "NewtonKrylov")
+        progress.begin(["newton-krylov", "adam"], [1, 2], 30.0)
+        progress.candidate(0, 0, "")
         progress.advance(0, 10.0, 0.1, 0.5)
         progress.end(0, whole.runs[0])
-        for rate in ("0.001", "0.01"):
-            progress.candidate(1, f"Adam, lr {rate}")
+        for number, rate in enumerate(("0.001", "0.01")):
+            progress.candidate(1, number, f"lr {rate}")
             progress.advance(1, 30.0, 0.05, 0.5)
         progress.end(1, whole.runs[1])
     assert "NewtonKrylov: lowest training loss 2.50e-2, 1.5 s" in console.file.getvalue()
@@ -179,21 +194,27 @@ def test_table_fits_a_terminal_of_80_columns() -> None:
     for shown in ("Adam, batch 150, lr 0.003", "2.50e-2", "12"):
         assert shown in text
     assert endings(whole) == [
-        "NewtonKrylov: stalled 1, disturbing negative curvature 1",
+        "NewtonKrylov: enough 1, disturbing negative curvature 1",
         "Adam, batch 150, lr 0.003: diverged",
     ]
 
 
 def test_progress_draws_one_bar_for_each_optimizer() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=140)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     with ComparisonProgress(console) as progress:
-        progress.begin(["NewtonKrylov", "Adam"], [30.0, 60.0])
-        progress.candidate(0, "NewtonKrylov")
-        progress.advance(0, 10.0, 0.1, 0.5)
+        progress.begin(["newton-krylov, batch 150", "adam, batch 150"], [1, 4], 600.0)
+        progress.candidate(0, 0, "")
+        progress.advance(0, 200.0, 0.1, 0.5)
+        progress.end(0, comparison_of().runs[0])
+        first = console.file.getvalue()
+        progress.candidate(1, 1, "lr 0.003")
+        progress.advance(1, 310.0, 0.05, 0.5)
     text = console.file.getvalue()
-    assert "NewtonKrylov" in text
-    assert "10/30" in text
-    assert "waiting" in text
+    assert "waiting: 4 learning rates, 600 each" in first
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in text.splitlines()]
+    (shown,) = {line for line in lines if "310/600" in line}
+    assert re.search(r"310/600  lowest 5.00e-2  \d+:\d\d left", shown)
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_a_solution_is_shown_and_kept() -> None:
@@ -205,6 +226,6 @@ def test_a_solution_is_shown_and_kept() -> None:
     shown = replace(whole, originals=(), solution=exact, runs=runs)
     text = render(shown)
     assert "absolute error" in text
-    assert text.count(">at most ") == 2
+    assert text.count(">absolute error, at most ") == 2
     assert "absolute error" not in render(whole)
     assert Comparison.from_dict(json.loads(json.dumps(shown.to_dict()))).runs[1].surface.values == worse.values

@@ -64,6 +64,7 @@ class Arithmetic:
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self._ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self._ledger, h, tape, before_write)
+        self._islands.at_last = self._dispatch.settle_jumps
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:
@@ -71,6 +72,9 @@ class Arithmetic:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled: its kernels have no derivative
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # TorchScript's own differentiation detaches where the user does not.
+            stack.callback(torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize())
+            torch._C._set_graph_executor_optimize(False)
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()
@@ -194,6 +198,23 @@ class Arithmetic:
         """
         steps = [] if self._tape is None else self._tape.steps
         return any(not step.backward and step.node >= 0 and step.node not in numbers for step in steps)
+
+    def take_branch(self, sign: int) -> None:
+        """Within another arithmetic, let magnitudes that vanish be numbers times ``sign``, 1 (by default) or -1.
+
+        |x| is then smooth at 0, and the mean over both signs is that of what is even in x.
+        """
+        self._dispatch.branch = sign
+
+    @property
+    def branched(self) -> bool:
+        """Whether a magnitude has vanished within another arithmetic."""
+        return self._dispatch.branched
+
+    @property
+    def passes(self) -> bool:
+        """Whether the code that was evaluated has asked autograd for a backward pass."""
+        return self._islands.passes
 
     @property
     def counts(self) -> dict[tuple[str, str], int]:

@@ -32,7 +32,7 @@ constant(torch.ops.imstep.singular_values_at_point.default, torch.ops.imstep.svd
 _WRITTEN_OUT = 3  # up to this size a determinant is a sum over permutations
 
 
-def is_nearly_singular(a: Tensor, *_: Any) -> bool:
+def is_nearly_singular(a: Tensor, *_: Any, **__: Any) -> bool:
     """Whether the LU factors of a matrix of the batch ``a`` (..., n, n) lose the second derivative of its determinant.
 
     They do by the square of the condition number.

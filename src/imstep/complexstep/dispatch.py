@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
 from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands, plain, unseen
+from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
@@ -22,7 +23,7 @@ from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
-from imstep.complexstep.vanishing import ROOTS, first
+from imstep.complexstep.vanishing import ROOTS, Root, first
 
 rules.load()
 
@@ -61,12 +62,17 @@ class Dispatch(TorchDispatchMode):
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
         self._roots: Roots | None = None
+        self._jumps: Jumps | None = None
+        self.branch, self.branched = 1, False  # see Roots
         self._given: Any = None  # the arguments of the operator, where they may be of subclasses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             if _seen_by_mode():  # no function was seen to call, as in a backward pass
                 with unseen():
+                    if self._islands.hides_cut(func):
+                        with self._islands.island():
+                            return self._dispatch(func, args, kwargs or {})
                     return self._dispatch(func, args, kwargs or {})
             return self._dispatch(func, args, kwargs or {})
         except Exception as error:
@@ -91,6 +97,11 @@ class Dispatch(TorchDispatchMode):
         return self._observe(func, sig, tensors, args, kwargs)
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if self._jumps is not None and self._jumps.concern(tensors) and not self._islands.final:
+            return self._jumps.follow(lambda: self._followed(func, sig, tensors, args, kwargs))
+        return self._followed(func, sig, tensors, args, kwargs)
+
+    def _followed(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._roots is not None and self._roots.concern(func, tensors):
             return self._roots.follow(func, args, lambda: self._watched(func, sig, tensors, args, kwargs))
         return self._watched(func, sig, tensors, args, kwargs)
@@ -123,6 +134,8 @@ class Dispatch(TorchDispatchMode):
         outputs = self._apply(func, tensors, attached, args, kwargs)
         if id(func) in ROOTS and not WORKING:  # one that the rule of another arithmetic takes is noted there
             self._note_root(func, tensors, attached, args, kwargs, outputs)
+        elif id(func) in JUMPS and not WORKING:
+            self._note_jump(func, tensors, attached, outputs)
         return outputs
 
     def _note_root(self, func: OpOverload, tensors: Any, attached: Any, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -130,31 +143,61 @@ class Dispatch(TorchDispatchMode):
         if not bool((value == 0).any()):
             return
         if self._roots is None:
-            planes = Plane(), Plane()
-            follow = lambda plane: Dispatch(plane, self._islands, Ledger(), None, None, None)
             plane = None if self._tape is not None else self._plane
-            self._roots = Roots(self, plane, [(follow(p), p) for p in planes], self._ledger, self._h)
-        references = None if self._tape is None else self._references(tensors, attached)
+            self._roots = Roots(self, plane, [self._follower(), self._follower()], self._ledger, self._h)
+            self._roots.branch = self.branch
         WORKING.append(self._born)
         try:
-            self._roots.note(func, args, kwargs, value, references or self._imaginary(tensors), references is not None)
+            self._roots.note(func, args, kwargs, value, self._parts(tensors, attached), self._tape is not None)
         finally:
             WORKING.pop()
+        self.branched |= self._roots.branched
+
+    def _note_jump(self, func: OpOverload, tensors: Any, attached: Any, value: Tensor) -> None:
+        zero = at_zero(func, tensors)
+        if zero is None or torch._C._current_autograd_node() is not None:  # that of a root is seen to by the root
+            return
+        if self._jumps is None:
+            self._jumps = Jumps(*self._follower(), self._ledger)
+        self._jumps.note(func, value, zero, self._parts(tensors, attached), self._tape is not None)
+
+    def _follower(self) -> tuple[Follower, Plane]:
+        """Another arithmetic on what is evaluated here, with its imaginary parts."""
+        plane = Plane()
+        return Follower(plane, self._islands, Ledger(), None, None, None), plane
+
+    def _parts(self, tensors: Sequence[Any], attached: Sequence[Any]) -> list[Any]:
+        """The imaginary parts of tensors; what they are on the tape if there is one."""
+        return self._imaginary(tensors) if self._tape is None else self._references(tensors, attached)
 
     def settle(self, results: Sequence[Tensor | None]) -> None:
-        """The evaluation has come to ``results``: note whether roots that vanish leave them without a derivative."""
-        if self._roots is not None:
-            self._roots.settle(results)
+        """The evaluation has come to ``results``, or a backward pass begins at them: do they have a derivative?"""
+        for watching in (self._roots, self._jumps):
+            if watching is not None:
+                watching.settle(results)
+
+    def settle_jumps(self, outputs: Sequence[Any]) -> None:
+        """The backward pass that is to be differentiated begins at ``outputs``."""
+        if self._jumps is not None:
+            self._jumps.settle([plain(t) for t in outputs if isinstance(t, Tensor)])
 
     def conclude(self, failed: bool = False) -> None:
-        """The evaluation is over: warn of roots that have left something without a derivative, and forget them."""
-        roots, self._roots = self._roots, None
-        if roots is not None and not failed:
-            roots.conclude(self._tape)
+        """The evaluation is over: warn of what has left something without a derivative, and forget it."""
+        watching, self._roots, self._jumps = (self._roots, self._jumps), None, None
+        for found in watching:
+            if found is not None and not failed:
+                found.conclude(self._tape)
 
     def carries(self, t: Tensor) -> bool:
         """Whether ``t`` has an imaginary part here."""
         return self._plane.find(t) is not None
+
+    def moves(self, root: Root, tensors: Sequence[Any]) -> bool:
+        """Whether a root that another arithmetic has met, taken of ``tensors``, may leave zero here."""
+        if self._tape is not None:
+            return self._plane.attached(tensors) is not None
+        with _disable_current_modes():
+            return bool(((root.apply(self._imaginary(tensors)) != 0) & root.vanishes).any())
 
     def _constant(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any) -> Any:
         """Inside an island: the real result, in memory of its own where it would be a view of a live tensor."""
@@ -397,6 +440,10 @@ class Dispatch(TorchDispatchMode):
         elif isinstance(outputs, (list, tuple)):
             for output in outputs:
                 self._mark_born(output)
+
+
+class Follower(Dispatch):
+    """Carries imaginary parts of its own through what another one carries out."""
 
 
 def _any_complex(tensors: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from imstep.complexstep.arithmetic import Arithmetic
 from imstep.complexstep.islands import plain, unseen
-from imstep.complexstep.nesting import refuse_lost_graph
+from imstep.complexstep.nesting import is_nested, refuse_lost_graph
+from imstep.complexstep.sight import Threads, refuse_threads, traced
 
 DEFAULT_H = 1e-20
 
@@ -133,19 +135,45 @@ def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None
     """
     leaves, structure = tree_flatten(x)
     directions = _match(v, leaves, structure, "v", "x")
+    evaluate = lambda sign: _product(lambda inputs: f(tree_unflatten(inputs, structure)), leaves, directions, h, sign)
+    found: _Tree = tree_unflatten(_over_branches(evaluate, leaves), structure)
+    return found
+
+
+def _product(
+    f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor], h: float | None, sign: int
+) -> tuple[list[Tensor], bool]:
+    """A Hessian product, and whether there are two branches: see :meth:`Arithmetic.take_branch`."""
     inputs = [_leaf(t).requires_grad_() for t in leaves]
     arithmetic = Arithmetic(h)
+    arithmetic.take_branch(sign)
     for t, d in zip(inputs, directions, strict=True):
         arithmetic.attach(t, d)
+    started = torch.autograd._get_sequence_nr()
     with arithmetic, torch.enable_grad():
-        loss = f(tree_unflatten(inputs, structure))
+        loss = f(inputs)
         loss = plain(loss) if isinstance(loss, Tensor) else loss
         _require_scalar(loss)
+        refuse_threads([loss], inputs, started, arithmetic.passes)
         parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
     products = [torch.zeros_like(t) if part is None else part for t, part in zip(leaves, parts, strict=True)]
-    found: _Tree = tree_unflatten([_without_graph(p) for p in products], structure)
-    return found
+    return [_without_graph(p) for p in products], arithmetic.branched
+
+
+def _over_branches(evaluate: Callable[[int], tuple[Any, bool]], leaves: list[Tensor]) -> Any:
+    """What an evaluation finds; the mean over its branches, if there are two."""
+    if not is_nested():
+        return evaluate(1)[0]
+    random = torch.get_rng_state(), {t.device: torch.cuda.get_rng_state(t.device) for t in leaves if t.is_cuda}
+    found, branched = evaluate(1)
+    if not branched:
+        return found
+    torch.set_rng_state(random[0])
+    for device, state in random[1].items():
+        torch.cuda.set_rng_state(state, device)
+    mean = lambda a, b: (a + b) / 2 if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
+    return tree_map(mean, found, evaluate(-1)[0])
 
 
 def third_derivative(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, w: _Tree | None = None) -> _Tree:
@@ -181,17 +209,42 @@ def third_derivative(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, w: _Tree 
 
 
 def _jvp_flat(f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor]) -> tuple[Any, Any]:
-    inputs = [_leaf(t) for t in leaves]
-    arithmetic = Arithmetic()
-    for t, d in zip(inputs, directions, strict=True):
-        arithmetic.attach(t, d)
-    with arithmetic:
-        outputs = f(inputs)
-        arithmetic.settle([t for t in tree_leaves(outputs) if isinstance(t, Tensor)])
-    refuse_lost_graph("jvp", [t for t in (*tree_leaves(outputs), *leaves, *directions) if isinstance(t, Tensor)])
+    found: tuple[Any, Any] = _over_branches(lambda sign: _pushed(f, leaves, directions, sign), leaves)
+    return found
+
+
+def _pushed(
+    f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor], sign: int
+) -> tuple[tuple[Any, Any], bool]:
+    """The value and the directional derivative, and whether there are two branches."""
+    with Threads() as threads:
+        outputs, arithmetic = _evaluate(f, leaves, directions, sign, threads.before)
+    if threads.begun and not threads.before:
+        outputs, arithmetic = _evaluate(f, leaves, directions, sign, True)
+    found = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    refuse_lost_graph("jvp", [*found, *leaves, *directions])
     value = lambda t: _without_graph(t) if isinstance(t, Tensor) else t
     part = lambda t: _without_graph(arithmetic.value(t).imaginary) if isinstance(t, Tensor) else t
-    return tree_map(value, outputs), tree_map(part, outputs)
+    return (tree_map(value, outputs), tree_map(part, outputs)), arithmetic.branched
+
+
+def _evaluate(
+    f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor], sign: int, several: bool
+) -> tuple[Any, Arithmetic]:
+    """What ``f`` returns on complex-step numbers; checked by a graph if there are ``several`` threads."""
+    inputs, started = [_leaf(t) for t in leaves], torch.autograd._get_sequence_nr()
+    several = several and torch._C._functorch.maybe_current_level() is None
+    arithmetic = Arithmetic()
+    arithmetic.take_branch(sign)
+    for t, d in zip(inputs, directions, strict=True):
+        arithmetic.attach(traced(t) if several else t, d)
+    with arithmetic, torch.enable_grad() if several else nullcontext():
+        outputs = f([t.clone() for t in inputs] if several else inputs)
+        found = [plain(t) for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        if several:
+            refuse_threads(found, inputs, started, arithmetic.passes)
+        arithmetic.settle(found)
+    return outputs, arithmetic
 
 
 def _leaf(t: Any) -> Tensor:

@@ -10,7 +10,7 @@ an ``autograd.Function``: autograd records nothing there, and the Function says 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -34,6 +34,8 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
 _WATCHED.add(F.gumbel_softmax)
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_DETACH = torch.ops.aten.detach.default
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 
 def unseen() -> AbstractContextManager[Any]:
@@ -58,10 +60,12 @@ class Islands(TorchFunctionMode):
         self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
         self._before = False, -1
         self._contexts: list[tuple[bool, int]] = []
-        self._outside, self._inference = 0, False  # of what is around the evaluation
+        self._outside, self._inference, self._recorded = 0, False, True  # of what is around the evaluation
         self.subclasses = False  # whether arguments may be of subclasses of Tensor
         self.final = False  # whether the backward pass that runs now is the one to differentiate
+        self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
+        self.at_last: Callable[[Sequence[Any]], None]  # told where that begins
         self._stack = ExitStack()
 
     @property
@@ -91,7 +95,7 @@ class Islands(TorchFunctionMode):
         self._stack.enter_context(plain_attention())
         self._contexts, self._cut, self._task = [], False, torch._C._current_graph_task_id()
         self._outside = functions_around(sys._getframe(1))
-        self._inference = torch.is_inference_mode_enabled()
+        self._inference, self._recorded = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -185,6 +189,19 @@ class Islands(TorchFunctionMode):
         choice = torch.zeros_like(logits).scatter_(dim, constant.argmax(dim, keepdim=True), 1.0)
         return choice - constant + soft
 
+    def hides_cut(self, func: Any) -> bool:
+        """Whether ``func``, which no Python function was seen to call, is a cut, or within one: in TorchScript.
+
+        What autograd detaches to save it, or in a backward pass, is none.
+        """
+        if func is _DETACH:
+            hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        else:
+            hidden = not torch.is_grad_enabled() and self._recorded
+        if not hidden or self._cut or torch._C._current_graph_task_id() != self._task:
+            return False
+        return functions_around(sys._getframe(1)) <= self._outside
+
     # --- backward passes ----------------------------------------------------------------------------------------
 
     def gradient(
@@ -192,7 +209,7 @@ class Islands(TorchFunctionMode):
     ) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
         seen = gradients.in_sight_of(Islands) if self._runs_code(outputs) else unseen()
-        with self._final_pass(), seen:
+        with self._final_pass(outputs), seen:
             return gradients.gradients(outputs, inputs, weights, self._keep_graph)
 
     def follow(self, forward: Islands) -> None:
@@ -204,7 +221,8 @@ class Islands(TorchFunctionMode):
         return self.hooked or gradients.runs_functions(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
 
     @contextmanager
-    def _final_pass(self) -> Iterator[None]:
+    def _final_pass(self, outputs: Sequence[Any]) -> Iterator[None]:
+        self.at_last(outputs)
         before, self.final = self.final, True
         try:
             with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
@@ -214,6 +232,7 @@ class Islands(TorchFunctionMode):
 
     def _backward_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A pass that the user asks for: with ``backward()`` the gradient itself, else part of the loss."""
+        self.passes = True
         if func is torch.autograd.grad:
             found = self._run(func, args, kwargs)
             create_graph = kwargs.get("create_graph", args[4] if len(args) > 4 else False)
@@ -225,7 +244,7 @@ class Islands(TorchFunctionMode):
             args = (*args[:2], True, *args[3:])
         elif self._keep_graph:
             kwargs = {**kwargs, "retain_graph": True}
-        with self._final_pass():
+        with self._final_pass(tree_leaves((args[:1], kwargs))):
             return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

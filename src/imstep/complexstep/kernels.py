@@ -73,10 +73,10 @@ def _name(func: Any) -> str:
 
 def _substitute(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
     stands_in, needed = SUBSTITUTES[func]
-    named = next((k for k in ("input", "A") if k in kwargs), None)
+    named = next((k for k in ("input", "A", "data", "abs") if k in kwargs), None)
     if named is not None:  # what PyTorch calls the first argument
         args, kwargs = (kwargs[named], *args), {k: v for k, v in kwargs.items() if k != named}
-    if not needed(*args):
+    if not needed(*args, **kwargs):
         return func(*args, **kwargs)
     ledger.avoid(_name(func))
     return stands_in(*args, **kwargs)

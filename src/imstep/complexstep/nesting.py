@@ -16,6 +16,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.errors import ComplexStepError
 from imstep.complexstep.gradients import leaves
+from imstep.complexstep.sight import is_traced
+
+
+def _around() -> list[Dispatch]:
+    """The arithmetics that code runs in."""
+    return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Dispatch)]
+
+
+def is_nested() -> bool:
+    """Whether code that runs now is differentiated itself."""
+    return bool(_around())
 
 
 def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor] = ()) -> None:
@@ -26,12 +37,12 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
         tensors: what the derivative depends on.
         own: leaves of its own, whose gradient nobody else takes.
     """
-    around = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Dispatch)]
+    around = _around()
     if not around or not torch.is_grad_enabled():
         return
     ignored = {id(t) for t in own}
     for leaf in leaves(tensors):
-        if id(leaf) not in ignored and any(mode.carries(leaf) for mode in around):
+        if id(leaf) not in ignored and not is_traced(leaf) and any(mode.carries(leaf) for mode in around):
             raise ComplexStepError(
                 f"imstep.{name} is called on what depends on the parameters of a loss whose gradient is taken; its "
                 "result has no graph, so the gradient would lose that dependence. Write this derivative of the loss "

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from imstep.complexstep.errors import NotDifferentiableWarning
+from imstep.complexstep.errors import ComplexStepError
+from imstep.complexstep.missing import Missing, depends
 from imstep.complexstep.registry import signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.tape import Tape
@@ -35,6 +35,7 @@ from imstep.complexstep.vanishing import ABSOLUTE, EUCLIDEAN, Root, differentiat
 aten = torch.ops.aten
 
 _GUARDS = {aten.masked_fill_.Scalar, aten.masked_fill.Scalar}
+_OF_ROWS = {aten._cdist_backward.default, aten._pdist_backward.default}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _numbers = itertools.count()
 
@@ -48,6 +49,10 @@ class Roots:
         followers: two more arithmetics, with their imaginary parts, to follow what the roots have a part in.
         ledger: where a missing derivative is entered.
         h: the step of finite arithmetic, or None.
+
+    Attributes:
+        branch: what stands for a magnitude that vanishes, within another arithmetic: that times the number, 1 or -1.
+        branched: whether there was one.
     """
 
     def __init__(
@@ -58,16 +63,17 @@ class Roots:
         ledger: Ledger,
         h: float | None,
     ) -> None:
-        self._arithmetic, self._plane, self._ledger = arithmetic, plane, ledger
+        self._arithmetic, self._plane = arithmetic, plane
         self._followers, self._planes = [f for f, _ in followers], [p for _, p in followers]
         self._least = 0.0 if h is None else 1e3 * h * h  # what h² leaves of a zero
         number = next(_numbers)
         self._root, self._ratio = f"_imstep_root_{number}", f"_imstep_ratio_{number}"
         self._roots: dict[Any, Root] = {}
         self._signed: dict[int, tuple[Window, Tensor, Any, Root]] = {}  # by memory; what is kept keeps its place
-        self._warned: set[OpOverload] = set()
+        self._missing = Missing(ledger, _REASON)
         self._seeds = 0
         self._inside = False
+        self.branch, self.branched = 1, False
 
     # --- going forward ------------------------------------------------------------------------------------------
 
@@ -88,9 +94,24 @@ class Roots:
         norm = wide(func, args, kwargs, value)
         if (root.edged and norm is not None) or func is ABSOLUTE:  # of which the gradient is a multiple of the sign
             self._signed[_memory(tensors[0])] = Window(tensors[0]), tensors[0], norm, root
-        if root.round and not root.edged:
+        around = [mode for mode in _get_current_dispatch_mode_stack() if type(mode) is type(self._arithmetic)]
+        if root.round and root.edged and around and self._plane is not None:
+            self._take_branch(root, value, tensors[0], parts[0])
+            return
+        if root.round and not root.edged and around:
+            if len(around) > 1 and sum(mode.moves(root, tensors) for mode in around) > 1:
+                raise ComplexStepError(f"{func} {_TOO_DEEP}")
             self._bend(root, value, tensors, parts)
         self._mark(root, value)
+
+    def _take_branch(self, root: Root, value: Tensor, x: Tensor, part: Tensor | None) -> None:
+        """Let a magnitude that vanishes be the number itself, or its negative; the mean over both is what is even."""
+        assert self._plane is not None
+        self.branched, root.branched = True, True
+        value.copy_(torch.where(root.vanishes, self.branch * x.reshape(value.shape), value))
+        known = self._plane.get(value)
+        moved = 0.0 if part is None else self.branch * part.reshape(value.shape)
+        self._plane.write(value, torch.where(root.vanishes, moved, 0.0 if known is None else known))
 
     def _bend(self, root: Root, value: Tensor, tensors: Sequence[Any], parts: Sequence[Any]) -> None:
         """Let the product of a root's derivatives by two arithmetics, one within the other, be that of e, v·w.
@@ -98,8 +119,7 @@ class Roots:
         D²phi(n)[v, w] = phi''(0) v·w at n = 0. The derivative along v is set to 1, that along w to v·w, that of
         (|e + v|² - |e - v|²) / 4. By themselves first derivatives of a root do not count where phi is even.
         """
-        around = [mode for mode in _get_current_dispatch_mode_stack() if mode not in self._followers]
-        if self._plane is None or not any(type(mode) is type(self._arithmetic) for mode in around):
+        if self._plane is None:
             return
         pairs = [(t, 0 if d is None else d) for t, d in zip(tensors, parts, strict=True)]
         ahead, behind = root.apply([t + d for t, d in pairs]), root.apply([t - d for t, d in pairs])
@@ -146,7 +166,10 @@ class Roots:
             return self._guarded(args[0], outputs)
         elif func is aten.sgn.default:
             window, x, norm, root = self._signed[_memory(args[0])]
-            if window.fits(args[0]):
+            if root.branched and window.fits(args[0]) and torch._C._current_autograd_node() is not None:
+                with _disable_current_modes():
+                    outputs.masked_fill_(root.vanishes.reshape(outputs.shape), self.branch)
+            elif window.fits(args[0]):
                 self._remember(outputs, x, norm, root, False)
         elif func is aten.clone.default:  # such as one in another layout, for the backward pass
             root = args[0].untyped_storage().__dict__.get(self._root)
@@ -154,7 +177,15 @@ class Roots:
                 outputs.untyped_storage().__dict__[self._root] = root
         elif func is aten.mul.Tensor:
             return self._multiplied(args[0], args[1], outputs)
+        elif func in _OF_ROWS:
+            self._arrived(args[0], args[-1])
         return outputs
+
+    def _arrived(self, gradient: Tensor, distances: Tensor) -> None:
+        """What arrives at distances by another norm than Euclid's, which nothing smooths."""
+        root = distances.untyped_storage().__dict__.get(self._root)
+        if root is not None and not root.round:
+            self._limit(gradient, distances, root)
 
     def _remember(self, quotient: Tensor, *parts: Any) -> None:
         quotient.untyped_storage().__dict__[self._ratio] = Window(quotient), *parts
@@ -223,7 +254,7 @@ class Roots:
         depends = (one - other).abs() > math.sqrt(eps) * (one.abs() + other.abs()) + 10 * eps
         odd = odd | depends | ~one.isfinite() | ~other.isfinite() if root.round else odd | (one != 0)
         if bool(odd.any()):
-            self._lose(root)
+            self._missing.lose(root)
         limit = torch.where(odd, 0, one)
         self._carry(limit, gradient, slopes[0])
         return limit
@@ -240,59 +271,26 @@ class Roots:
 
     def settle(self, results: Sequence[Tensor | None]) -> None:
         """The evaluation has come to results: where they change with a root in first order, it leaves an edge."""
-        if any(self._has_edge(t) for t in results if t is not None):
+        if any(t is not None and depends(t, self._planes[0].get(t)) for t in results):
             for root in self._roots.values():
                 if not root.edged:
-                    self._lose(root)
+                    self._missing.lose(root)
 
     def conclude(self, tape: Tape | None) -> None:
         """Nothing more arrives: warn of what has no derivative in the direction or, on a tape, in a random one."""
-        lost = [root for root in self._roots.values() if root.lost or root.has_edge()]
-        pending = [root for root in lost if root.moves is None]
-        if tape is not None and pending:
-            self._probe(pending, tape)
-        for root in lost:
-            self._lose(root)
-
-    def _has_edge(self, t: Tensor) -> bool:
-        """Whether a result changes with a root in first order."""
-        by_root = self._planes[0].get(t)
-        if by_root is None or t.numel() == 0:
-            return False
-        rounding = 10 * torch.finfo(t.dtype).eps * t.abs().max()
-        return bool((by_root.abs() > rounding).any())
-
-    def _lose(self, root: Root) -> None:
-        root.lost = True
-        if root.moves:
-            self._warn(root)
-
-    def _probe(self, roots: list[Root], tape: Tape) -> None:
-        """Along a random direction, which of the roots move."""
-        with _disable_current_modes(), torch.no_grad():
-            watched = [root.references for root in roots]
-            flat = [reference for references in watched for reference in references if reference is not None]
-            parts = iter(tape.watching(flat).replay(tape.probe(roots[0].vanishes.device))[-len(flat) :])
-            for root, references in zip(roots, watched, strict=True):
-                root.look([None if reference is None else next(parts) for reference in references])
-
-    def _warn(self, root: Root) -> None:
-        if root.operator in self._warned:
-            return
-        self._warned.add(root.operator)
-        self._ledger.mark(root.operator)
-        text = (
-            f"{root.operator} is zero, where it has no derivative, and what is made of it does not smooth that: the "
-            "derivative there is taken to be 0, as in PyTorch's gradient. If it is to count, add a small number under "
-            "the root, as in (x.square().sum() + 1e-12).sqrt(), or use the squares themselves."
-        )
-        place = root.place
-        if place is None:
-            warnings.warn(text, NotDifferentiableWarning, stacklevel=2)
-        else:
-            file, line, registry = place
-            warnings.warn_explicit(text, NotDifferentiableWarning, file, line, registry=registry)
+        self._missing.conclude([root for root in self._roots.values() if root.lost or root.has_edge()], tape)
 
 
 def _memory(t: Tensor) -> int:
     return t.untyped_storage()._cdata
+
+
+_TOO_DEEP = (
+    "is zero, and what may smooth that is beyond three derivatives nested in each other. Take third derivatives by "
+    "imstep.third_derivative, or use squares in place of the root."
+)
+_REASON = (
+    "is zero, where it has no derivative, and what is made of it does not smooth that: the derivative there is taken "
+    "to be 0, as in PyTorch's gradient. If it is to count, add a small number under the root, as in "
+    "(x.square().sum() + 1e-12).sqrt(), or use the squares themselves."
+)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imstep.complexstep.determinants import determinant, is_nearly_singular
-from imstep.complexstep.rules.special import i1_over
+from imstep.complexstep.special_points import (
+    bessel_i1,
+    cumprod,
+    dist,
+    float_power,
+    in_place,
+    index_reduce,
+    logaddexp,
+    logaddexp2,
+    lp_pool,
+    polar,
+    power,
+    prod,
+    scatter_reduce,
+    segment_reduce,
+    sinc,
+)
 
 _MODES = ("bilinear", "nearest", "bicubic")
 _PADDINGS = ("zeros", "border", "reflection")
@@ -120,15 +135,9 @@ def ctc_sum(
     alone = log_probs.dim() == 2
     if alone:
         log_probs = log_probs.unsqueeze(1)
-    times = [int(n) for n in _listed(input_lengths)]
     labels = [int(n) for n in _listed(target_lengths)]
     rows = targets.split(labels) if targets.dim() == 1 else [t[:n] for t, n in zip(targets, labels, strict=True)]
-    losses = torch.stack(
-        [
-            _ctc_one(log_probs[:time, i], row.to(log_probs.device), blank)
-            for i, (time, row) in enumerate(zip(times, rows, strict=True))
-        ]
-    )
+    losses = _ctc_losses(log_probs, rows, log_probs.new_tensor(_listed(input_lengths), dtype=torch.long), blank)
     if zero_infinity:
         losses = torch.where(losses.isinf(), 0, losses)
     if reduction == _MEAN:
@@ -142,97 +151,49 @@ def _listed(lengths: Tensor | Sequence[int]) -> list[int]:
     return lengths.reshape(-1).tolist() if isinstance(lengths, Tensor) else list(lengths)
 
 
-def _ctc_one(log_probs: Tensor, target: Tensor, blank: int) -> Tensor:
-    """The loss of one sequence: log_probs (time, classes), target (labels,)."""
-    if len(log_probs) == 0:
-        return log_probs.sum() + (0.0 if len(target) == 0 else math.inf)
-    states = torch.full((2 * len(target) + 1,), blank, dtype=torch.long, device=log_probs.device)
-    states[1::2] = target
+def _ctc_losses(log_probs: Tensor, rows: Sequence[Tensor], times: Tensor, blank: int) -> Tensor:
+    """The losses of sequences, (batch,): log_probs (time, batch, classes), rows of labels, times (batch,)."""
+    labels = times.new_tensor([len(row) for row in rows])
+    states = times.new_full((len(rows), 2 * int(labels.max()) + 1), blank)
+    for state, row in zip(states, rows, strict=True):
+        state[1 : 2 * len(row) : 2] = row
     skips = torch.zeros_like(states, dtype=torch.bool)
-    skips[2:] = (states[2:] != blank) & (states[2:] != states[:-2])
-    emitted = log_probs[:, states]
+    skips[:, 2:] = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
+    running = torch.arange(len(log_probs), device=times.device)[:, None, None] < times[:, None]
+    emitted = torch.where(running, log_probs.gather(2, states.expand(len(log_probs), *states.shape)), 0)
     never = torch.finfo(log_probs.dtype).min / 4  # -inf would give nan in the derivative of logaddexp
-    alpha = torch.where(torch.arange(len(states), device=states.device) < 2, emitted[0], never)
-    for step in emitted[1:]:
+    first = (torch.arange(states.shape[1], device=times.device) < 2) & (times > 0)[:, None]
+    alpha = torch.where(first, emitted[0], never)
+    for step, goes_on in zip(emitted[1:], running[1:], strict=True):
         before = F.pad(alpha, (2, 0), value=never)
-        skipped = torch.where(skips, before[:-2], never)
-        alpha = torch.logsumexp(torch.stack([alpha, before[1:-1], skipped]), 0) + step
-    loss = -torch.logsumexp(alpha[-2:], 0)
-    return torch.where(loss > -never / 2, math.inf, loss)
+        skipped = torch.where(skips, before[:, :-2], never)
+        moved = torch.logsumexp(torch.stack([alpha, before[:, 1:-1], skipped]), 0) + step
+        alpha = torch.where(goes_on, moved, alpha)
+    ends = torch.stack([2 * labels, (2 * labels - 1).clamp(min=0)], 1)
+    last = torch.where(torch.stack([labels >= 0, labels > 0], 1), alpha.gather(1, ends), never)
+    losses = -torch.logsumexp(last, 1)
+    losses = torch.where(losses > -never / 2, math.inf, losses)
+    return torch.where((times == 0) & (labels == 0), 0, losses)
 
 
-# --- products with zeros ----------------------------------------------------------------------------------------------
+# --- what stands in for what, and when ------------------------------------------------------------------------------
 
 
-def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """:func:`torch.cumprod`, whose gradient at zeros is a formula that holds only there and so has no derivative."""
-    return torch.stack(list(accumulate(x.to(dtype or x.dtype).unbind(dim), torch.mul)), dim)
-
-
-def prod(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """:func:`torch.prod`, whose gradient is a constant where there are two zeros."""
-    x = x.to(dtype or x.dtype)
-    total = reduce(torch.mul, x.reshape(-1).unbind(0) if dim is None else x.unbind(dim))
-    return total.unsqueeze(dim) if keepdim and dim is not None else total
-
-
-# --- smooth functions whose gradient is a formula that holds at one point only ---------------------------------------
-
-
-def sinc(x: Tensor) -> Tensor:
-    """:func:`torch.sinc`, by its series near zero: sum (-1)^k (pi x)^2k / (2k + 1)!."""
-    near = x.abs() < 0.25
-    square, series = (math.pi * torch.where(near, x, 0)).square(), torch.zeros_like(x)
-    for k in reversed(range(11)):
-        series = series * -square + 1 / math.factorial(2 * k + 1)
-    angle = math.pi * torch.where(near, 1, x)
-    return torch.where(near, series, torch.sin(angle) / angle)
-
-
-def bessel_i1(x: Tensor) -> Tensor:
-    """:func:`torch.special.i1`, by its series near zero."""
-    near = x.abs() < 1
-    small = torch.where(near, x, 0)
-    return torch.where(near, small * i1_over(small), torch.special.i1(torch.where(near, 1, x)))
-
-
-def power(x: Tensor, exponent: Tensor) -> Tensor:
-    """:func:`torch.pow`, whose derivative by x is a constant where the exponent is zero: there by the exponential."""
-    at_zero = (exponent == 0) & (x > 0)
-    smooth = torch.exp(torch.where(at_zero, exponent, 0) * torch.log(torch.where(at_zero, x, 1)))
-    return torch.where(at_zero, smooth, torch.pow(x, torch.where(at_zero, 1, exponent)))
-
-
-def float_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """:func:`torch.float_power`."""
-    return power(x.double(), exponent.double())
-
-
-def _exponent_has_zeros(x: Any, exponent: Any = None, *_: Any) -> bool:
+def _exponent_has_zeros(x: Any, exponent: Any = None, **_: Any) -> bool:
     tensors = isinstance(exponent, Tensor) and isinstance(x, Tensor) and not x.is_complex()
     return tensors and exponent.is_floating_point() and _any_zero(exponent)
 
 
-def logaddexp(x: Tensor, y: Tensor) -> Tensor:
-    """:func:`torch.logaddexp`, whose gradient overflows where one term is far below the other."""
-    same = (x == y) & x.isinf()
-    first, second = torch.where(same, 0, x), torch.where(same, 0, y)
-    largest = torch.where(first > second, first, second)
-    smallest = torch.where(first > second, second, first)
-    return torch.where(same, x, largest - F.logsigmoid(largest - smallest))
-
-
-def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
-    """:func:`torch.logaddexp2`."""
-    return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
-
-
-def _real(*arguments: Any) -> bool:
+def _real(*arguments: Any, **_: Any) -> bool:
     return all(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
 
 
-def _has_zeros(x: Tensor, *_: Any) -> bool:
+def _has_zeros(x: Tensor, *_: Any, **__: Any) -> bool:
     return x.dim() > 0 and x.is_floating_point() and _any_zero(x)
+
+
+def _radius_has_zeros(r: Tensor, *_: Any, **__: Any) -> bool:
+    return _any_zero(r)
 
 
 def _any_zero(x: Tensor) -> bool:
@@ -240,7 +201,20 @@ def _any_zero(x: Tensor) -> bool:
     return torch._C._functorch.maybe_current_level() is None and bool((x == 0).any())
 
 
-def _always(*_: Any) -> bool:
+def _not_euclidean(x: Tensor, other: Tensor | None = None, p: float = 2.0) -> bool:
+    return p != 2
+
+
+def _product_has_zeros(x: Tensor, dim: int, index: Tensor, src: Any, reduce: str = "", **_: Any) -> bool:
+    return reduce == "prod" and isinstance(src, Tensor) and src.dim() > 0 and (_any_zero(src) or _any_zero(x))
+
+
+def _segment_has_zeros(x: Tensor, reduce: str = "", *, axis: int = 0, **lengths: Any) -> bool:
+    simple = axis == 0 and any(t is not None and t.dim() == 1 for t in map(lengths.get, ("lengths", "offsets")))
+    return simple and reduce == "prod" and _any_zero(x)
+
+
+def _always(*_: Any, **__: Any) -> bool:
     return True
 
 
@@ -251,16 +225,25 @@ SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
     torch.grid_sampler_3d: (grid_sampler, _always),
     F.ctc_loss: (ctc_loss, _always),
     torch.ctc_loss: (ctc_sum, _always),
-    torch.cumprod: (cumprod, _has_zeros),
-    Tensor.cumprod: (cumprod, _has_zeros),
-    torch.prod: (prod, _has_zeros),
-    Tensor.prod: (prod, _has_zeros),
-    torch.det: (determinant, is_nearly_singular),
-    torch.linalg.det: (determinant, is_nearly_singular),
-    Tensor.det: (determinant, is_nearly_singular),
+    **dict.fromkeys((torch.cumprod, Tensor.cumprod), (cumprod, _has_zeros)),
+    Tensor.cumprod_: (in_place(cumprod), _has_zeros),
+    **dict.fromkeys((torch.prod, Tensor.prod), (prod, _has_zeros)),
+    **dict.fromkeys((torch.scatter_reduce, Tensor.scatter_reduce), (scatter_reduce, _product_has_zeros)),
+    Tensor.scatter_reduce_: (in_place(scatter_reduce), _product_has_zeros),
+    **dict.fromkeys((torch.index_reduce, Tensor.index_reduce), (index_reduce, _product_has_zeros)),
+    Tensor.index_reduce_: (in_place(index_reduce), _product_has_zeros),
+    torch.segment_reduce: (segment_reduce, _segment_has_zeros),
+    **dict.fromkeys((torch.det, torch.linalg.det, Tensor.det), (determinant, is_nearly_singular)),
     torch.special.i1: (bessel_i1, _real),
+    torch.polar: (polar, _radius_has_zeros),
+    **dict.fromkeys((torch.dist, Tensor.dist), (dist, _not_euclidean)),
+    F.lp_pool1d: (lp_pool(F.lp_pool1d, F.max_pool1d, 1), _has_zeros),
+    F.lp_pool2d: (lp_pool(F.lp_pool2d, F.max_pool2d, 2), _has_zeros),
+    F.lp_pool3d: (lp_pool(F.lp_pool3d, F.max_pool3d, 3), _has_zeros),
     **dict.fromkeys((torch.sinc, Tensor.sinc, torch.special.sinc), (sinc, _real)),
+    **dict.fromkeys((torch.sinc_, Tensor.sinc_), (in_place(sinc), _real)),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), (power, _exponent_has_zeros)),
+    **dict.fromkeys((Tensor.pow_, Tensor.__ipow__), (in_place(power), _exponent_has_zeros)),
     **dict.fromkeys((torch.float_power, Tensor.float_power), (float_power, _exponent_has_zeros)),
     **dict.fromkeys((torch.logaddexp, Tensor.logaddexp), (logaddexp, _real)),
     **dict.fromkeys((torch.logaddexp2, Tensor.logaddexp2), (logaddexp2, _real)),

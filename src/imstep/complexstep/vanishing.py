@@ -42,6 +42,7 @@ class Root:
         references: what it was taken of, on a tape.
         arrived: the weighted sum of what has arrived in the backward pass where it vanishes, and that of magnitudes.
         lost: whether it leaves the result without a derivative.
+        branched: whether it is a magnitude for which the number itself stands, or its negative.
     """
 
     operator: OpOverload
@@ -55,6 +56,7 @@ class Root:
     references: list[Any] = field(default_factory=list)
     arrived: tuple[Any, Any] = (0.0, 0.0)
     lost: bool = False
+    branched: bool = False
 
     def receive(self, gradient: Tensor, weights: Tensor) -> None:
         """Count what arrives where it vanishes; edges of a root that is taken more than once may cancel."""

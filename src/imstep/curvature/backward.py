@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import runs_functions
+from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import plain
-from imstep.curvature.graph import Survey, survey
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward)

@@ -19,12 +19,12 @@ from torch import Tensor
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
+from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.kernels import plain_attention
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
-from imstep.curvature.graph import Survey, survey
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.state import RandomState, Writes

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from imstep.curvature.uses import Rows
+from imstep.curvature.use_rules import Rows
 
 
 class GradientRows(ABC):

@@ -9,7 +9,7 @@ The next Jacobian of the same model on the same data has the same owners, and sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.squares import Residuals
-from imstep.curvature.uses import Use
+from imstep.curvature.use_rules import Use
 
-_BITS = 6
-"""Of a digit; 2^63 times a gradient is a number in float32 as well."""
+_BITS = 6, 3
+"""Of a digit; 2^63 times a gradient is a number in float32 as well, 2^7 times mostly in float16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,55 +93,118 @@ def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself.
 
-    Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144.
+    Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144; in float16,
+        whose range is short, one more for each factor of 8.
     """
-    for memberships in _groupings(residuals):
-        groups = []
-        for members in memberships:
-            group = _group(residuals, uses, members)
-            if group is None:
-                break
-            groups.append(group)
-        else:
-            return groups
-    return None
+    together = _group(residuals, uses, torch.ones_like(residuals.values))
+    if together is not None:
+        return [together]
+    spans = sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0])
+    groups: list[Group] = []
+    for start, z in spans:
+        found = next(filter(None, (_groups(residuals, uses, start, part(z)) for part in _PARTINGS)), None)
+        if found is None:
+            return None
+        groups += found
+    return groups
 
 
-def _groupings(residuals: Residuals) -> Iterator[list[Tensor]]:
-    """Ways to part the residuals, from coarse to fine: together, by output, by output and component.
+def _groups(
+    residuals: Residuals, uses: Sequence[Use], start: int, parts: Sequence[Tensor]
+) -> list[Group] | None:
+    """The groups of an output, given the entries of each; None where one is not independent."""
+    groups = []
+    for part in parts:
+        members = torch.zeros_like(residuals.values)
+        members[start + part.reshape(-1)] = 1
+        group = _group(residuals, uses, members)
+        if group is None:
+            return None
+        groups.append(group)
+    return groups
 
-    Each group is a vector (N,) of ones and zeros.
-    """
-    none = torch.zeros_like(residuals.values)
-    yield [none + 1]
-    spans = sorted({(o.start, tuple(o.z.shape)) for o in residuals.outputs})
-    for by_component in (False, True):
-        groups = []
-        for start, shape in spans:
-            size = torch.Size(shape).numel()
-            components = size // max(shape[0], 1) if by_component and shape else 1
-            for component in range(components):
-                groups.append(none.clone())
-                groups[-1][start + component : start + size : components] = 1
-        yield groups
+
+def _entries(z: Tensor) -> Tensor:
+    """The numbers of the entries of z in row-major order, of its shape."""
+    return torch.arange(z.numel(), device=z.device).view(z.shape)
+
+
+def _whole(z: Tensor) -> Sequence[Tensor]:
+    return [_entries(z)]
+
+
+def _joined(z: Tensor) -> Sequence[Tensor]:
+    """By what was put together by ``torch.cat`` or ``torch.stack``."""
+    node: Any = z.grad_fn
+    while _operator(node) in _IN_ORDER:
+        node = node.next_functions[0][0]
+    if _operator(node) not in ("Cat", "Stack"):
+        return []
+    entries = _entries(z).view(torch.Size(node._input_metadata[0].shape))
+    dim = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
+    if _operator(node) == "Stack":
+        return entries.unbind(dim) if len(node.next_functions) ** 2 <= z.numel() else []
+    if any(parent is None for parent, _ in node.next_functions) or len(node.next_functions) ** 2 > z.numel():
+        return []
+    shapes = [parent._input_metadata[number].shape for parent, number in node.next_functions]
+    return entries.split([int(shape[dim]) for shape in shapes], dim)
+
+
+def _by_component(z: Tensor) -> Sequence[Tensor]:
+    return _entries(z).flatten(1).unbind(1) if z.ndim > 1 else []
+
+
+def _by_row(z: Tensor) -> Sequence[Tensor]:
+    """Equation by equation, where points run along the second dimension; of few rows, that is."""
+    return _entries(z).unbind(0) if z.ndim > 1 and len(z) ** 2 <= z.numel() else []
+
+
+_PARTINGS = (_whole, _joined, _by_component, _by_row)
+"""Ways to part the entries of an output, from coarse to fine; none, where a way makes no sense of it."""
+
+_IN_ORDER = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias")
+"""Operators that leave the entries in row-major order."""
+
+
+def _operator(node: Any) -> str:
+    return "" if node is None else str(node.name().partition("Backward")[0])
 
 
 def _group(residuals: Residuals, uses: Sequence[Use], members: Tensor) -> Group | None:
     """The group of ``members``, (N,) ones and zeros; None where it is not independent."""
     rows = _spread(residuals, uses, members)
+    for bits in _BITS:
+        try:
+            owners = _owners(residuals, uses, members, rows, bits)
+        except OverflowError:
+            continue
+        if owners is None or any(bool((owner >= len(members)).any()) for owner in owners):
+            return None
+        return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
+    return None
+
+
+def _owners(
+    residuals: Residuals, uses: Sequence[Use], members: Tensor, rows: Sequence[Tensor], bits: int
+) -> list[Tensor] | None:
+    """The residual that each of the rows (R, k) belongs to, of each use; None where one belongs to several.
+
+    Raises:
+        OverflowError: a coded gradient is beyond the range of its dtype.
+    """
     count = len(members)
     index = torch.arange(count, device=members.device)
     owners = [torch.zeros(len(part), dtype=torch.long, device=members.device) for part in rows]
-    for shift in range(0, max(count - 1, 1).bit_length(), _BITS):
-        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**_BITS - 1)))
+    for shift in range(0, max(count - 1, 1).bit_length(), bits):
+        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**bits - 1)))
         for owner, one, many in zip(owners, rows, coded, strict=True):
-            power = _power_of_two(one, many)
+            if bool((one.isfinite() & ~many.isfinite()).any()):
+                raise OverflowError
+            power = _power_of_two(one, many, 2**bits - 1)
             if power is None:
                 return None
             owner += power << shift
-    if any(bool((owner >= count).any()) for owner in owners):
-        return None
-    return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
+    return owners
 
 
 def _spread(residuals: Residuals, uses: Sequence[Use], cotangent: Tensor) -> list[Tensor]:
@@ -167,13 +230,13 @@ def _shape(groups: Sequence[tuple[Tensor, list[Tensor]]]) -> list[tuple[int, lis
     return [(len(members), [len(owner) for owner in owners]) for members, owners in groups]
 
 
-def _power_of_two(one: Tensor, many: Tensor) -> Tensor | None:
-    """The k (R,) with many = 2^k one for each row; None where a row is no such multiple.
+def _power_of_two(one: Tensor, many: Tensor, largest: int) -> Tensor | None:
+    """The k (R,), up to ``largest``, with many = 2^k one for each row; None where a row is no such multiple.
 
     0 for rows of zeros, and for rows that are not finite, which the gradient will show.
     """
     size, larger = one.abs().amax(1), many.abs().amax(1)
     told = (size > 0) & larger.isfinite()
-    power = torch.where(told, larger / size, 1.0).log2().round_().clamp_(0, 2**_BITS - 1)
+    power = torch.where(told, larger / size, 1.0).log2().round_().clamp_(0, largest)
     error = torch.addcmul(many, one, torch.exp2(power)[:, None], value=-1).abs_().amax(1)
     return power.long() if bool(((error <= 1e-3 * larger) | ~larger.isfinite()).all()) else None

@@ -188,6 +188,16 @@ class ParameterVector(TensorVector):
             for p, saved in zip(self.tensors, snapshot, strict=True):
                 p.copy_(saved)
 
+    def set(self, vector: Tensor) -> None:
+        """Set the parameters to a vector (n,)."""
+        self.restore(self.unflatten(vector))
+
+    def norm(self) -> float:
+        """Of the vector, in double precision whatever the dtypes."""
+        reals = [as_reals(p.detach()) for p in self.tensors]
+        norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in reals])
+        return float(torch.linalg.vector_norm(norms))
+
     def move(self, snapshot: Sequence[Tensor], direction: Tensor, step_length: float) -> None:
         """Set the parameters to snapshot + step_length * direction, with ``direction`` (n,)."""
         torch.clear_autocast_cache()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.later import as_evaluated
+from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import GradientRows, StackedRows, gather_rows
+from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError, Residuals
@@ -205,9 +206,10 @@ def _parts(
     if known.dependent:
         return none, list(range(len(tensors)))
     told = [use for use in uses.known if use.parameter not in uses.unknown]
+    gathered = lambda groups: _gathered(groups, told, uses.derived, tensors)
     groups = known.groups(residuals, told)
     if groups is not None:
-        parts = _gathered(groups, told, tensors)
+        parts = gathered(groups)
         wrong = check.wrong(parts)
         if uses.unknown.issuperset(wrong):
             return parts, sorted(uses.unknown)
@@ -224,21 +226,28 @@ def _parts(
         known.dependent = True
         return none, list(range(len(tensors)))
     known.remember(groups)
-    parts = _gathered(groups, told, tensors)
+    parts = gathered(groups)
     return parts, sorted(uses.unknown.union(check.wrong(parts)))
 
 
-def _gathered(groups: Sequence[Group], uses: Sequence[Use], tensors: Sequence[Tensor]) -> list[GradientRows | None]:
+def _gathered(
+    groups: Sequence[Group], uses: Sequence[Use], derived: Sequence[Derived], tensors: Sequence[Tensor]
+) -> list[GradientRows | None]:
     """The rows for each parameter; None where it has none."""
-    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in tensors]
-    members = [1] * len(tensors)
+    sizes = [*(p.numel() for p in tensors), *(theta.shape.numel() for theta in derived)]
+    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
+    members = [1] * len(sizes)
     for group in groups:
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     count = len(groups[0].members)
     parts: list[GradientRows | None] = []
-    for own, of, p in zip(pieces, members, tensors, strict=True):
-        gathered = [gather_rows(own[e], count, p.numel() // of) for e in range(of)] if own else []
-        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, p.numel() // of))
-    return parts
+    for own, of, size in zip(pieces, members, sizes, strict=True):
+        gathered = [gather_rows(own[e], count, size // of) for e in range(of)] if own else []
+        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, size // of))
+    for theta, part in zip(derived, parts[len(tensors) :], strict=True):
+        for at, rows in theta.pull_back(part.written_out(), tensors) if part is not None else ():
+            before = parts[at]
+            parts[at] = PlainRows(rows if before is None else before.written_out() + rows)
+    return parts[: len(tensors)]

@@ -8,60 +8,19 @@ x = Wᵀ b, and its gradient is Σ b dᵀ.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.islands import plain
+from imstep.curvature.derived import LEAF, Derived, derived_nodes
+from imstep.curvature.use_rules import RULES, Operand, Rows, Use
 
-_LEAF = "torch::autograd::AccumulateGrad"
+__all__ = ["Rows", "Use", "Uses", "find_uses"]
+
 _REENTRANT = "CheckpointFunctionBackward"
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What a use adds to the gradient of its parameter, row by row.
-
-    Attributes:
-        left: (R, out); for a parameter that is a vector, or used as one, the addends themselves, (R, entries).
-        right: (R, in), where the addends are the outer products of left and right; else None.
-    """
-
-    left: Tensor
-    right: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-        parameter: position among the parameters.
-        edge: where autograd's graph leaves the use.
-        spread: from the gradient at that edge to its rows, (R, k).
-        other: the rows (R, l) that they form outer products with; None where they are the addends themselves.
-        transposed: whether those outer products are other ⊗ spread rather than spread ⊗ other.
-        member: of a stack of layers, whose parameter has one slice for each, which layer it is, and of how many.
-    """
-
-    parameter: int
-    edge: GradientEdge
-    spread: Callable[[Tensor], Tensor]
-    other: Callable[[], Tensor] | None = None
-    transposed: bool = False
-    member: tuple[int, int] = (0, 1)
-
-    def rows(self, spread: Tensor) -> Rows:
-        """The addends for the rows of a gradient."""
-        if self.other is None:
-            return Rows(spread, None)
-        other = self.other()
-        return Rows(other, spread) if self.transposed else Rows(spread, other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,56 +28,100 @@ class Uses:
     """All uses of the parameters in a graph.
 
     Attributes:
-        known: those whose rows can be told.
+        known: those whose rows can be told. Positions from the number of parameters on are those of ``derived``.
         unknown: positions of parameters that are used in other ways as well.
+        derived: what is computed from parameters alone and used in their place, such as a weight that is normalised.
     """
 
     known: list[Use]
     unknown: set[int]
+    derived: list[Derived]
 
 
 def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Uses:
     """The uses of parameters in what ``outputs`` are computed from.
 
-    Known are linear layers and matrix products of two dimensions, stacks of them (as ``torch.func.vmap`` makes of an
-    ensemble), convolutions with one group, and parameters that are added to or multiply a larger tensor. An output that
-    is a parameter itself counts as unknown.
+    Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
+    ensemble), convolutions with one group, the scale and shift of normalisations, and parameters that are added to,
+    multiply or divide a larger tensor; so are the uses of what is computed from parameters alone. An output that is a
+    parameter itself counts as unknown.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.
     """
-    position = {id(p): at for at, p in enumerate(parameters)}
-    uses = Uses([], {position[id(z)] for z in outputs if id(z) in position})
-    waiting = [z.grad_fn for z in outputs]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == _REENTRANT:
-            raise ValueError(
-                "a reentrant checkpoint hides the uses of parameters from autograd's graph. Pass use_reentrant=False."
-            )
-        recognise = _KNOWN.get(node.name(), _nothing)
-        for at, (parent, _) in enumerate(node.next_functions):
-            leaf = _leaf(parent, position)
-            if leaf is None:
-                waiting.append(parent)
+    return _Walk(outputs, parameters).uses
+
+
+class _Walk:
+    """Through a graph, from its outputs to the uses of parameters."""
+
+    def __init__(self, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._position = {id(p): at for at, p in enumerate(parameters)}
+        self._pure = derived_nodes(outputs, self._position)
+        self._derived: dict[tuple[Any, int], int] = {}
+        self.uses = Uses([], {self._position[id(z)] for z in outputs if id(z) in self._position}, [])
+        waiting = [z.grad_fn for z in outputs]
+        seen: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
                 continue
+            seen.add(node)
+            if node.name() == _REENTRANT:
+                raise ValueError(
+                    "a reentrant checkpoint hides the uses of parameters from autograd's graph. Pass "
+                    "use_reentrant=False."
+                )
+            for at, (parent, number) in enumerate(node.next_functions):
+                if parent is not None and not self._used(node, at, parent, number):
+                    waiting.append(parent)
+        self._withdraw(seen)
+
+    def _used(self, node: Any, at: int, parent: Any, number: int) -> bool:
+        """Whether an argument of a node is a parameter, or made of some in a way that is known; noted if so."""
+        leaf = _leaf(parent, self._position)
+        if leaf is not None:
             found, transposed, stacked = leaf
-            # Rows are real numbers, and products of complex ones have conjugates in their gradients.
-            own = None
-            if not _is_complex(node):
-                own = recognise(Operand(node, at, transposed, parameters[found], found, stacked))
+            own = _use(Operand(node, at, transposed, self._parameters[found].shape, found, stacked))
             if own is None:
-                uses.unknown.add(found)
-            else:
-                uses.known.extend(own if isinstance(own, list) else [own])
-    for use in uses.known:  # a parameter is a stack in all of its uses or in none
-        if any(use.member[1] != other.member[1] for other in uses.known if other.parameter == use.parameter):
-            uses.unknown.add(use.parameter)
-    return uses
+                self.uses.unknown.add(found)
+        else:
+            if parent not in self._pure or node in self._pure:
+                return False
+            key = parent, number
+            index = self._derived.get(key, len(self._derived))
+            shape = torch.Size(parent._input_metadata[number].shape)
+            own = _use(Operand(node, at, False, shape, len(self._parameters) + index, False))
+            if own is None:
+                return False
+            if key not in self._derived:
+                self._derived[key] = index
+                self.uses.derived.append(Derived(parent, number, shape, self._pure[parent]))
+        self.uses.known.extend(own or [])
+        return True
+
+    def _withdraw(self, seen: set[Any]) -> None:
+        """Leave to other means what is a stack in some of its uses only, or is derived and met otherwise as well."""
+        uses, count = self.uses, len(self._parameters)
+        members: dict[int, int] = {}
+        for use in uses.known:
+            if members.setdefault(use.parameter, use.member[1]) != use.member[1]:
+                uses.unknown.update(
+                    [use.parameter] if use.parameter < count else uses.derived[use.parameter - count].parameters
+                )
+        for derived in uses.derived:
+            if derived.node in seen:
+                uses.unknown.update(derived.parameters)
+
+
+def _use(p: Operand) -> list[Use] | None:
+    """How a parameter is used; None where that cannot be told."""
+    # Rows are real numbers, and products of complex ones have conjugates in their gradients.
+    if p.node.name() not in RULES or _is_complex(p.node):
+        return None
+    own = RULES[p.node.name()](p)
+    return [own] if isinstance(own, Use) else own
 
 
 def _leaf(node: Any, position: dict[int, int]) -> tuple[int, bool, bool] | None:
@@ -129,7 +132,7 @@ def _leaf(node: Any, position: dict[int, int]) -> tuple[int, bool, bool] | None:
         member of a stack, of which each is the same for all rows: (E, 1, n) for (E, n).
     """
     transposed = stacked = False
-    while node is not None and node.name() != _LEAF:
+    while node is not None and node.name() != LEAF:
         name = node.name()
         if name == "TBackward0" or (name == "TransposeBackward0" and _swaps_last(node)):
             transposed = not transposed
@@ -171,154 +174,3 @@ def _gains_rows(node: Any) -> bool:
 def _is_complex(node: Any) -> bool:
     """Whether what a node has computed is complex; all that is computed from complex numbers by a product is."""
     return any(output.dtype.is_complex for output in node._input_metadata)
-
-
-# --- the operators --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """An argument of an operator that is a parameter, or the transpose of one.
-
-    Attributes:
-        node: of autograd's graph.
-        at: which of its arguments.
-        transposed: whether it is the parameter's transpose.
-        tensor: the parameter.
-        parameter: its position.
-        stacked: whether it is (E, n), seen as (E, 1, n).
-    """
-
-    node: Any
-    at: int
-    transposed: bool
-    tensor: Tensor
-    parameter: int
-    stacked: bool = False
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where the graph leaves the operator."""
-        return GradientEdge(self.node, 0)
-
-
-Found = Use | list[Use] | None
-"""How a parameter is used in an operator; None where that cannot be told."""
-
-
-def _nothing(p: Operand) -> Found:
-    return None
-
-
-def _mm(p: Operand) -> Use:
-    return _product(p, p.at, lambda: plain(p.node._saved_mat2 if p.at == 0 else p.node._saved_self), 1)
-
-
-def _addmm(p: Operand) -> Found:
-    if p.at == 0:
-        return _broadcast(p, lambda d: _times(p.node._saved_beta, d))
-    other = lambda: plain(p.node._saved_mat2 if p.at == 1 else p.node._saved_mat1)
-    return _product(p, p.at - 1, other, p.node._saved_alpha)
-
-
-def _product(p: Operand, at: int, other: Callable[[], Tensor], factor: Any) -> Use:
-    """One factor of a matrix product: the gradient of the first is d otherᵀ, of the second otherᵀ d."""
-    if at == 0:
-        return Use(p.parameter, p.edge, lambda d: _times(factor, d.mT), lambda: other().detach().mT, p.transposed)
-    return Use(p.parameter, p.edge, lambda d: _times(factor, d), lambda: other().detach(), not p.transposed)
-
-
-def _bmm(p: Operand) -> list[Use] | None:
-    """A stack of matrix products: each member's slice has the rows that it multiplies."""
-    first, second = p.node._saved_self, p.node._saved_mat2
-    other = second if p.at == 0 else first
-    if p.stacked or other is None or p.tensor.ndim != 3:
-        return None
-    members, transposed, uses = len(p.tensor), p.transposed != (p.at == 1), []
-    for e in range(members):
-        if p.at == 0:
-            spread, rows = (lambda d, e=e: d[e].mT), (lambda e=e: other[e].detach().mT)
-        else:
-            spread, rows = (lambda d, e=e: d[e]), (lambda e=e: other[e].detach())
-        uses.append(Use(p.parameter, p.edge, spread, rows, transposed, (e, members)))
-    return uses
-
-
-def _stacked_rows(p: Operand, addends: Callable[[Tensor], Tensor]) -> list[Use] | None:
-    """A vector for each member of a stack, added to all of its rows: (E, 1, n) to (E, R, n)."""
-    shape, members = p.node._input_metadata[0].shape, len(p.tensor)
-    if p.transposed or len(shape) != 3 or shape[0] != members or shape[2] != p.tensor.shape[1]:
-        return None
-    return [
-        Use(p.parameter, p.edge, lambda d, e=e: addends(d)[e], member=(e, members))  # type: ignore[misc]
-        for e in range(members)
-    ]
-
-
-def _sum(p: Operand) -> Found:
-    sign = 1 if p.at == 0 else p.node._saved_alpha
-    return _broadcast(p, lambda d: _times(sign, d))
-
-
-def _difference(p: Operand) -> Found:
-    sign = 1 if p.at == 0 else -p.node._saved_alpha
-    return _broadcast(p, lambda d: _times(sign, d))
-
-
-def _mul(p: Operand) -> Found:
-    other = p.node._saved_other if p.at == 0 else p.node._saved_self
-    return None if other is None else _broadcast(p, lambda d: plain(other).detach() * d)
-
-
-def _broadcast(p: Operand, addends: Callable[[Tensor], Tensor]) -> Found:
-    """A parameter that is broadcast: the addends are rows over the dimensions along which it is.
-
-    Where it is not, one row would belong to many residuals.
-    """
-    if p.stacked:
-        return _stacked_rows(p, addends)
-    if p.transposed or math.prod(p.node._input_metadata[0].shape) == p.tensor.numel():
-        return None
-
-    def spread(d: Tensor) -> Tensor:
-        shape = (1,) * (d.ndim - p.tensor.ndim) + tuple(p.tensor.shape)
-        repeated = [i for i, n in enumerate(shape) if n == 1]
-        own = [i for i, n in enumerate(shape) if n != 1]
-        return addends(d).permute(*repeated, *own).reshape(-1, p.tensor.numel())
-
-    return Use(p.parameter, p.edge, spread)
-
-
-def _convolution(p: Operand) -> Found:
-    node, kernel = p.node, list(p.tensor.shape[2:])
-    if p.at == 2:
-        return Use(p.parameter, p.edge, lambda d: d.movedim(1, -1).reshape(-1, d.shape[1]))
-    if p.at != 1 or node._saved_transposed or node._saved_groups != 1 or len(kernel) not in (1, 2):
-        return None
-
-    def patches() -> Tensor:
-        input = plain(node._saved_input).detach()
-        settings = [kernel, node._saved_dilation, node._saved_padding, node._saved_stride]
-        if len(kernel) == 1:
-            input = input.unsqueeze(2)
-            settings = [[fill, *setting] for fill, setting in zip((1, 1, 0, 1), settings, strict=True)]
-        unfolded = F.unfold(input, *settings).mT
-        return unfolded.reshape(-1, unfolded.shape[-1])
-
-    return Use(p.parameter, p.edge, lambda d: d.flatten(2).mT.reshape(-1, d.shape[1]), patches)
-
-
-def _times(factor: Any, d: Tensor) -> Tensor:
-    return d if factor == 1 else factor * d
-
-
-_KNOWN: dict[str, Callable[[Operand], Found]] = {
-    "MmBackward0": _mm,
-    "BmmBackward0": _bmm,
-    "AddmmBackward0": _addmm,
-    "AddBackward0": _sum,
-    "SubBackward0": _difference,
-    "MulBackward0": _mul,
-    "ConvolutionBackward0": _convolution,
-}
-"""For each operator, what tells how a parameter is used in it; None where it cannot tell."""

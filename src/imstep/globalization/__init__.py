@@ -3,6 +3,7 @@
 from imstep.globalization.armijo import Armijo, FixedStep
 from imstep.globalization.batch_size import NormTest
 from imstep.globalization.contraction import ContractionDamping
+from imstep.globalization.cubic import AdaptiveCubic
 from imstep.globalization.damping import Damping, LevenbergMarquardt, NoDamping
 from imstep.globalization.estimate import ErrorEstimate, ExactEstimate, RunningEstimate
 from imstep.globalization.model import LineDerivatives, LineModel, Trial
@@ -12,6 +13,7 @@ from imstep.globalization.trust_region import TrustRegion
 from imstep.globalization.wolfe import StrongWolfe
 
 __all__ = [
+    "AdaptiveCubic",
     "Armijo",
     "Bracket",
     "ContractionDamping",

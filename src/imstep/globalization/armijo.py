@@ -22,8 +22,8 @@ class Armijo(StepSearch):
     """Backtrack from t = 1 until f(w + t d) <= f + c1 t s.
 
     With ``forward`` the first trial is the model's minimiser where that lies beyond 1, as it does for solutions that
-    damping has shortened, and a trial that lowers the loss by notably more than the model said is lengthened while the
-    loss falls.
+    damping has shortened, and a trial that lowers the loss by notably more than the model said, or as it said along a
+    direction in which it has no minimum, is lengthened while the loss falls.
 
     Args:
         c1: fraction of the linear decrease to ask for, in (0, 1).
@@ -75,7 +75,8 @@ class Armijo(StepSearch):
 
     def extend(self, model: LineModel, verdict: Verdict) -> float | None:
         better_than_foreseen = not verdict.rho <= 1 + NOTABLE  # nan: beyond what the model foresees
-        return self.forward * verdict.step_length if self.forward > 1 and better_than_foreseen else None
+        endless = model.curvature <= 0 and verdict.rho > 1 - NOTABLE
+        return self.forward * verdict.step_length if self.forward > 1 and (better_than_foreseen or endless) else None
 
     def reject(self, state: SearchState, model: LineModel, step_length: float) -> SearchState:
         return state

@@ -4,8 +4,10 @@ from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
+from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, SubmatrixOperator
+from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
     IndefiniteRule,
@@ -14,23 +16,23 @@ from imstep.linalg.dense import (
     dense_trust_region,
 )
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
+from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
 from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
 from imstep.linalg.gltr import gltr
-from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix
+from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
 from imstep.linalg.gram_factor import GramFactor
 from imstep.linalg.gram_factorisation import (
-    ByShape,
     DenseFactorisation,
     Factorisation,
     GramFactorisation,
     PivotedCholesky,
     RandomizedNystrom,
     StepSpace,
-    ThinFactorisation,
 )
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.halved import HalvedOperator, NoiseTest, SplitOperator
 from imstep.linalg.inverse import InverseOperator, InverseSolution, NotSolvedError
+from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
@@ -39,6 +41,7 @@ from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.saddle_free import saddle_free
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
@@ -49,11 +52,13 @@ from imstep.linalg.stopping import (
     StoppingRule,
 )
 from imstep.linalg.thin import BoxLeastSquares, ThinLeastSquares
+from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
     "BlockDiagonalOperator",
+    "BlockQR",
     "BoxLeastSquares",
     "ByShape",
     "DampedLeastSquares",
@@ -76,6 +81,7 @@ __all__ = [
     "IndefiniteRule",
     "InverseOperator",
     "InverseSolution",
+    "IterativeLeastSquares",
     "KrylovResult",
     "KrylovStatus",
     "LanczosResult",
@@ -94,8 +100,11 @@ __all__ = [
     "ReducedLeastSquares",
     "RelativeResidual",
     "RowMatrix",
+    "RowsGram",
     "ScaledOperator",
+    "ScaledRows",
     "ShiftedEigenvalues",
+    "SketchedFactorisation",
     "SplitOperator",
     "StepSpace",
     "StoppingRule",
@@ -103,13 +112,17 @@ __all__ = [
     "SumOperator",
     "ThinFactorisation",
     "ThinLeastSquares",
+    "TriangularLeastSquares",
     "adaptive_nystrom",
     "blended_conjugate_gradient",
     "box_least_squares",
     "conjugate_gradient",
+    "cubic_regularization",
+    "dense_cubic_regularization",
     "dense_solve",
     "dense_trust_region",
     "diagonal_preconditioner",
+    "dogleg",
     "gltr",
     "gram_nystrom",
     "hutchinson_diagonal",
@@ -118,6 +131,8 @@ __all__ = [
     "minres",
     "nystrom",
     "partial_cholesky",
+    "saddle_free",
     "smallest_eigenpair",
     "steihaug_toint",
+    "two_dimensional_subspace",
 ]

@@ -88,7 +88,8 @@ def blended_conjugate_gradient(
         if state.products > 0:
             state = blend.aim(state)
         if not state.descent > 0:
-            status = KrylovStatus.STALLED  # rounding has made the preconditioner indefinite, or the residual zero
+            # The residual is zero, or rounding has made the preconditioner indefinite.
+            status = KrylovStatus.BREAKDOWN if state.residual_norm > 0 else KrylovStatus.CONVERGED
             break
         probe = blend.probe(state)
         state = replace(state, products=state.products + 1)

@@ -106,7 +106,7 @@ class DampedSystem:
         if descent <= 0:
             if state.iteration == 0:
                 raise IndefinitePreconditionerError(descent)
-            return state, KrylovStatus.STALLED  # rounding has made the preconditioner indefinite
+            return state, KrylovStatus.BREAKDOWN  # rounding has made the preconditioner indefinite
         direction = preconditioned
         if state.descent > 0:
             ratio = descent / state.descent

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,23 +191,28 @@ def dense_trust_region(
     check_not_negative(damping=damping)
     check_radius(radius)
     check_vector(operator, rhs, "dense_trust_region")
+    eps = torch.finfo(rhs.dtype).eps
+    inside_radius = lambda values, coefficients: solve_in_eigenbasis(values, coefficients, radius, eps)
+    result = solve_by_eigenvalues(operator, rhs, damping, limit, inside_radius)
+    inside = result.multiplier == 0 and float(result.solution.norm()) < radius
+    return result if inside or result.iterations == 0 else replace(result, status=KrylovStatus.BOUNDARY)
+
+
+def solve_by_eigenvalues(
+    operator: LinearOperator,
+    rhs: Tensor,
+    damping: float,
+    limit: int,
+    solve: Callable[[Tensor, Tensor], tuple[Tensor, float]],
+) -> KrylovResult:
+    """x = V y for A + λI = V diag(θ) Vᵀ, where (y, μ) solves the problem of θ and Vᵀb; n products."""
     b, shifted = rhs.detach().to(F64), _shifted(operator, damping, limit)
     if not _finite(b, shifted):
         return _nowhere(rhs, KrylovStatus.NON_FINITE, products=operator.size)
     values, vectors = torch.linalg.eigh(shifted)
-    coordinates, multiplier = solve_in_eigenbasis(
-        values.cpu(), (vectors.mT @ b).cpu(), radius, torch.finfo(rhs.dtype).eps
-    )
-    inside = multiplier == 0 and float(coordinates.norm()) < radius
-    return _result(
-        shifted,
-        b,
-        vectors @ coordinates.to(vectors),
-        damping,
-        rhs.dtype,
-        status=KrylovStatus.CONVERGED if inside else KrylovStatus.BOUNDARY,
-        multiplier=multiplier,
-    )
+    coordinates, multiplier = solve(values.cpu(), (vectors.mT @ b).cpu())
+    solution = vectors @ coordinates.to(vectors)
+    return _result(shifted, b, solution, damping, rhs.dtype, status=KrylovStatus.CONVERGED, multiplier=multiplier)
 
 
 def _check_least(least: float) -> None:

@@ -98,7 +98,7 @@ def gltr(
     if basis_limit < 6 or probes < 1:
         raise ValueError(f"basis_limit is at least 6 and probes at least 1, got {basis_limit} and {probes}.")
     limit = 10 * operator.size if max_iterations is None else max_iterations
-    problem = TrustRegion(operator, rhs.detach(), radius, damping, preconditioner)
+    problem = TrustRegion(operator, rhs.detach(), damping, preconditioner, radius)
     search = ProjectedSearch(problem, Subspace(operator, min(basis_limit, operator.size)))
     status = search.grow(stopping, limit)
     if status is KrylovStatus.CONVERGED and generator is not None and search.probe(generator, probes):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator
+
+BLOCK = 2**24
+"""Entries of rows that are written out at a time: 128 MB."""
 
 
 class GramMatrix(LinearOperator):
@@ -53,11 +57,34 @@ class DenseGram(GramMatrix):
         return self._matrix
 
 
+class RowsGram(GramMatrix):
+    """J Jᵀ for rows J that are stored, (N, n), float64; entries are computed when they are asked for."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(len(rows), rows.dtype, rows.device)
+        self._rows = rows
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._rows @ (self._rows.mT @ vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self._rows @ (self._rows.mT @ block)
+
+    def diagonal(self) -> Tensor:
+        return torch.linalg.vector_norm(self._rows, dim=1).square()
+
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        return self._rows[rows] @ self._rows[columns].mT
+
+    def dense(self) -> Tensor:
+        return self._rows @ self._rows.mT
+
+
 class RowMatrix(LinearOperator):
     """A matrix J of N rows, (N, n), that also tells its rows and its Gram matrix; float64."""
 
     @abstractmethod
-    def rows(self, index: Tensor) -> LinearOperator:
+    def rows(self, index: Tensor) -> RowMatrix:
         """The rows at ``index`` (k,)."""
 
     @abstractmethod
@@ -71,6 +98,47 @@ class RowMatrix(LinearOperator):
     @abstractmethod
     def written_out(self) -> Tensor:
         """J itself, (N, n); not to be written to."""
+
+    def blocks(self, entries: int) -> Iterator[Tensor]:
+        """J itself, from above, in blocks of about so many entries, each of at least as many rows as columns."""
+        count, size = self.shape
+        pieces = max(1, min(count * size // max(entries, 1), count // max(size, 1)))
+        if pieces == 1:
+            yield self.written_out()
+            return
+        for index in torch.arange(count, device=self.device).tensor_split(pieces):
+            yield self.rows(index).written_out()
+
+    def column_norms(self) -> Tensor:
+        """‖J e_i‖, (n,)."""
+        squares = [torch.linalg.vector_norm(block, dim=0) for block in self.blocks(BLOCK)]
+        return torch.linalg.vector_norm(torch.stack(squares), dim=0)
+
+
+class ScaledRows(RowMatrix):
+    """J D⁻¹ for the rows J and the diagonal D of positive units, (n,); written out only as far as J is."""
+
+    def __init__(self, matrix: RowMatrix, units: Tensor) -> None:
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
+        self._matrix, self._units = matrix, units
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._matrix.matvec(vector / self._units)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self._matrix.rmatvec(vector) / self._units
+
+    def rows(self, index: Tensor) -> ScaledRows:
+        return ScaledRows(self._matrix.rows(index), self._units)
+
+    def gram(self) -> RowsGram:
+        return RowsGram(self.written_out())
+
+    def squared_norm(self) -> float:
+        return float((self._matrix.column_norms() / self._units).square().sum())
+
+    def written_out(self) -> Tensor:
+        return self._matrix.written_out() / self._units
 
 
 class DenseRows(RowMatrix):
@@ -89,8 +157,8 @@ class DenseRows(RowMatrix):
     def rows(self, index: Tensor) -> DenseRows:
         return DenseRows(self._matrix[index])
 
-    def gram(self) -> DenseGram:
-        return DenseGram(self._matrix @ self._matrix.mT)
+    def gram(self) -> RowsGram:
+        return RowsGram(self._matrix)
 
     def squared_norm(self) -> float:
         return float(self._matrix.square().sum())

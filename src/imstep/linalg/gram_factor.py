@@ -17,7 +17,8 @@ _FIRST = 48
 _GROWTH = 0.5
 _LEAST = 16
 _MARGIN = 1.15
-_FLOOR = 1e-14  # of the trace: what cancellation leaves of a column in float64
+LEAST = 4e-14
+"""Of the trace: what may be left over at least, since cancellation leaves a quarter of it of a column in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def grow(
     check_not_negative(tolerance=tolerance)
     left = matrix.diagonal().clamp(min=0)
     remainder = float(left.sum())
-    least, size = _FLOOR * remainder, matrix.size
+    least, size = LEAST / 4 * remainder, matrix.size
     tolerance, count = max(tolerance, 4 * least), _FIRST
     factor, combination = left.new_zeros(size, 0), left.new_zeros(0, 0)
     while remainder > tolerance and factor.shape[1] < size and len(combination) + min(count, size) <= most:

@@ -13,7 +13,6 @@ from imstep.linalg.gram import GramMatrix, RowMatrix
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
-from imstep.linalg.thin import ThinLeastSquares
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,28 +31,17 @@ class Factorisation(ABC):
         """What solves for steps; for the arguments see :meth:`GramFactorisation.factorise`."""
 
 
-@dataclass(frozen=True)
-class ThinFactorisation(Factorisation):
-    """The singular values of J, which is written out: :class:`ThinLeastSquares`.
-
-    Example:
-        >>> from imstep.linalg import DenseRows
-        >>> ThinFactorisation().of(DenseRows(torch.eye(4, 3, dtype=torch.float64)), 0.0, draw=0).reduced.rank
-        3
-    """
-
-    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
-        thin = ThinLeastSquares(jacobian.written_out())
-        return StepSpace(thin, thin.vector)
+def gram_space(jacobian: RowMatrix, reduced: GramLeastSquares) -> StepSpace:
+    """The steps that are combinations of rows of J."""
+    basis = jacobian if reduced.pivots is None else jacobian.rows(reduced.pivots)
+    return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u))
 
 
 class GramFactorisation(Factorisation):
     """How damped least squares come from K = J Jᵀ."""
 
     def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
-        reduced = self.factorise(jacobian.gram(), tolerance, draw)
-        basis = jacobian if reduced.pivots is None else jacobian.rows(reduced.pivots)
-        return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u))
+        return gram_space(jacobian, self.factorise(jacobian.gram(), tolerance, draw))
 
     @abstractmethod
     def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> GramLeastSquares:
@@ -135,37 +123,3 @@ class DenseFactorisation(GramFactorisation):
 
     def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> GramLeastSquares:
         return DenseLeastSquares(matrix)
-
-
-@dataclass(frozen=True)
-class ByShape(Factorisation):
-    """Singular values where J is small, else another factorisation.
-
-    Small is a J with one side up to ``narrow`` and entries up to ``entries``: as those of a fit with few parameters.
-    There the singular values cost little and tell small steps from rounding, which JJᵀ, with the square of J's
-    condition, does not.
-
-    Args:
-        wide: for all other shapes.
-        narrow, entries: the bounds, >= 0; both are our choice.
-
-    Example:
-        >>> from imstep.linalg import DenseRows
-        >>> ByShape().of(DenseRows(torch.eye(400, 2, dtype=torch.float64)), 0.0, draw=0).reduced.rank
-        2
-    """
-
-    wide: Factorisation = PivotedCholesky()
-    narrow: int = 100
-    entries: int = 2**20
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.wide, Factorisation):
-            raise TypeError(f"wide must be a Factorisation, got {self.wide!r}.")
-        if self.narrow < 0 or self.entries < 0:
-            raise ValueError(f"narrow and entries are at least 0, got {self.narrow} and {self.entries}.")
-
-    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
-        count, size = jacobian.shape
-        small = min(count, size) <= self.narrow and count * size <= self.entries
-        return (ThinFactorisation() if small else self.wide).of(jacobian, tolerance, draw)

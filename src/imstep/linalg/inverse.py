@@ -165,7 +165,7 @@ class InverseOperator(LinearOperator):
                     statuses[at] = statuses_again[place]
         good = sizes <= self.rtol  # not for nan
         # A solver's own word counts for nothing against the residual of what is given out.
-        reached = {True: KrylovStatus.CONVERGED, False: KrylovStatus.STALLED}
+        reached = {True: KrylovStatus.CONVERGED, False: KrylovStatus.BREAKDOWN}
         told = [
             reached[ok] if ok or status is KrylovStatus.CONVERGED else status
             for status, ok in zip(statuses, good.tolist(), strict=True)

@@ -183,7 +183,7 @@ class ShiftedSystem:
         if not math.isfinite(probe.alpha) or math.isinf(probe.beta):
             return KrylovStatus.NON_FINITE
         if math.isnan(probe.beta):
-            return KrylovStatus.STALLED  # rounding has made the preconditioner indefinite
+            return KrylovStatus.BREAKDOWN  # rounding has made the preconditioner indefinite
         if self.curvature_floor is None:
             return None
         # A definite matrix of condition κ turns no vector further than to a cosine of 2√κ/(κ + 1) (Kantorovich): below

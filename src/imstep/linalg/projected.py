@@ -1,8 +1,9 @@
-"""A trust-region problem by its projections on a growing space; the steps of `gltr`."""
+"""A quadratic model held back, by its projections on a growing space; the steps of `gltr` and its relatives."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from imstep.linalg.dots import dots
 from imstep.linalg.lanczos import smallest_eigenpair
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
-from imstep.linalg.secular import solve_in_eigenbasis
+from imstep.linalg.secular import solve_cubic_in_eigenbasis, solve_in_eigenbasis
 from imstep.linalg.stopping import Progress, StoppingRule, first_answer
 from imstep.linalg.subspace import Subspace
 
@@ -31,25 +32,36 @@ class Point:
     rounding: float  # error of the residual's own evaluation
     scale: float  # what the residual counts relative to
     multiplier: float
-    decrease: float  # bᵀx - xᵀ(A + λI)x/2
+    decrease: float  # of what is maximised
 
 
 @dataclass(frozen=True, eq=False)
-class TrustRegion:
-    """Maximise bᵀx - xᵀ(A + λI)x/2 over ‖x‖ <= radius."""
+class Subproblem(ABC):
+    """Maximise bᵀx - xᵀ(A + λI)x/2, held back in some way that grows with ‖x‖."""
 
     operator: LinearOperator
     rhs: Tensor
-    radius: float
     damping: float
     preconditioner: LinearOperator | None
+
+    @abstractmethod
+    def in_eigenbasis(self, values: Tensor, coefficients: Tensor, rounding: float) -> tuple[Tensor, float]:
+        """The solution y for a diagonal A + λI, ascending, and its multiplier μ: (θᵢ + μ) yᵢ = cᵢ."""
+
+    @abstractmethod
+    def penalty(self, norm: float) -> float:
+        """What the length ‖x‖ takes from the model."""
+
+    @abstractmethod
+    def bounds(self, point: Point) -> bool:
+        """Whether the solution is held by a boundary."""
 
     def solve(self, space: Subspace) -> Point:
         """The solution over the space: no product."""
         eps = torch.finfo(self.rhs.dtype).eps
         values, vectors = torch.linalg.eigh(space.projected + self.damping * torch.eye(space.size).double())
         coefficients = vectors.mT @ (space.basis @ self.rhs).double().cpu()
-        y, multiplier = solve_in_eigenbasis(values, coefficients, self.radius, eps)
+        y, multiplier = self.in_eigenbasis(values, coefficients, eps)
         h = vectors @ y
         solution, image = space.combined(h)
         shift = self.damping + multiplier
@@ -63,9 +75,9 @@ class TrustRegion:
             residual=residual,
             residual_norm=residual_norm,
             rounding=eps * (rhs_norm + image_norm + shift * norm),
-            scale=max(rhs_norm, multiplier * self.radius),
+            scale=max(rhs_norm, multiplier * norm),
             multiplier=multiplier,
-            decrease=float(coefficients @ y - (values * y) @ y / 2),
+            decrease=float(coefficients @ y - (values * y) @ y / 2) - self.penalty(float(y.norm())),
         )
 
     def preconditioned(self, residual: Tensor) -> tuple[Tensor, float]:
@@ -74,10 +86,72 @@ class TrustRegion:
         return direction, dots((residual, direction))[0]
 
 
+@dataclass(frozen=True, eq=False)
+class TrustRegion(Subproblem):
+    """Held back by ‖x‖ <= radius."""
+
+    radius: float
+
+    def in_eigenbasis(self, values: Tensor, coefficients: Tensor, rounding: float) -> tuple[Tensor, float]:
+        return solve_in_eigenbasis(values, coefficients, self.radius, rounding)
+
+    def penalty(self, norm: float) -> float:
+        return 0.0
+
+    def bounds(self, point: Point) -> bool:
+        return point.multiplier > 0 or float(point.coordinates.norm()) >= self.radius
+
+
+@dataclass(frozen=True, eq=False)
+class Cubic(Subproblem):
+    """Held back by σ‖x‖³/3."""
+
+    sigma: float
+
+    def in_eigenbasis(self, values: Tensor, coefficients: Tensor, rounding: float) -> tuple[Tensor, float]:
+        return solve_cubic_in_eigenbasis(values, coefficients, self.sigma, rounding)
+
+    def penalty(self, norm: float) -> float:
+        return self.sigma * norm**3 / 3
+
+    def bounds(self, point: Point) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class AbsoluteValues(Subproblem):
+    """bᵀx - xᵀ(|A| + λI)x/2 over the space: eigenvalues of A projected give way to their sizes, at least ``least``
+    times the largest.
+
+    |A| x outside the space is not known, so the residual is what A x has outside.
+    """
+
+    least: float
+
+    def in_eigenbasis(self, values: Tensor, coefficients: Tensor, rounding: float) -> tuple[Tensor, float]:
+        sizes = (values - self.damping).abs()
+        sizes = sizes.clamp(min=self.least * float(sizes.max())) + self.damping if values.numel() else sizes
+        return coefficients / sizes, 0.0
+
+    def penalty(self, norm: float) -> float:
+        return 0.0
+
+    def bounds(self, point: Point) -> bool:
+        return False
+
+    def solve(self, space: Subspace) -> Point:
+        point = super().solve(space)
+        if space.size == 0:
+            return point
+        outside = space.basis.mT @ (space.basis @ point.image) - point.image
+        decrease = float((space.basis @ self.rhs).double().cpu() @ point.coordinates) / 2
+        return replace(point, residual=outside, residual_norm=float(outside.norm()), decrease=decrease)
+
+
 class ProjectedSearch:
     """A space, the solution over it, and what brings the two forward."""
 
-    def __init__(self, problem: TrustRegion, space: Subspace) -> None:
+    def __init__(self, problem: Subproblem, space: Subspace) -> None:
         self._problem, self._space = problem, space
         self._point = problem.solve(space)
         self._previous = self._point.coordinates
@@ -93,7 +167,7 @@ class ProjectedSearch:
             if squared_norm <= 0 and self._space.products == 0:
                 raise IndefinitePreconditionerError(squared_norm)
             if not squared_norm > 0:  # or nan
-                return KrylovStatus.STALLED if squared_norm <= 0 else KrylovStatus.NON_FINITE
+                return KrylovStatus.BREAKDOWN if squared_norm <= 0 else KrylovStatus.NON_FINITE
             if (status := self._advance(direction)) is not None:
                 return status
         return status
@@ -109,8 +183,8 @@ class ProjectedSearch:
     def result(self, status: KrylovStatus) -> KrylovResult:
         """The present point as a result."""
         point = self._point
-        bound = point.multiplier > 0 or float(point.coordinates.norm()) >= self._problem.radius
-        return measured_result(
+        bound = self._problem.bounds(point)
+        result = measured_result(
             self._problem.damping,
             point.solution,
             point.image,
@@ -120,6 +194,12 @@ class ProjectedSearch:
             residual_norm=point.residual_norm,
             decreases=tuple(self._decreases),
             multiplier=point.multiplier,
+        )
+        penalty = self._problem.penalty(float(point.coordinates.norm()))
+        return replace(
+            result,
+            predicted_decrease=result.predicted_decrease + penalty,
+            damped_decrease=result.damped_decrease + penalty,
         )
 
     def _ending(self, stopping: Sequence[StoppingRule], limit: int) -> KrylovStatus | None:

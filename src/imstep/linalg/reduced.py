@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ class DampedLeastSquares(ABC):
 
     Args:
         rank: k, how many coordinates there are.
+
+    Attributes:
+        kind: what it is made of, a word or two for records.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -87,6 +93,8 @@ class ReducedLeastSquares(GramLeastSquares):
     Source: the last identity, for neural networks, in Rende et al. (arXiv 2310.05715).
     """
 
+    kind = "columns"
+
     def __init__(self, factorisation: GramFactor) -> None:
         super().__init__(factorisation.rank, factorisation.pivots)
         self._factor, self._combination = factorisation.factor, factorisation.combination
@@ -117,6 +125,8 @@ class DenseLeastSquares(GramLeastSquares):
 
     Source: as :class:`ReducedLeastSquares`.
     """
+
+    kind = "dense"
 
     def __init__(self, matrix: GramMatrix) -> None:
         super().__init__(matrix.size, None)

@@ -77,7 +77,7 @@ class RelativeResidual(StoppingRule):
 
 @dataclass(frozen=True)
 class ProgressStall(StoppingRule):
-    """Stalled as soon as the model gains less than `tolerance` of itself per iteration.
+    """Enough as soon as the model gains less than `tolerance` of itself per iteration.
 
     (q_j - q_{j-k}) / q_j < k tolerance with k = max(minimum, j/10), asked once j > k.
 
@@ -93,7 +93,7 @@ class ProgressStall(StoppingRule):
     Example:
         >>> flat = Progress(12, residual_norm=0.5, rhs_norm=1.0, decreases=[0.0] + [1.0] * 12)
         >>> ProgressStall().check(flat).name
-        'STALLED'
+        'ENOUGH'
     """
 
     tolerance: float = 5e-4
@@ -111,12 +111,12 @@ class ProgressStall(StoppingRule):
         if j <= window or decreases[j] <= 0:
             return None
         gain = decreases[j] - decreases[j - window]
-        return KrylovStatus.STALLED if gain < window * self.tolerance * decreases[j] else None
+        return KrylovStatus.ENOUGH if gain < window * self.tolerance * decreases[j] else None
 
 
 @dataclass(frozen=True)
 class BestRate(StoppingRule):
-    """Stalled as soon as further products earn less per unit cost than the step has earned so far.
+    """Enough as soon as further products earn less per unit cost than the step has earned so far.
 
     (q_j - q_{j-w}) / (w c) < patience · q_j / (fixed_cost + j c), with w = window and c = product_cost.
 
@@ -142,7 +142,7 @@ class BestRate(StoppingRule):
         None
         >>> flat = Progress(4, residual_norm=0.5, rhs_norm=1.0, decreases=[0.0, 1.0, 1.1, 1.11, 1.111])
         >>> BestRate().check(flat).name
-        'STALLED'
+        'ENOUGH'
     """
 
     window: int = 3
@@ -165,7 +165,7 @@ class BestRate(StoppingRule):
             return None
         rate_now = (decreases[j] - decreases[j - self.window]) / (self.window * self.product_cost)
         rate_so_far = decreases[j] / (self.fixed_cost + j * self.product_cost)
-        return KrylovStatus.STALLED if rate_now < self.patience * rate_so_far else None
+        return KrylovStatus.ENOUGH if rate_now < self.patience * rate_so_far else None
 
 
 @dataclass(frozen=True)

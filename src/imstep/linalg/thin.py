@@ -30,6 +30,8 @@ class ThinLeastSquares(DampedLeastSquares):
         tensor([-0.9000, -1.0000], dtype=torch.float64)
     """
 
+    kind = "singular values"
+
     def __init__(self, matrix: Tensor) -> None:
         self._left, self._values, right = torch.linalg.svd(matrix, full_matrices=False)
         self._right = right.masked_fill(~matrix.any(0), 0.0)  # an entry that nothing depends on stays where it is
@@ -70,6 +72,8 @@ class BoxLeastSquares(DampedLeastSquares):
     Source: a Levenberg-Marquardt method with constrained subproblems, Kanzow, Yamashita and Fukushima, J. Comput. Appl.
         Math. 172 (2004), 375-397, section 2.
     """
+
+    kind = "box"
 
     def __init__(self, matrix: Tensor, lower: Tensor, upper: Tensor) -> None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)

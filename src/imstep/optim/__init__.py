@@ -3,6 +3,13 @@
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
+from imstep.optim.globalized import (
+    CubicRegularization,
+    Dogleg,
+    PreconditionedGradient,
+    SaddleFree,
+    TwoDimensionalSubspace,
+)
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.minimize import minimize
@@ -32,7 +39,9 @@ __all__ = [
     "ColumnNorms",
     "ConjugateGradient",
     "Cost",
+    "CubicRegularization",
     "Direct",
+    "Dogleg",
     "ExactHessian",
     "FixedProducts",
     "GaussNewtonFirst",
@@ -49,8 +58,10 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "PreconditionedGradient",
     "Recycling",
     "ResidualForcing",
+    "SaddleFree",
     "Scaling",
     "Solver",
     "SquaredGradients",
@@ -58,6 +69,7 @@ __all__ = [
     "StepOutcome",
     "StepRecord",
     "Termination",
+    "TwoDimensionalSubspace",
     "Unscaled",
     "minimize",
 ]

@@ -87,27 +87,28 @@ class Attempt(StepAttempt):
         self.loss: Tensor
         self.gradient: Tensor
         self.point: Linearisation
+        self._observer: LayerObserver | None = None
 
     def run(self) -> tuple[StepRecord, Memory]:
+        record = self._started(self._evaluate)
         memory = self._memory
-        observer = self._preconditioner.observer()
-        record = self._opened(self._evaluate(observer), memory.search.radius)
         factors = self._frozen.user.hook_factors
         self._mask = None if factors is None else mask_of(factors)
-        loss, gradient_norm = record.loss, record.gradient_norm
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        gradient_norm = record.gradient_norm
+        if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
-        same = self._goes_on(loss)
+        same = self._goes_on(record.loss)
         if not same:
             self._preconditioner.forget()
         contraction = self._contraction(gradient_norm) if same else 1.0
         memory = memory.meet(gradient_norm)
+        memory = memory.resumed() if same else memory
         if self._strategies.measures(memory.steps):
             variance = gradient_variance(self.point, self._parameters)
             record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
         if gradient_norm <= self._strategies.tolerance:
             return self._stationary(record, memory, self.point)
-        setting, memory = self._set_up(memory, record.cost, contraction, observer)
+        setting, memory = self._set_up(memory, record.cost, contraction)
         direction, memory = self._solve(setting, memory)
         record = replace(
             record,
@@ -123,19 +124,20 @@ class Attempt(StepAttempt):
     def start(self) -> tuple[Tensor, Tensor]:
         return self.loss, self.gradient
 
-    def _evaluate(self, observer: LayerObserver | None) -> Cost:
-        """Loss and gradient of the batch, and the record that products are made from."""
+    def _evaluate(self) -> StepRecord:
+        """Loss and gradient of the batch, and the tape that products are made from."""
+        self._observer, radius = self._preconditioner.observer(), self._memory.search.radius
         keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
         if self._part is None:
-            self.point = self._frozen.linearise(observer, keep_graph=keep_graph)
+            self.point = self._frozen.linearise(self._observer, keep_graph=keep_graph)
             self.loss, self.gradient = self.point.loss.detach(), self.point.gradient
-            return Cost(linearisations=1)
+            return self._opened(Cost(linearisations=1), radius)
         self.loss, self.gradient = self._frozen.watched_gradient()
         try:
-            self.point = self._part.linearise(observer, keep_graph=keep_graph)
+            self.point = self._part.linearise(self._observer, keep_graph=keep_graph)
         finally:
             self._part.undo()
-        return Cost(gradients=1, linearisations=1)
+        return self._opened(Cost(gradients=1, linearisations=1), radius)
 
     def _goes_on(self, loss: float) -> bool:
         """Whether the step starts where the last one ended; another loss there is that of another batch."""
@@ -154,7 +156,7 @@ class Attempt(StepAttempt):
     # --- direction ----------------------------------------------------------------------------------------------
 
     def _set_up(
-        self, memory: Memory, cost: Cost, contraction: float, observer: LayerObserver | None
+        self, memory: Memory, cost: Cost, contraction: float
     ) -> tuple[_Setting, Memory]:
         relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
         candidates = self._strategies.curvature.candidates(
@@ -170,7 +172,7 @@ class Attempt(StepAttempt):
         damping = (memory.damping * math.sqrt(relative_gradient) + memory.safeguard) * memory.curvature_scale
         product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
         before = candidates[-1].products
-        refresh = self._preconditioner.refresh(Evidence(self.point, observer, candidates[-1], damping))
+        refresh = self._preconditioner.refresh(Evidence(self.point, self._observer, candidates[-1], damping))
         refresh_cost = refresh.gradient_equivalents + product_cost * (candidates[-1].products - before)
         situation = Situation(
             relative_gradient=relative_gradient,
@@ -199,6 +201,7 @@ class Attempt(StepAttempt):
                 memory.last_move if self._strategies.solver.uses_last_move else None,
                 self.point,
                 self._parameters,
+                memory.search.third_derivative / 2,
             )
             direction = self._solved(system)
             if not direction.status.disturbing:
@@ -226,7 +229,8 @@ class Attempt(StepAttempt):
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
         line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
-        trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials)
+        longest = memory.reach / direction.norm
+        trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials, longest)
         full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
         realised = _realised(model, trials, self._strategies.step.full(model))
         memory = replace(
@@ -235,6 +239,7 @@ class Attempt(StepAttempt):
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
             loss=trials.loss,
+            failed=math.inf if trials.accepted else trials.step_length * direction.norm,
             full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
             last_move=self._last_move(direction, trials),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),

@@ -44,6 +44,17 @@ class Box:
         """Whether w (n,) lies within."""
         return bool(((w >= self.lower) & (w <= self.upper)).all())
 
+    def divided(self, units: Tensor) -> Box:
+        """Of w / units, (n,): such that rounding of the product takes nothing beyond the bounds."""
+        lower, upper, end = self.lower / units, self.upper / units, torch.full_like(units, torch.inf)
+        lower = torch.where(lower * units < self.lower, torch.nextafter(lower, end), lower)
+        upper = torch.where(upper * units > self.upper, torch.nextafter(upper, -end), upper)
+        return Box(torch.minimum(lower, upper), upper)
+
+    def clamped(self, w: Tensor) -> Tensor:
+        """w, of any shape with n entries, moved to within."""
+        return w.reshape(-1).clamp(self.lower, self.upper).view_as(w)
+
     def room(self, w: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
         """Bounds on a step from w (n,), in the units (n,) given; float64."""
         below, above = self.lower.double() - w.double(), self.upper.double() - w.double()
@@ -72,19 +83,19 @@ class BoxedParameters(ParameterVector):
         w = self.get()
         outside = (w < box.lower) | (w > box.upper)
         if bool(outside.any()):
-            at = int(outside.nonzero()[0, 0])
-            raise ValueError(
-                f"the start lies outside the bounds in {int(outside.sum())} of its entries: entry {at} is "
-                f"{float(w[at])}, its bounds are {float(box.lower[at])} and {float(box.upper[at])}. Start within them, "
-                "for instance from start.clamp(lower, upper)."
-            )
+            raise ValueError(_outside(outside, w, box))
         bounds = zip(self.unflatten(box.lower), self.unflatten(box.upper), strict=True)
         self._bounds = [(lower.clone(), upper.clone()) for lower, upper in bounds]
 
     def move(self, snapshot: Sequence[Tensor], direction: Tensor, step_length: float) -> None:
         super().move(snapshot, direction, step_length)
         with torch.no_grad():
-            for p, (lower, upper) in zip(self.tensors, self._bounds, strict=True):
+            for p, saved, (lower, upper) in zip(self.tensors, snapshot, self._bounds, strict=True):
+                # A step to a bound, w + (bound - w), ends by rounding beside it.
+                spacing = 2 * torch.finfo(p.dtype).eps
+                for bound in (lower, upper):
+                    near = (p - bound).abs() <= spacing * torch.maximum(bound.abs(), saved.abs())
+                    p.copy_(torch.where(near & bound.isfinite(), bound, p))
                 p.clamp_(lower, upper)
 
 
@@ -112,8 +123,22 @@ def box_of(bounds: Any, start: Tensor, units: Tensor) -> Box | None:
                 "for each entry."
             )
         whole = tensor.reshape(-1).expand(start.numel()) if tensor.numel() == 1 else tensor.reshape(-1)
-        sides.append(whole / units.expand(start.shape).reshape(-1))
-    return Box(*sides)
+        sides.append(whole)
+    inside = Box(*sides)
+    outside = (start.reshape(-1) < inside.lower) | (start.reshape(-1) > inside.upper)
+    if bool(outside.any()):
+        raise ValueError(_outside(outside, start.reshape(-1), inside))
+    return inside.divided(units.expand(start.shape).reshape(-1))
+
+
+def _outside(outside: Tensor, w: Tensor, box: Box) -> str:
+    """Which of the entries are not within their bounds."""
+    at = int(outside.nonzero()[0, 0])
+    return (
+        f"the start lies outside the bounds in {int(outside.sum())} of its entries: entry {at} is {float(w[at])}, its "
+        f"bounds are {float(box.lower[at])} and {float(box.upper[at])}. Start within them, for instance from "
+        "start.clamp(lower, upper)."
+    )
 
 
 def _sides(bounds: Any, count: int) -> tuple[Any, Any]:

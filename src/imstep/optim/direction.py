@@ -49,9 +49,10 @@ class Direction:
 
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
-    """The solution that a solver has found; or, where rounding has left no descent, -g.
+    """The solution that a solver has found; or, where rounding has left no descent, -τg, τ = gᵀg / |gᵀAg|.
 
-    No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more.
+    No descent is s > -1e-10 ‖g‖‖d‖, or numbers that are not finite. -g costs a product more; alone it has the length of
+    a gradient, in other units than a step.
     """
     vector, image = result.solution, result.image
     slope, norm, curvature = _along(gradient, vector, image)
@@ -62,6 +63,10 @@ def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) ->
         slope, norm, curvature = _along(gradient, vector, image)
         # Nothing is known of the curvature where it is not finite; the trials will tell.
         curvature = curvature if math.isfinite(curvature) else 0.0
+        factor = -slope / abs(curvature) if curvature else 1.0
+        if 0 < factor * norm <= torch.finfo(vector.dtype).max:
+            vector, image, slope = factor * vector, factor * image, factor * slope
+            norm, curvature = factor * norm, factor * (factor * curvature)
     return Direction(vector, image, slope, curvature, norm, result.status, result.iterations, pairs=result.pairs)
 
 

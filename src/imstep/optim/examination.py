@@ -64,7 +64,7 @@ class Examination(StepAttempt):
     def run(self) -> tuple[StepRecord, Memory]:
         self._point = self._frozen.linearise()
         record, memory = self._opened(Cost(linearisations=1)), self._memory
-        if not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
+        if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), memory
         self.found = stationarity_at(
             self._point, self._parameters, self._typical, self._held(), seed=memory.steps
@@ -84,7 +84,7 @@ class Examination(StepAttempt):
         model = self._line(direction)
         line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
         search = Armijo()
-        trials = try_steps(search, search.initial(), line, NEWTON_TRIALS)
+        trials = try_steps(search, search.initial(), line, NEWTON_TRIALS, memory.reach / direction.norm)
         if trials.accepted:
             return self._finish(replace(record, status=direction.status), model, direction, trials), memory
         return replace(record, cost=record.cost + trials.cost), memory

@@ -16,6 +16,9 @@ SAFEGUARD = 1e-3
 SAFEGUARD_GROWTH = 100.0
 SAFEGUARD_DECAY = 4.0
 
+RETREAT = 4.0
+"""Factor by which steps become shorter where one is taken back, and longer again with each that is not."""
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
@@ -41,6 +44,10 @@ class Memory:
         probe_wait: how long to wait after its next failure.
         last_move: the last step, t d, (n,), where a strategy uses it; None before the first.
         column_norms: the largest norm so far of each column of a Jacobian, (n,), where a strategy uses it.
+        previous: where the last accepted step began, (n,); None before the first.
+        size: norm of the parameters where it ended, by which they are known again; nan before the first.
+        reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back or rejected.
+        failed: the shortest ‖t d‖ that failed, if the last step was rejected; else infinite.
     """
 
     search: SearchState
@@ -59,12 +66,17 @@ class Memory:
     probe_wait: int = 1
     last_move: Tensor | None = None
     column_norms: Tensor | None = None
+    previous: Tensor | None = None
+    size: float = math.nan
+    reach: float = math.inf
+    failed: float = math.inf
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
         return replace(
             self,
             refusals=0,
+            reach=RETREAT * self.reach,
             gradient_norm=gradient_norm,
             largest_gradient_norm=max(self.largest_gradient_norm, gradient_norm),
         )
@@ -77,6 +89,17 @@ class Memory:
         if self.damping != before.damping or self.search != before.search:
             return self
         return replace(self, safeguard=max(SAFEGUARD_GROWTH * self.safeguard, SAFEGUARD))
+
+    def resumed(self) -> Memory:
+        """The memory where a step begins on the batch of the last one: it goes on from where its trials have ended.
+
+        Where curvature is all but absent the model's minimiser is too long by more than a step's trials make good.
+        """
+        return replace(self, reach=min(self.reach, self.failed))
+
+    def retreated(self, length: float) -> Memory:
+        """The memory where the last step, of ``length``, is taken back."""
+        return replace(self, previous=None, size=math.nan, reach=length / RETREAT**2)  # the start met is to add one
 
     def probed(self, definite: bool | None) -> Memory:
         """The memory after a step that found the Hessian definite or not; None where it was not tried."""

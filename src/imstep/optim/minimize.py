@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from imstep.globalization import Armijo
+from imstep.optim.arguments import check_options, start_of, told, units_of, value_of
 from imstep.optim.box import Box, box_of
 from imstep.optim.least_squares import LeastSquares
-from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
+from imstep.optim.minimize_result import MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.record import StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms
-from imstep.optim.stationarity import MATRIX_LIMIT, Stationarity
+from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
 
@@ -26,9 +26,6 @@ PATIENCE = 8
 
 STAGNATION = 10
 """Steps in a row, none of which lowers the least loss or the least gradient norm so far."""
-
-SPREAD = 1e4
-"""Ratio of the largest entry of x0 to the smallest from which, among few, their sizes are taken for their units."""
 
 _METHODS = ("newton-krylov", "least-squares")
 
@@ -66,7 +63,7 @@ def minimize(
         ftol, xtol, gtol: >= 0, one that is met is enough; 0 for none. Default ε^(2/3) for xtol and gtol, ε^(4/3) for
             ftol, ε the spacing of the dtype: 4e-11 and 1e-21 in float64.
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
-        maxiter: steps at most, >= 1.
+        maxiter: steps at most, >= 0; 0 to look at ``x0`` only.
         bounds: for "least-squares", as SciPy takes them: an object with ``lb`` and ``ub`` (``scipy.optimize.Bounds``);
             a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, which is
             also how two pairs of plain numbers for two entries are read. Equal ones hold an entry. ``x0`` lies within.
@@ -103,26 +100,23 @@ def minimize(
     """
     if method not in _METHODS:
         raise ValueError(f"there is no method {method!r}. Methods: {', '.join(map(repr, _METHODS))}.")
-    if maxiter < 1:
-        raise ValueError(f"maxiter is at least 1, got {maxiter}.")
-    start = torch.as_tensor(x0)
-    if not start.is_floating_point():
-        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
-        remedy = pairs if start.is_complex() else "Convert it with .double()."
-        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
+    if maxiter < 0:
+        raise ValueError(f"maxiter is at least 0, got {maxiter}.")
+    start = start_of(x0)
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
-    units = _units(scale, start, guess=method != "least-squares")
-    y = nn.Parameter(start.detach() / units)
-    point = lambda: y if units.dim() == 0 and units == 1 else units * y
+    units = units_of(scale, start, guess=method != "least-squares")
     box = box_of(bounds, start, units)
+    y = nn.Parameter(start.detach() / units if box is None else box.clamped(start.detach() / units))
+    point = lambda: y if units.dim() == 0 and units == 1 else units * y
     optimizer = _optimizer(method, y, box, scale is None, {"tolerance": tolerances.tol, **options})
-    run = _Run(optimizer, y, lambda: fun(point()), tolerances, maxiter, _told(callback, point))
+    value = value_of(fun, method == "least-squares")
+    run = _Run(optimizer, y, lambda: value(point()), tolerances, maxiter, told(callback, point))
     termination = run.whole()
     gradient, evaluations = run.gradient()
     cost = optimizer.cost
     with_gradient = cost.linearisations + cost.gradients + evaluations
     return MinimizeResult(
-        x=point().detach() if box is None else _within(point().detach(), box_of(bounds, start, torch.ones_like(units))),
+        x=point().detach(),
         fun=run.loss,
         grad=gradient / units,
         nit=len(run.records),
@@ -138,6 +132,7 @@ def _optimizer(
     method: str, x: nn.Parameter, box: Box | None, unscaled: bool, options: dict[str, Any]
 ) -> StepwiseOptimizer:
     """The optimizer of a method, with what :func:`minimize` chooses for functions of unknown units."""
+    check_options(options, method, LeastSquares if method == "least-squares" else NewtonKrylov)
     if method == "least-squares":
         return LeastSquares([x], box=box, **({"scaling": ColumnNorms()} if unscaled else {}) | options)
     if box is not None:
@@ -146,48 +141,6 @@ def _optimizer(
             "entries as smooth functions of free ones, such as lower + (upper - lower) * y.sigmoid()."
         )
     return NewtonKrylov([x], **{"step": Armijo(forward=2.0), "max_trials": 30, **options})
-
-
-def _within(x: Tensor, box: Box | None) -> Tensor:
-    """x without what rounding of its units takes beyond the bounds."""
-    return x if box is None else x.reshape(-1).clamp(box.lower, box.upper).view_as(x)
-
-
-def _told(
-    callback: Callable[..., bool | None] | None, point: Callable[[], Tensor]
-) -> Callable[[float, list[StepRecord]], bool]:
-    """Whether the callback, told of a step in the way that it asks for, wants to stop."""
-    if callback is None:
-        return lambda loss, records: False
-    by_name = list(inspect.signature(callback).parameters) == ["intermediate_result"]
-
-    def stops(loss: float, records: list[StepRecord]) -> bool:
-        x = point().detach().clone()
-        try:
-            if by_name:
-                result = IntermediateResult(x, loss, len(records), records[-1])
-                return callback(intermediate_result=result) is True
-            return callback(x) is True
-        except StopIteration:
-            return True
-
-    return stops
-
-
-def _units(scale: Any, start: Tensor, guess: bool) -> Tensor:
-    """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
-    if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
-        sizes = start.detach().abs()
-        if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
-            scale = sizes
-    units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
-    if units.dim() and units.shape != start.shape:
-        raise ValueError(
-            f"scale has shape {tuple(units.shape)}, x0 {tuple(start.shape)}. Give one number, or one for each entry."
-        )
-    if not bool(((units > 0) & units.isfinite()).all()):
-        raise ValueError("scale must be positive and finite. Put 1 where an entry's size is not known.")
-    return units
 
 
 class _Run:
@@ -229,6 +182,8 @@ class _Run:
             # An accepted step may be too short to change any entry of x.
             failures = failures + 1 if torch.equal(self._x, before) else 0
             # Where losses differ by rounding only, steps may go to and fro for ever.
+            if record.went_back:  # the least loss was met where nobody can stay
+                least_loss = math.inf
             lower = record.new_loss < least_loss or record.gradient_norm < least_norm
             stagnation = 0 if lower else stagnation + 1
             least_loss, least_norm = min(least_loss, record.new_loss), min(least_norm, record.gradient_norm)
@@ -236,11 +191,12 @@ class _Run:
                 if record.outcome is StepOutcome.NON_FINITE:
                     return Termination.NON_FINITE
                 steps = len(self.records)
-                end = self._look(stalled=True)
+                end = self._look(stalled=True, typical=self._course.largest)
                 if end is not None or len(self.records) == steps:
                     return end or Termination.NO_PROGRESS
                 failures = stagnation = 0
-        return self._look() or Termination.MAX_ITERATIONS
+        end = self._look() or Termination.MAX_ITERATIONS
+        return end if math.isfinite(self.loss) else Termination.NON_FINITE
 
     def _polished(self, end: Termination) -> Termination:
         """A last step for least squares, which takes the point from within the tolerances to within rounding."""
@@ -276,8 +232,13 @@ class _Run:
         self._course.went(before, self._x.detach(), record)
         return self._stops(self.loss, self.records)
 
-    def _look(self, stalled: bool = False) -> Termination | None:
-        """Whether the point is a minimum, and by what test; at a saddle, leave it, which is a step."""
+    def _look(self, stalled: bool = False, typical: Tensor | None = None) -> Termination | None:
+        """Whether the point is a minimum, and by what test; at a saddle, leave it, which is a step.
+
+        Args:
+            stalled: see :meth:`Course.verdict`.
+            typical: sizes of entries, in place of those of the course.
+        """
         ends: list[Termination | None] = []
 
         def stationary(loss: float, found: Stationarity) -> bool:
@@ -286,12 +247,12 @@ class _Run:
 
         before = self._x.detach().clone()
         course, may_leave = self._course, len(self.records) < self._maxiter
-        record = self._optimizer.examine(self._closure, stationary, course.typical, may_leave, course.crawls)
+        typical = course.typical if typical is None else typical
+        record = self._optimizer.examine(self._closure, stationary, typical, may_leave, course.crawls)
+        self.loss = record.new_loss
         if record.outcome is StepOutcome.CONVERGED:
-            self.loss = record.new_loss
             return ends[0]
         if record.accepted:
-            self.loss = record.new_loss
             return Termination.STOPPED if self._took(before, record) else None
         self._course.in_vain()
         return None

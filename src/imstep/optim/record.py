@@ -112,6 +112,11 @@ class StepRecord:
         rho: actual over predicted decrease.
         taylor_error: E(t) = f(w + t d) - (f + t s + t²k/2), with its sign.
         radius, damping: the trust radius and λ that this step used.
+        went_back: whether the step before was taken back, for loss or gradient were not finite where it ended; this one
+            began where that had begun.
+        factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "singular values" of J, its "triangular"
+            factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
+        rank: how many numbers the step was sought among.
         cost: evaluations spent.
         seconds: wall-clock time.
     """
@@ -136,8 +141,16 @@ class StepRecord:
     taylor_error: float = math.nan
     radius: float = math.nan
     damping: float = math.nan
+    went_back: bool = False
+    factorisation: str | None = None
+    rank: int = 0
     cost: Cost = Cost()
     seconds: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient were finite before the step."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     @property
     def accepted(self) -> bool:

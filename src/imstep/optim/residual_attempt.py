@@ -16,7 +16,7 @@ from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import require_residuals
 from imstep.curvature.staleness import StaleLossError, check_fresh, nodes_of
 from imstep.globalization import ContractionDamping
-from imstep.linalg import BoxLeastSquares, DenseRows, Factorisation, RowMatrix, StepSpace
+from imstep.linalg import BoxLeastSquares, Factorisation, RowMatrix, ScaledRows, StepSpace
 from imstep.optim.box import Box
 from imstep.optim.chord import ChordStep, chord_iterations
 from imstep.optim.evaluable import outside_the_domain
@@ -134,27 +134,32 @@ class ResidualAttempt(StepAttempt):
         return self._loss, self._gradient
 
     def run(self) -> tuple[StepRecord, Memory]:
-        memory = self._memory
-        jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
-        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
-        record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
-        record = replace(record, gradient_norm=float(self._free(self._gradient).norm()))
-        if not (math.isfinite(record.loss) and bool(self._gradient.isfinite().all())):
+        record = self._started(self._linearise)
+        memory, jacobian = self._memory, self._jacobian
+        if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         memory = memory.meet(record.gradient_norm)
         if record.gradient_norm <= self._settings.tolerance:
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
         ground, memory = self._ground(jacobian, memory)
-        return self._search(record, memory, ground)
+        reduced = ground.space.reduced
+        return self._search(replace(record, factorisation=reduced.kind, rank=reduced.rank), memory, ground)
+
+    def _linearise(self) -> StepRecord:
+        """Residuals, Jacobian and gradient."""
+        self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
+        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
+        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
+        return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
 
     # --- the linearisation --------------------------------------------------------------------------------------
 
     def _ground(self, jacobian: ResidualJacobian, memory: Memory) -> tuple[_Ground, Memory]:
         norms = self._settings.scaling.norms(jacobian, memory.column_norms)
         units = None if norms is None else norms.where(norms > 0, 1.0)
-        scaled: RowMatrix = jacobian if units is None else DenseRows(jacobian.written_out() / units)
+        scaled: RowMatrix = jacobian if units is None else ScaledRows(jacobian, units)
         memory = replace(memory, column_norms=norms)
         if memory.curvature_scale == 0.0:
             memory = replace(memory, curvature_scale=_curvature_along_gradient(scaled, jacobian.residuals))

@@ -24,7 +24,6 @@ class Scaling(ABC):
             last: what this returned at the last one; None at the first.
         """
 
-
     def reach(self, scaled: Tensor, first: bool) -> float:
         """The longest ‖D d‖ of a step from w, given D w (n,) and whether it is the first of all."""
         return math.inf
@@ -39,7 +38,8 @@ class Unscaled(Scaling):
 
 @dataclass(frozen=True)
 class ColumnNorms(Scaling):
-    """The norms of the columns of J, so that steps do not depend on the parameters' units. J is written out.
+    """The norms of the columns of J, so that steps do not depend on the parameters' units. J is written out,
+    in blocks where that is what its factorisation takes.
 
         D <- max(‖J e_i‖, memory D),   ‖D d‖ <= factor ‖D w‖ for the first step d, if w is not 0
 
@@ -69,7 +69,7 @@ class ColumnNorms(Scaling):
             raise ValueError(f"factor must be positive, got {self.factor}.")
 
     def norms(self, jacobian: RowMatrix, last: Tensor | None) -> Tensor | None:
-        now = torch.linalg.vector_norm(jacobian.written_out(), dim=0)
+        now = jacobian.column_norms()
         return now if last is None else torch.maximum(now, self.memory * last)
 
     def reach(self, scaled: Tensor, first: bool) -> float:

@@ -46,6 +46,7 @@ class NewtonSystem:
         last_move: the last step, (n,); None before the first, and where the solver makes no use of it.
         point: loss, gradient and record at the point; with the loss's graph if the solver asked for it.
         parameters: the vector that all of this is about.
+        sigma: σ of a cubic term σ‖d‖³/3 that a solver may add to the model, by the step search; 0 where there is none.
     """
 
     operator: LinearOperator
@@ -58,6 +59,7 @@ class NewtonSystem:
     last_move: Tensor | None
     point: Linearisation
     parameters: ParameterVector
+    sigma: float = 0.0
 
 
 class Solver(ABC):
@@ -87,7 +89,8 @@ class Solver(ABC):
 class ConjugateGradient(Solver):
     """Conjugate gradients, ended by the first disturbing direction.
 
-    If that is the very first direction, it becomes the direction of the step.
+    If that is the very first direction, it becomes the direction of the step, as long as if its curvature had the other
+    sign.
 
     Args:
         curvature_floor: least curvature per ‖p‖² of a direction p that does not disturb, >= 0.
@@ -134,7 +137,7 @@ class ConjugateGradient(Solver):
         )
         if self.follow and result.iterations > 0 and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
             result = _followed(system, result)
-        return descent(system.operator, system.gradient, _led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class BlendedConjugateGradient(Solver):
             stopping=system.stopping,
             keep_pairs=system.keep_pairs,
         )
-        return descent(system.operator, system.gradient, _led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class MinimalResidual(Solver):
             stopping=system.stopping,
             curvature_floor=self.curvature_floor,
         )
-        return descent(system.operator, system.gradient, _led_on(result))
+        return descent(system.operator, system.gradient, _led_on(system, result))
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class SteihaugToint(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        return _in_ball(steihaug_toint, system)
+        return in_ball(steihaug_toint, system)
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class GeneralizedLanczos(Solver):
     """
 
     def solve(self, system: NewtonSystem) -> Direction:
-        return _in_ball(gltr, system)
+        return in_ball(gltr, system)
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Direct(Solver):
         return descent(operator, system.gradient, result)
 
 
-def _in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direction:
+def in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direction:
     """The direction by a solver that takes a radius; by conjugate gradients before there is one."""
     if math.isinf(system.radius):
         return ConjugateGradient().solve(system)
@@ -274,12 +277,20 @@ def _in_ball(solve: Callable[..., KrylovResult], system: NewtonSystem) -> Direct
     return descent(system.operator, system.gradient, result)
 
 
-def _led_on(result: KrylovResult) -> KrylovResult:
-    """The very first direction in place of no solution, where that one disturbed."""
+def _led_on(system: NewtonSystem, result: KrylovResult) -> KrylovResult:
+    """The very first direction in place of no solution, where that one disturbed: τp, τ = -gᵀp / (|pᵀAp| + λpᵀp).
+
+    A gradient alone has the length of a gradient, in other units than a step.
+    """
     p, image = result.disturbing_direction, result.disturbing_image
     if result.iterations > 0 or p is None or image is None:
         return result
-    return replace(result, solution=p, image=image)
+    fall, curvature, square = (float(x) for x in torch.stack([-system.gradient @ p, p @ image, p @ p]))
+    size = abs(curvature) + system.damping * square
+    factor = fall / size if size > 0 else math.inf
+    if not 0 < factor * math.sqrt(square) <= torch.finfo(p.dtype).max:
+        factor = 1.0
+    return replace(result, solution=factor * p, image=factor * image)
 
 
 def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:

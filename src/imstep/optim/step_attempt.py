@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,7 @@ class StepAttempt(ABC):
 
     def __init__(self, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure) -> None:
         self._memory, self._parameters, self._frozen = memory, parameters, frozen
-        self._snapshot = parameters.snapshot()
+        self._snapshot = self._found = parameters.snapshot()
         self._keep = False
         self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
 
@@ -44,6 +45,11 @@ class StepAttempt(ABC):
     @abstractmethod
     def start(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
+
+    @property
+    def origin(self) -> Tensor:
+        """Where the step began, (n,)."""
+        return self._parameters.flatten(self._snapshot)
 
     @property
     def returned(self) -> Tensor | None:
@@ -63,6 +69,30 @@ class StepAttempt(ABC):
             radius=radius,
             cost=cost,
         )
+
+    def _started(self, evaluate: Callable[[], StepRecord]) -> StepRecord:
+        """The opened record; where the start is not finite, that of where the last step began, if it is finite there.
+
+        No trial of a step looks at the gradient: the next step does so for nothing.
+        """
+        record = evaluate()
+        previous = self._memory.previous
+        if record.finite or previous is None or self._parameters.norm() != self._memory.size:
+            return record
+        here = self._parameters.get()
+        self._parameters.set(previous)
+        spent = record.cost + Cost(gradients=1)
+        if not self._finite_here():
+            self._parameters.restore(self._snapshot)
+            return replace(record, cost=spent)
+        self._memory = self._memory.retreated(float((here - previous).norm()))
+        self._snapshot = self._parameters.snapshot()
+        record = evaluate()
+        return replace(record, went_back=True, cost=record.cost + spent)
+
+    @failing_as(False)
+    def _finite_here(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in self._frozen.gradient())
 
     # --- along a direction --------------------------------------------------------------------------------------
 
@@ -122,6 +152,7 @@ class StepAttempt(ABC):
             blur = torch.finfo(self.start[0].dtype).eps * size
             least = model.rounding + blur * (record.gradient_norm + escape.largest * blur)
             length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature)) or 1.0
+            length = min(length, memory.reach)
             trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length, 10 * least)
             record = self._finish(replace(record, status=direction.status), model, direction, trials)
             if trials.accepted:
@@ -141,5 +172,5 @@ class StepAttempt(ABC):
 
     def undo(self) -> None:
         """Put back everything, as if the step had not been tried."""
-        self._parameters.restore(self._snapshot)
+        self._parameters.restore(self._found)
         self._frozen.undo()

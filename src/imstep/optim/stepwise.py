@@ -91,7 +91,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def _adopt(self, parameters: ParameterVector) -> None:
         """Take up other parameters; the last step does not fit them."""
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None, column_norms=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """Take one step.
@@ -168,6 +168,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         attempt.leave()
         if record.outcome is StepOutcome.NON_FINITE:
             self._load_parts(before)
+        if record.accepted:
+            memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
         self.last_step = replace(record, seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost

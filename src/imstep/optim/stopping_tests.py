@@ -112,11 +112,13 @@ class Course:
     _near: float = math.inf
     _seen: bool = False
     _crawling: int = 0
+    _highest: float = 0.0
 
     def went(self, before: Tensor, after: Tensor, record: StepRecord) -> None:
         """Take in a step."""
         self.record, self.largest = record, torch.maximum(self.largest, after.abs())
         self._steps.append(float((after - before).norm()) if record.accepted else 0.0)
+        self._highest = max(self._highest, abs(record.loss))
         self._wait -= 1
         self._seen = self._seen and torch.equal(before, after)
         crawls = record.accepted and abs(record.loss - record.new_loss) <= CRAWL * abs(record.new_loss)
@@ -168,7 +170,7 @@ class Course:
         """
         t, size = self.tolerances, abs(loss)
         if found.gradient_norm <= t.tol:
-            return Termination.CONVERGED
+            return Termination.CONVERGED if t.tol else Termination.GRADIENT
         if found.at_rounding:
             return Termination.PRECISION
         if found.decrease <= t.gtol**2 * size:
@@ -178,6 +180,10 @@ class Course:
         if found.decrease <= t.ftol * size and self._lowered_little():
             return Termination.DECREASE
         near = found.decrease <= 10 * self.unit_roundoff * size or found.step**2 <= self.unit_roundoff * found.size**2
+        # Where f itself is rounded away, as at the minimum of log cosh x, what it was on the way tells of its rounding.
+        record = self.record
+        mute = record is not None and not record.accepted and record.actual_decrease == 0
+        near = near or (mute and found.decrease <= 10 * self.unit_roundoff * self._highest)
         return Termination.PRECISION if stalled and near else None
 
     def _lowered_little(self) -> bool:

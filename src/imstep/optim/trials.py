@@ -61,34 +61,36 @@ class Line:
         return replace(trial, slope=self.gradient_at(step_length)[1]), Cost(losses=1, gradients=1)
 
 
-def try_steps(search: StepSearch, state: SearchState, line: Line, limit: int) -> Trials:
-    """Propose, evaluate and judge until a trial is accepted, at most ``limit`` times."""
+def try_steps(search: StepSearch, state: SearchState, line: Line, limit: int, longest: float = math.inf) -> Trials:
+    """Propose, evaluate and judge until a trial is accepted, at most ``limit`` times, with no t above ``longest``."""
     model, current, cost = line.model, state, Cost()
-    first = step_length = search.propose(state, model)
+    first = step_length = min(search.propose(state, model), longest)
     for count in range(1, limit + 1):
         trial, spent = line.evaluate(step_length, search.needs_slopes)
         cost += spent
         verdict = search.judge(current, model, trial)
         if verdict.accepted:
             found = Trials(True, step_length, trial.loss, verdict.rho, verdict.taylor_error, count, verdict.state, cost)
-            return _go_on(search, current, line, verdict, found, limit)
+            return _go_on(search, current, line, verdict, found, limit, longest)
         current = verdict.state
+        if step_length >= longest and verdict.step_length > longest:
+            break
         if count < limit:
-            step_length = verdict.step_length
+            step_length = min(verdict.step_length, longest)
     settled, current = search.settle(current), search.reject(current, model, first)
     if settled is None:
-        return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, limit, current, cost)
+        return Trials(False, step_length, model.loss, verdict.rho, verdict.taylor_error, count, current, cost)
     error = model.taylor_error(settled)
     rho = decrease_ratio(model, settled.step_length, error)
-    return Trials(True, settled.step_length, settled.loss, rho, error, limit, current, cost)
+    return Trials(True, settled.step_length, settled.loss, rho, error, count, current, cost)
 
 
 def _go_on(
-    search: StepSearch, state: SearchState, line: Line, verdict: Verdict, found: Trials, limit: int
+    search: StepSearch, state: SearchState, line: Line, verdict: Verdict, found: Trials, limit: int, longest: float
 ) -> Trials:
     """Lengthen an accepted step as long as the search suggests it and the loss falls; the best trial is found last."""
     model = line.model
-    while found.count < limit and (longer := search.extend(model, verdict)) is not None:
+    while found.count < limit and (longer := search.extend(model, verdict)) is not None and longer <= longest:
         loss = line.loss_at(longer)
         cost, count = found.cost + Cost(losses=1), found.count + 1
         trial = Trial(longer, loss)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,15 @@ from typing import Protocol
 
 import torch
 
+from imstep.runs.config import torch_dtype
 from imstep.runs.contestants import Contestant, contestants
 from imstep.runs.environment import environment
 from imstep.runs.records import Comparison, Point, Run, Sweep, SweepRow
 from imstep.runs.rows import Clock, Ending, EvaluationRow, Limits, Schedule, StepRow, TrainingError
 from imstep.runs.runner import Trainer
+from imstep.runs.suitability import rehearse
 from imstep.runs.verdict import judge
-from imstep.tasks import Problem, Surface, get_task
+from imstep.tasks import Problem, Surface, Task, get_task
 
 __all__ = ["DEFAULT_BUDGET", "Listener", "Silent", "compare"]
 
@@ -35,11 +37,11 @@ PICTURES = 12
 class Listener(Protocol):
     """Is told how a comparison goes; draws it, or does not."""
 
-    def begin(self, titles: Sequence[str], budgets: Sequence[float]) -> None:
-        """Called once: who runs, and how many gradient-equivalents each will spend, sweeps included."""
+    def begin(self, names: Sequence[str], settings: Sequence[int], budget: float) -> None:
+        """Called once: who runs, how many settings each will try, and the gradient-equivalents for each setting."""
 
-    def candidate(self, index: int, label: str) -> None:
-        """Contestant `index` starts with one setting."""
+    def candidate(self, index: int, number: int, words: str) -> None:
+        """Contestant `index` starts with its setting `number`, from 0; `words` tell it, or are empty."""
 
     def advance(self, index: int, cost: float, loss: float, seconds: float) -> None:
         """Contestant `index` has spent `cost` on this setting and has the training loss `loss`."""
@@ -51,9 +53,9 @@ class Listener(Protocol):
 class Silent:
     """A listener that draws nothing."""
 
-    def begin(self, titles: Sequence[str], budgets: Sequence[float]) -> None: ...
+    def begin(self, names: Sequence[str], settings: Sequence[int], budget: float) -> None: ...
 
-    def candidate(self, index: int, label: str) -> None: ...
+    def candidate(self, index: int, number: int, words: str) -> None: ...
 
     def advance(self, index: int, cost: float, loss: float, seconds: float) -> None: ...
 
@@ -70,7 +72,7 @@ class _Setting:
 
 
 def compare(
-    task: str,
+    task: str | Task,
     rivals: Sequence[Contestant] | None = None,
     *,
     budget: float = DEFAULT_BUDGET,
@@ -79,7 +81,9 @@ def compare(
     data: Path | str | None = None,
     examples: int | None = None,
     device: str = "cpu",
+    dtype: str = "float32",
     command: str = "",
+    sources: Mapping[str, str] | None = None,
     listener: Listener | None = None,
     earlier: Comparison | None = None,
     keep: Callable[[Comparison], None] = lambda comparison: None,
@@ -88,7 +92,7 @@ def compare(
     """Run every contestant from the same initial weights within the same budget.
 
     Args:
-        task: name of a task.
+        task: a task or the name of one.
         rivals: the contestants, the subject first; None for `contestants()`.
         budget: gradient-equivalents of the full training set each setting may spend (> 0).
         seed: decides initial weights and the order of mini-batches.
@@ -96,7 +100,9 @@ def compare(
         data: folder of the data set, or None.
         examples: train on the first so many examples, or None for all.
         device: where to train.
+        dtype: "float32" or "float64".
         command: what the report shows as the way to repeat this.
+        sources: files of the task and their hashes, to be shown with the versions.
         listener: is told about progress.
         earlier: an unfinished comparison by the same arguments, to go on with.
         keep: called with the comparison so far whenever a setting is done.
@@ -106,7 +112,8 @@ def compare(
         The comparison; unfinished, with contestants `waiting`, if it was stopped.
 
     Raises:
-        TaskError, OptimizerError, TrainingError: a setting that cannot be; the message says why.
+        TaskError, OptimizerError, TrainingError, NoResidualsError: a setting that cannot be, or an optimizer that
+            refuses the task; the message says why. Nothing has been run then.
     """
     rivals = list(contestants() if rivals is None else rivals)
     if not rivals:
@@ -116,12 +123,16 @@ def compare(
             raise TrainingError(f"threads={threads}: give at least one.")
         torch.set_num_threads(threads)
     Limits(budget=budget)
-    recipe, told = get_task(task), listener or Silent()
+    recipe, told = get_task(task) if isinstance(task, str) else task, listener or Silent()
+    kind = torch_dtype(dtype)
     setting = _Setting(
-        lambda: recipe.build(seed, data=data, examples=examples, device=device), float(budget), seed
+        lambda: recipe.build(seed, data=data, examples=examples, device=device, dtype=kind), float(budget), seed
     )
-    problem, start = setting.build(), time.perf_counter()
-    told.begin([c.title for c in rivals], [setting.budget * len(c.candidates()) for c in rivals])
+    problem = setting.build()
+    for contestant in rivals if earlier is None else ():
+        rehearse(contestant.spec, problem, contestant.batch_size, contestant.candidates()[0])
+    start = time.perf_counter()
+    told.begin([c.name for c in rivals], [len(c.candidates()) for c in rivals], setting.budget)
     found = earlier or Comparison(
         task=recipe.name,
         title=recipe.title,
@@ -132,7 +143,7 @@ def compare(
         batch_size=rivals[0].batch_size,
         runs=(),
         sweeps=(),
-        environment=environment(),
+        environment={**environment(), **(sources or {})},
         command=command,
         seconds=0.0,
         verdict=judge((), setting.budget),
@@ -146,7 +157,7 @@ def compare(
     for index, contestant in list(enumerate(rivals))[len(found.runs) :]:
         candidates = contestant.candidates()
         for options in candidates[len(found.tried) :]:
-            told.candidate(index, contestant.label(options))
+            told.candidate(index, len(found.tried), f"lr {options['lr']:g}" if contestant.learning_rates else "")
             tried = _run(contestant, options, setting, partial(told.advance, index), stop)
             if tried is None:
                 return found

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ import torch
 from imstep.runs.optimizers import get_optimizer
 from imstep.runs.rows import Limits, Schedule, TrainingError
 from imstep.runs.runner import Trainer
-from imstep.tasks import get_task
+from imstep.tasks import Origin, TableOptions, Task, find_task
 
-__all__ = ["RunConfig"]
+__all__ = ["RunConfig", "torch_dtype"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LIMITS = ("epochs", "budget", "seconds")
+_LATER: dict[str, Any] = {"table": None, "files": {}}
+"""Settings that runs of earlier versions do not have, and their values there."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -27,7 +30,20 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str | None": (str, type(None)),
     "float | None": (int, float, type(None)),
     "dict[str, float]": (dict,),
+    "dict[str, str]": (dict,),
+    "dict[str, Any] | None": (dict, type(None)),
 }
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        TrainingError: training does not run in it.
+    """
+    if name not in DTYPES:
+        raise TrainingError(f"dtype={name!r}: training runs in {' or '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class RunConfig:
     """Everything that decides a run's numbers.
 
     Args:
-        task: name of a task.
+        task: name of a task, or a file that defines one (see `imstep.tasks.get_task`).
         optimizer: name of an optimizer.
         options: its options; what is left out takes its default.
         seed: initial weights, order of mini-batches, dropout.
@@ -47,6 +63,8 @@ class RunConfig:
         data: folder of the data set, or None.
         examples: train on the first so many examples, or None for all.
         evaluate_every: epochs between evaluations.
+        table: how a table becomes a task, as `TableOptions.to_dict` writes it; None for other tasks.
+        files: SHA-256 of the files that a task of one's own is made from.
     """
 
     task: str
@@ -63,6 +81,8 @@ class RunConfig:
     data: str | None = None
     examples: int | None = None
     evaluate_every: float = 1.0
+    table: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def limits(self) -> Limits:
@@ -76,7 +96,8 @@ class RunConfig:
     @property
     def identity(self) -> str:
         """SHA-256 of what decides each step; limits and the data's folder may change on resuming."""
-        decisive = {k: v for k, v in asdict(self).items() if k not in (*_LIMITS, "data")}
+        settings = {k: v for k, v in asdict(self).items() if k not in (*_LIMITS, "data")}
+        decisive = {k: v for k, v in settings.items() if k not in _LATER or v != _LATER[k]}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +111,7 @@ class RunConfig:
         Raises:
             TrainingError: a key is missing or unknown, or a value is of the wrong type.
         """
+        values = {**_LATER, **values}
         known = {f.name: str(f.type) for f in fields(cls)}
         odd = sorted(set(values) ^ set(known))
         if odd:
@@ -100,18 +122,29 @@ class RunConfig:
                 raise TrainingError(f"the configuration's {name!r} is {values[name]!r}, expected {kind}.")
         return cls(**values)
 
-    def build(self) -> Trainer:
+    def origin(self, kept: Path | None = None) -> Origin:
+        """The task and its files; `kept` holds copies of programs to be run in place of the originals.
+
+        Raises:
+            TaskError: it is not there, or cannot be used.
+        """
+        return find_task(self.task, None if self.table is None else TableOptions.from_dict(self.table), kept)
+
+    def build(self, task: Task | None = None) -> Trainer:
         """Task, model and optimizer at their start. Sets torch's number of threads for this process.
+
+        Args:
+            task: where it has been looked up already.
 
         Raises:
             TaskError, OptimizerError, TrainingError: a setting that cannot be; the message says why.
         """
         spec = get_optimizer(self.optimizer)
-        options, dtype, device = spec.resolve(self.options), self._dtype(), self._device()
+        options, dtype, device = spec.resolve(self.options), torch_dtype(self.dtype), self._device()
         if self.threads < 1:
             raise TrainingError(f"threads={self.threads}: give at least one.")
         torch.set_num_threads(self.threads)
-        problem = get_task(self.task).build(
+        problem = (task or self.origin().task).build(
             self.seed, device=device, dtype=dtype, data=self.data, examples=self.examples
         )
         return Trainer(
@@ -121,11 +154,6 @@ class RunConfig:
             seed=self.seed,
             schedule=Schedule(self.evaluate_every),
         )
-
-    def _dtype(self) -> torch.dtype:
-        if self.dtype not in DTYPES:
-            raise TrainingError(f"dtype={self.dtype!r}: training runs in {' or '.join(DTYPES)}.")
-        return DTYPES[self.dtype]
 
     def _device(self) -> torch.device:
         try:

@@ -9,12 +9,13 @@ from typing import Any
 from imstep.runs.optimizers import OptimizerSpec, get_optimizer
 from imstep.runs.rows import TrainingError
 
-__all__ = ["DEFAULT_OPTIMIZERS", "Contestant", "contestants"]
+__all__ = ["DEFAULT_OPTIMIZERS", "RIVALS", "Contestant", "contestants"]
 
 MINIBATCH = 150
 """Examples a step of the second run of optimizers with rates to sweep."""
 
-DEFAULT_OPTIMIZERS = ("newton-krylov", "adam", "lbfgs")
+RIVALS = ("adam", "lbfgs")
+DEFAULT_OPTIMIZERS = ("newton-krylov", *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Contestant:
     def title(self) -> str:
         """For tables: the optimizer, and the batch size if it is not the full batch."""
         return self.spec.title if self.batch_size is None else f"{self.spec.title}, batch {self.batch_size}"
+
+    @property
+    def name(self) -> str:
+        """For progress: as the command line calls it, with the batch size if it is not the full batch."""
+        return self.spec.name if self.batch_size is None else f"{self.spec.name}, batch {self.batch_size}"
 
     def candidates(self) -> list[dict[str, float]]:
         """The settings to try, at least one."""

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
 
+from imstep.runs.progress import clock, fitting
 from imstep.runs.records import Comparison, Run
 from imstep.runs.verdict import short
 
 __all__ = ["ComparisonProgress", "endings", "result_table"]
 
 
-class _Losses(ProgressColumn):
-    """The loss of the setting that runs, and the lowest so far."""
-
-    def render(self, task: Task) -> Text:
-        loss, best = task.fields["loss"], task.fields["best"]
-        if loss is None:
-            return Text("waiting", style="dim")
-        return Text.assemble(f"loss {short(loss):>8}", (f"   lowest {short(best):>8}", "bold"))
-
-
 class ComparisonProgress:
-    """A listener for `compare` that draws; use it as a context manager.
+    """A listener for `compare` that draws a line for each optimizer; use it as a context manager.
 
     Args:
         console: where to draw; without a terminal, one line per finished setting and optimizer is printed.
@@ -35,20 +26,20 @@ class ComparisonProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._bar = 4 if console.width < 80 else 8
         self._bars = Progress(
-            TextColumn("{task.fields[title]}"),
-            BarColumn(bar_width=26),
-            TextColumn("{task.completed:>5.0f}/{task.total:.0f} gradient-eq."),
-            _Losses(),
-            TextColumn("[dim]{task.fields[doing]}"),
+            TextColumn("{task.fields[name]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=self._bar),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             refresh_per_second=8,
         )
         self._tasks: list[TaskID] = []
-        self._titles: list[str] = []
-        self._budgets: list[float] = []
-        self._done: list[float] = []
-        self._cost = 0.0
+        self._names: list[str] = []
+        self._settings: list[int] = []
+        self._budget = 0.0
+        self._number, self._setting, self._began = 0, "", 0.0
+        self._best: float | None = None
 
     def __enter__(self) -> ComparisonProgress:
         if self._console.is_terminal:
@@ -62,36 +53,44 @@ class ComparisonProgress:
         """Print a line above the bars."""
         self._bars.console.print(note, highlight=False)
 
-    def begin(self, titles: Sequence[str], budgets: Sequence[float]) -> None:
-        self._titles, self._budgets, self._done = list(titles), list(budgets), [0.0] * len(titles)
-        width = max(map(len, titles))
+    def begin(self, names: Sequence[str], settings: Sequence[int], budget: float) -> None:
+        self._names, self._settings, self._budget = list(names), list(settings), budget
+        waiting = [f"waiting: {n} learning rates, {budget:g} each" if n > 1 else "waiting" for n in settings]
         self._tasks = [
-            self._bars.add_task("", total=budget, title=title.ljust(width), doing="", loss=None, best=None)
-            for title, budget in zip(titles, budgets, strict=True)
+            self._bars.add_task("", total=budget * count, name=name, words=words)
+            for name, count, words in zip(names, settings, waiting, strict=True)
         ]
 
-    def candidate(self, index: int, label: str) -> None:
-        self._done[index] += self._cost
-        self._cost = 0.0
-        self._bars.update(self._tasks[index], doing=label.removeprefix(f"{self._titles[index]}, "))
+    def candidate(self, index: int, number: int, words: str) -> None:
+        if number == 0 or self._best is None:
+            self._best, self._began = None, time.monotonic()
+        self._number = number
+        self._setting = f"{words} ({number + 1} of {self._settings[index]})" if words else ""
         if not self._console.is_terminal:
-            self._console.print(f"{label} ...", highlight=False)
+            self._console.print(" ".join(f"{self._names[index]} {self._setting} ...".split()), highlight=False)
 
     def advance(self, index: int, cost: float, loss: float, seconds: float) -> None:
-        task = self._tasks[index]
-        before = self._bars.tasks[index].fields["best"]
-        best = loss if before is None or loss < before else before
-        self._cost = cost
-        self._bars.update(task, completed=self._done[index] + cost, loss=loss, best=best)
+        self._best = loss if self._best is None or loss < self._best else self._best
+        total, done = self._settings[index] * self._budget, self._number * self._budget + cost
+        parts = [f"{cost:.0f}/{self._budget:g}", f"lowest {short(self._best)}"]
+        if done:
+            parts.append(f"{clock((time.monotonic() - self._began) * (total - done) / done)} left")
+        parts += [self._setting] if self._setting else []
+        self._bars.update(self._tasks[index], completed=done, words=fitting(parts, self._room()))
 
     def end(self, index: int, run: Run) -> None:
-        self._cost = 0.0
-        text = f"{run.final.seconds:.1f} s" if run.label == self._titles[index] else f"chosen: {run.label}"
-        task, total = self._tasks[index], self._budgets[index]
-        self._bars.update(task, completed=total, loss=run.final.train, best=run.best.train, doing=text)
+        seconds = f"{run.final.seconds:.1f} s"
+        chosen = [f"lr {run.options['lr']:g} chosen"] if self._settings[index] > 1 else []
+        words = fitting([f"lowest {short(run.best.train)}", seconds, *chosen], self._room())
+        self._bars.update(self._tasks[index], completed=self._settings[index] * self._budget, words=words)
+        self._best = None
         if not self._console.is_terminal:
-            line = f"{run.label}: lowest training loss {short(run.best.train)}, {run.final.seconds:.1f} s"
+            line = f"{run.label}: lowest training loss {short(run.best.train)}, {seconds}"
             self._console.print(line, highlight=False)
+
+    def _room(self) -> int:
+        """Columns for the words beside names and bars."""
+        return self._console.width - max(map(len, self._names)) - self._bar - 3
 
 
 def result_table(comparison: Comparison) -> Table:

@@ -12,6 +12,7 @@ from imstep.optim import (
     NewtonKrylov,
     NoPreconditioning,
 )
+from imstep.runs.passing import shared, shared_options
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
@@ -22,6 +23,7 @@ OPTIONS: Mapping[str, float] = {
     "damping": LevenbergMarquardt().initial,
     "hessian": 0.0,
     "kronecker": 1.0,
+    **shared_options(NewtonKrylov),
 }
 """theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
 
@@ -46,5 +48,6 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
             step=TaylorMonitor(theta=options["theta"]),
             damping=LevenbergMarquardt(initial=options["damping"]),
             preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),
+            **shared(NewtonKrylov, options),
         )
     )

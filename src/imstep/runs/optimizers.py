@@ -10,7 +10,9 @@ import torch
 
 from imstep.globalization import ContractionDamping
 from imstep.optim import LeastSquares
+from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.newton_krylov import OPTIONS, make_newton_krylov
+from imstep.runs.passing import OptimizerError, shared, shared_options
 from imstep.runs.steppers import (
     LOSS_COST,
     GradientStepper,
@@ -30,10 +32,6 @@ __all__ = [
     "Stepper",
     "get_optimizer",
 ]
-
-
-class OptimizerError(ValueError):
-    """No such optimizer, or it does not take such an option; the message lists what there is."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,9 @@ class OptimizerSpec:
 
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
+    more = shared(LeastSquares, options)
     return StepwiseStepper(
-        LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]))
+        LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
 
 
@@ -136,7 +135,7 @@ _ALL = (
         "LeastSquares",
         "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
         _least_squares,
-        {"damping": ContractionDamping().initial, "corrections": 8},
+        {"damping": ContractionDamping().initial, "corrections": 8, **shared_options(LeastSquares)},
         full_batch=True,
     ),
     OptimizerSpec(
@@ -169,13 +168,30 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {spec.name: spec for spec in _ALL}
 
 
 def get_optimizer(name: str) -> OptimizerSpec:
-    """The optimizer of that name.
+    """The optimizer of that name, or a first-order one given by its class, such as `torch.optim:RMSprop`.
 
     Raises:
         OptimizerError: there is none; names the nearest and lists all.
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    if ":" in name:
+        return _foreign(first_order(name))
     near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise OptimizerError(f"there is no optimizer {name!r}.{hint} Optimizers: {', '.join(OPTIMIZERS)}.")
+    raise OptimizerError(
+        f"there is no optimizer {name!r}.{hint} Optimizers: {', '.join(OPTIMIZERS)}; or a first-order one by its "
+        "class, such as torch.optim:RMSprop."
+    )
+
+
+def _foreign(found: FirstOrder) -> OptimizerSpec:
+    """A first-order optimizer that is not among those named here."""
+    return OptimizerSpec(
+        found.name,
+        found.kind.__name__,
+        f"{found.name}; one gradient a step.",
+        lambda problem, options: GradientStepper(found.make(problem.parameters, options)),
+        found.options,
+        learning_rates=(1e-4, 1e-3, 1e-2, 1e-1) if "lr" in found.options else (),
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
 
-from imstep.runs.theme import DARK, LIGHT, css_variables
+from matplotlib.axes import Axes
 
-__all__ = ["page", "section"]
+from imstep.runs.theme import DARK, LIGHT, Theme, css_variables, panel
+
+__all__ = ["legend", "page", "panels", "section"]
 
 _GROUND = {"light": "#f5f6f9", "dark": "#0d1117"}
 
@@ -45,3 +48,22 @@ def section(title: str, content: str, note: str = "") -> str:
     """A titled part of a page; ``content`` and ``note`` are HTML."""
     text = f'<p class="note">{note}</p>\n' if note else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{text}{content}\n</section>"
+
+
+def panels(draws: Sequence[tuple[str, Callable[[Axes, Theme], None]]], name: str) -> str:
+    """Plots side by side where there is room, else below each other.
+
+    Args:
+        draws: what a screen reader says of each, and what draws it.
+        name: unique on the page.
+    """
+    plots = "".join(panel(draw, f"{name}{at}", escape(title)) for at, (title, draw) in enumerate(draws))
+    return f'<div class="panels">{plots}</div>'
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """Labels with the colours, as CSS, of their lines."""
+    items = "".join(
+        f'<li><span class="dot" style="background: {color}"></span>{escape(label)}</li>' for label, color in entries
+    )
+    return f'<ul class="chips">{items}</ul>'

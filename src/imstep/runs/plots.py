@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,41 +11,33 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from imstep.runs.records import Comparison, Point, Sweep
 from imstep.runs.theme import Theme, linear_axis, log_axis
 from imstep.runs.verdict import short
 
-__all__ = ["heldout_figure", "loss_figure", "pictures_figure", "summary_figure", "sweep_figure"]
+__all__ = ["heldout_panel", "loss_panel", "shown_pictures", "strip", "summary_figure", "sweep_panel"]
 
 
-def loss_figure(comparison: Comparison, theme: Theme) -> Figure:
-    """Training loss over gradient-equivalents and over seconds, one line per optimizer."""
-    figure = Figure(figsize=(10.4, 3.9), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _loss_panels(comparison, theme, left, right)
-    _legend(figure, left)
-    return figure
+def loss_panel(comparison: Comparison, clock: str, axes: Axes, theme: Theme) -> None:
+    """Training loss over `clock`, "cost" or "seconds": one line per optimizer."""
+    for index, run in enumerate(comparison.runs):
+        x, y = _series(run.points, clock, "train")
+        color = theme.series[index % len(theme.series)]
+        axes.plot(x, y, color=color, label=run.label, **_emphasis(index))
+        axes.plot(x[-1:], y[-1:], "o", ms=4.5, color=color, zorder=5)
+    _loss_axis(axes, [y for run in comparison.runs for y in _series(run.points, clock, "train")[1]])
+    linear_axis(axes, "x", whole=clock == "cost")
+    axes.set_xlim(left=0)
+    if clock == "cost":
+        axes.set(title="Training loss by cost", xlabel="gradient-equivalents", ylabel="training loss")
+    else:
+        axes.set(title="Training loss by the clock", xlabel="seconds in steps", ylabel="training loss")
 
 
-def _loss_panels(comparison: Comparison, theme: Theme, left: Axes, right: Axes) -> None:
-    for axes, name in ((left, "cost"), (right, "seconds")):
-        for index, run in enumerate(comparison.runs):
-            x, y = _series(run.points, name, "train")
-            color = theme.series[index % len(theme.series)]
-            axes.plot(x, y, color=color, label=run.label, **_emphasis(index))
-            axes.plot(x[-1:], y[-1:], "o", ms=4.5, color=color, zorder=5)
-        _loss_axis(axes, [y for run in comparison.runs for y in _series(run.points, name, "train")[1]])
-        linear_axis(axes, "x", whole=name == "cost")
-        axes.set_xlim(left=0)
-    left.set(title="Training loss by cost", xlabel="gradient-equivalents")
-    right.set(title="Training loss by the clock", xlabel="seconds in steps")
-
-
-def heldout_figure(comparison: Comparison, theme: Theme) -> Figure:
+def heldout_panel(comparison: Comparison, axes: Axes, theme: Theme) -> None:
     """Held-out loss over gradient-equivalents."""
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.subplots()
     for index, run in enumerate(comparison.runs):
         x, y = _series(run.points, "cost", "heldout")
         color = theme.series[index % len(theme.series)]
@@ -52,18 +46,11 @@ def heldout_figure(comparison: Comparison, theme: Theme) -> Figure:
     _loss_axis(axes, [y for run in comparison.runs for y in _series(run.points, "cost", "heldout")[1]])
     linear_axis(axes, "x", whole=True)
     axes.set_xlim(left=0)
-    axes.set(title="Held-out loss by cost", xlabel="gradient-equivalents")
-    return figure
+    axes.set(title="Held-out loss by cost", xlabel="gradient-equivalents", ylabel="held-out loss")
 
 
-def sweep_figure(comparison: Comparison, theme: Theme) -> Figure:
+def sweep_panel(comparison: Comparison, axes: Axes, theme: Theme) -> None:
     """Lowest training loss over the learning rate for every tuned baseline; the subject's loss as a line."""
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    _sweep_panel(comparison, theme, figure.subplots())
-    return figure
-
-
-def _sweep_panel(comparison: Comparison, theme: Theme, axes: Axes) -> None:
     losses: list[float] = []
     for sweep in comparison.sweeps:
         color = theme.series[_index_of(comparison, sweep) % len(theme.series)]
@@ -83,7 +70,10 @@ def _sweep_panel(comparison: Comparison, theme: Theme, axes: Axes) -> None:
     rates_tried = sorted({row.options["lr"] for sweep in comparison.sweeps for row in sweep.rows})
     axes.set_xticks(rates_tried, [f"{rate:g}" for rate in rates_tried])
     axes.margins(x=0.08)
-    axes.set(title="Learning rates tried (full budget each)", xlabel="learning rate; filled: chosen")
+    axes.set(
+        title="Learning rates tried (full budget each)", xlabel="learning rate; filled: chosen",
+        ylabel="lowest training loss",
+    )  # fmt: skip
     if losses:
         axes.legend(loc="best", fontsize=8)
 
@@ -99,21 +89,24 @@ def _index_of(comparison: Comparison, sweep: Sweep) -> int:
     return next(matches, len(comparison.runs))
 
 
-def pictures_figure(comparison: Comparison, theme: Theme) -> Figure:
-    """Held-out pictures in the first row, each optimizer's reconstructions below."""
-    shown = _shown(comparison)
-    figure = Figure(figsize=(10.4, 0.69 * len(shown)))
-    _picture_grid(figure, shown, theme)
-    return figure
-
-
-def _shown(comparison: Comparison) -> list[tuple[str, Sequence[Any], int | None]]:
+def shown_pictures(comparison: Comparison) -> list[tuple[str, Sequence[Any], int | None]]:
     """Rows of pictures: label, pictures, colour index."""
     rows: list[tuple[str, Sequence[Any], int | None]] = [("original", comparison.originals, None)]
     for index, run in enumerate(comparison.runs):
         if run.pictures:
             rows.append((f"{run.label}\nheld-out loss {short(run.final.heldout)}", run.pictures, index))
     return rows
+
+
+def strip(pictures: Sequence[Any]) -> str:
+    """Pictures side by side as one PNG, in a `data:` address."""
+    tall = [np.pad(np.asarray(picture), ((0, 0), (0, 1)), constant_values=-1) for picture in pictures]
+    joined = np.concatenate(tall, 1)[:, :-1]
+    # Gray and opacity: what lies between two pictures is the page.
+    colors = np.stack([joined.clip(0)] * 3 + [np.where(joined < 0, 0, 255)], 2).astype(np.uint8)
+    buffer = io.BytesIO()
+    imsave(buffer, colors, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _picture_grid(figure: Any, shown: Sequence[tuple[str, Sequence[Any], int | None]], theme: Theme) -> None:
@@ -134,7 +127,7 @@ def _picture_grid(figure: Any, shown: Sequence[tuple[str, Sequence[Any], int | N
 
 def summary_figure(comparison: Comparison, theme: Theme) -> Figure:
     """One picture of the whole: verdict, loss curves, learning rates, reconstructions."""
-    shown = _shown(comparison)
+    shown = shown_pictures(comparison)
     rows = 0.83 * len(shown) if comparison.originals else 0.0
     figure = Figure(figsize=(12.5, 5.1 + rows))
     heights = [0.75, 4.2, rows] if rows else [0.75, 4.2]
@@ -144,8 +137,10 @@ def summary_figure(comparison: Comparison, theme: Theme) -> Figure:
     head.text(0.05, 0.18, _wrapped(comparison.verdict.headline), fontsize=10, color=theme.muted, va="center")
     margins = {"left": 0.05, "right": 0.985, "bottom": 0.14, "top": 0.84}
     left, middle, right = body.subplots(1, 3, gridspec_kw=margins)
-    _loss_panels(comparison, theme, left, middle)
-    _sweep_panel(comparison, theme, right)
+    loss_panel(comparison, "cost", left, theme)
+    loss_panel(comparison, "seconds", middle, theme)
+    sweep_panel(comparison, right, theme)
+    middle.set(ylabel="", ylim=left.get_ylim())
     body.legend(*left.get_legend_handles_labels(), loc="upper center", ncols=6, bbox_to_anchor=(0.36, 1.01))
     if rows:
         _picture_grid(parts[2, 0], shown, theme)
@@ -176,8 +171,3 @@ def _loss_axis(axes: Axes, losses: Iterable[float]) -> None:
     positive = [loss for loss in losses if math.isfinite(loss) and loss > 0]
     if positive:
         log_axis(axes, "y", decades=math.log10(max(positive) / min(positive)))
-
-
-def _legend(figure: Any, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)

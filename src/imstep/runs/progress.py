@@ -1,50 +1,42 @@
-"""Live progress of a training run on a terminal; plain lines elsewhere."""
+"""Live progress of a training run on a terminal, in one line; plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from imstep.runs.rows import EvaluationRow, Limits, Row
+from imstep.runs.rows import EvaluationRow, Limits, Row, StepRow
 from imstep.runs.runner import Trainer
+from imstep.runs.verdict import short
 
-__all__ = ["TrainingProgress"]
+__all__ = ["LastStep", "TrainingProgress", "clock", "fitting"]
 
 LINE_INTERVAL = 5.0
 """Seconds between lines when there is no terminal to redraw."""
+BAR = 12
 
 
 class TrainingProgress:
-    """An observer that shows loss, held-out loss, epochs, gradient-equivalents and the time left.
+    """An observer that shows in one line how far a run is, its losses and the time left.
 
     Args:
         console: where to draw.
         title: what is being trained.
-        limits: of the run; the bar shows the one that is nearest.
+        limits: of the run; the line shows the one that is nearest.
     """
 
     def __init__(self, console: Console, title: str, limits: Limits) -> None:
         self._console = console
         self._limits = limits
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta {task.fields[eta]}"),
-            console=console,
-        )
-        self._task = self._bar.add_task(title, total=1.0, eta="-:--:--")
-        self._live = Live(self._bar, console=console, refresh_per_second=8, transient=True)
+        self._live = Live(Text(title), console=console, refresh_per_second=8, transient=True)
         self._start: tuple[float, float] | None = None
         self._heldout: EvaluationRow | None = None
         self._loss: float | None = None
         self._printed = 0.0
-        self._note = ""
 
     def __enter__(self) -> TrainingProgress:
         if self._console.is_terminal:
@@ -55,10 +47,8 @@ class TrainingProgress:
         self._live.stop()
 
     def announce(self, note: str) -> None:
-        """Show a line until the run ends, for example that a step is being finished."""
-        self._note = note
-        if not self._console.is_terminal:
-            self._console.print(note)
+        """Print a line, for example that a step is being finished."""
+        self._console.print(note, highlight=False)
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
         if isinstance(row, EvaluationRow):
@@ -66,49 +56,92 @@ class TrainingProgress:
             self._loss = row.train_loss
         else:
             self._loss = row.loss if row.new_loss is None else row.new_loss
-        done, now = self._fraction(trainer), time.monotonic()
+        (done, words), now = self._nearest(trainer), time.monotonic()
         if self._start is None:
             self._start = (now, done)
-        reached, used = self._reached(trainer), self._used(trainer)
+        parts = [f"{100 * done:3.0f} %", words, *self._reached(trainer, now, done)]
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=done, eta=self._remaining(now, done))
-            self._live.update(Group(self._bar, Text(reached), Text(used), Text(self._note, style="yellow")))
+            full = round(BAR * done)
+            bar = f"[cyan]{'━' * full}[/][dim]{'━' * (BAR - full)}[/]"
+            self._live.update(Text.from_markup(bar).append(" " + fitting(parts, self._console.width - BAR - 2)))
         elif now - self._printed > LINE_INTERVAL:
             self._printed = now
-            line = f"{100 * done:3.0f} %  {reached}  {used}  eta {self._remaining(now, done)}"
-            self._console.print(line, soft_wrap=True, highlight=False)
+            self._console.print("  ".join(parts), soft_wrap=True, highlight=False)
 
-    def _fraction(self, trainer: Trainer) -> float:
-        """How near the nearest limit is, 0 to 1."""
-        used = {
-            self._limits.epochs: trainer.epoch,
-            self._limits.budget: trainer.totals.cost,
-            self._limits.seconds: trainer.totals.seconds,
-        }
-        return min(1.0, max(value / limit for limit, value in used.items() if limit is not None))
+    def _nearest(self, trainer: Trainer) -> tuple[float, str]:
+        """How near the nearest limit is, 0 to 1, and how much of it is used in words."""
+        used = (
+            (trainer.epoch, self._limits.epochs, "epochs"),
+            (trainer.totals.cost, self._limits.budget, "gradient-eq."),
+            (trainer.totals.seconds, self._limits.seconds, "s"),
+        )
+        shares = [(value / limit, f"{value:.0f}/{limit:g} {unit}") for value, limit, unit in used if limit is not None]
+        share, words = max(shares)
+        return min(1.0, share), words
 
     def _remaining(self, now: float, done: float) -> str:
         start, before = self._start or (now, done)
-        if done <= before:
-            return "-:--:--"
-        seconds = round((now - start) * (1 - done) / (done - before))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return f"{clock((now - start) * (1 - done) / (done - before))} left" if done > before else "time left: -:--"
 
-    def _used(self, trainer: Trainer) -> str:
-        epoch, cost = _of(trainer.epoch, self._limits.epochs), _of(trainer.totals.cost, self._limits.budget)
-        return f"epoch {epoch}  step {trainer.totals.steps}  gradient-equivalents {cost}"
-
-    def _reached(self, trainer: Trainer) -> str:
-        parts = []
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.4e}")
+    def _reached(self, trainer: Trainer, now: float, done: float) -> list[str]:
+        """The most important first: what does not fit is left out."""
+        parts = [] if self._loss is None else [f"loss {short(self._loss)}"]
+        parts.append(self._remaining(now, done))
         if self._heldout is not None:
-            parts.append(f"held-out {self._heldout.heldout_loss:.4e}")
+            parts.append(f"held-out {short(self._heldout.heldout_loss)}")
             metric = trainer.problem.metric
             if metric is not None and self._heldout.heldout_metric is not None:
-                parts.append(f"{metric.name} {self._heldout.heldout_metric:.3f}")
-        return "  ".join(parts)
+                parts.append(f"{metric.name} {self._heldout.heldout_metric:.4g}")
+        return parts
 
 
-def _of(value: float, limit: float | None) -> str:
-    return f"{value:.1f}" if limit is None else f"{value:.1f}/{limit:g}"
+class LastStep:
+    """An observer that remembers the last step and the last evaluation, for a run that does not reach its end."""
+
+    def __init__(self) -> None:
+        self._step: StepRow | None = None
+        self._evaluation: EvaluationRow | None = None
+
+    def __call__(self, trainer: Trainer, row: Row) -> None:
+        if isinstance(row, EvaluationRow):
+            self._evaluation = row
+        else:
+            self._step = row
+
+    def describe(self) -> str:
+        """What the last step did, in words."""
+        step, evaluation = self._step, self._evaluation
+        if step is None:
+            return "No step was made"
+        after = "" if step.new_loss is None else f", {short(step.new_loss, 3)} after it"
+        ended = "" if step.status is None else f", ended by {step.status.replace('_', ' ')}"
+        words = f"step {step.step:,} (epoch {step.epoch:.4g}): loss {short(step.loss, 3)}{after}{ended}"
+        if evaluation is not None:
+            words += f"; last evaluation at step {evaluation.step:,}: held-out loss {short(evaluation.heldout_loss, 3)}"
+        return words
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> clock(7.4), clock(83), clock(3723)
+    ('0:07', '1:23', '1:02:03')
+    """
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, from the first on, as one line holds.
+
+    >>> fitting(["loss 1.0", "0:12 left", "held-out 2.0"], 20)
+    'loss 1.0  0:12 left'
+    """
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line

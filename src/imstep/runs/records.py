@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from imstep.runs.rows import present_status
 from imstep.tasks import Surface
 
 __all__ = ["Comparison", "Point", "RecordError", "Run", "Sweep", "SweepRow", "Verdict"]
@@ -224,5 +225,7 @@ def _read_run(run: dict[str, Any]) -> Run:
     points = tuple(
         Point(**{**p, "train": _number(p["train"]), "heldout": _number(p["heldout"])}) for p in run["points"]
     )
-    read = {"anatomy": tuple(run["anatomy"]), "pictures": tuple(run["pictures"])}
+    statuses = {present_status(name): count for name, count in run["statuses"].items()}
+    anatomy = tuple({k: present_status(v) if k == "status" else v for k, v in s.items()} for s in run["anatomy"])
+    read = {"anatomy": anatomy, "statuses": statuses, "pictures": tuple(run["pictures"])}
     return Run(**{**run, "points": points, **read, "surface": _read_surface(run.get("surface"))})

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from imstep.runs import plots
-from imstep.runs.anatomy import anatomy_figure, status_color, status_counts
+from imstep.runs.anatomy import anatomy_panels, status_color, status_counts
 from imstep.runs.files import write_atomically, write_json
-from imstep.runs.page import page, section
+from imstep.runs.page import legend, page, panels, section
 from imstep.runs.records import Comparison, Run, Sweep, SweepRow
-from imstep.runs.surfaces import surfaces_figure
-from imstep.runs.theme import PAGE, save_png, svg
+from imstep.runs.surfaces import surface_panels
+from imstep.runs.theme import PAGE, save_png
 from imstep.runs.verdict import short
 
 __all__ = ["ReportFiles", "render", "save_report"]
+
+HEADS = ("lowest train loss", "final train", "final held-out", "steps", "epochs", "gradient-equivalents", "products",
+         "seconds")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,7 @@ def _verdict(comparison: Comparison) -> str:
 def _table(comparison: Comparison) -> str:
     best = min(range(len(comparison.runs)), key=lambda i: _sortable(comparison.runs[i].best.train))
     rows = "".join(_table_row(run, index, index == best) for index, run in enumerate(comparison.runs))
-    heads = ("lowest train loss", "final train", "final held-out", "steps", "epochs",
-             "gradient-equivalents", "products", "seconds")  # fmt: skip
-    head = "<th>optimizer</th>" + "".join(f"<th>{name}</th>" for name in heads)
+    head = "<th>optimizer</th>" + "".join(f"<th>{name}</th>" for name in HEADS)
     head += "<th class=text>how steps ended</th>"
     note = (
         "A forward and backward pass over the training set costs 1 gradient-equivalent, a loss 1/3, a "
@@ -90,8 +92,8 @@ def _table(comparison: Comparison) -> str:
         "once; one step of L-BFGS or NewtonKrylov passes over its batch several times. Seconds are those of "
         "the chosen setting's steps, without the sweeps."
     )
-    content = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return section("Result", content, note)
+    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return section("Result", f'<div class="scroll">{table}</div>', note)
 
 
 def _sortable(loss: float) -> float:
@@ -107,28 +109,31 @@ def _table_row(run: Run, index: int, best: bool) -> str:
         f"{end.steps:,}", f"{end.epochs:,.0f}", f"{end.cost:,.0f}",
         f"{run.products:,}" if run.products else "–", f"{end.seconds:.1f}",
     ]  # fmt: skip
-    cells = "".join(f"<td>{number}</td>" for number in numbers)
-    name = _dot(f"var(--s{index % len(PAGE.series)})") + escape(run.label)
+    # On a phone a row becomes a card, and its entries need their heads.
+    cells = "".join(f'<td data-head="{head}">{number}</td>' for head, number in zip(HEADS, numbers, strict=True))
+    name = _dot(_color(index)) + escape(run.label)
     mark = ' class="best"' if best else ""
-    return f'<tr{mark}><td>{name}</td>{cells}<td class="text">{escape(", ".join(ended)) or "–"}</td></tr>'
+    how = escape(", ".join(ended)) or "–"
+    return f'<tr{mark}><td>{name}</td>{cells}<td class="text" data-head="how steps ended">{how}</td></tr>'
 
 
 def _dot(color: str) -> str:
     return f'<span class="dot" style="background: {color}"></span>'
 
 
-def _figure(make: Callable[..., object], *arguments: object, name: str, title: str) -> str:
-    drawn = svg(partial(make, *arguments), name, escape(title))  # type: ignore[arg-type]
-    return f'<div class="scroll">{drawn}</div>'
+def _color(index: int) -> str:
+    return f"var(--s{index % len(PAGE.series)})"
 
 
 def _curves(comparison: Comparison) -> str:
     note = (
-        "Training loss over the whole training set, measured outside the clock. Left: what counts is work. "
-        "Right: what counts is time on this machine."
+        "Training loss over the whole training set, measured outside the clock: first over work, then over time on "
+        "this machine."
     )
-    picture = _figure(plots.loss_figure, comparison, name="loss", title="Training loss over cost and seconds")
-    return section("Loss curves", picture, note)
+    clocks = ("cost", "seconds")
+    draws = [(f"Training loss over {clock}", partial(plots.loss_panel, comparison, clock)) for clock in clocks]
+    names = legend([(run.label, _color(index)) for index, run in enumerate(comparison.runs)])
+    return section("Loss curves", names + panels(draws, "loss"), note)
 
 
 def _anatomy(comparison: Comparison) -> str:
@@ -149,7 +154,7 @@ def _anatomy(comparison: Comparison) -> str:
         "loss with its quadratic model and sets the step length. Grey band: rho between 1/4 and 3/4, where "
         "damping stays as it is; values beyond the axis are drawn at its border."
     )
-    picture = _figure(anatomy_figure, run, name="anatomy", title="Newton-Krylov steps")
+    picture = panels(anatomy_panels(run), "anatomy")
     content = f'<div class="bar">{bar}</div><ul class="chips">{chips}</ul>{picture}'
     return section("Anatomy of the Newton steps", content, escape(note))
 
@@ -162,10 +167,10 @@ def _page_color(status: str) -> str:
 
 
 def _tuning(comparison: Comparison) -> str:
-    heldout = _figure(plots.heldout_figure, comparison, name="heldout", title="Held-out loss over cost")
+    heldout = ("Held-out loss over cost", partial(plots.heldout_panel, comparison))
     if not comparison.sweeps:
-        return section("Held-out loss", heldout)
-    chart = _figure(plots.sweep_figure, comparison, name="sweep", title="Loss over learning rate")
+        return section("Held-out loss", panels([heldout], "heldout"))
+    chart = ("Loss over learning rate", partial(plots.sweep_panel, comparison))
     edge = [sweep.optimizer for sweep in comparison.sweeps if sweep.at_the_edge]
     tuned = {sweep.optimizer for sweep in comparison.sweeps}
     subject = comparison.runs[0]
@@ -181,9 +186,7 @@ def _tuning(comparison: Comparison) -> str:
         f"training loss was chosen and is shown above.{untuned}{warning}"
     )
     tables = "".join(_sweep_table(sweep) for sweep in comparison.sweeps)
-    content = (
-        f'<div class="pair">{chart}{heldout}</div><div class="pair">{tables}</div>'
-    )
+    content = f'{panels([chart, heldout], "tuning")}<div class="panels">{tables}</div>'
     return section("Tuning of the baselines, and held-out loss", content, escape(note))
 
 
@@ -202,16 +205,28 @@ def _sweep_row(row: SweepRow, chosen: bool) -> str:
 def _pictures(comparison: Comparison) -> str:
     if not comparison.originals:
         return ""
-    picture = _figure(plots.pictures_figure, comparison, name="pictures", title="Held-out reconstructions")
+    shown = plots.shown_pictures(comparison)
+    picture = "".join(_strip(label, pictures, index) for label, pictures, index in shown)
     note = "Pictures that no optimizer trained on, as each final network reconstructs them."
     return section("Held-out reconstructions", picture, note)
+
+
+def _strip(label: str, pictures: Sequence[Any], index: int | None) -> str:
+    """Pictures side by side, with what made them."""
+    name, _, more = label.partition("\n")
+    dot = "" if index is None else _dot(_color(index))
+    words = f"{dot}{escape(name)}" + (f"<small>{escape(more)}</small>" if more else "")
+    drawn = plots.strip(pictures)
+    return f'<div class="strip"><div>{words}</div><img alt="pictures, {escape(name)}" src="{drawn}"></div>'
 
 
 def _surfaces(comparison: Comparison) -> str:
     found = [(run.label, run.surface) for run in comparison.runs if run.surface is not None]
     if comparison.solution is None or not found:
         return ""
-    picture = _figure(surfaces_figure, comparison.solution, found, name="surfaces", title="Solution and errors")
+    solution, *rest = surface_panels(comparison.solution, found)
+    pairs = [rest[at : at + 2] for at in range(0, len(rest), 2)]
+    picture = "".join(panels(part, f"surfaces{at}-") for at, part in enumerate([[solution], *pairs]))
     note = "What each final network makes of the solution, and where it is wrong; each error in its own scale."
     return section("Solution", picture, note)
 

@@ -17,6 +17,7 @@ __all__ = [
     "StepRow",
     "Totals",
     "TrainingError",
+    "present_status",
 ]
 
 
@@ -143,3 +144,14 @@ class EvaluationRow:
 
 
 Row = StepRow | EvaluationRow
+
+_FORMER_STATUSES = {"stalled": "enough"}
+
+
+def present_status(name: Any) -> Any:
+    """How a status is called now that a saved run may call as earlier versions did.
+
+    >>> present_status("stalled"), present_status("converged")
+    ('enough', 'converged')
+    """
+    return _FORMER_STATUSES.get(name, name)

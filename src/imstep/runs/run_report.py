@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from imstep.runs.anatomy import anatomy_figure
+from imstep.runs.anatomy import anatomy_panels
 from imstep.runs.config import RunConfig
 from imstep.runs.files import write_atomically
-from imstep.runs.page import page, section
+from imstep.runs.page import legend, page, panels, section
 from imstep.runs.records import Run
-from imstep.runs.surfaces import surfaces_figure
-from imstep.runs.theme import Theme, linear_axis, log_axis, svg
-from imstep.tasks import Surface, get_task
+from imstep.runs.surfaces import surface_panels
+from imstep.runs.theme import Theme, linear_axis, log_axis
+from imstep.tasks import Surface, Task
 
 __all__ = ["save_run_report"]
 
@@ -32,6 +31,7 @@ Rows = Sequence[Mapping[str, Any]]
 def save_run_report(
     path: Path,
     config: RunConfig,
+    task: Task,
     rows: Rows,
     facts: Mapping[str, str],
     surfaces: tuple[Surface, Surface] | None = None,
@@ -41,18 +41,15 @@ def save_run_report(
     Args:
         path: the run directory.
         config: the run.
+        task: its task.
         rows: the lines of steps.jsonl.
         facts: name -> text, what the run reached and used.
         surfaces: the solution and the network, to be drawn.
     """
-    task = get_task(config.task)
-    losses = svg(partial(_losses, rows), "losses", "Losses over cost and seconds")
     steps = tuple({**row["record"], "cost": row["cost"]} for row in rows if row.get("record"))
     sections = [
-        section("Losses", losses),
-        section("Steps", svg(partial(anatomy_figure, _as_run(config, steps)), "steps", "Steps"))
-        if steps
-        else "",
+        section("Losses", _losses(rows)),
+        section("Steps", panels(anatomy_panels(_as_run(config, steps)), "steps")) if steps else "",
         _solution(surfaces, config.optimizer),
         section("What it reached and used", _list(facts)),
         section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
@@ -66,8 +63,7 @@ def save_run_report(
 def _solution(surfaces: tuple[Surface, Surface] | None, label: str) -> str:
     if surfaces is None:
         return ""
-    draw = partial(surfaces_figure, surfaces[0], [(label, surfaces[1])])
-    return section("Solution", svg(draw, "surfaces", "Solution and error"))
+    return section("Solution", panels(surface_panels(surfaces[0], [(label, surfaces[1])]), "surfaces"))
 
 
 def _as_run(config: RunConfig, steps: tuple[dict[str, Any], ...]) -> Run:
@@ -75,36 +71,34 @@ def _as_run(config: RunConfig, steps: tuple[dict[str, Any], ...]) -> Run:
     return Run(config.optimizer, config.optimizer, dict(config.options), points=(), anatomy=steps)
 
 
-def _losses(rows: Rows, theme: Theme) -> Figure:
+def _losses(rows: Rows) -> str:
     """Batch, training and held-out loss over gradient-equivalents and over seconds."""
-    figure = Figure(figsize=(10.4, 3.9), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, clock in ((left, "cost"), (right, "seconds")):
-        _lines(axes, rows, clock, theme)
-        linear_axis(axes, "x")
-        axes.set_xlim(left=0)
-    left.set(title="Loss by cost", xlabel="gradient-equivalents")
-    right.set(title="Loss by the clock", xlabel="seconds in steps")
-    left.legend(frameon=False)
-    return figure
+    colors = {"batch, at the start of a step": "muted", "training set": "s0", "held out": "s1"}
+    names = legend([(name, f"var(--{color})") for name, color in colors.items()])
+    draws = [(f"Loss over {clock}", partial(_lines, rows, clock)) for clock in ("cost", "seconds")]
+    return names + panels(draws, "losses")
 
 
-def _lines(axes: Axes, rows: Rows, clock: str, theme: Theme) -> None:
+def _lines(rows: Rows, clock: str, axes: Axes, theme: Theme) -> None:
     # A step's loss is that at its start, where the row before it ended; evaluations move neither clock.
     starts = [0.0, *(row[clock] for row in rows)]
     timed = list(zip(starts, rows, strict=False))
     seen: list[float] = []
-    for key, label, color, width in (
-        ("loss", "batch, at the start of a step", theme.muted, 0.7),
-        ("train_loss", "training set", theme.series[0], 2.2),
-        ("heldout_loss", "held out", theme.series[1], 2.2),
+    for key, color, width in (
+        ("loss", theme.muted, 0.7),
+        ("train_loss", theme.series[0], 2.2),
+        ("heldout_loss", theme.series[1], 2.2),
     ):
         points = [(at, row[key]) for at, row in timed if row.get(key) is not None and row[key] > 0]
         points = points[:: len(points) // POINTS + 1]
-        axes.plot(*(zip(*points, strict=True) if points else ((), ())), color=color, lw=width, label=label)
+        axes.plot(*(zip(*points, strict=True) if points else ((), ())), color=color, lw=width)
         seen += [value for _, value in points]
     decades = math.log10(max(seen) / min(seen)) if seen else 1.0
     log_axis(axes, "y", decades=decades)
+    linear_axis(axes, "x")
+    axes.set_xlim(left=0)
+    words = ("by cost", "gradient-equivalents") if clock == "cost" else ("by the clock", "seconds in steps")
+    axes.set(title=f"Loss {words[0]}", xlabel=words[1], ylabel="loss")
 
 
 def _list(facts: Mapping[str, str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,8 +15,10 @@ from imstep.runs.checkpoint import CheckpointError, read_checkpoint, write_check
 from imstep.runs.config import RunConfig
 from imstep.runs.environment import environment
 from imstep.runs.files import write_atomically, write_json
-from imstep.runs.rows import Row, TrainingError
+from imstep.runs.rows import Row, TrainingError, present_status
 from imstep.runs.runner import Trainer
+from imstep.runs.sources import keep
+from imstep.tasks import Origin
 
 __all__ = ["RunDirectory", "RunDirectoryError"]
 
@@ -28,7 +31,7 @@ class RunDirectoryError(RuntimeError):
 
 
 class RunDirectory:
-    """The files of one run. Make it with `create` or `open`; close it, or use it as a context."""
+    """The files of one run. Make it with `create`, `planned` or `open`; close it, or use it as a context."""
 
     def __init__(self, path: Path, config: RunConfig, made_in: Mapping[str, str]) -> None:
         self.path = path
@@ -36,6 +39,9 @@ class RunDirectory:
         self._made_in = dict(made_in)
         self._log: IO[str] | None = None
         self._rows = 0
+        self._origin: Origin | None = None
+        self._begun = True
+        self.saved_step: int | None = None
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDirectory:
@@ -44,19 +50,53 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder holds something, or cannot be made.
         """
+        run = cls.planned(path, config)
+        run.begin()
+        return run
+
+    @classmethod
+    def planned(cls, path: Path, config: RunConfig, origin: Origin | None = None) -> RunDirectory:
+        """A run whose folder can be made, and is not yet: what is refused at its first step leaves nothing behind.
+
+        Args:
+            origin: the task's files, to be kept with the run.
+
+        Raises:
+            RunDirectoryError: the folder holds something, or cannot be made.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
+            occupied = path.exists() and any(path.iterdir())
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            writable = above.is_dir() and os.access(above, os.W_OK)
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be used as a run directory: {error.strerror}.") from error
         if occupied:
             is_run = (path / "config.json").exists()
-            resume = f", or continue that run with: imstep train --resume {path}" if is_run else ""
+            resume = f", or continue that run with: imstep train --resume {shlex.quote(str(path))}" if is_run else ""
             raise RunDirectoryError(f"{path} exists and is not empty. Choose another --out{resume}.")
+        if not writable:
+            raise RunDirectoryError(f"{path} cannot be used as a run directory: nothing can be made in {above}.")
         run = cls(path, config, environment())
-        run._write_config()
-        run._open_log()
+        run._origin, run._begun = origin, False
         return run
+
+    def begin(self) -> None:
+        """Make the folder of a planned run with its config and copies of the task's programs; else do nothing.
+
+        Raises:
+            RunDirectoryError: the folder cannot be made.
+        """
+        if self._begun:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            files = {} if self._origin is None else keep(self._origin, self.path)
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be used as a run directory: {error.strerror}.") from error
+        self.config = replace(self.config, files=files)
+        self._begun = True
+        self._write_config()
+        self._open_log()
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -136,6 +176,7 @@ class RunDirectory:
             "trainer": {**trainer.state_dict(), "rows": self._rows},
         }
         write_checkpoint(self.path / "checkpoint", parts, run=self.config.identity)
+        self.saved_step = trainer.totals.steps
 
     def restore(self, trainer: Trainer) -> None:
         """Load the checkpoint into a freshly built trainer; log lines after it are dropped.
@@ -149,6 +190,7 @@ class RunDirectory:
             trainer.stepper.optimizer.load_state_dict(parts["optimizer"])
             rows = parts["trainer"].pop("rows")
             trainer.load_state_dict(parts["trainer"])
+            self.saved_step = trainer.totals.steps
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{self.path / 'checkpoint'} does not fit this run: {reason}") from error
@@ -176,7 +218,7 @@ class RunDirectory:
             self._log.flush()
         lines = (self.path / "steps.jsonl").read_text().splitlines()
         try:
-            return [json.loads(line) for line in lines]
+            return [_present(json.loads(line)) for line in lines]
         except ValueError as error:
             raise RunDirectoryError(f"{self.path / 'steps.jsonl'} has a damaged line ({error}).") from error
 
@@ -205,6 +247,14 @@ class RunDirectory:
             )
         write_atomically(file, b"".join(lines[:rows]))
         self._rows = rows
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the status names of this version."""
+    for holder in (row, row.get("record")):
+        if holder and "status" in holder:
+            holder["status"] = present_status(holder["status"])
+    return row
 
 
 def _plain(value: Any) -> Any:

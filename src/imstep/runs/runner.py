@@ -26,6 +26,7 @@ from imstep.runs.rows import (
     StepRow,
     Totals,
     TrainingError,
+    present_status,
 )
 from imstep.tasks import AnyBatch, Evaluation, Problem
 
@@ -124,7 +125,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken. Load the model and the optimizer as well."""
-        self.totals = Totals(**state["totals"])
+        statuses = {present_status(name): count for name, count in state["totals"]["statuses"].items()}
+        self.totals = Totals(**{**state["totals"], "statuses": statuses})
         self._evaluated_at = state["evaluated_at"]
         self._next_evaluation = state["next_evaluation"]
         self._non_finite = state["non_finite"]

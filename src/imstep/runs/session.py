@@ -14,14 +14,16 @@ from rich.table import Table
 
 from imstep.runs.config import RunConfig
 from imstep.runs.interrupt import Interrupt
-from imstep.runs.progress import TrainingProgress
+from imstep.runs.progress import LastStep, TrainingProgress
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
+from imstep.runs.sources import origin_of
 from imstep.runs.tensorboard import TensorBoardLog, writer_class
 from imstep.runs.train import Observer, train
+from imstep.tasks import Origin, Task
 
-__all__ = ["resume_run", "start_run"]
+__all__ = ["Manner", "resume_run", "start_run"]
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,27 @@ class Manner:
             writer_class()
 
 
-def start_run(config: RunConfig, path: Path, manner: Manner) -> bool:
+def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | None = None) -> bool:
     """Train from the start in a new run directory.
 
     Args:
         config: the run.
         path: its directory; must not exist or be empty.
         manner: how it is shown and saved.
+        origin: its task, where it has been looked up already.
 
     Returns:
         Whether the run reached its end; False if it was interrupted (and saved).
 
     Raises:
-        TaskError, OptimizerError, TrainingError, RunDirectoryError: cannot be started; says why. Nothing is
-            written unless all of the run could be built.
+        TaskError, OptimizerError, TrainingError, RunDirectoryError, NoResidualsError: cannot be started; says why.
+            Nothing is written unless all of the run could be built and its first step made.
     """
     _ = config.limits
-    trainer = config.build()
-    with RunDirectory.create(path, config) as run:
-        return _go(trainer, run, manner)
+    origin = origin or config.origin()
+    trainer = config.build(origin.task)
+    with RunDirectory.planned(path, config, origin) as run:
+        return _go(trainer, run, origin.task, manner)
 
 
 def resume_run(
@@ -89,58 +93,88 @@ def resume_run(
 
     Raises:
         RunDirectoryError, CheckpointError: no run there, or a damaged or foreign checkpoint.
+        TaskError, TrainingError: a file of the task's is gone or has changed.
     """
     run = RunDirectory.open(path)
-    trainer = run.config.build()
+    origin, notes = origin_of(run.config, path)
+    trainer = run.config.build(origin.task)
     with run:
         run.restore(trainer)
         run.extend(epochs=epochs, budget=budget, seconds=seconds)
-        for difference in run.differences():
-            manner.console.print(f"[yellow]note:[/] {escape(difference)}; last digits may differ.")
-        return _go(trainer, run, manner)
+        notes += [f"{difference}; last digits may differ." for difference in run.differences()]
+        for note in notes:
+            manner.console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+        return _go(trainer, run, origin.task, manner)
 
 
-def _go(trainer: Trainer, run: RunDirectory, manner: Manner) -> bool:
-    console, config, first = manner.console, run.config, trainer.totals.steps
-    problem = trainer.problem
-    batch = "full batch" if config.batch_size is None else f"batches of {config.batch_size}"
-    console.print(
-        f"[bold]{config.task}[/] by [bold]{config.optimizer}[/]: {problem.size:,} parameters, "
-        f"{problem.data}, {batch}, {config.dtype}, "
-        f"{config.device}, {config.threads} threads, seed {config.seed}"
-        + (f", from step {first}" if first else "")
-    )
-    with ExitStack() as stack:
-        observers: list[Observer] = []
-        if manner.tensorboard:
-            log = TensorBoardLog(run.path, first)
-            stack.callback(log.close)
-            observers.append(log)
-        progress = stack.enter_context(TrainingProgress(console, config.optimizer, config.limits))
-        interrupt = stack.enter_context(
-            Interrupt(
-                lambda: progress.announce("finishing this step, then saving (Ctrl-C again: stop at once)")
+def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool:
+    console, first = manner.console, trainer.totals.steps
+    _introduce(trainer, run, task, console)
+    last = LastStep()
+    try:
+        with ExitStack() as stack:
+            observers: list[Observer] = [last]
+            if manner.tensorboard:
+                log = TensorBoardLog(run.path, first)
+                stack.callback(log.close)
+                observers.append(log)
+            progress = stack.enter_context(TrainingProgress(console, run.config.optimizer, run.config.limits))
+            interrupt = stack.enter_context(
+                Interrupt(
+                    lambda: progress.announce("finishing this step, then saving (Ctrl-C again: stop at once)")
+                )
             )
-        )
-        train(
-            trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every
-        )
-    _conclude(trainer, run, console)
+            train(
+                trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every
+            )
+    except KeyboardInterrupt:
+        _stopped_at_once(run, last, console)
+        return False
+    _conclude(trainer, run, task, last, console)
     if trainer.ending is None:
         flag = " --tensorboard" if manner.tensorboard else ""
-        console.print(f"Interrupted after step {trainer.totals.steps}, saved. Resume with:")
-        console.print(
-            f"  imstep train --resume {shlex.quote(str(run.path))}{flag}", markup=False, soft_wrap=True
-        )
+        console.print("Interrupted and saved. Go on with:")
+        _print_command(f"{_resuming(run)}{flag}", console)
     elif trainer.totals.steps == first:
         console.print("There was nothing left to do. Give a higher --epochs or --budget to go on.")
     return trainer.ending is not None
 
 
-def _conclude(trainer: Trainer, run: RunDirectory, console: Console) -> None:
+def _introduce(trainer: Trainer, run: RunDirectory, task: Task, console: Console) -> None:
+    """Say what is trained, and what one should know of its data."""
+    problem, config = trainer.problem, run.config
+    batch = "full batch" if config.batch_size is None else f"batches of {config.batch_size}"
+    first = trainer.totals.steps
+    console.print(
+        f"[bold]{escape(task.name)}[/] by [bold]{escape(config.optimizer)}[/]: {problem.size:,} parameters, "
+        f"{problem.data}, {batch}, {config.dtype}, {config.device}, {config.threads} threads, seed {config.seed}"
+        + (f", from step {first}" if first else "")
+    )
+    for note in task.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _stopped_at_once(run: RunDirectory, last: LastStep, console: Console) -> None:
+    console.print(f"Stopped at once. {last.describe()}.", markup=False)
+    if run.saved_step is None:
+        console.print("Nothing was saved: the first step had not ended.")
+        return
+    console.print(f"Saved is step {run.saved_step:,}; later ones will be made again. Go on with:")
+    _print_command(_resuming(run), console)
+
+
+def _resuming(run: RunDirectory) -> str:
+    return f"imstep train --resume {shlex.quote(str(run.path))}"
+
+
+def _print_command(words: str, console: Console) -> None:
+    console.print(f"  {words}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _conclude(trainer: Trainer, run: RunDirectory, task: Task, last: LastStep, console: Console) -> None:
     """Show what was reached and what it cost, and write the page about it."""
     rows = run.rows()
-    facts = _facts(trainer, rows)
+    facts = _facts(trainer, rows, last)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in facts.items():
         table.add_row(name, escape(text))
@@ -150,12 +184,14 @@ def _conclude(trainer: Trainer, run: RunDirectory, console: Console) -> None:
     except ImportError:
         console.print(f"run directory: {run.path}  (for a page with plots: pip install 'imstep[report]')")
         return
-    page = save_run_report(run.path, run.config, rows, facts, trainer.problem.surfaces())
+    page = save_run_report(run.path, run.config, task, rows, facts, trainer.problem.surfaces())
     console.print(f"run directory: {run.path}\nreport: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _facts(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, str]:
+def _facts(trainer: Trainer, rows: list[dict[str, Any]], recent: LastStep) -> dict[str, str]:
     totals, facts = trainer.totals, {"ended": trainer.ending.message if trainer.ending else "interrupted"}
+    if trainer.ending is None:
+        facts["last did"] = recent.describe()
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         last = evaluations[-1]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,13 +13,16 @@ from rich.markup import escape
 
 from imstep.runs.accuracy import measure_accuracy
 from imstep.runs.compare import DEFAULT_BUDGET, compare
-from imstep.runs.contestants import DEFAULT_OPTIMIZERS, MINIBATCH, contestants
+from imstep.runs.contestants import MINIBATCH, RIVALS, Contestant, contestants
 from imstep.runs.files import write_json
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.live import ComparisonProgress, endings, result_table
 from imstep.runs.records import Comparison
 from imstep.runs.rundir import RunDirectoryError
-from imstep.tasks import get_task
+from imstep.runs.sources import hashes
+from imstep.runs.suitability import suited
+from imstep.runs.verdict import short
+from imstep.tasks import TableOptions, Task, find_task
 
 __all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
 
@@ -32,11 +34,12 @@ class ComparisonRequest:
     """What is to be compared; see `imstep.runs.compare.compare`.
 
     Args:
+        optimizers: who takes part, the subject first; None for the one that suits the task best, Adam and L-BFGS.
         tune: choose learning rates by a sweep; otherwise each optimizer's default is taken.
     """
 
     task: str
-    optimizers: Sequence[str] = DEFAULT_OPTIMIZERS
+    optimizers: Sequence[str] | None = None
     budget: float = DEFAULT_BUDGET
     seed: int = 0
     batch_size: int | None = None
@@ -45,12 +48,14 @@ class ComparisonRequest:
     examples: int | None = None
     device: str = "cpu"
     tune: bool = True
+    dtype: str = "float32"
+    table: TableOptions | None = None
 
     @property
     def command(self) -> str:
         """The command line that repeats it."""
         words = ["imstep", "compare", self.task, "--budget", f"{self.budget:g}", "--seed", str(self.seed)]
-        words += ["--optimizers", ",".join(self.optimizers)]
+        words += [] if self.optimizers is None else ["--optimizers", ",".join(self.optimizers)]
         given = {
             "--batch-size": self.batch_size,
             "--threads": self.threads,
@@ -59,7 +64,9 @@ class ComparisonRequest:
         }
         words += [str(word) for pair in given.items() if pair[1] is not None for word in pair]
         words += ["--device", self.device] if self.device != "cpu" else []
-        return " ".join(words + ([] if self.tune else ["--no-tune"]))
+        words += ["--dtype", self.dtype] if self.dtype != "float32" else []
+        words += [] if self.table is None else self.table.words
+        return shlex.join(words + ([] if self.tune else ["--no-tune"]))
 
 
 def run_comparison(
@@ -76,55 +83,90 @@ def run_comparison(
         TaskError, OptimizerError, TrainingError: a setting that cannot be.
         RunDirectoryError: `out` holds something that may not be replaced.
     """
-    earlier = None if overwrite else _unfinished(out / RECORD, request.command)
+    origin = find_task(request.task, request.table)
+    task, sources = origin.task, hashes(origin)
+    for note in task.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    earlier = None if overwrite else _unfinished(out / RECORD, request.command, sources)
     if earlier is None:
         _claim(out, RECORD, overwrite)
-    minibatch = MINIBATCH if get_task(request.task).has_batches else None
-    rivals = contestants(request.optimizers, batch_size=request.batch_size, minibatch=minibatch)
-    if not request.tune:
-        rivals = [replace(rival, learning_rates=()) for rival in rivals]
-    with ComparisonProgress(console) as progress, Interrupt(
-        lambda: progress.announce("finishing this step, then the report (Ctrl-C again: stop at once)")
-    ) as interrupt:
-        comparison = compare(
-            request.task,
-            rivals,
-            budget=request.budget,
-            seed=request.seed,
-            threads=request.threads,
-            data=request.data,
-            examples=request.examples,
-            device=request.device,
-            command=request.command,
-            listener=progress,
-            earlier=earlier,
-            keep=partial(_keep, out),
-            stop=lambda: interrupt.requested,
-        )
+    kept = [] if earlier is None else [earlier]
+    try:
+        with ComparisonProgress(console) as progress, Interrupt(
+            lambda: progress.announce("finishing this step, then the report (Ctrl-C again: stop at once)")
+        ) as interrupt:
+            comparison = compare(
+                task,
+                _rivals(request, task),
+                budget=request.budget,
+                seed=request.seed,
+                threads=request.threads,
+                data=request.data,
+                examples=request.examples,
+                device=request.device,
+                dtype=request.dtype,
+                command=request.command,
+                sources=sources,
+                listener=progress,
+                earlier=earlier,
+                keep=lambda found: _keep(out, found, kept),
+                stop=lambda: interrupt.requested,
+            )
+    except KeyboardInterrupt:
+        console.print("Stopped at once, without a report.")
+        _how_to_go_on(request, out, kept, console)
+        return False
     if comparison.runs:
         _present(comparison, out, console)
     if comparison.waiting:
-        kept = bool(comparison.runs or comparison.tried)
-        note = "The settings that were done are kept. Go on with:" if kept else "No setting was done; nothing is kept."
-        console.print(f"Interrupted. {note}", highlight=False)
-        if kept:
-            words = f"  {request.command} --out {shlex.quote(str(out))}"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
+        console.print("Interrupted.")
+        _how_to_go_on(request, out, kept, console)
     return not comparison.waiting
 
 
-def _keep(out: Path, comparison: Comparison) -> None:
+def _rivals(request: ComparisonRequest, task: Task) -> list[Contestant]:
+    names = (suited(task)[0], *RIVALS) if request.optimizers is None else request.optimizers
+    minibatch = MINIBATCH if task.has_batches else None
+    rivals = contestants(names, batch_size=request.batch_size, minibatch=minibatch)
+    return rivals if request.tune else [replace(rival, learning_rates=()) for rival in rivals]
+
+
+def _how_to_go_on(request: ComparisonRequest, out: Path, kept: Sequence[Comparison], console: Console) -> None:
+    """What an interrupted comparison has done so far, and the command that goes on."""
+    if not kept:
+        console.print("No setting was done; nothing is kept.")
+        return
+    done = [f"{run.label} (lowest {short(run.best.train)})" for run in (*kept[-1].runs, *kept[-1].tried)]
+    console.print(f"Done and kept: {', '.join(done)}. Go on with:", highlight=False, markup=False, soft_wrap=True)
+    words = f"  {request.command} --out {shlex.quote(str(out))}"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def _keep(out: Path, comparison: Comparison, kept: list[Comparison]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECORD, comparison.to_dict())
+    kept[:] = [comparison]
 
 
-def _unfinished(record: Path, command: str) -> Comparison | None:
-    """The comparison of a record, if it is unfinished and by that command."""
+def _unfinished(record: Path, command: str, sources: Mapping[str, str]) -> Comparison | None:
+    """The comparison of a record, if it is unfinished, and by that command on the same files.
+
+    Raises:
+        RunDirectoryError: one's own files have changed since.
+    """
     try:
         comparison = Comparison.from_dict(json.loads(record.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-    return comparison if comparison.waiting and comparison.command == command else None
+    if not comparison.waiting or comparison.command != command:
+        return None
+    changed = [name for name, digest in sources.items() if comparison.environment.get(name) != digest]
+    if changed:
+        raise RunDirectoryError(
+            f"{changed[0]} has changed since the comparison in {record.parent} was interrupted: what is done there "
+            "does not compare with what would follow. Add --overwrite to begin anew, or choose another --out."
+        )
+    return comparison
 
 
 def _present(comparison: Comparison, out: Path, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from imstep.runs.rows import Row, StepRow, TrainingError
 from imstep.runs.runner import Trainer
@@ -37,9 +38,14 @@ class TensorBoardLog:
     """
 
     def __init__(self, run: Path, step: int = 0) -> None:
-        self._writer = writer_class()(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        made = writer_class()
+        # Made at the first row: before it there is no run directory.
+        self._make = lambda: made(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer: Any = None
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
+        if self._writer is None:
+            self._writer = self._make()
         values = row.to_dict()
         if isinstance(row, StepRow) and row.record is not None:
             values |= {f"record/{name}": value for name, value in row.record.items()}
@@ -50,4 +56,5 @@ class TensorBoardLog:
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

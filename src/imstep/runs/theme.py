@@ -25,6 +25,7 @@ __all__ = [
     "css_variables",
     "linear_axis",
     "log_axis",
+    "panel",
     "save_png",
     "style",
     "svg",
@@ -144,6 +145,17 @@ def svg(make: Callable[[Theme], Figure], name: str, title: str) -> str:
     # matplotlib measured the text with its own font; the page's is narrower, so nothing collides.
     text = text.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit")
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" ', text, count=1)
+
+
+def panel(draw: Callable[[Axes, Theme], None], name: str, title: str) -> str:
+    """One plot as an inline `<svg>`, of a width that reads on a page's half and on a phone; see `svg`."""
+
+    def make(theme: Theme) -> Figure:
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        draw(figure.subplots(), theme)
+        return figure
+
+    return svg(make, name, title)
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from imstep.runs.interrupt import Interrupt
-from imstep.runs.rows import Row
+from imstep.runs.rows import Row, StepRow
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 
@@ -25,8 +25,9 @@ def train(
 ) -> None:
     """Run `trainer` to the limits of the run's config, keeping the run directory up to date.
 
-    A checkpoint is written at the start, every `save_every` seconds, at the end and on an interruption; when
-    it is written never changes the numbers. Afterwards `trainer.ending` is None if the run was
+    The directory of a planned run is made once a step has been taken, so that what an optimizer refuses leaves none
+    behind. A checkpoint is written then, every `save_every` seconds, at the end and on an interruption; when it is
+    written never changes the numbers. Afterwards `trainer.ending` is None if the run was
     interrupted. If a step raises, the last checkpoint stays as it was.
 
     Args:
@@ -36,16 +37,33 @@ def train(
         interrupt: checked between rows.
         save_every: seconds between checkpoints (> 0).
     """
+    rows = trainer.run(run.config.limits)
+    ahead = list(_to_first_step(rows))
+    run.begin()
+    for row in ahead:
+        _note(trainer, run, observers, row)
     run.save(trainer)
     saved = time.monotonic()
-    for row in trainer.run(run.config.limits):
-        run.append(row)
-        for observe in observers:
-            observe(trainer, row)
-        if interrupt is not None and interrupt.requested:
+    while interrupt is None or not interrupt.requested:
+        found = next(rows, None)
+        if found is None:
             break
+        _note(trainer, run, observers, found)
         if time.monotonic() - saved > save_every:
             run.save(trainer)
             saved = time.monotonic()
     run.save(trainer)
     run.write_report(trainer)
+
+
+def _to_first_step(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        if isinstance(row, StepRow):
+            return
+
+
+def _note(trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], row: Row) -> None:
+    run.append(row)
+    for observe in observers:
+        observe(trainer, row)

@@ -6,11 +6,13 @@
 """
 
 from imstep.tasks.base import AnyBatch, DataNotFoundError, Evaluation, Metric, Problem, Surface, Task, TaskError
-from imstep.tasks.examples import Batch, ExampleProblem, ExampleTask
+from imstep.tasks.examples import ACCURACY, Batch, ExampleProblem, ExampleTask, held_out
 from imstep.tasks.physics import Condition, PhysicsProblem, PhysicsTask, Points, Reference
-from imstep.tasks.registry import TASKS, UnknownTaskError, get_task
+from imstep.tasks.registry import TASKS, Origin, UnknownTaskError, find_task, get_task
+from imstep.tasks.table_task import TableOptions
 
 __all__ = [
+    "ACCURACY",
     "TASKS",
     "AnyBatch",
     "Batch",
@@ -20,14 +22,18 @@ __all__ = [
     "ExampleProblem",
     "ExampleTask",
     "Metric",
+    "Origin",
     "PhysicsProblem",
     "PhysicsTask",
     "Points",
     "Problem",
     "Reference",
     "Surface",
+    "TableOptions",
     "Task",
     "TaskError",
     "UnknownTaskError",
+    "find_task",
     "get_task",
+    "held_out",
 ]

@@ -31,10 +31,11 @@ class AnyBatch(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure people read besides the loss: the mean of `function(outputs, targets)`, shape (k,)."""
+    """A figure people read besides the loss: `of_mean` of the mean of `function(outputs, targets)`, shape (k,)."""
 
     name: str
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    of_mean: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,16 @@ class Task(ABC):
     def has_batches(self) -> bool:
         """Whether its data can be split into mini-batches."""
 
+    @property
+    def squares(self) -> bool | None:
+        """Whether its loss is a sum of squares, so that methods for least squares apply; None if a step must tell."""
+        return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that a reader of results should know, such as how missing values were filled."""
+        return ()
+
     def build(
         self,
         seed: int = 0,
@@ -177,7 +188,8 @@ class Task(ABC):
         devices and in float64 start at the same point. The caller's random state is left as it was.
 
         Args:
-            seed: decides the initial weights; the data and their split are the same for every seed.
+            seed: decides the initial weights, and for a table of one's own which rows are held out; the data of
+                other tasks and their split are the same for every seed.
             device: where the tensors live.
             dtype: float32 or float64.
             data: a folder to look for the data in first.
@@ -195,7 +207,7 @@ class Task(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._model().to(target, dtype)
-        return self._problem(model, target, dtype, None if data is None else Path(data), examples)
+        return self._problem(model, seed, target, dtype, None if data is None else Path(data), examples)
 
     @abstractmethod
     def _model(self) -> nn.Module:
@@ -203,7 +215,13 @@ class Task(ABC):
 
     @abstractmethod
     def _problem(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, data: Path | None, examples: int | None
+        self,
+        model: nn.Module,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        data: Path | None,
+        examples: int | None,
     ) -> Problem:
         """The problem of training ``model``."""
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imstep.tasks.base import Evaluation, Metric, Problem, Task, TaskError, mix
 
-__all__ = ["Batch", "ExampleProblem", "ExampleTask"]
+__all__ = ["ACCURACY", "Batch", "ExampleProblem", "ExampleTask", "held_out"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 EVALUATION_CHUNK = 8192
 """Examples per forward pass of an evaluation; bounds its memory, does not change its mean."""
@@ -49,8 +51,45 @@ class Batch:
         return Batch(_cast(self.inputs, device, dtype), _cast(self.targets, device, dtype))
 
 
+def held_out(inputs: Tensor, targets: Tensor, share: float = 0.2, *, seed: int = 0) -> tuple[Batch, Batch]:
+    """(train, heldout): examples split at random, the same way for the same seed.
+
+    Args:
+        inputs: (k, ...).
+        targets: (k, ...).
+        share: of the examples to hold out, in (0, 1); at least one, and at least one stays.
+        seed: decides which.
+
+    Raises:
+        TaskError: `share` is out of range, the lengths differ, or there are less than two examples.
+
+    Example:
+        >>> train, heldout = held_out(torch.arange(10.0)[:, None], torch.arange(10.0)[:, None])
+        >>> len(train), len(heldout)
+        (8, 2)
+    """
+    if not 0 < share < 1:
+        raise TaskError(f"share={share}: hold out more than none and less than all of the examples.")
+    examples = Batch(inputs, targets)
+    if len(examples) < 2:
+        raise TaskError("one example cannot be split: give at least two.")
+    aside = min(max(1, round(share * len(examples))), len(examples) - 1)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mix(seed, 0)))
+    return examples.take(order[aside:]), examples.take(order[:aside])
+
+
 def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(k, classes), (k,) -> (k,): 1 where the largest logit is the target's, else 0."""
+    return outputs.argmax(dim=1) == targets
+
+
+ACCURACY = Metric("accuracy", _accuracy)
+
+_NO_SQUARES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.L1Loss, nn.SmoothL1Loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +104,17 @@ class ExampleProblem(Problem):
         loss: `loss(outputs, targets)` -> scalar, a *mean* over examples (chunks are averaged).
         metric: what else to report, or None.
         image_shape: (height, width) when an input is one picture, for drawing it; else None.
+        unit: what the examples are called.
     """
 
     task: str
     model: nn.Module
     train: Batch
     heldout: Batch
-    loss: nn.Module
+    loss: Loss
     metric: Metric | None = None
     image_shape: tuple[int, int] | None = None
+    unit: str = "examples"
 
     @property
     def redrawn(self) -> bool:
@@ -81,7 +122,7 @@ class ExampleProblem(Problem):
 
     @property
     def data(self) -> str:
-        return f"{len(self.train):,} examples ({len(self.heldout):,} held out)"
+        return f"{len(self.train):,} {self.unit} ({len(self.heldout):,} held out)"
 
     def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A function without arguments that returns the loss on `batch` (0-dim, with its graph)."""
@@ -123,7 +164,7 @@ class ExampleProblem(Problem):
                 loss += share * float(self.loss(outputs, chunk.targets))
                 if self.metric is not None:
                     metric += share * float(self.metric.function(outputs, chunk.targets).double().mean())
-        return Evaluation(loss, metric if self.metric is not None else None, len(batch))
+        return Evaluation(loss, None if self.metric is None else self.metric.of_mean(metric), len(batch))
 
     def pictures(self, count: int) -> tuple[Any, Any]:
         shape, targets = self.image_shape, self.heldout.targets[:count]
@@ -142,16 +183,16 @@ class ExampleTask(Task):
 
     Args:
         name, title, description: as for every task.
-        load: `load(data)` -> (train, heldout), CPU, float32; `data` is a folder to look in, or None.
+        load: `load(data)` -> (train, heldout) on the CPU; `data` is a folder to look in (--data), or None.
         model: makes the model, drawing initial weights from the global generator.
-        loss: the mean loss.
+        loss: `loss(outputs, targets)` -> scalar, a *mean* over examples.
         metric: what else to report, or None.
         image_shape: (height, width) of an input, for drawing.
     """
 
     load: Callable[[Path | None], tuple[Batch, Batch]]
     model: Callable[[], nn.Module]
-    loss: nn.Module
+    loss: Loss
     metric: Metric | None = None
     image_shape: tuple[int, int] | None = None
 
@@ -159,11 +200,21 @@ class ExampleTask(Task):
     def has_batches(self) -> bool:
         return True
 
+    @property
+    def squares(self) -> bool | None:
+        return True if isinstance(self.loss, nn.MSELoss) else False if isinstance(self.loss, _NO_SQUARES) else None
+
     def _model(self) -> nn.Module:
         return self.model()
 
     def _problem(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, data: Path | None, examples: int | None
+        self,
+        model: nn.Module,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        data: Path | None,
+        examples: int | None,
     ) -> ExampleProblem:
         train, heldout = (batch.to(device, dtype) for batch in self.load(data))
         train = train.take(slice(0, examples))

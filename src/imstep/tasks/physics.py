@@ -86,7 +86,8 @@ class PhysicsProblem(Problem):
         task: name of the task.
         model: maps points (k, d) to values (k, m); the only mutable part.
         conditions: what it is to satisfy.
-        heldout: the solution; the held-out loss is the error of the network against it.
+        heldout: the solution; the held-out loss is the error of the network against it. Where none is known, points
+            of which no step sees any; the held-out loss is the loss there.
         train: a draw of points for reporting the loss, which no step sees where points are redrawn.
         dtype: of the points.
         redrawn: whether every step has points of its own; else all have those of `train`.
@@ -96,7 +97,7 @@ class PhysicsProblem(Problem):
     task: str
     model: nn.Module
     conditions: Sequence[Condition]
-    heldout: Reference
+    heldout: Reference | Points
     train: Points
     dtype: torch.dtype
     redrawn: bool = True
@@ -131,24 +132,25 @@ class PhysicsProblem(Problem):
         if isinstance(batch, Points):
             with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
                 return Evaluation(float(self._loss(batch).detach()), None, len(batch))
-        missed = self._values() - batch.values
+        missed = self._values(batch) - batch.values
         error = missed.norm() / batch.values.norm() if batch.relative else missed.square().mean().sqrt()
         return Evaluation(float(error), None, len(batch.points))
 
     def surfaces(self) -> tuple[Surface, Surface] | None:
         reference = self.heldout
-        if reference.shape is None:
+        if isinstance(reference, Points) or reference.shape is None:
             return None
         spans = tuple((float(x.min()), float(x.max())) for x in (reference.points[:, at] for at, _ in reference.axes))
         names = (reference.axes[0][1], reference.axes[1][1])
-        shown = (values[:, 0].reshape(reference.shape).tolist() for values in (reference.values, self._values()))
+        both = (reference.values, self._values(reference))
+        shown = (values[:, 0].reshape(reference.shape).tolist() for values in both)
         solution, found = (Surface(values, (spans[0], spans[1]), names) for values in shown)
         return solution, found
 
-    def _values(self) -> Tensor:
+    def _values(self, reference: Reference) -> Tensor:
         """The network at the points of the reference, float64, on the CPU."""
         with self.evaluating():
-            chunks = self.heldout.points.to(self.device, self.dtype).split(8192)
+            chunks = reference.points.to(self.device, self.dtype).split(8192)
             return torch.cat([self.model(x) for x in chunks]).double().cpu()
 
 
@@ -160,7 +162,7 @@ class PhysicsTask(Task):
         name, title, description: as for every task.
         network: makes the network, drawing initial weights from the global generator.
         conditions: what it is to satisfy.
-        reference: makes the solution to compare with.
+        reference: makes the solution to compare with; None where it is not known.
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
 
@@ -179,25 +181,36 @@ class PhysicsTask(Task):
 
     network: Callable[[], nn.Module]
     conditions: tuple[Condition, ...]
-    reference: Callable[[], Reference]
+    reference: Callable[[], Reference] | None = None
     redrawn: bool = True
 
     @property
     def has_batches(self) -> bool:
         return False
 
+    @property
+    def squares(self) -> bool:
+        return True
+
     def _model(self) -> nn.Module:
         return self.network()
 
     def _problem(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, data: Path | None, examples: int | None
+        self,
+        model: nn.Module,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        data: Path | None,
+        examples: int | None,
     ) -> PhysicsProblem:
         conditions = self.conditions
         if examples is not None:
             share = examples / sum(c.count for c in conditions)
             conditions = tuple(replace(c, count=max(1, round(share * c.count))) for c in conditions)
-        train = draw(conditions, mix(0, CHECK), device, dtype)
-        return PhysicsProblem(self.name, model, conditions, self.reference(), train, dtype, self.redrawn)
+        train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
+        heldout = other if self.reference is None else self.reference()
+        return PhysicsProblem(self.name, model, conditions, heldout, train, dtype, self.redrawn)
 
 
 def draw(conditions: Sequence[Condition], seed: int, device: torch.device, dtype: torch.dtype) -> Points:

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from imstep.tasks.base import Metric, Task, TaskError
+from imstep.tasks.base import Task, TaskError
 from imstep.tasks.convection import convection_model, convection_points, uniform
 from imstep.tasks.data import digits, fashion_mnist
 from imstep.tasks.equations import EQUATIONS
-from imstep.tasks.examples import Batch, ExampleTask
+from imstep.tasks.examples import ACCURACY, Batch, ExampleTask
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
+from imstep.tasks.own import is_program, load_program
+from imstep.tasks.table_task import TableOptions, table_task
+from imstep.tasks.tables import is_table
 
-__all__ = ["TASKS", "UnknownTaskError", "get_task"]
+__all__ = ["TASKS", "Origin", "UnknownTaskError", "find_task", "get_task"]
 
 Loader = Callable[[Path | None], tuple[Batch, Batch]]
 
 
 class UnknownTaskError(TaskError):
     """There is no task of that name; the message lists those that there are."""
-
-
-def _accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(k, classes), (k,) -> (k,): 1 where the largest logit is the target's, else 0."""
-    return outputs.argmax(dim=1) == targets
 
 
 def _reconstruction(load: Loader, data: Path | None) -> tuple[Batch, Batch]:
@@ -45,8 +43,6 @@ def _as_images(load: Loader, side: int, data: Path | None) -> tuple[Batch, Batch
         Batch(heldout.inputs.reshape(-1, 1, side, side), heldout.targets),
     )
 
-
-ACCURACY = Metric("accuracy", _accuracy)
 
 _ALL = (
     ExampleTask(
@@ -126,17 +122,65 @@ _ALL = (
     ),
 )
 
+@dataclass(frozen=True)
+class Origin:
+    """A task and what it depends on.
+
+    Args:
+        task: the task.
+        name: by which it is found again from any folder.
+        root: the folder that its files are below; None for imstep's own.
+        files: its files so far: a program also has those that it has imported from beside it.
+        programs: whether the files are programs, which can be kept and run again, or data.
+    """
+
+    task: Task
+    name: str
+    root: Path | None = None
+    files: Callable[[], tuple[Path, ...]] = tuple
+    programs: bool = False
+
+
 TASKS: dict[str, Task] = {task.name: task for task in (*_ALL, *EQUATIONS)}
 
 
-def get_task(name: str) -> Task:
-    """The task of that name.
+def get_task(name: str, table: TableOptions | None = None) -> Task:
+    """The task that a name means.
+
+    Args:
+        name: of a task in `TASKS`; or a table (`data.csv`, `.tsv`, `.npz`, `.parquet`); or a program that defines a
+            task (`problem.py`, `problem.py:name`, `package.module:name`).
+        table: how a table becomes a task; for tables only.
 
     Raises:
         UnknownTaskError: there is none; names the nearest and lists all.
+        TaskError: a table or a program that cannot be used; says why.
     """
+    return find_task(name, table).task
+
+
+def find_task(name: str, table: TableOptions | None = None, kept: Path | None = None) -> Origin:
+    """The task that a name means, and the files that it depends on; see `get_task`.
+
+    Args:
+        kept: a folder with copies of a program's files, to be run in place of the originals.
+    """
+    if is_table(name):
+        file = Path(name).absolute()
+        return Origin(table_task(Path(name), table or TableOptions()), str(file), file.parent, lambda: (file,))
+    if table is not None and table != TableOptions():
+        raise TaskError(f"--target and its like are for tables such as data.csv; {name} is none.")
     if name in TASKS:
-        return TASKS[name]
+        return Origin(TASKS[name], name)
+    if is_program(name):
+        program = load_program(name, kept)
+        _, colon, wanted = name.partition(".py:")
+        own = name.endswith(".py") or bool(colon)
+        full = str(program.file) + (f":{wanted}" if wanted else "") if own else name
+        return Origin(program.task, full, program.root, program.files if own else tuple, programs=True)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UnknownTaskError(f"there is no task {name!r}.{hint} Tasks: {', '.join(TASKS)}.")
+    raise UnknownTaskError(
+        f"there is no task {name!r}.{hint} Tasks: {', '.join(TASKS)}. "
+        "Own problems: a file that ends in .py, .csv, .tsv, .npz or .parquet."
+    )

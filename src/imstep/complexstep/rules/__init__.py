@@ -41,6 +41,7 @@ _FAMILIES = (
     "segments",
     "recurrence",
     "random",
+    "quantised",
 )
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from imstep import pde
-from imstep.tasks.equations.sampling import boundary, box, face, grid
 from imstep.tasks.models import Periodic, mlp
 from imstep.tasks.physics import Condition, PhysicsTask, Reference
+from imstep.tasks.sampling import boundary, box, face, grid
 
 __all__ = ["TASKS", "burgers_solution"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from imstep import pde
-from imstep.tasks.equations.sampling import boundary, box, face, grid
 from imstep.tasks.models import mlp
 from imstep.tasks.physics import Condition, PhysicsTask, Reference
+from imstep.tasks.sampling import boundary, box, face, grid
 
 __all__ = ["TASKS", "HeatWithConductivity"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from imstep import pde
-from imstep.tasks.equations.sampling import box, face
 from imstep.tasks.models import Periodic, mlp
 from imstep.tasks.physics import Condition, PhysicsTask, Reference
+from imstep.tasks.sampling import box, face
 
 __all__ = ["TASKS", "allen_cahn_solution"]
 

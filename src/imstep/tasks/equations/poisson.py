@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from imstep import pde
-from imstep.tasks.equations.sampling import boundary, box, grid
 from imstep.tasks.models import mlp
 from imstep.tasks.physics import Condition, PhysicsTask, Reference
+from imstep.tasks.sampling import boundary, box, grid
 
 __all__ = ["TASKS"]
 

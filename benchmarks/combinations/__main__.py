@@ -1,0 +1,219 @@
+"""Combinations of the strategies of `NewtonKrylov` on three functions: does each arrive, and is what it claims true?
+
+python -m benchmarks.combinations           # so many that all triples of choices occur; what the record lacks
+python -m benchmarks.combinations --all     # each of them all as well; hours
+python -m benchmarks.combinations --table   # the page again, from the record
+
+A run is at fault if it repeats a step that was rejected, raises the loss though its step search looks at it, claims a
+minimum where there is none or none where there is one, or ends by an exception that is no refusal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import imstep
+from benchmarks.combinations.covering import covering
+from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS
+from benchmarks.record_page import Row, complete, load, show, table
+from imstep.globalization import (
+    Armijo,
+    ExactEstimate,
+    FixedStep,
+    LevenbergMarquardt,
+    NoDamping,
+    StrongWolfe,
+    TaylorMonitor,
+    TrustRegion,
+)
+from imstep.optim import (
+    BestRateForcing,
+    BlendedConjugateGradient,
+    ConjugateGradient,
+    Direct,
+    ExactHessian,
+    FixedProducts,
+    GaussNewtonFirst,
+    GeneralizedLanczos,
+    Hutchinson,
+    Kronecker,
+    MinimalResidual,
+    MinimizeResult,
+    NoPreconditioning,
+    Nystrom,
+    Recycling,
+    ResidualForcing,
+    SquaredGradients,
+    SteihaugToint,
+    StepRecord,
+    Termination,
+)
+
+NAME = "combinations"
+F64 = torch.float64
+STEPS = 60
+FACTORS: dict[str, dict[str, Any]] = {
+    "curvature": {"Gauss-Newton first": GaussNewtonFirst(), "Hessian": ExactHessian()},
+    "solver": {
+        "conjugate gradients": ConjugateGradient(),
+        "following negative curvature": ConjugateGradient(follow=True),
+        "blended": BlendedConjugateGradient(),
+        "minimal residual": MinimalResidual(),
+        "Steihaug-Toint": SteihaugToint(),
+        "Lanczos": GeneralizedLanczos(),
+        "direct": Direct(),
+    },
+    "damping": {"Levenberg-Marquardt": LevenbergMarquardt(), "none": NoDamping()},
+    "step": {
+        "Armijo": Armijo(),
+        "Armijo, forward": Armijo(forward=2.0),
+        "strong Wolfe": StrongWolfe(),
+        "Taylor monitor": TaylorMonitor(),
+        "exact error": TaylorMonitor(error=ExactEstimate()),
+        "trust region": TrustRegion(),
+        "fixed": FixedStep(),
+    },
+    "forcing": {"best rate": BestRateForcing(), "two products": FixedProducts(2), "residual": ResidualForcing()},
+    "preconditioning": {
+        "none": NoPreconditioning(),
+        "recycling": Recycling(),
+        "Hutchinson": Hutchinson(),
+        "squared gradients": SquaredGradients(),
+        "Nyström": Nystrom(rank=2),
+        "Kronecker": Kronecker(),
+    },
+    "momentum": {"without": False, "with": True},
+}
+
+
+def saddle(x: Tensor) -> Tensor:
+    """Least on xy = 1, at x = y; a saddle at 0."""
+    return (x[0] * x[1] - 1) ** 2 + (x[0] - x[1]) ** 2 / 10
+
+
+FREUDENSTEIN = next(f for f in FUNCTIONS if f.number == 2)
+PROBLEMS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "Rosenbrock": (next(f for f in FUNCTIONS if f.number == 1), torch.tensor([-0.796381, 0.639213], dtype=F64)),
+    "saddle": (saddle, torch.zeros(2, dtype=F64)),
+    "Freudenstein": (FREUDENSTEIN, FREUDENSTEIN.start),
+}
+
+
+CHOICES = [list(PROBLEMS), *(list(choices) for choices in FACTORS.values())]
+Combination = tuple[str, ...]  # a function and a choice of each factor
+
+
+def selection(strength: int) -> list[Combination]:
+    """Combinations with all pairs (2) or triples (3) of choices, of which the function is one."""
+    rows = covering([len(choices) for choices in CHOICES], strength)
+    return [tuple(choices[i] for choices, i in zip(CHOICES, row, strict=True)) for row in rows]
+
+
+def outcome(combination: Combination) -> Row:
+    """How a run ends, with the fault that it has, if any."""
+    problem, *chosen = combination
+    function, start = PROBLEMS[problem]
+    options = {name: FACTORS[name][choice] for name, choice in zip(FACTORS, chosen, strict=True)}
+    row: Row = {"function": problem, **dict(zip(FACTORS, chosen, strict=True))}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Kronecker factors have no layers here, and say so
+            result = imstep.minimize(function, start, maxiter=STEPS, max_trials=12, **options)
+    except (ValueError, TypeError) as error:
+        return {**row, "end": "refused", "fault": "", "message": str(error)}
+    except Exception as error:
+        return {**row, "end": "exception", "fault": f"{type(error).__name__}: {error}"}
+    at_minimum = is_minimum(function, result.x)
+    return {
+        **row,
+        "end": "minimum" if at_minimum else result.termination.name.lower(),
+        "fault": fault(result, at_minimum, monitored=not isinstance(options["step"], FixedStep)),
+        "steps": result.nit,
+        "f": result.fun,
+    }
+
+
+def fault(result: MinimizeResult, at_minimum: bool, monitored: bool) -> str:
+    """What is wrong with a run; empty if nothing is."""
+    records = result.records
+    if any(not a.accepted and _same(a, b) for a, b in pairwise(records)):
+        return "repeats a rejected step"
+    if monitored and any(r.accepted and r.new_loss > r.loss + 1e-13 * abs(r.loss) for r in records):
+        return "raises the loss"
+    if result.success and not at_minimum:
+        return "claims a minimum"
+    ended = result.termination is not Termination.MAX_ITERATIONS
+    return "does not claim its minimum" if at_minimum and ended and not result.success else ""
+
+
+def _same(a: StepRecord, b: StepRecord) -> bool:
+    of = lambda r: (r.accepted, r.direction_norm, r.step_length, r.damping, r.radius)
+    return repr(of(a)) == repr(of(b))  # nan is not equal to itself
+
+
+def is_minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether Newton's step is short and no curvature negative, by PyTorch's derivatives."""
+    at = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(function(at), at)[0]
+    hessian = torch.autograd.functional.hessian(function, x)
+    if not bool(gradient.isfinite().all() and hessian.isfinite().all()):
+        return False
+    values = torch.linalg.eigvalsh(hessian)
+    step = torch.linalg.pinv(hessian, rtol=1e-10, hermitian=True) @ gradient
+    return bool(values[0] >= -1e-7 * values[-1] and step.norm() <= 1e-5 * (1 + x.norm()))
+
+
+def runs(combinations: Iterable[Combination]) -> dict[str, Callable[[], Row]]:
+    """Each by its name."""
+    return {"; ".join(combination): partial(outcome, combination) for combination in combinations}
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """How many runs end how, by problem and step search, and those at fault."""
+    of_all = math.prod(map(len, CHOICES))
+    ends = list(dict.fromkeys(["minimum", *sorted({r["end"] for r in rows})]))
+    groups = [(problem, step) for problem in PROBLEMS for step in FACTORS["step"]]
+    body = []
+    for problem, step in groups:
+        own = [r for r in rows if (r["function"], r["step"]) == (problem, step)]
+        counts = Counter(r["end"] for r in own)
+        body.append([problem, step, *(str(counts[end]) for end in ends), str(sum(bool(r["fault"]) for r in own))])
+    faults = [f"- {'; '.join(r[k] for k in ('function', *FACTORS))}: {r['fault']}" for r in rows if r["fault"]]
+    return "\n\n".join(
+        [
+            f"{len(rows):,} of {of_all:,} combinations of a function and strategies:",
+            table(["function", "step search", *(end.replace("_", " ") for end in ends), "at fault"], body),
+            "\n".join(["At fault:", "", *faults]) if faults else "None is at fault.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every combination")
+    parser.add_argument("--table", action="store_true", help="write the page from the record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = selection(3)
+    if arguments.all:
+        chosen = list(dict.fromkeys([*chosen, *itertools.product(*CHOICES)]))
+    record = load(NAME) if arguments.table else complete(NAME, {"steps": STEPS}, runs(chosen))
+    show(NAME, "step-lengths", text_of(list(record["runs"].values())))
+
+
+if __name__ == "__main__":
+    main()

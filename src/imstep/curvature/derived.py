@@ -1,0 +1,119 @@
+"""What a model computes from its parameters alone, and uses in their place: θ = φ(w).
+
+A weight that is normalised or masked, a rate that is kept positive, one minus the share of a gate: data do not enter,
+so that the rows with respect to θ, found as those of a parameter, have only to be pulled back through φ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+LEAF = "torch::autograd::AccumulateGrad"
+
+_PRODUCTS = {"Mm", "Bmm", "Mv", "Dot", "Addmm"}
+"""Operators that mix entries: with a constant among their arguments they are a layer that is applied to data."""
+
+_PURE = _PRODUCTS | {
+    *("Exp", "Expm1", "Log", "Log1P", "Softplus", "Sigmoid", "LogSigmoid", "Tanh", "Neg", "Pow", "Rsub", "Sqrt"),
+    *("Rsqrt", "Reciprocal", "Abs", "Relu", "Sin", "Cos", "Clamp", "ClampMin", "Square", "Softmax", "Where", "Elu"),
+    *("View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Permute", "T", "Transpose", "Select"),
+    *("Slice", "Clone", "Alias", "Cat", "Stack", "Split", "Unbind", "ToCopy", "Tril", "Triu", "Diagonal", "Repeat"),
+    *("Sum", "Mean", "LinalgVectorNorm", "Norm", "WeightNormInterface", "Mul", "Div", "Add", "Sub"),
+}
+"""Autograd nodes, by the name of their operator, that what is derived from parameters may consist of."""
+
+_BLOCK = 2**22
+"""Entries of rows that are pulled back at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A tensor θ that is a function of parameters.
+
+    Attributes:
+        node, number: the node of autograd's graph that computes it, and which of its outputs it is.
+        shape: of θ.
+        parameters: positions of those that it depends on.
+    """
+
+    node: Any
+    number: int
+    shape: torch.Size
+    parameters: frozenset[int]
+
+    def pull_back(self, rows: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """From rows (N, entries) with respect to θ to those of each parameter: position and (N, entries)."""
+        positions = sorted(self.parameters)
+        dtype = self.node._input_metadata[self.number].dtype
+        made: list[tuple[Tensor, ...]] = []
+        for block in rows.split(max(1, _BLOCK // max(rows.shape[1], 1))):
+            weights = block.to(dtype).reshape(-1, *self.shape)
+            made.append(
+                torch.autograd.grad(
+                    [GradientEdge(self.node, self.number)],
+                    [tensors[at] for at in positions],
+                    [weights],
+                    retain_graph=True,
+                    is_grads_batched=True,
+                )
+            )
+        for at, *pieces in zip(positions, *made, strict=True):
+            yield at, torch.cat([piece.reshape(len(piece), -1).double() for piece in pieces])
+
+
+def derived_nodes(outputs: Sequence[Tensor], position: dict[int, int]) -> dict[Any, frozenset[int]]:
+    """The nodes of a graph that compute something from parameters alone, with the positions of these.
+
+    Args:
+        outputs: where the graph begins.
+        position: of each parameter, by its id.
+    """
+    found: dict[Any, frozenset[int] | None] = {None: frozenset()}
+    waiting = [z.grad_fn for z in outputs]
+    while waiting:
+        node = waiting[-1]
+        if node in found:
+            waiting.pop()
+            continue
+        if node.name() == LEAF:
+            at = position.get(id(node.variable))
+            found[node] = None if at is None else frozenset([at])
+            continue
+        missing = [parent for parent, _ in node.next_functions if parent not in found]
+        if missing:
+            waiting += missing
+            continue
+        found[node] = _made_of(node, found)
+    return {node: made for node, made in found.items() if made and node.name() != LEAF}
+
+
+def _made_of(node: Any, found: dict[Any, frozenset[int] | None]) -> frozenset[int] | None:
+    """The parameters that a node's result depends on; None where it depends on something else."""
+    name = node.name().partition("Backward")[0]
+    if name not in _PURE:
+        return None
+    made: set[int] = set()
+    entries, constants = 0, False
+    for parent, number in node.next_functions:
+        own = found[parent]
+        if own is None:
+            return None
+        made |= own
+        constants |= parent is None
+        if parent is not None:
+            entries = max(entries, _shape(parent, number).numel())
+    # What a constant or an expansion makes larger has rows for data, which are those of a use.
+    larger = max(torch.Size(output.shape).numel() for output in node._input_metadata) > entries
+    if (constants and (larger or name in _PRODUCTS)) or (larger and name in ("Expand", "Repeat")):
+        return None
+    return frozenset(made)
+
+
+def _shape(node: Any, number: int) -> torch.Size:
+    return node.variable.shape if node.name() == LEAF else torch.Size(node._input_metadata[number].shape)

@@ -1,0 +1,133 @@
+"""Factorisations of a Jacobian of any shape, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imstep.linalg.gram import BLOCK, RowMatrix
+from imstep.linalg.gram_factor import LEAST
+from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
+from imstep.linalg.iterative import IterativeLeastSquares
+from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.reduced import ReducedLeastSquares
+from imstep.linalg.thin import ThinLeastSquares
+from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
+
+
+@dataclass(frozen=True)
+class ThinFactorisation(Factorisation):
+    """J itself, written out, as accurate as its condition allows: its singular values, or its QR factors.
+
+    Args:
+        values: length of the shorter side up to which singular values are taken, which serve all λ; above, and with no
+            fewer rows than columns, J = Q R serves all λ, and R is factorised for each: :class:`TriangularLeastSquares`.
+
+    Source: the length is our choice: of a triangle of 100 columns singular values take as long as five factorisations.
+
+    Example:
+        >>> from imstep.linalg import DenseRows
+        >>> ThinFactorisation().of(DenseRows(torch.eye(4, 3, dtype=torch.float64)), 0.0, draw=0).reduced.rank
+        3
+    """
+
+    values: int = 100
+
+    def __post_init__(self) -> None:
+        if self.values < 0:
+            raise ValueError(f"values, a number of columns, is at least 0, got {self.values}.")
+
+    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
+        count, size = jacobian.shape
+        if size <= self.values or count < size:
+            thin = ThinLeastSquares(jacobian.written_out())
+            return StepSpace(thin, thin.vector)
+        triangular = TriangularLeastSquares(BlockQR(jacobian.blocks(BLOCK)))
+        return StepSpace(triangular, triangular.vector)
+
+
+@dataclass(frozen=True)
+class SketchedFactorisation(Factorisation):
+    """Few columns of K = J Jᵀ; where they do not do, they precondition conjugate gradients with J.
+
+    Args:
+        columns: at most, >= 1.
+
+    Cost: with k columns N k² operations and (2 N + n) k numbers, nothing of N² or N n; 4 N k a correction, or some ten
+        to two hundred products with J and Jᵀ. :class:`IterativeLeastSquares`.
+
+    Source: the number is our choice.
+
+    Example:
+        >>> from imstep.linalg import DenseRows
+        >>> J = DenseRows(torch.eye(400, 300, dtype=torch.float64))
+        >>> SketchedFactorisation(columns=50).of(J, 0.0, draw=0).reduced.kind
+        'sketch'
+    """
+
+    columns: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError(f"columns is at least 1, got {self.columns}.")
+
+    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
+        found = partial_cholesky(jacobian.gram(), tolerance, most=self.columns)
+        if found.remainder <= tolerance:
+            return gram_space(jacobian, ReducedLeastSquares(found))
+        iterative = IterativeLeastSquares(jacobian, found)
+        return StepSpace(iterative, iterative.vector)
+
+
+@dataclass(frozen=True)
+class ByShape(Factorisation):
+    """The cheapest way that a Jacobian's shape, memory and λ allow.
+
+    1. With one side up to ``narrow`` and entries up to ``entries``, as in a fit with few parameters: the singular
+       values of J, which tell small steps from rounding: :class:`ThinFactorisation`.
+    2. Few columns of J Jᵀ while they do, as by :class:`PivotedCholesky`: no more than make the next ways cheaper.
+    3. All of J Jᵀ where J has fewer rows than columns, :class:`DenseFactorisation`; else the QR factors of J.
+    4. Where that does not fit ``memory``, conjugate gradients that the few columns precondition:
+       :class:`SketchedFactorisation`.
+
+    Args:
+        wide: for all shapes but those of 1; None to go on to 2.
+        narrow, entries: the bounds, >= 0; both are our choice.
+        memory: bytes for all of J Jᵀ, or J written out, and what their factorisation takes beside; >= 0.
+
+    Example:
+        >>> from imstep.linalg import DenseRows
+        >>> ByShape().of(DenseRows(torch.eye(400, 2, dtype=torch.float64)), 0.0, draw=0).reduced.rank
+        2
+    """
+
+    wide: Factorisation | None = None
+    narrow: int = 100
+    entries: int = 2**20
+    memory: int = 2**31
+
+    def __post_init__(self) -> None:
+        if self.wide is not None and not isinstance(self.wide, Factorisation):
+            raise TypeError(f"wide must be a Factorisation, got {self.wide!r}.")
+        if min(self.narrow, self.entries, self.memory) < 0:
+            raise ValueError(
+                f"narrow, entries and memory are at least 0, got {self.narrow}, {self.entries} and {self.memory}."
+            )
+
+    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
+        count, size = jacobian.shape
+        if min(count, size) <= self.narrow and count * size <= self.entries:
+            return ThinFactorisation(values=self.narrow).of(jacobian, tolerance, draw)
+        if self.wide is not None:
+            return self.wide.of(jacobian, tolerance, draw)
+        # J with the reflections over it, and its triangle with what a λ makes of that; or K, its copy and its factor.
+        numbers = 2 * count * size + 6 * size**2 if size <= count else 3 * count**2
+        if 8 * numbers > self.memory:
+            return SketchedFactorisation().of(jacobian, tolerance, draw)
+        whole: Factorisation = ThinFactorisation() if size <= count else DenseFactorisation()
+        if tolerance >= LEAST * jacobian.squared_norm():
+            # About what costs as much as QR factors of J, or Cholesky's factorisation of K.
+            most = min(round(count / 3), size // 2)
+            found = partial_cholesky(jacobian.gram(), tolerance, most=most)
+            if found.remainder <= tolerance:
+                return gram_space(jacobian, ReducedLeastSquares(found))
+        return whole.of(jacobian, tolerance, draw)

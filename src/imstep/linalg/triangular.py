@@ -1,0 +1,113 @@
+"""Damped least squares by a triangular factor of a Jacobian that is met in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from imstep.linalg.reduced import DampedLeastSquares
+
+
+class BlockQR:
+    """J = Q R by Householder's reflections, block of rows after block: R of the first, then of R over the next, ...
+
+    Args:
+        blocks: rows of J from above, (m, n) each, the first with m >= n; float64, finite. None is kept.
+
+    Attributes:
+        triangle: R, (n, n).
+
+    Cost: 2 N n² operations, and as many as for n rows more with each block after the first; as many numbers as these
+        rows have.
+
+    Source: Demmel, Grigori, Hoemmen and Langou, SIAM J. Sci. Comput. 34 (2012), A206-A239, sequential TSQR.
+    """
+
+    def __init__(self, blocks: Iterable[Tensor]) -> None:
+        self._reflections: list[tuple[Tensor, Tensor]] = []
+        above: list[Tensor] = []
+        for block in blocks:
+            made = torch.geqrf(torch.cat([*above, block]))
+            self._reflections.append((made.a, made.tau))
+            above = [made.a[: block.shape[1]].triu()]
+        (self.triangle,) = above
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Qᵀ v, (n,) of (N,)."""
+        size, above, start = len(self.triangle), vector[:0, None], 0
+        for a, tau in self._reflections:
+            end = start + len(a) - len(above)
+            above = torch.ormqr(a, tau, torch.cat([above, vector[start:end, None]]), transpose=True)[:size]
+            start = end
+        return above[:, 0]
+
+    def lift(self, vector: Tensor) -> Tensor:
+        """Q v, (N,) of (n,)."""
+        pieces, size = [], len(vector)
+        above = vector[:, None]
+        for a, tau in reversed(self._reflections):
+            whole = torch.ormqr(a, tau, torch.cat([above, above.new_zeros(len(a) - size, 1)]))
+            above = whole[:size]
+            pieces.append(whole[size:])
+        return torch.cat([above, *reversed(pieces)])[:, 0]
+
+
+class TriangularLeastSquares(DampedLeastSquares):
+    """Damped least squares from J = Q R, whose coordinates are the entries of d.
+
+        [R; √λ I] = Q' R',   u' = -R'⁻¹ Q'ᵀ [Qᵀρ; √λ u]
+
+    Neither JJᵀ nor JᵀJ, which have the square of J's condition, is formed. One factorisation of J serves all λ; each λ
+    takes another of R.
+
+    Args:
+        qr: of J, N >= n.
+
+    Cost: 10 n³/3 operations for each new λ, 4 N n for each ρ.
+
+    Source: Golub and Van Loan, Matrix Computations (2013), section 6.1.4.
+
+    Example:
+        >>> J = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+        >>> problem = TriangularLeastSquares(BlockQR([J]))
+        >>> problem.solve(torch.tensor([3.0, 2.0, 5.0]).double(), torch.zeros(2).double(), 1.0)
+        tensor([-0.9000, -1.0000], dtype=torch.float64)
+    """
+
+    kind = "triangular"
+
+    def __init__(self, qr: BlockQR) -> None:
+        self._qr = qr
+        super().__init__(len(qr.triangle))
+        self._free = qr.triangle.any(0)  # an entry that nothing depends on stays where it is
+        self._damping, self._damped = -1.0, (qr.triangle, qr.triangle[0])
+
+    def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
+        a, tau = self._factor(damping)
+        right = torch.cat([self._qr.project(residuals), damping**0.5 * coordinates])[:, None]
+        right = torch.ormqr(a, tau, right, transpose=True)[: self.rank]
+        return -torch.linalg.solve_triangular(a[: self.rank].triu(), right, upper=True)[:, 0] * self._free
+
+    def image(self, coordinates: Tensor) -> Tensor:
+        return self._qr.lift(self._qr.triangle @ coordinates)
+
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        return first.mT @ second
+
+    def dual_norm(self, gradient: Tensor, damping: float) -> float:
+        upper = self._factor(damping)[0][: self.rank].triu()
+        return float(torch.linalg.solve_triangular(upper.mT, gradient[:, None], upper=False).norm())
+
+    def vector(self, coordinates: Tensor) -> Tensor:
+        """d, (n,)."""
+        return coordinates
+
+    def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Reflections, over R', of [R; √λ I]; those of the last λ are kept."""
+        if damping != self._damping:
+            root = damping**0.5 * torch.eye(self.rank, dtype=self._qr.triangle.dtype, device=self._free.device)
+            made = torch.geqrf(torch.cat([self._qr.triangle, root]))
+            self._damping, self._damped = damping, (made.a, made.tau)
+        return self._damped

@@ -1,0 +1,246 @@
+"""Known second-order methods by name: functions that put the parts of `imstep` together as a paper has them.
+
+Each returns a configured :class:`~imstep.NewtonKrylov`; ``optimizer.step(closure)`` takes a step. Keyword arguments are
+those of its constructor, in place of the method's own.
+
+Example:
+    >>> import torch
+    >>> from imstep import methods
+    >>> w = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    >>> optimizer = methods.cubic_regularization([w])
+    >>> for _ in range(100):
+    ...     loss = optimizer.step(lambda: (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2)
+    >>> [round(x, 6) for x in w.tolist()]
+    [1.0, 1.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.globalization import AdaptiveCubic, Armijo, FixedStep, LevenbergMarquardt, NoDamping, TrustRegion
+from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
+from imstep.optim.forcing import FixedProducts, ResidualForcing
+from imstep.optim.globalized import CubicRegularization, PreconditionedGradient, SaddleFree
+from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
+from imstep.optim.preconditioning import Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.solving import ConjugateGradient, Direct, GeneralizedLanczos, MinimalResidual
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "cubic_regularization",
+    "gauss_newton",
+    "hessian_free",
+    "kfac",
+    "levenberg_marquardt",
+    "natural_gradient",
+    "newton",
+    "newton_cg",
+    "newton_mr",
+    "nystrom_newton_cg",
+    "saddle_free_newton",
+    "trust_region",
+]
+
+
+def newton(
+    params: Iterable[Any], indefinite: IndefiniteRule | None = None, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Newton's method with the dense Hessian, made positive definite where it is not, and a backtracking search.
+
+        d = -V diag(1/θ') Vᵀ g,   θ' from the eigenvalues θ by ``indefinite``
+
+    Args:
+        params: parameters or parameter groups, at most 4,096 numbers.
+        indefinite: what stands for the eigenvalues: :class:`~imstep.linalg.AbsoluteEigenvalues`, the default, or
+            :class:`~imstep.linalg.ShiftedEigenvalues`.
+
+    Cost: n products and an eigenvalue problem of size n a step.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), section 3.4.
+    """
+    solver = Direct(indefinite=indefinite or AbsoluteEigenvalues())
+    return _exact(params, {"solver": solver, "step": Armijo()}, options)
+
+
+def newton_cg(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Truncated Newton: conjugate gradients on the Hessian until the residual is small, then a backtracking search.
+
+        ‖H d + g‖ <= min(1/2, ‖g‖^(1/2)) ‖g‖, or until pᵀHp <= 0
+
+    Cost: a product an iteration.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 7.1; Nash, J. Comput. Appl. Math. 124
+        (2000). ‖g‖ counts relative to the largest met, so that no unit matters.
+    """
+    return _exact(params, {"solver": ConjugateGradient(), "step": Armijo()}, options)
+
+
+def newton_mr(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Newton-MR: minimal residuals on the Hessian until the residual is small or curvature is not positive.
+
+    Cost: a product an iteration.
+
+    Source: Liu and Roosta, SIAM J. Optim. 32 (2022), arXiv 2206.05732.
+    """
+    return _exact(params, {"solver": MinimalResidual(), "step": Armijo()}, options)
+
+
+def trust_region(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """A trust region on the Hessian: the model's minimiser within a radius that follows its success.
+
+    Args:
+        params: parameters or parameter groups.
+        **options: ``solver`` is the subproblem's: ``GeneralizedLanczos()`` by default, ``SteihaugToint()``,
+            ``Dogleg()``, ``TwoDimensionalSubspace()``, or ``Direct()`` for Moré and Sorensen's exact one.
+
+    Cost: a product an iteration.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 4.1; Gould et al., SIAM J. Optim. 9 (1999).
+    """
+    return _exact(params, {"solver": GeneralizedLanczos(), "step": TrustRegion()}, options)
+
+
+def cubic_regularization(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Adaptive cubic regularisation, ARC: the minimiser of the model and σ‖d‖³/3 over a Krylov space.
+
+    Cost: a product an iteration; up to 32 parameters the subproblem is solved exactly.
+
+    Source: Cartis, Gould and Toint, Mathematical Programming 127 (2011), 245-295.
+    """
+    return _exact(params, {"solver": CubicRegularization(), "step": AdaptiveCubic()}, options)
+
+
+def saddle_free_newton(
+    params: Iterable[Any], dimension: int = 64, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Saddle-free Newton: -(|H| + λI)⁻¹ g over a Krylov space.
+
+    Args:
+        params: parameters or parameter groups.
+        dimension: of the space, at most.
+
+    Cost: a product an iteration.
+
+    Source: Dauphin et al., NeurIPS 2014 (arXiv 1406.2572), Algorithm 1; their λ, chosen by trial, is Levenberg's and
+        Marquardt's here, with a backtracking search.
+    """
+    method: NewtonKrylovOptions = {
+        "solver": SaddleFree(dimension),
+        "damping": LevenbergMarquardt(),
+        "step": Armijo(),
+    }
+    return _exact(params, method, options)
+
+
+def gauss_newton(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Gauss-Newton by conjugate gradients with a backtracking search; the Hessian where the loss has no convex end.
+
+    Source: Schraudolph, Neural Computation 14 (2002), 1723-1738; Nocedal and Wright, section 10.3.
+    """
+    return _convex(params, {"step": Armijo()}, options)
+
+
+def levenberg_marquardt(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Gauss-Newton damped by λI, with λ raised after bad steps and lowered after good ones; no search along a line.
+
+    For sums of squares with few parameters or few residuals :class:`imstep.LeastSquares` is the faster one.
+
+    Source: Marquardt, J. SIAM 11 (1963), 431-441.
+    """
+    method: NewtonKrylovOptions = {
+        "damping": LevenbergMarquardt(),
+        "step": TrustRegion(),
+        "forcing": ResidualForcing(eta=1e-8),
+    }
+    return _convex(params, method, options)
+
+
+def hessian_free(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Martens' Hessian-free optimisation: Gauss-Newton, warm-started conjugate gradients, λ by 3/2 and 2/3.
+
+    Conjugate gradients are preconditioned by squared gradients to the power 3/4, and end where progress stalls.
+
+    Source: Martens, ICML 2010, section 4; backtracking along the last solution only, not over stored iterates.
+    """
+    method: NewtonKrylovOptions = {
+        "solver": ConjugateGradient(warm_start=0.95),
+        "forcing": ResidualForcing(eta=1e-6),
+        "damping": LevenbergMarquardt(factor=1.5),
+        "preconditioning": SquaredGradients(power=0.75),
+        "step": Armijo(),
+    }
+    return _convex(params, method, options)
+
+
+def natural_gradient(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Natural gradient descent: -(F + λI)⁻¹ g with the exact Fisher matrix F, by conjugate gradients.
+
+    For squared errors, cross-entropies and the other likelihoods in their natural parameters F is the Gauss-Newton
+    matrix of the loss, which is what is used.
+
+    Source: Amari, Neural Computation 10 (1998); Martens, JMLR 21 (2020), number 146, section 9, for the equality.
+    """
+    return _convex(params, {"damping": LevenbergMarquardt(), "step": Armijo()}, options)
+
+
+def kfac(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """K-FAC: Kronecker factors alone give the direction; the exact model gives its length and the momentum.
+
+        [α, β] = argmin over α d + β e of the damped model,   d = -P g,   e the last step
+
+    Cost: two products a step.
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 6.4 and 7; factors of Gauss-Newton.
+    """
+    method: NewtonKrylovOptions = {
+        "solver": PreconditionedGradient(),
+        "forcing": FixedProducts(1),
+        "damping": LevenbergMarquardt(initial=1.0, factor=1.2),
+        "preconditioning": Kronecker(),
+        "step": FixedStep(),
+        "momentum": True,
+    }
+    return _convex(params, method, options)
+
+
+def nystrom_newton_cg(
+    params: Iterable[Any], rank: int = 60, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """NysNewton-CG: conjugate gradients on the Hessian, preconditioned by a randomised low-rank approximation.
+
+    Args:
+        params: parameters or parameter groups.
+        rank: of the approximation.
+
+    Source: Rathore et al., ICML 2024 (arXiv 2402.01868), Algorithm 4 and its defaults: rank 60, made anew every 20
+        steps, Armijo search.
+    """
+    method: NewtonKrylovOptions = {
+        "preconditioning": Nystrom(rank=rank, every=20),
+        "damping": LevenbergMarquardt(),
+        "step": Armijo(),
+    }
+    return _exact(params, method, options)
+
+
+def _exact(params: Iterable[Any], method: NewtonKrylovOptions, options: NewtonKrylovOptions) -> NewtonKrylov:
+    """On the Hessian, undamped and without a preconditioner unless the method or the user says otherwise."""
+    configuration: NewtonKrylovOptions = {
+        "curvature": ExactHessian(),
+        "forcing": ResidualForcing(),
+        "damping": NoDamping(),
+        "preconditioning": NoPreconditioning(),
+    }
+    configuration.update(method)
+    configuration.update(options)
+    return NewtonKrylov(params, **configuration)
+
+
+def _convex(params: Iterable[Any], method: NewtonKrylovOptions, options: NewtonKrylovOptions) -> NewtonKrylov:
+    """The same on Gauss-Newton."""
+    return _exact(params, {"curvature": GaussNewtonFirst(close=0.0), **method}, options)

@@ -1,0 +1,100 @@
+"""What callers of :func:`minimize` bring, in the form in which it is needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imstep.optim.minimize_result import IntermediateResult
+from imstep.optim.record import StepRecord
+from imstep.optim.stationarity import MATRIX_LIMIT
+
+SPREAD = 1e4
+"""Ratio of the largest entry of x0 to the smallest from which, among few, their sizes are taken for their units."""
+
+
+def start_of(x0: Any) -> Tensor:
+    """x0 as a tensor of real numbers."""
+    try:
+        start = torch.as_tensor(x0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"x0 must be one tensor or what torch.as_tensor makes one of, got {type(x0).__name__}. Join several "
+            "tensors by torch.cat([t.reshape(-1) for t in tensors]), and take x apart in the function by "
+            "x.split(sizes); or step an optimizer, which takes any parameters: imstep.NewtonKrylov(tensors)."
+        ) from error
+    if not start.is_floating_point():
+        pairs = "Pass torch.view_as_real(x0) and join the pairs in the function by torch.view_as_complex."
+        remedy = pairs if start.is_complex() else "Convert it with .double()."
+        raise TypeError(f"x0 has dtype {start.dtype}; it must be real floating point. {remedy}")
+    if start.numel() == 0:
+        raise ValueError(f"x0 of shape {tuple(start.shape)} has no entries: there is nothing to vary.")
+    return start
+
+
+def units_of(scale: Any, start: Tensor, guess: bool) -> Tensor:
+    """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
+    if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
+        sizes = start.detach().abs()
+        if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
+            scale = sizes
+    units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
+    if units.dim() and units.shape != start.shape:
+        raise ValueError(
+            f"scale has shape {tuple(units.shape)}, x0 {tuple(start.shape)}. Give one number, or one for each entry."
+        )
+    if not bool(((units > 0) & units.isfinite()).all()):
+        raise ValueError("scale must be positive and finite. Put 1 where an entry's size is not known.")
+    return units
+
+
+def told(
+    callback: Callable[..., bool | None] | None, point: Callable[[], Tensor]
+) -> Callable[[float, list[StepRecord]], bool]:
+    """Whether the callback, told of a step in the way that it asks for, wants to stop."""
+    if callback is None:
+        return lambda loss, records: False
+    by_name = list(inspect.signature(callback).parameters) == ["intermediate_result"]
+
+    def stops(loss: float, records: list[StepRecord]) -> bool:
+        x = point().detach().clone()
+        try:
+            if by_name:
+                result = IntermediateResult(x, loss, len(records), records[-1])
+                return callback(intermediate_result=result) is True
+            return callback(x) is True
+        except StopIteration:
+            return True
+
+    return stops
+
+
+def check_options(given: Iterable[str], method: str, optimizer: type) -> None:
+    """Raise for options that an optimizer's constructor does not have."""
+    known = [name for name in inspect.signature(optimizer.__init__).parameters if name not in ("self", "params", "box")]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(
+            f"minimize has no option {unknown[0]!r} with method {method!r}. Derivatives are its own, and further "
+            f"arguments go into the function: lambda x: fun(x, a). Beside those of its signature it takes the options "
+            f"of {optimizer.__name__}: {', '.join(known)}."
+        )
+
+
+def value_of(fun: Callable[[Tensor], Tensor], by_squares: bool) -> Callable[[Tensor], Tensor]:
+    """The function, which refuses a vector of residuals by name where it is to be a sum of squares."""
+
+    def value(x: Tensor) -> Tensor:
+        found = fun(x)
+        if by_squares and isinstance(found, Tensor) and found.numel() > 1:
+            raise ValueError(
+                f"fun returned {found.numel()} numbers; least squares take the sum of their squares, in which they are "
+                "found again. Return residuals.square().sum()."
+            )
+        return found
+
+    return value

@@ -1,0 +1,142 @@
+"""Solvers of a step beyond conjugate gradients: cubic terms, sizes of eigenvalues, planes, preconditioners alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from imstep.linalg import (
+    KrylovStatus,
+    cubic_regularization,
+    dense_cubic_regularization,
+    dogleg,
+    saddle_free,
+    two_dimensional_subspace,
+)
+from imstep.linalg.result import measured_result
+from imstep.optim.direction import Direction, descent
+from imstep.optim.solving import ConjugateGradient, NewtonSystem, Solver, in_ball
+
+
+@dataclass(frozen=True)
+class CubicRegularization(Solver):
+    """The minimiser of gᵀd + dᵀ(A + λI)d/2 + σ‖d‖³/3 over a Krylov space; the step search gives σ.
+
+    With :class:`~imstep.globalization.AdaptiveCubic` it is the ARC method; with
+    :class:`~imstep.globalization.TaylorMonitor`, σ is half the third derivative that the monitor measures. Before there
+    is a σ, as :class:`ConjugateGradient`.
+
+    Args:
+        exact: up to this number of parameters the matrix itself is decomposed, for n products; >= 0.
+
+    Source: Cartis, Gould and Toint, Mathematical Programming 127 (2011), 245-295; Nesterov and Polyak, Mathematical
+        Programming 108 (2006), 177-205.
+    """
+
+    exact: int = 32
+
+    def __post_init__(self) -> None:
+        if self.exact < 0:
+            raise ValueError(f"exact, a number of parameters, is at least 0, got {self.exact}.")
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        if not 0 < system.sigma < math.inf:
+            return ConjugateGradient().solve(system)
+        operator, rhs = system.operator, -system.gradient
+        if operator.size <= self.exact:
+            result = dense_cubic_regularization(operator, rhs, system.sigma, damping=system.damping)
+        else:
+            result = cubic_regularization(
+                operator,
+                rhs,
+                system.sigma,
+                damping=system.damping,
+                preconditioner=system.preconditioner,
+                stopping=system.stopping,
+            )
+        return descent(operator, system.gradient, result)
+
+
+@dataclass(frozen=True)
+class SaddleFree(Solver):
+    """-(|A| + λI)⁻¹ g over a Krylov space: eigenvalues count by their sizes.
+
+    Args:
+        dimension: of the space, at most; >= 1.
+
+    Source: Dauphin et al., NeurIPS 2014 (arXiv 1406.2572), Algorithm 1.
+    """
+
+    dimension: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dimension < 1:
+            raise ValueError(f"dimension, of the Krylov space, is at least 1, got {self.dimension}.")
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        result = saddle_free(
+            system.operator,
+            -system.gradient,
+            damping=system.damping,
+            stopping=system.stopping,
+            dimension=self.dimension,
+        )
+        return descent(system.operator, system.gradient, result)
+
+
+@dataclass(frozen=True)
+class Dogleg(Solver):
+    """The dogleg path within the step search's radius; before there is a radius, as :class:`ConjugateGradient`.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), section 4.1.
+    """
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        return in_ball(dogleg, system)
+
+
+@dataclass(frozen=True)
+class TwoDimensionalSubspace(Solver):
+    """The best step within the radius in the plane of the gradient and Newton's direction.
+
+    Before there is a radius, as :class:`ConjugateGradient`.
+
+    Source: Byrd, Schnabel and Shultz, Mathematical Programming 40 (1988), 247-263.
+    """
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        return in_ball(two_dimensional_subspace, system)
+
+
+@dataclass(frozen=True)
+class PreconditionedGradient(Solver):
+    """-α P g: a step of the preconditioner alone, as long as the exact curvature along it says.
+
+        d = -P g,   α = -gᵀd / dᵀ(A + λI)d,   or 1 where the curvature is not positive
+
+    With ``momentum=True`` of the optimizer, length and share of the last step come from the exact model together. One
+    product.
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 6.4 and 7, for Kronecker factors.
+    """
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        b = -system.gradient
+        direction = b if system.preconditioner is None else system.preconditioner.matvec(b)
+        image = system.operator.matvec(direction)
+        slope = float(b @ direction)
+        curvature = float(direction @ image) + system.damping * float(direction @ direction)
+        share = slope / curvature if curvature > 0 else 1.0
+        solution, product = share * direction, share * image
+        residual = b - product - system.damping * solution
+        result = measured_result(
+            system.damping,
+            solution,
+            product,
+            status=KrylovStatus.MAX_ITERATIONS,
+            iterations=1,
+            products=1,
+            residual_norm=float(residual.norm()),
+            decreases=(0.0, share * slope - share * share * curvature / 2),
+        )
+        return descent(system.operator, system.gradient, result)

@@ -1,0 +1,341 @@
+"""Rows of Jacobians for the networks that physics-informed training uses, against one backward pass per residual."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from curvature_cases import F64, normal, relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from imstep import pde
+from imstep.curvature import ResidualJacobian
+
+Terms = list[Tensor]
+POINTS = normal(13, 2)
+
+
+def slopes(u: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+def nested(net: Callable[[Tensor], Tensor], x: Tensor = POINTS) -> Terms:
+    """u_t + u u_x - u_xx, by nested calls of autograd, and values at other points."""
+    x = x.clone().requires_grad_()
+    u = net(x)
+    d = slopes(u, x)
+    equation = d[:, 1:] + u * d[:, :1] - slopes(d[:, 0], x)[:, :1]
+    return [equation, net(normal(5, 2, seed=9)) - 1]
+
+
+def forward(net: Callable[[Tensor], Tensor]) -> Terms:
+    """The same by forward propagation."""
+    e = pde.expand(net, POINTS, second=[0])
+    assert e.second is not None
+    equation = e.first[..., 1] + e.value * e.first[..., 0] - e.second[..., 0]
+    return [equation, net(normal(5, 2, seed=9)) - 1]
+
+
+class Net(nn.Module):
+    """Two hidden layers, what a network of each kind is made of."""
+
+    def __init__(self, inputs: int = 2, width: int = 6, outputs: int = 1) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, width), nn.Linear(width, width)
+        self.last = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Sine(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sin(3 * self.second(torch.sin(3 * self.first(x)))))
+
+
+class Fourier(Net):
+    def __init__(self, trainable: bool) -> None:
+        super().__init__(inputs=8)
+        B = normal(2, 4, seed=3)
+        self.B = nn.Parameter(B) if trainable else B
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.B
+        return super().forward(torch.cat([z.cos(), z.sin()], -1))
+
+
+class Periodic(Net):
+    """The period in time is trained; values at the boundary are built in."""
+
+    def __init__(self) -> None:
+        super().__init__(inputs=4)
+        self.rate = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, t = x[..., :1], x[..., 1:]
+        z = torch.cat([torch.cos(math.pi * y), torch.sin(math.pi * y), (self.rate * t).cos(), (self.rate * t).sin()], -1)
+        return torch.sin(math.pi * y) + t * (1 - y**2) * super().forward(z)
+
+
+class Modified(Net):
+    """Two encoders mixed by gates, and residual connections with a trainable share, as in PirateNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v, self.lift = nn.Linear(2, 6), nn.Linear(2, 6), nn.Linear(2, 6)
+        self.alpha = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v, h = torch.tanh(self.u(x)), torch.tanh(self.v(x)), torch.tanh(self.lift(x))
+        f = torch.tanh(self.second(h))
+        g = f * u + (1 - f) * v
+        h = self.alpha * g + (1 - self.alpha) * h
+        return self.last(h)
+
+
+class Adaptive(Net):
+    """Slopes of activations: one for all, one for each layer, one for each unit."""
+
+    def __init__(self, *shape: int, times: float = 5.0) -> None:
+        super().__init__()
+        self.a, self.b, self.times = nn.Parameter(0.2 + torch.zeros(shape)), nn.Parameter(torch.ones(1)), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.times * self.a * self.first(x))
+        return self.last(torch.tanh(self.a * (self.times * self.b.exp()) * self.second(h)))
+
+
+class Normalised(Net):
+    def __init__(self, kind: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.other = kind(6), kind(6)
+        for p in (*self.norm.parameters(), *self.other.parameters()):
+            nn.init.normal_(p, 1.0, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.first(x)))
+        return self.last(torch.tanh(self.other(self.second(h))))
+
+
+class Factorised(nn.Module):
+    """Random weight factorisation: W = diag(exp s) V."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.V = nn.ParameterList([normal(2, 6), normal(6, 6, seed=1), normal(6, 1, seed=2)])
+        self.s = nn.ParameterList([0.3 * normal(6), 0.3 * normal(6, seed=1), 0.3 * normal(1, seed=2)])
+        self.b = nn.ParameterList([normal(6), normal(6, seed=1), normal(1, seed=2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for at, (V, s, b) in enumerate(zip(self.V, self.s, self.b, strict=True)):
+            x = x @ (V * s.exp()) + b
+            x = torch.tanh(x) if at < 2 else x
+        return x
+
+
+def weight_normed() -> nn.Module:
+    net = Net()
+    parametrizations.weight_norm(net.first)
+    parametrizations.weight_norm(net.second, dim=1)
+    return net
+
+
+def old_weight_normed() -> nn.Module:
+    net = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.second)
+    return net
+
+
+class LowRank(Net):
+    """W + A B, on frozen W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.requires_grad_(False)
+        self.A, self.B = nn.Parameter(normal(6, 2)), nn.Parameter(normal(2, 6, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.second.weight + self.A @ self.B
+        return self.last(torch.tanh(nn.functional.linear(torch.tanh(self.first(x)), W, self.second.bias)))
+
+
+class Masked(Net):
+    """Weights times a constant mask; a positive output scale; a slope chosen from a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = (normal(6, 6, seed=5) > 0).to(normal(1).dtype)
+        self.scale, self.c = nn.Parameter(normal(1)), nn.Parameter(normal(3, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(nn.functional.linear(torch.tanh(self.c[1] * self.first(x)), self.second.weight * self.mask))
+        return nn.functional.softplus(self.scale) * self.last(h) / self.c[2:] + self.c[:1].expand(len(x), 1)
+
+
+class Einsum(Net):
+    """Weights that are applied by einsum, as a vector, and to three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.w = nn.Parameter(normal(6, 5)), nn.Parameter(normal(5, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("ni,io->no", torch.tanh(self.first(x)), self.W)
+        return (torch.tanh(h) @ self.w)[..., None]
+
+
+def radial() -> tuple[nn.Module, Callable[[], Terms]]:
+    module = nn.Module()
+    module.centres, module.widths = nn.Parameter(normal(7, 2)), nn.Parameter(normal(7, seed=1))
+    module.c = nn.Parameter(normal(7, seed=2))
+
+    def net(x: Tensor) -> Tensor:
+        distance = (x[..., None, :] - module.centres).square().sum(-1)
+        return ((-distance * module.widths.exp()).exp() @ module.c)[..., None]
+
+    return module, lambda: nested(net)
+
+
+def inverse(scale: Callable[[Tensor], Tensor]) -> Callable[[], tuple[nn.Module, Callable[[], Terms]]]:
+    """A coefficient of the equation that is trained, and data."""
+
+    def make() -> tuple[nn.Module, Callable[[], Terms]]:
+        net = Net()
+        net.nu, net.speed = nn.Parameter(torch.tensor([0.3, 0.7])), nn.Parameter(torch.tensor(1.5))
+
+        def terms() -> Terms:
+            x = POINTS.clone().requires_grad_()
+            u = net(x)
+            d = slopes(u, x)
+            bent = slopes(d[:, 0], x)[:, :1]
+            return [d[:, 1:] + net.speed * u * d[:, :1] - scale(net.nu)[0] * bent + u / scale(net.nu)[1], u - x[:, :1]]
+
+        return net, terms
+
+    return make
+
+
+def navier_stokes(join: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[], tuple[nn.Module, Callable[[], Terms]]]:
+    """Velocity and pressure: three equations at each point."""
+
+    def make() -> tuple[nn.Module, Callable[[], Terms]]:
+        net = Net(outputs=3)
+
+        def terms() -> Terms:
+            e = pde.expand(net, POINTS, laplacian=[0, 1])
+            assert e.laplacian is not None
+            (u, v, _), first, bent = e.value.unbind(-1), e.first, e.laplacian
+            equations = [
+                u * first[:, 0, 0] + v * first[:, 0, 1] + first[:, 2, 0] - 0.01 * bent[:, 0],
+                u * first[:, 1, 0] + v * first[:, 1, 1] + first[:, 2, 1] - 0.01 * bent[:, 1],
+                first[:, 0, 0] + first[:, 1, 1],
+            ]
+            return [*join(equations), net(normal(5, 2, seed=9))[:, :2]]
+
+        return net, terms
+
+    return make
+
+
+def of(make: Callable[[], nn.Module], residuals: Callable[[nn.Module], Terms] = nested) -> Callable[[], object]:
+    def build() -> tuple[nn.Module, Callable[[], Terms]]:
+        net = make()
+        return net, lambda: residuals(net)
+
+    return build
+
+
+CASES = {
+    "sine layers": of(Sine),
+    "fixed Fourier features": of(lambda: Fourier(False)),
+    "trained Fourier features": of(lambda: Fourier(True)),
+    "periodic, hard boundary": of(Periodic),
+    "modified, gated": of(Modified),
+    "one slope": of(lambda: Adaptive()),
+    "slope of one entry": of(lambda: Adaptive(1)),
+    "slope a unit": of(lambda: Adaptive(6)),
+    "layer norm": of(lambda: Normalised(nn.LayerNorm)),
+    "RMS norm": of(lambda: Normalised(nn.RMSNorm)),
+    "layer norm, values only": of(lambda: Normalised(nn.LayerNorm), lambda net: [net(POINTS)]),
+    "RMS norm, values only": of(lambda: Normalised(nn.RMSNorm), lambda net: [net(POINTS)]),
+    "PReLU, values only": of(lambda: Normalised(nn.PReLU), lambda net: [net(POINTS)]),
+    "factorised weights": of(Factorised),
+    "weight norm": of(weight_normed),
+    "weight norm by a hook": of(old_weight_normed),
+    "low rank": of(LowRank),
+    "masked weights": of(Masked),
+    "einsum": of(Einsum),
+    "radial basis": radial,
+    "coefficients": inverse(lambda nu: nu),
+    "positive coefficients": inverse(torch.exp),
+    "forward: sine": of(Sine, forward),
+    "forward: trained Fourier features": of(lambda: Fourier(True), forward),
+    "forward: periodic": of(Periodic, forward),
+    "forward: gated": of(Modified, forward),
+    "forward: slopes": of(lambda: Adaptive(6), forward),
+    "forward: layer norm": of(lambda: Normalised(nn.LayerNorm), forward),
+    "forward: factorised": of(Factorised, forward),
+    "forward: weight norm": of(weight_normed, forward),
+    "Navier-Stokes, three terms": navier_stokes(list),
+    "Navier-Stokes, one column an equation": navier_stokes(lambda r: [torch.stack(r, 1)]),
+    "Navier-Stokes, one row an equation": navier_stokes(lambda r: [torch.stack(r)]),
+    "Navier-Stokes, end to end": navier_stokes(lambda r: [torch.cat(r)]),
+    "Navier-Stokes, columns end to end": navier_stokes(lambda r: [torch.cat([e[:, None] for e in r])]),
+}
+
+
+def dense(terms: Terms, params: list[nn.Parameter]) -> Tensor:
+    """∂ρ/∂w row by row, for the loss Σ mean z²."""
+    rows = []
+    for z in terms:
+        for r in ((2 / z.numel()) ** 0.5 * z).reshape(-1):
+            gradients = torch.autograd.grad(r, params, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    return torch.stack(rows)
+
+
+def built(name: str, dtype: torch.dtype = F64) -> tuple[list[nn.Parameter], Callable[[], Terms]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, terms = CASES[name]()  # type: ignore[misc]
+    params = [p for p in module.to(dtype).parameters() if p.requires_grad]
+    return params, terms
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_jacobian(name: str) -> None:
+    params, terms = built(name)
+    expected = dense(terms(), params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        J = ResidualJacobian(lambda: sum((z.square().mean() for z in terms()), torch.zeros((), dtype=F64)), params)
+    values = torch.cat([((2 / z.numel()) ** 0.5 * z).reshape(-1) for z in terms()]).detach()
+    order = torch.cdist(values[:, None], J.residuals[:, None]).argmin(1)
+    torch.testing.assert_close(J.residuals[order], values)
+    assert J.explicit == ()
+    assert relative_error(J.to_dense()[order], expected) < 1e-12
+    assert relative_error(J.gram().dense()[order][:, order], expected @ expected.mT) < 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accurate as the dtype, by the same ways."""
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "normal", lambda *shape, seed=0: normal(*shape, seed=seed).float())
+    monkeypatch.setattr(here, "POINTS", POINTS.float())
+    params, terms = built(name, torch.float32)
+    expected = dense(terms(), params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        J = ResidualJacobian(lambda: sum((z.square().mean() for z in terms()), torch.zeros(())), params)
+    values = torch.cat([((2 / z.numel()) ** 0.5 * z).reshape(-1) for z in terms()]).detach()
+    order = torch.cdist(values[:, None].double(), J.residuals[:, None]).argmin(1)
+    assert J.explicit == ()
+    assert relative_error(J.to_dense()[order], expected.double()) < 1e-4

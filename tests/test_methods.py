@@ -1,0 +1,104 @@
+"""Every known method by name: where it arrives, and what tells it from the others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imstep import NewtonKrylov, methods
+from imstep.linalg import ShiftedEigenvalues
+from imstep.optim import Direct, Dogleg, SteihaugToint, TwoDimensionalSubspace
+
+F64 = torch.float64
+
+
+def rosenbrock() -> tuple[nn.Parameter, object]:
+    w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=F64))
+    return w, lambda: (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2
+
+
+def saddle() -> tuple[nn.Parameter, object]:
+    """f = (x² - 1)²/4 + y²: a saddle at the origin, minima at (±1, 0)."""
+    w = nn.Parameter(torch.tensor([1e-3, 0.5], dtype=F64))
+    return w, lambda: (w[0] ** 2 - 1) ** 2 / 4 + w[1] ** 2
+
+
+def regression() -> tuple[nn.Module, object]:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 5, generator=generator, dtype=F64)
+    y = (X @ torch.randn(5, 3, generator=generator, dtype=F64)).argmax(1)
+    net = nn.Linear(5, 3).to(F64)
+    with torch.no_grad():
+        [p.zero_() for p in net.parameters()]
+    penalty = lambda: sum(p.square().sum() for p in net.parameters())
+    return net, lambda: F.cross_entropy(net(X), y) + 0.01 * penalty()
+
+
+def run(optimizer: NewtonKrylov, closure: object, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.step(closure)
+        if optimizer.last_step.gradient_norm < 1e-9:
+            return
+
+
+@pytest.mark.parametrize("name", sorted(methods.__all__))
+def test_each_method_finds_the_minimum_of_a_logistic_regression(name: str) -> None:
+    net, closure = regression()
+    optimizer = getattr(methods, name)(net.parameters())
+    run(optimizer, closure, 60)
+    gradient = torch.autograd.grad(closure(), tuple(net.parameters()))
+    assert math.sqrt(sum(float(g.square().sum()) for g in gradient)) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["newton", "newton_cg", "newton_mr", "trust_region", "cubic_regularization",
+                                  "saddle_free_newton"])  # fmt: skip
+@pytest.mark.parametrize("start", [rosenbrock, saddle])
+def test_methods_of_the_hessian_solve_what_is_not_convex(name: str, start: object) -> None:
+    w, closure = start()
+    optimizer = getattr(methods, name)([w])
+    run(optimizer, closure, 120)
+    assert float(closure().detach()) < 1e-12
+
+
+@pytest.mark.parametrize("solver", [SteihaugToint(), Dogleg(), TwoDimensionalSubspace(), Direct()])
+def test_a_trust_region_with_any_solver(solver: object) -> None:
+    w, closure = rosenbrock()
+    optimizer = methods.trust_region([w], solver=solver)
+    run(optimizer, closure, 60)
+    assert float(closure().detach()) < 1e-15
+
+
+def first_move(make: object, w: Tensor, closure: object) -> Tensor:
+    before = w.detach().clone()
+    make([w]).step(closure)
+    return w.detach() - before
+
+
+def test_newton_takes_what_its_rule_makes_of_eigenvalues() -> None:
+    H = torch.tensor([[-0.75, 0.0], [0.0, 2.0]], dtype=F64)
+    g = torch.tensor([-0.375 + 0.0, 1.0], dtype=F64)
+    quadratic = lambda w: g @ w + w @ H @ w / 2 + 10 * w[0] ** 4
+    for rule, theta in ((None, [0.75, 2.0]), (ShiftedEigenvalues(least=0.5), [1.0, 3.75])):
+        w = nn.Parameter(torch.zeros(2, dtype=F64))
+        move = first_move(lambda p, rule=rule: methods.newton(p, rule), w, lambda w=w: quadratic(w))
+        expected = -g / torch.tensor(theta, dtype=F64)
+        assert float(move @ expected) == pytest.approx(float(move.norm() * expected.norm()))
+
+
+def test_kfac_takes_the_best_length_along_its_direction() -> None:
+    """On a quadratic model with exact factors the first step is Newton's."""
+    X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
+    y = X @ torch.randn(4, 1, generator=torch.Generator().manual_seed(2), dtype=F64)
+    net = nn.Linear(4, 1, bias=False).to(F64)
+    closure = lambda: F.mse_loss(net(X), y)
+    optimizer = methods.kfac(net.parameters())
+    start = float(closure().detach())
+    optimizer.step(closure)
+    assert optimizer.last_step.rho == pytest.approx(1.0)
+    run(optimizer, closure, 60)
+    assert float(closure().detach()) < 1e-9 * start
+    assert optimizer.cost.gauss_newton_products <= 2 * 61

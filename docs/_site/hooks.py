@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return _LABELLED.sub(r'```python title="\1"', markdown)
 
 
-def on_page_content(page: str, **_: Any) -> str:
+def on_page_content(content: str, **_: Any) -> str:
     """Called for each page: formulas become MathML, which browsers set without a script."""
     display = {"span": "inline", "div": "block"}
-    return _FORMULA.sub(lambda found: convert(html.unescape(found[2]), display=display[found[1]]), page)
+    return _FORMULA.sub(lambda found: convert(html.unescape(found[2]), display=display[found[1]]), content)

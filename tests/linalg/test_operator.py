@@ -265,3 +265,7 @@ def test_indices_that_do_not_fit_are_refused(matrix):
         DenseOperator(matrix).submatrix([4])
     with pytest.raises(IndexError, match="one-dimensional, of whole numbers"):
         DenseOperator(matrix).submatrix(torch.ones(2))
+
+
+def test_repr_tells_size_and_dtype() -> None:
+    assert repr(DenseOperator(torch.eye(1200))) == "<DenseOperator: 1,200 x 1,200, float32 on cpu>"

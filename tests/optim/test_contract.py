@@ -62,6 +62,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "eager refresh": {"preconditioning": Kronecker(every=1, decay=0.5)},
     "momentum": {"momentum": True},
+    "scheduled": {"lr": 0.7, "max_step_norm": 5.0},
+    "decayed": {"weight_decay": 1e-3},
     "blend": {
         "solver": BlendedConjugateGradient(),
         "forcing": FixedProducts(2),
@@ -198,7 +200,13 @@ def test_lowers_the_loss_and_never_raises_it(options: dict[str, Any], dtype: tor
     model = net(dtype).eval()
     optimizer = NewtonKrylov(model.parameters(), **options)
     closure = closure_of(model)
-    losses = [float(optimizer.step(closure)) for _ in range(12)] + [float(closure().detach())]
+    losses = []
+    for _ in range(12):
+        optimizer.step(closure)
+        losses.append(optimizer.last_step.loss)
+    losses.append(optimizer.last_step.new_loss)
+    penalty = optimizer.last_step.new_penalty
+    assert losses[-1] - penalty == pytest.approx(float(closure().detach()), rel=20 * torch.finfo(dtype).eps)
     rounding = 20 * torch.finfo(dtype).eps
     if not isinstance(options.get("step"), FixedStep):
         assert all(b <= a + rounding * abs(a) for a, b in pairwise(losses))
@@ -304,7 +312,7 @@ def test_gradient_is_left_in_place(options: dict[str, Any]) -> None:
         torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-14)
     assert returned.shape == ()
     assert not returned.requires_grad
-    assert float(returned) == optimizer.last_step.loss
+    assert float(returned) == pytest.approx(optimizer.last_step.loss - optimizer.last_step.penalty, rel=1e-12)
 
 
 def test_zero_gradient_converges_where_it_is(options: dict[str, Any]) -> None:
@@ -423,7 +431,7 @@ def test_a_rejected_step_restores_bit_for_bit(options: dict[str, Any], index: in
     record = optimizer.last_step
     assert record.outcome is StepOutcome.REJECTED
     assert identical(everything(model), before)
-    assert record.new_loss == record.loss == float(loss)
+    assert record.new_loss == record.loss == pytest.approx(float(loss) + record.penalty, rel=1e-12)
     assert record.trials == 12
     assert record.cost.losses + record.cost.gradients == 12
 

@@ -193,8 +193,8 @@ class BackwardCalls(TorchFunctionMode):
 
 _CHANGED = (
     "closure changed .grad other than by backward(), by clipping or scaling for instance; products and trial losses "
-    "would be those of another function. Leave it out: the optimizer bounds the length of a step itself, a factor "
-    "belongs in the loss, and parameters are held fixed by requires_grad=False."
+    "would be those of another function. Leave it out: max_step_norm of the optimizer bounds the length of a step in "
+    "place of clipping, a factor belongs in the loss, and parameters are held fixed by requires_grad=False."
 )
 _ACCUMULATED = (
     "closure calls backward() without zero_grad(), and .grad holds a gradient from before the step: that of earlier "

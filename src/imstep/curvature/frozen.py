@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,11 @@ from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.state import RandomState, Writes
+from imstep.curvature.penalty import Penalty
+from imstep.curvature.state import RandomState, Writes, WriteWatch
+
+_Matrix = TypeVar("_Matrix")
+_Observer = TypeVar("_Observer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class Linearisation:
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
         split: the loss as a convex function of outputs; None where it has another form.
         report: the operators that the evaluation met.
+        penalty: what is added to the closure's loss, in ``loss`` and ``gradient``, not in the tape; None for nothing.
     """
 
     loss: Tensor
@@ -47,6 +52,22 @@ class Linearisation:
     tape: Tape
     split: LossSplit | None
     report: OperatorReport
+    penalty: Penalty | None = None
+    repeats: ClassVar[float] = 0.0
+    """The share of the batch that every product evaluates anew."""
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is a convex function of outputs."""
+        return self.split is not None
+
+    def matrix(self, parameters: ParameterVector, build: Callable[[Linearisation], _Matrix], definite: bool) -> _Matrix:
+        """What ``build`` reads off the record."""
+        return build(self)
+
+    def evaluations(self, observer: _Observer) -> Iterator[tuple[float, Linearisation, _Observer]]:
+        """The evaluations that the loss is a weighted sum of, each with its observer: this one."""
+        yield 1.0, self, observer
 
 
 class FrozenClosure:
@@ -56,20 +77,25 @@ class FrozenClosure:
         closure: returns the loss, a tensor with one entry; or calls ``backward()`` on it and returns anything.
         parameters: the vector that is differentiated.
         stale: whether ``.grad`` holds gradients that the closure must not add to.
+        penalty: added to the closure's loss, and so to gradients and products; None for nothing.
 
     Attributes:
         gradients, losses: evaluations so far with and without a backward pass.
         report: the operators that the last product met.
         user: the closure as it was given.
+        penalty: as given; after the first gradient without the parameters that have none.
     """
 
-    def __init__(self, closure: Closure, parameters: ParameterVector, stale: bool = False) -> None:
-        self.user = UserClosure(closure, parameters, stale)
+    def __init__(
+        self, closure: Closure, parameters: ParameterVector, stale: bool = False, penalty: Penalty | None = None
+    ) -> None:
+        self.user, self.penalty = UserClosure(closure, parameters, stale), penalty
         self._parameters = parameters
         self._random = RandomState(parameters.device)
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
+        self._settled = False  # whether it is known which parameters the penalty is of
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -98,8 +124,8 @@ class FrozenClosure:
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
-        kept = loss if keep_graph else loss.detach()
-        return Linearisation(kept, self._parameters.flatten(gradients), tape, split, arithmetic.report())
+        loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
+        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -111,33 +137,37 @@ class FrozenClosure:
         directions, part = self._parameters.unflatten(direction), lambda g: arithmetic.value(g).im
         loss, parts = self._differentiate(arithmetic, directions, arithmetic.product, part)
         self.report = arithmetic.report()
-        return loss.detach(), self._parameters.flatten(parts)
+        product = self._parameters.flatten(parts)
+        if self.penalty is None:
+            return loss.detach(), product
+        return self._penalised_loss(loss.detach()), product + self.penalty.factors * direction
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
         with self._same_state(), self.user.own_gradients(), plain_attention():
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, lambda f, inputs: gradients_of([f], inputs))
-        return loss.detach(), self._parameters.flatten(gradients)
+        return self._penalised(loss.detach(), gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, noting what the closure overwrites; for a first evaluation without a tape."""
         loss, gradients = self._differentiate(self.arithmetic())
-        return loss.detach(), self._parameters.flatten(gradients)
+        return self._penalised(loss.detach(), gradients)
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
-        return self.loss_with_graph().detach()
+        return self._penalised_loss(self.loss_with_graph().detach())
 
     def loss_with_graph(self, watch: bool = False, arithmetic: Arithmetic | None = None) -> Tensor:
-        """The loss (0-dim) and its graph at the current parameters: a ``backward()`` in the closure is skipped.
+        """The closure's loss (0-dim) and its graph at the current parameters, without the penalty; a ``backward()`` in
+        the closure is skipped.
 
         Args:
             watch: whether to note what the closure overwrites; for a first evaluation.
             arithmetic: of :meth:`arithmetic`, which notes it too; what it evaluates in.
         """
         self.losses += 1
-        watching = arithmetic or (self.arithmetic() if watch else nullcontext())
+        watching = arithmetic or (WriteWatch(self._writes) if watch else nullcontext())
         # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
         with self._same_state(), self.user.own_gradients(), plain_attention(), watching:
             return self.user.loss(self._numbers, skip=True)[0]
@@ -177,6 +207,23 @@ class FrozenClosure:
         if self._first:
             called.look([loss])
         return usable(list(take(loss, inputs)))
+
+    def _penalised_loss(self, loss: Tensor) -> Tensor:
+        return loss if self.penalty is None else loss + self.penalty.value(self._parameters.get())
+
+    def _penalised(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Loss and gradient (n,) of the closure's loss and the penalty together."""
+        gradient = self._parameters.flatten(gradients)
+        penalty = self.settle_penalty([g is not None for g in gradients])
+        if penalty is None:
+            return loss, gradient
+        return self._penalised_loss(loss), gradient.addcmul_(penalty.factors, self._parameters.get())
+
+    def settle_penalty(self, used: Sequence[bool]) -> Penalty | None:
+        """The penalty of the parameters that the loss has at first depended on."""
+        if self.penalty is not None and not self._settled:
+            self.penalty, self._settled = self.penalty.within(used, self.user.hook_factors), True
+        return self.penalty
 
     def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
         """Within :meth:`perturbed`: raise if outputs are computed from what was out of the arithmetic's sight."""
@@ -221,6 +268,21 @@ class FrozenClosure:
     def evaluate(self) -> Any:
         """What the closure returns, as it is."""
         return self.user.call()
+
+    # --- what the first evaluation has shown --------------------------------------------------------------------
+
+    repeated = 0
+    """Evaluations made anew for products or for a preconditioner."""
+
+    @property
+    def returned(self) -> Tensor | None:
+        """What the closure returned first, 0-dim; None where that is no number."""
+        return self.user.returned
+
+    @property
+    def hook_factors(self) -> Tensor | None:
+        """(n,), by which hooks on parameters multiply the gradient; None where they change nothing."""
+        return self.user.hook_factors
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 

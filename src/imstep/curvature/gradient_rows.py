@@ -37,6 +37,10 @@ class GradientRows(ABC):
         """The rows at ``index`` (k,)."""
 
     @abstractmethod
+    def over(self, divisor: float) -> GradientRows:
+        """B / divisor."""
+
+    @abstractmethod
     def written_out(self) -> Tensor:
         """B itself, (N, entries)."""
 
@@ -67,6 +71,9 @@ class PlainRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])
+
+    def over(self, divisor: float) -> GradientRows:
+        return PlainRows(self._rows / divisor)
 
     def written_out(self) -> Tensor:
         return self._rows
@@ -113,6 +120,9 @@ class OuterRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
 
+    def over(self, divisor: float) -> GradientRows:
+        return OuterRows(self._left / divisor, self._right)
+
     def written_out(self) -> Tensor:
         return _sum_of_products(self._left, self._right)
 
@@ -150,6 +160,9 @@ class StackedRows(GradientRows):
 
     def select(self, index: Tensor) -> GradientRows:
         return StackedRows([part.select(index) for part in self._slices], self._entries)
+
+    def over(self, divisor: float) -> GradientRows:
+        return StackedRows([part.over(divisor) for part in self._slices], self._entries)
 
     def written_out(self) -> Tensor:
         return torch.cat([part.written_out() for part in self._slices], 1)

@@ -11,7 +11,8 @@ from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.operators import TapeOperator
+from imstep.curvature.operators import SymmetricOperator, TapeOperator
+from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import end_weights
 from imstep.linalg import HalvedOperator
 
@@ -39,7 +40,12 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
     Source: our own choice; examples are numbered along the first dimension of what the loss is computed from.
     """
 
-    def __init__(self, operator: TapeOperator, point: Linearisation) -> None:
+    def __init__(self, operator: SymmetricOperator, point: Linearised) -> None:
+        if not isinstance(operator, TapeOperator) or not isinstance(point, Linearisation):
+            raise ValueError(
+                "the noise test compares the curvatures of a batch's halves, and this batch comes in pieces. Leave the "
+                "test out (noise=None), or give the batch as one."
+            )
         if point.split is None:
             raise ValueError(
                 "the noise test compares the curvatures of a batch's halves, but this loss is not recognised as a "
@@ -49,7 +55,7 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
         self._ends = point.split.losses
         self._weights = end_weights(point.loss, self._ends)
         self._watched = operator.tape.watching([reference for end in self._ends for reference in end.references])
-        super().__init__(operator.parameters, operator.tape, operator.definite)
+        super().__init__(operator.parameters, operator.tape, operator.definite, operator.penalty)
 
     def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
         self.check()
@@ -58,6 +64,8 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
         with torch.no_grad():
             changes = self._watched.replay(parts)
         image, seen = self.parameters.flatten(changes[: len(parts)]), changes[len(parts) :]
+        if self.penalty is not None:  # of no examples
+            image.addcmul_(self.penalty.factors, vector)
         curvature, spread = float(vector @ image), 0.0
         for end, weight in zip(self._ends, self._weights, strict=True):
             given, seen = seen[: len(end.references)], seen[len(end.references) :]

@@ -95,8 +95,9 @@ def mask_of(factors: Tensor) -> Tensor:
 
 
 REMEDY = (
-    "Remove the hook: the optimizer bounds the length of a step itself, a factor belongs in the loss, and parameters "
-    "are held fixed by requires_grad=False, entries by a tensor hook that multiplies by zeros and ones."
+    "Remove the hook: max_step_norm of the optimizer bounds the length of a step in place of clipping, a factor "
+    "belongs in the loss, and parameters are held fixed by requires_grad=False, entries by a tensor hook that "
+    "multiplies by zeros and ones."
 )
 
 

@@ -12,7 +12,8 @@ from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.evaluation import Point
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.products import Products, ReplayedProducts
+from imstep.curvature.penalty import Penalty
+from imstep.curvature.products import Products, ReplayedProducts, ShiftedProducts
 from imstep.curvature.unmoved import Unmoved
 from imstep.linalg import BlockDiagonalOperator, LinearOperator
 
@@ -175,11 +176,16 @@ class TapeOperator(SymmetricOperator):
         parameters: the vector that the tape's inputs and outputs are parts of.
         tape: its inputs and outputs are the parameters' directions and the gradient's derivative.
         definite: whether the matrix is known to be positive semidefinite.
+        penalty: whose curvature is added to that of the tape; None for nothing.
     """
 
-    def __init__(self, parameters: ParameterVector, tape: Tape, definite: bool = False) -> None:
-        super().__init__(parameters, ReplayedProducts(tape, parameters, parameters), definite)
-        self.tape = tape
+    def __init__(
+        self, parameters: ParameterVector, tape: Tape, definite: bool = False, penalty: Penalty | None = None
+    ) -> None:
+        source: Products = ReplayedProducts(tape, parameters, parameters)
+        source = source if penalty is None else ShiftedProducts(source, penalty.factors)
+        super().__init__(parameters, source, definite)
+        self.tape, self.penalty = tape, penalty
 
 
 class PointOperator(SymmetricOperator):

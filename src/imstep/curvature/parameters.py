@@ -173,6 +173,11 @@ class ParameterVector(TensorVector):
             groups.setdefault(name.rpartition(".")[0] or name if by == "layer" else name, []).append(p)
         return groups
 
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """A vector (n,) from one number for each parameter."""
+        sizes = torch.tensor(self.sizes, device=self.device)
+        return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(sizes)
+
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""
         return self.flatten(self.tensors)

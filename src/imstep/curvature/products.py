@@ -119,6 +119,28 @@ def _until(changes: Iterable[tuple[int, Tensor | None]], entries: int) -> list[t
     return found
 
 
+class ShiftedProducts(Products):
+    """Products with A + diag(s), given those with A.
+
+    Args:
+        products: with A, (n, n).
+        diagonal: s, (n,).
+    """
+
+    def __init__(self, products: Products, diagonal: Tensor) -> None:
+        super().__init__(products.rows, products.columns)
+        self._products, self._diagonal, self.nbytes = products, diagonal, products.nbytes
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self._products.one(direction).addcmul_(self._diagonal, direction)
+
+    def several(self, directions: Tensor) -> Tensor:
+        return self._products.several(directions).addcmul_(self._diagonal, directions)
+
+    def check(self) -> None:
+        self._products.check()
+
+
 class RecomputedProducts(Products):
     """Products each by an evaluation of its own; nothing is kept between them.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
@@ -17,7 +18,7 @@ from imstep.curvature.squares import NoResidualsError, Residuals
 from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
-from imstep.linalg import GramMatrix, RowMatrix
+from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
@@ -67,6 +68,15 @@ class JacobianRows(RowMatrix):
         empty = lambda n: torch.zeros(self.shape[0], n, dtype=F64, device=self.device)
         parts = zip(self._parts, self._sizes, strict=True)
         return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
+
+    def in_units(self, units: Tensor) -> RowMatrix:
+        """J D⁻¹ for D (n,) > 0; as compact as J where D has one entry for each parameter."""
+        pieces = units.split(self._sizes)
+        if not all(bool((piece == piece[0]).all()) for piece in pieces if len(piece)):
+            return ScaledRows(self, units)
+        pairs = zip(self._parts, pieces, strict=True)
+        parts = [None if part is None else part.over(float(piece[0])) for part, piece in pairs]
+        return JacobianRows(parts, self._sizes, self.shape[0], self.device)
 
     def gram(self) -> Gram:
         """J Jᵀ, (N, N)."""
@@ -141,6 +151,7 @@ class ResidualJacobian(JacobianRows):
         residuals: ρ, (N,), float64.
         evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
         backward_passes: how many it took to build; a forward product counts as one.
+        used: whether the residuals depend on each parameter.
         explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
 
     Raises:
@@ -194,7 +205,7 @@ class ResidualJacobian(JacobianRows):
             parts[at] = part
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
-        self.nodes = nodes_of(evaluation.loss)
+        self.nodes, self.used = nodes_of(evaluation.loss), [part is not None for part in parts]
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
 
@@ -241,7 +252,19 @@ def _gathered(
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
-    count = len(groups[0].members)
+    with unseen():  # what follows is nothing that a checkpoint runs again
+        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors)
+
+
+def _summed(
+    pieces: Sequence[dict[int, list[tuple[Rows, Tensor]]]],
+    members: Sequence[int],
+    sizes: Sequence[int],
+    count: int,
+    derived: Sequence[Derived],
+    tensors: Sequence[Tensor],
+) -> list[GradientRows | None]:
+    """The rows for each parameter from what its uses add, those of what is derived from it included."""
     parts: list[GradientRows | None] = []
     for own, of, size in zip(pieces, members, sizes, strict=True):
         gathered = [gather_rows(own[e], count, size // of) for e in range(of)] if own else []

@@ -41,6 +41,7 @@ from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.ridge import RidgeLeastSquares
 from imstep.linalg.saddle_free import saddle_free
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
@@ -99,6 +100,7 @@ __all__ = [
     "RandomizedNystrom",
     "ReducedLeastSquares",
     "RelativeResidual",
+    "RidgeLeastSquares",
     "RowMatrix",
     "RowsGram",
     "ScaledOperator",

@@ -17,10 +17,16 @@ from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLea
 
 @dataclass(frozen=True, eq=False)
 class StepSpace:
-    """Damped least squares, and the steps d (n,) that its coordinates stand for."""
+    """Damped least squares, and the steps d (n,) that its coordinates stand for.
+
+    Attributes:
+        vector: d from coordinates.
+        project: the coordinates of the step that is nearest to a vector (n,); None where the minimum is over all steps.
+    """
 
     reduced: DampedLeastSquares
     vector: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 class Factorisation(ABC):
@@ -34,7 +40,8 @@ class Factorisation(ABC):
 def gram_space(jacobian: RowMatrix, reduced: GramLeastSquares) -> StepSpace:
     """The steps that are combinations of rows of J."""
     basis = jacobian if reduced.pivots is None else jacobian.rows(reduced.pivots)
-    return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u))
+    project = None if reduced.complete else lambda d: reduced.nearest(basis @ d)
+    return StepSpace(reduced, lambda u: basis.T @ reduced.weights(u), project)
 
 
 class GramFactorisation(Factorisation):

@@ -98,6 +98,11 @@ class LinearOperator(ABC):
         """A Aᵀ, an operator of shape (m, m)."""
         return self @ self.T
 
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{type(self).__name__}: {rows:,} x {columns:,}, {dtype} on {self.device}>"
+
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
 

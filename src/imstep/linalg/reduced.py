@@ -64,7 +64,12 @@ class GramLeastSquares(DampedLeastSquares):
     Args:
         rank: k.
         pivots: S, (p,), the rows of J that d is made of; None for all of them, p = N.
+
+    Attributes:
+        complete: whether steps are all combinations of rows of J, so that nothing is left out.
     """
+
+    complete = False
 
     def __init__(self, rank: int, pivots: Tensor | None) -> None:
         super().__init__(rank)
@@ -73,6 +78,12 @@ class GramLeastSquares(DampedLeastSquares):
     @abstractmethod
     def weights(self, coordinates: Tensor) -> Tensor:
         """The factors w(u) of the rows at S, (p,)."""
+
+    def nearest(self, products: Tensor) -> Tensor:
+        """The coordinates of the step nearest to a vector, from the products (p,) of the rows at S with it; where steps
+        are not complete.
+        """
+        raise NotImplementedError
 
 
 class ReducedLeastSquares(GramLeastSquares):
@@ -109,6 +120,9 @@ class ReducedLeastSquares(GramLeastSquares):
     def weights(self, coordinates: Tensor) -> Tensor:
         return self._combination @ coordinates
 
+    def nearest(self, products: Tensor) -> Tensor:
+        return self._combination.mT @ products
+
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         return first.mT @ second
 
@@ -126,6 +140,7 @@ class DenseLeastSquares(GramLeastSquares):
     Source: as :class:`ReducedLeastSquares`.
     """
 
+    complete = True
     kind = "dense"
 
     def __init__(self, matrix: GramMatrix) -> None:

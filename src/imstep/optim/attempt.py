@@ -8,24 +8,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
-from imstep.curvature.operators import TapeOperator
+from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
-from imstep.optim.direction import Direction, combined
+from imstep.optim.direction import Direction, combined, downhill
 from imstep.optim.forcing import Situation
 from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
+from imstep.optim.pace import Pace
 from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
     GAUSS_NEWTON_PRODUCT_COST,
     HESSIAN_PRODUCT_COST,
+    LINEARISATION_COST,
     LOSS_COST,
     Cost,
     StepOutcome,
@@ -34,7 +36,7 @@ from imstep.optim.record import (
 from imstep.optim.solving import NewtonSystem
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.strategies import Strategies
-from imstep.optim.trials import Line, Trials, try_steps
+from imstep.optim.trials import Trials, try_steps
 
 CONTRACTION = 0.5
 """How far the gradient norm must fall in a full Newton step for accuracy to be worth more than another step."""
@@ -50,7 +52,7 @@ FAR = 10
 class _Setting:
     """What the Krylov iteration of a step works with."""
 
-    candidates: list[TapeOperator]
+    candidates: list[SymmetricOperator]
     preconditioner: LinearOperator | None
     damping: float
     situation: Situation
@@ -79,20 +81,30 @@ class Attempt(StepAttempt):
         memory: Memory,
         preconditioner: Preconditioner,
         parameters: ParameterVector,
-        frozen: FrozenClosure,
-        part: FrozenClosure | None = None,
+        frozen: FrozenBatch,
+        part: FrozenBatch | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        super().__init__(memory, parameters, frozen)
+        super().__init__(memory, parameters, frozen, pace)
         self._strategies, self._preconditioner, self._part = strategies, preconditioner, part
         self.loss: Tensor
         self.gradient: Tensor
-        self.point: Linearisation
+        self.point: Linearised
         self._observer: LayerObserver | None = None
 
     def run(self) -> tuple[StepRecord, Memory]:
+        point = self._part or self._frozen
+        try:
+            record, memory = self._run()
+        finally:
+            if self._part is not None:  # of which products may have evaluated pieces
+                self._part.undo()
+        return replace(record, cost=record.cost + Cost(linearisations=point.repeated)), memory
+
+    def _run(self) -> tuple[StepRecord, Memory]:
         record = self._started(self._evaluate)
         memory = self._memory
-        factors = self._frozen.user.hook_factors
+        factors = self._frozen.hook_factors
         self._mask = None if factors is None else mask_of(factors)
         gradient_norm = record.gradient_norm
         if not record.finite:
@@ -109,7 +121,7 @@ class Attempt(StepAttempt):
         if gradient_norm <= self._strategies.tolerance:
             return self._stationary(record, memory, self.point)
         setting, memory = self._set_up(memory, record.cost, contraction)
-        direction, memory = self._solve(setting, memory)
+        direction, taken, memory = self._solve(setting, memory)
         record = replace(
             record,
             status=direction.status,
@@ -118,7 +130,7 @@ class Attempt(StepAttempt):
             damping=setting.damping,
             cost=record.cost + setting.refresh + setting.products + direction.cost,
         )
-        return self._move(record, memory, direction)
+        return self._move(record, memory, direction, taken)
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
@@ -137,6 +149,7 @@ class Attempt(StepAttempt):
             self.point = self._part.linearise(self._observer, keep_graph=keep_graph)
         finally:
             self._part.undo()
+        self.point = replace(self.point, penalty=self._frozen.penalty)
         return self._opened(Cost(gradients=1, linearisations=1), radius)
 
     def _goes_on(self, loss: float) -> bool:
@@ -171,6 +184,7 @@ class Attempt(StepAttempt):
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
         damping = (memory.damping * math.sqrt(relative_gradient) + memory.safeguard) * memory.curvature_scale
         product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
+        product_cost += LINEARISATION_COST * self.point.repeats
         before = candidates[-1].products
         refresh = self._preconditioner.refresh(Evidence(self.point, self._observer, candidates[-1], damping))
         refresh_cost = refresh.gradient_equivalents + product_cost * (candidates[-1].products - before)
@@ -186,8 +200,11 @@ class Attempt(StepAttempt):
             preconditioner = masked(preconditioner, self._mask)
         return _Setting(candidates, preconditioner, damping, situation, refresh), memory
 
-    def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Memory]:
-        """The direction by the first candidate that does not prove indefinite, or else by the last."""
+    def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Direction, Memory]:
+        """The direction by the first candidate that does not prove indefinite, or else by the last; what is taken."""
+        radius = memory.search.radius
+        if math.isfinite(radius) and self._pace.lr > 0:
+            radius = min(radius, self._pace.longest / self._pace.lr)
         for operator in setting.candidates:
             before = operator.products
             system = NewtonSystem(
@@ -197,7 +214,7 @@ class Attempt(StepAttempt):
                 setting.preconditioner,
                 self._preconditioner.pairs_wanted,
                 self._strategies.forcing.rules(setting.situation),
-                memory.search.radius,
+                radius,
                 memory.last_move if self._strategies.solver.uses_last_move else None,
                 self.point,
                 self._parameters,
@@ -212,7 +229,25 @@ class Attempt(StepAttempt):
         if self._strategies.momentum and memory.last_move is not None:
             image = operator @ memory.last_move
             direction = combined(self.gradient, direction, memory.last_move, image, setting.damping)
-        return direction, replace(memory, products=operator.products - before)
+        memory = replace(memory, products=operator.products - before)
+        return *self._paced(direction, operator), memory
+
+    def _paced(self, direction: Direction, operator: LinearOperator) -> tuple[Direction, Direction]:
+        """A direction d to search along, and what D d of it is taken; another one where D d does not descend."""
+        pace = self._pace
+        if pace.rates is None:
+            return direction, direction.times(pace.lr)
+        share = pace.share(direction.vector)
+        taken = direction.moved(share, operator @ share, self.gradient)
+        if taken.descends(self.gradient):
+            return direction, taken
+        steepest = pace.steepest(self.gradient)
+        if not bool(steepest.any()):
+            return direction, direction.times(0.0)
+        along = downhill(direction, operator, steepest, self.gradient)
+        steepest = along.vector
+        share = pace.share(steepest)
+        return along, along.moved(share, operator @ share, self.gradient)
 
     def _solved(self, system: NewtonSystem) -> Direction:
         try:
@@ -223,34 +258,40 @@ class Attempt(StepAttempt):
 
     # --- step length --------------------------------------------------------------------------------------------
 
-    def _move(self, record: StepRecord, memory: Memory, direction: Direction) -> tuple[StepRecord, Memory]:
+    def _move(
+        self, record: StepRecord, memory: Memory, direction: Direction, taken: Direction
+    ) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
         model, cost = self._expanded(direction)
         record = replace(record, cost=record.cost + cost)
-        line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
-        longest = memory.reach / direction.norm
-        trials = try_steps(self._strategies.step, memory.search, line, self._strategies.max_trials, longest)
-        full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1
-        realised = _realised(model, trials, self._strategies.step.full(model))
+        search, line = self._strategies.step, replace(self._along(direction), model=model)
+        longest = memory.reach / max(direction.norm, taken.norm)
+        longest = min(longest, self._pace.longest / taken.norm) if taken.norm > 0 else longest
+        trials = try_steps(search, memory.search, line, self._strategies.max_trials, longest)
+        # What is learnt comes from the trials: they tell of the model, learning rates do not.
+        taken, end = self._taken(search, taken, trials)
+        full = abs(trials.step_length - 1) <= 0.1 and abs(trials.rho - 1) <= 0.1 and self._pace.whole
+        judged = end.accepted or not trials.accepted
+        realised = _realised(model, trials, search.full(model)) if judged else math.nan
         memory = replace(
             memory,
             search=trials.state,
             damping=self._strategies.damping.update(memory.damping, realised),
             curvature_scale=memory.curvature_scale / _excess(model, trials),
-            loss=trials.loss,
-            failed=math.inf if trials.accepted else trials.step_length * direction.norm,
-            full_steps=memory.full_steps + 1 if trials.accepted and full else 0,
-            last_move=self._last_move(direction, trials),
+            loss=end.loss,
+            failed=math.inf if end.accepted else trials.step_length * direction.norm,
+            full_steps=memory.full_steps + 1 if end.accepted and full else 0,
+            last_move=self._last_move(taken, end),
             progress=(model.loss - trials.loss) / max(abs(model.loss), torch.finfo(torch.float64).tiny),
         )
-        memory = memory.safeguarded(self._memory, trials.accepted)
-        return self._finish(record, model, direction, trials), memory
+        memory = memory.safeguarded(self._memory, end.accepted)
+        return self._finish(record, model, direction, end, taken), memory
 
-    def _last_move(self, direction: Direction, trials: Trials) -> Tensor | None:
+    def _last_move(self, taken: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):
             return None
-        return trials.step_length * direction.vector if trials.accepted else self._memory.last_move
+        return trials.step_length * taken.vector if trials.accepted else self._memory.last_move
 
     def _expanded(self, direction: Direction) -> tuple[LineModel, Cost]:
         """The model, with exact derivatives along the direction where the step search asks for them."""

@@ -15,6 +15,11 @@ _RANK = 1e-12
 """Of the largest eigenvalue of a normal matrix of corrections: what rounding leaves of the others."""
 
 
+def no_relief(coordinates: Tensor) -> float:
+    """Where the minimum is of the residuals alone."""
+    return 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class ChordStep:
     """What chord iterations came to.
@@ -23,7 +28,7 @@ class ChordStep:
         coordinates: u of the best iterate, (k,), as the factorised problem has it.
         image: J d for the d of u, (N,).
         length: ‖d‖.
-        decrease: ρ₀ᵀρ₀/2 - ρᵀρ/2; -inf where there is no iterate.
+        decrease: of ρᵀρ/2, and of what is minimised besides; -inf where there is no iterate.
         promise: the decrease for the first iterate if ρ were linear.
         ratio: length of the second correction over that of the first; infinite where residuals were not finite.
         iterations: corrections up to the best iterate.
@@ -47,6 +52,7 @@ def chord_iterations(
     damping: float,
     residuals_at: Callable[[Tensor], Tensor],
     *,
+    relief: Callable[[Tensor], float] = no_relief,
     limit: float,
     max_iterations: int,
     rounding: float = 0.0,
@@ -67,6 +73,7 @@ def chord_iterations(
         shifted: ρ at w + v, (N,): the same where v = 0.
         damping: λ > 0.
         residuals_at: ρ for coordinates u, (N,); not finite where the loss is not.
+        relief: by how much u lowers what the minimum is of besides ρᵀρ/2.
         limit: < 1.
         max_iterations: >= 1.
         rounding: of a decrease: of iterates whose decreases differ by less the later one is better.
@@ -84,7 +91,7 @@ def chord_iterations(
         correction = reduced.solve(current, u, damping)
         last, length = length, reduced.norm(correction)
         if iteration == 1:
-            promise = _decrease(residuals, shifted + reduced.image(correction))
+            promise = decrease_of(residuals, shifted + reduced.image(correction)) + relief(correction)
         elif iteration == 2:
             ratio = length / last if last > 0 else 0.0
         if not length <= limit * last:
@@ -93,7 +100,7 @@ def chord_iterations(
         corrections.append(correction)
         u = reduced.project(_combined(reduced, points, corrections))
         current, evaluations = residuals_at(u), iteration
-        decrease = _decrease(residuals, current)
+        decrease = decrease_of(residuals, current) + relief(u)
         if not math.isfinite(decrease):
             ratio = math.inf
             break
@@ -113,6 +120,6 @@ def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections
     return u + c - ((moves + changes) @ (torch.linalg.pinv(normal, rtol=_RANK, hermitian=True) @ slope))[:, 0]
 
 
-def _decrease(before: Tensor, after: Tensor) -> float:
+def decrease_of(before: Tensor, after: Tensor) -> float:
     """aᵀa/2 - bᵀb/2, as a product of difference and sum: the difference of nearly equal sums would be all rounding."""
     return float((before - after) @ (before + after)) / 2

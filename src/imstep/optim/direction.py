@@ -13,6 +13,9 @@ from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
 
+_SLANT = 1e-10
+"""Of ‖g‖‖d‖: a slope that is less is rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -44,8 +47,30 @@ class Direction:
     def along(cls, vector: Tensor, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> Direction:
         """A vector, with its product by A as a matrix."""
         image = matrix @ vector
-        slope, norm, curvature = _along(gradient, vector, image)
-        return cls(vector.to(dtype), image.to(dtype), slope, curvature, norm, KrylovStatus.CONVERGED, 0)
+        numbers = _along(gradient, vector, image)
+        return cls(vector.to(dtype), image.to(dtype), *numbers, KrylovStatus.CONVERGED, 0)
+
+    def moved(self, vector: Tensor, image: Tensor, gradient: Tensor) -> Direction:
+        """Another vector with its product in its place."""
+        slope, curvature, norm = _along(gradient, vector, image)
+        return replace(self, vector=vector, image=image, slope=slope, curvature=curvature, norm=norm)
+
+    def times(self, factor: float) -> Direction:
+        """The direction, longer by a factor >= 0; itself if that is 1."""
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            vector=factor * self.vector,
+            image=factor * self.image,
+            slope=factor * self.slope,
+            curvature=factor * (factor * self.curvature),
+            norm=factor * self.norm,
+        )
+
+    def descends(self, gradient: Tensor) -> bool:
+        """Whether s < 0, measurably: s <= -1e-10 ‖g‖‖d‖."""
+        return 0 < self.norm < math.inf and self.slope <= -_SLANT * float(gradient.norm()) * self.norm
 
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:
@@ -55,19 +80,20 @@ def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) ->
     a gradient, in other units than a step.
     """
     vector, image = result.solution, result.image
-    slope, norm, curvature = _along(gradient, vector, image)
-    descends = 0 < norm < math.inf and slope <= -1e-10 * float(gradient.norm()) * norm
-    if not descends or not math.isfinite(curvature):
-        vector = -gradient
-        image = operator @ vector
-        slope, norm, curvature = _along(gradient, vector, image)
-        # Nothing is known of the curvature where it is not finite; the trials will tell.
-        curvature = curvature if math.isfinite(curvature) else 0.0
-        factor = -slope / abs(curvature) if curvature else 1.0
-        if 0 < factor * norm <= torch.finfo(vector.dtype).max:
-            vector, image, slope = factor * vector, factor * image, factor * slope
-            norm, curvature = factor * norm, factor * (factor * curvature)
-    return Direction(vector, image, slope, curvature, norm, result.status, result.iterations, pairs=result.pairs)
+    numbers = _along(gradient, vector, image)
+    found = Direction(vector, image, *numbers, result.status, result.iterations, pairs=result.pairs)
+    if found.descends(gradient) and math.isfinite(found.curvature):
+        return found
+    return downhill(found, operator, -gradient, gradient)
+
+
+def downhill(found: Direction, operator: LinearOperator, vector: Tensor, gradient: Tensor) -> Direction:
+    """In place of another direction τv, τ = -gᵀv / |vᵀAv|, for a vector v (n,) along which the loss falls."""
+    found = found.moved(vector, operator @ vector, gradient)
+    # Nothing is known of the curvature where it is not finite; the trials will tell.
+    found = found if math.isfinite(found.curvature) else replace(found, curvature=0.0)
+    factor = -found.slope / abs(found.curvature) if found.curvature else 1.0
+    return found.times(factor) if 0 < factor * found.norm <= torch.finfo(vector.dtype).max else found
 
 
 def combined(
@@ -92,10 +118,9 @@ def combined(
     alpha, beta = (de * ge - ee * gd) / determinant, (de * gd - dd * ge) / determinant
     vector = torch.add(alpha * d, e, alpha=beta)
     image = torch.add(alpha * direction.image, other_image, alpha=beta)
-    slope, norm, curvature = _along(gradient, vector, image)
-    if not (slope < 0 and 0 < norm < math.inf and math.isfinite(curvature)):
-        return direction
-    return replace(direction, vector=vector, image=image, slope=slope, norm=norm, curvature=curvature)
+    both = direction.moved(vector, image, gradient)
+    usable = both.slope < 0 and 0 < both.norm < math.inf and math.isfinite(both.curvature)
+    return both if usable else direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +138,7 @@ class Escape:
     @classmethod
     def along(cls, vector: Tensor, image: Tensor, gradient: Tensor, largest: float, dtype: torch.dtype) -> Escape:
         """Along ± ``vector``, of any length, with its product."""
-        slope, norm, curvature = _along(gradient, vector, image)
+        slope, curvature, norm = _along(gradient, vector, image)
         sign = -1.0 if slope > 0 else 1.0
         unit, image = (v.to(dtype) * (sign / norm) for v in (vector, image))
         status = KrylovStatus.DISTURBING_NEGATIVE_CURVATURE
@@ -139,6 +164,6 @@ def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> E
 
 
 def _along(gradient: Tensor, vector: Tensor, image: Tensor) -> tuple[float, float, float]:
-    """gᵀd, ‖d‖ and dᵀAd."""
+    """gᵀd, dᵀAd and ‖d‖."""
     slope, squared, curvature = torch.stack([gradient @ vector, vector @ vector, vector @ image]).tolist()
-    return slope, math.sqrt(squared) if squared >= 0 else math.nan, curvature
+    return slope, curvature, math.sqrt(squared) if squared >= 0 else math.nan

@@ -17,7 +17,7 @@ from imstep.optim.memory import Memory
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.stationarity import Stationarity, stationarity_at
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.trials import Line, try_steps
+from imstep.optim.trials import try_steps
 
 NEWTON_TRIALS = 6
 """Step lengths tried along Newton's step at a point that is no minimum."""
@@ -40,6 +40,8 @@ class Examination(StepAttempt):
     Attributes:
         found: what was measured; None where loss or gradient is not finite.
     """
+
+    _frozen: FrozenClosure
 
     def __init__(
         self,
@@ -82,11 +84,12 @@ class Examination(StepAttempt):
         if direction is None or not usable or not self._takes_newton:
             return record, memory
         model = self._line(direction)
-        line = Line(model, lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t))
         search = Armijo()
-        trials = try_steps(search, search.initial(), line, NEWTON_TRIALS, memory.reach / direction.norm)
+        longest = memory.reach / direction.norm
+        trials = try_steps(search, search.initial(), self._along(direction), NEWTON_TRIALS, longest)
         if trials.accepted:
-            return self._finish(replace(record, status=direction.status), model, direction, trials), memory
+            record = replace(record, status=direction.status)
+            return self._finish(record, model, direction, trials, direction), memory
         return replace(record, cost=record.cost + trials.cost), memory
 
     def _held(self) -> Tensor | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
+from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
-from imstep.optim.residual_attempt import ResidualAttempt, Settings
+from imstep.optim.residual_attempt import ResidualAttempt
+from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.stepwise import StepwiseOptimizer
@@ -27,17 +31,23 @@ class LeastSquares(StepwiseOptimizer):
         min over d of ‖ρ(w + d)‖² + λ‖d‖²
 
     λ follows from how fast their corrections shrink; other λ are tried without a new factorisation. There is no
-    learning rate, and the loss never rises.
+    learning rate to set, and the loss never rises.
 
     Data, random numbers and buffers are the same for all evaluations of one step. A step that cannot be accepted leaves
     parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` and a ``weight_decay`` of their own.
+        lr: how much of the step is taken, >= 0, for schedules; see docs/optimizer.md.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, as if √λ w were residuals.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
-        factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
-            :class:`~imstep.linalg.PivotedCholesky` of JJᵀ, few columns, or all of them where few do not do;
-            :class:`~imstep.linalg.RandomizedNystrom`; :class:`~imstep.linalg.DenseFactorisation`.
+        factorisation: default :class:`~imstep.linalg.ByShape`, the cheapest way for the shape of J and λ, which
+            ``last_step`` tells: few columns of JJᵀ, as by :class:`~imstep.linalg.PivotedCholesky`, or else all, by
+            :class:`~imstep.linalg.DenseFactorisation`; J itself, by :class:`~imstep.linalg.ThinFactorisation`; few
+            columns as a preconditioner, by :class:`~imstep.linalg.SketchedFactorisation`. Also
+            :class:`~imstep.linalg.RandomizedNystrom`.
         scaling: the D of a damping λ‖D d‖²: :class:`Unscaled`, D = 1, or :class:`ColumnNorms`, with which steps do not
             depend on the parameters' units, and for which J is written out.
         box: bounds on the parameters, as one vector; None for none. J is written out.
@@ -47,6 +57,7 @@ class LeastSquares(StepwiseOptimizer):
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
@@ -60,7 +71,8 @@ class LeastSquares(StepwiseOptimizer):
 
     Cost: a step on N residuals takes a forward and two backward passes (three to five at first), p columns of JJᵀ,
         about N p² operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ
-        above λ. Where that is more than a third of N, all of JJᵀ, and N³/3 operations for each λ.
+        above λ. Where that is more than a third of N, or half of the n parameters: with N < n all of JJᵀ, and N³/3
+        operations for each λ, else QR factors of J, 2 N n² operations, and 10 n³/3 for each λ.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
@@ -85,6 +97,9 @@ class LeastSquares(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        max_step_norm: float | None = None,
         damping: ContractionDamping | None = None,
         factorisation: Factorisation | None = None,
         scaling: Scaling | None = None,
@@ -95,6 +110,7 @@ class LeastSquares(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
+        average: Averaging | None = None,
     ) -> None:
         self._settings = Settings(
             damping or ContractionDamping(),
@@ -108,15 +124,32 @@ class LeastSquares(StepwiseOptimizer):
         )
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        return ResidualAttempt(self._settings, self._memory, self._parameters, frozen, self._owners, self._box)
+        if self._box is not None and frozen.penalty is not None:
+            raise ValueError(
+                "LeastSquares takes weight_decay or a box, not both: steps within bounds are found another way. Write "
+                "the penalty into the loss, as in loss + weight_decay / 2 * w.square().sum(), which makes residuals."
+            )
+        where = self._memory, self._parameters, frozen
+        return ResidualAttempt(self._settings, *where, self._owners, self._box, self._pace())
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
+
+    def _chosen(self) -> dict[str, Any]:
+        return {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling")}
 
     def _parts(self) -> dict[str, Any]:
         return {"owners": self._owners.state_dict()}

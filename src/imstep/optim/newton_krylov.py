@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
-from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
-from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
+from imstep.curvature.pieces import FrozenBatch, FrozenPieces
+from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
+from imstep.optim.averaging import Averaging
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
-from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 class NewtonKrylovOptions(TypedDict, total=False):
     """The keyword arguments of :class:`NewtonKrylov`, for functions that pass them on."""
 
+    lr: float | Tensor
+    weight_decay: float
+    max_step_norm: float | None
     curvature: CurvatureChoice | None
     solver: Solver | None
     forcing: Forcing | None
@@ -37,6 +42,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     tolerance: float
     max_trials: int
     max_refusals: int
+    average: Averaging | None
     variance_every: int
 
 
@@ -53,7 +59,12 @@ class NewtonKrylov(StepwiseOptimizer):
     accepted leaves parameters and buffers bit for bit as they were.
 
     Args:
-        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
+        params: parameters or parameter groups; those with ``requires_grad=False`` are left alone. Groups may have an
+            ``lr`` and a ``weight_decay`` of their own.
+        lr: how much of the step is taken, >= 0; see docs/optimizer.md. 1 is Newton's step, and no tuning improves on it
+            near a minimum, where less makes convergence linear, by 1 - lr a step. For schedules.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, and so to gradient, curvature and trials.
+        max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. It takes the place of gradient clipping.
         curvature: which matrix A is: by default Gauss-Newton where the loss is a convex function of the
             model's outputs, else the Hessian; ``ExactHessian()`` for the Hessian always.
         solver: how the system is solved: by default conjugate gradients.
@@ -66,6 +77,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
 
@@ -97,6 +109,9 @@ class NewtonKrylov(StepwiseOptimizer):
         self,
         params: Iterable[Any],
         *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        max_step_norm: float | None = None,
         curvature: CurvatureChoice | None = None,
         solver: Solver | None = None,
         forcing: Forcing | None = None,
@@ -107,6 +122,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 12,
         max_refusals: int = 5,
+        average: Averaging | None = None,
         variance_every: int = 0,
     ) -> None:
         self._strategies = Strategies(
@@ -121,7 +137,15 @@ class NewtonKrylov(StepwiseOptimizer):
             variance_every=variance_every,
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
-        super().__init__(params, memory, max_refusals)
+        options = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
 
@@ -130,9 +154,8 @@ class NewtonKrylov(StepwiseOptimizer):
         """The configuration for mini-batches: short solves that do not fit the batch.
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
-        take two products, λ has a floor, and backtracking leaves the full step as it is unless the loss rises.
-        Evaluate an average of the iterates, such as the one
-        ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))``.
+        take two products, λ has a floor, and the Taylor monitor bounds the step.
+        With ``average=ExponentialAverage()``, and evaluated in :meth:`averaged`, it is mostly a little better still.
 
         Args:
             params: parameters or parameter groups.
@@ -141,7 +164,7 @@ class NewtonKrylov(StepwiseOptimizer):
         Raises:
             TypeError: an option that the constructor does not have.
 
-        Source: our choice by measurement, ``benchmarks/minibatch``.
+        Source: our choice by measurement, ``benchmarks/minibatch`` and ``benchmarks/small_problems``.
 
         Example:
             >>> import torch
@@ -153,17 +176,17 @@ class NewtonKrylov(StepwiseOptimizer):
             tensor([0., 1., 2.])
         """
         configuration: NewtonKrylovOptions = {
-            "solver": BlendedConjugateGradient(),
+            "solver": BlendedConjugateGradient(weight=0.1),
             "forcing": FixedProducts(2),
-            "step": Armijo(),
-            "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
+            "damping": LevenbergMarquardt(initial=0.1, floor=1e-4),
             "preconditioning": Kronecker(every=10),
         }
         configuration.update(options)
         return cls(params, **configuration)
 
+    @needs_closure
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None
+        self, closure: Callable[[], Any], curvature_closure: Callable[[], Any] | None = None
     ) -> Tensor:
         """Take one step.
 
@@ -181,12 +204,27 @@ class NewtonKrylov(StepwiseOptimizer):
             ValueError: a closure returned no scalar with a graph, or one that no parameter influences.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
-        frozen = self._frozen(closure)
-        part = None if curvature_closure is None else self._frozen(curvature_closure)
+        frozen = self._batch(closure)
+        part = None if curvature_closure is None else self._batch(curvature_closure)
         return self._take(self._attempt(frozen, part))
 
-    def _attempt(self, frozen: FrozenClosure, part: FrozenClosure | None = None) -> Attempt:
-        return Attempt(self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part)
+    def _batch(self, closure: Any) -> FrozenBatch:
+        """The closure on its batch, whole or in pieces."""
+        pieces = MicroBatches.of(closure)
+        if pieces is None:
+            return self._frozen(closure)
+        self._begin(closure)
+        where = self._parameters, self._holds_gradients(), self._penalty()
+        return FrozenPieces(pieces.pieces, *where, pieces.memory_budget)
+
+    def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
+        return Attempt(
+            self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
+        )
+
+    def _chosen(self) -> dict[str, Any]:
+        names = ("curvature", "solver", "forcing", "step", "damping")
+        return {name: getattr(self._strategies, name) for name in names} | {"preconditioning": self._preconditioning}
 
     def _parts(self) -> dict[str, Any]:
         return {"preconditioner": self._preconditioner.state_dict()}

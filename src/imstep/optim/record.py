@@ -93,19 +93,24 @@ class Cost:
 class StepRecord:
     """One step, as it happened. Numbers that a step did not come to are nan.
 
+    Where a learning rate is not 1, ``step_length`` to ``taylor_error`` are of the step that was found, before it;
+    ``new_loss`` and ``step_norm`` of what was taken.
+
     Attributes:
         step: how many steps were taken before this one.
         outcome: what became of the step.
         status: why the Krylov iteration ended, which is not what became of the step; None if there was none.
-        loss, new_loss: f before and after the step; equal unless it was accepted.
-        gradient_norm: ‖g‖ before the step.
+        loss, new_loss: f before and after the step, weight decay included; equal unless it was accepted.
+        penalty, new_penalty: the part of them that is weight decay; the rest is the closure's loss.
+        gradient_norm: ‖g‖ before the step, weight decay included.
         gradient_variance: the trace of the covariance of g as a mean over examples, estimated from two halves; of the
             part that the curvature was taken from, if there was one. nan where it was not asked for.
         iterations: Krylov iterations, that is, directions the solution was built from.
         products: products with the curvature matrix.
         trials: trial points evaluated.
         step_length: t of the last trial.
-        direction_norm: ‖d‖; the step moved the parameters by t‖d‖.
+        direction_norm: ‖d‖.
+        step_norm: how far the parameters moved: t‖d‖, of which learning rates leave a part.
         slope, curvature: s = gᵀd and k = dᵀAd, A being the curvature matrix of the step, undamped.
         predicted_decrease: q(t) = -t s - t²k/2.
         actual_decrease: f(w) - f(w + t d).
@@ -127,12 +132,15 @@ class StepRecord:
     loss: float
     new_loss: float
     gradient_norm: float
+    penalty: float = 0.0
+    new_penalty: float = 0.0
     gradient_variance: float = math.nan
     iterations: int = 0
     products: int = 0
     trials: int = 0
     step_length: float = math.nan
     direction_norm: float = math.nan
+    step_norm: float = 0.0
     slope: float = math.nan
     curvature: float = math.nan
     predicted_decrease: float = math.nan

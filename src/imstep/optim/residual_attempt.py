@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,21 +16,16 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import require_residuals
 from imstep.curvature.staleness import StaleLossError, check_fresh, nodes_of
-from imstep.globalization import ContractionDamping
-from imstep.linalg import BoxLeastSquares, Factorisation, RowMatrix, ScaledRows, StepSpace
+from imstep.linalg import DampedLeastSquares
 from imstep.optim.box import Box
-from imstep.optim.chord import ChordStep, chord_iterations
+from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_relief
 from imstep.optim.evaluable import outside_the_domain
+from imstep.optim.ground import Ground, ground_at
 from imstep.optim.memory import Memory
+from imstep.optim.pace import Pace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
-from imstep.optim.scaling import Scaling
+from imstep.optim.residual_settings import Settings
 from imstep.optim.step_attempt import StepAttempt
-
-LEAST_SHARE = 1e-2
-"""Of the trace of JJᵀ that is always taken account of."""
-
-_ROUNDING = 10.0
-"""Times the rounding of residuals: by so much losses may be wrong."""
 
 _FINE = 10.0
 """Times the rounding of a decrease: a promise below that is not worth comparing with it."""
@@ -40,66 +36,11 @@ _LOWER = 0.9
 _SOON = 2
 """Trials of a step after which λ grows ever faster."""
 
+MOST_DAMPING = 1e100
+"""λ at which a step that is still too long will not get shorter."""
+
 _PATIENCE = 3
 """Trials in a step whose decrease is rounding and whose gradient is no lower."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user chooses: see :class:`LeastSquares`."""
-
-    damping: ContractionDamping
-    factorisation: Factorisation
-    scaling: Scaling
-    corrections: int
-    share: float
-    momentum: float
-    tolerance: float
-    max_trials: int
-
-    def __post_init__(self) -> None:
-        for name, kind in (("damping", ContractionDamping), ("factorisation", Factorisation), ("scaling", Scaling)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}.")
-        if self.corrections < 1 or self.max_trials < 1:
-            raise ValueError(
-                f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."
-            )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is at least 0 and less than 1, got {self.momentum}.")
-        if not (0 <= self.share < math.inf and self.tolerance >= 0):
-            raise ValueError(f"share and tolerance are at least 0, got {self.share} and {self.tolerance}.")
-
-
-@dataclass(frozen=True, eq=False)
-class _Ground:
-    """What a step stands on: the linearisation at w.
-
-    Attributes:
-        jacobian: J at w, with ρ.
-        units: D (n,), in which entries of a step are measured; None for 1.
-        space: damped least squares with J D⁻¹.
-        scale: λ is a multiple of it.
-        rounding: of a decrease of the loss.
-        reach: the longest ‖D d‖ allowed.
-    """
-
-    jacobian: ResidualJacobian
-    units: Tensor | None
-    space: StepSpace
-    scale: float
-    rounding: float
-    reach: float
-
-    def step(self, coordinates: Tensor) -> Tensor:
-        """d, (n,)."""
-        d = self.space.vector(coordinates)
-        return d if self.units is None else d / self.units
-
-    def size(self, gradient: Tensor, damping: float) -> float:
-        """How large a gradient (n,) is, in the metric of the damped Gauss-Newton matrix where that is known."""
-        g = gradient.double()
-        return self.space.reduced.dual_norm(g if self.units is None else g / self.units, damping)
 
 
 class ResidualAttempt(StepAttempt):
@@ -112,6 +53,8 @@ class ResidualAttempt(StepAttempt):
         box: bounds on the parameters; None for none.
     """
 
+    _frozen: FrozenClosure
+
     def __init__(
         self,
         settings: Settings,
@@ -120,8 +63,9 @@ class ResidualAttempt(StepAttempt):
         frozen: FrozenClosure,
         owners: KnownOwners,
         box: Box | None,
+        pace: Pace | None = None,
     ) -> None:
-        super().__init__(memory, parameters, frozen)
+        super().__init__(memory, parameters, frozen, pace)
         self._settings, self._owners, self._box = settings, owners, box
         self._loss: Tensor
         self._gradient: Tensor
@@ -142,50 +86,27 @@ class ResidualAttempt(StepAttempt):
         if record.gradient_norm <= self._settings.tolerance:
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
-        ground, memory = self._ground(jacobian, memory)
-        reduced = ground.space.reduced
-        return self._search(replace(record, factorisation=reduced.kind, rank=reduced.rank), memory, ground)
+        where = self._parameters, self._settings, memory, self._box
+        ground, memory = ground_at(jacobian, self._penalty, *where)
+        record = replace(record, factorisation=ground.factorised.kind, rank=ground.factorised.rank)
+        return self._search(record, memory, ground)
 
     def _linearise(self) -> StepRecord:
         """Residuals, Jacobian and gradient."""
         self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
         self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        self._penalty = self._frozen.settle_penalty(jacobian.used)
+        if self._penalty is not None:
+            w = self._parameters.get()
+            self._loss = jacobian.loss + self._penalty.value(w)
+            self._gradient = self._gradient + self._penalty.factors * w
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
         return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
 
-    # --- the linearisation --------------------------------------------------------------------------------------
-
-    def _ground(self, jacobian: ResidualJacobian, memory: Memory) -> tuple[_Ground, Memory]:
-        norms = self._settings.scaling.norms(jacobian, memory.column_norms)
-        units = None if norms is None else norms.where(norms > 0, 1.0)
-        scaled: RowMatrix = jacobian if units is None else ScaledRows(jacobian, units)
-        memory = replace(memory, column_norms=norms)
-        if memory.curvature_scale == 0.0:
-            memory = replace(memory, curvature_scale=_curvature_along_gradient(scaled, jacobian.residuals))
-        space = self._space(scaled, units, memory)
-        w = self._parameters.get().double()
-        reach = self._settings.scaling.reach(w if units is None else units * w, first=memory.steps == 0)
-        rounding = self._rounding(jacobian, w)
-        return _Ground(jacobian, units, space, memory.curvature_scale, rounding, reach), memory
-
-    def _space(self, scaled: RowMatrix, units: Tensor | None, memory: Memory) -> StepSpace:
-        if self._box is not None:
-            boxed = BoxLeastSquares(scaled.written_out(), *self._box.room(self._parameters.get(), units))
-            return StepSpace(boxed, boxed.vector)
-        # A λ above all eigenvalues leaves the gradient itself, which must not be left out.
-        size = min(memory.damping * memory.curvature_scale, LEAST_SHARE * scaled.squared_norm())
-        return self._settings.factorisation.of(scaled, self._settings.share * size, draw=memory.steps)
-
-    def _rounding(self, jacobian: ResidualJacobian, w: Tensor) -> float:
-        """Of a decrease: that of w and of ρ, taken as random."""
-        values = jacobian.residuals
-        sizes = values.abs() + (jacobian @ w).abs()
-        return _ROUNDING * torch.finfo(self._loss.dtype).eps * float((values * sizes).norm())
-
     # --- trials -------------------------------------------------------------------------------------------------
 
-    def _search(self, record: StepRecord, memory: Memory, ground: _Ground) -> tuple[StepRecord, Memory]:
+    def _search(self, record: StepRecord, memory: Memory, ground: Ground) -> tuple[StepRecord, Memory]:
         """Try one λ after the other until a step is accepted."""
         rule, settings, residuals = self._settings.damping, self._settings, ground.jacobian.residuals
         damping, patience, promised, shifted = memory.damping, _PATIENCE, False, residuals
@@ -194,12 +115,15 @@ class ResidualAttempt(StepAttempt):
             shifted = self._residuals_at(shift)
         place = lambda u: ground.step(u) if shift is None else ground.step(u) + shift
         for failures in range(settings.max_trials):
+            reduced = ground.around(shift)
+            damping = self._reaching(reduced, ground.scale, shifted, damping, place)
             step = chord_iterations(
-                ground.space.reduced,
+                reduced,
                 residuals,
                 shifted,
                 damping * ground.scale,
                 lambda u: self._residuals_at(place(u)),
+                relief=no_relief if self._penalty is None else lambda u: self._relief(place(u)),
                 limit=rule.limit,
                 max_iterations=settings.corrections,
                 rounding=ground.rounding,
@@ -209,7 +133,14 @@ class ResidualAttempt(StepAttempt):
             fine = 0 < step.promise <= _FINE * ground.rounding
             if self._stays(step, ground, there, record.damping, fine):
                 image = step.image if shift is None else step.image + ground.jacobian @ shift
-                return self._accept(record, memory, step, residuals, there, image)
+                share = self._pace.share(there)
+                excess = float(share.norm()) / self._pace.longest
+                share = share / excess if excess > 1 else share
+                as_it_is = self._pace.whole and excess <= 1
+                left = step.decrease if as_it_is else self._decrease_at(share, residuals)
+                if left >= 0 or (fine and left >= -ground.rounding):
+                    return self._accept(record, memory, step, residuals, there, image, share, left)
+                step = replace(step, ratio=math.inf)
             patience -= fine
             if patience == 0:
                 break
@@ -228,7 +159,7 @@ class ResidualAttempt(StepAttempt):
         # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
         return record, replace(memory, damping=rule.again(memory.damping, math.inf))
 
-    def _stays(self, step: ChordStep, ground: _Ground, there: Tensor, damping: float, fine: bool) -> bool:
+    def _stays(self, step: ChordStep, ground: Ground, there: Tensor, damping: float, fine: bool) -> bool:
         """Whether a step is good enough. Where its decrease is rounding, ``fine``, the gradient decides."""
         rule = self._settings.damping
         decrease = math.inf if fine and step.decrease >= -ground.rounding else step.decrease
@@ -248,16 +179,21 @@ class ResidualAttempt(StepAttempt):
         residuals: Tensor,
         there: Tensor,
         image: Tensor,
+        share: Tensor,
+        left: float,
     ) -> tuple[StepRecord, Memory]:
+        """The record of a step d = ``there``, given what is taken of it and by how much that lowers the loss."""
         self._keep = True
-        slope, curvature = float(residuals @ image), float(image @ image)
+        slope, curvature = self._of_penalty(there)
+        slope, curvature = slope + float(residuals @ image), curvature + float(image @ image)
         predicted = -slope - curvature / 2
         record = replace(
             record,
-            new_loss=record.loss - step.decrease,
+            new_loss=record.loss - left,
             trials=self._spent.losses,
             step_length=1.0,
             direction_norm=float(there.norm()),
+            step_norm=float(share.norm()),
             slope=slope,
             curvature=curvature,
             predicted_decrease=predicted,
@@ -267,8 +203,48 @@ class ResidualAttempt(StepAttempt):
             cost=record.cost + self._spent,
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
-        last_move = there if self._settings.momentum > 0 else None
+        last_move = share if self._settings.momentum > 0 else None
         return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
+
+    def _reaching(
+        self,
+        reduced: DampedLeastSquares,
+        scale: float,
+        residuals: Tensor,
+        damping: float,
+        place: Callable[[Tensor], Tensor],
+    ) -> float:
+        """The least of growing λ whose linear step is no longer than steps may be."""
+        if math.isinf(self._pace.longest) or self._pace.lr == 0:
+            return damping
+        longest, none = self._pace.longest / self._pace.lr, residuals.new_zeros(reduced.rank)
+        while damping * scale < MOST_DAMPING:
+            length = float(place(reduced.solve(residuals, none, damping * scale)).norm())
+            if not length > longest:
+                break
+            damping *= max(length / longest, 2.0)  # in the end steps are as long as 1/λ
+        return damping
+
+    def _decrease_at(self, step: Tensor, residuals: Tensor) -> float:
+        """By how much a step lowers the loss; leaves the parameters there."""
+        if not bool(step.any()):
+            self._parameters.restore(self._snapshot)
+            return 0.0
+        decrease = decrease_of(residuals, self._residuals_at(step)) + self._relief(step)
+        return decrease if math.isfinite(decrease) else -math.inf
+
+    def _relief(self, step: Tensor) -> float:
+        """By how much a step lowers the penalty."""
+        slope, curvature = self._of_penalty(step)
+        return -slope - curvature / 2
+
+    def _of_penalty(self, step: Tensor) -> tuple[float, float]:
+        """The penalty's slope and curvature along a step d: λwᵀd and λdᵀd."""
+        if self._penalty is None:
+            return 0.0, 0.0
+        w, d = self._parameters.flatten(self._snapshot).double(), step.double()
+        weighted = self._penalty.factors * d
+        return float(w @ weighted), float(d @ weighted)
 
     # --- evaluations --------------------------------------------------------------------------------------------
 
@@ -295,16 +271,9 @@ class ResidualAttempt(StepAttempt):
             self._residuals_at(step)
         assert self._there is not None
         self._spent += Cost(jacobian_passes=1)
-        return self._parameters.flatten(later_grad(self._there[1], self._parameters.tensors, whole=True))
+        gradient = self._parameters.flatten(later_grad(self._there[1], self._parameters.tensors, whole=True))
+        return gradient if self._penalty is None else gradient + self._penalty.factors * self._parameters.get()
 
     def _free(self, gradient: Tensor) -> Tensor:
         """The gradient without the entries that bounds hold back."""
         return gradient if self._box is None else self._box.free(gradient, self._parameters.get())
-
-
-def _curvature_along_gradient(jacobian: RowMatrix, residuals: Tensor) -> float:
-    """‖Jg‖²/‖g‖², the scale of λ; 1 where that is no positive number."""
-    gradient = jacobian.T @ residuals
-    image = jacobian @ (gradient / gradient.norm())
-    scale = float(image @ image)
-    return scale if 0 < scale < math.inf else 1.0

@@ -72,7 +72,9 @@ class SavedOptimizer(torch.optim.Optimizer):
     def _load(self, state: dict[str, Any]) -> None:
         before, device = self._entry(), self._parameters.device
         self._load_entry(tree_map_only(Tensor, lambda t: t.to(device), self._found(state)))
-        groups = [{k: v for k, v in group.items() if k != self._key} for group in state["param_groups"]]
+        # A state of an earlier version lacks options that there are now.
+        groups = [{**self.defaults, **group} for group in state["param_groups"]]
+        groups = [{k: v for k, v in group.items() if k != self._key} for group in groups]
         try:
             super().load_state_dict({"state": {}, "param_groups": groups})
         except BaseException:

@@ -10,16 +10,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
-from imstep.globalization import LineModel
+from imstep.curvature.pieces import FrozenBatch, Linearised
+from imstep.globalization import Armijo, LineModel, StepSearch
 from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.evaluable import failing_as
 from imstep.optim.masked import masked
 from imstep.optim.memory import Memory
+from imstep.optim.pace import Pace, shortened
 from imstep.optim.record import Cost, StepOutcome, StepRecord
-from imstep.optim.trials import Trials, try_escape
+from imstep.optim.trials import Line, Trials, try_escape
+
+MOST_HALVINGS = 12
+"""Of what the learning rates leave of a step, until it is given up."""
 
 
 class StepAttempt(ABC):
@@ -29,10 +33,13 @@ class StepAttempt(ABC):
         memory: what the last step left.
         parameters: the vector that is moved.
         frozen: the closure on its batch.
+        pace: how much of the step is taken; all of it if left out.
     """
 
-    def __init__(self, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure) -> None:
-        self._memory, self._parameters, self._frozen = memory, parameters, frozen
+    def __init__(
+        self, memory: Memory, parameters: ParameterVector, frozen: FrozenBatch, pace: Pace | None = None
+    ) -> None:
+        self._memory, self._parameters, self._frozen, self._pace = memory, parameters, frozen, pace or Pace()
         self._snapshot = self._found = parameters.snapshot()
         self._keep = False
         self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
@@ -47,6 +54,20 @@ class StepAttempt(ABC):
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
 
     @property
+    def of_closure(self) -> tuple[Tensor, Tensor]:
+        """As :attr:`start`, of the closure's loss alone, without the penalty."""
+        loss, gradient = self.start
+        penalty = self._frozen.penalty
+        if penalty is None:
+            return loss, gradient
+        return loss - penalty.value(self.origin), torch.addcmul(gradient, penalty.factors, self.origin, value=-1)
+
+    def penalty_now(self) -> float:
+        """What is added to the closure's loss where the parameters are."""
+        penalty = self._frozen.penalty
+        return 0.0 if penalty is None else penalty.value(self._parameters.get())
+
+    @property
     def origin(self) -> Tensor:
         """Where the step began, (n,)."""
         return self._parameters.flatten(self._snapshot)
@@ -54,7 +75,7 @@ class StepAttempt(ABC):
     @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
-        return self._frozen.user.returned
+        return self._frozen.returned
 
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
@@ -66,6 +87,7 @@ class StepAttempt(ABC):
             loss=float(loss),
             new_loss=float(loss),
             gradient_norm=float(gradient.norm()),
+            penalty=self.penalty_now(),
             radius=radius,
             cost=cost,
         )
@@ -112,10 +134,25 @@ class StepAttempt(ABC):
         loss, gradient = self._frozen.gradient()
         return float(loss), float(gradient @ direction.vector)
 
-    def _finish(self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials) -> StepRecord:
+    def _along(self, direction: Direction) -> Line:
+        return Line(
+            self._line(direction), lambda t: self._loss_at(direction, t), lambda t: self._gradient_at(direction, t)
+        )
+
+    def _taken(self, search: StepSearch, taken: Direction, trials: Trials) -> tuple[Direction, Trials]:
+        """What of the accepted step is taken, given what the learning rates leave of it."""
+        if self._pace.whole or not trials.accepted:
+            return taken, trials
+        if taken.norm == 0:
+            return taken, replace(trials, loss=float(self.start[0]))
+        return shortened(search, self._memory.search, self._along(taken), taken, trials, MOST_HALVINGS)
+
+    def _finish(
+        self, record: StepRecord, model: LineModel, direction: Direction, trials: Trials, taken: Direction
+    ) -> StepRecord:
         self._keep = trials.accepted
         if trials.accepted:  # the last trial need not be the best
-            self._parameters.move(self._snapshot, direction.vector, trials.step_length)
+            self._parameters.move(self._snapshot, taken.vector, trials.step_length)
         return replace(
             record,
             outcome=StepOutcome.ACCEPTED if trials.accepted else StepOutcome.REJECTED,
@@ -123,6 +160,7 @@ class StepAttempt(ABC):
             trials=trials.count,
             step_length=trials.step_length,
             direction_norm=direction.norm,
+            step_norm=trials.step_length * taken.norm if trials.accepted else 0.0,
             slope=direction.slope,
             curvature=direction.curvature,
             predicted_decrease=model.decrease(trials.step_length),
@@ -134,7 +172,7 @@ class StepAttempt(ABC):
 
     # --- at a stationary point ----------------------------------------------------------------------------------
 
-    def _stationary(self, record: StepRecord, memory: Memory, point: Linearisation) -> tuple[StepRecord, Memory]:
+    def _stationary(self, record: StepRecord, memory: Memory, point: Linearised) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a way out along negative curvature."""
         hessian = hessian_of(point, self._parameters)
         escape = escape_direction(masked(hessian, self._mask), point.gradient, seed=memory.steps)
@@ -152,9 +190,12 @@ class StepAttempt(ABC):
             blur = torch.finfo(self.start[0].dtype).eps * size
             least = model.rounding + blur * (record.gradient_norm + escape.largest * blur)
             length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature)) or 1.0
-            length = min(length, memory.reach)
+            share = self._pace.share(direction.vector)
+            taken = direction if self._pace.whole else direction.moved(share, torch.zeros_like(share), self.start[1])
+            length = min(length, memory.reach, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)
             trials = try_escape(memory.search, model, lambda t: self._loss_at(direction, t), length, 10 * least)
-            record = self._finish(replace(record, status=direction.status), model, direction, trials)
+            taken, trials = self._taken(Armijo(), taken, trials)
+            record = self._finish(replace(record, status=direction.status), model, direction, trials, taken)
             if trials.accepted:
                 return record, replace(memory, full_steps=0)
         self._keep = True

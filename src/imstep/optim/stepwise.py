@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.penalty import Penalty
+from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
+from imstep.optim.pace import Pace, option_of, options_of
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.saving import SavedOptimizer
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.strategies import short
+
+_OF_OTHERS = ("name", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Options of groups that schedulers and loggers write for themselves."""
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def needs_closure(step: _Step) -> _Step:
+    """A step that says what it needs where it is called without its closure."""
+
+    @functools.wraps(step)
+    def checked(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        closure = args[0] if args else kwargs.get("closure")
+        # A list holds the pieces of a batch; what is in it is looked at where it is taken apart.
+        if not callable(closure) and not isinstance(closure, (list, tuple)):
+            name, got = type(self).__name__, "nothing" if closure is None else f"a {type(closure).__name__}"
+            raise TypeError(
+                f"{name}.step needs a closure that evaluates the model and returns the loss, since a step evaluates "
+                f"it several times; got {got}. Call optimizer.step(closure) with such a function, as for "
+                "torch.optim.LBFGS. A torch.amp.GradScaler cannot pass one on: use autocast without it, with bfloat16."
+            )
+        return step(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -35,7 +66,10 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     Args:
         params: parameters or parameter groups; those with ``requires_grad=False`` are left alone.
         memory: before the first step.
+        options: of the parameter groups: ``lr`` and ``weight_decay``.
+        max_step_norm: the longest step, > 0; None for no bound.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        average: of the iterates; None for none.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
@@ -45,14 +79,27 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     _box: Box | None = None
     """Bounds on the parameters, where there are any."""
 
-    def __init__(self, params: Iterable[Any], memory: Memory, max_refusals: int) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        memory: Memory,
+        *,
+        options: dict[str, Any],
+        max_step_norm: float | None,
+        max_refusals: int,
+        average: Averaging | None,
+    ) -> None:
         if max_refusals < 1:
             raise ValueError(f"max_refusals is at least 1, got {max_refusals}.")
-        super().__init__(params, {})
+        if max_step_norm is not None and not max_step_norm > 0:
+            raise ValueError(f"max_step_norm, a length, is positive, or None for no bound; got {max_step_norm}.")
+        self._longest = math.inf if max_step_norm is None else float(max_step_norm)
+        super().__init__(params, options)
         self._parameters = self._vector()
         self._memory, self._max_refusals = memory, max_refusals
         self._left: list[tuple[weakref.ref[Tensor], int]] = []
         self._stepping = False
+        self._average = None if average is None else Average(average)
         self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
         self._mark()
@@ -60,22 +107,45 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters.
 
+        Args:
+            param_group: ``params``, and options in place of the constructor's; those that schedulers write, and a
+                ``name``, may be there.
+
         Raises:
-            ValueError: the group has options, such as a learning rate, of which no use would be made.
+            ValueError: the group has options of which no use would be made, or one that is out of range.
         """
-        unused = sorted(set(param_group) - {"params", "param_names"})
+        unused = sorted(set(param_group) - {"params", "param_names", *self.defaults, *_OF_OTHERS})
         if unused:
-            name = type(self).__name__
+            name, options = type(self).__name__, " and ".join(o for o in self.defaults if o != "differentiable")
             raise ValueError(
                 f"a parameter group has options that {name} makes no use of: {', '.join(unused)}. "
-                "Leave them out; there is no learning rate, and a penalty on weights belongs in the loss."
+                f"Leave them out; groups may differ in {options}."
             )
+        for name in ("lr", "weight_decay"):
+            option_of({**self.defaults, **param_group}, name)
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, so that copies and pickles go on as the original does; copies have no ``.grad``."""
-        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
+        # Schedulers put a step in place that takes that of the original.
+        own = {name: value for name, value in self.__dict__.items() if name != "step"}
+        state = {name: value for name, value in own.items() if not name.startswith("_optimizer_")}
         return {**state, "_left": [], "_stepping": False}
+
+    def __repr__(self) -> str:
+        parameters = self._parameters
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for _, dtype in parameters.forms)
+        parts = [f"{parameters.size:,} parameters", f"{' and '.join(dtypes)} on {parameters.device}"]
+        for name in ("lr", "weight_decay"):
+            values = dict.fromkeys(f"{option_of(group, name):.6g}" for group in self.param_groups)
+            parts.append(f"{name}={' and '.join(values)}")
+        parts += [] if math.isinf(self._longest) else [f"max_step_norm={self._longest:.6g}"]
+        parts += [f"{name}={short(strategy)}" for name, strategy in self._chosen().items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _chosen(self) -> dict[str, Any]:
+        """Strategies by the names of the constructor's arguments."""
+        return {}
 
     @abstractmethod
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
@@ -89,17 +159,20 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         """The inverse of :meth:`_parts`; a part that is missing is a KeyError."""
 
     def _adopt(self, parameters: ParameterVector) -> None:
-        """Take up other parameters; the last step does not fit them."""
+        """Take up other parameters; the last step and the average do not fit them."""
+        if self._average is not None:
+            self._average.forget()
         self._parameters = parameters
         self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+    @needs_closure
+    def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]
         """Take one step.
 
         Args:
             closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it, as for L-BFGS. The sum of
                 all that ``backward()`` was called on is then the loss, whatever is returned. It is evaluated several
-                times.
+                times. For a batch in pieces a :class:`MicroBatches`, or a list of closures, whose losses add up.
 
         Returns:
             What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
@@ -112,6 +185,33 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
         return self._take(self._attempt(self._frozen(closure)))
+
+    @contextmanager
+    def averaged(self, model: nn.Module | None = None) -> Iterator[None]:
+        """A context in which the parameters are the average of the iterates, for evaluations and for saving the model.
+
+            with optimizer.averaged():
+                evaluate(model)
+
+        Afterwards they are bit for bit what they were, also where an exception ends it. Before the first step they stay
+        as they are. Buffers are those of the last iterate: for a long average over batch normalisation let
+        ``torch.optim.swa_utils.update_bn`` compute them anew inside.
+
+        Args:
+            model: whose buffers are put back afterwards, too; None where nothing inside changes them.
+
+        Raises:
+            ValueError: the optimizer keeps no average.
+            RuntimeError: the parameters are the average already.
+        """
+        if self._average is None:
+            raise ValueError(
+                f"this {type(self).__name__} keeps no average. Build it with average=ExponentialAverage(), of "
+                "imstep.optim."
+            )
+        self._follow_parameters()
+        with self._average.swapped(self._parameters, model):
+            yield
 
     def examine(
         self,
@@ -128,15 +228,27 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         assert self.last_step is not None
         return self.last_step
 
-    def _frozen(self, closure: Callable[[], Any] | None) -> FrozenClosure:
-        """The closure on its batch, at the parameters as they are now."""
-        if closure is None:
-            name = type(self).__name__
-            raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss.")
+    def _frozen(self, closure: Any) -> FrozenClosure:
+        """The closure on its batch, at the parameters as they are now; a batch in pieces is evaluated as one."""
+        self._begin(closure)
+        whole = MicroBatches.of(closure) or closure
+        return FrozenClosure(whole, self._parameters, self._holds_gradients(), self._penalty())
+
+    def _begin(self, closure: Any) -> None:
+        """Take up the parameters as they are now, unless no step can be taken."""
+        if self._average is not None and self._average.shown:
+            raise RuntimeError("a step was called where the parameters are the average. Leave averaged() first.")
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._follow_parameters()
-        return FrozenClosure(closure, self._parameters, self._holds_gradients())
+
+    def _penalty(self) -> Penalty | None:
+        """What weight decay adds to the loss."""
+        return Penalty.of(options_of(self.param_groups, "weight_decay", self._parameters), self._parameters)
+
+    def _pace(self) -> Pace:
+        """What is taken of a step."""
+        return Pace.of(options_of(self.param_groups, "lr", self._parameters), self._parameters, self._longest)
 
     def _holds_gradients(self) -> bool:
         """Whether ``.grad`` holds anything but zeros and what the last step has left."""
@@ -168,12 +280,14 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         attempt.leave()
         if record.outcome is StepOutcome.NON_FINITE:
             self._load_parts(before)
+        elif self._average is not None:
+            self._average.take(self._parameters)
         if record.accepted:
             memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
-        self.last_step = replace(record, seconds=time.perf_counter() - started)
+        self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
-        loss, gradient = attempt.start
+        loss, gradient = attempt.of_closure
         self._left = []
         for p, g in zip(self._parameters.tensors, self._parameters.unflatten(gradient), strict=True):
             p.grad = g.clone()
@@ -203,6 +317,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             "dtypes": [str(p.dtype) for p in self._parameters.tensors],
             **self._parts(),
         }
+        if self._average is not None:
+            entry["average"] = self._average.state_dict()
         return tree_map_only(Tensor, _alone, entry)
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
@@ -228,6 +344,10 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             raise ValueError(f"this state is damaged or of another version of the library: {error}.") from error
         self._load_parts(parts)
         self._memory, self.cost = memory, cost
+        if self._average is not None:
+            self._average.forget()  # that of a state without one begins with it
+            if "average" in entry:
+                self._average.load_state_dict(entry["average"])
 
 
 def _alone(t: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
 
 from imstep.curvature.choice import CurvatureChoice
 from imstep.globalization import Damping, StepSearch
@@ -48,3 +49,20 @@ class Strategies:
     def measures(self, step: int) -> bool:
         """Whether the gradient's variance is to be measured in the step of this number."""
         return self.variance_every > 0 and step % self.variance_every == 0
+
+
+def short(strategy: Any) -> str:
+    """A strategy as it is made, without what is by default."""
+    if not hasattr(strategy, "__dataclass_fields__"):
+        return strategy.__class__.__name__ + "()"
+    chosen = {f.name: getattr(strategy, f.name) for f in fields(strategy)}
+    shown = [f"{f.name}={_shown(chosen[f.name])}" for f in fields(strategy) if chosen[f.name] != _default(f)]
+    return f"{type(strategy).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    return short(value) if hasattr(value, "__dataclass_fields__") else repr(value)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

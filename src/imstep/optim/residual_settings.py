@@ -1,0 +1,37 @@
+"""What a user of least squares chooses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from imstep.globalization import ContractionDamping
+from imstep.linalg import Factorisation
+from imstep.optim.scaling import Scaling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses: see :class:`LeastSquares`."""
+
+    damping: ContractionDamping
+    factorisation: Factorisation
+    scaling: Scaling
+    corrections: int
+    share: float
+    momentum: float
+    tolerance: float
+    max_trials: int
+
+    def __post_init__(self) -> None:
+        for name, kind in (("damping", ContractionDamping), ("factorisation", Factorisation), ("scaling", Scaling)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}.")
+        if self.corrections < 1 or self.max_trials < 1:
+            raise ValueError(
+                f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."
+            )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is at least 0 and less than 1, got {self.momentum}.")
+        if not (0 <= self.share < math.inf and self.tolerance >= 0):
+            raise ValueError(f"share and tolerance are at least 0, got {self.share} and {self.tolerance}.")

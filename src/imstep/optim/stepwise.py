@@ -181,7 +181,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         Raises:
             TypeError: no closure.
             ValueError: the closure gave no scalar with a graph, or one that no parameter influences, or does what has
-                no meaning here, such as clipping gradients; see docs/optimizer.md.
+                no meaning here, such as clipping gradients; see docs/closures.md.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
         return self._take(self._attempt(self._frozen(closure)))

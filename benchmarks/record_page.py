@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -9,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from imstep.runs.environment import environment
 from imstep.runs.files import write_atomically
@@ -66,3 +69,25 @@ def show(name: str, page: str, text: str) -> None:
     if not marked.search(old):
         raise ValueError(f"{path} has no marks <!-- {name}:begin --> and <!-- {name}:end -->. Add them.")
     path.write_text(marked.sub(lambda _: block, old), encoding="utf-8")
+
+
+def command(
+    description: str | None,
+    name: str,
+    page: str,
+    text_of: Callable[[dict[str, Any]], str],
+    runs: Callable[[], Mapping[str, Callable[[], Row]]],
+) -> None:
+    """The command line of a question: make what the record lacks, on one thread, and write the page; or the page only.
+
+    Args:
+        description: of the program.
+        name, page: see `show`.
+        text_of: the record in Markdown.
+        runs: all runs, by name.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the page from the record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    show(name, page, text_of(load(name) if arguments.table else complete(name, {}, runs())))

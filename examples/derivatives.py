@@ -35,5 +35,15 @@ def main() -> None:
           f"with h = 1e-30: {float((finite - reference).abs().max()):.1e}")
 
 
+def draw(figure, _):
+    """gelu, and its derivative from the imaginary part."""
+    x = torch.linspace(-4, 4, 200)
+    axes = figure.subplots()
+    axes.plot(x, torch.nn.functional.gelu(x), label="gelu(x)")
+    axes.plot(x, imstep.derivative(torch.nn.functional.gelu, x), "--", label="gelu'(x), by the complex step")
+    axes.set(xlabel="x")
+    axes.legend()
+
+
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from torch import nn
 import imstep
 
 
-def main() -> None:
+def main() -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(0)
     inputs, labels = torch.randn(200, 10, dtype=torch.float64), torch.randint(3, (200,))
     model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 3)).double()
@@ -35,6 +35,18 @@ def main() -> None:
     # Gauss-Newton of the same loss has no negative eigenvalues (but for rounding).
     gauss_newton = imstep.GaussNewton(lambda: (model(inputs), labels), model, loss=nn.CrossEntropyLoss())
     print(f"smallest of Gauss-Newton: {float(torch.linalg.eigvalsh(gauss_newton.to_dense())[0]):.1e}")
+    return every, found
+
+
+def draw(figure, result):
+    """All eigenvalues, and those that were found by products."""
+    every, found = result
+    axes = figure.subplots()
+    axes.plot(np.arange(len(every)), every, ".", markersize=3, label="all, by the dense matrix")
+    where = np.searchsorted(every, found - 1e-9)
+    axes.plot(where, found, "o", fillstyle="none", markersize=9, label="found by products")
+    axes.set(xlabel="number", ylabel="eigenvalue")
+    axes.legend()
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ def problem() -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
     return net, closure, x
 
 
-def main(steps: int = 40) -> None:
-    errors = []
+def main(steps: int = 40) -> dict[str, tuple[Tensor, Tensor]]:
+    """The points, and the errors of u there, by optimizer."""
+    found = {}
     for kind in (imstep.NewtonKrylov, imstep.LeastSquares):
         net, closure, x = problem()
         optimizer = kind(net.parameters())
@@ -47,9 +48,22 @@ def main(steps: int = 40) -> None:
                 cost = optimizer.cost.gradient_equivalents
                 print(f"{kind.__name__} step {step:3d}  loss {float(loss):.2e}  gradient-equivalents so far {cost:.0f}")
         with torch.no_grad():
-            errors.append(float((net(x) - torch.sin(x)).abs().max()))
+            found[kind.__name__] = x.detach()[:, 0], (net(x) - torch.sin(x)).abs()[:, 0]
         print(f"loss {float(closure().detach()):.1e} after {optimizer.cost.gradient_equivalents:.0f}")
-    print(f"largest error of u: NewtonKrylov {errors[0]:.1e}, LeastSquares {errors[1]:.1e}")
+    newton, squares = (float(error.max()) for _, error in found.values())
+    print(f"largest error of u: NewtonKrylov {newton:.1e}, LeastSquares {squares:.1e}")
+    return found
+
+
+def draw(figure, result):
+    """The solution, and the errors of both networks."""
+    left, right = figure.subplots(1, 2)
+    for name, (x, error) in result.items():
+        right.semilogy(x, error, label=name)
+    left.plot(x, torch.sin(x), color="black")
+    left.set(title="Solution", xlabel="x", ylabel="u")
+    right.set(title="Error of the network", xlabel="x")
+    right.legend()
 
 
 if __name__ == "__main__":

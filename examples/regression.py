@@ -9,7 +9,7 @@ from torch import nn
 import imstep
 
 
-def main(steps: int = 25) -> None:
+def main(steps: int = 25) -> nn.Module:
     torch.manual_seed(0)
     inputs = torch.rand(256, 2) * 4 - 2
     targets = torch.sin(inputs[:, :1] * inputs[:, 1:])
@@ -29,6 +29,22 @@ def main(steps: int = 25) -> None:
             f"   {optimizer.cost.gradient_equivalents:7.0f}"
         )
     print(f"loss after {steps} steps: {float(closure().detach()):.2e}")
+    return model
+
+
+def draw(figure, model):
+    """The function that was learnt, and how far it is off."""
+    side = torch.linspace(-2, 2, 100)
+    grid = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        learnt = model(grid)[:, 0]
+    for axes, values, title in zip(
+        figure.subplots(1, 2), (learnt, (learnt - torch.sin(grid.prod(1))).abs()), ("Learnt", "Error"), strict=True
+    ):
+        shown = axes.imshow(values.reshape(100, 100).T, origin="lower", extent=(-2, 2, -2, 2))
+        axes.set(title=title)
+        axes.grid(False)
+        figure.colorbar(shown, ax=axes)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,11 +19,12 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, found.start(1)) + 1, found[1]) for found in _BLOCK.finditer(text)]
 
 
-def run(page: Path) -> None:
-    """Execute the page's blocks in one namespace; a traceback shows the page's own line numbers."""
-    namespace = {"__name__": "__main__"}  # dataclasses look their module up
+def run(page: Path) -> dict[str, Any]:
+    """Execute the page's blocks in one namespace, and return it; a traceback shows the page's own line numbers."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}  # dataclasses look their module up
     for line, source in blocks(page):
         exec(compile("\n" * (line - 1) + source, str(page), "exec", dont_inherit=True), namespace)
+    return namespace
 
 
 def broken_links(page: Path) -> list[str]:

@@ -78,6 +78,8 @@ def table(operators: list[Verdicts], of_modules: list[Verdicts]) -> str:
     lines = [
         "# Operator coverage",
         "",
+        "With this page you can look up whether PyTorch's operators can be differentiated here, and which cannot.",
+        "",
         f"PyTorch {torch.__version__} on the CPU in float64. Written by `benchmarks/coverage`.",
         "",
         "| database | entries | Hessian product | directional derivative |",

@@ -1,6 +1,6 @@
 """What helps on mini-batches: NewtonKrylov.for_batches with parts of it exchanged, beside NewtonKrylov and Adam.
 
-python -m benchmarks.minibatch           # what the record lacks, about twenty minutes for all; writes docs/optimizer.md
+python -m benchmarks.minibatch           # what the record lacks, twenty minutes for all; writes docs/mini-batches.md
 python -m benchmarks.minibatch --table   # the page again, from the record
 
 One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says how to get it.
@@ -8,7 +8,6 @@ One of the cases is on Fashion-MNIST; `imstep train fashion-autoencoder` says ho
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.minibatch.sides import SIDES, Side
-from benchmarks.record_page import Row, complete, load, show, table
+from benchmarks.record_page import Row, command, table
 from imstep import NewtonKrylov
 from imstep.optim import GrowingBatches
 from imstep.tasks import Batch, Problem, get_task
@@ -50,7 +49,7 @@ CASES = (
     Case("digits-autoencoder", 128, 100),
     Case("fashion-autoencoder", 512, 20, examples=10_000),
 )
-LAST = ("`for_batches`", "batches grow, θ = 1/2")
+LAST = ("`for_batches`", "the base", "batches grow, θ = 1/2")
 """The sides whose last iterate is shown beside the average."""
 
 
@@ -121,6 +120,9 @@ def text_of(record: dict[str, Any]) -> str:
     def cells(side: Side, which: str) -> Iterator[str]:
         for case in CASES:
             made = [r[which] for r in rows if (r["case"], r["side"]) == (case.name, side.name)]
+            if not made:
+                yield "not measured"
+                continue
             losses = zip(*made, strict=True)
             yield " / ".join(f"{statistics.median(values):.2e}".replace("e-0", "e-") for values in losses)
 
@@ -132,13 +134,5 @@ def text_of(record: dict[str, Any]) -> str:
     return table(["", *(case.name for case in CASES)], body)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the page from the record")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    show(NAME, "optimizer", text_of(load(NAME) if arguments.table else complete(NAME, {}, runs())))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, NAME, "mini-batches", text_of, runs)

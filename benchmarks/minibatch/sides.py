@@ -1,6 +1,7 @@
-"""What benchmarks/minibatch compares: NewtonKrylov.for_batches, parts of it exchanged, and ideas not in the library.
+"""What benchmarks/minibatch compares: NewtonKrylov.for_batches, a base, parts of that exchanged, and ideas.
 
-The ideas use nothing but what the library offers to everybody.
+The base is what for_batches was when the record was made: whole steps, more of the blend, a higher floor. The ideas use
+nothing but what the library offers to everybody.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imstep import NewtonKrylov
-from imstep.globalization import Damping, LevenbergMarquardt, NormTest, TaylorMonitor
+from imstep.globalization import Armijo, Damping, LevenbergMarquardt, NormTest, TaylorMonitor
 from imstep.optim import (
     BestRateForcing,
     BlendedConjugateGradient,
@@ -145,25 +146,31 @@ class Side:
     test: NormTest | None = None
 
 
+def _base(parameters: Parameters, kind: type[NewtonKrylov] = NewtonKrylov, **options: Any) -> NewtonKrylov:
+    own = {"step": Armijo(), "solver": BlendedConjugateGradient(weight=0.3)}
+    return kind.for_batches(parameters, **{**own, "damping": LevenbergMarquardt(initial=0.1, floor=1e-3), **options})
+
+
 def _changed(name: str, test: NormTest | None = None, **options: Any) -> Side:
-    return Side(name, lambda parameters: NewtonKrylov.for_batches(parameters, **options), test=test)
+    return Side(name, lambda parameters: _base(parameters, **options), test=test)
 
 
 def _averaging(decay: float) -> Side:
-    make = lambda p: NewtonKrylov.for_batches(p, solver=AveragedGradients(decay, BlendedConjugateGradient()))
+    make = lambda p: _base(p, solver=AveragedGradients(decay, BlendedConjugateGradient(weight=0.3)))
     return Side(f"gradients averaged, decay {decay}", make)
 
 
 def _next_batch(name: str, lower: float, upper: float) -> Side:
-    return Side(name, lambda p: NextBatchNewtonKrylov.for_batches(p, lower=lower, upper=upper))
+    return Side(name, lambda p: _base(p, NextBatchNewtonKrylov, lower=lower, upper=upper))
 
 
 def _spread(factor: float) -> Side:
-    return Side(f"λ is {factor} times the share of noise", lambda p: SpreadNewtonKrylov.for_batches(p, factor=factor))
+    return Side(f"λ is {factor} times the share of noise", lambda p: _base(p, SpreadNewtonKrylov, factor=factor))
 
 
 SIDES = (
-    _changed("`for_batches`"),
+    Side("`for_batches`", NewtonKrylov.for_batches),
+    _changed("the base"),
     _changed("without the blend", solver=ConjugateGradient()),
     _changed("without a floor under λ", damping=LevenbergMarquardt(initial=0.1)),
     _changed("1 product", forcing=FixedProducts(1)),
@@ -172,8 +179,8 @@ SIDES = (
     _changed("`step=TaylorMonitor()`", step=TaylorMonitor()),
     _changed("`momentum=True`", momentum=True),
     _changed("warm start from half the last step, no blend", solver=ConjugateGradient(warm_start=0.5)),
-    Side("curvature of half the batch", NewtonKrylov.for_batches, part=0.5),
-    Side("curvature of a quarter", NewtonKrylov.for_batches, part=0.25),
+    Side("curvature of half the batch", _base, part=0.5),
+    Side("curvature of a quarter", _base, part=0.25),
     _changed("batches grow, θ = 1/2", NormTest(theta=0.5), variance_every=3),
     _changed("batches grow, θ = 1", NormTest(theta=1.0), variance_every=3),
     _averaging(0.5),

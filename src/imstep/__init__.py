@@ -11,7 +11,7 @@ from imstep.complexstep import (
     third_derivative,
 )
 from imstep.curvature import Fisher, GaussNewton, Hessian, Jacobian
-from imstep.optim import LeastSquares, NewtonKrylov, minimize
+from imstep.optim import LeastSquares, MicroBatches, NewtonKrylov, minimize
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "Hessian",
     "Jacobian",
     "LeastSquares",
+    "MicroBatches",
     "NewtonKrylov",
     "NotDifferentiableWarning",
     "UnsupportedOperatorError",

@@ -75,7 +75,7 @@ def test_the_summary_lists_uncharged_evaluations(tmp_path: Path) -> None:
     assert re.search(r"evaluations 4 \(not charged: [\d.]+ gradient-equivalents", output)
     assert "accuracy train" in output
     page = (tmp_path / "r" / "report.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     assert not re.search(r"(src|href)=.https?:", page)
     config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
     assert config["options"] == {"lr": 0.05}

@@ -93,6 +93,18 @@ def test_a_run_keeps_its_program_and_goes_on_with_it(program: Path, tmp_path: Pa
     assert "are not as this run wrote them" in output("train", "--resume", str(run), code=2)
 
 
+def test_a_run_of_a_module_goes_on_from_any_folder(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    output("train", "here.problem:task", "-o", "adam", *QUICK, "--epochs", "1", "--out", str(run))
+    assert [Path(name).name for name in config(run)["files"]] == ["problem.py", "slope.py"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "all epochs done" in output("train", "--resume", str(run), "--epochs", "2")
+
+
 def test_a_run_on_a_table(table: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", str(table), "--target", "price", "--hidden", "8", "--threads", "1"]
@@ -135,9 +147,9 @@ def test_compare_races_any_optimizers_on_it(program: Path, tmp_path: Path) -> No
     words = ["--optimizers", racers, "--budget", "8", "--no-tune", "--dtype", "float64", "--threads", "1"]
     output("compare", str(program), *words, "--out", str(out))
     record = json.loads((out / "comparison.json").read_text())
-    assert [run["label"] for run in record["runs"]] == ["LeastSquares", "RMSprop", "RMSprop, batch 150"]
+    assert [run["label"] for run in record["runs"]] == ["LeastSquares", "RMSprop"]
     assert "--dtype float64" in record["command"]
-    assert record["runs"][0]["points"][-1]["train"] < 1e-25  # below what float32 resolves
+    assert record["runs"][0]["points"][-1]["train"] < 1e-17  # below what float32 resolves
 
 
 def test_compare_refuses_before_anything_has_run(program: Path, tmp_path: Path) -> None:

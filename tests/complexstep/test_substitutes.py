@@ -138,3 +138,25 @@ def test_products_with_zeros(name):
     by_values = lambda h: (loss(x + h * away) - 2 * loss(x) + loss(x - h * away)) / h**2
     expected = (4 * by_values(1e-3) - by_values(2e-3)) / 3
     torch.testing.assert_close(imstep.hvp(loss, x, away).mul(away).sum(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_whose_rows_are_short_enough():
+    table = torch.nn.Embedding(5, 3, max_norm=1.0).double()
+    at, v = torch.tensor([[0, 3], [3, 1]]), torch.randn(15, dtype=torch.float64)
+    loss = lambda: table(at).exp().sum()
+    loss()  # shortens them
+    weight = table.weight.detach().clone()
+    H = imstep.Hessian(loss, table)
+    expected = torch.zeros(5, 3, dtype=torch.float64).index_add(0, at.reshape(-1), weight.exp()[at.reshape(-1)])
+    torch.testing.assert_close(H @ v, expected.reshape(-1) * v)
+    assert torch.equal(table.weight, weight)
+
+
+def test_nested_tensors_are_refused():
+    rows = torch.randn(5, 3, dtype=torch.float64)
+
+    def ragged(t):
+        return torch.nested.nested_tensor_from_jagged(t, torch.tensor([0, 2, 5])).sin().values().sum()
+
+    with pytest.raises(imstep.UnsupportedOperatorError, match="padded to one length"):
+        imstep.hvp(ragged, rows, rows)

@@ -24,9 +24,9 @@ def slopes(u: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
 
 
-def nested(net: Callable[[Tensor], Tensor], x: Tensor = POINTS) -> Terms:
+def nested(net: Callable[[Tensor], Tensor]) -> Terms:
     """u_t + u u_x - u_xx, by nested calls of autograd, and values at other points."""
-    x = x.clone().requires_grad_()
+    x = POINTS.clone().requires_grad_()
     u = net(x)
     d = slopes(u, x)
     equation = d[:, 1:] + u * d[:, :1] - slopes(d[:, 0], x)[:, :1]
@@ -78,7 +78,8 @@ class Periodic(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         y, t = x[..., :1], x[..., 1:]
-        z = torch.cat([torch.cos(math.pi * y), torch.sin(math.pi * y), (self.rate * t).cos(), (self.rate * t).sin()], -1)
+        y_and_t = math.pi * y, self.rate * t
+        z = torch.cat([f(a) for a in y_and_t for f in (torch.cos, torch.sin)], -1)
         return torch.sin(math.pi * y) + t * (1 - y**2) * super().forward(z)
 
 
@@ -328,7 +329,8 @@ def test_jacobian(name: str) -> None:
 def test_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As accurate as the dtype, by the same ways."""
     here = sys.modules[__name__]
-    monkeypatch.setattr(here, "normal", lambda *shape, seed=0: normal(*shape, seed=seed).float())
+    double = normal
+    monkeypatch.setattr(here, "normal", lambda *shape, seed=0: double(*shape, seed=seed).float())
     monkeypatch.setattr(here, "POINTS", POINTS.float())
     params, terms = built(name, torch.float32)
     expected = dense(terms(), params)

@@ -289,6 +289,24 @@ def test_owners_are_found_once(make: Callable[[], Case]) -> None:
     assert make is dead_units or (passes[0] > passes[1] == passes[2])
 
 
+def test_new_data_take_no_more_passes_than_old() -> None:
+    """Which row belongs to which residual follows from the graph and its shapes."""
+    model = mlp(2, 6, 6, 1)
+    vector, known = ParameterVector(model), KnownOwners()
+    passes = []
+    for seed in (0, 1, 1, 2):
+        x = normal(70, 2, seed=seed).requires_grad_()
+
+        def closure(x: Tensor = x) -> Tensor:
+            u = model(x)
+            return (slopes(u, x)[:, :1] - u).square().mean()
+
+        J = jacobian_at(closure, vector, known)
+        passes.append(J.backward_passes)
+        assert torch.equal(J.to_dense(), jacobian_at(closure, vector, KnownOwners()).to_dense())
+    assert passes[0] > passes[1] == passes[2] == passes[3] == 2
+
+
 def test_remembered_owners_are_checked() -> None:
     """Other data of the same shapes, in another order; other shapes; residuals that depend on each other now."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1)).double().eval()

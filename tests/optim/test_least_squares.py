@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 import imstep
 from imstep.globalization import ContractionDamping
-from imstep.linalg import DenseFactorisation, GramFactorisation, PivotedCholesky, RandomizedNystrom
-from imstep.optim import LeastSquares, NonFiniteLossError, StepOutcome
+from imstep.linalg import (
+    ByShape,
+    DenseFactorisation,
+    Factorisation,
+    GramFactorisation,
+    PivotedCholesky,
+    RandomizedNystrom,
+    SketchedFactorisation,
+    ThinFactorisation,
+)
+from imstep.optim import ColumnNorms, LeastSquares, NonFiniteLossError, StepOutcome, Unscaled
+from imstep.optim.scaling import Scaling
 
 X, Y = normal(12, 3), normal(12, 1, seed=1)
 
@@ -63,6 +73,33 @@ def dense_corrections(model: nn.Module, damping: float, count: int) -> Tensor:
     normal_matrix = J.T @ J + damping * torch.eye(len(w), dtype=F64)
     correct = lambda d: -torch.linalg.solve(normal_matrix, J.T @ residuals_at(model, w + d) + damping * d)
     return w + anderson(correct, torch.zeros_like(w), count)
+
+
+WAYS = [
+    (ThinFactorisation(), "singular values"),
+    (ThinFactorisation(values=0), "triangular"),
+    (SketchedFactorisation(columns=1), "sketch"),
+    (ByShape(narrow=0), "singular values"),
+    (ByShape(narrow=0, memory=0), "columns"),
+]
+
+
+@pytest.mark.parametrize(("factorisation", "kind"), WAYS, ids=str)
+@pytest.mark.parametrize("scaling", [Unscaled(), ColumnNorms()], ids=str)
+def test_every_way_takes_the_same_steps(factorisation: Factorisation, kind: str, scaling: Scaling) -> None:
+    """With more residuals than parameters; λ from the same rule."""
+    inputs, targets = normal(60, 3), normal(60, 1, seed=1)
+    ends = []
+    for way in (ThinFactorisation(), factorisation):
+        model = network(width=3)
+        optimizer = LeastSquares(model.parameters(), factorisation=way, scaling=scaling, share=1e-9)
+        for _ in range(1 if kind == "sketch" else 4):
+            optimizer.step(lambda model=model: F.mse_loss(model(inputs), targets))
+        ends.append(flat(model))
+    assert optimizer.last_step.factorisation == kind
+    assert 1 <= optimizer.last_step.rank <= 16
+    moved = (ends[0] - flat(network(width=3))).norm()
+    assert (ends[0] - ends[1]).norm() < (5e-2 if kind == "sketch" else 1e-6) * moved
 
 
 @pytest.mark.parametrize("factorisation", [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()], ids=str)

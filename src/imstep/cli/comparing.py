@@ -27,6 +27,7 @@ from imstep.cli.options import (
     table_options,
 )
 from imstep.runs.compare import DEFAULT_BUDGET
+from imstep.runs.contestants import DEFAULT_OPTIMIZERS
 from imstep.runs.studies import ComparisonRequest, run_comparison
 
 __all__ = ["compare", "demo"]
@@ -83,7 +84,8 @@ def demo(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """The main job: compare on the digits autoencoder, about a minute on two cores."""
-    request = ComparisonRequest("digits-autoencoder", threads=threads)
+    names = (DEFAULT_OPTIMIZERS[0], "newton-krylov-batches", *DEFAULT_OPTIMIZERS[1:])
+    request = ComparisonRequest("digits-autoencoder", names, threads=threads)
     with explained():
         done = run_comparison(request, out, Console(), overwrite=True)
     if not done:

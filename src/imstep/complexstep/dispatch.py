@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
-from imstep.complexstep.errors import DENSE, REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import DENSE, NESTED, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
@@ -34,6 +34,7 @@ _RESHAPED_IN_PLACE = {
 }
 _seen_by_mode = torch._C._is_torch_function_mode_enabled
 _RESIZED = {torch.ops.aten.resize_, torch.ops.aten.resize_as_}
+_REMEDIES = {"sparse": DENSE, "nested": NESTED}  # by what is in an operator's name
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
 _OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
@@ -97,6 +98,8 @@ class Dispatch(TorchDispatchMode):
         return self._observe(func, sig, tensors, args, kwargs)
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if self._roots is None and self._jumps is None:
+            return self._watched(func, sig, tensors, args, kwargs)
         if self._jumps is not None and self._jumps.concern(tensors) and not self._islands.final:
             return self._jumps.follow(lambda: self._followed(func, sig, tensors, args, kwargs))
         return self._followed(func, sig, tensors, args, kwargs)
@@ -306,7 +309,7 @@ class Dispatch(TorchDispatchMode):
         if decomposition is None or func in self._decomposing:  # some refer back to themselves
             rule = lookup(func)
             if self._h is None or rule is None:
-                remedy = DENSE if "sparse" in func.__name__ else REPORT
+                remedy = next((way for kind, way in _REMEDIES.items() if kind in func.__name__), REPORT)
                 raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", remedy)
             self._ledger.enter(func, rule.family)
             try:

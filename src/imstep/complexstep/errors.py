@@ -8,6 +8,7 @@ from typing import Any
 
 REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
+NESTED = "Use dense tensors: sequences padded to one length, with a mask."
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 
 

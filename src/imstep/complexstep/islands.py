@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imstep.complexstep import gradients
-from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.errors import NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
@@ -48,6 +48,8 @@ def plain(t: Tensor) -> Tensor:
     if type(t) in PLAIN:
         return t
     with unseen():
+        if t.is_nested:
+            raise UnsupportedOperatorError("torch.nested", "a nested tensor carries no imaginary part.", NESTED)
         return Tensor.as_subclass(t, Tensor)
 
 
@@ -194,13 +196,13 @@ class Islands(TorchFunctionMode):
 
         What autograd detaches to save it, or in a backward pass, is none.
         """
+        if self._cut or torch._C._current_graph_task_id() != self._task:
+            return False
         if func is _DETACH:
             hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
         else:
-            hidden = not torch.is_grad_enabled() and self._recorded
-        if not hidden or self._cut or torch._C._current_graph_task_id() != self._task:
-            return False
-        return functions_around(sys._getframe(1)) <= self._outside
+            hidden = self._recorded and not torch.is_grad_enabled()
+        return hidden and functions_around(sys._getframe(1)) <= self._outside
 
     # --- backward passes ----------------------------------------------------------------------------------------
 

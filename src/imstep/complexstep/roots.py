@@ -94,7 +94,8 @@ class Roots:
         norm = wide(func, args, kwargs, value)
         if (root.edged and norm is not None) or func is ABSOLUTE:  # of which the gradient is a multiple of the sign
             self._signed[_memory(tensors[0])] = Window(tensors[0]), tensors[0], norm, root
-        around = [mode for mode in _get_current_dispatch_mode_stack() if type(mode) is type(self._arithmetic)]
+        modes = _get_current_dispatch_mode_stack()
+        around: list[Any] = [mode for mode in modes if type(mode) is type(self._arithmetic)]
         if root.round and root.edged and around and self._plane is not None:
             self._take_branch(root, value, tensors[0], parts[0])
             return

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
-from imstep.curvature.operators import TapeOperator
+from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 
 
 class CurvatureChoice(ABC):
@@ -16,8 +16,8 @@ class CurvatureChoice(ABC):
 
     @abstractmethod
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
-    ) -> list[TapeOperator]:
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+    ) -> list[SymmetricOperator]:
         """The matrices for the step at ``point``, in order: a later one serves if an earlier one proves indefinite.
 
         Args:
@@ -33,8 +33,8 @@ class ExactHessian(CurvatureChoice):
     """The Hessian itself, of any loss: negative curvature is seen, and convergence is superlinear."""
 
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
-    ) -> list[TapeOperator]:
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+    ) -> list[SymmetricOperator]:
         return [hessian_of(point, parameters)]
 
 
@@ -59,8 +59,8 @@ class GaussNewtonFirst(CurvatureChoice):
             raise ValueError(f"close, a relative decrease, must lie in [0, 1], got {self.close}.")
 
     def candidates(
-        self, point: Linearisation, parameters: ParameterVector, progress: float, probe: bool
-    ) -> list[TapeOperator]:
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+    ) -> list[SymmetricOperator]:
         approximation = gauss_newton_of(point, parameters)
         exact = hessian_of(point, parameters)
         if approximation is None:

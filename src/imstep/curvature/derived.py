@@ -75,7 +75,7 @@ def derived_nodes(outputs: Sequence[Tensor], position: dict[int, int]) -> dict[A
         position: of each parameter, by its id.
     """
     found: dict[Any, frozenset[int] | None] = {None: frozenset()}
-    waiting = [z.grad_fn for z in outputs]
+    waiting: list[Any] = [z.grad_fn for z in outputs]
     while waiting:
         node = waiting[-1]
         if node in found:

@@ -36,8 +36,7 @@ class Fisher(PointOperator):
     Attributes: see :class:`PointOperator`; ``loss`` is the mean of -log p over the cases, up to terms without w, and
         ``gradient`` its gradient. The matrix is positive semidefinite.
 
-    Raises:
-        As for :class:`GaussNewton`.
+    Raises: as for :class:`GaussNewton`.
 
     Cost: as :class:`GaussNewton`; no gradient of a single case is ever stored.
 

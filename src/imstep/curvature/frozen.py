@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,10 @@ from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
-from imstep.curvature.state import RandomState, Writes
+from imstep.curvature.state import RandomState, Writes, WriteWatch
+
+_Matrix = TypeVar("_Matrix")
+_Observer = TypeVar("_Observer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,21 @@ class Linearisation:
     split: LossSplit | None
     report: OperatorReport
     penalty: Penalty | None = None
+    repeats: ClassVar[float] = 0.0
+    """The share of the batch that every product evaluates anew."""
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is a convex function of outputs."""
+        return self.split is not None
+
+    def matrix(self, parameters: ParameterVector, build: Callable[[Linearisation], _Matrix], definite: bool) -> _Matrix:
+        """What ``build`` reads off the record."""
+        return build(self)
+
+    def evaluations(self, observer: _Observer) -> Iterator[tuple[float, Linearisation, _Observer]]:
+        """The evaluations that the loss is a weighted sum of, each with its observer: this one."""
+        yield 1.0, self, observer
 
 
 class FrozenClosure:
@@ -149,7 +167,7 @@ class FrozenClosure:
             arithmetic: of :meth:`arithmetic`, which notes it too; what it evaluates in.
         """
         self.losses += 1
-        watching = arithmetic or (self.arithmetic() if watch else nullcontext())
+        watching = arithmetic or (WriteWatch(self._writes) if watch else nullcontext())
         # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
         with self._same_state(), self.user.own_gradients(), plain_attention(), watching:
             return self.user.loss(self._numbers, skip=True)[0]
@@ -250,6 +268,21 @@ class FrozenClosure:
     def evaluate(self) -> Any:
         """What the closure returns, as it is."""
         return self.user.call()
+
+    # --- what the first evaluation has shown --------------------------------------------------------------------
+
+    repeated = 0
+    """Evaluations made anew for products or for a preconditioner."""
+
+    @property
+    def returned(self) -> Tensor | None:
+        """What the closure returned first, 0-dim; None where that is no number."""
+        return self.user.returned
+
+    @property
+    def hook_factors(self) -> Tensor | None:
+        """(n,), by which hooks on parameters multiply the gradient; None where they change nothing."""
+        return self.user.hook_factors
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 

@@ -40,8 +40,7 @@ class GaussNewton(PointOperator):
         squares, exponentials, PyTorch's mean squared error, cross entropy, binary cross entropy, Huber or smooth L1
         losses of the outputs themselves, by sums, means and positive factors, and of terms linear in the outputs.
 
-    Raises:
-        As for :class:`Hessian`; TypeError: the closure returned no pair.
+    Raises: as for :class:`Hessian`; ``TypeError`` where the closure returned no pair.
 
     Cost: as :class:`Hessian` to build; 4/3 of a gradient a product; beyond the memory budget about two gradients.
 

@@ -11,7 +11,8 @@ from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.operators import TapeOperator
+from imstep.curvature.operators import SymmetricOperator, TapeOperator
+from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import end_weights
 from imstep.linalg import HalvedOperator
 
@@ -39,7 +40,12 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
     Source: our own choice; examples are numbered along the first dimension of what the loss is computed from.
     """
 
-    def __init__(self, operator: TapeOperator, point: Linearisation) -> None:
+    def __init__(self, operator: SymmetricOperator, point: Linearised) -> None:
+        if not isinstance(operator, TapeOperator) or not isinstance(point, Linearisation):
+            raise ValueError(
+                "the noise test compares the curvatures of a batch's halves, and this batch comes in pieces. Leave the "
+                "test out (noise=None), or give the batch as one."
+            )
         if point.split is None:
             raise ValueError(
                 "the noise test compares the curvatures of a batch's halves, but this loss is not recognised as a "

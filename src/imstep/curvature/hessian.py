@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -11,8 +11,9 @@ from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.evaluation import BatchCurvature, Point
 from imstep.curvature.frozen import Closure, Linearisation
-from imstep.curvature.operators import PointOperator, TapeOperator
+from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
 
@@ -126,14 +127,37 @@ class BatchHessian(BatchCurvature):
         return self.frozen.loss_and_product(direction)
 
 
-def hessian_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator:
+@overload
+def hessian_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator: ...
+
+
+@overload
+def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOperator: ...
+
+
+def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOperator:
     """The Hessian at a point that was evaluated already."""
-    return TapeOperator(parameters, point.tape, penalty=point.penalty)
+    return point.matrix(parameters, lambda at: TapeOperator(parameters, at.tape, penalty=at.penalty), definite=False)
 
 
-def gauss_newton_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator | None:
+@overload
+def gauss_newton_of(point: Linearisation, parameters: ParameterVector) -> TapeOperator | None: ...
+
+
+@overload
+def gauss_newton_of(
+    point: Linearised, parameters: ParameterVector
+) -> SymmetricOperator | None: ...
+
+
+def gauss_newton_of(
+    point: Linearised, parameters: ParameterVector
+) -> SymmetricOperator | None:
     """The Gauss-Newton matrix at a point that was evaluated already; None where the loss has no convex end."""
-    if point.split is None:
-        return None
-    tape = gauss_newton(point.tape, point.split.nodes)
-    return TapeOperator(parameters, tape, definite=True, penalty=point.penalty)
+
+    def build(at: Linearisation) -> TapeOperator:
+        assert at.split is not None
+        tape = gauss_newton(at.tape, at.split.nodes)
+        return TapeOperator(parameters, tape, definite=True, penalty=at.penalty)
+
+    return point.matrix(parameters, build, definite=True) if point.convex else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
+from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import sample_output_gradients
 from imstep.linalg import LinearOperator
 
@@ -57,35 +59,61 @@ class KroneckerFactors:
         self._direct: dict[int, float] = {}  # mean curvature of losses of a parameter itself, such as weight decay
         self._updates = 0
 
-    def update(self, point: Linearisation, observer: LayerObserver, generator: torch.Generator) -> None:
-        """Take the layers seen at a point into the averages: one backward pass with sampled targets."""
-        assert point.split is not None
-        ends = point.split.losses
-        u = sample_output_gradients(point.loss, ends, generator)
-        rest = self._not_layers(observer.uses)
-        tensors = self._parameters.tensors
-        self._direct = _direct_curvature(tensors, ends, u)
-        gradients = later_grad(
-            [end.z for end in ends],
-            [*(use.edge for use in observer.uses), *(tensors[at] for at in rest)],
-            u,
-            keep=False,
-        )
+    def update(
+        self,
+        point: Linearised,
+        observer: LayerObserver,
+        generator: torch.Generator,
+    ) -> bool:
+        """Take the layers seen at a point into the averages: one backward pass with sampled targets.
+
+        Returns:
+            Whether there was any; else nothing has changed.
+        """
+        found = _Totals()
+        for weight, at, own in point.evaluations(observer):
+            if own.uses:
+                self._sample(weight, at, own.uses, generator, found)
+            del at, own  # before the next evaluation takes their place
+        if not found.blocks and not found.squares:
+            return False
+        self._direct = found.direct
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
-        # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
-        dtype = self._parameters.dtype
-        for at, block in _factors(observer.uses, gradients[: len(observer.uses)], dtype).items():
+        for number, block in found.blocks.items():
+            block = replace(block, inputs=block.inputs / found.rows[number])
             if not bool(torch.isfinite(block.inputs.sum() + block.outputs.sum())):
                 continue  # products of large numbers overflow before a gradient does
-            self._blocks[at] = _average(self._blocks.get(at), block, keep)
-        for at, g in zip(rest, gradients[len(observer.uses) :], strict=True):
-            if g is None:
-                square = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
-            else:
-                square = as_reals(g.detach()).to(dtype) ** 2
-            old = self._diagonals.get(at)
-            self._diagonals[at] = square if old is None else keep * old + (1 - keep) * square
+            self._blocks[number] = _average(self._blocks.get(number), block, keep)
+        for number, square in found.squares.items():
+            old = self._diagonals.get(number)
+            self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
+        return True
+
+    def _sample(
+        self, weight: float, point: Linearisation, uses: list[LayerUse], generator: torch.Generator, into: _Totals
+    ) -> None:
+        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others."""
+        assert point.split is not None
+        ends, tensors = point.split.losses, self._parameters.tensors
+        u = sample_output_gradients(point.loss, ends, generator)
+        rest = self._not_layers(uses)
+        for at, value in _direct_curvature(tensors, ends, u).items():
+            into.direct[at] = into.direct.get(at, 0.0) + weight * value
+        inputs: list[Tensor | GradientEdge] = [*(use.edge for use in uses), *(tensors[at] for at in rest)]
+        gradients = later_grad([end.z for end in ends], inputs, u, keep=False)
+        # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
+        dtype = self._parameters.dtype
+        for use, g in zip(uses, gradients, strict=False):
+            if g is not None:
+                into.take(weight, use, g, dtype)
+        for at, g in zip(rest, gradients[len(uses) :], strict=True):
+            old = into.squares.get(at)
+            if g is not None:
+                square = weight * as_reals(g.detach()).to(dtype) ** 2
+                into.squares[at] = square if old is None else old + square
+            elif old is None:
+                into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
 
     def preconditioner(self, damping: float, decay: Sequence[float] | None = None) -> LinearOperator | None:
         """(approximation + damping I)⁻¹, None before the first update; ``decay`` is added for each parameter."""
@@ -142,23 +170,33 @@ def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequ
     return found
 
 
-def _factors(uses: list[LayerUse], gradients: tuple[Tensor | None, ...], dtype: torch.dtype) -> dict[int, Block]:
-    """The factors of each weight over all its uses."""
-    blocks: dict[int, Block] = {}
-    rows: dict[int, int] = {}
-    for use, g in zip(uses, gradients, strict=True):
-        if g is None:
-            continue
+@dataclass(frozen=True, eq=False)
+class _Totals:
+    """Sums over the evaluations of one update.
+
+    Attributes:
+        blocks: the factors of each weight over all its uses, those of inputs summed over rows.
+        rows: how many these are.
+        squares: squared gradients of the other parameters.
+        direct: mean curvature of losses of a parameter itself.
+    """
+
+    blocks: dict[int, Block] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+    direct: dict[int, float] = field(default_factory=dict)
+
+    def take(self, weight: float, use: LayerUse, gradient: Tensor, dtype: torch.dtype) -> None:
+        """Add the factors of one use."""
         a = use.inputs.to(dtype)
-        g = g.detach().movedim(use.channels, -1)
+        g = gradient.detach().movedim(use.channels, -1)
         g = g.reshape(-1, g.shape[-1]).to(dtype)
-        block = Block(use.weight, use.bias, a.T @ a, g.T @ g)
-        old = blocks.get(use.weight)
+        block = Block(use.weight, use.bias, a.T @ a, weight * (g.T @ g))
+        old = self.blocks.get(use.weight)
         if old is not None and old.inputs.shape == block.inputs.shape:
             block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
-        blocks[use.weight] = block
-        rows[use.weight] = rows.get(use.weight, 0) + len(a)
-    return {at: Block(b.weight, b.bias, b.inputs / rows[at], b.outputs) for at, b in blocks.items()}
+        self.blocks[use.weight] = block
+        self.rows[use.weight] = self.rows.get(use.weight, 0) + len(a)
 
 
 def _average(old: Block | None, new: Block, keep: float) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,12 @@ class LayerObserver(TorchFunctionMode):
         self._largest = largest
         self._position = {id(p): at for at, p in enumerate(parameters)}
         self.uses: list[LayerUse] = []
+
+    def fresh(self) -> LayerObserver:
+        """An observer of the same layers that has seen nothing."""
+        other = copy(self)
+        other.uses = []
+        return other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

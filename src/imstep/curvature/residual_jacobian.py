@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
@@ -251,7 +252,19 @@ def _gathered(
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
-    count = len(groups[0].members)
+    with unseen():  # what follows is nothing that a checkpoint runs again
+        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors)
+
+
+def _summed(
+    pieces: Sequence[dict[int, list[tuple[Rows, Tensor]]]],
+    members: Sequence[int],
+    sizes: Sequence[int],
+    count: int,
+    derived: Sequence[Derived],
+    tensors: Sequence[Tensor],
+) -> list[GradientRows | None]:
+    """The rows for each parameter from what its uses add, those of what is derived from it included."""
     parts: list[GradientRows | None] = []
     for own, of, size in zip(pieces, members, sizes, strict=True):
         gathered = [gather_rows(own[e], count, size // of) for e in range(of)] if own else []

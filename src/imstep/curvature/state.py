@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imstep.complexstep.registry import signature
+
+_evaluations = itertools.count()
 
 
 class RandomState:
@@ -69,3 +78,60 @@ class Writes:
         """Leave the contents as after one evaluation, or as before it."""
         for key, (whole, saved) in self._before.items():
             whole.copy_(self._after.get(key, saved) if accepted else saved)
+
+
+class WriteWatch(TorchDispatchMode):
+    """Notes what an evaluation overwrites that existed before it; compiled code runs uncompiled, in sight of it.
+
+    Args:
+        writes: where to note it.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every operator the wrapper that keeps PyTorch's compiler out of a mode."""
+        return False
+
+    def __init__(self, writes: Writes) -> None:
+        super().__init__()
+        self._writes, self._born = writes, f"_imstep_born_{next(_evaluations)}"
+        self._stack = ExitStack()
+
+    def __enter__(self) -> WriteWatch:
+        if "torch._dynamo" in sys.modules:
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._stack.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sig, kwargs = signature(func), kwargs or {}
+        if sig.mutates:
+            tensors = sig.gather(args, kwargs)
+            for at in sig.overwritten:
+                self._note(tensors[at])
+        with torch._C._PreserveDispatchKeyGuard():
+            # As in the arithmetic's own mode: PyTorch leaves these out below one.
+            torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
+            torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
+            outputs = func(*args, **kwargs)
+        if not (sig.view or sig.mutates):
+            self._mark(outputs)
+        return outputs
+
+    def _note(self, t: Any) -> None:
+        for u in t if isinstance(t, (list, tuple)) else [t]:
+            strided = isinstance(u, Tensor) and u.layout is torch.strided
+            if strided and self._born not in u.untyped_storage().__dict__:
+                self._writes.before(u)
+
+    def _mark(self, outputs: Any) -> None:
+        if isinstance(outputs, Tensor):
+            if outputs.layout is torch.strided:
+                outputs.untyped_storage().__dict__.setdefault(self._born, True)
+        elif isinstance(outputs, (list, tuple)):
+            for output in outputs:
+                self._mark(output)

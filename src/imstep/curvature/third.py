@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from imstep.complexstep import Arithmetic
-from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch
 
 
 def derivatives_along(
-    frozen: FrozenClosure, parameters: ParameterVector, direction: Tensor
+    frozen: FrozenBatch, parameters: ParameterVector, direction: Tensor
 ) -> tuple[float, float]:
     """dᵀHd and its derivative along d, D³f[d, d, d], at the current parameters, for d = ``direction`` (n,).
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 
 
-def gradient_variance(point: Linearisation, parameters: ParameterVector) -> float:
+def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
     """The variance of a batch's gradient, that is the trace of its covariance, estimated from two halves.
 
     With g₁, g₂ the mean gradients of the examples of even and odd number, a and b of them,
@@ -21,6 +22,7 @@ def gradient_variance(point: Linearisation, parameters: ParameterVector) -> floa
 
     σ² being the trace of the covariance of a single example's gradient. g₁ - g₂ is one backward pass, with the loss's
     gradient at the outputs weighted by example. What is of no examples, such as weight decay, is without variance.
+    Pieces of a batch are independent: their variances add up.
 
     Args:
         point: with the graph of its loss, which is kept.
@@ -32,12 +34,21 @@ def gradient_variance(point: Linearisation, parameters: ParameterVector) -> floa
     Raises:
         ValueError: the loss has no convex end, so that nothing is known of its examples.
 
-    Cost: a backward pass.
+    Cost: a backward pass; for a batch in pieces, an evaluation of each as well.
 
     Source: the variance that Byrd, Chin, Nocedal and Wu, Math. Program. 134 (2012), 127-155, section 3, take from a
         gradient for each example; to take it from two halves is our own choice. Examples are numbered along the first
         dimension of what the loss is computed from.
     """
+    total = 0.0
+    for weight, at, _ in point.evaluations(None):
+        total += weight**2 * _variance(at, parameters)
+        del at  # before the next evaluation takes its place
+    return total
+
+
+def _variance(point: Linearisation, parameters: ParameterVector) -> float:
+    """The variance of the gradient of one evaluation."""
     if point.split is None:
         raise ValueError(
             "the gradient's variance compares the halves of a batch, but this loss is not recognised as a convex "

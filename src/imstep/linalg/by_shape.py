@@ -19,8 +19,10 @@ class ThinFactorisation(Factorisation):
     """J itself, written out, as accurate as its condition allows: its singular values, or its QR factors.
 
     Args:
-        values: length of the shorter side up to which singular values are taken, which serve all λ; above, and with no
-            fewer rows than columns, J = Q R serves all λ, and R is factorised for each: :class:`TriangularLeastSquares`.
+        values: columns up to which singular values are taken, which serve all λ; so they are where J has fewer rows
+            than columns. Else J = Q R serves all λ, and R is factorised for each: :class:`TriangularLeastSquares`.
+
+    Cost: with N rows and n columns, 2 N n² operations, 10 n³/3 for each λ, and up to 2 N n + 6 n² numbers.
 
     Source: the length is our choice: of a triangle of 100 columns singular values take as long as five factorisations.
 
@@ -50,7 +52,7 @@ class SketchedFactorisation(Factorisation):
     """Few columns of K = J Jᵀ; where they do not do, they precondition conjugate gradients with J.
 
     Args:
-        columns: at most, >= 1.
+        columns: at most, >= 1; taken in blocks, the first of 48. With fewer there is no preconditioner.
 
     Cost: with k columns N k² operations and (2 N + n) k numbers, nothing of N² or N n; 4 N k a correction, or some ten
         to two hundred products with J and Jᵀ. :class:`IterativeLeastSquares`.

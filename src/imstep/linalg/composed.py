@@ -54,7 +54,7 @@ class ProductOperator(LinearOperator):
 
 
 class SubmatrixOperator(LinearOperator):
-    """A[rows][:, columns]; what `A.submatrix(rows, columns)` builds.
+    """``A[rows][:, columns]``; what `A.submatrix(rows, columns)` builds.
 
     Raises:
         IndexError: an index is out of range.

@@ -1,6 +1,7 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
@@ -12,6 +13,7 @@ from imstep.optim.globalized import (
 )
 from imstep.optim.growing import GrowingBatches
 from imstep.optim.least_squares import LeastSquares
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
@@ -43,6 +45,7 @@ __all__ = [
     "Direct",
     "Dogleg",
     "ExactHessian",
+    "ExponentialAverage",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
@@ -51,6 +54,7 @@ __all__ = [
     "IntermediateResult",
     "Kronecker",
     "LeastSquares",
+    "MicroBatches",
     "MinimalResidual",
     "MinimizeResult",
     "NewtonKrylov",
@@ -68,6 +72,7 @@ __all__ = [
     "SteihaugToint",
     "StepOutcome",
     "StepRecord",
+    "TailAverage",
     "Termination",
     "TwoDimensionalSubspace",
     "Unscaled",

@@ -73,19 +73,19 @@ def told(
     return stops
 
 
-_NOT_THERE = ("self", "params", "box", "lr", "weight_decay")
+_NOT_THERE = {"params", "box", "lr", "weight_decay"}
 """Arguments of optimizers that minimize sets itself, or that would have it minimise another function."""
 
 
 def check_options(given: Iterable[str], method: str, optimizer: type) -> None:
     """Raise for options that an optimizer's constructor does not have."""
-    known = [name for name in inspect.signature(optimizer.__init__).parameters if name not in _NOT_THERE]
+    known = inspect.signature(optimizer).parameters.keys() - _NOT_THERE
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(
             f"minimize has no option {unknown[0]!r} with method {method!r}. Derivatives are its own, and further "
-            f"arguments go into the function: lambda x: fun(x, a). Beside those of its signature it takes the options "
-            f"of {optimizer.__name__}: {', '.join(known)}."
+            "arguments go into the function: lambda x: fun(x, a). Beside the options of its own signature it takes "
+            f"those of imstep.{optimizer.__name__}."
         )
 
 

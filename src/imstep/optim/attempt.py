@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
-from imstep.curvature.operators import TapeOperator
+from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.curvature.third import derivatives_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
@@ -27,6 +27,7 @@ from imstep.optim.preconditioning import Evidence, Preconditioner
 from imstep.optim.record import (
     GAUSS_NEWTON_PRODUCT_COST,
     HESSIAN_PRODUCT_COST,
+    LINEARISATION_COST,
     LOSS_COST,
     Cost,
     StepOutcome,
@@ -51,7 +52,7 @@ FAR = 10
 class _Setting:
     """What the Krylov iteration of a step works with."""
 
-    candidates: list[TapeOperator]
+    candidates: list[SymmetricOperator]
     preconditioner: LinearOperator | None
     damping: float
     situation: Situation
@@ -80,21 +81,30 @@ class Attempt(StepAttempt):
         memory: Memory,
         preconditioner: Preconditioner,
         parameters: ParameterVector,
-        frozen: FrozenClosure,
-        part: FrozenClosure | None = None,
+        frozen: FrozenBatch,
+        part: FrozenBatch | None = None,
         pace: Pace | None = None,
     ) -> None:
         super().__init__(memory, parameters, frozen, pace)
         self._strategies, self._preconditioner, self._part = strategies, preconditioner, part
         self.loss: Tensor
         self.gradient: Tensor
-        self.point: Linearisation
+        self.point: Linearised
         self._observer: LayerObserver | None = None
 
     def run(self) -> tuple[StepRecord, Memory]:
+        point = self._part or self._frozen
+        try:
+            record, memory = self._run()
+        finally:
+            if self._part is not None:  # of which products may have evaluated pieces
+                self._part.undo()
+        return replace(record, cost=record.cost + Cost(linearisations=point.repeated)), memory
+
+    def _run(self) -> tuple[StepRecord, Memory]:
         record = self._started(self._evaluate)
         memory = self._memory
-        factors = self._frozen.user.hook_factors
+        factors = self._frozen.hook_factors
         self._mask = None if factors is None else mask_of(factors)
         gradient_norm = record.gradient_norm
         if not record.finite:
@@ -174,6 +184,7 @@ class Attempt(StepAttempt):
         # Vanishes with the gradient, so that damping does not spoil superlinear convergence.
         damping = (memory.damping * math.sqrt(relative_gradient) + memory.safeguard) * memory.curvature_scale
         product_cost = GAUSS_NEWTON_PRODUCT_COST if candidates[-1].definite else HESSIAN_PRODUCT_COST
+        product_cost += LINEARISATION_COST * self.point.repeats
         before = candidates[-1].products
         refresh = self._preconditioner.refresh(Evidence(self.point, self._observer, candidates[-1], damping))
         refresh_cost = refresh.gradient_equivalents + product_cost * (candidates[-1].products - before)

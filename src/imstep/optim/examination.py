@@ -41,6 +41,8 @@ class Examination(StepAttempt):
         found: what was measured; None where loss or gradient is not finite.
     """
 
+    _frozen: FrozenClosure
+
     def __init__(
         self,
         memory: Memory,

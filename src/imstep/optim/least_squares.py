@@ -12,6 +12,7 @@ from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
+from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.memory import Memory
 from imstep.optim.residual_attempt import ResidualAttempt
@@ -42,9 +43,11 @@ class LeastSquares(StepwiseOptimizer):
         weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss, as if √λ w were residuals.
         max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
-        factorisation: default :class:`~imstep.linalg.ByShape`: the singular values of a small J, and else
-            :class:`~imstep.linalg.PivotedCholesky` of JJᵀ, few columns, or all of them where few do not do;
-            :class:`~imstep.linalg.RandomizedNystrom`; :class:`~imstep.linalg.DenseFactorisation`.
+        factorisation: default :class:`~imstep.linalg.ByShape`, the cheapest way for the shape of J and λ, which
+            ``last_step`` tells: few columns of JJᵀ, as by :class:`~imstep.linalg.PivotedCholesky`, or else all, by
+            :class:`~imstep.linalg.DenseFactorisation`; J itself, by :class:`~imstep.linalg.ThinFactorisation`; few
+            columns as a preconditioner, by :class:`~imstep.linalg.SketchedFactorisation`. Also
+            :class:`~imstep.linalg.RandomizedNystrom`.
         scaling: the D of a damping λ‖D d‖²: :class:`Unscaled`, D = 1, or :class:`ColumnNorms`, with which steps do not
             depend on the parameters' units, and for which J is written out.
         box: bounds on the parameters, as one vector; None for none. J is written out.
@@ -54,6 +57,7 @@ class LeastSquares(StepwiseOptimizer):
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
 
     Attributes:
@@ -67,7 +71,8 @@ class LeastSquares(StepwiseOptimizer):
 
     Cost: a step on N residuals takes a forward and two backward passes (three to five at first), p columns of JJᵀ,
         about N p² operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ
-        above λ. Where that is more than a third of N, all of JJᵀ, and N³/3 operations for each λ.
+        above λ. Where that is more than a third of N, or half of the n parameters: with N < n all of JJᵀ, and N³/3
+        operations for each λ, else QR factors of J, 2 N n² operations, and 10 n³/3 for each λ.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration
@@ -105,6 +110,7 @@ class LeastSquares(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
+        average: Averaging | None = None,
     ) -> None:
         self._settings = Settings(
             damping or ContractionDamping(),
@@ -119,7 +125,14 @@ class LeastSquares(StepwiseOptimizer):
         self._box = box
         memory = Memory(search=SearchState(), damping=self._settings.damping.initial)
         options = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, memory, options=options, max_step_norm=max_step_norm, max_refusals=max_refusals)
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._owners = KnownOwners()
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
-from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
-from imstep.globalization import Armijo, Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
+from imstep.curvature.pieces import FrozenBatch, FrozenPieces
+from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
+from imstep.optim.averaging import Averaging
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
@@ -40,6 +42,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     tolerance: float
     max_trials: int
     max_refusals: int
+    average: Averaging | None
     variance_every: int
 
 
@@ -74,6 +77,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
 
@@ -118,6 +122,7 @@ class NewtonKrylov(StepwiseOptimizer):
         tolerance: float = 1e-12,
         max_trials: int = 12,
         max_refusals: int = 5,
+        average: Averaging | None = None,
         variance_every: int = 0,
     ) -> None:
         self._strategies = Strategies(
@@ -133,7 +138,14 @@ class NewtonKrylov(StepwiseOptimizer):
         )
         memory = Memory(search=self._strategies.step.initial(), damping=self._strategies.damping.initial)
         options = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, memory, options=options, max_step_norm=max_step_norm, max_refusals=max_refusals)
+        super().__init__(
+            params,
+            memory,
+            options=options,
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
 
@@ -142,9 +154,8 @@ class NewtonKrylov(StepwiseOptimizer):
         """The configuration for mini-batches: short solves that do not fit the batch.
 
         The matrix is a blend of the batch's curvature and of Kronecker factors averaged over many batches; the solves
-        take two products, λ has a floor, and backtracking leaves the full step as it is unless the loss rises.
-        Evaluate an average of the iterates, such as the one
-        ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))``.
+        take two products, λ has a floor, and the Taylor monitor bounds the step.
+        With ``average=ExponentialAverage()``, and evaluated in :meth:`averaged`, it is mostly a little better still.
 
         Args:
             params: parameters or parameter groups.
@@ -153,7 +164,7 @@ class NewtonKrylov(StepwiseOptimizer):
         Raises:
             TypeError: an option that the constructor does not have.
 
-        Source: our choice by measurement, ``benchmarks/minibatch``.
+        Source: our choice by measurement, ``benchmarks/minibatch`` and ``benchmarks/small_problems``.
 
         Example:
             >>> import torch
@@ -165,10 +176,9 @@ class NewtonKrylov(StepwiseOptimizer):
             tensor([0., 1., 2.])
         """
         configuration: NewtonKrylovOptions = {
-            "solver": BlendedConjugateGradient(),
+            "solver": BlendedConjugateGradient(weight=0.1),
             "forcing": FixedProducts(2),
-            "step": Armijo(),
-            "damping": LevenbergMarquardt(initial=0.1, floor=1e-3),
+            "damping": LevenbergMarquardt(initial=0.1, floor=1e-4),
             "preconditioning": Kronecker(every=10),
         }
         configuration.update(options)
@@ -194,11 +204,20 @@ class NewtonKrylov(StepwiseOptimizer):
             ValueError: a closure returned no scalar with a graph, or one that no parameter influences.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
-        frozen = self._frozen(closure)
-        part = None if curvature_closure is None else self._frozen(curvature_closure)
+        frozen = self._batch(closure)
+        part = None if curvature_closure is None else self._batch(curvature_closure)
         return self._take(self._attempt(frozen, part))
 
-    def _attempt(self, frozen: FrozenClosure, part: FrozenClosure | None = None) -> Attempt:
+    def _batch(self, closure: Any) -> FrozenBatch:
+        """The closure on its batch, whole or in pieces."""
+        pieces = MicroBatches.of(closure)
+        if pieces is None:
+            return self._frozen(closure)
+        self._begin(closure)
+        where = self._parameters, self._holds_gradients(), self._penalty()
+        return FrozenPieces(pieces.pieces, *where, pieces.memory_budget)
+
+    def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
         return Attempt(
             self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
         )

@@ -53,6 +53,8 @@ class ResidualAttempt(StepAttempt):
         box: bounds on the parameters; None for none.
     """
 
+    _frozen: FrozenClosure
+
     def __init__(
         self,
         settings: Settings,

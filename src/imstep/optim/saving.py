@@ -88,7 +88,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         if not kept:
             raise ValueError(
                 f"this state was not saved by {type(self).__name__} (it has no entry {self._key!r}). "
-                "Load it into the optimizer that saved it."
+                "Load it into the optimizer that saved it; a distributed checkpoint must be made and loaded without "
+                "flatten_optimizer_state_dict, which takes the entry apart."
             )
         return kept[0] if isinstance(kept[0], dict) else _unpacked(kept[0])
 

@@ -29,6 +29,7 @@ class Scaling(ABC):
         return math.inf
 
 
+@dataclass(frozen=True)
 class Unscaled(Scaling):
     """D = 1: all parameters have one unit, as the weights of a network do. J is not written out."""
 

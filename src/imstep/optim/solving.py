@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 from imstep.linalg import (
     AbsoluteEigenvalues,
     IndefiniteRule,
@@ -57,7 +57,7 @@ class NewtonSystem:
     stopping: tuple[StoppingRule, ...]
     radius: float
     last_move: Tensor | None
-    point: Linearisation
+    point: Linearised
     parameters: ParameterVector
     sigma: float = 0.0
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.globalization import Armijo, LineModel, StepSearch
 from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.evaluable import failing_as
@@ -37,7 +37,7 @@ class StepAttempt(ABC):
     """
 
     def __init__(
-        self, memory: Memory, parameters: ParameterVector, frozen: FrozenClosure, pace: Pace | None = None
+        self, memory: Memory, parameters: ParameterVector, frozen: FrozenBatch, pace: Pace | None = None
     ) -> None:
         self._memory, self._parameters, self._frozen, self._pace = memory, parameters, frozen, pace or Pace()
         self._snapshot = self._found = parameters.snapshot()
@@ -75,7 +75,7 @@ class StepAttempt(ABC):
     @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
-        return self._frozen.user.returned
+        return self._frozen.returned
 
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
@@ -172,7 +172,7 @@ class StepAttempt(ABC):
 
     # --- at a stationary point ----------------------------------------------------------------------------------
 
-    def _stationary(self, record: StepRecord, memory: Memory, point: Linearisation) -> tuple[StepRecord, Memory]:
+    def _stationary(self, record: StepRecord, memory: Memory, point: Linearised) -> tuple[StepRecord, Memory]:
         """At a stationary point: converged, unless there is a way out along negative curvature."""
         hessian = hessian_of(point, self._parameters)
         escape = escape_direction(masked(hessian, self._mask), point.gradient, seed=memory.steps)

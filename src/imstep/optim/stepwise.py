@@ -14,15 +14,17 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
+from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.pace import Pace, option_of, options_of
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.saving import SavedOptimizer
@@ -42,7 +44,8 @@ def needs_closure(step: _Step) -> _Step:
     @functools.wraps(step)
     def checked(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         closure = args[0] if args else kwargs.get("closure")
-        if not callable(closure):
+        # A list holds the pieces of a batch; what is in it is looked at where it is taken apart.
+        if not callable(closure) and not isinstance(closure, (list, tuple)):
             name, got = type(self).__name__, "nothing" if closure is None else f"a {type(closure).__name__}"
             raise TypeError(
                 f"{name}.step needs a closure that evaluates the model and returns the loss, since a step evaluates "
@@ -74,6 +77,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         options: of the parameter groups: ``lr`` and ``weight_decay``.
         max_step_norm: the longest step, > 0; None for no bound.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        average: of the iterates; None for none.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
@@ -91,6 +95,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         options: dict[str, Any],
         max_step_norm: float | None,
         max_refusals: int,
+        average: Averaging | None,
     ) -> None:
         if max_refusals < 1:
             raise ValueError(f"max_refusals is at least 1, got {max_refusals}.")
@@ -102,6 +107,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self._memory, self._max_refusals = memory, max_refusals
         self._left: list[tuple[weakref.ref[Tensor], int]] = []
         self._stepping = False
+        self._average = None if average is None else Average(average)
         self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
         self._mark()
@@ -161,7 +167,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         """The inverse of :meth:`_parts`; a part that is missing is a KeyError."""
 
     def _adopt(self, parameters: ParameterVector) -> None:
-        """Take up other parameters; the last step does not fit them."""
+        """Take up other parameters; the last step and the average do not fit them."""
+        if self._average is not None:
+            self._average.forget()
         self._parameters = parameters
         self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
 
@@ -172,7 +180,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         Args:
             closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it, as for L-BFGS. The sum of
                 all that ``backward()`` was called on is then the loss, whatever is returned. It is evaluated several
-                times.
+                times. For a batch in pieces a :class:`MicroBatches`, or a list of closures, whose losses add up.
 
         Returns:
             What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
@@ -181,10 +189,37 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         Raises:
             TypeError: no closure.
             ValueError: the closure gave no scalar with a graph, or one that no parameter influences, or does what has
-                no meaning here, such as clipping gradients; see docs/optimizer.md.
+                no meaning here, such as clipping gradients; see docs/closures.md.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
         return self._take(self._attempt(self._frozen(closure)))
+
+    @contextmanager
+    def averaged(self, model: nn.Module | None = None) -> Iterator[None]:
+        """A context in which the parameters are the average of the iterates, for evaluations and for saving the model.
+
+            with optimizer.averaged():
+                evaluate(model)
+
+        Afterwards they are bit for bit what they were, also where an exception ends it. Before the first step they stay
+        as they are. Buffers are those of the last iterate: for a long average over batch normalisation let
+        ``torch.optim.swa_utils.update_bn`` compute them anew inside.
+
+        Args:
+            model: whose buffers are put back afterwards, too; None where nothing inside changes them.
+
+        Raises:
+            ValueError: the optimizer keeps no average.
+            RuntimeError: the parameters are the average already.
+        """
+        if self._average is None:
+            raise ValueError(
+                f"this {type(self).__name__} keeps no average. Build it with average=ExponentialAverage(), of "
+                "imstep.optim."
+            )
+        self._follow_parameters()
+        with self._average.swapped(self._parameters, model):
+            yield
 
     def examine(
         self,
@@ -201,15 +236,24 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         assert self.last_step is not None
         return self.last_step
 
-    def _frozen(self, closure: Callable[[], Any]) -> FrozenClosure:
-        """The closure on its batch, at the parameters as they are now."""
+    def _frozen(self, closure: Any) -> FrozenClosure:
+        """The closure on its batch, at the parameters as they are now; a batch in pieces is evaluated as one."""
+        self._begin(closure)
+        whole = MicroBatches.of(closure) or closure
+        return FrozenClosure(whole, self._parameters, self._holds_gradients(), self._penalty())
+
+    def _begin(self, closure: Any) -> None:
+        """Take up the parameters as they are now, unless no step can be taken."""
+        if self._average is not None and self._average.shown:
+            raise RuntimeError("a step was called where the parameters are the average. Leave averaged() first.")
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._check_groups()
         self._follow_parameters()
-        rates = options_of(self.param_groups, "weight_decay", self._parameters)
-        penalty = Penalty.of(rates, self._parameters)
-        return FrozenClosure(closure, self._parameters, self._holds_gradients(), penalty)
+
+    def _penalty(self) -> Penalty | None:
+        """What weight decay adds to the loss."""
+        return Penalty.of(options_of(self.param_groups, "weight_decay", self._parameters), self._parameters)
 
     def _pace(self) -> Pace:
         """What is taken of a step."""
@@ -255,6 +299,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         attempt.leave()
         if record.outcome is StepOutcome.NON_FINITE:
             self._load_parts(before)
+        elif self._average is not None:
+            self._average.take(self._parameters)
         if record.accepted:
             memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
@@ -290,6 +336,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             "dtypes": [str(p.dtype) for p in self._parameters.tensors],
             **self._parts(),
         }
+        if self._average is not None:
+            entry["average"] = self._average.state_dict()
         return tree_map_only(Tensor, _alone, entry)
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
@@ -315,6 +363,10 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             raise ValueError(f"this state is damaged or of another version of the library: {error}.") from error
         self._load_parts(parts)
         self._memory, self.cost = memory, cost
+        if self._average is not None:
+            self._average.forget()  # that of a state without one begins with it
+            if "average" in entry:
+                self._average.load_state_dict(entry["average"])
 
 
 def _alone(t: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def anatomy_panels(run: Run) -> list[tuple[str, Callable[[Axes, Theme], None]]]:
         ("Step lengths", partial(_step_length, steps)),
         ("Actual over predicted decrease", partial(_rho, steps)),
         ("Taylor error", partial(_taylor_error, steps)),
-        ("Products", partial(_products, run)),
+        *([("Products", partial(_products, run))] if any(step.get("products") for step in steps) else []),
         ("Damping", partial(_line, steps, "damping", "Damping", "λ")),
         ("Gradient norm", partial(_line, steps, "gradient_norm", "Gradient norm", "‖g‖")),
     ]

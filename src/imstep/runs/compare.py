@@ -129,6 +129,7 @@ def compare(
         lambda: recipe.build(seed, data=data, examples=examples, device=device, dtype=kind), float(budget), seed
     )
     problem = setting.build()
+    rivals = [rival for rival in rivals if not _repeats(rival, rivals, problem)]
     for contestant in rivals if earlier is None else ():
         rehearse(contestant.spec, problem, contestant.batch_size, contestant.candidates()[0])
     start = time.perf_counter()
@@ -168,6 +169,12 @@ def compare(
                 told.end(index, found.runs[-1])
             keep(found)
     return found
+
+
+def _repeats(rival: Contestant, rivals: Sequence[Contestant], problem: Problem) -> bool:
+    """Whether a contestant's mini-batches hold all of the data, so that another is the same by the full batch."""
+    whole = rival.batch_size is not None and problem.batch_count(rival.batch_size) == 1
+    return whole and any(other == replace(rival, batch_size=None) for other in rivals)
 
 
 def _chosen(found: Comparison, contestant: Contestant) -> Comparison:

@@ -69,7 +69,8 @@ def contestants(
         names: registered optimizers.
         batch_size: examples a step for all; None for the full batch.
         minibatch: with the full batch for all, optimizers with rates to sweep run a second time with so many
-            examples a step: their usual use, and better per gradient-equivalent. None leaves that out.
+            examples a step: their usual use, and better per gradient-equivalent; those for mini-batches only so. None
+            leaves that out.
 
     Raises:
         OptimizerError: an unknown name.
@@ -82,7 +83,8 @@ def contestants(
     found = []
     for name in names:
         spec = get_optimizer(name)
-        found.append(Contestant(spec, batch_size, learning_rates=tuple(spec.learning_rates)))
+        size = minibatch if batch_size is None and spec.mini_batches else batch_size
+        found.append(Contestant(spec, size, learning_rates=tuple(spec.learning_rates)))
         if batch_size is None and minibatch is not None and spec.learning_rates:
             found.append(Contestant(spec, minibatch, learning_rates=tuple(spec.learning_rates)))
     return found

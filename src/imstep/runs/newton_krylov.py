@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     ExactHessian,
+    ExponentialAverage,
     GaussNewtonFirst,
     Kronecker,
     NewtonKrylov,
     NoPreconditioning,
 )
 from imstep.runs.passing import shared, shared_options
-from imstep.runs.steppers import Stepper, StepwiseStepper
+from imstep.runs.steppers import AveragedStepper, Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
-__all__ = ["OPTIONS", "make_newton_krylov"]
+__all__ = ["OPTIONS", "make_for_batches", "make_newton_krylov"]
 
 OPTIONS: Mapping[str, float] = {
     "theta": TaylorMonitor().theta,
@@ -26,6 +27,20 @@ OPTIONS: Mapping[str, float] = {
     **shared_options(NewtonKrylov),
 }
 """theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
+
+
+def make_for_batches(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    """The configuration for mini-batches, evaluated at the average of the iterates.
+
+    Args:
+        problem: whose parameters are trained.
+        options: ``decay``, the weight of the past in the average.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    average = ExponentialAverage(options["decay"])
+    return AveragedStepper(NewtonKrylov.for_batches(problem.parameters, average=average))
 
 
 def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Stepper:

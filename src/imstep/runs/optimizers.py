@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import LeastSquares
+from imstep.optim import ExponentialAverage, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
-from imstep.runs.newton_krylov import OPTIONS, make_newton_krylov
+from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
 from imstep.runs.passing import OptimizerError, shared, shared_options
 from imstep.runs.steppers import (
     LOSS_COST,
@@ -46,6 +46,7 @@ class OptimizerSpec:
         defaults: the options and their values when not given.
         learning_rates: what a sweep tries; empty if there is nothing to tune.
         full_batch: whether it is meant for the full batch when no batch size is asked for.
+        mini_batches: whether it is meant for mini-batches, and has some in comparisons on the full batch.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OptimizerSpec:
     defaults: Mapping[str, float] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     full_batch: bool = False
+    mini_batches: bool = False
 
     def resolve(self, options: Mapping[str, float] | None = None) -> dict[str, float]:
         """`defaults` overridden by `options`.
@@ -129,6 +131,14 @@ _ALL = (
         make_newton_krylov,
         OPTIONS,
         full_batch=True,
+    ),
+    OptimizerSpec(
+        "newton-krylov-batches",
+        "NK.for_batches",
+        "NewtonKrylov.for_batches, short solves for mini-batches, evaluated at the average of the iterates.",
+        make_for_batches,
+        {"decay": ExponentialAverage().decay},
+        mini_batches=True,
     ),
     OptimizerSpec(
         "least-squares",

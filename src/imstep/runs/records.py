@@ -76,6 +76,11 @@ class Run:
         """The point of the lowest training loss; the start if nothing after it was finite."""
         return min(self.points, key=lambda point: point.train if math.isfinite(point.train) else math.inf)
 
+    @property
+    def stopped(self) -> Point:
+        """The point of the lowest held-out loss, where early stopping would have ended; the start if none is finite."""
+        return min(self.points, key=lambda point: point.heldout if math.isfinite(point.heldout) else math.inf)
+
     def first_below(self, loss: float) -> Point | None:
         """The first point whose training loss is at most `loss`, or None."""
         return next((point for point in self.points if point.train <= loss), None)

@@ -21,8 +21,8 @@ from imstep.runs.verdict import short
 
 __all__ = ["ReportFiles", "render", "save_report"]
 
-HEADS = ("lowest train loss", "final train", "final held-out", "steps", "epochs", "gradient-equivalents", "products",
-         "seconds")  # fmt: skip
+HEADS = ("lowest train loss", "final train", "final held-out", "lowest held-out", "steps", "epochs",
+         "gradient-equivalents", "products", "seconds")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _table_row(run: Run, index: int, best: bool) -> str:
     ended = [f"{name.replace('_', ' ')} {count}" for name, count in status_counts(run)]
     ended += [run.note] if run.note else []
     numbers = [
-        short(run.best.train, 3), short(end.train, 3), short(end.heldout, 3),
+        short(run.best.train, 3), short(end.train, 3), short(end.heldout, 3), short(run.stopped.heldout, 3),
         f"{end.steps:,}", f"{end.epochs:,.0f}", f"{end.cost:,.0f}",
         f"{run.products:,}" if run.products else "–", f"{end.seconds:.1f}",
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
@@ -52,7 +53,7 @@ def save_run_report(
         section("Steps", panels(anatomy_panels(_as_run(config, steps)), "steps")) if steps else "",
         _solution(surfaces, config.optimizer),
         section("What it reached and used", _list(facts)),
-        section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v is not None})),
+        section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v not in (None, {})})),
     ]
     text = page(task.title, "imstep train", f"{task.description} Trained by {config.optimizer}.", "\n".join(sections))
     file = path / "report.html"
@@ -68,7 +69,8 @@ def _solution(surfaces: tuple[Surface, Surface] | None, label: str) -> str:
 
 def _as_run(config: RunConfig, steps: tuple[dict[str, Any], ...]) -> Run:
     """The steps in the form that the comparison's figures take."""
-    return Run(config.optimizer, config.optimizer, dict(config.options), points=(), anatomy=steps)
+    statuses = dict(Counter(str(step["status"]) for step in steps if step.get("status")))
+    return Run(config.optimizer, config.optimizer, dict(config.options), (), statuses=statuses, anatomy=steps)
 
 
 def _losses(rows: Rows) -> str:

@@ -17,7 +17,7 @@ from imstep.runs.environment import environment
 from imstep.runs.files import write_atomically, write_json
 from imstep.runs.rows import Row, TrainingError, present_status
 from imstep.runs.runner import Trainer
-from imstep.runs.sources import keep
+from imstep.runs.sources import Snapshot, keep, snapshot
 from imstep.tasks import Origin
 
 __all__ = ["RunDirectory", "RunDirectoryError"]
@@ -40,6 +40,7 @@ class RunDirectory:
         self._log: IO[str] | None = None
         self._rows = 0
         self._origin: Origin | None = None
+        self._sources: Snapshot = {}
         self._begun = True
         self.saved_step: int | None = None
 
@@ -78,6 +79,8 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} cannot be used as a run directory: nothing can be made in {above}.")
         run = cls(path, config, environment())
         run._origin, run._begun = origin, False
+        # As it is now, not as it may be edited while the first step is taken.
+        run._sources = {} if origin is None else snapshot(origin)
         return run
 
     def begin(self) -> None:
@@ -90,7 +93,9 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            files = {} if self._origin is None else keep(self._origin, self.path)
+            origin = self._origin
+            # What a program imports later on, in its functions, comes in addition.
+            files = {} if origin is None else keep({**snapshot(origin), **self._sources}, origin.root, self.path)
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be used as a run directory: {error.strerror}.") from error
         self.config = replace(self.config, files=files)

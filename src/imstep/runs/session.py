@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from imstep.curvature import NoResidualsError
 from imstep.runs.config import RunConfig
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.progress import LastStep, TrainingProgress
@@ -19,6 +20,7 @@ from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import origin_of
+from imstep.runs.suitability import suited
 from imstep.runs.tensorboard import TensorBoardLog, writer_class
 from imstep.runs.train import Observer, train
 from imstep.tasks import Origin, Task
@@ -70,7 +72,12 @@ def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | No
     origin = origin or config.origin()
     trainer = config.build(origin.task)
     with RunDirectory.planned(path, config, origin) as run:
-        return _go(trainer, run, origin.task, manner)
+        try:
+            return _go(trainer, run, origin.task, manner)
+        except NoResidualsError as error:
+            others = ", ".join(name for name in suited(origin.task) if name != config.optimizer)
+            reason = f"{config.optimizer} does not suit {origin.task.name}: {error}"
+            raise NoResidualsError(f"{reason} Others: {others}.") from error
 
 
 def resume_run(

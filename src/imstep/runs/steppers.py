@@ -18,7 +18,15 @@ from imstep.optim import StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.tasks import AnyBatch, Problem
 
-__all__ = ["LOSS_COST", "GradientStepper", "LBFGSStepper", "StepResult", "Stepper", "StepwiseStepper"]
+__all__ = [
+    "LOSS_COST",
+    "AveragedStepper",
+    "GradientStepper",
+    "LBFGSStepper",
+    "StepResult",
+    "Stepper",
+    "StepwiseStepper",
+]
 
 LOSS_COST = 1 / 3
 """Gradient-equivalents of one forward pass."""
@@ -154,6 +162,13 @@ class StepwiseStepper(Stepper):
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )
+
+
+class AveragedStepper(StepwiseStepper):
+    """An optimizer that keeps an average of its iterates, which is what is evaluated."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return self._optimizer.averaged()
 
 
 def _finite(value: float) -> bool:

@@ -45,7 +45,7 @@ def judge(runs: Sequence[Run], budget: float, waiting: Sequence[str] = ()) -> Ve
             f"{subject.label} did not reach the lowest training loss within {spent}: {winner.label} reached "
             f"{short(_loss(winner))}, {_times(factor)} lower than {subject.label} ({short(_loss(subject))})."
         )
-    details = [_crossing(subject, rival) for rival in rivals] + [_clock(runs), _heldout(runs)]
+    details = [_crossing(subject, rival) for rival in rivals] + [_clock(runs), _heldout(runs), _stopped(runs)]
     return Verdict(headline, tuple(details), won, factor)
 
 
@@ -106,6 +106,16 @@ def _heldout(runs: Sequence[Run]) -> str:
     others = "" if best is runs[0] else f"; {runs[0].label} {short(runs[0].best.heldout)}"
     loss = f"{short(best.best.heldout)}{others}"
     return f"Where each has its lowest training loss, {best.label} has the lowest held-out loss ({loss})."
+
+
+def _stopped(runs: Sequence[Run]) -> str:
+    """Early stopping, the same for all; by the held-out set itself, so that all these losses are a little too low."""
+    ranked = sorted(runs, key=lambda run: run.stopped.heldout if math.isfinite(run.stopped.heldout) else math.inf)
+    losses = ", ".join(
+        f"{run.label} {short(run.stopped.heldout)} after {run.stopped.cost:,.0f} gradient-equivalents"
+        for run in ranked
+    )
+    return f"Stopped early, each where its held-out loss is lowest: {losses}."
 
 
 def _ok(run: Run) -> bool:

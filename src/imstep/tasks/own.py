@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,8 @@ class Program:
     Args:
         task: what the program defines.
         file: the program.
-        root: the folder that its imports start from: that of the file, or the one above its outermost package.
+        root: the folder that its imports start from: that of the file, or the one above its outermost package; for a
+            module, the present folder.
         before: names of the modules that were loaded before it.
     """
 
@@ -40,7 +42,12 @@ class Program:
     before: frozenset[str]
 
     def files(self) -> tuple[Path, ...]:
-        """The program and what it has imported from below `root` so far; installed packages excluded."""
+        """The program and what it has imported from below `root` so far; installed packages excluded.
+
+        Nothing for a module that is not below it: it is installed, and known by its version.
+        """
+        if not self.file.is_relative_to(self.root):
+            return ()
         below = {Path(_source(sys.modules[name])) for name in _own_modules(str(self.root), self.before)}
         return (self.file, *sorted(below - {self.file}))
 
@@ -63,12 +70,12 @@ def load_program(name: str, kept: Path | None = None) -> Program:
     """
     path, _, wanted = (name, "", "") if name.endswith(".py") else name.rpartition(":")
     if path.endswith(".py"):
-        file = Path(path).absolute()
+        file = Path(os.path.abspath(path))
         module, root = _run_file(file, kept)
     else:
-        module = _import(path)
+        module = _import(path, kept)
         file = Path(module.__file__ or path)
-        root = file.parent
+        root = Path.cwd()
     task = _named(module, wanted, path) if wanted else _only(module, path)
     return Program(task, file, root, _present[0][1])
 
@@ -99,8 +106,9 @@ def _run_file(file: Path, kept: Path | None) -> tuple[ModuleType, Path]:
     return module, root
 
 
-def _import(name: str) -> ModuleType:
-    with _importing([str(Path.cwd())]), _explained(Path.cwd()):
+def _import(name: str, kept: Path | None) -> ModuleType:
+    folders = [str(folder) for folder in (kept, Path.cwd()) if folder is not None]
+    with _importing(folders), _explained(Path.cwd()):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +167,7 @@ def find_task(name: str, table: TableOptions | None = None, kept: Path | None = 
         kept: a folder with copies of a program's files, to be run in place of the originals.
     """
     if is_table(name):
-        file = Path(name).absolute()
+        file = Path(os.path.abspath(name))
         return Origin(table_task(Path(name), table or TableOptions()), str(file), file.parent, lambda: (file,))
     if table is not None and table != TableOptions():
         raise TaskError(f"--target and its like are for tables such as data.csv; {name} is none.")
@@ -175,9 +176,9 @@ def find_task(name: str, table: TableOptions | None = None, kept: Path | None = 
     if is_program(name):
         program = load_program(name, kept)
         _, colon, wanted = name.partition(".py:")
-        own = name.endswith(".py") or bool(colon)
-        full = str(program.file) + (f":{wanted}" if wanted else "") if own else name
-        return Origin(program.task, full, program.root, program.files if own else tuple, programs=True)
+        by_file = name.endswith(".py") or bool(colon)
+        full = str(program.file) + (f":{wanted}" if wanted else "") if by_file else name
+        return Origin(program.task, full, program.root, program.files, programs=True)
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownTaskError(

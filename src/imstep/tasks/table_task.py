@@ -15,7 +15,7 @@ from torch import nn
 from imstep.tasks.base import Metric, Task, TaskError
 from imstep.tasks.examples import ACCURACY, Batch, ExampleProblem, held_out
 from imstep.tasks.models import mlp
-from imstep.tasks.tables import Column, Table, read_table
+from imstep.tasks.tables import UNNAMED, Column, Table, read_table
 
 __all__ = ["TableOptions", "TableTask", "table_task"]
 
@@ -142,6 +142,11 @@ def _check(table: Table, inputs: tuple[Column, ...], targets: tuple[Column, ...]
             "to fill them (numbers by the median, words by a category of their own), or leave columns out by --drop."
         )
     for column in inputs:
+        if column.name.startswith(UNNAMED) and column.name.removeprefix(UNNAMED).isdecimal():
+            raise TaskError(
+                f"{column.name} of {table.file} has no name, as where a program has written the numbers of its rows. "
+                f"Leave it out by --drop '{column.name}', or name it in the file's first line."
+            )
         if column.missing.all():
             raise TaskError(f"column {column.name!r} is empty: leave it out by --drop {column.name}.")
         if not column.numeric and len(_categories(column)) > min(MOST_CATEGORIES, len(table) // 2):

@@ -14,9 +14,11 @@ import numpy as np
 
 from imstep.tasks.base import TaskError
 
-__all__ = ["Column", "Table", "is_table", "read_table"]
+__all__ = ["UNNAMED", "Column", "Table", "is_table", "read_table"]
 
 _MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
+UNNAMED = "column "
+"""What a column without a name is called, with its number."""
 _DELIMITERS = ",;\t|"
 
 
@@ -94,7 +96,7 @@ def _read_csv(file: Path) -> dict[str, tuple[Column, ...]]:
     rows = [(number, row) for number, row in _lines(file, text, delimiter) if any(map(str.strip, row))]
     if len(rows) < 2:
         raise TaskError(f"{file} holds no rows below a line with the names of the columns.")
-    names = [name.strip() for name in rows[0][1]]
+    names = [name.strip() or f"{UNNAMED}{at}" for at, name in enumerate(rows[0][1], 1)]
     if all(_number(name) is not None for name in names):
         raise TaskError(
             f"{file} begins with the numbers {', '.join(names[:3])}...: its first line must name the columns. Add one, "

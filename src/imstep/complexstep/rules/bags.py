@@ -69,3 +69,15 @@ def embedding_bag_backward_of_any_layout(
         places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
         bag = torch.searchsorted(offsets, places, right=True).to(indices.dtype) - 1
     return aten._embedding_bag_dense_backward(g, indices, bag, size, maxima, rows, by_freq, mode, s, padding)
+
+
+@defined_as(aten.embedding_renorm.default)
+def embedding_renorm(w, indices, max_norm, norm_type=2.0):
+    """Nothing to do where no row is longer than allowed; else it overwrites what is being differentiated."""
+    if bool((torch.linalg.vector_norm(w[indices.reshape(-1)], norm_type, -1) > max_norm).any()):
+        raise UnsupportedOperatorError(
+            "embedding_renorm",
+            "an embedding with max_norm overwrites the rows of its table that are longer, while they are looked up.",
+            "Leave max_norm out; look up table.renorm(2, 0, max_norm) in the closure, or shorten rows after the step.",
+        )
+    return w.clone()

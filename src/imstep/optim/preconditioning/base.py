@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 from imstep.linalg import LinearOperator
 from imstep.optim.record import Cost
 
@@ -29,7 +29,7 @@ class Evidence:
         damping: λ.
     """
 
-    point: Linearisation
+    point: Linearised
     observer: LayerObserver | None
     curvature: LinearOperator
     damping: float

@@ -15,6 +15,9 @@ from imstep.linalg import LinearOperator
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
+YOUNG = 10
+"""Averages are young for this many times ``every`` steps. Our choice: small problems take no more steps than that."""
+
 
 @dataclass(frozen=True)
 class Kronecker(Preconditioning):
@@ -23,7 +26,8 @@ class Kronecker(Preconditioning):
     Where the loss has no convex end, or the model no such layer, the iterations stay plain.
 
     Args:
-        every: steps between two refreshes of the factors, >= 1.
+        every: steps between two refreshes of the factors, >= 1. While averages are young they are refreshed more often:
+            every second step at first, then after a tenth more steps than were taken.
         decay: weight of the past in the running averages, in [0, 1).
         seed: of the sampled targets; they do not touch the global random state.
         largest: widest input or output of a layer that gets factors, >= 1; they take the square of it in memory and
@@ -52,23 +56,24 @@ class _KroneckerPreconditioner(Preconditioner):
         self._kind, self._parameters = kind, parameters
         self._factors = KroneckerFactors(parameters, kind.decay)
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
-        self._steps = 0
+        self._steps = self._due = 0
         self._decay: tuple[float, ...] | None = None  # of each parameter
         self._inverse: LinearOperator | None = None
         self._inverse_damping = 0.0  # 0: out of date
         self._inverse_decay: tuple[float, ...] | None = None
 
     def observer(self) -> LayerObserver | None:
-        due = self._steps % self._kind.every == 0
+        due = self._steps >= self._due
+        if due:
+            self._due = self._steps + min(self._kind.every, max(2, self._steps // YOUNG))
         self._steps += 1
         return LayerObserver(self._parameters.tensors, self._kind.largest) if due else None
 
     def refresh(self, evidence: Evidence) -> Cost:
         point, observer = evidence.point, evidence.observer
         self._decay = None if point.penalty is None else point.penalty.rates
-        if observer is None or point.split is None or not observer.uses:
+        if observer is None or not point.convex or not self._factors.update(point, observer, self._generator):
             return Cost()
-        self._factors.update(point, observer, self._generator)
         self._inverse_damping = 0.0
         return Cost(refreshes=1)
 
@@ -88,6 +93,7 @@ class _KroneckerPreconditioner(Preconditioner):
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self._steps,
+            "due": self._due,
             "generator": self._generator.get_state(),
             "inverse_damping": self._inverse_damping,
             "inverse_decay": None if self._inverse_decay is None else list(self._inverse_decay),
@@ -97,7 +103,7 @@ class _KroneckerPreconditioner(Preconditioner):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "factors" not in state:
             raise ValueError(OTHER_STATE)
-        self._steps = state["steps"]
+        self._steps, self._due = state["steps"], state.get("due", 0)  # older states refresh at once
         self._generator.set_state(state["generator"].cpu())
         self._factors.load_state_dict(state["factors"])
         self._inverse_damping = state["inverse_damping"]

@@ -1,0 +1,251 @@
+"""A batch evaluated piece by piece: the sum of closures, of which one at a time is in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.closure import Closure
+from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.layers import LayerObserver
+from imstep.curvature.operators import SymmetricOperator, TapeOperator
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.penalty import Penalty
+from imstep.curvature.products import Products, ShiftedProducts
+from imstep.curvature.state import RandomState
+
+Observer = TypeVar("Observer", LayerObserver, None)
+
+Build: TypeAlias = Callable[[Linearisation], TapeOperator]
+"""Reads a matrix off the record of a piece."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a batch.
+
+    Attributes:
+        weight: how much its loss counts in the batch's, > 0.
+        closure: returns its loss, or calls ``backward()`` on it.
+    """
+
+    weight: float
+    closure: Closure
+
+
+class FrozenPieces:
+    """f = Σ w_k f_k over the pieces of a batch, evaluated one after the other; the counterpart of `FrozenClosure`.
+
+    A penalty is added by the first piece, divided by its weight.
+
+    Each piece is evaluated on the random numbers and buffers that the pieces before it have left in the first
+    evaluation, so that f is one function.
+
+    Args:
+        pieces: at least one.
+        parameters: the vector that is differentiated.
+        stale, penalty: see :class:`FrozenClosure`.
+        room: bytes that the records of pieces may take together; the others are recorded anew for every product.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        parameters: ParameterVector,
+        stale: bool,
+        penalty: Penalty | None,
+        room: int | None,
+    ) -> None:
+        self._given, self._parameters, self._stale, self._room = list(pieces), parameters, stale, room
+        self._penalty = penalty
+        self._frozen: list[FrozenClosure] = []
+        self._repeats = 0
+
+    # --- evaluations --------------------------------------------------------------------------------------------
+
+    def linearise(
+        self, observer: AbstractContextManager[Any] | None = None, keep_graph: bool = False
+    ) -> JointLinearisation:
+        """Loss and gradient, and the records that there is room for; observers come in at ``evaluations``."""
+        room, total = math.inf if self._room is None else self._room, _Sum()
+        records: list[Linearisation | None] = []
+        convex: list[bool] = []
+        for piece, frozen in self.each():
+            at = replace(frozen.linearise(), penalty=None)
+            total.add(piece.weight, at.loss, at.gradient)
+            convex.append(at.convex)
+            fits = at.tape.nbytes <= room
+            room -= at.tape.nbytes if fits else 0
+            records.append(at if fits else None)
+            del at  # before the next piece takes its place
+        loss, gradient = total.terms
+        return JointLinearisation(loss, gradient, self, tuple(records), all(convex), self.penalty)
+
+    def watched_gradient(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`gradient`, for a first evaluation without a record."""
+        loss, gradient = self._total(FrozenClosure.watched_gradient)
+        return loss, gradient
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim) and gradient (n,) at the current parameters."""
+        loss, gradient = self._total(FrozenClosure.gradient)
+        return loss, gradient
+
+    def loss(self) -> Tensor:
+        """The loss alone (0-dim) at the current parameters."""
+        return self._total(lambda frozen: (frozen.loss(),))[0]
+
+    def product(self, direction: Tensor) -> Tensor:
+        """The Hessian product with ``direction`` (n,), by an evaluation of its own."""
+        return self._total(lambda frozen: (frozen.product(direction),))[0]
+
+    def _total(self, evaluate: Callable[[FrozenClosure], tuple[Tensor, ...]]) -> list[Tensor]:
+        total = _Sum()
+        for piece, frozen in self.each():
+            total.add(piece.weight, *evaluate(frozen))
+        return total.terms
+
+    def each(self) -> Iterator[tuple[Piece, FrozenClosure]]:
+        """The pieces in order, each in the state in which it was evaluated first."""
+        again = len(self._frozen) == len(self._given)
+        if again:
+            self._rewind()
+        for number, piece in enumerate(self._given):
+            if not again:  # not before its turn: it begins where random numbers are now
+                penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
+                self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
+            yield piece, self._frozen[number]
+            if again:
+                self._frozen[number].leave(accepted=True)
+
+    def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
+        """The record of a piece once more."""
+        self._repeats += 1
+        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None)
+
+    @property
+    def repeated(self) -> int:
+        """Evaluations made anew for products or for a preconditioner, in batches, rounded up."""
+        return -(-self._repeats // len(self._given))
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """What is added to the loss; after the first evaluation without the parameters that have no gradient."""
+        first = self._frozen[0].penalty if self._frozen else None
+        return self._penalty if first is None else first.times(self._given[0].weight)
+
+    # --- what the first evaluation has shown --------------------------------------------------------------------
+
+    @property
+    def returned(self) -> Tensor | None:
+        """The weighted sum of what the closures returned first, 0-dim; None where one is no number."""
+        found = [frozen.returned for frozen in self._frozen]
+        values = [piece.weight * r for piece, r in zip(self._given, found, strict=True) if r is not None]
+        return torch.stack(values).sum() if len(values) == len(found) else None
+
+    @property
+    def hook_factors(self) -> Tensor | None:
+        """(n,), by which hooks on parameters multiply the gradient; None where they change nothing."""
+        return self._frozen[0].hook_factors
+
+    # --- the same state for every evaluation --------------------------------------------------------------------
+
+    def leave(self, accepted: bool) -> None:
+        """End the step: random numbers and buffers as after one evaluation, buffers as before it if not accepted."""
+        for frozen in self._frozen:
+            frozen.leave(accepted=True)
+        if not accepted:
+            after = RandomState(self._parameters.device)
+            self._rewind()
+            after.restore()
+
+    def undo(self) -> None:
+        """End the step as if no evaluation had been made."""
+        self._rewind()
+
+    def _rewind(self) -> None:
+        for frozen in reversed(self._frozen):
+            frozen.undo()
+
+
+@dataclass(frozen=True, eq=False)
+class JointLinearisation:
+    """Loss and gradient of a batch in pieces, and how to come by the records of the pieces.
+
+    Attributes:
+        loss, gradient: as of a :class:`Linearisation`.
+        pieces: of the batch.
+        records: of each piece; None where there was no room.
+        convex: whether the loss of every piece is a convex function of outputs.
+        penalty: what is added to the loss; it is in ``loss`` and ``gradient``, not in the records.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    pieces: FrozenPieces
+    records: tuple[Linearisation | None, ...]
+    convex: bool
+    penalty: Penalty | None = None
+
+    @property
+    def repeats(self) -> float:
+        """The share of the batch that every product evaluates anew."""
+        return self.records.count(None) / len(self.records)
+
+    def matrix(self, parameters: ParameterVector, build: Build, definite: bool) -> SymmetricOperator:
+        """The sum of the pieces' matrices."""
+        source: Products = _PieceProducts(self, parameters, build)
+        if self.penalty is not None:
+            source = ShiftedProducts(source, self.penalty.factors)
+        return SymmetricOperator(parameters, source, definite)
+
+    def evaluations(self, observer: Observer) -> Iterator[tuple[float, Linearisation, Observer]]:
+        """Each piece's weight and record with its graph, evaluated anew under an observer of its own."""
+        for piece, frozen in self.pieces.each():
+            own = None if observer is None else observer.fresh()
+            yield piece.weight, self.pieces.anew(frozen, own, graph=True), own
+
+
+class _PieceProducts(Products):
+    """Products with the weighted sum of the pieces' matrices."""
+
+    def __init__(self, point: JointLinearisation, parameters: ParameterVector, build: Build) -> None:
+        super().__init__(parameters, parameters)
+        self._point, self._build = point, build
+        self._kept = [None if at is None else build(at) for at in point.records]
+        self.nbytes = sum(operator.nbytes for operator in self._kept if operator is not None)
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self.several(direction.unsqueeze(0)).squeeze(0)
+
+    def several(self, directions: Tensor) -> Tensor:
+        total = torch.zeros_like(directions)
+        for (piece, frozen), operator in zip(self._point.pieces.each(), self._kept, strict=True):
+            own = self._build(self._point.pieces.anew(frozen)) if operator is None else operator
+            total += piece.weight * (own @ directions.t()).t()
+            del own  # before the next piece takes its place
+        return total
+
+
+FrozenBatch: TypeAlias = FrozenClosure | FrozenPieces
+"""A batch, whole or in pieces."""
+
+Linearised: TypeAlias = Linearisation | JointLinearisation
+"""What one evaluation of it shows."""
+
+
+class _Sum:
+    """Sums of what pieces give, each with the piece's weight."""
+
+    def __init__(self) -> None:
+        self.terms: list[Tensor] = []
+
+    def add(self, weight: float, *found: Tensor) -> None:
+        weighted = [weight * t for t in found]
+        self.terms = [a + b for a, b in zip(self.terms, weighted, strict=True)] if self.terms else weighted

@@ -100,7 +100,7 @@ def test_a_closure_as_skorchs(method: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss = F.mse_loss(model(X), Y)
         loss.backward()
-        stored.append(float(loss))
+        stored.append(loss.item())
         return loss
 
     optimizer.step(step)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the folder's helpers can be imported
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "frameworks"
 

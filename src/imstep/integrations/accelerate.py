@@ -66,10 +66,12 @@ class ClosureStep:
 
         def closure() -> Tensor:
             self._optimizer.zero_grad()
-            values = [part() for part in parts]
-            for value in values:
+            values = []
+            for part in parts:  # one graph at a time
+                value = part()
                 self._accelerator.backward(value)
-            means.append(torch.stack([value.detach() for value in values]).mean())
+                values.append(value.detach())
+            means.append(torch.stack(values).mean())
             return means[-1]
 
         self._optimizer.step(closure)

@@ -66,9 +66,13 @@ class StepMonitor(pl.Callback):
                 pl_module.log_dict(_figures(optimizer), batch_size=1)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the module its ``log`` back, also after an error."""
+        """Give the module its ``log`` back."""
         self._may_log = True
         pl_module.__dict__.pop("log", None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Do so after an error, too."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _figures(optimizer: StepwiseOptimizer) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import time
 import weakref
@@ -49,11 +50,18 @@ def needs_closure(step: _Step) -> _Step:
             raise TypeError(
                 f"{name}.step needs a closure that evaluates the model and returns the loss, since a step evaluates "
                 f"it several times; got {got}. Call optimizer.step(closure) with such a function, as for "
-                "torch.optim.LBFGS. A torch.amp.GradScaler cannot pass one on: use autocast without it, with bfloat16."
+                "torch.optim.LBFGS. For Hugging Face's Trainer and PyTorch-Ignite imstep.integrations does so. A "
+                "torch.amp.GradScaler cannot pass one on: use autocast without it, with bfloat16."
             )
         return step(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+@functools.cache
+def _arguments(kind: type) -> frozenset[str]:
+    """Names of a constructor's arguments."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -240,6 +248,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             raise RuntimeError("a step was called where the parameters are the average. Leave averaged() first.")
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
+        self._check_groups()
         self._follow_parameters()
 
     def _penalty(self) -> Penalty | None:
@@ -249,6 +258,16 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
     def _pace(self) -> Pace:
         """What is taken of a step."""
         return Pace.of(options_of(self.param_groups, "lr", self._parameters), self._parameters, self._longest)
+
+    def _check_groups(self) -> None:
+        """Raise where an argument of the constructor was written into a group, as skorch's ``set_params`` does."""
+        arguments = _arguments(type(self)) - {*self.defaults, "params"}
+        late = sorted(arguments & set().union(*self.param_groups))
+        if late:
+            raise ValueError(
+                f"a parameter group holds {', '.join(late)}, which {type(self).__name__} takes when it is made and "
+                "does not read from groups. Make the optimizer anew with it, and delete it from the group."
+            )
 
     def _holds_gradients(self) -> bool:
         """Whether ``.grad`` holds anything but zeros and what the last step has left."""

@@ -1,0 +1,108 @@
+"""PyTorch Lightning: logs that fit steps which evaluate the loss several times, and refusals before the first one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+except ImportError:  # the same package under its older name
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from imstep.optim.stepwise import StepwiseOptimizer
+
+
+class StepMonitor(pl.Callback):
+    """Logs what the optimizer did, and lets a module log once per batch; for automatic optimisation.
+
+    A step calls ``training_step`` at the parameters before the step, and again at each point that it tries. What
+    ``training_step`` logs would be averaged over all of them. With this callback only the first call logs. After the
+    batch it logs ``step/loss``, ``step/new_loss``, ``step/gradient_norm``, ``step/damping``, ``step/step_length``,
+    ``step/products``, ``step/trials``, all of ``optimizer.last_step``, and ``step/gradient_equivalents``, what all
+    steps have cost so far.
+
+    Raises:
+        ValueError: when training starts: the Trainer is to clip gradients, to accumulate them, to scale the loss, or to
+            run on several devices, none of which fits such optimizers.
+
+    Example:
+        Needs lightning; ``module`` is any ``LightningModule`` with ``configure_optimizers`` returning an optimizer of
+        imstep's::
+
+            lightning.Trainer(max_epochs=20, callbacks=[StepMonitor()]).fit(module, loader)
+    """
+
+    def __init__(self) -> None:
+        self._may_log = True
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what does not fit, and stand before the module's ``log``."""
+        if not any(isinstance(optimizer, StepwiseOptimizer) for optimizer in trainer.optimizers):
+            return
+        _check(trainer)
+        log = pl_module.log
+
+        def once(*args: Any, **kwargs: Any) -> None:
+            if self._may_log:
+                log(*args, **kwargs)
+
+        pl_module.log = once
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A first evaluation comes."""
+        self._may_log = True
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """The first evaluation of ``training_step`` is over."""
+        self._may_log = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the steps."""
+        self._may_log = True
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, StepwiseOptimizer) and optimizer.last_step is not None:
+                pl_module.log_dict(_figures(optimizer), batch_size=1)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the module its ``log`` back."""
+        self._may_log = True
+        pl_module.__dict__.pop("log", None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Do so after an error, too."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _figures(optimizer: StepwiseOptimizer) -> dict[str, float]:
+    step = optimizer.last_step
+    names = ("loss", "new_loss", "gradient_norm", "damping", "step_length", "products", "trials")
+    figures = {f"step/{name}": float(getattr(step, name)) for name in names}
+    return {**figures, "step/gradient_equivalents": optimizer.cost.gradient_equivalents}
+
+
+def _check(trainer: Any) -> None:
+    """Raise for settings that do not fit."""
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"gradient_clip_val={trainer.gradient_clip_val} asks the Trainer to clip gradients, which has no meaning "
+            "for an optimizer that solves with them and checks the loss. Leave it out; max_step_norm of the optimizer "
+            "bounds the length of a step."
+        )
+    if trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds gradients of batches whose loss a step "
+            "could not evaluate again. Leave it out and take larger batches, or split a batch within training_step "
+            "and return the sum of the losses."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"precision={trainer.precision!r} scales the loss by a factor that changes from step to step, and calls "
+            "step() without a closure. Use precision='bf16-mixed', which needs no scaling."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"strategy {type(trainer.strategy).__name__} spreads a step over processes; losses and products of several "
+            "are not added up. Use Trainer(devices=1, strategy='auto')."
+        )

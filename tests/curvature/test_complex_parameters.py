@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -281,3 +282,14 @@ def test_saved_run_goes_on_alike() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     for _ in range(2):
         assert optimizer.step(closure(model)).equal(resumed.step(closure(other)))
+
+
+def test_blocks_of_products_with_complex_parameters_do_not_warn() -> None:
+    w = nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.complex128))
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.complex128)
+    H = imstep.Hessian(lambda: (x @ w).tanh().abs().square().sum(), [w])
+    V = torch.randn(H.size, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block = H @ V
+    torch.testing.assert_close(block, torch.stack([H @ v for v in V.T], dim=1))

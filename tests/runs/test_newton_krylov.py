@@ -87,5 +87,5 @@ def test_options_are_numbers_with_a_range() -> None:
     for name, value in (("theta", -1.0), ("damping", -1.0), ("hessian", 0.5), ("kronecker", 2.0)):
         with pytest.raises(OptimizerError, match="newton-krylov refuses"):
             SPEC.create(problem, **{name: value})
-    with pytest.raises(OptimizerError, match="newton-krylov has no option 'lr'"):
-        SPEC.create(problem, lr=0.1)
+    with pytest.raises(OptimizerError, match="newton-krylov has no option 'speed'"):
+        SPEC.create(problem, speed=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -80,7 +81,9 @@ class ReplayedProducts(Products):
             if len(given) == 1:
                 into[0] = self.one(given[0])
             else:
-                torch.vmap(self._into)(given, into)
+                with warnings.catch_warnings():  # of operators without a batching rule, which no user has called
+                    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                    torch.vmap(self._into)(given, into)
         return made
 
     def _into(self, direction: Tensor, product: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class ThinFactorisation(Factorisation):
     Source: the length is our choice: of a triangle of 100 columns singular values take as long as five factorisations.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DenseRows
         >>> ThinFactorisation().of(DenseRows(torch.eye(4, 3, dtype=torch.float64)), 0.0, draw=0).reduced.rank
         3
@@ -60,6 +61,7 @@ class SketchedFactorisation(Factorisation):
     Source: the number is our choice.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DenseRows
         >>> J = DenseRows(torch.eye(400, 300, dtype=torch.float64))
         >>> SketchedFactorisation(columns=50).of(J, 0.0, draw=0).reduced.kind
@@ -97,6 +99,7 @@ class ByShape(Factorisation):
         memory: bytes for all of J Jᵀ, or J written out, and what their factorisation takes beside; >= 0.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DenseRows
         >>> ByShape().of(DenseRows(torch.eye(400, 2, dtype=torch.float64)), 0.0, draw=0).reduced.rank
         2

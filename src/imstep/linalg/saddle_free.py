@@ -52,7 +52,7 @@ def saddle_free(
         >>> import torch
         >>> from imstep.linalg import DiagonalOperator
         >>> A = DiagonalOperator(torch.tensor([-2.0, 1.0, 4.0]))
-        >>> saddle_free(A, torch.tensor([2.0, 3.0, 4.0])).solution
+        >>> saddle_free(A, torch.tensor([2.0, 3.0, 4.0])).solution.round(decimals=4)
         tensor([1., 3., 1.])
     """
     check_not_negative(damping=damping)

@@ -20,22 +20,41 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
-from imstep.globalization import AdaptiveCubic, Armijo, FixedStep, LevenbergMarquardt, NoDamping, TrustRegion
+from imstep.globalization import (
+    AdaptiveCubic,
+    Armijo,
+    FixedStep,
+    LevenbergMarquardt,
+    NoDamping,
+    StrongWolfe,
+    TrustRegion,
+)
 from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
 from imstep.optim.forcing import FixedProducts, ResidualForcing
 from imstep.optim.globalized import CubicRegularization, PreconditionedGradient, SaddleFree
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
-from imstep.optim.preconditioning import Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.preconditioning import (
+    BFGS,
+    Kronecker,
+    LimitedMemoryBFGS,
+    NoPreconditioning,
+    Nystrom,
+    Preconditioning,
+    SelfScaledBroyden,
+    SquaredGradients,
+)
 from imstep.optim.solving import ConjugateGradient, Direct, GeneralizedLanczos, MinimalResidual
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "bfgs",
     "cubic_regularization",
     "gauss_newton",
     "hessian_free",
     "kfac",
+    "lbfgs",
     "levenberg_marquardt",
     "natural_gradient",
     "newton",
@@ -43,6 +62,7 @@ __all__ = [
     "newton_mr",
     "nystrom_newton_cg",
     "saddle_free_newton",
+    "self_scaled_broyden",
     "trust_region",
 ]
 
@@ -224,6 +244,59 @@ def nystrom_newton_cg(
         "preconditioning": Nystrom(rank=rank, every=20),
         "damping": LevenbergMarquardt(),
         "step": Armijo(),
+    }
+    return _exact(params, method, options)
+
+
+def bfgs(params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """BFGS: a dense inverse Hessian learnt from differences of gradients, and a strong Wolfe search.
+
+        d = -H g,   H y = s for the last step s and its change y of the gradient
+
+    Args:
+        params: parameters or parameter groups, at most 4,096 numbers.
+        exact: learn from exact products y = A s, one a step, in place of differences.
+
+    Cost: a gradient, and one for each trial of the search.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 6.1.
+    """
+    return _quasi_newton(params, BFGS(exact=exact), options)
+
+
+def lbfgs(
+    params: Iterable[Any], pairs: int = 10, exact: bool = False, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """L-BFGS: as :func:`bfgs`, from the last steps alone.
+
+    Args:
+        params: parameters or parameter groups.
+        pairs: how many steps count.
+        exact: see :func:`bfgs`.
+
+    Source: Liu and Nocedal, Mathematical Programming 45 (1989), 503-528.
+    """
+    return _quasi_newton(params, LimitedMemoryBFGS(pairs, exact), options)
+
+
+def self_scaled_broyden(
+    params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Self-scaled Broyden: as :func:`bfgs`, with another member of the family, and H scaled before every update.
+
+    Source: Urbán, Stefanou and Pons, arXiv 2405.04230; Kiyani et al., arXiv 2501.16371.
+    """
+    return _quasi_newton(params, SelfScaledBroyden(exact), options)
+
+
+def _quasi_newton(
+    params: Iterable[Any], preconditioning: Preconditioning, options: NewtonKrylovOptions
+) -> NewtonKrylov:
+    """Steps of an approximate inverse Hessian alone."""
+    method: NewtonKrylovOptions = {
+        "solver": PreconditionedGradient(products=False),
+        "preconditioning": preconditioning,
+        "step": StrongWolfe(),
     }
     return _exact(params, method, options)
 

@@ -17,7 +17,18 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
-from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.preconditioning import (
+    BFGS,
+    SR1,
+    Hutchinson,
+    Kronecker,
+    LimitedMemoryBFGS,
+    NoPreconditioning,
+    Nystrom,
+    QuasiNewton,
+    SelfScaledBroyden,
+    SquaredGradients,
+)
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
@@ -35,6 +46,8 @@ from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
 
 __all__ = [
+    "BFGS",
+    "SR1",
     "BestRateForcing",
     "BlendedConjugateGradient",
     "Box",
@@ -54,6 +67,7 @@ __all__ = [
     "IntermediateResult",
     "Kronecker",
     "LeastSquares",
+    "LimitedMemoryBFGS",
     "MicroBatches",
     "MinimalResidual",
     "MinimizeResult",
@@ -63,10 +77,12 @@ __all__ = [
     "NonFiniteLossError",
     "Nystrom",
     "PreconditionedGradient",
+    "QuasiNewton",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",
     "Scaling",
+    "SelfScaledBroyden",
     "Solver",
     "SquaredGradients",
     "SteihaugToint",

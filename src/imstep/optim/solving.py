@@ -76,6 +76,11 @@ class Solver(ABC):
         return self.needs_halves
 
     @property
+    def needs_products(self) -> bool:
+        """Whether it multiplies with the curvature as a rule; if not, a step records its derivative only on demand."""
+        return True
+
+    @property
     def uses_last_move(self) -> bool:
         """Whether it makes use of the last step, which is then kept."""
         return False

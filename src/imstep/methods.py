@@ -44,14 +44,17 @@ from imstep.optim.preconditioning import (
     SquaredGradients,
 )
 from imstep.optim.solving import ConjugateGradient, Direct, GeneralizedLanczos, MinimalResidual
+from imstep.optim.third_order import ChebyshevHalley
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
     "bfgs",
+    "chebyshev",
     "cubic_regularization",
     "gauss_newton",
+    "halley",
     "hessian_free",
     "kfac",
     "lbfgs",
@@ -287,6 +290,28 @@ def self_scaled_broyden(
     Source: Urbán, Stefanou and Pons, arXiv 2405.04230; Kiyani et al., arXiv 2501.16371.
     """
     return _quasi_newton(params, SelfScaledBroyden(exact), options)
+
+
+def halley(params: Iterable[Any], alpha: float = 0.5, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Halley's method: Newton's step d₁ corrected by the exact third derivative T; convergence of order three.
+
+        d = d₁ - (H + α T[d₁])⁻¹ T[d₁, d₁] / 2
+
+    Args:
+        params: parameters or parameter groups.
+        alpha: 1/2; 1 for super-Halley.
+
+    Cost: of two systems; each product with the matrix of the second takes 31/3 gradients.
+
+    Source: Gundersen and Steihaug, Optim. Methods Softw. 25 (2010), 331-342.
+    """
+    solver = ChebyshevHalley(alpha)
+    return _exact(params, {"solver": solver, "forcing": ResidualForcing(power=2.0), "step": Armijo()}, options)
+
+
+def chebyshev(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Chebyshev's method: as :func:`halley` with α = 0, so that a step takes one third derivative."""
+    return halley(params, 0.0, **options)
 
 
 def _quasi_newton(

@@ -44,6 +44,7 @@ from imstep.optim.solving import (
 )
 from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
+from imstep.optim.third_order import ChebyshevHalley
 
 __all__ = [
     "BFGS",
@@ -51,6 +52,7 @@ __all__ = [
     "BestRateForcing",
     "BlendedConjugateGradient",
     "Box",
+    "ChebyshevHalley",
     "ColumnNorms",
     "ConjugateGradient",
     "Cost",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
-from imstep.curvature.third import derivatives_along
+from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
@@ -232,6 +233,7 @@ class Attempt(StepAttempt):
                 self.point,
                 self._parameters,
                 memory.search.third_derivative / 2,
+                partial(third_derivative_along, self._part or self._frozen, self._parameters),
             )
             direction = self._solved(system)
             if not direction.status.disturbing:

@@ -1,7 +1,7 @@
 """Known second-order methods by name: functions that put the parts of `imstep` together as a paper has them.
 
-Each returns a configured :class:`~imstep.NewtonKrylov`; ``optimizer.step(closure)`` takes a step. Keyword arguments are
-those of its constructor, in place of the method's own.
+Each returns a configured optimizer, mostly a :class:`~imstep.NewtonKrylov`; ``optimizer.step(closure)`` takes a step.
+Keyword arguments are those of its constructor, in place of the method's own.
 
 Example:
     >>> import torch
@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.globalization import (
     AdaptiveCubic,
@@ -30,6 +32,8 @@ from imstep.globalization import (
     TrustRegion,
 )
 from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
+from imstep.optim.diagonal_newton import DiagonalNewton
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG
 from imstep.optim.forcing import FixedProducts, ResidualForcing
 from imstep.optim.globalized import CubicRegularization, PreconditionedGradient, SaddleFree
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "adahessian",
     "bfgs",
     "chebyshev",
     "cubic_regularization",
@@ -66,6 +71,7 @@ __all__ = [
     "nystrom_newton_cg",
     "saddle_free_newton",
     "self_scaled_broyden",
+    "sophia",
     "trust_region",
 ]
 
@@ -312,6 +318,44 @@ def halley(params: Iterable[Any], alpha: float = 0.5, **options: Unpack[NewtonKr
 def chebyshev(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
     """Chebyshev's method: as :func:`halley` with α = 0, so that a step takes one third derivative."""
     return halley(params, 0.0, **options)
+
+
+def adahessian(
+    params: Iterable[Any], rule: AdaHessianRule | None = None, lr: float | Tensor = 0.15, seed: int = 0, **options: Any
+) -> DiagonalNewton:
+    """AdaHessian: Adam with the Hessian's diagonal, by random signs, in the place of squared gradients.
+
+    Args:
+        params: parameters or parameter groups.
+        rule: its numbers.
+        lr: a fixed rate, or one that a scheduler sets.
+        seed: of the signs.
+        **options: of :class:`~imstep.optim.DiagonalNewton`.
+
+    Cost: a gradient's record and a Hessian product a step.
+
+    Source: Yao et al., AAAI 2021, arXiv 2006.00719.
+    """
+    return DiagonalNewton(params, rule or AdaHessianRule(), lr=lr, seed=seed, **options)
+
+
+def sophia(
+    params: Iterable[Any], rule: DiagonalRule | None = None, lr: float | Tensor = 1e-3, seed: int = 0, **options: Any
+) -> DiagonalNewton:
+    """Sophia: momentum over the Gauss-Newton matrix' diagonal, every entry clipped.
+
+    Args:
+        params: parameters or parameter groups.
+        rule: ``SophiaG()``, the default, or ``SophiaH()`` for the Hessian's diagonal.
+        lr: a fixed rate, or one that a scheduler sets; the default is our choice.
+        seed: of sampled targets or probes.
+        **options: of :class:`~imstep.optim.DiagonalNewton`.
+
+    Cost: a gradient a step; every tenth step a backward pass more.
+
+    Source: Liu et al., ICLR 2024, arXiv 2305.14342.
+    """
+    return DiagonalNewton(params, rule or SophiaG(), lr=lr, seed=seed, **options)
 
 
 def _quasi_newton(

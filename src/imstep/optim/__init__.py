@@ -3,6 +3,8 @@
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
+from imstep.optim.diagonal_newton import DiagonalNewton
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
@@ -49,6 +51,7 @@ from imstep.optim.third_order import ChebyshevHalley
 __all__ = [
     "BFGS",
     "SR1",
+    "AdaHessianRule",
     "BestRateForcing",
     "BlendedConjugateGradient",
     "Box",
@@ -57,6 +60,8 @@ __all__ = [
     "ConjugateGradient",
     "Cost",
     "CubicRegularization",
+    "DiagonalNewton",
+    "DiagonalRule",
     "Direct",
     "Dogleg",
     "ExactHessian",
@@ -86,6 +91,8 @@ __all__ = [
     "Scaling",
     "SelfScaledBroyden",
     "Solver",
+    "SophiaG",
+    "SophiaH",
     "SquaredGradients",
     "SteihaugToint",
     "StepOutcome",

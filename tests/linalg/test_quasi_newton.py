@@ -93,3 +93,9 @@ def test_without_positive_curvature_nothing_changes(change: float) -> None:
     y = change * s
     assert bfgs_update(H, s, y) is H
     assert self_scaled_update(H, s, y, s) is H
+
+
+def test_an_indefinite_matrix_is_begun_anew() -> None:
+    s, y = torch.ones(2, dtype=F64), torch.tensor([1.0, 3.0], dtype=F64)
+    made = self_scaled_update(-torch.eye(2, dtype=F64), s, y, -s)
+    torch.testing.assert_close(made, 0.4 * torch.eye(2, dtype=F64))

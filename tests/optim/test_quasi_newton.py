@@ -125,6 +125,16 @@ def test_a_stationary_start_is_looked_at_by_products() -> None:
     assert abs(float(w.detach()[0])) > 0.5
 
 
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs", "self_scaled_broyden"])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_units_of_the_loss_do_not_matter_in_single_precision(name: str, scale: float) -> None:
+    w = nn.Parameter(torch.tensor([-1.2, 1.0]))
+    optimizer = getattr(methods, name)([w])
+    for _ in range(80):
+        optimizer.step(lambda: scale * rosenbrock(w))
+    assert float(rosenbrock(w).detach()) < 1e-6
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"keeps a matrix .* LimitedMemoryBFGS\(\), or pass limit=7"):
         NewtonKrylov([nn.Parameter(torch.zeros(7))], preconditioning=BFGS(limit=6))

@@ -84,7 +84,8 @@ def self_scaled_update(
         theta: θ; 0 for the self-scaled BFGS update, None for the value above.
 
     Returns:
-        The new H; the old one where yᵀs is not safely positive.
+        The new H; the old one where yᵀs is not safely positive; yᵀs / yᵀy times the identity where rounding has made
+        yᵀHy or sᵀH⁻¹s negative.
 
     Cost: a product with H and two outer products.
 
@@ -102,6 +103,8 @@ def self_scaled_update(
         return inverse
     other = inverse @ change
     along, across, size = dots((change, step), (change, other), (step, image))
+    if not (across > 0 and size > 0):  # rounding has made H indefinite
+        return (along / float(change @ change)) * torch.eye(len(step), dtype=step.dtype, device=step.device)
     b, h = size / along, across / along
     a = max(b * h - 1, 0.0)  # negative by rounding only
     if theta is None:
@@ -115,7 +118,7 @@ def self_scaled_update(
 
 
 def _theta(a: float, b: float, h: float) -> float:
-    least = min(1.0, h * (1 - math.sqrt(a / (1 + a))))
+    least = min(1.0, h / ((1 + a) * (1 + math.sqrt(a / (1 + a)))))  # as above, without cancellation
     lowest = (least - 1) / a if a > 0 else (0.0 if least == 1 else -math.inf)
     return max(lowest, min(1 / least, (1 - b) / b))
 

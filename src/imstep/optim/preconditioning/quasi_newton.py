@@ -195,16 +195,19 @@ class _DenseInverse(_Secant):
             size = inverse_size([(step, change)], 0.0)
             self._inverse = size * torch.eye(len(step), dtype=step.dtype, device=step.device)
         inverse = self._inverse
-        self._inverse = self._kind.updated(inverse, step, change, lambda: self._image(inverse, step))
+        updated = self._kind.updated(inverse, step, change, lambda: self._image(inverse, step))
+        self._inverse = updated if bool(updated.isfinite().all()) else None  # overflow, or H singular by rounding
 
     def _image(self, inverse: Tensor, step: Tensor) -> Tensor:
         """H⁻¹ s; a multiple of the last gradient g where s is one of H g."""
         if self._gradient is not None:
             direction = inverse @ self._gradient
-            t = float(step @ direction) / float(direction @ direction)
+            square = float(direction @ direction)
+            t = float(step @ direction) / square if square > 0 else 0.0
             if float((step - t * direction).norm()) <= math.sqrt(torch.finfo(step.dtype).eps) * float(step.norm()):
                 return t * self._gradient
-        return torch.linalg.solve(inverse, step)
+        image: Tensor = torch.linalg.solve_ex(inverse, step).result
+        return image
 
     def restart(self) -> None:
         self._inverse = None

@@ -1,7 +1,7 @@
 """Known second-order methods by name: functions that put the parts of `imstep` together as a paper has them.
 
-Each returns a configured :class:`~imstep.NewtonKrylov`; ``optimizer.step(closure)`` takes a step. Keyword arguments are
-those of its constructor, in place of the method's own.
+Each returns a configured optimizer, mostly a :class:`~imstep.NewtonKrylov`; ``optimizer.step(closure)`` takes a step.
+Keyword arguments are those of its constructor, in place of the method's own.
 
 Example:
     >>> import torch
@@ -19,23 +19,50 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
-from imstep.globalization import AdaptiveCubic, Armijo, FixedStep, LevenbergMarquardt, NoDamping, TrustRegion
+from imstep.globalization import (
+    AdaptiveCubic,
+    Armijo,
+    FixedStep,
+    LevenbergMarquardt,
+    NoDamping,
+    StrongWolfe,
+    TrustRegion,
+)
 from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
+from imstep.optim.diagonal_newton import DiagonalNewton
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG
 from imstep.optim.forcing import FixedProducts, ResidualForcing
 from imstep.optim.globalized import CubicRegularization, PreconditionedGradient, SaddleFree
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
-from imstep.optim.preconditioning import Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.preconditioning import (
+    BFGS,
+    Kronecker,
+    LimitedMemoryBFGS,
+    NoPreconditioning,
+    Nystrom,
+    Preconditioning,
+    SelfScaledBroyden,
+    SquaredGradients,
+)
 from imstep.optim.solving import ConjugateGradient, Direct, GeneralizedLanczos, MinimalResidual
+from imstep.optim.third_order import ChebyshevHalley
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
+    "adahessian",
+    "bfgs",
+    "chebyshev",
     "cubic_regularization",
     "gauss_newton",
+    "halley",
     "hessian_free",
     "kfac",
+    "lbfgs",
     "levenberg_marquardt",
     "natural_gradient",
     "newton",
@@ -43,6 +70,8 @@ __all__ = [
     "newton_mr",
     "nystrom_newton_cg",
     "saddle_free_newton",
+    "self_scaled_broyden",
+    "sophia",
     "trust_region",
 ]
 
@@ -224,6 +253,119 @@ def nystrom_newton_cg(
         "preconditioning": Nystrom(rank=rank, every=20),
         "damping": LevenbergMarquardt(),
         "step": Armijo(),
+    }
+    return _exact(params, method, options)
+
+
+def bfgs(params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """BFGS: a dense inverse Hessian learnt from differences of gradients, and a strong Wolfe search.
+
+        d = -H g,   H y = s for the last step s and its change y of the gradient
+
+    Args:
+        params: parameters or parameter groups, at most 4,096 numbers.
+        exact: learn from exact products y = A s, one a step, in place of differences.
+
+    Cost: a gradient, and one for each trial of the search.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 6.1.
+    """
+    return _quasi_newton(params, BFGS(exact=exact), options)
+
+
+def lbfgs(
+    params: Iterable[Any], pairs: int = 10, exact: bool = False, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """L-BFGS: as :func:`bfgs`, from the last steps alone.
+
+    Args:
+        params: parameters or parameter groups.
+        pairs: how many steps count.
+        exact: see :func:`bfgs`.
+
+    Source: Liu and Nocedal, Mathematical Programming 45 (1989), 503-528.
+    """
+    return _quasi_newton(params, LimitedMemoryBFGS(pairs, exact), options)
+
+
+def self_scaled_broyden(
+    params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Self-scaled Broyden: as :func:`bfgs`, with another member of the family, and H scaled before every update.
+
+    Source: Urbán, Stefanou and Pons, arXiv 2405.04230; Kiyani et al., arXiv 2501.16371.
+    """
+    return _quasi_newton(params, SelfScaledBroyden(exact), options)
+
+
+def halley(params: Iterable[Any], alpha: float = 0.5, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Halley's method: Newton's step d₁ corrected by the exact third derivative T; convergence of order three.
+
+        d = d₁ - (H + α T[d₁])⁻¹ T[d₁, d₁] / 2
+
+    Args:
+        params: parameters or parameter groups.
+        alpha: 1/2; 1 for super-Halley.
+
+    Cost: of two systems; each product with the matrix of the second takes 31/3 gradients.
+
+    Source: Gundersen and Steihaug, Optim. Methods Softw. 25 (2010), 331-342.
+    """
+    solver = ChebyshevHalley(alpha)
+    return _exact(params, {"solver": solver, "forcing": ResidualForcing(power=2.0), "step": Armijo()}, options)
+
+
+def chebyshev(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Chebyshev's method: as :func:`halley` with α = 0, so that a step takes one third derivative."""
+    return halley(params, 0.0, **options)
+
+
+def adahessian(
+    params: Iterable[Any], rule: AdaHessianRule | None = None, lr: float | Tensor = 0.15, seed: int = 0, **options: Any
+) -> DiagonalNewton:
+    """AdaHessian: Adam with the Hessian's diagonal, by random signs, in the place of squared gradients.
+
+    Args:
+        params: parameters or parameter groups.
+        rule: its numbers.
+        lr: a fixed rate, or one that a scheduler sets.
+        seed: of the signs.
+        **options: of :class:`~imstep.optim.DiagonalNewton`.
+
+    Cost: a gradient's record and a Hessian product a step.
+
+    Source: Yao et al., AAAI 2021, arXiv 2006.00719.
+    """
+    return DiagonalNewton(params, rule or AdaHessianRule(), lr=lr, seed=seed, **options)
+
+
+def sophia(
+    params: Iterable[Any], rule: DiagonalRule | None = None, lr: float | Tensor = 1e-3, seed: int = 0, **options: Any
+) -> DiagonalNewton:
+    """Sophia: momentum over the Gauss-Newton matrix' diagonal, every entry clipped.
+
+    Args:
+        params: parameters or parameter groups.
+        rule: ``SophiaG()``, the default, or ``SophiaH()`` for the Hessian's diagonal.
+        lr: a fixed rate, or one that a scheduler sets; the default is our choice.
+        seed: of sampled targets or probes.
+        **options: of :class:`~imstep.optim.DiagonalNewton`.
+
+    Cost: a gradient a step; every tenth step a backward pass more.
+
+    Source: Liu et al., ICLR 2024, arXiv 2305.14342.
+    """
+    return DiagonalNewton(params, rule or SophiaG(), lr=lr, seed=seed, **options)
+
+
+def _quasi_newton(
+    params: Iterable[Any], preconditioning: Preconditioning, options: NewtonKrylovOptions
+) -> NewtonKrylov:
+    """Steps of an approximate inverse Hessian alone."""
+    method: NewtonKrylovOptions = {
+        "solver": PreconditionedGradient(products=False),
+        "preconditioning": preconditioning,
+        "step": StrongWolfe(),
     }
     return _exact(params, method, options)
 

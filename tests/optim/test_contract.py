@@ -25,6 +25,8 @@ from imstep.globalization import (
     TrustRegion,
 )
 from imstep.optim import (
+    BFGS,
+    SR1,
     BlendedConjugateGradient,
     ConjugateGradient,
     Direct,
@@ -33,12 +35,15 @@ from imstep.optim import (
     GeneralizedLanczos,
     Hutchinson,
     Kronecker,
+    LimitedMemoryBFGS,
     MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
     Nystrom,
+    PreconditionedGradient,
     Recycling,
     ResidualForcing,
+    SelfScaledBroyden,
     SquaredGradients,
     SteihaugToint,
     StepOutcome,
@@ -78,6 +83,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "squared gradients": {"preconditioning": SquaredGradients()},
     "nystrom": {"curvature": ExactHessian(), "preconditioning": Nystrom(rank=4, every=2, largest=8)},
     "recycled nystrom": {"preconditioning": Recycling(Nystrom(rank=3, every=3), pairs=3)},
+    "bfgs": {
+        "curvature": ExactHessian(),
+        "solver": PreconditionedGradient(products=False),
+        "preconditioning": BFGS(),
+        "step": StrongWolfe(),
+        "damping": NoDamping(),
+    },
+    "lbfgs": {"solver": PreconditionedGradient(products=False), "preconditioning": LimitedMemoryBFGS(exact=True)},
+    "self-scaled broyden": {"preconditioning": SelfScaledBroyden(exact=True)},
+    "sr1": {"curvature": ExactHessian(), "preconditioning": SR1()},
     "minres": {"curvature": ExactHessian(), "solver": MinimalResidual()},
     "direct": {"curvature": ExactHessian(), "solver": Direct()},
     "gltr": {"curvature": ExactHessian(), "solver": GeneralizedLanczos(), "step": TaylorMonitor(radius=1.0)},
@@ -433,7 +448,7 @@ def test_a_rejected_step_restores_bit_for_bit(options: dict[str, Any], index: in
     assert identical(everything(model), before)
     assert record.new_loss == record.loss == pytest.approx(float(loss) + record.penalty, rel=1e-12)
     assert record.trials == 12
-    assert record.cost.losses + record.cost.gradients == 12
+    assert record.cost.losses + record.cost.gradients + record.cost.linearisations == 13
 
 
 def test_running_statistics_move_once_per_accepted_step(options: dict[str, Any]) -> None:

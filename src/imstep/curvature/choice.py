@@ -14,6 +14,11 @@ from imstep.curvature.pieces import Linearised
 class CurvatureChoice(ABC):
     """Chooses the curvature matrix at a point; all candidates are read off the same record."""
 
+    @property
+    def needs_record(self) -> bool:
+        """Whether it looks at the record to choose; if not, a step without products need not make one."""
+        return True
+
     @abstractmethod
     def candidates(
         self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
@@ -31,6 +36,10 @@ class CurvatureChoice(ABC):
 @dataclass(frozen=True)
 class ExactHessian(CurvatureChoice):
     """The Hessian itself, of any loss: negative curvature is seen, and convergence is superlinear."""
+
+    @property
+    def needs_record(self) -> bool:
+        return False
 
     def candidates(
         self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.closure import Closure
+from imstep.curvature.deferred import DeferredLinearisation
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator, TapeOperator
@@ -236,7 +237,7 @@ class _PieceProducts(Products):
 FrozenBatch: TypeAlias = FrozenClosure | FrozenPieces
 """A batch, whole or in pieces."""
 
-Linearised: TypeAlias = Linearisation | JointLinearisation
+Linearised: TypeAlias = Linearisation | JointLinearisation | DeferredLinearisation
 """What one evaluation of it shows."""
 
 

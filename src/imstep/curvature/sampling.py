@@ -15,6 +15,8 @@ from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
 
 
 def sample_output_gradients(loss: Tensor, ends: Sequence[ConvexLoss], generator: torch.Generator) -> list[Tensor]:
@@ -58,3 +60,21 @@ def _softmax_sample(z: Tensor, dim: int, weight: Tensor, generator: torch.Genera
     chosen = chosen.reshape(rows.shape).movedim(-1, dim)
     scale = (-weight).sum(dim, keepdim=True).clamp_(min=0).sqrt_()
     return ((p - chosen) * scale).to(z.dtype)
+
+
+def sampled_diagonal(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
+    """(Jᵀu)², (n,), whose expectation is the diagonal of the Gauss-Newton matrix at a convex point with its graph.
+
+    Cost: a backward pass.
+
+    Source: Liu et al., arXiv 2305.14342, Algorithm 2, for cross-entropies: there it is B ĝ² with the gradient ĝ of the
+        mean over B sampled labels.
+    """
+    total = parameters.get().zero_()
+    for weight, at, _ in point.evaluations(None):
+        assert at.split is not None
+        ends = at.split.losses
+        u = sample_output_gradients(at.loss, ends, generator)
+        gradients = later_grad([end.z for end in ends], list(parameters.tensors), u, keep=False)
+        total += weight * parameters.flatten(gradients).square()
+    return total

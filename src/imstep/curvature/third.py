@@ -1,4 +1,4 @@
-"""Derivatives of a closure along a direction, up to the third."""
+"""Third derivatives of a closure along directions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,28 @@ def derivatives_along(
 
     Cost: one evaluation on nested numbers, 25/3 gradients in matrix products.
     """
+    product, third = _bent_product(frozen, parameters, direction, direction)
+    return float(product @ direction), float(third @ direction)
+
+
+def third_derivative_along(
+    frozen: FrozenBatch, parameters: ParameterVector, first: Tensor, second: Tensor
+) -> Tensor:
+    """D³f[u, v, ·], (n,), at the current parameters, for u = ``first`` and v = ``second``, (n,); costs the same."""
+    return _bent_product(frozen, parameters, first, second)[1]
+
+
+def _bent_product(
+    frozen: FrozenBatch, parameters: ParameterVector, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """H u and its derivative along v."""
     arithmetic = Arithmetic()
-    for p, d in zip(parameters.tensors, parameters.unflatten(direction), strict=True):
+    for p, d in zip(parameters.tensors, parameters.unflatten(second), strict=True):
         arithmetic.attach(p, d)
     try:
         with arithmetic:
-            product = frozen.product(direction)
+            product = frozen.product(first)
     finally:
         for p in parameters.tensors:
             arithmetic.release(p)
-    return float(product @ direction), float(arithmetic.value(product).imaginary @ direction)
+    return product, arithmetic.value(product).imaginary

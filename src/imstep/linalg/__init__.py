@@ -39,6 +39,7 @@ from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
@@ -116,6 +117,7 @@ __all__ = [
     "ThinLeastSquares",
     "TriangularLeastSquares",
     "adaptive_nystrom",
+    "bfgs_update",
     "blended_conjugate_gradient",
     "box_least_squares",
     "conjugate_gradient",
@@ -134,7 +136,9 @@ __all__ = [
     "nystrom",
     "partial_cholesky",
     "saddle_free",
+    "self_scaled_update",
     "smallest_eigenpair",
+    "sr1_update",
     "steihaug_toint",
     "two_dimensional_subspace",
 ]

@@ -3,6 +3,8 @@
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
+from imstep.optim.diagonal_newton import DiagonalNewton
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
@@ -17,7 +19,18 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
-from imstep.optim.preconditioning import Hutchinson, Kronecker, NoPreconditioning, Nystrom, SquaredGradients
+from imstep.optim.preconditioning import (
+    BFGS,
+    SR1,
+    Hutchinson,
+    Kronecker,
+    LimitedMemoryBFGS,
+    NoPreconditioning,
+    Nystrom,
+    QuasiNewton,
+    SelfScaledBroyden,
+    SquaredGradients,
+)
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
@@ -33,15 +46,22 @@ from imstep.optim.solving import (
 )
 from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
+from imstep.optim.third_order import ChebyshevHalley
 
 __all__ = [
+    "BFGS",
+    "SR1",
+    "AdaHessianRule",
     "BestRateForcing",
     "BlendedConjugateGradient",
     "Box",
+    "ChebyshevHalley",
     "ColumnNorms",
     "ConjugateGradient",
     "Cost",
     "CubicRegularization",
+    "DiagonalNewton",
+    "DiagonalRule",
     "Direct",
     "Dogleg",
     "ExactHessian",
@@ -54,6 +74,7 @@ __all__ = [
     "IntermediateResult",
     "Kronecker",
     "LeastSquares",
+    "LimitedMemoryBFGS",
     "MicroBatches",
     "MinimalResidual",
     "MinimizeResult",
@@ -63,11 +84,15 @@ __all__ = [
     "NonFiniteLossError",
     "Nystrom",
     "PreconditionedGradient",
+    "QuasiNewton",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",
     "Scaling",
+    "SelfScaledBroyden",
     "Solver",
+    "SophiaG",
+    "SophiaH",
     "SquaredGradients",
     "SteihaugToint",
     "StepOutcome",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from imstep.curvature.deferred import DeferredLinearisation
 from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
-from imstep.curvature.third import derivatives_along
+from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
@@ -91,6 +93,7 @@ class Attempt(StepAttempt):
         self.gradient: Tensor
         self.point: Linearised
         self._observer: LayerObserver | None = None
+        self._deferred: DeferredLinearisation | None = None
 
     def run(self) -> tuple[StepRecord, Memory]:
         point = self._part or self._frozen
@@ -99,7 +102,8 @@ class Attempt(StepAttempt):
         finally:
             if self._part is not None:  # of which products may have evaluated pieces
                 self._part.undo()
-        return replace(record, cost=record.cost + Cost(linearisations=point.repeated)), memory
+        late = 0 if self._deferred is None else self._deferred.made
+        return replace(record, cost=record.cost + Cost(linearisations=point.repeated + late)), memory
 
     def _run(self) -> tuple[StepRecord, Memory]:
         record = self._started(self._evaluate)
@@ -140,6 +144,10 @@ class Attempt(StepAttempt):
         """Loss and gradient of the batch, and the tape that products are made from."""
         self._observer, radius = self._preconditioner.observer(), self._memory.search.radius
         keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
+        if self._part is None and not keep_graph and self._observer is None and self._needs_no_record():
+            self.point = self._deferred = DeferredLinearisation(self._frozen)
+            self.loss, self.gradient = self.point.loss, self.point.gradient
+            return self._opened(Cost(gradients=1), radius)
         if self._part is None:
             self.point = self._frozen.linearise(self._observer, keep_graph=keep_graph)
             self.loss, self.gradient = self.point.loss.detach(), self.point.gradient
@@ -151,6 +159,12 @@ class Attempt(StepAttempt):
             self._part.undo()
         self.point = replace(self.point, penalty=self._frozen.penalty)
         return self._opened(Cost(gradients=1, linearisations=1), radius)
+
+    def _needs_no_record(self) -> bool:
+        """Whether neither direction nor preconditioner nor damping come from products."""
+        makers = self._strategies.solver, self._preconditioner
+        undamped = self._memory.damping == 0 and not self._strategies.momentum
+        return undamped and not (any(m.needs_products for m in makers) or self._strategies.curvature.needs_record)
 
     def _goes_on(self, loss: float) -> bool:
         """Whether the step starts where the last one ended; another loss there is that of another batch."""
@@ -177,7 +191,7 @@ class Attempt(StepAttempt):
         )
         if self._strategies.solver.needs_halves:
             candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
-        if memory.curvature_scale == 0.0:
+        if memory.curvature_scale == 0.0 and self._deferred is None:
             unit = self.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))
             memory = replace(memory, curvature_scale=scale if 0 < scale < math.inf else 1.0)
@@ -219,6 +233,7 @@ class Attempt(StepAttempt):
                 self.point,
                 self._parameters,
                 memory.search.third_derivative / 2,
+                partial(third_derivative_along, self._part or self._frozen, self._parameters),
             )
             direction = self._solved(system)
             if not direction.status.disturbing:

@@ -91,22 +91,28 @@ class FixedProducts(Forcing):
 
 @dataclass(frozen=True)
 class ResidualForcing(Forcing):
-    """The classical inexact Newton method: ‖r‖ <= min(eta, (‖g‖/‖g‖_max)^(1/2)) ‖g‖ in every step.
+    """The classical inexact Newton method: ‖r‖ <= min(eta, (‖g‖/‖g‖_max)^power) ‖g‖ in every step.
 
     Args:
         eta: largest forcing term, in (0, 1).
         max_products: products per step at most, >= 1.
+        power: > 0; a step of order 1 + power keeps its order. Above 1/2 an iteration whose progress stalls goes on.
     """
 
     eta: float = 0.5
     max_products: int = 300
+    power: float = 0.5
 
     def __post_init__(self) -> None:
         _check(self.eta, self.max_products)
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power, of the relative gradient, is positive, got {self.power}.")
 
     def rules(self, situation: Situation) -> tuple[StoppingRule, ...]:
-        eta = min(self.eta, math.sqrt(situation.relative_gradient))
-        return RelativeResidual(eta), ProgressStall(), ProductBudget(self.max_products)
+        enough, budget = min(self.eta, situation.relative_gradient**self.power), ProductBudget(self.max_products)
+        if self.power > 0.5:
+            return RelativeResidual(enough), budget
+        return RelativeResidual(enough), ProgressStall(), budget
 
 
 def _check(eta: float, max_products: int) -> None:

@@ -114,16 +114,27 @@ class PreconditionedGradient(Solver):
 
         d = -P g,   α = -gᵀd / dᵀ(A + λI)d,   or 1 where the curvature is not positive
 
-    With ``momentum=True`` of the optimizer, length and share of the last step come from the exact model together. One
-    product.
+    With ``momentum=True`` of the optimizer, length and share of the last step come from the exact model together.
 
-    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 6.4 and 7, for Kronecker factors.
+    Args:
+        products: whether there is such a product, one a step. Without, the model is P's own, (A + λI) d = -g, so that
+            α = 1: a quasi-Newton step. With ``curvature=ExactHessian()`` and no damping a step then evaluates plain
+            gradients only.
+
+    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 6.4 and 7, for Kronecker factors; Nocedal and
+        Wright, Numerical Optimization (2nd ed.), chapter 6, without products.
     """
+
+    products: bool = True
+
+    @property
+    def needs_products(self) -> bool:
+        return self.products
 
     def solve(self, system: NewtonSystem) -> Direction:
         b = -system.gradient
         direction = b if system.preconditioner is None else system.preconditioner.matvec(b)
-        image = system.operator.matvec(direction)
+        image = system.operator.matvec(direction) if self.products else b - system.damping * direction
         slope = float(b @ direction)
         curvature = float(direction @ image) + system.damping * float(direction @ direction)
         share = slope / curvature if curvature > 0 else 1.0
@@ -135,7 +146,7 @@ class PreconditionedGradient(Solver):
             product,
             status=KrylovStatus.MAX_ITERATIONS,
             iterations=1,
-            products=1,
+            products=int(self.products),
             residual_norm=float(residual.norm()),
             decreases=(0.0, share * slope - share * share * curvature / 2),
         )

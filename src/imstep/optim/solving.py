@@ -47,6 +47,7 @@ class NewtonSystem:
         point: loss, gradient and record at the point; with the loss's graph if the solver asked for it.
         parameters: the vector that all of this is about.
         sigma: σ of a cubic term σ‖d‖³/3 that a solver may add to the model, by the step search; 0 where there is none.
+        third_derivative: (u, v) -> D³f[u, v, ·], (n,) each, of the loss that the curvature is taken from.
     """
 
     operator: LinearOperator
@@ -60,6 +61,7 @@ class NewtonSystem:
     point: Linearised
     parameters: ParameterVector
     sigma: float = 0.0
+    third_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Solver(ABC):
@@ -74,6 +76,11 @@ class Solver(ABC):
     def needs_graph(self) -> bool:
         """Whether it differentiates the loss further, so that autograd's graph must survive the evaluation."""
         return self.needs_halves
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether it multiplies with the curvature as a rule; if not, a step records its derivative only on demand."""
+        return True
 
     @property
     def uses_last_move(self) -> bool:

@@ -10,15 +10,21 @@ from imstep.optim.preconditioning.base import (
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
 from imstep.optim.preconditioning.kronecker import Kronecker
 from imstep.optim.preconditioning.nystrom import Nystrom
+from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
 
 __all__ = [
+    "BFGS",
     "OTHER_STATE",
+    "SR1",
     "Evidence",
     "Hutchinson",
     "Kronecker",
+    "LimitedMemoryBFGS",
     "NoPreconditioning",
     "Nystrom",
     "Preconditioner",
     "Preconditioning",
+    "QuasiNewton",
+    "SelfScaledBroyden",
     "SquaredGradients",
 ]

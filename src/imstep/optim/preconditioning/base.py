@@ -51,6 +51,11 @@ class Preconditioner(ABC):
         """P ≈ (A + damping I)⁻¹, or None."""
 
     @property
+    def needs_products(self) -> bool:
+        """Whether it multiplies with the curvature as a rule; if not, a step may do without its record."""
+        return True
+
+    @property
     def pairs_wanted(self) -> int:
         """How many directions with their products it learns from, at most."""
         return 0
@@ -86,6 +91,10 @@ class NoPreconditioning(Preconditioning):
 
 
 class _None(Preconditioner):
+    @property
+    def needs_products(self) -> bool:
+        return False
+
     def refresh(self, evidence: Evidence) -> Cost:
         return Cost()
 

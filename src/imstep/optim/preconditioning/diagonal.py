@@ -131,6 +131,10 @@ class _SquaredGradients(Preconditioner):
     def __init__(self, kind: SquaredGradients) -> None:
         self._kind, self._mean = kind, _RunningMean(kind.decay)
 
+    @property
+    def needs_products(self) -> bool:
+        return False
+
     def refresh(self, evidence: Evidence) -> Cost:
         self._mean.take(evidence.point.gradient**2)
         return Cost()

@@ -14,7 +14,8 @@ from torch import Tensor
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import IdentityOperator, LimitedMemoryPreconditioner, LinearOperator
-from imstep.optim.preconditioning import OTHER_STATE, Evidence, Kronecker, Preconditioner, Preconditioning
+from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
+from imstep.optim.preconditioning.kronecker import Kronecker
 from imstep.optim.record import Cost
 
 
@@ -75,7 +76,7 @@ class _Recycled(Preconditioner):
         if base is None:
             parameters = self._parameters
             identity = IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
-            base = _size_of_inverse(reversed(self._pairs), damping) * identity
+            base = inverse_size(reversed(self._pairs), damping) * identity
         return LimitedMemoryPreconditioner(base, list(self._pairs), damping)
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class _Recycled(Preconditioner):
         self._pairs.extend((pair["direction"], pair["image"]) for pair in state["pairs"])
 
 
-def _size_of_inverse(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> float:
+def inverse_size(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> float:
     """The multiple of I that stands for (A + λI)⁻¹ beside pairs; without it units of the loss would matter.
 
     Source: Nocedal and Wright, Numerical Optimization (2nd ed.), (7.20).

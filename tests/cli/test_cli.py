@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -50,6 +51,13 @@ def test_tasks_lists_everything() -> None:
 
 def test_version() -> None:
     assert imstep_command("--version").output.startswith(f"imstep {imstep.__version__} (torch ")
+
+
+def test_the_package_is_the_command_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["imstep", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("imstep", run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"imstep {imstep.__version__}")
 
 
 @pytest.mark.filterwarnings("ignore:.*not recognised")  # a bias that meets a single row of its kind

@@ -85,3 +85,21 @@ def test_one_process_is_not_several() -> None:
         assert optimizer.last_step.accepted
     finally:
         dist.destroy_process_group()
+
+
+def test_sums_over_processes_within_the_closure_say_what_to_do() -> None:
+    """A data-parallel model in a process alone: its backward pass adds gradients up by a collective."""
+    store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(net())
+
+        def closure() -> torch.Tensor:
+            loss = F.mse_loss(model(X), Y)
+            loss.backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match=r"Evaluate the plain model, in one process.*\.module"):
+            NewtonKrylov(model.parameters()).step(closure)
+    finally:
+        dist.destroy_process_group()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
-from imstep.complexstep.errors import DENSE, NESTED, REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import COLLECTIVE, DENSE, NESTED, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
@@ -309,7 +309,7 @@ class Dispatch(TorchDispatchMode):
         if decomposition is None or func in self._decomposing:  # some refer back to themselves
             rule = lookup(func)
             if self._h is None or rule is None:
-                remedy = next((way for kind, way in _REMEDIES.items() if kind in func.__name__), REPORT)
+                remedy = _remedy(func)
                 raise UnsupportedOperatorError(func, "it has no complex-step rule and no decomposition.", remedy)
             self._ledger.enter(func, rule.family)
             try:
@@ -370,7 +370,7 @@ class Dispatch(TorchDispatchMode):
             # What it overwrites is beside the point: statistics.
             return self._apply(func, tensors, attached, args, kwargs)
         if sig.functional is None:
-            raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", REPORT)
+            raise UnsupportedOperatorError(func, "it overwrites memory and has no functional form.", _remedy(func))
         kwargs = {k: v for k, v in kwargs.items() if not any(v is t for t in targets)}
         known = signature(sig.functional)
         given = known.gather(args, kwargs)
@@ -452,3 +452,10 @@ class Follower(Dispatch):
 def _any_complex(tensors: Sequence[Any]) -> bool:
     """Whether one of nested tensors is complex."""
     return any(t is not None and (_any_complex(t) if isinstance(t, (list, tuple)) else t.is_complex()) for t in tensors)
+
+
+def _remedy(func: OpOverload) -> str:
+    """What a user can do about an operator without a rule."""
+    if "c10d" in func.namespace:
+        return COLLECTIVE
+    return next((way for kind, way in _REMEDIES.items() if kind in func.__name__), REPORT)

@@ -9,6 +9,10 @@ from typing import Any
 REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 NESTED = "Use dense tensors: sequences padded to one length, with a mask."
+COLLECTIVE = (
+    "Sums over processes are not differentiated. Evaluate the plain model, in one process: of a model in "
+    "DistributedDataParallel that is its attribute .module."
+)
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 
 

@@ -83,9 +83,9 @@ def demo(
     # A network this small gains little from a second thread, and slows many times where cores are shared.
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """The main job: compare on the digits autoencoder, about two minutes."""
+    """The main job: compare on the digits autoencoder, one to two minutes."""
     names = (DEFAULT_OPTIMIZERS[0], "newton-krylov-batches", *DEFAULT_OPTIMIZERS[1:])
-    request = ComparisonRequest("digits-autoencoder", names, budget=300.0, threads=threads)
+    request = ComparisonRequest("digits-autoencoder", names, budget=200.0, threads=threads)
     with explained():
         done = run_comparison(request, out, Console(), overwrite=True)
     if not done:

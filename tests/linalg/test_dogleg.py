@@ -62,7 +62,9 @@ def test_the_dogleg_follows_its_path(with_spectrum, normal, radius):
 def test_negative_curvature_is_followed_to_the_boundary(with_spectrum, normal, solve):
     matrix, _ = with_spectrum(INDEFINITE)
     rhs = normal(20)
-    result = solve(DenseOperator(matrix), rhs, 2.0)
+    operator = Counted(matrix)
+    result = solve(operator, rhs, 2.0)
+    assert result.products == operator.products
     cauchy = rhs * min(2.0 / rhs.norm(), (rhs @ rhs) / abs(rhs @ matrix @ rhs))
     assert result.status is KrylovStatus.BOUNDARY
     assert float(result.solution.norm()) == pytest.approx(2.0)

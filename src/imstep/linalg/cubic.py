@@ -9,15 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner, check_vector
+from imstep.linalg.arguments import check_not_negative, check_vector
 from imstep.linalg.dense import solve_by_eigenvalues
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
-from imstep.linalg.projected import Cubic, ProjectedSearch
-from imstep.linalg.result import KrylovResult, KrylovStatus
+from imstep.linalg.projected import Cubic, solve_by_projections
+from imstep.linalg.result import KrylovResult
 from imstep.linalg.secular import solve_cubic_in_eigenbasis
 from imstep.linalg.stopping import RelativeResidual, StoppingRule
-from imstep.linalg.subspace import Subspace
 
 
 @full_precision
@@ -74,17 +73,8 @@ def cubic_regularization(
         ('CONVERGED', 2.0, 2.0)
     """
     _check(operator, rhs, sigma, damping)
-    check_limit(max_iterations)
-    check_preconditioner(operator, preconditioner)
-    if basis_limit < 6 or probes < 1:
-        raise ValueError(f"basis_limit is at least 6 and probes at least 1, got {basis_limit} and {probes}.")
-    limit = 10 * operator.size if max_iterations is None else max_iterations
     problem = Cubic(operator, rhs.detach(), damping, preconditioner, sigma)
-    search = ProjectedSearch(problem, Subspace(operator, min(basis_limit, operator.size)))
-    status = search.grow(stopping, limit)
-    if status is KrylovStatus.CONVERGED and generator is not None and search.probe(generator, probes):
-        status = search.grow(stopping, limit)
-    return search.result(status)
+    return solve_by_projections(problem, stopping, max_iterations, basis_limit, generator, probes)
 
 
 @full_precision

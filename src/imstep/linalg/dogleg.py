@@ -62,24 +62,7 @@ def two_dimensional_subspace(
         1.0
     """
     found = _newton(operator, rhs, radius, damping, preconditioner, stopping)
-    space = Subspace(operator, min(3, operator.size))
-    for vector in (rhs.detach(), found.solution, found.disturbing_direction):
-        unit = None if vector is None or space.full else space.direction(vector)
-        if unit is not None and not space.add(unit):
-            return found
-    problem = TrustRegion(operator, rhs.detach(), damping, None, radius)
-    point = problem.solve(space)
-    return measured_result(
-        damping,
-        point.solution,
-        point.image,
-        status=KrylovStatus.BOUNDARY if problem.bounds(point) else found.status,
-        iterations=found.iterations,
-        products=found.products + space.products,
-        residual_norm=point.residual_norm,
-        decreases=(0.0, point.decrease),
-        multiplier=point.multiplier,
-    )
+    return _in_space(operator, rhs, radius, damping, found)
 
 
 @full_precision
@@ -115,9 +98,7 @@ def dogleg(
     """
     found = _newton(operator, rhs, radius, damping, preconditioner, stopping)
     if found.status.disturbing:
-        return two_dimensional_subspace(
-            operator, rhs, radius, damping=damping, preconditioner=preconditioner, stopping=stopping
-        )
+        return _in_space(operator, rhs, radius, damping, found)
     b, full, image = rhs.detach(), found.solution, found.image
     if not math.isfinite(found.residual_norm) or float(full.norm()) <= radius:
         return found
@@ -160,3 +141,27 @@ def _newton(
     check_vector(operator, rhs, "dogleg")
     check_preconditioner(operator, preconditioner)
     return conjugate_gradient(operator, rhs, damping=damping, preconditioner=preconditioner, stopping=stopping)
+
+
+def _in_space(
+    operator: LinearOperator, rhs: Tensor, radius: float, damping: float, found: KrylovResult
+) -> KrylovResult:
+    """The solution over the space of b and what conjugate gradients have found."""
+    space = Subspace(operator, min(3, operator.size))
+    for vector in (rhs.detach(), found.solution, found.disturbing_direction):
+        unit = None if vector is None or space.full else space.direction(vector)
+        if unit is not None and not space.add(unit):
+            return found
+    problem = TrustRegion(operator, rhs.detach(), damping, None, radius)
+    point = problem.solve(space)
+    return measured_result(
+        damping,
+        point.solution,
+        point.image,
+        status=KrylovStatus.BOUNDARY if problem.bounds(point) else found.status,
+        iterations=found.iterations,
+        products=found.products + space.products,
+        residual_norm=point.residual_norm,
+        decreases=(0.0, point.decrease),
+        multiplier=point.multiplier,
+    )

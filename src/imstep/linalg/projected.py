@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imstep.linalg.arguments import IndefinitePreconditionerError
+from imstep.linalg.arguments import IndefinitePreconditionerError, check_limit, check_preconditioner
 from imstep.linalg.dots import dots
 from imstep.linalg.lanczos import smallest_eigenpair
 from imstep.linalg.operator import LinearOperator
@@ -146,6 +146,32 @@ class AbsoluteValues(Subproblem):
         outside = space.basis.mT @ (space.basis @ point.image) - point.image
         decrease = float((space.basis @ self.rhs).double().cpu() @ point.coordinates) / 2
         return replace(point, residual=outside, residual_norm=float(outside.norm()), decrease=decrease)
+
+
+def solve_by_projections(
+    problem: Subproblem,
+    stopping: Sequence[StoppingRule],
+    max_iterations: int | None,
+    basis_limit: int,
+    generator: torch.Generator | None,
+    probes: int,
+) -> KrylovResult:
+    """The solution over a space that grows by residuals; where a generator is given, once more past the hard case.
+
+    Raises:
+        ValueError: basis_limit is below 6, probes below 1, or the limit on iterations negative.
+    """
+    check_limit(max_iterations)
+    check_preconditioner(problem.operator, problem.preconditioner)
+    if basis_limit < 6 or probes < 1:
+        raise ValueError(f"basis_limit is at least 6 and probes at least 1, got {basis_limit} and {probes}.")
+    size = problem.operator.size
+    limit = 10 * size if max_iterations is None else max_iterations
+    search = ProjectedSearch(problem, Subspace(problem.operator, min(basis_limit, size)))
+    status = search.grow(stopping, limit)
+    if status is KrylovStatus.CONVERGED and generator is not None and search.probe(generator, probes):
+        status = search.grow(stopping, limit)
+    return search.result(status)
 
 
 class ProjectedSearch:

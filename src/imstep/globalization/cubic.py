@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from imstep.globalization.estimate import first_root
 from imstep.globalization.model import LineModel, Trial
 from imstep.globalization.search import Reason, SearchState, StepSearch, Verdict, require_descent
 
@@ -91,8 +92,7 @@ class AdaptiveCubic(StepSearch):
 
 def _minimizer(state: SearchState, model: LineModel) -> float:
     """The t of least m(t) + σ(t‖d‖)³/3; 1 where there is none."""
-    quadratic = state.third_derivative / 2 * model.norm**3
-    root = math.sqrt(model.curvature**2 - 4 * quadratic * model.slope)
-    if not model.curvature + root > 0:
-        return 1.0
-    return -2 * model.slope / (model.curvature + root)
+    # In the length t‖d‖, so that no cube of the norm can overflow.
+    slope, curvature = model.slope / model.norm, model.curvature / model.norm / model.norm
+    length = first_root(state.third_derivative / 2, curvature, slope)
+    return length / model.norm if math.isfinite(length) else 1.0

@@ -99,7 +99,7 @@ class ExactEstimate(ErrorEstimate):
             return math.inf  # no evidence
         # |E|/t = θ q/t, for either sign of E.
         slack, fall = theta * -model.slope, theta * model.curvature / 2
-        return min(_first_root(cube, square + fall, -slack), _first_root(-cube, -square + fall, -slack))
+        return min(first_root(cube, square + fall, -slack), first_root(-cube, -square + fall, -slack))
 
     def remembered(self, third_derivative: float, model: LineModel, step_length: float, error: float) -> float:
         return 0.0
@@ -109,7 +109,7 @@ def within_cubic(theta: float, third_derivative: float, model: LineModel) -> flo
     """The root t of M ‖t d‖³ / 6 = θ q(t); infinite where the error never reaches θ q."""
     # In the length t‖d‖, so that no cube of the norm can overflow.
     slope, curvature = model.slope / model.norm, model.curvature / model.norm / model.norm
-    return _first_root(third_derivative / 6, theta * curvature / 2, theta * slope) / model.norm
+    return first_root(third_derivative / 6, theta * curvature / 2, theta * slope) / model.norm
 
 
 def third_derivative_for(model: LineModel, step_length: float, error: float) -> float:
@@ -118,7 +118,7 @@ def third_derivative_for(model: LineModel, step_length: float, error: float) -> 
     return 6 * abs(error) / length / length / length
 
 
-def _first_root(a: float, b: float, c: float) -> float:
+def first_root(a: float, b: float, c: float) -> float:
     """The least x > 0 with a x² + b x + c = 0, for c < 0; infinite if there is none."""
     square = b * b - 4 * a * c
     if square < 0:

@@ -25,21 +25,20 @@ from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.globalization import (
     AdaptiveCubic,
     Armijo,
-    FixedStep,
     LevenbergMarquardt,
     NoDamping,
     StrongWolfe,
     TrustRegion,
 )
 from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
+from imstep.methods_kronecker import ekfac, kfac, natural_gradient
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG
-from imstep.optim.forcing import FixedProducts, ResidualForcing
+from imstep.optim.forcing import ResidualForcing
 from imstep.optim.globalized import CubicRegularization, PreconditionedGradient, SaddleFree
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
 from imstep.optim.preconditioning import (
     BFGS,
-    Kronecker,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
@@ -58,6 +57,7 @@ __all__ = [
     "bfgs",
     "chebyshev",
     "cubic_regularization",
+    "ekfac",
     "gauss_newton",
     "halley",
     "hessian_free",
@@ -202,37 +202,6 @@ def hessian_free(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) 
         "damping": LevenbergMarquardt(factor=1.5),
         "preconditioning": SquaredGradients(power=0.75),
         "step": Armijo(),
-    }
-    return _convex(params, method, options)
-
-
-def natural_gradient(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
-    """Natural gradient descent: -(F + λI)⁻¹ g with the exact Fisher matrix F, by conjugate gradients.
-
-    For squared errors, cross-entropies and the other likelihoods in their natural parameters F is the Gauss-Newton
-    matrix of the loss, which is what is used.
-
-    Source: Amari, Neural Computation 10 (1998); Martens, JMLR 21 (2020), number 146, section 9, for the equality.
-    """
-    return _convex(params, {"damping": LevenbergMarquardt(), "step": Armijo()}, options)
-
-
-def kfac(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
-    """K-FAC: Kronecker factors alone give the direction; the exact model gives its length and the momentum.
-
-        [α, β] = argmin over α d + β e of the damped model,   d = -P g,   e the last step
-
-    Cost: two products a step.
-
-    Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 6.4 and 7; factors of Gauss-Newton.
-    """
-    method: NewtonKrylovOptions = {
-        "solver": PreconditionedGradient(),
-        "forcing": FixedProducts(1),
-        "damping": LevenbergMarquardt(initial=1.0, factor=1.2),
-        "preconditioning": Kronecker(),
-        "step": FixedStep(),
-        "momentum": True,
     }
     return _convex(params, method, options)
 

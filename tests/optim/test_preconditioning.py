@@ -21,6 +21,7 @@ from imstep.optim import (
     GeneralizedLanczos,
     Hutchinson,
     Kronecker,
+    KroneckerEigenbasis,
     MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
@@ -30,12 +31,15 @@ from imstep.optim import (
     Solver,
     SquaredGradients,
     SteihaugToint,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning import Evidence, Preconditioner, Preconditioning
 
 KINDS: dict[str, Preconditioning] = {
     "none": NoPreconditioning(),
     "kronecker": Kronecker(),
+    "kronecker, tikhonov": Kronecker(damping=TikhonovDamping()),
+    "kronecker eigenbasis": KroneckerEigenbasis(),
     "hutchinson": Hutchinson(every=3, probes=2),
     "squared gradients": SquaredGradients(),
     "nystrom": Nystrom(rank=5, every=4),

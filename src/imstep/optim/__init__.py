@@ -1,6 +1,6 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
 from imstep.optim.diagonal_newton import DiagonalNewton
@@ -22,14 +22,17 @@ from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import (
     BFGS,
     SR1,
+    FactoredDamping,
     Hutchinson,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
     SelfScaledBroyden,
     SquaredGradients,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -66,6 +69,8 @@ __all__ = [
     "Dogleg",
     "ExactHessian",
     "ExponentialAverage",
+    "FactoredDamping",
+    "FisherCurvature",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
@@ -73,6 +78,7 @@ __all__ = [
     "Hutchinson",
     "IntermediateResult",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -99,6 +105,7 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
     "minimize",

@@ -8,7 +8,12 @@ from imstep.optim.preconditioning.base import (
     Preconditioning,
 )
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
-from imstep.optim.preconditioning.kronecker import Kronecker
+from imstep.optim.preconditioning.kronecker import (
+    FactoredDamping,
+    Kronecker,
+    KroneckerEigenbasis,
+    TikhonovDamping,
+)
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
 
@@ -17,8 +22,10 @@ __all__ = [
     "OTHER_STATE",
     "SR1",
     "Evidence",
+    "FactoredDamping",
     "Hutchinson",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LimitedMemoryBFGS",
     "NoPreconditioning",
     "Nystrom",
@@ -27,4 +34,5 @@ __all__ = [
     "QuasiNewton",
     "SelfScaledBroyden",
     "SquaredGradients",
+    "TikhonovDamping",
 ]

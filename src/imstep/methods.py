@@ -31,7 +31,7 @@ from imstep.globalization import (
     TrustRegion,
 )
 from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
-from imstep.methods_kronecker import ekfac, kfac, natural_gradient
+from imstep.methods_kronecker import ekfac, kfac, kl_shampoo, natural_gradient, shampoo, soap
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG
 from imstep.optim.forcing import ResidualForcing
@@ -62,6 +62,7 @@ __all__ = [
     "halley",
     "hessian_free",
     "kfac",
+    "kl_shampoo",
     "lbfgs",
     "levenberg_marquardt",
     "natural_gradient",
@@ -71,6 +72,8 @@ __all__ = [
     "nystrom_newton_cg",
     "saddle_free_newton",
     "self_scaled_broyden",
+    "shampoo",
+    "soap",
     "sophia",
     "trust_region",
 ]

@@ -1,9 +1,11 @@
-"""Natural gradients and their Kronecker-factored relatives."""
+"""Natural gradients and their Kronecker-factored relatives, by name; see :mod:`imstep.methods`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from imstep.curvature.choice import FisherCurvature, GaussNewtonFirst
 from imstep.curvature.fisher import Empirical, Exact, Expectation, MonteCarlo
@@ -11,7 +13,16 @@ from imstep.globalization import Armijo, FixedStep, LevenbergMarquardt
 from imstep.optim.forcing import FixedProducts, ResidualForcing
 from imstep.optim.globalized import PreconditionedGradient
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
-from imstep.optim.preconditioning import Kronecker, KroneckerEigenbasis, NoPreconditioning, Preconditioning
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
+from imstep.optim.preconditioning import (
+    SOAP,
+    KLShampoo,
+    Kronecker,
+    KroneckerEigenbasis,
+    NoPreconditioning,
+    Preconditioning,
+    Shampoo,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,6 +109,62 @@ def ekfac(params: Iterable[Any], seed: int = 0, **options: Unpack[NewtonKrylovOp
         learning rate.
     """
     return _factored(params, KroneckerEigenbasis(seed=seed), options)
+
+
+def shampoo(
+    params: Iterable[Any], lr: float | Tensor = 0.1, rule: Shampoo | None = None, **options: Any
+) -> PreconditionedMomentum:
+    """Shampoo, first-order: momentum times the inverse roots of sums of the gradients' row and column products.
+
+        w <- w - lr L^(-1/4) m R^(-1/4),   L = Σ G Gᵀ,   R = Σ Gᵀ G
+
+    Args:
+        params: parameters or parameter groups.
+        lr: a fixed rate, or one that a scheduler sets; sums let steps shorten by themselves. The default is our choice.
+        rule: its numbers.
+        **options: of :class:`~imstep.optim.PreconditionedMomentum`.
+
+    Cost: a gradient a step, and multiplications with the roots.
+
+    Source: Gupta, Koren and Singer, ICML 2018 (arXiv 1802.09568).
+    """
+    return PreconditionedMomentum(params, rule or Shampoo(sums=True), lr=lr, **options)
+
+
+def soap(
+    params: Iterable[Any], lr: float | Tensor = 3e-3, rule: SOAP | None = None, **options: Any
+) -> PreconditionedMomentum:
+    """SOAP, first-order: Adam in the eigenvectors of Shampoo's matrices.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: a fixed rate, or one that a scheduler sets.
+        rule: its numbers.
+        **options: of :class:`~imstep.optim.PreconditionedMomentum`.
+
+    Cost: a gradient a step, and multiplications with the eigenvectors.
+
+    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321), and its numbers.
+    """
+    return PreconditionedMomentum(params, rule or SOAP(), lr=lr, **{"momentum": 0.95, **options})
+
+
+def kl_shampoo(
+    params: Iterable[Any], lr: float | Tensor = 3e-3, rule: KLShampoo | None = None, **options: Any
+) -> PreconditionedMomentum:
+    """KL-Shampoo, first-order: momentum whitened by the covariance S_a ⊗ S_b nearest to that of the gradients.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: a fixed rate, or one that a scheduler sets; as of :func:`soap`, since entries of a step are of size lr.
+        rule: its numbers.
+        **options: of :class:`~imstep.optim.PreconditionedMomentum`.
+
+    Cost: a gradient a step, and multiplications with the roots; two more for the moments.
+
+    Source: Lin et al., arXiv 2509.03378.
+    """
+    return PreconditionedMomentum(params, rule or KLShampoo(), lr=lr, **{"momentum": 0.95, **options})
 
 
 def _factored(params: Iterable[Any], factors: Preconditioning, options: NewtonKrylovOptions) -> NewtonKrylov:

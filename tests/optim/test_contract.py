@@ -27,6 +27,7 @@ from imstep.globalization import (
 )
 from imstep.optim import (
     BFGS,
+    SOAP,
     SR1,
     BlendedConjugateGradient,
     ConjugateGradient,
@@ -96,7 +97,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lbfgs": {"solver": PreconditionedGradient(products=False), "preconditioning": LimitedMemoryBFGS(exact=True)},
     "self-scaled broyden": {"preconditioning": SelfScaledBroyden(exact=True)},
     "sr1": {"curvature": ExactHessian(), "preconditioning": SR1()},
-    "sampled fisher": {"curvature": FisherCurvature(MonteCarlo(2))},
+    "sampled fisher, soap": {"curvature": FisherCurvature(MonteCarlo(2)), "preconditioning": SOAP(every=2)},
     "observed fisher, ekfac": {
         "curvature": FisherCurvature(Empirical()),
         "preconditioning": KroneckerEigenbasis(basis_every=2),

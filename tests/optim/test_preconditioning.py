@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient
 from imstep.optim import (
+    SOAP,
     ConjugateGradient,
     Cost,
     ExactHessian,
     GeneralizedLanczos,
     Hutchinson,
+    KLShampoo,
     Kronecker,
     KroneckerEigenbasis,
     MinimalResidual,
@@ -28,6 +30,7 @@ from imstep.optim import (
     Nystrom,
     Recycling,
     ResidualForcing,
+    Shampoo,
     Solver,
     SquaredGradients,
     SteihaugToint,
@@ -42,6 +45,9 @@ KINDS: dict[str, Preconditioning] = {
     "kronecker eigenbasis": KroneckerEigenbasis(),
     "hutchinson": Hutchinson(every=3, probes=2),
     "squared gradients": SquaredGradients(),
+    "shampoo": Shampoo(),
+    "soap": SOAP(),
+    "kl-shampoo": KLShampoo(),
     "nystrom": Nystrom(rank=5, every=4),
     "adaptive nystrom": Nystrom(rank=2, every=4, largest=16),
     "recycled": Recycling(Nystrom(rank=3, every=5), pairs=4),

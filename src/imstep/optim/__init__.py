@@ -19,11 +19,15 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
 from imstep.optim.preconditioning import (
     BFGS,
+    SOAP,
     SR1,
     FactoredDamping,
+    GradientFactors,
     Hutchinson,
+    KLShampoo,
     Kronecker,
     KroneckerEigenbasis,
     LimitedMemoryBFGS,
@@ -31,6 +35,7 @@ from imstep.optim.preconditioning import (
     Nystrom,
     QuasiNewton,
     SelfScaledBroyden,
+    Shampoo,
     SquaredGradients,
     TikhonovDamping,
 )
@@ -53,6 +58,7 @@ from imstep.optim.third_order import ChebyshevHalley
 
 __all__ = [
     "BFGS",
+    "SOAP",
     "SR1",
     "AdaHessianRule",
     "BestRateForcing",
@@ -74,9 +80,11 @@ __all__ = [
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientFactors",
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
+    "KLShampoo",
     "Kronecker",
     "KroneckerEigenbasis",
     "LeastSquares",
@@ -90,12 +98,14 @@ __all__ = [
     "NonFiniteLossError",
     "Nystrom",
     "PreconditionedGradient",
+    "PreconditionedMomentum",
     "QuasiNewton",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",
     "Scaling",
     "SelfScaledBroyden",
+    "Shampoo",
     "Solver",
     "SophiaG",
     "SophiaH",

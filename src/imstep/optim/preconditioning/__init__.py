@@ -16,14 +16,18 @@ from imstep.optim.preconditioning.kronecker import (
 )
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
+from imstep.optim.preconditioning.shampoo import SOAP, GradientFactors, KLShampoo, Shampoo
 
 __all__ = [
     "BFGS",
     "OTHER_STATE",
+    "SOAP",
     "SR1",
     "Evidence",
     "FactoredDamping",
+    "GradientFactors",
     "Hutchinson",
+    "KLShampoo",
     "Kronecker",
     "KroneckerEigenbasis",
     "LimitedMemoryBFGS",
@@ -33,6 +37,7 @@ __all__ = [
     "Preconditioning",
     "QuasiNewton",
     "SelfScaledBroyden",
+    "Shampoo",
     "SquaredGradients",
     "TikhonovDamping",
 ]

@@ -304,11 +304,11 @@ def _rows(t: Tensor, at: int) -> Tensor:
 
 
 def _turn(t: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """The tensor multiplied by a matrix along each dimension."""
+    """The tensor multiplied by a matrix along each dimension; contiguous, as it comes back from a file."""
     for at, matrix in enumerate(matrices):
         if matrix is not None:
             t = torch.tensordot(matrix, t, dims=([1], [at])).movedim(0, at)
-    return t
+    return t.contiguous()
 
 
 def _power(matrix: Tensor, power: float, eps: float) -> Tensor:

@@ -207,11 +207,11 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     w = nn.Parameter(torch.ones(2, 2, dtype=F64))
     optimizer = methods.soap([w])
     optimizer.step(lambda: (w**2).sum())
-    before = w.detach().clone(), repr(optimizer.state_dict()["preconditioned_momentum"]["mean"])
+    before = w.detach().clone(), repr(optimizer.state_dict()["preconditioned_momentum"]["means"])
     optimizer.step(lambda: (w**2).sum() * math.nan)
     assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
     assert torch.equal(w.detach(), before[0])
-    assert repr(optimizer.state_dict()["preconditioned_momentum"]["mean"]) == before[1]
+    assert repr(optimizer.state_dict()["preconditioned_momentum"]["means"]) == before[1]
 
 
 def test_refusals() -> None:

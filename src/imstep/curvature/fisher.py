@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
-from imstep.curvature.cases import Rows, case_matrix, drawn_rows, family, observed_rows
+from imstep.curvature.cases import Rows, case_matrix, drawn_rows, observed_rows
+from imstep.curvature.families import family
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
 from imstep.curvature.likelihoods import Likelihood

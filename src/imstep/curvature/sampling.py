@@ -53,13 +53,17 @@ def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator) -> Tens
 
 
 def _softmax_sample(z: Tensor, dim: int, weight: Tensor, generator: torch.Generator) -> Tensor:
+    scale = (-weight).sum(dim, keepdim=True).clamp_(min=0).sqrt_()
+    return (drawn_labels(z, dim, generator) * scale).to(z.dtype)
+
+
+def drawn_labels(z: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """softmax(z) less one at a class drawn from it, the gradient of a cross-entropy, for every row along ``dim``."""
     p = z.softmax(dim, dtype=torch.promote_types(z.dtype, torch.float32))
     rows = p.movedim(dim, -1)
     labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
     chosen = torch.zeros_like(rows.reshape(-1, rows.shape[-1])).scatter_(1, labels, 1.0)
-    chosen = chosen.reshape(rows.shape).movedim(-1, dim)
-    scale = (-weight).sum(dim, keepdim=True).clamp_(min=0).sqrt_()
-    return ((p - chosen) * scale).to(z.dtype)
+    return p - chosen.reshape(rows.shape).movedim(-1, dim)
 
 
 def sampled_diagonal(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:

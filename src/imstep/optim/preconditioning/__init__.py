@@ -8,6 +8,7 @@ from imstep.optim.preconditioning.base import (
     Preconditioning,
 )
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
+from imstep.optim.preconditioning.gradient_factors import GradientFactors
 from imstep.optim.preconditioning.kronecker import (
     FactoredDamping,
     Kronecker,
@@ -16,7 +17,7 @@ from imstep.optim.preconditioning.kronecker import (
 )
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
-from imstep.optim.preconditioning.shampoo import SOAP, GradientFactors, KLShampoo, Shampoo
+from imstep.optim.preconditioning.shampoo import SOAP, KLShampoo, Shampoo
 
 __all__ = [
     "BFGS",

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imstep import NewtonKrylov, methods
+from imstep.globalization import NoDamping
 from imstep.linalg import ShiftedEigenvalues
-from imstep.optim import Direct, Dogleg, SteihaugToint, TwoDimensionalSubspace
+from imstep.optim import Direct, Dogleg, ResidualForcing, SteihaugToint, TwoDimensionalSubspace
 
 F64 = torch.float64
 FIXED_RATES = {"adahessian", "sophia", "shampoo", "soap", "kl_shampoo"}  # tests/optim/test_{diagonal_newton,shampoo}.py
@@ -88,6 +89,39 @@ def test_newton_takes_what_its_rule_makes_of_eigenvalues() -> None:
         move = first_move(lambda p, rule=rule: methods.newton(p, rule), w, lambda w=w: quadratic(w))
         expected = -g / torch.tensor(theta, dtype=F64)
         assert float(move @ expected) == pytest.approx(float(move.norm() * expected.norm()))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "monte-carlo", "empirical"])
+def test_natural_gradients_take_the_direction_of_their_matrix(fisher: str) -> None:
+    """F⁻¹ g by hand, from gradients of single cases; for drawn labels in the mean over seeds only."""
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(80, 3, generator=generator, dtype=F64), torch.randint(2, (80,), generator=generator).to(F64)
+    w = nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=F64))
+    p = (X @ w).sigmoid().detach()
+    g = X.T @ (p - y) / 80
+    weights = (p - y) ** 2 if fisher == "empirical" else p * (1 - p)
+    expected = -torch.linalg.solve(X.T @ (weights[:, None] * X) / 80, g)
+    options = {"damping": NoDamping(), "forcing": ResidualForcing(eta=1e-12)}
+    moves = []
+    for seed in range(30 if fisher == "monte-carlo" else 1):
+        v = nn.Parameter(w.detach().clone())
+        make = lambda params, seed=seed: methods.natural_gradient(params, fisher, seed, **options)
+        loss = lambda v=v: F.binary_cross_entropy_with_logits(X @ v, y)
+        moves.append(first_move(make, v, loss))
+    move = torch.stack(moves).mean(0)
+    cosine = float(move @ expected / (move.norm() * expected.norm()))
+    assert cosine > (0.98 if fisher == "monte-carlo" else 1 - 1e-12)
+    assert fisher != "monte-carlo" or not torch.equal(moves[0], moves[1])
+
+
+def test_other_words_for_a_fisher_matrix_and_losses_that_are_no_likelihood_are_refused() -> None:
+    w = nn.Parameter(torch.ones(2, dtype=F64))
+    with pytest.raises(ValueError, match="'exact', 'monte-carlo', 'empirical', or an Expectation; got 'mc'"):
+        methods.natural_gradient([w], "mc")
+    with pytest.raises(TypeError, match="must be an Expectation"):
+        methods.natural_gradient([w], 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not recognised as one"):
+        methods.natural_gradient([w]).step(lambda: w.sin().sum())
 
 
 def test_kfac_takes_the_best_length_along_its_direction() -> None:

@@ -27,7 +27,7 @@ class Shampoo(GradientFactors):
         al., arXiv 2002.09018. Their ε is absolute, and so has the unit of a squared gradient.
     """
 
-    eps: float = 1e-4
+    eps: float = 1e-2
     sums: bool = False
 
     def mean(self, old: Tensor | None, new: Tensor, step: int) -> Tensor:

@@ -262,6 +262,12 @@ class Direct(Solver):
 
     def solve(self, system: NewtonSystem) -> Direction:
         operator, rhs, damping = system.operator, -system.gradient, system.damping
+        if operator.size > self.limit:
+            raise ValueError(
+                f"Direct() forms the curvature matrix itself, by a product for each parameter, and there are "
+                f"{operator.size:,} parameters; its limit is {self.limit:,}. Use a Krylov solver, as newton_cg and "
+                f"trust_region do, or pass limit={operator.size}."
+            )
         if math.isinf(system.radius):
             result = dense_solve(operator, rhs, damping=damping, indefinite=self.indefinite, limit=self.limit)
         else:

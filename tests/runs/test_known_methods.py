@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from benchmarks.methods.settings import CONTESTANTS, settings
 from imstep import methods
 from imstep.runs.contestants import contestants
 from imstep.runs.optimizers import METHODS, OPTIMIZERS, OptimizerError, get_optimizer
@@ -88,3 +89,10 @@ def test_a_comparison_is_refused_before_its_folder_is_made(tmp_path: Path) -> No
     with pytest.raises(OptimizerError, match="newton does not suit digits-mlp"):
         run_comparison(request, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_the_comparison_of_all_methods_has_settings_for_each(name: str) -> None:
+    small = problem()
+    assert len(settings(name)) == 3
+    assert all(make(small).optimizer.param_groups for make in settings(name).values())

@@ -18,9 +18,9 @@ from imstep.methods.convex import gauss_newton, hessian_free, levenberg_marquard
 from imstep.methods.diagonal import adahessian, sophia
 from imstep.methods.hessian import cubic_regularization, newton, newton_cg, newton_mr, saddle_free_newton, trust_region
 from imstep.methods.kronecker import kfac
-from imstep.methods.quasi_newton import bfgs, lbfgs, self_scaled_broyden
+from imstep.methods.quasi_newton import bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
 from imstep.methods.sketched import nystrom_newton_cg
-from imstep.methods.third_order import chebyshev, halley
+from imstep.methods.third_order import chebyshev, halley, super_halley
 
 __all__ = [
     "adahessian",
@@ -33,6 +33,7 @@ __all__ = [
     "kfac",
     "lbfgs",
     "levenberg_marquardt",
+    "lsr1",
     "natural_gradient",
     "newton",
     "newton_cg",
@@ -41,5 +42,7 @@ __all__ = [
     "saddle_free_newton",
     "self_scaled_broyden",
     "sophia",
+    "sr1",
+    "super_halley",
     "trust_region",
 ]

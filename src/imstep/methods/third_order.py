@@ -32,6 +32,11 @@ def halley(params: Iterable[Any], alpha: float = 0.5, **options: Unpack[NewtonKr
     return on_hessian(params, {"solver": solver, "forcing": ResidualForcing(power=2.0), "step": Armijo()}, options)
 
 
+def super_halley(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Super-Halley's method: as :func:`halley` with α = 1."""
+    return halley(params, 1.0, **options)
+
+
 def chebyshev(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
     """Chebyshev's method: as :func:`halley` with α = 0, so that a step takes one third derivative."""
     return halley(params, 0.0, **options)

@@ -9,6 +9,7 @@ from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
     Dogleg,
+    LearntModel,
     PreconditionedGradient,
     SaddleFree,
     TwoDimensionalSubspace,
@@ -28,6 +29,7 @@ from imstep.optim.preconditioning import (
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
+    RankOneModel,
     SelfScaledBroyden,
     SquaredGradients,
 )
@@ -73,6 +75,7 @@ __all__ = [
     "Hutchinson",
     "IntermediateResult",
     "Kronecker",
+    "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -85,6 +88,7 @@ __all__ = [
     "Nystrom",
     "PreconditionedGradient",
     "QuasiNewton",
+    "RankOneModel",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",

@@ -59,6 +59,7 @@ class _Setting:
     damping: float
     situation: Situation
     refresh: Cost  # of the preconditioner, apart from products
+    model: LinearOperator | None
 
     @property
     def products(self) -> Cost:
@@ -212,7 +213,9 @@ class Attempt(StepAttempt):
         preconditioner = self._preconditioner.operator(damping)
         if preconditioner is not None:
             preconditioner = masked(preconditioner, self._mask)
-        return _Setting(candidates, preconditioner, damping, situation, refresh), memory
+        model = self._preconditioner.model()
+        model = None if model is None else masked(model, self._mask)
+        return _Setting(candidates, preconditioner, damping, situation, refresh, model), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last; what is taken."""
@@ -234,6 +237,7 @@ class Attempt(StepAttempt):
                 self._parameters,
                 memory.search.third_derivative / 2,
                 partial(third_derivative_along, self._part or self._frozen, self._parameters),
+                setting.model,
             )
             direction = self._solved(system)
             if not direction.status.disturbing:

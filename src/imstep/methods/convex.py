@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imstep.globalization import Armijo, LevenbergMarquardt, TrustRegion
 from imstep.methods.configured import on_gauss_newton
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.forcing import ResidualForcing
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
 from imstep.optim.preconditioning import SquaredGradients
@@ -42,12 +43,15 @@ def levenberg_marquardt(params: Iterable[Any], **options: Unpack[NewtonKrylovOpt
 def hessian_free(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
     """Martens' Hessian-free optimisation: Gauss-Newton, warm-started conjugate gradients, λ by 3/2 and 2/3.
 
-    Conjugate gradients are preconditioned by squared gradients to the power 3/4, and end where progress stalls.
+    Conjugate gradients are preconditioned by squared gradients to the power 3/4, and end where progress stalls. The
+    direction is the best of their stored iterates by the loss.
 
-    Source: Martens, ICML 2010, section 4; backtracking along the last solution only, not over stored iterates.
+    For recurrent networks see :class:`~imstep.curvature.StructuralDamping`.
+
+    Source: Martens, ICML 2010, section 4.
     """
     method: NewtonKrylovOptions = {
-        "solver": ConjugateGradient(warm_start=0.95),
+        "solver": ConjugateGradient(warm_start=0.95, backtracking=IterateBacktracking()),
         "forcing": ResidualForcing(eta=1e-6),
         "damping": LevenbergMarquardt(factor=1.5),
         "preconditioning": SquaredGradients(power=0.75),

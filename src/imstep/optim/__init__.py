@@ -2,6 +2,7 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
@@ -74,6 +75,7 @@ __all__ = [
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
+    "IterateBacktracking",
     "Kronecker",
     "LearntModel",
     "LeastSquares",

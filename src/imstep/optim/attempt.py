@@ -282,8 +282,9 @@ class Attempt(StepAttempt):
     ) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
+        direction, taken, chosen = self._chosen(direction, taken)
         model, cost = self._expanded(direction)
-        record = replace(record, cost=record.cost + cost)
+        record = replace(record, cost=record.cost + chosen + cost)
         search, line = self._strategies.step, replace(self._along(direction), model=model)
         longest = memory.reach / max(direction.norm, taken.norm)
         longest = min(longest, self._pace.longest / taken.norm) if taken.norm > 0 else longest
@@ -306,6 +307,15 @@ class Attempt(StepAttempt):
         )
         memory = memory.safeguarded(self._memory, end.accepted)
         return self._finish(record, model, direction, end, taken), memory
+
+    def _chosen(self, last: Direction, taken: Direction) -> tuple[Direction, Direction, Cost]:
+        """The best iterate of a solver that has kept some, by the loss, and what is taken of it."""
+        # Not before the last product: trials move the parameters that products are made with.
+        rule = self._strategies.solver.chooses
+        if rule is None or self._pace.rates is not None:
+            return last, taken, Cost()
+        best, cost = rule.best(last, self.gradient, lambda d: self._loss_at(d, 1.0))
+        return best, best.times(self._pace.lr), cost
 
     def _last_move(self, taken: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):

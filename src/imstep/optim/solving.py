@@ -28,6 +28,7 @@ from imstep.linalg import (
     minres,
     steihaug_toint,
 )
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.direction import Direction, descent
 
 
@@ -89,6 +90,11 @@ class Solver(ABC):
         """Whether it makes use of the last step, which is then kept."""
         return False
 
+    @property
+    def chooses(self) -> IterateBacktracking | None:
+        """How one of its iterates is chosen by the loss there; None where the last one is the direction."""
+        return None
+
     @abstractmethod
     def solve(self, system: NewtonSystem) -> Direction:
         """A direction of descent."""
@@ -108,6 +114,7 @@ class ConjugateGradient(Solver):
         follow: where a direction p of negative curvature ends the iteration, add the step along p that its curvature's
             absolute value suggests, rather than leave p alone.
         warm_start: fraction of the last step that the iteration starts from, in [0, 1]; 0 for a start at zero.
+        backtracking: which of the iterates becomes the direction; None for the last.
 
     Source: Shen et al., arXiv 2009.07098, for the termination; the absolute value as Dauphin et al., NeurIPS 2014
         (arXiv 1406.2572); warm starts as Martens, ICML 2010, section 4.5.
@@ -117,6 +124,7 @@ class ConjugateGradient(Solver):
     noise: NoiseTest | None = None
     follow: bool = False
     warm_start: float = 0.0
+    backtracking: IterateBacktracking | None = None
 
     def __post_init__(self) -> None:
         if not self.curvature_floor >= 0:
@@ -132,6 +140,10 @@ class ConjugateGradient(Solver):
     def uses_last_move(self) -> bool:
         return self.warm_start > 0
 
+    @property
+    def chooses(self) -> IterateBacktracking | None:
+        return self.backtracking
+
     def solve(self, system: NewtonSystem) -> Direction:
         result = conjugate_gradient(
             system.operator,
@@ -143,6 +155,7 @@ class ConjugateGradient(Solver):
             noise=self.noise,
             x0=None if system.last_move is None else self.warm_start * system.last_move,
             keep_pairs=system.keep_pairs,
+            keep_iterates=None if self.backtracking is None else self.backtracking.growth,
         )
         if self.follow and result.iterations > 0 and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
             result = _followed(system, result)

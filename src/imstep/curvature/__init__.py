@@ -13,6 +13,7 @@ from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatche
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import StaleLossError
+from imstep.curvature.structural import StructuralDamping
 
 __all__ = [
     "EKFAC",
@@ -38,5 +39,6 @@ __all__ = [
     "Reduction",
     "ResidualJacobian",
     "StaleLossError",
+    "StructuralDamping",
     "SumOverBatches",
 ]

@@ -2,6 +2,7 @@
 
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
@@ -9,6 +10,7 @@ from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
     Dogleg,
+    LearntModel,
     PreconditionedGradient,
     SaddleFree,
     TwoDimensionalSubspace,
@@ -28,6 +30,7 @@ from imstep.optim.preconditioning import (
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
+    RankOneModel,
     SelfScaledBroyden,
     SquaredGradients,
 )
@@ -72,7 +75,9 @@ __all__ = [
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
+    "IterateBacktracking",
     "Kronecker",
+    "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -85,6 +90,7 @@ __all__ = [
     "Nystrom",
     "PreconditionedGradient",
     "QuasiNewton",
+    "RankOneModel",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",

@@ -11,6 +11,7 @@ from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
 from imstep.optim.preconditioning.kronecker import Kronecker
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
+from imstep.optim.preconditioning.rank_one import RankOneModel
 
 __all__ = [
     "BFGS",
@@ -25,6 +26,7 @@ __all__ = [
     "Preconditioner",
     "Preconditioning",
     "QuasiNewton",
+    "RankOneModel",
     "SelfScaledBroyden",
     "SquaredGradients",
 ]

@@ -17,7 +17,7 @@ Example:
 from imstep.methods.convex import gauss_newton, hessian_free, levenberg_marquardt, natural_gradient
 from imstep.methods.diagonal import adahessian, sophia
 from imstep.methods.hessian import cubic_regularization, newton, newton_cg, newton_mr, saddle_free_newton, trust_region
-from imstep.methods.kronecker import kfac
+from imstep.methods.kronecker import ekfac, kfac, kl_shampoo, shampoo, soap
 from imstep.methods.quasi_newton import bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
 from imstep.methods.sketched import nystrom_newton_cg
 from imstep.methods.third_order import chebyshev, halley, super_halley
@@ -27,10 +27,12 @@ __all__ = [
     "bfgs",
     "chebyshev",
     "cubic_regularization",
+    "ekfac",
     "gauss_newton",
     "halley",
     "hessian_free",
     "kfac",
+    "kl_shampoo",
     "lbfgs",
     "levenberg_marquardt",
     "lsr1",
@@ -41,6 +43,8 @@ __all__ = [
     "nystrom_newton_cg",
     "saddle_free_newton",
     "self_scaled_broyden",
+    "shampoo",
+    "soap",
     "sophia",
     "sr1",
     "super_halley",

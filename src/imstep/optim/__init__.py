@@ -1,6 +1,6 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
@@ -21,18 +21,26 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
 from imstep.optim.preconditioning import (
     BFGS,
+    SOAP,
     SR1,
+    FactoredDamping,
+    GradientFactors,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
     RankOneModel,
     SelfScaledBroyden,
+    Shampoo,
     SquaredGradients,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost, StepOutcome, StepRecord
@@ -53,6 +61,7 @@ from imstep.optim.third_order import ChebyshevHalley
 
 __all__ = [
     "BFGS",
+    "SOAP",
     "SR1",
     "AdaHessianRule",
     "BestRateForcing",
@@ -69,14 +78,19 @@ __all__ = [
     "Dogleg",
     "ExactHessian",
     "ExponentialAverage",
+    "FactoredDamping",
+    "FisherCurvature",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientFactors",
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
     "IterateBacktracking",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
@@ -89,6 +103,7 @@ __all__ = [
     "NonFiniteLossError",
     "Nystrom",
     "PreconditionedGradient",
+    "PreconditionedMomentum",
     "QuasiNewton",
     "RankOneModel",
     "Recycling",
@@ -96,6 +111,7 @@ __all__ = [
     "SaddleFree",
     "Scaling",
     "SelfScaledBroyden",
+    "Shampoo",
     "Solver",
     "SophiaG",
     "SophiaH",
@@ -105,6 +121,7 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
     "minimize",

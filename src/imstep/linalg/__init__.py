@@ -6,7 +6,7 @@ from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
-from imstep.linalg.composed import ProductOperator, SubmatrixOperator
+from imstep.linalg.composed import ProductOperator, ScaledOperator, SubmatrixOperator, SumOperator
 from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -37,7 +37,7 @@ from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eig
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
-from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
+from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares

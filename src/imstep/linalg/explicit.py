@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator
+
+if TYPE_CHECKING:
+    from imstep.linalg.inverse import DirectSolver
 
 
 class DenseOperator(LinearOperator):
@@ -57,6 +62,11 @@ class DiagonalOperator(LinearOperator):
 
     def matmat(self, block: Tensor) -> Tensor:
         return self.diagonal[:, None] * block
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        from imstep.linalg.inverse import EntryByEntry
+
+        return EntryByEntry(self.diagonal + damping)
 
 
 class IdentityOperator(LinearOperator):

@@ -54,7 +54,7 @@ class TrainingProgress:
         if isinstance(row, EvaluationRow):
             self._heldout = row
             self._loss = row.train_loss
-        else:
+        elif isinstance(row, StepRow):
             self._loss = row.loss if row.new_loss is None else row.new_loss
         (done, words), now = self._nearest(trainer), time.monotonic()
         if self._start is None:
@@ -105,7 +105,7 @@ class LastStep:
     def __call__(self, trainer: Trainer, row: Row) -> None:
         if isinstance(row, EvaluationRow):
             self._evaluation = row
-        else:
+        elif isinstance(row, StepRow):
             self._step = row
 
     def describe(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.rows import Row, StepRow
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
+from imstep.runs.watch import CurvatureWatch
 
 __all__ = ["Observer", "train"]
 
@@ -22,6 +24,7 @@ def train(
     observers: Sequence[Observer] = (),
     interrupt: Interrupt | None = None,
     save_every: float = 30.0,
+    watch: CurvatureWatch | None = None,
 ) -> None:
     """Run `trainer` to the limits of the run's config, keeping the run directory up to date.
 
@@ -36,19 +39,21 @@ def train(
         observers: called with (trainer, row) after each row.
         interrupt: checked between rows.
         save_every: seconds between checkpoints (> 0).
+        watch: measures the curvature now and then; its rows go where the others go.
     """
     rows = trainer.run(run.config.limits)
     ahead = list(_to_first_step(rows))
     run.begin()
+    note = partial(_note, trainer, run, observers, watch)
     for row in ahead:
-        _note(trainer, run, observers, row)
+        note(row)
     run.save(trainer)
     saved = time.monotonic()
     while interrupt is None or not interrupt.requested:
         found = next(rows, None)
         if found is None:
             break
-        _note(trainer, run, observers, found)
+        note(found)
         if time.monotonic() - saved > save_every:
             run.save(trainer)
             saved = time.monotonic()
@@ -63,7 +68,12 @@ def _to_first_step(rows: Iterator[Row]) -> Iterator[Row]:
             return
 
 
-def _note(trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], row: Row) -> None:
-    run.append(row)
-    for observe in observers:
-        observe(trainer, row)
+def _note(
+    trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], watch: CurvatureWatch | None, row: Row
+) -> None:
+    """Write and show a row, and the measurement that is due after it."""
+    measured = None if watch is None else watch(trainer, row)
+    for each in (row,) if measured is None else (row, measured):
+        run.append(each)
+        for observe in observers:
+            observe(trainer, each)

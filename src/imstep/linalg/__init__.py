@@ -17,7 +17,7 @@ from imstep.linalg.dense import (
 )
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
-from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
+from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator, LowRankOperator
 from imstep.linalg.gltr import gltr
 from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
 from imstep.linalg.gram_factor import GramFactor
@@ -89,6 +89,7 @@ __all__ = [
     "LanczosResult",
     "LimitedMemoryPreconditioner",
     "LinearOperator",
+    "LowRankOperator",
     "NoiseTest",
     "NotSolvedError",
     "NystromApproximation",

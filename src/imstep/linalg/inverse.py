@@ -249,6 +249,22 @@ class EntryByEntry(DirectSolver):
         return rows * self._inverses, [self._status] * len(rows)
 
 
+class InEigenvectors(DirectSolver):
+    """V diag(θ) Vᵀ + λI, V (n, k) with orthonormal columns; what lies outside of them is divided by λ."""
+
+    def __init__(self, vectors: Tensor, values: Tensor, damping: float) -> None:
+        self._vectors, self._rest = vectors, 1 / damping if damping > 0 else 0.0
+        shifted = values + damping
+        level = torch.finfo(vectors.dtype).eps * float(shifted.abs().max()) if len(values) else 0.0
+        # What has no inverse is left out, and what that leaves unsolved shows in the residual.
+        self._inverses = torch.where(shifted.abs() > level, 1 / shifted, 0.0)
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        inside = rows @ self._vectors
+        outside = rows - inside @ self._vectors.mT
+        return (inside * self._inverses) @ self._vectors.mT + outside * self._rest, [KrylovStatus.CONVERGED] * len(rows)
+
+
 class _Decomposed(DirectSolver):
     """A small symmetric matrix by its eigenvalues, float64.
 

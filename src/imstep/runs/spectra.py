@@ -66,7 +66,7 @@ class Point:
     Args:
         step: of the run; None where the weights belong to no run.
         loss: mean training loss there, in evaluation mode.
-        answers: by question: "eigenvalues" (values, residual_norms, converged), "density" (grid, values, error,
+        answers: by question: "eigenvalues" (values, residual_norms, largest, converged), "density" (grid, values, error,
             width), "trace" (value, error, converged), "layers" (name -> parameters, trace, error, largest); each with
             products and seconds. Those that are missing were not reached.
     """
@@ -74,11 +74,6 @@ class Point:
     step: int | None
     loss: float
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def largest(self) -> float:
-        """The largest eigenvalue, as far as those of largest magnitude show it."""
-        return max(self.answers["eigenvalues"]["values"])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, but for numbers that are not finite."""
@@ -128,11 +123,18 @@ def _eigenvalues(matrix: LinearOperator, asked: Questions, tell: Tell) -> dict[s
         matrix, k, "LM", asked.tol, seed=asked.seed,
         progress=lambda now: tell(f"{now.products} products, {now.converged} of {k} found"),
     )  # fmt: skip
+    values, products = found.values.tolist(), found.products
+    # A positive one of largest magnitude is the largest; where there is none it lies elsewhere.
+    largest = max(values)
+    if largest <= 0:
+        top = spectral.eigenpairs(matrix, 1, "LA", asked.tol, seed=asked.seed)
+        largest, products = float(top.values[0]), products + top.products
     return {
-        "values": found.values.tolist(),
+        "values": values,
         "residual_norms": found.residual_norms.tolist(),
+        "largest": largest,
         "converged": found.converged,
-        "products": found.products,
+        "products": products,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.rows import Row, StepRow
@@ -41,19 +40,18 @@ def train(
         save_every: seconds between checkpoints (> 0).
         watch: measures the curvature now and then; its rows go where the others go.
     """
-    rows = trainer.run(run.config.limits)
-    ahead = list(_to_first_step(rows))
+    groups = _measured(trainer, trainer.run(run.config.limits), watch)
+    ahead = list(_to_first_step(groups))
     run.begin()
-    note = partial(_note, trainer, run, observers, watch)
-    for row in ahead:
-        note(row)
+    for group in ahead:
+        _note(trainer, run, observers, group)
     run.save(trainer)
     saved = time.monotonic()
     while interrupt is None or not interrupt.requested:
-        found = next(rows, None)
-        if found is None:
+        group = next(groups, None)
+        if group is None:
             break
-        note(found)
+        _note(trainer, run, observers, group)
         if time.monotonic() - saved > save_every:
             run.save(trainer)
             saved = time.monotonic()
@@ -61,19 +59,26 @@ def train(
     run.write_report(trainer)
 
 
-def _to_first_step(rows: Iterator[Row]) -> Iterator[Row]:
+Group = tuple[Row, ...]
+"""A row, and the measurement that is due after it; no checkpoint is written between the two."""
+
+
+def _measured(trainer: Trainer, rows: Iterator[Row], watch: CurvatureWatch | None) -> Iterator[Group]:
+    """Each row as it is made, before the next step is taken."""
     for row in rows:
-        yield row
-        if isinstance(row, StepRow):
+        measurement = None if watch is None else watch(trainer, row)
+        yield (row,) if measurement is None else (row, measurement)
+
+
+def _to_first_step(groups: Iterator[Group]) -> Iterator[Group]:
+    for group in groups:
+        yield group
+        if isinstance(group[0], StepRow):
             return
 
 
-def _note(
-    trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], watch: CurvatureWatch | None, row: Row
-) -> None:
-    """Write and show a row, and the measurement that is due after it."""
-    measured = None if watch is None else watch(trainer, row)
-    for each in (row,) if measured is None else (row, measured):
-        run.append(each)
+def _note(trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], group: Group) -> None:
+    for row in group:
+        run.append(row)
         for observe in observers:
-            observe(trainer, each)
+            observe(trainer, row)

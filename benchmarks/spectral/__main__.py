@@ -168,8 +168,9 @@ def main() -> None:
         record: dict[str, Any] = {**environment(options.threads), "size": asdict(size), "models": {}}
         if path.exists() and not options.short:
             earlier = json.loads(path.read_text())
-            if any(earlier[key] != json.loads(json.dumps(record[key])) for key in ("versions", "cpu", "threads", "size")):
-                parser.error(f"{path} is of other versions, another machine or other questions: delete it to begin anew.")
+            now = json.loads(json.dumps(record))
+            if any(earlier[key] != now[key] for key in ("versions", "cpu", "threads", "size")):
+                parser.error(f"{path} has other versions, machine or questions: delete it to begin anew.")
             record["models"] = earlier["models"]
         # What is measured stays, should a later side fail.
         keep = lambda: None if options.short else path.write_text(json.dumps(record, indent=1) + "\n")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from imstep import spectral
 from imstep.cli import app
-from imstep.runs import spectra
+from imstep.runs import run_report, spectra, spectrum_report
 from imstep.runs.watch import edge_of_stability
 from imstep.tasks import Problem, get_task
 
@@ -39,6 +39,13 @@ def program(tmp_path: Path) -> Path:
     file = tmp_path / "wave.py"
     file.write_text(PROGRAM)
     return file
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the drawing, which takes most of the time."""
+    monkeypatch.setattr(run_report, "save_run_report", lambda path, *_: path / "report.html")
+    monkeypatch.setattr(spectrum_report, "save_spectrum", lambda record, out: (out / "report.html", out / "s.png"))
 
 
 def command(*words: object) -> Result:
@@ -78,7 +85,8 @@ def test_a_problem(program: Path, tmp_path: Path) -> None:
     (point,) = record(out)["points"]
     values = torch.linalg.eigvalsh(expected)
     values = values[values.abs().argsort(descending=True)][:3]
-    torch.testing.assert_close(torch.tensor(point["answers"]["eigenvalues"]["values"]).double(), values, rtol=1e-4, atol=0)
+    found = torch.tensor(point["answers"]["eigenvalues"]["values"], dtype=torch.float64)
+    torch.testing.assert_close(found, values, rtol=1e-6, atol=0)
     assert point["answers"]["trace"]["value"] == pytest.approx(float(expected.trace()))
     layers = point["answers"]["layers"]["by"]
     assert {name: layer["parameters"] for name, layer in layers.items()} == {"0": 8, "1": 8, "4": 5}
@@ -97,10 +105,14 @@ def numbers(run: Path, kinds: tuple[str, ...] = ("step", "evaluation")) -> list[
     return [row for row in rows if row["kind"] in kinds]
 
 
+EVERYTHING = ("step", "evaluation", "curvature")
+
+
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("optimizer", ["sgd", "newton-krylov"])
 def test_a_watched_run_has_the_numbers_of_one_that_is_not(program: Path, tmp_path: Path, optimizer: str) -> None:
-    train = ["train", program, "-o", optimizer, "--batch-size", "10", "--threads", "1", "--dtype", "float64"]
-    watch = ["--watch-curvature", "every=2", "--keep", "2"]
+    train = ["train", program, "-o", optimizer, "--batch-size", "12", "--threads", "1", "--dtype", "float64"]
+    watch = ["--watch-curvature", "every=2"]
     whole, parts, plain = tmp_path / "whole", tmp_path / "parts", tmp_path / "plain"
     for words in (
         [*train, "--epochs", "2", "--out", plain],
@@ -111,26 +123,32 @@ def test_a_watched_run_has_the_numbers_of_one_that_is_not(program: Path, tmp_pat
         result = command(*words)
         assert result.exit_code == 0, result.output
     assert numbers(whole) == numbers(plain)
-    everything = ("step", "evaluation", "curvature")
-    assert numbers(parts, everything) == numbers(whole, everything)
+    assert numbers(parts, EVERYTHING) == numbers(whole, EVERYTHING)
     watched = numbers(whole, ("curvature",))
-    assert [row["step"] for row in watched] == [0, 2, 4, 6]
+    assert [row["step"] for row in watched] == [0, 2, 4]
     assert (watched[0]["edge"] is None) == (optimizer == "newton-krylov")
-    assert "Sharpness over the steps" in (whole / "report.html").read_text()
-    out = tmp_path / "s"
-    result = command("spectrum", whole, *ASK, "--tol", "1e-6", "--out", out)
-    assert result.exit_code == 0, result.output
-    found = record(out)
-    assert [point["step"] for point in found["points"]] == [0, 2, 4, 6]
-    for point, row in zip(found["points"], watched, strict=True):
-        assert point["answers"]["eigenvalues"]["largest"] == pytest.approx(row["largest"], rel=1e-3)
     expected = dense(get_task(str(program)).build(dtype=torch.float64))
     assert watched[0]["largest"] == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-3)
     assert watched[0]["trace"] == pytest.approx(float(expected.trace()), rel=1e-6)
-    assert "There are steps 0, 2, 4, 6" in refused("spectrum", whole, "--at", "3", "--out", tmp_path / "t")
-    assert "--dtype cannot be given for a run" in refused("spectrum", whole, "--dtype", "float32")
 
 
+def test_a_run_at_several_steps(program: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "s"
+    words = ["-o", "sgd", "--lr", "0.1", "--batch-size", "12", "--dtype", "float64", "--threads", "1", "--epochs", "2"]
+    assert command("train", program, *words, "--out", run, "--watch-curvature", "2", "--keep", "every=2").exit_code == 0
+    assert "Sharpness over the steps" in (run / "report.html").read_text()
+    result = command("spectrum", run, *ASK, "--tol", "1e-6", "--out", out)
+    assert result.exit_code == 0, result.output
+    watched, points = numbers(run, ("curvature",)), record(out)["points"]
+    assert [point["step"] for point in points] == [0, 2, 4]
+    for point, row in zip(points, watched, strict=True):
+        assert point["answers"]["eigenvalues"]["largest"] == pytest.approx(row["largest"], rel=1e-3)
+    assert "Largest eigenvalue and trace by step" in (out / "report.html").read_text()
+    assert "There are steps 0, 2, 4" in refused("spectrum", run, "--at", "3", "--out", tmp_path / "t")
+    assert "--dtype cannot be given for a run" in refused("spectrum", run, "--dtype", "float32")
+
+
+@pytest.mark.usefixtures("no_pages")
 def test_tensorboard_has_the_curvature(program: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -143,6 +161,7 @@ def test_tensorboard_has_the_curvature(program: Path, tmp_path: Path) -> None:
     assert "curvature/density" in events.Tags()["histograms"]
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_one_goes_on(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["spectrum", program, *ASK]
     assert command(*words, "--out", tmp_path / "whole").exit_code == 0
@@ -183,12 +202,15 @@ def test_bad_input_is_explained(tmp_path: Path, case: str) -> None:
 
 
 def test_other_refusals(tmp_path: Path) -> None:
-    assert "no outputs that a distribution" in refused("spectrum", "poisson-5d", "--of", "fisher", "--out", tmp_path / "s")
+    words = refused("spectrum", "poisson-5d", "--of", "fisher", "--out", tmp_path / "s")
+    assert "no outputs that a distribution" in words
     for option in ("--watch-curvature", "--keep"):
-        assert f"{option} often: write every=N" in refused("train", "digits-mlp", option, "often", "--out", tmp_path / "r")
+        words = refused("train", "digits-mlp", option, "often", "--out", tmp_path / "r")
+        assert f"{option} often: write every=N" in words
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("of", ["gauss-newton", "fisher"])
 def test_other_matrices(program: Path, tmp_path: Path, of: str) -> None:
     assert command("spectrum", program, "--of", of, "--dtype", "float64", *ASK, "--out", tmp_path / "s").exit_code == 0

@@ -21,7 +21,8 @@ def mlp() -> nn.Module:
 
 
 def conv() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.LayerNorm([2, 1, 1]), nn.Flatten(), nn.Linear(2, 2)).double()
+    body = (nn.Conv2d(1, 2, 3), nn.Tanh(), nn.LayerNorm([2, 1, 1]), nn.Flatten(), nn.Linear(2, 2))
+    return nn.Sequential(*body).double()
 
 
 def normalised() -> nn.Module:
@@ -55,7 +56,8 @@ def test_it_is_the_diagonal(case: str) -> None:
 
 
 def test_dropout_is_drawn_once_and_buffers_move_once() -> None:
-    model, x = nn.Sequential(nn.Linear(3, 40), nn.Dropout(), nn.BatchNorm1d(40), nn.Linear(40, 1)).double(), normal(9, 3)
+    body = (nn.Linear(3, 40), nn.Dropout(), nn.BatchNorm1d(40), nn.Linear(40, 1))
+    model, x = nn.Sequential(*body).double(), normal(9, 3)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         D, after = GaussNewtonDiagonal(lambda: (model(x), x[:, :1]), model), torch.rand(1)

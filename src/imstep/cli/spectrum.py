@@ -115,7 +115,9 @@ def _refuse(ctx: typer.Context) -> None:
     """A run has its own settings; saying otherwise is an error, not ignored."""
     wrong = [name for name in _given(ctx) if name in _OF_A_RUN and name != "seed"]
     if wrong:
-        raise TrainingError(f"--{wrong[0]} cannot be given for a run: it is measured with the settings in its config.json.")
+        raise TrainingError(
+            f"--{wrong[0]} cannot be given for a run: it is measured with the settings in its config.json."
+        )
 
 
 def _words(ctx: typer.Context) -> list[str]:

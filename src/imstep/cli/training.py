@@ -43,7 +43,9 @@ FULL_BATCH = ", ".join(spec.name for spec in OPTIMIZERS.values() if spec.full_ba
 FULL_BATCH_EVALUATION = 10.0
 """Epochs between evaluations when an epoch is one step; each costs two thirds of a gradient in time."""
 
-_MAY_CHANGE_ON_RESUME = ("resume", "epochs", "budget", "seconds", "tensorboard", "save_every", "watch_curvature", "keep")
+_MAY_CHANGE_ON_RESUME = (
+    "resume", "epochs", "budget", "seconds", "tensorboard", "save_every", "watch_curvature", "keep",
+)  # fmt: skip
 
 
 def train(
@@ -160,7 +162,8 @@ def _refuse_settings(ctx: typer.Context) -> None:
             shown = "TASK" if name == "task" else f"--{name.replace('_', '-')}"
             raise TrainingError(
                 f"{shown} cannot be given with --resume: the run keeps the settings in its config.json. "
-                "Only --epochs, --budget, --seconds, --save-every, --tensorboard, --watch-curvature and --keep may be given."
+                "Only --epochs, --budget, --seconds, --save-every, --tensorboard, --watch-curvature and --keep may be "
+                "given."
             )
 
 

@@ -60,7 +60,8 @@ class GaussNewtonDiagonal(DiagonalOperator):
         loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self._parameters, evaluate = ParameterVector(params), loss or nn.MSELoss()
-        before, seen = RandomState(self._parameters.device), []
+        before = RandomState(self._parameters.device)
+        seen: list[tuple[Any, Any]] = []
 
         def watched() -> tuple[Tensor, Any]:
             pair = closure()

@@ -155,6 +155,14 @@ class ParameterVector(TensorVector):
             )
         return [place[id(p)] for p in wanted]
 
+    def part(self, positions: Sequence[int]) -> ParameterVector:
+        """The vector of some of the parameters, of the same dtype."""
+        own = ParameterVector.__new__(ParameterVector)
+        TensorVector.__init__(own, [self.forms[at] for at in positions], self.dtype, self.device)
+        own.tensors, own.names = [self.tensors[at] for at in positions], [self.names[at] for at in positions]
+        own._named = self._named
+        return own
+
     def groups(self, by: str) -> dict[str, list[Tensor]]:
         """The parameters of each layer, or each by itself, by name.
 

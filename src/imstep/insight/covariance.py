@@ -59,8 +59,8 @@ def parameter_covariance(
         C = s² (JᵀJ)⁻¹,   J the Jacobian of the residuals,   s² = ‖r‖² / (m - n) unless given
 
     Args:
-        residuals: called with the parameters; returns m residuals, of any shape. Where measurements have errors of their
-            own, residuals divided by them.
+        residuals: called with the parameters; returns m residuals, of any shape. Where measurements have errors of
+            their own, residuals divided by them.
         x: the fitted parameters, a real tensor of any shape; n entries.
         variance: s² >= 0 of a residual, where it is known; 1 for residuals that were divided by their errors.
         free: positions of the parameters that were free, or a mask; without those that ended on a bound or were held.

@@ -145,7 +145,7 @@ def _check_definite(curvature: LinearOperator, damping: float) -> None:
     least = float(eigenpairs(curvature, 1, "SA", 1e-3).values[0])
     if not least + damping > 0:
         raise ValueError(
-            f"the curvature has the eigenvalue {least:.3g}, which the prior does not outweigh: N A + τI is not positive "
-            "definite, and no Gaussian has it as its precision. Pass a Fisher or Gauss-Newton matrix, or train to a "
-            "minimum."
+            f"the curvature has the eigenvalue {least:.3g}, which the prior does not outweigh: N A + τI is not "
+            "positive definite, and no Gaussian has it as its precision. Pass a Fisher or Gauss-Newton matrix, or "
+            "train to a minimum."
         )

@@ -68,8 +68,8 @@ def saliencies(
 
     Raises:
         NotSolvedError: a solve did not succeed, as where H + λI is singular.
-        ValueError: an entry of the inverse's diagonal is not positive: H + λI is not positive definite; too many weights
-            for a solve each.
+        ValueError: an entry of the inverse's diagonal is not positive: H + λI is not positive definite; too many
+            weights for a solve each.
 
     Cost: a solve for each weight, in blocks; none for a diagonal matrix.
 
@@ -94,7 +94,7 @@ def saliencies(
         )
     else:
         inverse = curvature.inverse(damping, rtol=rtol)
-        diagonal = torch.cat([_columns(inverse, some)[some].diagonal() for some in wanted.split(_CHUNK)] or [wanted * 1.0])
+        diagonal = torch.cat([_columns(inverse, some)[some].diagonal() for some in wanted.split(_CHUNK)])
     if not bool((diagonal > 0).all()):
         raise _indefinite(damping)
     return Saliencies(wanted, parameters.get()[wanted] ** 2 / (2 * diagonal), diagonal)

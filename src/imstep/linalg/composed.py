@@ -50,11 +50,13 @@ class SumOperator(LinearOperator):
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         places = known(self.spaces[1], self).places(by)
         # What belongs to no model, a multiple of the identity for instance, takes its layers from the other.
-        parts = [
-            part.diagonal_blocks(by) if part.spaces[1] is not None else {n: part.submatrix(p) for n, p in places.items()}
+        first, second = (
+            {name: part.submatrix(own) for name, own in places.items()}
+            if part.spaces[1] is None
+            else part.diagonal_blocks(by)
             for part in (self.first, self.second)
-        ]
-        return {name: block + parts[1][name] for name, block in parts[0].items()}
+        )
+        return {name: block + second[name] for name, block in first.items()}
 
 
 class ScaledOperator(LinearOperator):

@@ -10,8 +10,8 @@ from torch import Tensor
 from imstep.linalg.operator import LinearOperator
 
 if TYPE_CHECKING:
-    from imstep.linalg.space import Space
     from imstep.linalg.inverse import DirectSolver
+    from imstep.linalg.space import Space
 
 
 class DenseOperator(LinearOperator):

@@ -15,9 +15,8 @@ from imstep.linalg.fitting import check_vectors
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-    from imstep.linalg.space import Space
-
     from imstep.linalg.inverse import DirectSolver, InverseOperator
+    from imstep.linalg.space import Space
 
 
 class LinearOperator(ABC):
@@ -93,7 +92,7 @@ class LinearOperator(ABC):
 
     @property
     def spaces(self) -> tuple[Space | None, Space | None]:
-        """What the entries of A v and of v stand for, such as the parameters of a model; None where that is not known."""
+        """What the entries of A v and of v stand for, such as the parameters of a model; None where not known."""
         return None, None
 
     @property
@@ -145,6 +144,7 @@ class LinearOperator(ABC):
             rows, columns = (known(space, self) for space in self.spaces)
             return rows.unflatten(self @ columns.flatten(columns.checked(other)))
         check_vectors(self, other)
+        assert isinstance(other, Tensor)
         with torch._C._DisableAutocast():  # it would round products to half precision
             return self.matvec(other) if other.ndim == 1 else self.matmat(other)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from imstep.runs.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from imstep.runs.rows import Row, StepRow, TrainingError
+from imstep.runs.rows import LogRow, StepRow, TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 
@@ -46,7 +45,7 @@ class Keeper:
     run: RunDirectory
     every: int
 
-    def __call__(self, trainer: Trainer, row: Row) -> None:
+    def __call__(self, trainer: Trainer, row: LogRow) -> None:
         if not isinstance(row, StepRow) or row.step % self.every:
             return
         folder = self.run.path / FOLDER

@@ -13,6 +13,7 @@ __all__ = [
     "Ending",
     "EvaluationRow",
     "Limits",
+    "LogRow",
     "Row",
     "Schedule",
     "StepRow",
@@ -170,7 +171,9 @@ class CurvatureRow:
         return {"kind": "curvature", **asdict(self)}
 
 
-Row = StepRow | EvaluationRow | CurvatureRow
+Row = StepRow | EvaluationRow
+LogRow = Row | CurvatureRow
+"""What a run's log holds."""
 
 _FORMER_STATUSES = {"stalled": "enough"}
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from imstep import spectral
@@ -66,9 +67,9 @@ class Point:
     Args:
         step: of the run; None where the weights belong to no run.
         loss: mean training loss there, in evaluation mode.
-        answers: by question: "eigenvalues" (values, residual_norms, largest, converged), "density" (grid, values, error,
-            width), "trace" (value, error, converged), "layers" (name -> parameters, trace, error, largest); each with
-            products and seconds. Those that are missing were not reached.
+        answers: by question: "eigenvalues" (values, residual_norms, largest, converged), "density" (grid, values,
+            error, width), "trace" (value, error, converged), "layers" (by: name -> parameters, trace, error, largest);
+            each with products and seconds. Those that are missing were not reached.
     """
 
     step: int | None
@@ -110,11 +111,15 @@ def measure(
         for name, ask in missing.items():
             assert matrix is not None
             start = time.perf_counter()
-            answer = ask(matrix, questions, lambda words, name=name: tell(f"{name}: {words}"))
+            answer = ask(matrix, questions, partial(_tell, tell, name))
             answer["seconds"] = time.perf_counter() - start
             point = Point(point.step, point.loss, {**point.answers, name: answer})
             keep(point)
     return point
+
+
+def _tell(tell: Tell, name: str, words: str) -> None:
+    tell(f"{name}: {words}")
 
 
 def _eigenvalues(matrix: LinearOperator, asked: Questions, tell: Tell) -> dict[str, Any]:

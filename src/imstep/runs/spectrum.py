@@ -7,12 +7,14 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from imstep.runs.config import RunConfig
@@ -26,7 +28,7 @@ from imstep.runs.sources import hashes, origin_of
 from imstep.runs.spectra import Point, Questions, measure
 from imstep.runs.studies import claim
 from imstep.runs.verdict import short
-from imstep.tasks import Origin, Problem, find_task
+from imstep.tasks import Origin, Problem
 
 __all__ = ["SpectrumRequest", "run_spectrum"]
 
@@ -118,7 +120,7 @@ def run_spectrum(request: SpectrumRequest, out: Path, console: Console, *, overw
                 point = measure(
                     problem, request.questions, step,
                     earlier=next((point for point in record.points if point.step == step), None), keep=keep,
-                    tell=lambda words, place=place: status.update(escape(place + words)),
+                    tell=partial(_show, status, place),
                 )  # fmt: skip
                 record = record.replaced(point, left - 1)
     except KeyboardInterrupt:
@@ -130,6 +132,10 @@ def run_spectrum(request: SpectrumRequest, out: Path, console: Console, *, overw
     _write(record, out)
     _present(record, out, console)
     return True
+
+
+def _show(status: Status, place: str, words: str) -> None:
+    status.update(escape(place + words))
 
 
 def _subject(

@@ -149,7 +149,8 @@ def _eigenvalues(points: Sequence[Point], axes: Axes, theme: Theme) -> None:
 def _by_step(points: Sequence[Point], axes: Axes, theme: Theme) -> None:
     steps = [point.step or 0 for point in points]
     traces = [point.answers["trace"] for point in points]
-    axes.plot(steps, [point.answers["eigenvalues"]["largest"] for point in points], "o-", ms=3.5, color=theme.series[0], label="largest")
+    largest = [point.answers["eigenvalues"]["largest"] for point in points]
+    axes.plot(steps, largest, "o-", ms=3.5, color=theme.series[0], label="largest")
     axes.errorbar(
         steps, [t["value"] for t in traces], yerr=[t["error"] for t in traces], fmt="o-", ms=3.5, color=theme.series[1],
         label="trace",

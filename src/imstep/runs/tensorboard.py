@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from imstep.runs.rows import CurvatureRow, Row, StepRow, TrainingError
+from imstep.runs.rows import CurvatureRow, LogRow, StepRow, TrainingError
 from imstep.runs.runner import Trainer
 
 __all__ = ["TensorBoardLog", "writer_class"]
@@ -45,7 +45,7 @@ class TensorBoardLog:
         self._make = lambda: made(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self._writer: Any = None
 
-    def __call__(self, trainer: Trainer, row: Row) -> None:
+    def __call__(self, trainer: Trainer, row: LogRow) -> None:
         if self._writer is None:
             self._writer = self._make()
         values = row.to_dict()

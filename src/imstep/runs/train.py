@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from imstep.runs.interrupt import Interrupt
-from imstep.runs.rows import Row, StepRow
+from imstep.runs.rows import LogRow, Row, StepRow
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.watch import CurvatureWatch
 
 __all__ = ["Observer", "train"]
 
-Observer = Callable[[Trainer, Row], None]
+Observer = Callable[[Trainer, LogRow], None]
 
 
 def train(
@@ -48,8 +48,8 @@ def train(
     run.save(trainer)
     saved = time.monotonic()
     while interrupt is None or not interrupt.requested:
-        group = next(groups, None)
-        if group is None:
+        group = next(groups, ())
+        if not group:
             break
         _note(trainer, run, observers, group)
         if time.monotonic() - saved > save_every:
@@ -59,7 +59,7 @@ def train(
     run.write_report(trainer)
 
 
-Group = tuple[Row, ...]
+Group = tuple[LogRow, ...]
 """A row, and the measurement that is due after it; no checkpoint is written between the two."""
 
 

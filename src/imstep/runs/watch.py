@@ -10,7 +10,7 @@ import torch
 
 from imstep import spectral
 from imstep.runs.matrices import curvature, undisturbed
-from imstep.runs.rows import CurvatureRow, EvaluationRow, Row, StepRow
+from imstep.runs.rows import CurvatureRow, Row, StepRow
 from imstep.runs.runner import Trainer
 
 __all__ = ["CurvatureWatch", "edge_of_stability"]
@@ -43,7 +43,7 @@ class CurvatureWatch:
 
     def __call__(self, trainer: Trainer, row: Row) -> CurvatureRow | None:
         """The measurement that is due after this row; None if none is."""
-        due = row.step % self.every == 0 if isinstance(row, StepRow) else isinstance(row, EvaluationRow) and row.step == 0
+        due = row.step % self.every == 0 if isinstance(row, StepRow) else row.step == 0
         return self._measured(trainer, row) if due else None
 
     def _measured(self, trainer: Trainer, row: Row) -> CurvatureRow:

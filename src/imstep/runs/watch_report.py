@@ -45,7 +45,7 @@ def _sharpness(rows: Rows, axes: Axes, theme: Theme) -> None:
     edges = [(row["step"], row["edge"]) for row in rows if row["edge"] is not None]
     if edges:
         x, y = zip(*edges, strict=True)
-        axes.plot(x, y, color=theme.ink, lw=1.2, ls=(0, (4, 3)), label="edge of stability, 2/lr without momentum")
+        axes.plot(x, y, color=theme.ink, lw=1.2, ls=(0, (4, 3)), label="edge of stability")
         axes.legend(loc="best", fontsize=8)
     _finish("Largest eigenvalue over the steps", "largest eigenvalue", axes)
 
@@ -61,7 +61,8 @@ def _trace(rows: Rows, axes: Axes, theme: Theme) -> None:
 
 def _density(rows: Rows, axes: Axes, theme: Theme) -> None:
     """At the start, in the middle and at the end."""
-    drawn = [row for row in rows if all(value is not None and math.isfinite(value) for value in row["density"]["values"])]
+    known = lambda row: all(value is not None and math.isfinite(value) for value in row["density"]["values"])
+    drawn = [row for row in rows if known(row)]
     picked = [drawn[at] for at in sorted({0, len(drawn) // 2, len(drawn) - 1})] if drawn else []
     draw_density([(f"step {row['step']:,}", row["density"]) for row in picked], axes, theme)
     if picked:

@@ -61,8 +61,8 @@ def kept_steps(run: RunDirectory) -> list[int]:
     return sorted({0, *found, _last(run)})
 
 
-def weights(run: RunDirectory, trainer: Trainer, steps: list[int]) -> Iterator[tuple[int, Weights]]:
-    """The model's state at each of the steps.
+def weights(run: RunDirectory, trainer: Trainer, steps: list[int]) -> Iterator[Weights]:
+    """The model's state at each of the steps, read one after the other.
 
     Args:
         run: the run.
@@ -72,19 +72,20 @@ def weights(run: RunDirectory, trainer: Trainer, steps: list[int]) -> Iterator[t
         CheckpointError: a step was not kept; lists those that were.
     """
     there = kept_steps(run)
-    initial = {name: tensor.clone() for name, tensor in trainer.problem.model.state_dict().items()}
     for step in steps:
         if step not in there:
             raise CheckpointError(
                 f"the weights of step {step} are not kept in {run.path}. There are steps {', '.join(map(str, there))}; "
                 "imstep train --keep every=N keeps more."
             )
-        if step == 0:
-            yield step, initial
-            continue
-        folder = run.path / FOLDER / str(step)
-        place = folder if folder.exists() else run.path / "checkpoint"
-        yield step, read_checkpoint(place, run=run.config.identity)["model"]
+    initial = {name: tensor.clone() for name, tensor in trainer.problem.model.state_dict().items()}
+    return (initial if step == 0 else _read(run, step) for step in steps)
+
+
+def _read(run: RunDirectory, step: int) -> Weights:
+    folder = run.path / FOLDER / str(step)
+    place = folder if folder.exists() else run.path / "checkpoint"
+    return read_checkpoint(place, run=run.config.identity)["model"]
 
 
 def _last(run: RunDirectory) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -20,7 +19,7 @@ from rich.table import Table
 from imstep.runs.config import RunConfig
 from imstep.runs.environment import environment
 from imstep.runs.files import write_json
-from imstep.runs.kept import kept_steps, weights
+from imstep.runs.kept import Weights, kept_steps, weights
 from imstep.runs.records import finite
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory, RunDirectoryError
@@ -98,19 +97,19 @@ def run_spectrum(request: SpectrumRequest, out: Path, console: Console, *, overw
     Raises:
         TaskError, TrainingError, CheckpointError, RunDirectoryError: what cannot be; says why.
     """
-    problem, states, facts = _subject(request, console)
-    record = _begun(request, problem, facts)
+    subject = _subject(request, console)
+    record = _begun(request, subject)
     earlier = None if overwrite else _unfinished(out / RECORD, record)
     if earlier is None:
         claim(out, RECORD, overwrite)
     record = earlier or record
     try:
         with console.status("") as status:
-            for number, (step, state) in enumerate(states):
+            for number, (step, state) in enumerate(zip(subject.steps, subject.states, strict=True)):
                 if state is not None:
-                    problem.model.load_state_dict(state)
-                place = "" if step is None else f"step {step} ({number + 1} of {len(states)}): "
-                left = len(states) - number
+                    subject.problem.model.load_state_dict(state)
+                place = "" if step is None else f"step {step} ({number + 1} of {len(subject.steps)}): "
+                left = len(subject.steps) - number
 
                 def keep(point: Point, left: int = left) -> None:
                     nonlocal record
@@ -118,7 +117,7 @@ def run_spectrum(request: SpectrumRequest, out: Path, console: Console, *, overw
                     _write(record, out)
 
                 point = measure(
-                    problem, request.questions, step,
+                    subject.problem, request.questions, step,
                     earlier=next((point for point in record.points if point.step == step), None), keep=keep,
                     tell=partial(_show, status, place),
                 )  # fmt: skip
@@ -138,24 +137,34 @@ def _show(status: Status, place: str, words: str) -> None:
     status.update(escape(place + words))
 
 
-def _subject(
-    request: SpectrumRequest, console: Console
-) -> tuple[Problem, list[tuple[int | None, dict[str, torch.Tensor] | None]], tuple[Origin, dict[str, str]]]:
-    """The problem, the states to measure it at, and what it depends on."""
+@dataclass(frozen=True)
+class _Subject:
+    """A problem, the steps to measure it at with the model's states there, and what it depends on."""
+
+    origin: Origin
+    problem: Problem
+    sources: dict[str, str]
+    steps: Sequence[int | None] = (None,)
+    states: Iterable[Weights | None] = (None,)
+
+
+def _subject(request: SpectrumRequest, console: Console) -> _Subject:
     if request.run is None:
         assert request.config is not None
         origin = request.config.origin()
-        problem = request.config.build(origin.task).problem
-        for note in origin.task.notes:
-            console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-        return problem, [(None, None)], (origin, hashes(origin))
+        _note(origin.task.notes, console)
+        return _Subject(origin, request.config.build(origin.task).problem, hashes(origin))
     run = RunDirectory.open(request.run)
     origin, notes = origin_of(run.config, request.run)
+    _note(notes, console)
+    trainer = run.config.build(origin.task)
+    steps = _steps(request.at, kept_steps(run))
+    return _Subject(origin, trainer.problem, {"run": run.config.identity}, steps, weights(run, trainer, steps))
+
+
+def _note(notes: Iterable[str], console: Console) -> None:
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-    trainer = run.config.build(origin.task)
-    states = list(weights(run, trainer, _steps(request.at, kept_steps(run))))
-    return trainer.problem, [*states], (origin, {"run": run.config.identity})
 
 
 def _steps(at: str, there: list[int]) -> list[int]:
@@ -167,12 +176,9 @@ def _steps(at: str, there: list[int]) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _begun(request: SpectrumRequest, problem: Problem, facts: tuple[Origin, dict[str, str]]) -> Spectrum:
-    origin, sources = facts
-    task = origin.task
-    return Spectrum(
-        task.name, task.title, problem.size, request.questions, request.command, {**environment(), **sources}
-    )
+def _begun(request: SpectrumRequest, subject: _Subject) -> Spectrum:
+    task, about = subject.origin.task, {**environment(), **subject.sources}
+    return Spectrum(task.name, task.title, subject.problem.size, request.questions, request.command, about)
 
 
 def _unfinished(file: Path, wanted: Spectrum) -> Spectrum | None:
@@ -220,9 +226,7 @@ def _present(record: Spectrum, out: Path, console: Console) -> None:
             f"{short(trace['value'])} ± {trace['error']:.1g}", f"{spent[0]:,}", f"{spent[1]:.1f}",
         )  # fmt: skip
     console.print(table)
-    for point in record.points:
-        for sentence in _warnings(point):
-            console.print(f"[yellow]note:[/] {escape(sentence)}", soft_wrap=True)
+    _note((sentence for point in record.points for sentence in _warnings(point)), console)
     try:
         from imstep.runs.spectrum_report import save_spectrum  # matplotlib: slow to import, and an extra
     except ImportError:

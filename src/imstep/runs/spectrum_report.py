@@ -156,7 +156,9 @@ def _by_step(points: Sequence[Point], axes: Axes, theme: Theme) -> None:
         label="trace",
     )  # fmt: skip
     linear_axis(axes, "x", whole=True)
-    linear_axis(axes, "y")
+    values = [*largest, *(t["value"] for t in traces)]
+    if all(0 < value < math.inf for value in values):
+        log_axis(axes, "y", decades=math.log10(max(values) / min(values)))
     axes.legend(loc="best", fontsize=8)
     axes.set(title="Largest eigenvalue and trace by step", xlabel="step", ylabel="")
 

@@ -1,10 +1,10 @@
 """Eigenpairs, densities and traces of Hessians beside those of other packages.
 
-    python -m venv .peers && .peers/bin/pip install -c constraints.txt '.[peers]' scipy
-    .peers/bin/python -m benchmarks.spectral               # everything; writes record.json and page.md beside this file
-    .peers/bin/python -m benchmarks.spectral --models GPT  # one of GPT, MLP, ResNet-18
-    .peers/bin/python -m benchmarks.spectral --short       # one small model, low accuracy; prints, writes nothing
-    .peers/bin/python -m benchmarks.spectral --page        # the page again, from the record
+    python -m venv .venv/peers && .venv/peers/bin/pip install -c constraints.txt '.[peers]' scipy
+    .venv/peers/bin/python -m benchmarks.spectral               # everything; writes record.json and page.md beside this file
+    .venv/peers/bin/python -m benchmarks.spectral --models GPT  # one of GPT, MLP, ResNet-18
+    .venv/peers/bin/python -m benchmarks.spectral --short       # one small model, low accuracy; prints, writes nothing
+    .venv/peers/bin/python -m benchmarks.spectral --page        # the page again, from the record
 
 Peers that are not installed are noted as such. Run it on a machine that does nothing else. Each side's answers on a
 model are written as they are found; what the record has is not measured again, so that it can be interrupted. To begin

@@ -31,7 +31,7 @@ from imstep.runs.matrices import MATRICES
 from imstep.runs.rows import TrainingError
 from imstep.runs.spectra import Questions
 from imstep.runs.spectrum import SpectrumRequest, run_spectrum
-from imstep.tasks import find_task
+from imstep.tasks import TASKS, find_task
 
 __all__ = ["spectrum"]
 
@@ -81,7 +81,7 @@ def spectrum(
     with explained():
         questions = Questions(of, by, k, tol, steps, probes, rtol, seed)
         words = _words(ctx)
-        if (Path(subject) / "config.json").is_file():
+        if subject not in TASKS and Path(subject).is_dir():
             _refuse(ctx)
             request = SpectrumRequest(questions, run=Path(subject), at=at, words=words)
         else:

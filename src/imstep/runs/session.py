@@ -151,7 +151,7 @@ def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool
                 watch=manner.watch,
             )  # fmt: skip
     except KeyboardInterrupt:
-        _stopped_at_once(run, last, console)
+        _stopped_at_once(run, last, manner)
         return False
     _conclude(trainer, run, task, last, console)
     if trainer.ending is None:
@@ -176,13 +176,14 @@ def _introduce(trainer: Trainer, run: RunDirectory, task: Task, console: Console
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
-def _stopped_at_once(run: RunDirectory, last: LastStep, console: Console) -> None:
+def _stopped_at_once(run: RunDirectory, last: LastStep, manner: Manner) -> None:
+    console = manner.console
     console.print(f"Stopped at once. {last.describe()}.", markup=False)
     if run.saved_step is None:
         console.print("Nothing was saved: the first step had not ended.")
         return
     console.print(f"Saved is step {run.saved_step:,}; later ones will be made again. Go on with:")
-    _print_command(_resuming(run), console)
+    _print_command(f"{_resuming(run)}{manner.flags}", console)
 
 
 def _resuming(run: RunDirectory) -> str:

@@ -1,6 +1,7 @@
 """Curvature of a model's loss as linear operators on flat vectors."""
 
 from imstep.curvature.batches import BatchOperator
+from imstep.curvature.exact_diagonal import GaussNewtonDiagonal
 from imstep.curvature.fisher import Empirical, Exact, Expectation, Fisher, MonteCarlo
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gauss_newton import GaussNewton
@@ -27,6 +28,7 @@ __all__ = [
     "Fisher",
     "FrozenClosure",
     "GaussNewton",
+    "GaussNewtonDiagonal",
     "Gaussian",
     "Hessian",
     "Jacobian",

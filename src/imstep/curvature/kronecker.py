@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,27 +14,12 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
+from imstep.curvature.kronecker_totals import Block, Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import sample_output_gradients
+from imstep.curvature.sampling import Rows, sample_output_gradients
 from imstep.linalg import LinearOperator
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """The factors of one weight (and its bias): the matrix G ⊗ A.
-
-    Attributes:
-        weight, bias: positions among the parameters.
-        inputs: A = E[a aᵀ] over the rows a that the weight multiplies, (in, in).
-        outputs: G = Σ g gᵀ over the gradients g of sampled targets at its outputs, (out, out).
-    """
-
-    weight: int
-    bias: int | None
-    inputs: Tensor
-    outputs: Tensor
 
 
 class KroneckerFactors:
@@ -70,11 +55,11 @@ class KroneckerFactors:
         Returns:
             Whether there was any; else nothing has changed.
         """
-        found = _Totals()
-        for weight, at, own in point.evaluations(observer):
-            if own.uses:
-                self._sample(weight, at, own.uses, generator, found)
-            del at, own  # before the next evaluation takes their place
+        find = lambda generator, rows=None: self._found(point, observer, generator, rows)
+        if self._parameters.processes is None:
+            found = find(generator)
+        else:
+            found = found_together(self._parameters, point, generator, find)
         if not found.blocks and not found.squares:
             return False
         self._direct = found.direct
@@ -90,13 +75,33 @@ class KroneckerFactors:
             self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
         return True
 
+    def _found(
+        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, rows: Sequence[Rows] | None
+    ) -> Totals:
+        """What the evaluations of this process tell."""
+        found = Totals()
+        for weight, at, own in point.evaluations(observer):
+            if own.uses:
+                self._sample(weight, at, own.uses, generator, found, rows)
+            del at, own  # before the next evaluation takes their place
+        return found
+
     def _sample(
-        self, weight: float, point: Linearisation, uses: list[LayerUse], generator: torch.Generator, into: _Totals
+        self,
+        weight: float,
+        point: Linearisation,
+        uses: list[LayerUse],
+        generator: torch.Generator,
+        into: Totals,
+        rows: Sequence[Rows] | None,
     ) -> None:
-        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others."""
+        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others.
+
+        Where it is a part of a batch by ``rows``, gradients take the place of squares.
+        """
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.tensors
-        u = sample_output_gradients(point.loss, ends, generator)
+        u = sample_output_gradients(point.loss, ends, generator, rows)
         rest = self._not_layers(uses)
         for at, value in _direct_curvature(tensors, ends, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value
@@ -110,7 +115,8 @@ class KroneckerFactors:
         for at, g in zip(rest, gradients[len(uses) :], strict=True):
             old = into.squares.get(at)
             if g is not None:
-                square = weight * as_reals(g.detach()).to(dtype) ** 2
+                gradient = as_reals(g.detach()).to(dtype)
+                square = weight * gradient**2 if rows is None else math.sqrt(weight) * gradient
                 into.squares[at] = square if old is None else old + square
             elif old is None:
                 into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
@@ -168,35 +174,6 @@ def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequ
         if at is not None:
             found[at] = found.get(at, 0.0) + float((signs.double() ** 2).mean())
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Totals:
-    """Sums over the evaluations of one update.
-
-    Attributes:
-        blocks: the factors of each weight over all its uses, those of inputs summed over rows.
-        rows: how many these are.
-        squares: squared gradients of the other parameters.
-        direct: mean curvature of losses of a parameter itself.
-    """
-
-    blocks: dict[int, Block] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
-    squares: dict[int, Tensor] = field(default_factory=dict)
-    direct: dict[int, float] = field(default_factory=dict)
-
-    def take(self, weight: float, use: LayerUse, gradient: Tensor, dtype: torch.dtype) -> None:
-        """Add the factors of one use."""
-        a = use.inputs.to(dtype)
-        g = gradient.detach().movedim(use.channels, -1)
-        g = g.reshape(-1, g.shape[-1]).to(dtype)
-        block = Block(use.weight, use.bias, a.T @ a, weight * (g.T @ g))
-        old = self.blocks.get(use.weight)
-        if old is not None and old.inputs.shape == block.inputs.shape:
-            block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
-        self.blocks[use.weight] = block
-        self.rows[use.weight] = self.rows.get(use.weight, 0) + len(a)
 
 
 def _average(old: Block | None, new: Block, keep: float) -> Block:

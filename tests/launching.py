@@ -57,7 +57,7 @@ def _work(rank: int, size: int, meeting: str, functions: Any, timeout: float, se
         try:
             value = function(rank)
         except BaseException:
-            value = traceback.format_exc()
+            value = traceback.format_exc(limit=-4)
         sender.send((function.__name__, value))
     sender.close()
     dist.destroy_process_group()

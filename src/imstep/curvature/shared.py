@@ -106,7 +106,7 @@ class SharedBatch:
             number = 0.0 if value is None else float(value)
             facts = [not convex, value is None, own.hook_factors is not None, *own.used]
             weighed = self._share * torch.cat([loss.reshape(1).to(gradient), gradient])
-            head = torch.tensor([self._share * number, self._share * repeats, *facts]).to(gradient)
+            head = gradient.new_tensor([self._share * number, self._share * repeats, *facts])
             return torch.cat([head, weighed])
 
         found = self._processes.sum(part, 6 + count + vector.size, vector)

@@ -70,6 +70,8 @@ def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs:
                 "the closure evaluates a model under torch's Join, which waits for exchanges that a step makes "
                 "otherwise. Leave Join out: a process without data takes steps on MicroBatches(loss, [])."
             )
+    # A forward pass in training mode without its backward pass has left it waiting for gradients.
+    module.reducer._reset_state()
     if module.device_ids:
         device = torch.device(module.device_type, module.device_ids[0])
         (inputs,), (kwargs,) = module.to_kwargs(inputs, kwargs, device.index)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tests.launching import Outcomes, launch
 from optim_cases import normal
 from torch import Tensor, nn
 
@@ -30,6 +28,7 @@ from imstep.optim import (
     NewtonKrylov,
     NoPreconditioning,
 )
+from tests.launching import Outcomes, launch
 
 X, Y = normal(12, 4), normal(12, 2, seed=1)
 LABELS = torch.arange(12) % 3
@@ -83,6 +82,13 @@ def same_steps(
         torch.testing.assert_close(flat(ours), flat(alone), rtol=1e-10, atol=1e-10)
     assert optimizer.last_step.accepted
     return flat(ours).numpy().tobytes()
+
+
+def succeeded(found: list[Any]) -> list[Any]:
+    """What a check returned in each process; the text of an error fails here."""
+    for value in found:
+        assert not isinstance(value, str), value
+    return found
 
 
 # --- the step is that of one process on the whole batch ---------------------------------------------------------
@@ -415,7 +421,106 @@ def two() -> Outcomes:
 
 @pytest.mark.parametrize("check", [f.__name__ for f in CHECKS])
 def test_two_processes(two: Outcomes, check: str) -> None:
-    for found in two[check]:
-        assert not isinstance(found, str), found
-    first, second = two[check]
+    first, second = succeeded(two[check])
     assert first == second or check in ("closure_raises", "refused")
+
+
+def test_what_processes_are_told(two: Outcomes) -> None:
+    (elsewhere, own), (said, also) = two["closure_raises"], two["refused"]
+    assert set(own) == {"no such thing"}
+    assert all("process 1 of 2 failed" in text and "ZeroDivisionError: no such thing" in text for text in elsewhere)
+    for name, words in {
+        "options": "other options or another state",
+        "kinds": "process 0 takes a step on MicroBatches with MeanOverSamples, process 1 on a closure",
+        "no data": "none in any process",
+        "pieces": "comes in pieces",
+        "examined": "one process alone",
+        "copy": "Save optimizer.state_dict",
+        "hooks": "a hook changes the gradient",
+        "parameters": "the parameters of process 1 differ from those of process 0",
+    }.items():
+        assert words in said[name], name
+        assert words in also[name], name
+    assert "TypeError: a step on several pieces" in said["a list"]
+
+
+# --- another number of processes --------------------------------------------------------------------------------
+
+DECAYED = {"weight_decay": 1e-3, "average": ExponentialAverage()}
+
+
+def four_steps(rank: int) -> list[bytes]:
+    transformer(rank)
+    model = mlp()
+    optimizer = grouped(model, **DECAYED)
+    for _ in range(3):
+        optimizer.step(MicroBatches(lambda b: squares(model, b), [parts((X, Y), 4)[rank]]))
+    state = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), state)
+    return [flat(model).numpy().tobytes(), state.getvalue()]
+
+
+def resumed_by(size: int, state: bytes) -> Callable[[int], bytes]:
+    """Two steps from a state that was saved once."""
+
+    def resumed(rank: int) -> bytes:
+        model = mlp()
+        optimizer = grouped(model, **DECAYED) if size > 1 else NewtonKrylov(model.parameters(), **DECAYED)
+        weights, saved = torch.load(io.BytesIO(state))
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        own = [parts((X, Y), size)[rank]] if size > 1 else [(X, Y)]
+        for _ in range(2):
+            optimizer.step(MicroBatches(lambda b: squares(model, b), own))
+        with optimizer.averaged():
+            return flat(model).numpy().tobytes()
+
+    return resumed
+
+
+def test_a_state_goes_on_with_another_number_of_processes() -> None:
+    saved = succeeded(launch(4, four_steps)["four_steps"])
+    assert all(one == saved[0] for one in saved)  # any process may save
+    one, two, other = resumed_by(1, saved[0][1])(0), *succeeded(launch(2, resumed_by(2, saved[0][1]))["resumed"])
+    assert two == other
+    values = [torch.frombuffer(bytearray(of), dtype=torch.float64) for of in (one, two)]
+    torch.testing.assert_close(*values, rtol=1e-8, atol=1e-8)
+
+
+# --- processes that end, or do something else -------------------------------------------------------------------
+
+
+def killed(rank: int) -> list[str]:
+    return lost(rank, lambda number: os._exit(1) if number == 1 else None)
+
+
+def absent(rank: int) -> list[str]:
+    return lost(rank, None)
+
+
+def lost(rank: int, fail: Callable[[int], None] | None) -> list[str]:
+    """What process 0 is told where process 1 ends in a step, or takes none."""
+    model, count = mlp(), iter(range(100))
+    optimizer, before, said = grouped(model), flat(model), []
+    if fail is None and rank == 1:
+        return []
+
+    def closure() -> Tensor:
+        if fail is not None and rank == 1:
+            fail(next(count))
+        return squares(model, (X, Y))
+
+    for _ in range(2):
+        with pytest.raises(ProcessesLostError) as caught:
+            optimizer.step(closure)
+        assert torch.equal(flat(model), before)
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.parametrize("check", [killed, absent])
+def test_a_process_that_is_lost(check: Callable[[int], list[str]]) -> None:
+    first, second = launch(2, check, timeout=1.0)[check.__name__]
+    assert len(first) == 2, first
+    assert all("one has ended, or has not come to this point within the timeout" in text for text in first)
+    assert second == ("ended" if check is killed else [])

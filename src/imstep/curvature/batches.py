@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,17 @@ def over(
     return _operator(series, reduction, _gone_through(series, reduction, memory_budget, progress))
 
 
+class _Found(NamedTuple):
+    """What a process tells the others of its batches."""
+
+    parameters: int  # a digest
+    weight: float = 0.0
+    definite: bool = True
+    batches: int = 0
+    recorded: int = 0
+    recomputes: str | None = None
+
+
 def _over_processes(
     processes: Processes,
     series: Series,
@@ -122,32 +133,34 @@ def _over_processes(
     """The operator of the series of all processes, some of which may have no batches."""
     own: list[BatchOperator] = []
 
-    def gone_through() -> tuple[float, bool, int, int, str | None, int]:
+    def gone_through() -> _Found:
         tally, sign = _gone_through(series, reduction, memory_budget, progress), digest(series.parameters.tensors)
         if not tally.weights:
-            return 0.0, True, 0, 0, None, sign
+            return _Found(sign)
         A = _operator(series, reduction, tally)
         own.append(A)
-        return sum(tally.weights), A.definite, A.batches, A.recorded, A.recomputes, sign
+        return _Found(sign, sum(tally.weights), A.definite, A.batches, A.recorded, A.recomputes)
+
+    def at_point() -> Tensor | None:
+        return share * torch.cat([own[0].loss.reshape(1).to(own[0].gradient), own[0].gradient]) if own else None
 
     every = processes.gather(gone_through)
-    check_parameters([found[5] for found in every])
-    counts = [found[0] for found in every]
-    _check_any(any(found[2] for found in every))
-    share, n = shares(reduction, counts)[processes.rank], series.parameters.size
-    at_point = lambda: share * torch.cat([own[0].loss.reshape(1).to(own[0].gradient), own[0].gradient]) if own else None
-    found = processes.sum(at_point, 1 + n, series.parameters)
+    check_parameters([found.parameters for found in every])
+    batches, recorded = sum(found.batches for found in every), sum(found.recorded for found in every)
+    _check_any(batches)
+    share = shares(reduction, [found.weight for found in every])[processes.rank]
+    point = processes.sum(at_point, 1 + series.parameters.size, series.parameters)
     source = SharedProducts(series.parameters, (lambda: own[0]) if own else None, share)
     report = own[0].explain if own else lambda: OperatorReport((), note="this process has no batches")
-    reason = next((found[4] for found in every if found[4] is not None), None)
-    point = Point(found[0], found[1:], source, all(found[1] for found in every), report, reason)
-    batches, recorded = (sum(found[at] for found in every) for at in (2, 3))
-    return BatchOperator(series.parameters, point, batches, recorded, guarded=False)
+    reason = next((found.recomputes for found in every if found.recomputes is not None), None)
+    definite = all(found.definite for found in every)
+    whole = Point(point[0], point[1:], source, definite, report, reason)
+    return BatchOperator(series.parameters, whole, batches, recorded, guarded=False)
 
 
 def _operator(series: Series, reduction: Reduction, tally: _Tally) -> BatchOperator:
     """The operator of the batches of this process."""
-    _check_any(bool(tally.weights))
+    _check_any(len(tally.weights))
     scale = reduction.scale(sum(tally.weights))
     parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
     if tally.visits:
@@ -155,8 +168,8 @@ def _operator(series: Series, reduction: Reduction, tally: _Tally) -> BatchOpera
     return BatchOperator(series.parameters, tally.point(scale, parts), len(tally.weights), len(tally.sources))
 
 
-def _check_any(any_batches: bool) -> None:
-    if not any_batches:
+def _check_any(batches: int) -> None:
+    if not batches:
         raise ValueError("there are no batches to sum over: the iterable is empty.")
 
 

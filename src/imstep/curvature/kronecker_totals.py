@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,37 +122,47 @@ def _rows(shapes: list[list[tuple[bool, tuple[int, ...]]] | None], rank: int) ->
     return found
 
 
+class _Kinds(NamedTuple):
+    """What a process has found of: blocks, by weight, bias and sizes; squares; direct curvature."""
+
+    blocks: list[tuple[int, int | None, int, int]]
+    squares: list[int]
+    direct: list[int]
+    state: Tensor  # of the generator, afterwards
+
+
 def _summed(
     processes: Processes, parameters: ParameterVector, generator: torch.Generator, find: Callable[[], Totals]
 ) -> Totals:
     """The sums; the generator is left as by the first process that had something to draw for."""
     own: list[Totals] = []
 
-    def kinds() -> tuple[list[tuple[int, int | None, int, int]], list[int], list[int], Tensor]:
+    def kinds() -> _Kinds:
         own.append(find())
         blocks = [(b.weight, b.bias, len(b.inputs), len(b.outputs)) for b in own[0].blocks.values()]
-        return blocks, list(own[0].squares), list(own[0].direct), generator.get_state()
+        return _Kinds(blocks, list(own[0].squares), list(own[0].direct), generator.get_state())
 
     every = processes.gather(kinds)
-    generator.set_state(next((kinds[3] for kinds in every if kinds[0] or kinds[1]), every[0][3]))
-    forms = {form[0]: form for kinds in reversed(every) for form in kinds[0]}
-    forms = dict(sorted(forms.items()))
-    squares, direct = (sorted({at for kinds in every for at in kinds[which]}) for which in (1, 2))
-    shapes = [shape for _, _, m, n in forms.values() for shape in ((1,), (m, m), (n, n))]
-    shapes += [as_reals(parameters.tensors[at].detach()).shape for at in squares] + [(1,)] * len(direct)
-    sizes = [math.prod(shape) for shape in shapes]
+    generator.set_state(next((kinds.state for kinds in every if kinds.blocks or kinds.squares), every[0].state))
+    forms = {form[0]: form for kinds in reversed(every) for form in kinds.blocks}
+    squares = sorted({at for kinds in every for at in kinds.squares})
+    direct = sorted({at for kinds in every for at in kinds.direct})
+    shapes = [torch.Size(shape) for _, _, m, n in forms.values() for shape in ((1,), (m, m), (n, n))]
+    shapes += [as_reals(parameters.tensors[at].detach()).shape for at in squares] + [torch.Size([1])] * len(direct)
+    sizes = [shape.numel() for shape in shapes]
 
     def part() -> Tensor:
         found: list[Tensor | float | None] = []
-        for at, (_, bias, m, n) in forms.items():
+        for at, form in forms.items():
             b = own[0].blocks.get(at)
-            alike = b is not None and (b.bias, len(b.inputs), len(b.outputs)) == (bias, m, n)
-            found += [float(own[0].rows[at]), b.inputs, b.outputs] if b is not None and alike else [None] * 3
-        found += [own[0].squares.get(at) for at in squares] + [own[0].direct.get(at) for at in direct]
-        total = torch.zeros(sum(sizes), dtype=parameters.dtype, device=parameters.device)
+            alike = b is not None and (at, b.bias, len(b.inputs), len(b.outputs)) == form
+            found += [own[0].rows[at], b.inputs, b.outputs] if b is not None and alike else [None] * 3
+        found += [own[0].squares.get(at) for at in squares]
+        found += [own[0].direct.get(at) for at in direct]
+        total = parameters.get().new_zeros(sum(sizes))
         for into, values in zip(total.split(sizes), found, strict=True):
             if values is not None:
-                into.copy_(values.reshape(-1) if isinstance(values, Tensor) else torch.tensor(values))
+                into.copy_(values.reshape(-1) if isinstance(values, Tensor) else total.new_tensor([values]))
         return total
 
     whole = processes.sum(part, sum(sizes), parameters)

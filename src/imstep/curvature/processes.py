@@ -134,7 +134,8 @@ class Processes:
         self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))
         failed, *signs = buffer[:HEADER].tolist()
         # Equal numbers, and no others, have the squares of their sum and of themselves in this proportion.
-        if any(total * total != self.size * squares for total, squares in zip(signs[:DIGITS], signs[DIGITS:], strict=True)):
+        pairs = zip(signs[:DIGITS], signs[DIGITS:], strict=True)
+        if any(total * total != self.size * squares for total, squares in pairs):
             self._lose(
                 "the processes are not at the same place: what they multiply or evaluate next differs. They must build "
                 "the same model, take the same steps with the same options, multiply the same vectors and hold the "

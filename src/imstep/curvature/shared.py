@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
-from imstep.curvature.pieces import FrozenPieces, JointLinearisation
-from imstep.curvature.processes import Processes
+from imstep.curvature.pieces import FrozenPieces, JointLinearisation, Observer
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.linalg import HalvedOperator
 
-_Own = FrozenClosure | FrozenPieces
-_Observer = TypeVar("_Observer")
+_Own: TypeAlias = FrozenClosure | FrozenPieces
 
 
 class SharedBatch:
@@ -181,7 +179,7 @@ class SharedLinearisation:
             source = ShiftedProducts(source, self.penalty.factors)
         return SharedOperator(parameters, source, definite, matrix)
 
-    def evaluations(self, observer: _Observer) -> Iterator[tuple[float, Linearisation, _Observer]]:
+    def evaluations(self, observer: Observer) -> Iterator[tuple[float, Linearisation, Observer]]:
         """Each evaluation of this process with its weight and its observer; what comes of them is summed by the caller.
         """
         if self.own is not None:
@@ -281,7 +279,7 @@ class HalvedSharedOperator(SharedOperator, HalvedOperator):
         return image, *halves.tolist()
 
 
-def halved(operator: SymmetricOperator, point: Any) -> HalvedOperator:
+def halved(operator: SymmetricOperator, point: Any) -> HalvedTapeOperator | HalvedSharedOperator:
     """The matrix of a point, so that it tells the curvatures of the two halves of the batch."""
     if isinstance(operator, SharedOperator):
         return HalvedSharedOperator(operator, point)

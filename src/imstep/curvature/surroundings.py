@@ -48,7 +48,8 @@ class Surroundings:
             if self._parallel:
                 stack.callback(register_module_forward_pre_hook(_refuse_sharded).remove)
                 stack.callback(setattr, DistributedDataParallel, "forward", DistributedDataParallel.forward)
-                DistributedDataParallel.forward = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
+                plain = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
+                setattr(DistributedDataParallel, "forward", plain)  # noqa: B010 (a method is not assigned to)
             yield
 
 

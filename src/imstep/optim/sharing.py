@@ -61,11 +61,12 @@ def shared_batch(
         parameters, stale, penalty = begin()
         pieces = MicroBatches.of(closure)
         own[:] = [parameters, stale, penalty, pieces]
-        summed = pieces is None or pieces.reduction is None
-        if summed and pieces is not None:
+        signs = digest(parameters.tensors), state()
+        if pieces is not None and pieces.reduction is not None:
+            return _Part(f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count, *signs)
+        if pieces is not None:
             pieces.checked()
-        kind = "a closure" if summed else f"MicroBatches with {type(pieces.reduction).__name__}"
-        return _Part(kind, 1.0 if summed else pieces.count, digest(parameters.tensors), state())
+        return _Part("a closure", 1.0, *signs)
 
     parts = processes.gather(part)
     _check(parts)

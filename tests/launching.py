@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import tempfile
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from imstep import NewtonKrylov
+
 Outcomes = dict[str, list[Any]]
 """By the name of a function what it returned in each process; text of an error where it raised one."""
 
@@ -21,6 +24,7 @@ _FORK = multiprocessing.get_context("fork")  # torch is there already
 
 def launch(size: int, *functions: Callable[[int], Any], timeout: float = 20.0) -> Outcomes:
     """Run the functions in each of ``size`` processes of a gloo group, one after the other; given the rank."""
+    _first_step()
     pipes = [_FORK.Pipe(duplex=False) for _ in range(size)]
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
@@ -37,6 +41,13 @@ def launch(size: int, *functions: Callable[[int], Any], timeout: float = 20.0) -
             worker.join(timeout)
             worker.kill()
     return {f.__name__: [of_rank.get(f.__name__, "ended") for of_rank in found] for f in functions}
+
+
+@functools.cache
+def _first_step() -> None:
+    """What a first step imports, once, before there are several processes."""
+    model = torch.nn.Linear(1, 1)
+    NewtonKrylov(model.parameters()).step(lambda: model(torch.ones(1, 1)).square().mean())
 
 
 def _received(receiver: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class KroneckerFactors:
         """
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.tensors
-        u = sample_output_gradients(point.loss, ends, generator, rows)
+        sample = sample_output_gradients if rows is None else partial(sample_output_gradients, rows=rows)
+        u = sample(point.loss, ends, generator)
         rest = self._not_layers(uses)
         for at, value in _direct_curvature(tensors, ends, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value

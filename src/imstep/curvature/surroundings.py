@@ -53,7 +53,10 @@ class Surroundings:
             yield
 
 
-_ALONE = "Train in one process, or with the plain model in each: NewtonKrylov(..., process_group=...) adds up."
+_ALONE = (
+    "Steps on shards are not supported yet. Train in one process; or keep the whole model in each, without sharding, and "
+    "pass process_group= to NewtonKrylov, which adds up over processes."
+)
 
 
 def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -61,10 +64,10 @@ def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs:
     if dist.get_world_size(module.process_group) > 1:
         if processes is None or not processes.same_as(module.process_group):
             raise ValueError(
-                f"the closure evaluates a model wrapped in {type(module).__name__}, and gradients, products and losses "
-                "of its processes are not added up here, so that their parameters would drift apart. Pass "
+                f"the closure evaluates a model wrapped in {type(module).__name__}. Gradients, products and losses of "
+                "its processes are not added up here, so their parameters would drift apart. Pass "
                 "process_group=torch.distributed.group.WORLD, or the group that the model was given, to NewtonKrylov "
-                "or to an operator's over(); what does not take one runs in one process, with the plain model."
+                "or to an operator's over(). Train in one process, with the plain model, by what takes none."
             )
         if module._join_config.enable:
             raise ValueError(

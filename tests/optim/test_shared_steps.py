@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from imstep.curvature import SumOverBatches
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
-from imstep.linalg import NoiseTest
+from imstep.linalg import KrylovStatus, NoiseTest
 from imstep.optim import (
+    ChebyshevHalley,
     ConjugateGradient,
-    CubicRegularization,
     ExactHessian,
     ExponentialAverage,
     LimitedMemoryBFGS,
@@ -159,11 +159,21 @@ def other_configurations(rank: int) -> list[bytes]:
     plain = {"preconditioning": NoPreconditioning()}
     return [
         same_steps(rank, mlp, squares, kind=NewtonKrylov.for_batches, variance_every=1),
-        same_steps(rank, mlp, squares, curvature=ExactHessian(), momentum=True),
-        same_steps(rank, mlp, squares, solver=CubicRegularization()),
+        same_steps(rank, mlp, squares, steps=2, curvature=ExactHessian(), momentum=True, weight_decay=0.1),
+        same_steps(rank, mlp, squares, steps=2, solver=ChebyshevHalley(), weight_decay=0.1, **plain),
         same_steps(rank, mlp, squares, preconditioning=LimitedMemoryBFGS()),
-        same_steps(rank, mlp, squares, solver=ConjugateGradient(noise=NoiseTest()), **plain),
     ]
+
+
+def noise_between_halves(rank: int) -> bytes:
+    """The halves are those of every process's part; a test that nothing passes ends the solve at once."""
+    options = {"weight_decay": 0.1, "preconditioning": NoPreconditioning()}
+    ends = same_steps(rank, mlp, squares, steps=2, solver=ConjugateGradient(noise=NoiseTest()), **options)
+    model = mlp()
+    optimizer = grouped(model, solver=ConjugateGradient(noise=NoiseTest(z=1e6)), **options)
+    optimizer.step(MicroBatches(lambda b: squares(model, b), [parts((X, Y))[rank]]))
+    assert optimizer.last_step.status is KrylovStatus.DISTURBING_NOISE
+    return ends
 
 
 # --- what a process passes --------------------------------------------------------------------------------------
@@ -398,6 +408,7 @@ CHECKS = [
     transformer,
     physics_informed,
     other_configurations,
+    noise_between_halves,
     sums,
     means_of_closures,
     nothing_in_one_process,

@@ -54,8 +54,8 @@ class Surroundings:
 
 
 _ALONE = (
-    "Steps on shards are not supported yet. Train in one process; or keep the whole model in each, without sharding, and "
-    "pass process_group= to NewtonKrylov, which adds up over processes."
+    "Steps on shards are not supported yet. Train in one process; or keep the whole model in each, without sharding, "
+    "and pass process_group= to NewtonKrylov, which adds up over processes."
 )
 
 

@@ -88,5 +88,6 @@ def _is_sharded(p: Any) -> bool:
 
 def _refuse_sharded(module: Any, inputs: Any) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+    sharded = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    if sharded and dist.get_world_size(module.process_group) > 1:
         raise ValueError(f"the closure evaluates a model in {type(module).__name__}, which is sharded. {_ALONE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from imstep.curvature.likelihoods import Likelihood
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
+from imstep.curvature.processes import Processes
 from imstep.curvature.reduction import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pair = Callable[[], tuple[Tensor, Tensor]]
 
@@ -84,6 +88,7 @@ class Fisher(PointOperator):
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> BatchOperator:
         """The Fisher matrix over all ``batches``; see :meth:`Hessian.over`.
 
@@ -93,7 +98,8 @@ class Fisher(PointOperator):
         """
         of = (expectation or Exact()).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
-        return over(Series(batches, closure, ParameterVector(params), kind), reduction, memory_budget, progress)
+        parameters = ParameterVector(params, Processes.of(process_group))
+        return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 
 class Expectation(ABC):

@@ -86,6 +86,7 @@ class FrozenClosure:
         report: the operators that the last product met.
         user: the closure as it was given.
         penalty: as given; after the first gradient without the parameters that have none.
+        used: by parameter, whether the loss depends on it, as the first gradient has shown.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class FrozenClosure:
         self._writes = Writes(parameters.tensors)
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
         self._settled = False  # whether it is known which parameters the penalty is of
+        self.used: list[bool] = []
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -224,9 +226,14 @@ class FrozenClosure:
 
     def settle_penalty(self, used: Sequence[bool]) -> Penalty | None:
         """The penalty of the parameters that the loss has at first depended on."""
+        self.used = self.used or list(used)
         if self.penalty is not None and not self._settled:
             self.penalty, self._settled = self.penalty.within(used, self.user.hook_factors), True
         return self.penalty
+
+    def take_penalty(self, penalty: Penalty) -> None:
+        """Add another penalty from now on, as it is."""
+        self.penalty, self._settled = penalty, True
 
     def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
         """Within :meth:`perturbed`: raise if outputs are computed from what was out of the arithmetic's sight."""

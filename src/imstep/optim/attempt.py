@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.deferred import DeferredLinearisation
-from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
+from imstep.curvature.shared import halved
 from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
@@ -192,7 +192,7 @@ class Attempt(StepAttempt):
             self.point, self._parameters, memory.progress, probe=memory.probe_in == 0, step=memory.steps
         )
         if self._strategies.solver.needs_halves:
-            candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
+            candidates = [halved(operator, self.point) for operator in candidates]
         if memory.curvature_scale == 0.0 and self._deferred is None:
             unit = self.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))

@@ -3,6 +3,7 @@
 from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.box import Box
+from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
@@ -83,6 +84,7 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "OverfittingWarning",
     "PreconditionedGradient",
     "QuasiNewton",
     "Recycling",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +17,14 @@ from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
 from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
+from imstep.optim.checking import Check
 from imstep.optim.memory import Memory
+from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
 from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 
 
 class LeastSquares(StepwiseOptimizer):
@@ -134,6 +139,56 @@ class LeastSquares(StepwiseOptimizer):
             average=average,
         )
         self._owners = KnownOwners()
+
+    @needs_closure
+    def step(self, closure: Callable[[], Any], check: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step, and see whether it holds at other points.
+
+        Args:
+            closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it; evaluated several times.
+                See docs/closures.md. For a batch in pieces a :class:`MicroBatches`, or a list of closures.
+            check: returns the same loss at other points, as a tensor with one entry or a number; the same points in all
+                steps, or new ones. It is evaluated once a step, where the step ends, and where the first begins, without
+                a gradient. It does not change what steps do. ``last_step`` has the losses, ``check_loss`` before the
+                step and ``new_check_loss`` after it, and ``generalisation``, how much of the step's gain is found
+                there. Where the loss at the steps' points falls to a quarter while that of ``check`` has not fallen
+                for five steps, an :class:`OverfittingWarning` is given, once.
+
+        Returns:
+            What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
+            the parameters is the loss's gradient there.
+
+        Raises:
+            TypeError: no closure; ``check`` is no function.
+            ValueError: the closure gave no scalar with a graph, or one that no parameter influences, or does what has
+                no meaning here, such as clipping gradients.
+            NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
+        """
+        if check is None:
+            return super().step(closure)
+        self._begin(closure)
+        elsewhere = Check(check, self._parameters)
+        before, first = self._checked(elsewhere)
+        returned = super().step(closure)
+        started = time.perf_counter()
+        loss = self.last_step.loss - self.last_step.penalty
+        before = math.nan if self.last_step.went_back else before  # of another point
+        self._memory = replace(self._memory, checks=self._memory.checks.meet(loss, before).warn(loss))
+        after, second = self._checked(elsewhere)
+        spent = Cost(losses=first + second)
+        self.cost = self.cost + spent
+        record = replace(self.last_step, check_loss=before, new_check_loss=after, cost=self.last_step.cost + spent)
+        self.last_step = replace(record, seconds=record.seconds + time.perf_counter() - started)
+        return returned
+
+    def _checked(self, elsewhere: Check) -> tuple[float, bool]:
+        """The loss elsewhere where the parameters are, and whether it had to be evaluated."""
+        checks, size = self._memory.checks, self._parameters.norm()
+        if size == checks.size:
+            return checks.last, False
+        loss = elsewhere.loss()
+        self._memory = replace(self._memory, checks=replace(checks, last=loss, size=size))
+        return loss, True
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
         if self._box is not None and frozen.penalty is not None:

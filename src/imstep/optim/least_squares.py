@@ -148,11 +148,11 @@ class LeastSquares(StepwiseOptimizer):
             closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it; evaluated several times.
                 See docs/closures.md. For a batch in pieces a :class:`MicroBatches`, or a list of closures.
             check: returns the same loss at other points, as a tensor with one entry or a number; the same points in all
-                steps, or new ones. It is evaluated once a step, where the step ends, and where the first begins, without
-                a gradient. It does not change what steps do. ``last_step`` has the losses, ``check_loss`` before the
-                step and ``new_check_loss`` after it, and ``generalisation``, how much of the step's gain is found
-                there. Where the loss at the steps' points falls to a quarter while that of ``check`` has not fallen
-                for five steps, an :class:`OverfittingWarning` is given, once.
+                steps, or new ones. It is evaluated without a gradient, where the step ends, and where the first one
+                begins; it changes nothing in steps. ``last_step`` has the losses, ``check_loss`` before the step and
+                ``new_check_loss`` after it, and ``generalisation``, how much of the step's gain is found there. Where
+                the loss at the steps' points falls to a quarter, while for five steps that of ``check`` does not fall
+                and is more than twice as large, an :class:`OverfittingWarning` is given, once.
 
         Returns:
             What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -72,7 +72,7 @@ class Memory:
     size: float = math.nan
     reach: float = math.inf
     failed: float = math.inf
-    checks: CheckHistory = CheckHistory()
+    checks: CheckHistory = field(default_factory=CheckHistory)
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""

@@ -15,11 +15,11 @@ from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_kry
 from imstep.runs.passing import OptimizerError, shared, shared_options
 from imstep.runs.steppers import (
     LOSS_COST,
+    CheckedStepper,
     GradientStepper,
     LBFGSStepper,
     Stepper,
     StepResult,
-    StepwiseStepper,
 )
 from imstep.tasks import Problem
 
@@ -87,7 +87,7 @@ class OptimizerSpec:
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
-    return StepwiseStepper(
+    return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
 

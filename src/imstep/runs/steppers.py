@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from imstep.optim import StepOutcome
+from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.tasks import AnyBatch, Problem
 
 __all__ = [
     "LOSS_COST",
     "AveragedStepper",
+    "CheckedStepper",
     "GradientStepper",
     "LBFGSStepper",
     "StepResult",
@@ -146,7 +147,7 @@ class StepwiseStepper(Stepper):
         return self._optimizer
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
-        self._optimizer.step(problem.closure(batch))
+        self._move(problem, batch)
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken
         # A step that moved is told apart by why its Krylov iteration ended; one that did not, by its outcome.
@@ -162,6 +163,18 @@ class StepwiseStepper(Stepper):
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch))
+
+
+class CheckedStepper(StepwiseStepper):
+    """Least squares, which see at other points whether a step holds there, where all steps have the same points."""
+
+    _optimizer: LeastSquares
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch), check=problem.check())
 
 
 class AveragedStepper(StepwiseStepper):

@@ -33,6 +33,7 @@ from imstep.optim.preconditioning import (
     SquaredGradients,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -65,6 +66,7 @@ __all__ = [
     "DiagonalRule",
     "Direct",
     "Dogleg",
+    "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
     "FixedProducts",

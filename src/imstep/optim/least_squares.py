@@ -19,6 +19,7 @@ from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.checking import Check
 from imstep.optim.memory import Memory
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
 from imstep.optim.residual_settings import Settings
@@ -60,6 +61,8 @@ class LeastSquares(StepwiseOptimizer):
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
+        recall: :class:`EarlierDraws`, for points drawn anew each step: a step changes little at the points of those
+            before it, without evaluating anything there; J is written out. None for steps that know only their own.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
@@ -112,6 +115,7 @@ class LeastSquares(StepwiseOptimizer):
         corrections: int = 4,
         share: float = 1.0,
         momentum: float = 0.0,
+        recall: EarlierDraws | None = None,
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
@@ -124,6 +128,7 @@ class LeastSquares(StepwiseOptimizer):
             corrections,
             share,
             momentum,
+            recall,
             tolerance,
             max_trials,
         )

@@ -49,6 +49,7 @@ class Memory:
         size: norm of the parameters where it ended, by which they are known again; nan before the first.
         reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back or rejected.
         failed: the shortest ‖t d‖ that failed, if the last step was rejected; else infinite.
+        earlier: rows of earlier Jacobians, (m, n), where a strategy keeps them; None where there are none.
         checks: the loss at other points, where steps are given one.
     """
 
@@ -72,6 +73,7 @@ class Memory:
     size: float = math.nan
     reach: float = math.inf
     failed: float = math.inf
+    earlier: Tensor | None = None
     checks: CheckHistory = field(default_factory=CheckHistory)
 
     def meet(self, gradient_norm: float) -> Memory:

@@ -4,6 +4,7 @@ from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFi
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
+from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
@@ -43,6 +44,7 @@ from imstep.optim.preconditioning import (
     TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -76,6 +78,7 @@ __all__ = [
     "DiagonalRule",
     "Direct",
     "Dogleg",
+    "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
     "FactoredDamping",
@@ -102,6 +105,7 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "OverfittingWarning",
     "PreconditionedGradient",
     "PreconditionedMomentum",
     "QuasiNewton",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from imstep.optim import StepOutcome
+from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.runs.passing import OptimizerError
 from imstep.tasks import AnyBatch, Problem
@@ -22,6 +22,7 @@ from imstep.tasks import AnyBatch, Problem
 __all__ = [
     "LOSS_COST",
     "AveragedStepper",
+    "CheckedStepper",
     "GradientStepper",
     "LBFGSStepper",
     "RefusedError",
@@ -157,7 +158,7 @@ class StepwiseStepper(Stepper):
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         try:
-            self._optimizer.step(problem.closure(batch))
+            self._move(problem, batch)
         except ValueError as error:
             if type(error) is not ValueError or not _of_imstep(error):
                 raise
@@ -177,6 +178,18 @@ class StepwiseStepper(Stepper):
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch))
+
+
+class CheckedStepper(StepwiseStepper):
+    """Least squares, which see at other points whether a step holds there, where all steps have the same points."""
+
+    _optimizer: LeastSquares
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch), check=problem.check())
 
 
 class AveragedStepper(StepwiseStepper):

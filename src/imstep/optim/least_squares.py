@@ -179,7 +179,7 @@ class LeastSquares(StepwiseOptimizer):
         """
         if check is None:
             return super().step(closure)
-        self._begin(closure)
+        self._where()  # or refuse, before anything is evaluated
         elsewhere = Check(check, self._parameters)
         before, first = self._checked(elsewhere)
         returned = super().step(closure)

@@ -87,55 +87,36 @@ def observed_rows(at: Linearisation) -> list[Rows]:
 
 
 def case_matrix(
-    point: Linearised, parameters: ParameterVector, rows: Callable[[], Callable[[Linearisation], list[Rows]]]
+    point: Linearised, parameters: ParameterVector, rows: Callable[[Linearisation], list[Rows]]
 ) -> SymmetricOperator:
-    """Σ_i v_i v_iᵀ at a point, with its graph; what the loss adds of the parameters alone stays exact.
-
-    Args:
-        rows: begins to go through the evaluations that the loss is a sum of; then, for each, its rows.
+    """Σ_i v_i v_iᵀ at a point with its graph, from the rows of an evaluation.
 
     Cost: a product is 4/3 of a gradient; of a batch in pieces also an evaluation of each piece.
     """
-    source: Products = _CaseProducts(point, parameters, rows)
-    if point.penalty is not None:
-        source = ShiftedProducts(source, point.penalty.factors)
-    return SymmetricOperator(parameters, source, definite=True)
+
+    def build(at: Linearisation) -> SymmetricOperator:
+        source: Products = _CaseProducts(at, parameters, rows(at))
+        source = source if at.penalty is None else ShiftedProducts(source, at.penalty.factors)
+        return SymmetricOperator(parameters, source, definite=True)
+
+    return point.matrix(parameters, build, definite=True, graph=True)
 
 
 class _CaseProducts(Products):
-    def __init__(
-        self,
-        point: Linearised,
-        parameters: ParameterVector,
-        rows: Callable[[], Callable[[Linearisation], list[Rows]]],
-    ) -> None:
-        super().__init__(parameters, parameters)
-        self._point, self._parameters, self._rows = point, parameters, rows
-        self._kept = _Evaluated(point, parameters, rows()(point)) if isinstance(point, Linearisation) else None
-
-    def one(self, direction: Tensor) -> Tensor:
-        if self._kept is not None:
-            return self._kept.product(direction)
-        total, rows = torch.zeros_like(direction), self._rows()
-        for weight, at, _ in self._point.evaluations(None):
-            total += weight * _Evaluated(at, self._parameters, rows(at)).product(direction)
-        return total
-
-    def check(self) -> None:
-        if self._kept is not None:
-            self._kept.tape.check()
-
-
-class _Evaluated:
-    """One evaluation with its graph."""
+    """Products by one replay to the outputs and one backward pass."""
 
     def __init__(self, at: Linearisation, parameters: ParameterVector, rows: Sequence[Rows]) -> None:
+        super().__init__(parameters, parameters)
         self._parameters, self._rows = parameters, rows
         self._outputs = [output for row in rows for output in _outputs(row.end)]
-        self.tape = at.tape.reaching([reference for reference, *_ in self._outputs])
+        self._tape = at.tape.reaching([reference for reference, *_ in self._outputs])
+        self.nbytes = self._tape.nbytes
 
-    def product(self, direction: Tensor) -> Tensor:
-        changes = iter(self.tape.replay(self._parameters.unflatten(direction)))
+    def check(self) -> None:
+        self._tape.check()
+
+    def one(self, direction: Tensor) -> Tensor:
+        changes = iter(self._tape.replay(self._parameters.unflatten(direction)))
         pulled: list[Tensor] = []
         for row in self._rows:
             outputs = _outputs(row.end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from imstep.curvature.likelihoods import Likelihood
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
+from imstep.curvature.processes import Processes
 from imstep.curvature.reduction import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pair = Callable[[], tuple[Tensor, Tensor]]
 
@@ -85,6 +89,7 @@ class Fisher(PointOperator):
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> BatchOperator:
         """The Fisher matrix over all ``batches``; see :meth:`Hessian.over`.
 
@@ -94,7 +99,8 @@ class Fisher(PointOperator):
         """
         of = (expectation or Exact()).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
-        return over(Series(batches, closure, ParameterVector(params), kind), reduction, memory_budget, progress)
+        parameters = ParameterVector(params, Processes.of(process_group))
+        return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 
 class Expectation(ABC):
@@ -183,14 +189,16 @@ class MonteCarlo(Expectation):
         return LossOfOutputs(losses, lambda observed, drawn: observed.mean() + _outer_products(drawn), convex=True)
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
-        def begun() -> Callable[[Linearisation], list[Rows]]:
-            generator = torch.Generator(parameters.device).manual_seed(self._seed(step))
-            return lambda at: drawn_rows(_likelihood(at), self.samples, generator)
+        rank = 0 if parameters.processes is None else parameters.processes.rank
 
-        return case_matrix(_recognised(point), parameters, begun)
+        def rows(at: Linearisation) -> list[Rows]:
+            generator = torch.Generator(parameters.device).manual_seed(self._seed(step, rank, at.piece))
+            return drawn_rows(_likelihood(at), self.samples, generator)
 
-    def _seed(self, batch: int) -> int:
-        return int(np.random.SeedSequence((self.seed, batch)).generate_state(1, np.uint64)[0])
+        return case_matrix(_recognised(point), parameters, rows)
+
+    def _seed(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ class Empirical(Expectation):
         return LossOfOutputs(observed, lambda losses: losses.mean() + _outer_products(losses), convex=True)
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
-        return case_matrix(_recognised(point), parameters, lambda: lambda at: observed_rows(_likelihood(at)))
+        return case_matrix(_recognised(point), parameters, lambda at: observed_rows(_likelihood(at)))
 
 
 def _recognised(point: Linearised) -> Linearised:

@@ -16,6 +16,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.sampling import sample_output_gradients
 from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.linalg.inverse import DirectSolver
+from imstep.linalg.space import Space
 
 
 class KFAC(LinearOperator):
@@ -100,6 +101,10 @@ class KFAC(LinearOperator):
     def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:
         """The blocks with other values in the same eigenvectors."""
         return blocks
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self.parameters, self.parameters
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matmat(vector[:, None])[:, 0]

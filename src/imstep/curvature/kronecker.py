@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, Seen, disjoint
+from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
+from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import sample_output_gradients
+from imstep.curvature.sampling import Rows, sample_output_gradients
 from imstep.linalg import LinearOperator
 
 
@@ -40,6 +43,11 @@ class KroneckerFactors:
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        if parameters.processes is not None and inverses is not None and inverses.needs_cases:
+            raise ValueError(
+                f"{type(inverses).__name__} learns from single cases, which are not gathered from several processes "
+                "yet. Take Kronecker() as preconditioning, whose factors are, or one process."
+            )
         self._parameters, self._decay, self._inverses = parameters, decay, inverses or FactoredDamping()
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
@@ -57,11 +65,11 @@ class KroneckerFactors:
         Returns:
             Whether there was any; else nothing has changed.
         """
-        found = _Totals()
-        for weight, at, own in point.evaluations(observer):
-            if own.uses:
-                self._sample(weight, at, own.uses, generator, found)
-            del at, own  # before the next evaluation takes their place
+        find = lambda generator, rows=None: self._found(point, observer, generator, rows)
+        if self._parameters.processes is None:
+            found = find(generator)
+        else:
+            found = found_together(self._parameters, point, generator, find)
         if not found.blocks and not found.squares:
             return False
         self._direct = found.direct
@@ -79,13 +87,34 @@ class KroneckerFactors:
             self._inverses.take(disjoint(self.blocks()), found.seen, keep)
         return True
 
+    def _found(
+        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, rows: Sequence[Rows] | None
+    ) -> Totals:
+        """What the evaluations of this process tell."""
+        found = Totals()
+        for weight, at, own in point.evaluations(observer):
+            if own.uses:
+                self._sample(weight, at, own.uses, generator, found, rows)
+            del at, own  # before the next evaluation takes their place
+        return found
+
     def _sample(
-        self, weight: float, point: Linearisation, uses: list[LayerUse], generator: torch.Generator, into: _Totals
+        self,
+        weight: float,
+        point: Linearisation,
+        uses: list[LayerUse],
+        generator: torch.Generator,
+        into: Totals,
+        rows: Sequence[Rows] | None,
     ) -> None:
-        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others."""
+        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others.
+
+        Where it is a part of a batch by ``rows``, gradients take the place of squares.
+        """
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.tensors
-        u = sample_output_gradients(point.loss, ends, generator)
+        sample = sample_output_gradients if rows is None else partial(sample_output_gradients, rows=rows)
+        u = sample(point.loss, ends, generator)
         rest = self._not_layers(uses)
         for at, value in _direct_curvature(tensors, ends, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value
@@ -101,7 +130,8 @@ class KroneckerFactors:
         for at, g in zip(rest, gradients[len(uses) :], strict=True):
             old = into.squares.get(at)
             if g is not None:
-                square = weight * as_reals(g.detach()).to(dtype) ** 2
+                gradient = as_reals(g.detach()).to(dtype)
+                square = weight * gradient**2 if rows is None else math.sqrt(weight) * gradient
                 into.squares[at] = square if old is None else old + square
             elif old is None:
                 into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
@@ -161,37 +191,6 @@ def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequ
         if at is not None:
             found[at] = found.get(at, 0.0) + float((signs.double() ** 2).mean())
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Totals:
-    """Sums over the evaluations of one update.
-
-    Attributes:
-        blocks: the factors of each weight over all its uses, those of inputs summed over rows.
-        rows: how many these are.
-        squares: squared gradients of the other parameters.
-        direct: mean curvature of losses of a parameter itself.
-        seen: the uses themselves, where they are asked for.
-    """
-
-    blocks: dict[int, Block] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
-    squares: dict[int, Tensor] = field(default_factory=dict)
-    direct: dict[int, float] = field(default_factory=dict)
-    seen: list[Seen] = field(default_factory=list)
-
-    def take(self, weight: float, use: LayerUse, gradient: Tensor, dtype: torch.dtype) -> None:
-        """Add the factors of one use."""
-        a = use.inputs.to(dtype)
-        g = gradient.detach().movedim(use.channels, -1)
-        g = g.reshape(-1, g.shape[-1]).to(dtype)
-        block = Block(use.weight, use.bias, a.T @ a, weight * (g.T @ g))
-        old = self.blocks.get(use.weight)
-        if old is not None and old.inputs.shape == block.inputs.shape:
-            block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
-        self.blocks[use.weight] = block
-        self.rows[use.weight] = self.rows.get(use.weight, 0) + len(a)
 
 
 def _average(old: Block | None, new: Block, keep: float) -> Block:

@@ -2,13 +2,16 @@
 
 from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
+from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
     Dogleg,
+    LearntModel,
     PreconditionedGradient,
     SaddleFree,
     TwoDimensionalSubspace,
@@ -34,12 +37,14 @@ from imstep.optim.preconditioning import (
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
+    RankOneModel,
     SelfScaledBroyden,
     Shampoo,
     SquaredGradients,
     TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -73,6 +78,7 @@ __all__ = [
     "DiagonalRule",
     "Direct",
     "Dogleg",
+    "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
     "FactoredDamping",
@@ -84,9 +90,11 @@ __all__ = [
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
+    "IterateBacktracking",
     "KLShampoo",
     "Kronecker",
     "KroneckerEigenbasis",
+    "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -97,9 +105,11 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "OverfittingWarning",
     "PreconditionedGradient",
     "PreconditionedMomentum",
     "QuasiNewton",
+    "RankOneModel",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",

@@ -17,6 +17,7 @@ from imstep.optim.preconditioning.kronecker import (
 )
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
+from imstep.optim.preconditioning.rank_one import RankOneModel
 from imstep.optim.preconditioning.shampoo import SOAP, KLShampoo, Shampoo
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Preconditioner",
     "Preconditioning",
     "QuasiNewton",
+    "RankOneModel",
     "SelfScaledBroyden",
     "Shampoo",
     "SquaredGradients",

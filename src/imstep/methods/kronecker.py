@@ -1,78 +1,22 @@
-"""Natural gradients and their Kronecker-factored relatives, by name; see :mod:`imstep.methods`."""
+"""Steps of Kronecker factors, of a loss's curvature or of its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from imstep.curvature.choice import FisherCurvature, GaussNewtonFirst
-from imstep.curvature.fisher import Empirical, Exact, Expectation, MonteCarlo
-from imstep.globalization import Armijo, FixedStep, LevenbergMarquardt
-from imstep.optim.forcing import FixedProducts, ResidualForcing
+from imstep.globalization import FixedStep, LevenbergMarquardt
+from imstep.methods.configured import on_gauss_newton
+from imstep.optim.forcing import FixedProducts
 from imstep.optim.globalized import PreconditionedGradient
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
 from imstep.optim.preconditioned_momentum import PreconditionedMomentum
-from imstep.optim.preconditioning import (
-    SOAP,
-    KLShampoo,
-    Kronecker,
-    KroneckerEigenbasis,
-    NoPreconditioning,
-    Preconditioning,
-    Shampoo,
-)
+from imstep.optim.preconditioning import SOAP, KLShampoo, Kronecker, KroneckerEigenbasis, Preconditioning, Shampoo
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_FISHERS: dict[str, Callable[[int], Expectation]] = {
-    "exact": lambda seed: Exact(),
-    "monte-carlo": lambda seed: MonteCarlo(seed=seed),
-    "empirical": lambda seed: Empirical(),
-}
-
-
-def natural_gradient(
-    params: Iterable[Any],
-    fisher: str | Expectation = "exact",
-    seed: int = 0,
-    **options: Unpack[NewtonKrylovOptions],
-) -> NewtonKrylov:
-    """Natural gradient descent: -(F + λI)⁻¹ g with the Fisher matrix F of the loss, by conjugate gradients.
-
-    The loss must be a likelihood: squared errors, cross entropies and the like; see
-    :class:`~imstep.optim.FisherCurvature`. The exact F is then the Gauss-Newton matrix. With ``momentum=True`` the
-    direction is the minimiser of the quadratic model over it and the last step, as in K-FAC.
-
-    Args:
-        params: parameters or parameter groups.
-        fisher: "exact", "monte-carlo" for targets drawn anew in each step, "empirical" for those observed; or an
-            expectation, such as ``MonteCarlo(samples=4)``.
-        seed: of drawn targets.
-
-    Raises:
-        ValueError: another word; in a step: the loss is not recognised as a likelihood.
-
-    Cost: a product an iteration.
-
-    Source: Amari, Neural Computation 10 (1998), 251-276; Martens, JMLR 21 (2020), number 146; the empirical matrix is
-        not the Fisher matrix away from a good fit: Kunstner, Balles and Hennig, NeurIPS 2019 (arXiv 1905.12558).
-    """
-    if isinstance(fisher, str):
-        if fisher not in _FISHERS:
-            raise ValueError(f"fisher is one of {', '.join(map(repr, _FISHERS))}, or an Expectation; got {fisher!r}.")
-        fisher = _FISHERS[fisher](seed)
-    configuration: NewtonKrylovOptions = {
-        "curvature": FisherCurvature(fisher),
-        "forcing": ResidualForcing(),
-        "damping": LevenbergMarquardt(),
-        "preconditioning": NoPreconditioning(),
-        "step": Armijo(),
-    }
-    configuration.update(options)
-    return NewtonKrylov(params, **configuration)
 
 
 def kfac(params: Iterable[Any], seed: int = 0, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
@@ -171,8 +115,7 @@ def kl_shampoo(
 
 def _factored(params: Iterable[Any], factors: Preconditioning, options: NewtonKrylovOptions) -> NewtonKrylov:
     """Steps of factors alone, rescaled by the exact model."""
-    configuration: NewtonKrylovOptions = {
-        "curvature": GaussNewtonFirst(close=0.0),
+    method: NewtonKrylovOptions = {
         "solver": PreconditionedGradient(),
         "forcing": FixedProducts(1),
         "damping": LevenbergMarquardt(initial=1.0, factor=1.2),
@@ -180,5 +123,4 @@ def _factored(params: Iterable[Any], factors: Preconditioning, options: NewtonKr
         "step": FixedStep(),
         "momentum": True,
     }
-    configuration.update(options)
-    return NewtonKrylov(params, **configuration)
+    return on_gauss_newton(params, method, options)

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import imstep
 from benchmarks.combinations.covering import covering
-from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS
 from benchmarks.record_page import Row, load, now, path_of, show, table
 from imstep.globalization import (
     Armijo,
@@ -105,16 +104,28 @@ FACTORS: dict[str, dict[str, Any]] = {
 }
 
 
+def rosenbrock(x: Tensor) -> Tensor:
+    """Least at (1, 1), along a curved valley."""
+    a, b = x.unbind()
+    return 100 * (b - a * a) ** 2 + (1 - a) ** 2
+
+
 def saddle(x: Tensor) -> Tensor:
     """Least on xy = 1, at x = y; a saddle at 0."""
-    return (x[0] * x[1] - 1) ** 2 + (x[0] - x[1]) ** 2 / 10
+    a, b = x.unbind()
+    return (a * b - 1) ** 2 + (a - b) ** 2 / 10
 
 
-FREUDENSTEIN = next(f for f in FUNCTIONS if f.number == 2)
+def freudenstein(x: Tensor) -> Tensor:
+    """By Freudenstein and Roth: least, 0, at (5, 4); a local minimum, 48.98, at (11.41, -0.8968)."""
+    a, b = x.unbind()
+    return (-13 + a + ((5 - b) * b - 2) * b) ** 2 + (-29 + a + ((b + 1) * b - 14) * b) ** 2
+
+
 PROBLEMS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "Rosenbrock": (next(f for f in FUNCTIONS if f.number == 1), torch.tensor([-0.796381, 0.639213], dtype=F64)),
+    "Rosenbrock": (rosenbrock, torch.tensor([-0.796381, 0.639213], dtype=F64)),
     "saddle": (saddle, torch.zeros(2, dtype=F64)),
-    "Freudenstein": (FREUDENSTEIN, FREUDENSTEIN.start),
+    "Freudenstein": (freudenstein, torch.tensor([0.5, -2.0], dtype=F64)),
 }
 
 

@@ -1,8 +1,8 @@
 """Eigenpairs, densities and traces of Hessians beside those of other packages.
 
     python -m venv .venv/peers && .venv/peers/bin/pip install -c constraints.txt '.[peers]' scipy
-    .venv/peers/bin/python -m benchmarks.spectral  # everything; writes record.json and page.md here
-    .venv/peers/bin/python -m benchmarks.spectral --models GPT  # one of three
+    .venv/peers/bin/python -m benchmarks.spectral               # everything; writes record.json and page.md here
+    .venv/peers/bin/python -m benchmarks.spectral --models GPT  # one of GPT, MLP, ResNet-18
     .venv/peers/bin/python -m benchmarks.spectral --short       # one small model, low accuracy; prints, writes nothing
     .venv/peers/bin/python -m benchmarks.spectral --page        # the page again, from the record
 

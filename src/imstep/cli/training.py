@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from imstep.cli.options import (
+    NAMES,
     TASK,
     Data,
     Device,
@@ -55,7 +56,7 @@ def train(
         str,
         typer.Option(
             "--optimizer", "-o", autocompletion=complete_optimizer,
-            help=f"{', '.join(OPTIMIZERS)}; or a first-order one by its class, such as torch.optim:RMSprop.",
+            help=f"{NAMES}; or a first-order one by its class, such as torch.optim:RMSprop.",
         ),
     ] = "newton-krylov",
     lr: Annotated[float | None, typer.Option(help="Learning rate, where the optimizer has one.")] = None,
@@ -75,7 +76,7 @@ def train(
         str | None,
         typer.Option(
             metavar="N|full",
-            help=f"Examples per step. Default: full for {FULL_BATCH}, else {DEFAULT_BATCH}.",
+            help=f"Examples per step. Default: full for {FULL_BATCH} and most known methods, else {DEFAULT_BATCH}.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, order of the data, dropout; a table's split.")] = 0,

@@ -10,10 +10,12 @@ from imstep.curvature.jacobian import Jacobian
 from imstep.curvature.kfac import EKFAC, KFAC
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import StaleLossError
+from imstep.curvature.structural import StructuralDamping
 
 __all__ = [
     "EKFAC",
@@ -35,10 +37,13 @@ __all__ = [
     "MeanOverSamples",
     "MonteCarlo",
     "NoResidualsError",
+    "OtherProcessError",
     "ParameterVector",
     "Poisson",
+    "ProcessesLostError",
     "Reduction",
     "ResidualJacobian",
     "StaleLossError",
+    "StructuralDamping",
     "SumOverBatches",
 ]

@@ -158,6 +158,11 @@ class TapeOperator(SymmetricOperator):
 class PointOperator(SymmetricOperator):
     """A curvature matrix together with what the evaluation of the closure has shown.
 
+    Args:
+        parameters: the vector that it multiplies.
+        point: what the evaluation has shown.
+        guarded: whether a product looks first if the parameters have moved; if not, ``point.source`` does.
+
     Attributes:
         loss: f(w), a 0-dim tensor.
         gradient: ∇f(w), (n,).
@@ -166,8 +171,9 @@ class PointOperator(SymmetricOperator):
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, point: Point) -> None:
-        super().__init__(parameters, point.source, point.definite, Unmoved(parameters))
+    def __init__(self, parameters: ParameterVector, point: Point, guarded: bool = True) -> None:
+        guard = Unmoved(parameters) if guarded else lambda: None
+        super().__init__(parameters, point.source, point.definite, guard)
         self.loss, self.gradient, self.recomputes = point.loss, point.gradient, point.recomputes
         self._report = point.report
 

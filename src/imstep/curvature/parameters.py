@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.islands import unseen
+
+if TYPE_CHECKING:
+    from imstep.curvature.processes import Processes
 
 
 class TensorVector:
@@ -97,6 +101,7 @@ class ParameterVector(TensorVector):
 
     Args:
         params: a module, or an iterable of parameters; a parameter that appears twice counts once.
+        processes: that hold the same parameters, and add up what they find of their parts of a batch; None for one.
 
     Raises:
         ValueError: no parameter requires gradients, or they live on several devices.
@@ -105,6 +110,7 @@ class ParameterVector(TensorVector):
     Attributes:
         tensors: the parameters, in order.
         names: of each, in the module; its place among those given where there is none.
+        processes: as given.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -112,7 +118,8 @@ class ParameterVector(TensorVector):
         3
     """
 
-    def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
+    def __init__(self, params: nn.Module | Iterable[Tensor], processes: Processes | None = None) -> None:
+        self.processes = processes
         if isinstance(params, Tensor):
             raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
         self._named = isinstance(params, nn.Module)

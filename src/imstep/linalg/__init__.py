@@ -40,6 +40,7 @@ from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, a
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
+from imstep.linalg.rank_one import RankOneOperator
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
@@ -100,6 +101,7 @@ __all__ = [
     "Progress",
     "ProgressStall",
     "RandomizedNystrom",
+    "RankOneOperator",
     "ReducedLeastSquares",
     "RelativeResidual",
     "RidgeLeastSquares",

@@ -21,6 +21,7 @@ from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import origin_of
+from imstep.runs.steppers import RefusedError
 from imstep.runs.suitability import suited
 from imstep.runs.tensorboard import TensorBoardLog, writer_class
 from imstep.runs.train import Observer, train
@@ -87,10 +88,10 @@ def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | No
     with RunDirectory.planned(path, config, origin) as run:
         try:
             return _go(trainer, run, origin.task, manner)
-        except NoResidualsError as error:
+        except (NoResidualsError, RefusedError) as error:
             others = ", ".join(name for name in suited(origin.task) if name != config.optimizer)
             reason = f"{config.optimizer} does not suit {origin.task.name}: {error}"
-            raise NoResidualsError(f"{reason} Others: {others}.") from error
+            raise type(error)(f"{reason} Others: {others}.") from error
 
 
 def resume_run(

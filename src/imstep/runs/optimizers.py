@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import ExponentialAverage, LeastSquares
+from imstep.optim import EarlierDraws, ExponentialAverage, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
 from imstep.runs.passing import OptimizerError, shared, shared_options
@@ -87,6 +87,8 @@ class OptimizerSpec:
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
+    if options["recall"] != 0:
+        more["recall"] = EarlierDraws(options["recall"])
     return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
@@ -145,7 +147,7 @@ _ALL = (
         "LeastSquares",
         "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
         _least_squares,
-        {"damping": ContractionDamping().initial, "corrections": 8, **shared_options(LeastSquares)},
+        {"damping": ContractionDamping().initial, "corrections": 8, "recall": 0.0, **shared_options(LeastSquares)},
         full_batch=True,
     ),
     OptimizerSpec(

@@ -1,7 +1,8 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
 from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
@@ -10,6 +11,7 @@ from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
     Dogleg,
+    LearntModel,
     PreconditionedGradient,
     SaddleFree,
     TwoDimensionalSubspace,
@@ -20,17 +22,26 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
 from imstep.optim.preconditioning import (
     BFGS,
+    SOAP,
     SR1,
+    FactoredDamping,
+    GradientFactors,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
+    RankOneModel,
     SelfScaledBroyden,
+    Shampoo,
     SquaredGradients,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.recall import EarlierDraws
@@ -52,6 +63,7 @@ from imstep.optim.third_order import ChebyshevHalley
 
 __all__ = [
     "BFGS",
+    "SOAP",
     "SR1",
     "AdaHessianRule",
     "BestRateForcing",
@@ -69,13 +81,20 @@ __all__ = [
     "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
+    "FactoredDamping",
+    "FisherCurvature",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientFactors",
     "GrowingBatches",
     "Hutchinson",
     "IntermediateResult",
+    "IterateBacktracking",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
+    "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -88,12 +107,15 @@ __all__ = [
     "Nystrom",
     "OverfittingWarning",
     "PreconditionedGradient",
+    "PreconditionedMomentum",
     "QuasiNewton",
+    "RankOneModel",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",
     "Scaling",
     "SelfScaledBroyden",
+    "Shampoo",
     "Solver",
     "SophiaG",
     "SophiaH",
@@ -103,6 +125,7 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
     "minimize",

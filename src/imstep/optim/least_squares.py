@@ -67,6 +67,7 @@ class LeastSquares(StepwiseOptimizer):
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        process_group: None; steps over several processes are refused, as yet.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first. Its ``iterations`` are the
@@ -120,7 +121,14 @@ class LeastSquares(StepwiseOptimizer):
         max_trials: int = 30,
         max_refusals: int = 5,
         average: Averaging | None = None,
+        process_group: None = None,
     ) -> None:
+        if process_group is not None:
+            raise ValueError(
+                "LeastSquares solves in the space of all residuals, and those of other processes are not gathered yet. "
+                "Take it in one process, on all residuals or on some drawn anew each step; or take "
+                "NewtonKrylov(..., process_group=...), which adds up over processes."
+            )
         self._settings = Settings(
             damping or ContractionDamping(),
             factorisation or ByShape(),
@@ -171,7 +179,7 @@ class LeastSquares(StepwiseOptimizer):
         """
         if check is None:
             return super().step(closure)
-        self._begin(closure)
+        self._where()  # or refuse, before anything is evaluated
         elsewhere = Check(check, self._parameters)
         before, first = self._checked(elsewhere)
         returned = super().step(closure)

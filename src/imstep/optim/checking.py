@@ -72,9 +72,9 @@ class CheckHistory:
             return self
         warnings.warn(
             f"in the last {self.since} steps the loss at the points of the steps fell from {self.beside:.1e} to "
-            f"{loss:.1e}, and the loss at the points of check did not fall, from {self.least:.1e}: the network fits "
-            "these points, and may be wrong between them. Draw new points for every step (outside of the closure), or "
-            "more of them. See docs/residual-space.md.",
+            f"{loss:.1e}, and the loss at the points of check did not fall by a tenth from {self.least:.1e}: the "
+            "network fits these points, and may be wrong between them. Draw new points for every step (outside of the "
+            "closure), or more of them. See docs/redrawn-points.md.",
             OverfittingWarning,
             stacklevel=_depth(),
         )
@@ -103,7 +103,8 @@ class Check:
                 f"check must be a closure that returns the loss at other points, got a {type(closure).__name__}. Pass "
                 "a function such as lambda: loss(other_points), or leave it out."
             )
-        self._closure, self._parameters = MicroBatches.of(closure) or closure, parameters
+        pieces = MicroBatches.of(closure)
+        self._closure, self._parameters = closure if pieces is None else pieces.checked(), parameters
 
     @failing_as(math.nan)
     def loss(self) -> float:

@@ -14,7 +14,7 @@ from optim_cases import F64, normal
 from torch import Tensor, nn
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import EarlierDraws, LeastSquares
+from imstep.optim import Box, ColumnNorms, EarlierDraws, LeastSquares
 
 ALL = EarlierDraws(rows=1000)
 
@@ -86,7 +86,7 @@ def test_a_linear_equation_is_solved_once_all_rows_were_met(dtype: torch.dtype) 
     assert ends[ALL] < (1e-6 if dtype is F64 else 1e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.3}, {"weight_decay": 1e-3}, {"lr": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.3}, {"weight_decay": 1e-3, "lr": 0.5}], ids=str)
 def test_points_that_stay_are_told_and_nothing_is_recalled(options: dict[str, Any]) -> None:
     ends = []
     for recall in (None, ALL):
@@ -98,9 +98,15 @@ def test_points_that_stay_are_told_and_nothing_is_recalled(options: dict[str, An
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.3}, {"weight_decay": 1e-3}, {"lr": 0.5}, {"max_step_norm": 0.1}], ids=str
-)
+OTHERS: list[dict[str, Any]] = [
+    {"momentum": 0.3, "lr": 0.5},
+    {"weight_decay": 1e-3, "max_step_norm": 0.1},
+    {"scaling": ColumnNorms()},
+    {"box": Box(torch.full((41,), -0.6, dtype=F64), torch.full((41,), 0.6, dtype=F64))},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=["momentum, rate", "decay, bound", "scaled", "box"])
 def test_other_options_and_resumes(options: dict[str, Any]) -> None:
     model = network()
     twin = copy.deepcopy(model)

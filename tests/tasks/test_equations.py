@@ -157,7 +157,7 @@ def test_every_equation_is_trained_by_least_squares(name: str) -> None:
 @pytest.mark.parametrize("redrawn", [True, False])
 def test_training_at_points_that_stay_is_checked_at_others(redrawn: bool) -> None:
     problem = dataclasses.replace(get_task("heat-1d"), redrawn=redrawn).build(0, dtype=F64, examples=40)
-    stepper = get_optimizer("least-squares").create(problem)
+    stepper = get_optimizer("least-squares").create(problem, recall=0.5)
     record = stepper.step(problem, next(problem.batches(0))).record
     if redrawn:
         assert problem.check() is None

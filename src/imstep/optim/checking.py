@@ -19,6 +19,9 @@ from imstep.optim.micro_batches import MicroBatches
 FALL = 4.0
 """By so much the loss at the points of the steps must have fallen since the loss elsewhere last did."""
 
+LESS = 0.9
+"""Of the loss elsewhere: what is no less than this has not fallen."""
+
 GAP = 2.0
 """By so much the loss elsewhere must be above it all that time: two draws of few points differ as well."""
 
@@ -55,7 +58,7 @@ class CheckHistory:
 
         It is the loss before a step, so that with points that are new to each step it is a loss elsewhere, too.
         """
-        if check < self.least or check <= GAP * loss:
+        if check < LESS * self.least or check <= GAP * loss:
             return replace(self, least=check, beside=loss, since=0)
         return replace(self, since=self.since + 1)
 
@@ -69,9 +72,9 @@ class CheckHistory:
             return self
         warnings.warn(
             f"in the last {self.since} steps the loss at the points of the steps fell from {self.beside:.1e} to "
-            f"{loss:.1e}, and the loss at the points of check did not fall below {self.least:.1e}: the network fits "
-            "these points, and may be wrong between them. Draw new points for every step (outside of the closure), or "
-            "more of them. See docs/residual-space.md.",
+            f"{loss:.1e}, and the loss at the points of check did not fall by a tenth from {self.least:.1e}: the "
+            "network fits these points, and may be wrong between them. Draw new points for every step (outside of the "
+            "closure), or more of them. See docs/redrawn-points.md.",
             OverfittingWarning,
             stacklevel=_depth(),
         )
@@ -100,7 +103,8 @@ class Check:
                 f"check must be a closure that returns the loss at other points, got a {type(closure).__name__}. Pass "
                 "a function such as lambda: loss(other_points), or leave it out."
             )
-        self._closure, self._parameters = MicroBatches.of(closure) or closure, parameters
+        pieces = MicroBatches.of(closure)
+        self._closure, self._parameters = closure if pieces is None else pieces.checked(), parameters
 
     @failing_as(math.nan)
     def loss(self) -> float:

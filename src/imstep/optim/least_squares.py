@@ -217,7 +217,8 @@ class LeastSquares(StepwiseOptimizer):
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
 
     def _chosen(self) -> dict[str, Any]:
-        return {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling")}
+        chosen = {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling", "recall")}
+        return {name: strategy for name, strategy in chosen.items() if strategy is not None}
 
     def _parts(self) -> dict[str, Any]:
         return {"owners": self._owners.state_dict()}

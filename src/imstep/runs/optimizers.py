@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import ExponentialAverage, LeastSquares
+from imstep.optim import EarlierDraws, ExponentialAverage, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.known_methods import known_methods
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
@@ -39,6 +39,8 @@ __all__ = [
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
+    if options["recall"] != 0:
+        more["recall"] = EarlierDraws(options["recall"])
     return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
@@ -97,7 +99,7 @@ _ALL = (
         "LeastSquares",
         "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
         _least_squares,
-        {"damping": ContractionDamping().initial, "corrections": 8, **shared_options(LeastSquares)},
+        {"damping": ContractionDamping().initial, "corrections": 8, "recall": 0.0, **shared_options(LeastSquares)},
         full_batch=True,
     ),
     OptimizerSpec(

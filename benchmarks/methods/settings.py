@@ -12,7 +12,7 @@ import torch
 
 from imstep import methods
 from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
-from imstep.optim import Direct, ResidualForcing
+from imstep.optim import Direct, FixedProducts, ResidualForcing
 from imstep.runs.optimizers import METHODS, get_optimizer
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
@@ -58,7 +58,7 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     damping = parts.get("damping")
     if isinstance(damping, LevenbergMarquardt):
         values = [factor * damping.initial for factor in DAMPINGS]
-        return {f"λ {value:g}": {"damping": replace(damping, initial=value)} for value in values}
+        return {f"λ {value:g}": {"damping": _from(damping, value)} for value in values}
     if isinstance(parts.get("solver"), Direct) and isinstance(damping, NoDamping):
         return {"λ 0": {}, **{f"λ {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-3, 1e-1)}}
     if isinstance(parts.get("step"), StrongWolfe):
@@ -66,4 +66,13 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     forcing = parts.get("forcing")
     if isinstance(forcing, ResidualForcing):
         return {f"η {eta:g}": {"forcing": replace(forcing, eta=eta)} for eta in ACCURACIES}
+    if isinstance(forcing, FixedProducts):
+        counts = max(forcing.count // 5, 1), forcing.count, 3 * forcing.count
+        return {f"{count} products": {"forcing": FixedProducts(count)} for count in counts}
     return {"as it is": {}}
+
+
+def _from(damping: LevenbergMarquardt, initial: float) -> LevenbergMarquardt:
+    """The rule with another λ to begin with; one that keeps λ keeps the other one."""
+    constant = damping.floor == damping.ceiling
+    return replace(damping, initial=initial, **({"floor": initial, "ceiling": initial} if constant else {}))

@@ -15,21 +15,34 @@ Example:
 """
 
 from imstep.methods.convex import gauss_newton, hessian_free, levenberg_marquardt, natural_gradient
-from imstep.methods.diagonal import adahessian, sophia
-from imstep.methods.hessian import cubic_regularization, newton, newton_cg, newton_mr, saddle_free_newton, trust_region
+from imstep.methods.diagonal import adahessian, hessian_momentum, sophia
+from imstep.methods.hessian import (
+    absolute_newton,
+    cubic_regularization,
+    newton,
+    newton_cg,
+    newton_mr,
+    saddle_free_newton,
+    shifted_newton,
+    trust_region,
+)
 from imstep.methods.kronecker import kfac
-from imstep.methods.quasi_newton import bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
-from imstep.methods.sketched import nystrom_newton_cg
+from imstep.methods.quasi_newton import bfgs, block_bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
+from imstep.methods.sketched import nystrom_newton_cg, randomized_subspace_newton
+from imstep.methods.stochastic import sketchy_sgd, stochastic_cubic, subsampled_newton
 from imstep.methods.third_order import chebyshev, halley, super_halley
 
 __all__ = [
+    "absolute_newton",
     "adahessian",
     "bfgs",
+    "block_bfgs",
     "chebyshev",
     "cubic_regularization",
     "gauss_newton",
     "halley",
     "hessian_free",
+    "hessian_momentum",
     "kfac",
     "lbfgs",
     "levenberg_marquardt",
@@ -39,10 +52,15 @@ __all__ = [
     "newton_cg",
     "newton_mr",
     "nystrom_newton_cg",
+    "randomized_subspace_newton",
     "saddle_free_newton",
     "self_scaled_broyden",
+    "shifted_newton",
+    "sketchy_sgd",
     "sophia",
     "sr1",
+    "stochastic_cubic",
+    "subsampled_newton",
     "super_halley",
     "trust_region",
 ]

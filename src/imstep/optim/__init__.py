@@ -5,7 +5,7 @@ from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
 from imstep.optim.diagonal_newton import DiagonalNewton
-from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, HessianScaledMomentum, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
@@ -24,6 +24,8 @@ from imstep.optim.newton_krylov import NewtonKrylov
 from imstep.optim.preconditioning import (
     BFGS,
     SR1,
+    AutomaticRate,
+    BlockBFGS,
     Hutchinson,
     Kronecker,
     LimitedMemoryBFGS,
@@ -35,6 +37,7 @@ from imstep.optim.preconditioning import (
     SquaredGradients,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.randomized import RandomSubspace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -50,13 +53,16 @@ from imstep.optim.solving import (
 from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
 from imstep.optim.third_order import ChebyshevHalley
+from imstep.optim.variance_reduction import VarianceReduction
 
 __all__ = [
     "BFGS",
     "SR1",
     "AdaHessianRule",
+    "AutomaticRate",
     "BestRateForcing",
     "BlendedConjugateGradient",
+    "BlockBFGS",
     "Box",
     "ChebyshevHalley",
     "ColumnNorms",
@@ -73,6 +79,7 @@ __all__ = [
     "GaussNewtonFirst",
     "GeneralizedLanczos",
     "GrowingBatches",
+    "HessianScaledMomentum",
     "Hutchinson",
     "IntermediateResult",
     "IterateBacktracking",
@@ -90,6 +97,7 @@ __all__ = [
     "Nystrom",
     "PreconditionedGradient",
     "QuasiNewton",
+    "RandomSubspace",
     "RankOneModel",
     "Recycling",
     "ResidualForcing",
@@ -107,5 +115,6 @@ __all__ = [
     "Termination",
     "TwoDimensionalSubspace",
     "Unscaled",
+    "VarianceReduction",
     "minimize",
 ]

@@ -178,7 +178,7 @@ class NewtonKrylov(StepwiseOptimizer):
         configuration: NewtonKrylovOptions = {
             "solver": BlendedConjugateGradient(weight=0.1),
             "forcing": FixedProducts(2),
-            "damping": LevenbergMarquardt(initial=0.1, floor=1e-4),
+            "damping": LevenbergMarquardt(floor=1e-4),
             "preconditioning": Kronecker(every=10),
         }
         configuration.update(options)

@@ -12,7 +12,7 @@ import torch
 
 from imstep import methods
 from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
-from imstep.optim import Direct, FixedProducts, ResidualForcing
+from imstep.optim import Direct, FixedProducts, RandomSubspace, ResidualForcing
 from imstep.runs.optimizers import METHODS, get_optimizer
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
@@ -50,10 +50,11 @@ def _made(method: Callable[..., Any], options: dict[str, Any], problem: Problem)
 
 
 def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    """Its rate where it has one; else the damping where there is some, or how accurately it solves or searches."""
-    rate = inspect.signature(method).parameters.get("lr")
-    if rate is not None:
-        return {f"lr {factor * rate.default:g}": {"lr": factor * rate.default} for factor in RATES}
+    """Its rate where it has one; else the first damping where there is some, or how far it solves or searches."""
+    signature = inspect.signature(method).parameters
+    if "lr" in signature:
+        rates = [factor * signature["lr"].default for factor in RATES]
+        return {f"lr {rate:g}": {"lr": rate} for rate in rates}
     parts = method([torch.nn.Parameter(torch.zeros(3))])._chosen()
     damping = parts.get("damping")
     if isinstance(damping, LevenbergMarquardt):
@@ -63,6 +64,8 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
         return {"λ 0": {}, **{f"λ {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-3, 1e-1)}}
     if isinstance(parts.get("step"), StrongWolfe):
         return {f"c2 {c2:g}": {"step": StrongWolfe(c2=c2)} for c2 in SLOPES}
+    if isinstance(parts.get("solver"), RandomSubspace):
+        return {f"dimension {d}": {"dimension": d} for d in (8, 32, 128)}
     forcing = parts.get("forcing")
     if isinstance(forcing, ResidualForcing):
         return {f"η {eta:g}": {"forcing": replace(forcing, eta=eta)} for eta in ACCURACIES}

@@ -50,7 +50,7 @@ def _made(method: Callable[..., Any], options: dict[str, Any], problem: Problem)
 
 
 def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    """Its rate where it has one; else the first damping where there is some, or how far it solves or searches."""
+    """Its rate where it has one; else the first damping, or how far it solves or searches."""
     signature = inspect.signature(method).parameters
     if "lr" in signature:
         rates = [factor * signature["lr"].default for factor in RATES]

@@ -13,7 +13,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.curvature.parameters import ParameterVector
-from imstep.globalization import FixedStep, LevenbergMarquardt
+from imstep.globalization import FixedStep, LevenbergMarquardt, NoDamping
 from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient, nystrom
 from imstep.optim import (
     AutomaticRate,
@@ -270,3 +270,15 @@ def test_an_automatic_rate_is_half_of_the_inverse_preconditioned_curvature() -> 
             largest = torch.linalg.eigvals(P @ A).real.max()
         torch.testing.assert_close(w.detach() - at, -P @ (A @ at - b) / (2 * largest), rtol=1e-6, atol=1e-9)
     assert optimizer.cost.hessian_products == 1 + 3 + 60
+
+
+def test_an_automatic_rate_alone_is_that_of_gradient_descent() -> None:
+    """Without a preconditioner η = share / λ_max; where there is no curvature the first step has length 1."""
+    A = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=F64))
+    for matrix, expected in ((A, 1 / 18), (0 * A, 1 / math.sqrt(3))):
+        w = nn.Parameter(torch.zeros(3, dtype=F64))
+        options = {"solver": PreconditionedGradient(products=False), "damping": NoDamping(), "step": FixedStep()}
+        rated = AutomaticRate(NoPreconditioning(), iterations=100)
+        optimizer = NewtonKrylov([w], curvature=ExactHessian(), preconditioning=rated, **options)
+        optimizer.step(lambda: w @ matrix @ w / 2 - w.sum() + 0 * w.square().sum())  # noqa: B023
+        torch.testing.assert_close(w.detach(), torch.full((3,), expected, dtype=F64))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from imstep.optim import StepOutcome
+from imstep.optim.evaluable import raised_in
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.runs.passing import OptimizerError
 from imstep.tasks import AnyBatch, Problem
@@ -159,8 +160,8 @@ class StepwiseStepper(Stepper):
         try:
             self._optimizer.step(problem.closure(batch))
         except ValueError as error:
-            if type(error) is not ValueError or not _of_imstep(error):
-                raise
+            if type(error) is not ValueError or not raised_in(error).startswith("imstep."):
+                raise  # the program of a task has raised it
             raise RefusedError(str(error)) from error
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken
@@ -188,11 +189,3 @@ class AveragedStepper(StepwiseStepper):
 
 def _finite(value: float) -> bool:
     return value - value == 0.0
-
-
-def _of_imstep(error: BaseException) -> bool:
-    """Whether imstep itself has raised an error, rather than the program of a task."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__", "")).startswith("imstep.")

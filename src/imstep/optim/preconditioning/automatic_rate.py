@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
-from imstep.linalg import LinearOperator
+from imstep.linalg import IdentityOperator, LinearOperator
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
@@ -20,8 +23,8 @@ class AutomaticRate(Preconditioning):
 
         η = share / λ_max(P^(1/2) A P^(1/2)),   by the power method
 
-    Steps of ηP alone, ``PreconditionedGradient(products=False)`` with ``FixedStep()``, then neither diverge nor need a
-    rate to be tuned. P and η are those of the last refresh, with its λ.
+    Steps of ηP alone, ``PreconditionedGradient(products=False)`` with ``FixedStep()``, then need no rate to be tuned.
+    P and η are those of the last estimate, with its λ. Without any curvature the first step has length 1.
 
     Args:
         base: P, refreshed as often.
@@ -58,6 +61,7 @@ class _Rated(Preconditioner):
         self._kind, self._base = kind, kind.base.make(parameters)
         self._steps, self._rate, self._damping = 0, 0.0, 0.0
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
+        self._identity = IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
 
     def observer(self) -> LayerObserver | None:
         return self._base.observer()
@@ -67,28 +71,42 @@ class _Rated(Preconditioner):
         if self._steps % self._kind.every == 0:
             self._damping = evidence.damping
             largest = self._largest(evidence)
-            if 0 < largest < float("inf"):
+            if 0 < largest < math.inf:
                 self._rate = self._kind.share / largest
+            elif self._rate == 0:
+                self._rate = 1 / (float(evidence.point.gradient.norm()) or 1.0)
         self._steps += 1
         return cost
 
     def _largest(self, evidence: Evidence) -> float:
         """λ_max of P^(1/2) A P^(1/2) in size, by v <- P A v of length 1 in the norm of P⁻¹."""
-        P, A = self._base.operator(self._damping), evidence.curvature
+        P, A = self._unrated(), evidence.curvature
         start = torch.empty_like(evidence.point.gradient).normal_(generator=self._generator)
         image, size = start, 0.0  # of which v is P times
         for iteration in range(self._kind.iterations + 1):
-            vector = image if P is None else P.matvec(image)
+            vector = P.matvec(image)
             size = max(float(image @ vector), 0.0) ** 0.5
-            if not 0 < size < float("inf"):
+            if not 0 < size < math.inf:
                 return size
             if iteration < self._kind.iterations:
                 image = A @ (vector / size)
         return size
 
     def operator(self, damping: float) -> LinearOperator | None:
-        base = self._base.operator(self._damping)
-        return None if base is None or self._rate == 0 else self._rate * base
+        return self._rate * self._unrated()
+
+    def _unrated(self) -> LinearOperator:
+        return self._base.operator(self._damping) or self._identity
+
+    @property
+    def pairs_wanted(self) -> int:
+        return self._base.pairs_wanted
+
+    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._base.learn(pairs)
+
+    def forget(self) -> None:
+        self._base.forget()
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {"steps": self._steps, "rate": self._rate, "damping": self._damping}

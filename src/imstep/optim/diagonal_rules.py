@@ -82,9 +82,7 @@ class AdaHessianRule(DiagonalRule):
     def estimate(
         self, point: Linearised, parameters: ParameterVector, generator: torch.Generator
     ) -> tuple[Tensor, Cost]:
-        bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
-        signs = (2 * bits - 1).to(point.gradient)
-        sample = (signs * (hessian_of(point, parameters) @ signs)).abs()
+        sample = _probed(point, parameters, generator).abs()
         if self.spatial:
             parts = parameters.unflatten(sample)
             sample = parameters.flatten([_over_kernel(part) for part in parts])
@@ -125,9 +123,7 @@ class HessianScaledMomentum(DiagonalRule):
     def estimate(
         self, point: Linearised, parameters: ParameterVector, generator: torch.Generator
     ) -> tuple[Tensor, Cost]:
-        bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
-        signs = (2 * bits - 1).to(point.gradient)
-        return (signs * (hessian_of(point, parameters) @ signs)).abs(), Cost(hessian_products=1)
+        return _probed(point, parameters, generator).abs(), Cost(hessian_products=1)
 
     def step(self, momentum: Tensor, curvature: Tensor, steps: int, estimates: int) -> Tensor:
         mean = curvature / (1 - self.beta2**estimates)
@@ -197,6 +193,13 @@ class SophiaG(SophiaH):
                 "such as a cross-entropy or a squared error; this one has another form. Use SophiaH()."
             )
         return sampled_diagonal(point, parameters, generator), Cost(refreshes=1)
+
+
+def _probed(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
+    """z * H z with random signs z."""
+    bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
+    signs = (2 * bits - 1).to(point.gradient)
+    return signs * (hessian_of(point, parameters) @ signs)
 
 
 def _over_kernel(part: Tensor) -> Tensor:

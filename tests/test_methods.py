@@ -14,7 +14,8 @@ from imstep.linalg import ShiftedEigenvalues
 from imstep.optim import Direct, Dogleg, GrowingBatches, SteihaugToint, TwoDimensionalSubspace, VarianceReduction
 
 F64 = torch.float64
-FIXED_RATES = {"adahessian", "hessian_momentum", "sketchy_sgd", "sophia"}  # tests/optim/test_diagonal_newton.py, below
+FIXED_RATES = {"adahessian", "hessian_momentum", "sketchy_sgd", "sophia", "shampoo", "soap", "kl_shampoo"}
+"""Tested in tests/optim/test_{diagonal_newton,shampoo}.py and below."""
 
 
 def rosenbrock() -> tuple[nn.Parameter, object]:

@@ -16,13 +16,16 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.globalization import FixedStep, LevenbergMarquardt, NoDamping
 from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient, nystrom
 from imstep.optim import (
+    SOAP,
     AutomaticRate,
     ConjugateGradient,
     Cost,
     ExactHessian,
     GeneralizedLanczos,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
@@ -30,17 +33,24 @@ from imstep.optim import (
     PreconditionedGradient,
     Recycling,
     ResidualForcing,
+    Shampoo,
     Solver,
     SquaredGradients,
     SteihaugToint,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning import Evidence, Preconditioner, Preconditioning
 
 KINDS: dict[str, Preconditioning] = {
     "none": NoPreconditioning(),
     "kronecker": Kronecker(),
+    "kronecker, tikhonov": Kronecker(damping=TikhonovDamping()),
+    "kronecker eigenbasis": KroneckerEigenbasis(),
     "hutchinson": Hutchinson(every=3, probes=2),
     "squared gradients": SquaredGradients(),
+    "shampoo": Shampoo(),
+    "soap": SOAP(),
+    "kl-shampoo": KLShampoo(),
     "nystrom": Nystrom(rank=5, every=4),
     "adaptive nystrom": Nystrom(rank=2, every=4, largest=16),
     "recycled": Recycling(Nystrom(rank=3, every=5), pairs=4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from benchmarks.termination.unguarded import unguarded_solve
 from imstep.globalization import FixedStep, NoDamping
-from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, RelativeResidual, conjugate_gradient
+from imstep.linalg import (
+    DenseOperator,
+    DiagonalOperator,
+    KrylovStatus,
+    NoiseTest,
+    ProductBudget,
+    RelativeResidual,
+    conjugate_gradient,
+)
 from imstep.optim import (
     ConjugateGradient,
     Direct,
@@ -22,6 +31,7 @@ from imstep.optim import (
     NewtonKrylov,
     NewtonSystem,
     NoPreconditioning,
+    PreconditionedGradient,
     SteihaugToint,
 )
 from imstep.optim.direction import combined, descent
@@ -56,6 +66,20 @@ def test_following_negative_curvature_goes_further_down_the_model(seed: int) -> 
     assert model(followed) < model(plain) < 0
     torch.testing.assert_close(followed.image, matrix @ followed.vector)
     assert followed.norm <= 2 * plain.norm * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("curvature", [2.0, -2.0])
+def test_a_preconditioned_gradient_is_as_long_as_the_size_of_curvature_says(curvature: float, damping: float) -> None:
+    """τ = -gᵀd / (|dᵀAd| + λ‖d‖²), whatever the units of the loss and of the preconditioner."""
+    gradient, scale = normal(6), normal(6, seed=1).abs() + 0.1
+    matrix = curvature * torch.eye(6, dtype=F64)
+    d = -scale * gradient
+    expected = -(gradient @ d) / ((2.0 + damping) * (d @ d)) * d
+    for loss, metric in itertools.product((1.0, 1e-12, 1e9), (1.0, 1e-8, 1e12)):
+        P = DiagonalOperator(metric * scale)
+        given = system(loss * matrix, loss * gradient, damping=loss * damping, preconditioner=P)
+        torch.testing.assert_close(PreconditionedGradient().solve(given).vector, expected, rtol=1e-9, atol=0.0)
 
 
 def test_noise_ends_the_iteration_of_a_step() -> None:

@@ -29,9 +29,11 @@ from imstep.cli.options import (
     table_options,
 )
 from imstep.runs.config import RunConfig
+from imstep.runs.kept import every
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
 from imstep.runs.rows import TrainingError
 from imstep.runs.session import Manner, resume_run, start_run
+from imstep.runs.watch import CurvatureWatch
 from imstep.tasks import TASKS, TaskError, find_task
 
 __all__ = ["train"]
@@ -42,7 +44,9 @@ FULL_BATCH = ", ".join(spec.name for spec in OPTIMIZERS.values() if spec.full_ba
 FULL_BATCH_EVALUATION = 10.0
 """Epochs between evaluations when an epoch is one step; each costs two thirds of a gradient in time."""
 
-_MAY_CHANGE_ON_RESUME = ("resume", "epochs", "budget", "seconds", "tensorboard", "save_every")
+_MAY_CHANGE_ON_RESUME = (
+    "resume", "epochs", "budget", "seconds", "tensorboard", "save_every", "watch_curvature", "keep",
+)  # fmt: skip
 
 
 def train(
@@ -91,6 +95,13 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars.")
     ] = False,
+    watch_curvature: Annotated[
+        str | None,
+        typer.Option(metavar="every=N", help="Largest eigenvalue, trace and density of the Hessian every N steps."),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="every=N", help="Keep the weights of every Nth step, for imstep spectrum.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Go on with the run in DIR; only limits may be given besides."),
@@ -104,7 +115,13 @@ def train(
     """Train a task, imstep's or your own. Ctrl-C finishes the step, saves, and says how to go on."""
     limits: dict[str, Any] = {"epochs": epochs, "budget": budget, "seconds": seconds}
     with explained():
-        manner = Manner(Console(), tensorboard=tensorboard, save_every=save_every)
+        manner = Manner(
+            Console(),
+            tensorboard=tensorboard,
+            save_every=save_every,
+            watch=None if watch_curvature is None else CurvatureWatch(every(watch_curvature, "--watch-curvature")),
+            keep=None if keep is None else every(keep, "--keep"),
+        )
         if resume is not None:
             _refuse_settings(ctx)
             done = resume_run(resume, manner, **limits)
@@ -146,7 +163,8 @@ def _refuse_settings(ctx: typer.Context) -> None:
             shown = "TASK" if name == "task" else f"--{name.replace('_', '-')}"
             raise TrainingError(
                 f"{shown} cannot be given with --resume: the run keeps the settings in its config.json. "
-                "Only --epochs, --budget, --seconds, --save-every and --tensorboard may be given."
+                "Only --epochs, --budget, --seconds, --save-every, --tensorboard, --watch-curvature and --keep may be "
+                "given."
             )
 
 

@@ -1,6 +1,7 @@
 """Curvature of a model's loss as linear operators on flat vectors."""
 
 from imstep.curvature.batches import BatchOperator
+from imstep.curvature.exact_diagonal import GaussNewtonDiagonal
 from imstep.curvature.fisher import Empirical, Exact, Expectation, Fisher, MonteCarlo
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gauss_newton import GaussNewton
@@ -9,6 +10,7 @@ from imstep.curvature.jacobian import Jacobian
 from imstep.curvature.kfac import EKFAC, KFAC
 from imstep.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatches
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import NoResidualsError
@@ -27,6 +29,7 @@ __all__ = [
     "Fisher",
     "FrozenClosure",
     "GaussNewton",
+    "GaussNewtonDiagonal",
     "Gaussian",
     "Hessian",
     "Jacobian",
@@ -34,8 +37,10 @@ __all__ = [
     "MeanOverSamples",
     "MonteCarlo",
     "NoResidualsError",
+    "OtherProcessError",
     "ParameterVector",
     "Poisson",
+    "ProcessesLostError",
     "Reduction",
     "ResidualJacobian",
     "StaleLossError",

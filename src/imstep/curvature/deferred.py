@@ -13,6 +13,7 @@ from imstep.curvature.products import Products
 
 if TYPE_CHECKING:
     from imstep.curvature.pieces import FrozenBatch, JointLinearisation, Linearisation
+    from imstep.curvature.shared import SharedLinearisation
 
 
 class DeferredLinearisation:
@@ -33,10 +34,10 @@ class DeferredLinearisation:
         self.loss, self.gradient = frozen.watched_gradient()
         self.penalty = frozen.penalty
         self.made = 0
-        self._record: Linearisation | JointLinearisation | None = None
+        self._record: Linearisation | JointLinearisation | SharedLinearisation | None = None
 
     @property
-    def recorded(self) -> Linearisation | JointLinearisation:
+    def recorded(self) -> Linearisation | JointLinearisation | SharedLinearisation:
         """The record, made at the first call."""
         if self._record is None:
             self._record, self.made = self._frozen.linearise(), 1

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.state import RandomState
+
+if TYPE_CHECKING:
+    from imstep.curvature.shared import SharedBatch, SharedLinearisation
 
 Observer = TypeVar("Observer", LayerObserver, None)
 
@@ -141,7 +144,16 @@ class FrozenPieces:
         first = self._frozen[0].penalty if self._frozen else None
         return self._penalty if first is None else first.times(self._given[0].weight)
 
+    def take_penalty(self, penalty: Penalty) -> None:
+        """Add another penalty from now on, as it is."""
+        self._frozen[0].take_penalty(penalty.times(1 / self._given[0].weight))
+
     # --- what the first evaluation has shown --------------------------------------------------------------------
+
+    @property
+    def used(self) -> list[bool]:
+        """By parameter, whether the loss depends on it, as the first gradient has shown."""
+        return [any(uses) for uses in zip(*(frozen.used for frozen in self._frozen), strict=True)]
 
     @property
     def returned(self) -> Tensor | None:
@@ -234,10 +246,10 @@ class _PieceProducts(Products):
         return total
 
 
-FrozenBatch: TypeAlias = FrozenClosure | FrozenPieces
-"""A batch, whole or in pieces."""
+FrozenBatch: TypeAlias = "FrozenClosure | FrozenPieces | SharedBatch"
+"""A batch, whole, in pieces, or shared by processes."""
 
-Linearised: TypeAlias = Linearisation | JointLinearisation | DeferredLinearisation
+Linearised: TypeAlias = "Linearisation | JointLinearisation | SharedLinearisation | DeferredLinearisation"
 """What one evaluation of it shows."""
 
 

@@ -26,7 +26,7 @@ from imstep.methods.hessian import (
     shifted_newton,
     trust_region,
 )
-from imstep.methods.kronecker import kfac
+from imstep.methods.kronecker import ekfac, kfac, kl_shampoo, shampoo, soap
 from imstep.methods.quasi_newton import bfgs, block_bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
 from imstep.methods.sketched import nystrom_newton_cg, randomized_subspace_newton
 from imstep.methods.stochastic import sketchy_sgd, stochastic_cubic, subsampled_newton
@@ -39,11 +39,13 @@ __all__ = [
     "block_bfgs",
     "chebyshev",
     "cubic_regularization",
+    "ekfac",
     "gauss_newton",
     "halley",
     "hessian_free",
     "hessian_momentum",
     "kfac",
+    "kl_shampoo",
     "lbfgs",
     "levenberg_marquardt",
     "lsr1",
@@ -55,8 +57,10 @@ __all__ = [
     "randomized_subspace_newton",
     "saddle_free_newton",
     "self_scaled_broyden",
+    "shampoo",
     "shifted_newton",
     "sketchy_sgd",
+    "soap",
     "sophia",
     "sr1",
     "stochastic_cubic",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from imstep.curvature.choice import FisherCurvature
+from imstep.curvature.fisher import Empirical, Exact, Expectation, MonteCarlo
 from imstep.globalization import Armijo, LevenbergMarquardt, TrustRegion
 from imstep.methods.configured import on_gauss_newton
 from imstep.optim.backtracking import IterateBacktracking
@@ -15,6 +17,13 @@ from imstep.optim.solving import ConjugateGradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_FISHERS: dict[str, Callable[[int], Expectation]] = {
+    "exact": lambda seed: Exact(),
+    "monte-carlo": lambda seed: MonteCarlo(seed=seed),
+    "empirical": lambda seed: Empirical(),
+}
 
 
 def gauss_newton(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
@@ -60,12 +69,40 @@ def hessian_free(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) 
     return on_gauss_newton(params, method, options)
 
 
-def natural_gradient(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
-    """Natural gradient descent: -(F + λI)⁻¹ g with the exact Fisher matrix F, by conjugate gradients.
+def natural_gradient(
+    params: Iterable[Any],
+    fisher: str | Expectation = "exact",
+    seed: int = 0,
+    **options: Unpack[NewtonKrylovOptions],
+) -> NewtonKrylov:
+    """Natural gradient descent: -(F + λI)⁻¹ g with the Fisher matrix F of the loss, by conjugate gradients.
 
-    For squared errors, cross-entropies and the other likelihoods in their natural parameters F is the Gauss-Newton
-    matrix of the loss, which is what is used.
+    The loss must be a likelihood: squared errors, cross entropies and the like; see
+    :class:`~imstep.optim.FisherCurvature`. The exact F is then the Gauss-Newton matrix. With ``momentum=True`` the
+    direction is the minimiser of the quadratic model over it and the last step, as in K-FAC.
 
-    Source: Amari, Neural Computation 10 (1998); Martens, JMLR 21 (2020), number 146, section 9, for the equality.
+    Args:
+        params: parameters or parameter groups.
+        fisher: "exact", "monte-carlo" for targets drawn anew in each step, "empirical" for those observed; or an
+            expectation, such as ``MonteCarlo(samples=4)``.
+        seed: of drawn targets.
+
+    Raises:
+        ValueError: another word; in a step: the loss is not recognised as a likelihood.
+
+    Cost: a product an iteration.
+
+    Source: Amari, Neural Computation 10 (1998), 251-276; Martens, JMLR 21 (2020), number 146; the empirical matrix is
+        not the Fisher matrix away from a good fit: Kunstner, Balles and Hennig, NeurIPS 2019 (arXiv 1905.12558).
     """
-    return on_gauss_newton(params, {"damping": LevenbergMarquardt(), "step": Armijo()}, options)
+    if isinstance(fisher, str):
+        if fisher not in _FISHERS:
+            raise ValueError(f"fisher is one of {', '.join(map(repr, _FISHERS))}, or an Expectation; got {fisher!r}.")
+        fisher = _FISHERS[fisher](seed)
+    method: NewtonKrylovOptions = {
+        "curvature": FisherCurvature(fisher),
+        "forcing": ResidualForcing(),
+        "damping": LevenbergMarquardt(),
+        "step": Armijo(),
+    }
+    return on_gauss_newton(params, method, options)

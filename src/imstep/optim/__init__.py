@@ -1,9 +1,10 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
+from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
 from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, HessianScaledMomentum, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
@@ -21,23 +22,32 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
 from imstep.optim.preconditioning import (
     BFGS,
+    SOAP,
     SR1,
     AutomaticRate,
     BlockBFGS,
+    FactoredDamping,
+    GradientFactors,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
     RankOneModel,
     SelfScaledBroyden,
+    Shampoo,
     SquaredGradients,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.randomized import RandomSubspace
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -57,6 +67,7 @@ from imstep.optim.variance_reduction import VarianceReduction
 
 __all__ = [
     "BFGS",
+    "SOAP",
     "SR1",
     "AdaHessianRule",
     "AutomaticRate",
@@ -73,17 +84,23 @@ __all__ = [
     "DiagonalRule",
     "Direct",
     "Dogleg",
+    "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
+    "FactoredDamping",
+    "FisherCurvature",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientFactors",
     "GrowingBatches",
     "HessianScaledMomentum",
     "Hutchinson",
     "IntermediateResult",
     "IterateBacktracking",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
@@ -95,7 +112,9 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "OverfittingWarning",
     "PreconditionedGradient",
+    "PreconditionedMomentum",
     "QuasiNewton",
     "RandomSubspace",
     "RankOneModel",
@@ -104,6 +123,7 @@ __all__ = [
     "SaddleFree",
     "Scaling",
     "SelfScaledBroyden",
+    "Shampoo",
     "Solver",
     "SophiaG",
     "SophiaH",
@@ -113,6 +133,7 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
     "VarianceReduction",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.deferred import DeferredLinearisation
-from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
+from imstep.curvature.shared import halved
 from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
@@ -144,7 +144,8 @@ class Attempt(StepAttempt):
     def _evaluate(self) -> StepRecord:
         """Loss and gradient of the batch, and the tape that products are made from."""
         self._observer, radius = self._preconditioner.observer(), self._memory.search.radius
-        keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
+        makers = self._strategies.solver, self._strategies.curvature
+        keep_graph = any(m.needs_graph for m in makers) or self._strategies.measures(self._memory.steps)
         if self._part is None and not keep_graph and self._observer is None and self._needs_no_record():
             self.point = self._deferred = DeferredLinearisation(self._frozen)
             self.loss, self.gradient = self.point.loss, self.point.gradient
@@ -188,10 +189,10 @@ class Attempt(StepAttempt):
     ) -> tuple[_Setting, Memory]:
         relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
         candidates = self._strategies.curvature.candidates(
-            self.point, self._parameters, memory.progress, probe=memory.probe_in == 0
+            self.point, self._parameters, memory.progress, probe=memory.probe_in == 0, step=memory.steps
         )
         if self._strategies.solver.needs_halves:
-            candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
+            candidates = [halved(operator, self.point) for operator in candidates]
         if memory.curvature_scale == 0.0 and self._deferred is None:
             unit = self.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))

@@ -112,7 +112,7 @@ class TwoDimensionalSubspace(Solver):
 class PreconditionedGradient(Solver):
     """-α P g: a step of the preconditioner alone, as long as the exact curvature along it says.
 
-        d = -P g,   α = -gᵀd / dᵀ(A + λI)d,   or 1 where the curvature is not positive
+        d = -P g,   α = -gᵀd / (|dᵀAd| + λ‖d‖²)
 
     With ``momentum=True`` of the optimizer, length and share of the last step come from the exact model together.
 
@@ -136,8 +136,9 @@ class PreconditionedGradient(Solver):
         direction = b if system.preconditioner is None else system.preconditioner.matvec(b)
         image = system.operator.matvec(direction) if self.products else b - system.damping * direction
         slope = float(b @ direction)
-        curvature = float(direction @ image) + system.damping * float(direction @ direction)
-        share = slope / curvature if curvature > 0 else 1.0
+        along, square = float(direction @ image), float(direction @ direction)
+        curvature = along + system.damping * square
+        share = _length(slope, abs(along) + system.damping * square if self.products else curvature, square)
         solution, product = share * direction, share * image
         residual = b - product - system.damping * solution
         result = measured_result(
@@ -183,3 +184,9 @@ class LearntModel(Solver):
                 "preconditioning=RankOneModel(), or solver=GeneralizedLanczos() for the curvature itself."
             )
         return self.solver.solve(replace(system, operator=system.model, preconditioner=None))
+
+
+def _length(slope: float, size: float, square: float) -> float:
+    """The share of a direction that a curvature of this size makes its length; all of it where that says nothing."""
+    share = slope / size if size > 0 else math.inf
+    return share if 0 < share * math.sqrt(square) < math.inf else 1.0

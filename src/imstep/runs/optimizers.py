@@ -16,11 +16,11 @@ from imstep.runs.passing import OptimizerError, shared, shared_options
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import (
     LOSS_COST,
+    CheckedStepper,
     GradientStepper,
     LBFGSStepper,
     Stepper,
     StepResult,
-    StepwiseStepper,
 )
 from imstep.tasks import Problem
 
@@ -39,7 +39,7 @@ __all__ = [
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
-    return StepwiseStepper(
+    return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
 

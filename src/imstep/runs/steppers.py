@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from imstep.optim import StepOutcome
-from imstep.optim.evaluable import raised_in
+from imstep.curvature.domain import raised_in
+from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.runs.passing import OptimizerError
 from imstep.tasks import AnyBatch, Problem
@@ -23,6 +23,7 @@ from imstep.tasks import AnyBatch, Problem
 __all__ = [
     "LOSS_COST",
     "AveragedStepper",
+    "CheckedStepper",
     "GradientStepper",
     "LBFGSStepper",
     "RefusedError",
@@ -158,7 +159,7 @@ class StepwiseStepper(Stepper):
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         try:
-            self._optimizer.step(problem.closure(batch))
+            self._move(problem, batch)
         except ValueError as error:
             if type(error) is not ValueError or not raised_in(error).startswith("imstep."):
                 raise  # the program of a task has raised it
@@ -178,6 +179,18 @@ class StepwiseStepper(Stepper):
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch))
+
+
+class CheckedStepper(StepwiseStepper):
+    """Least squares, which see at other points whether a step holds there, where all steps have the same points."""
+
+    _optimizer: LeastSquares
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch), check=problem.check())
 
 
 class AveragedStepper(StepwiseStepper):

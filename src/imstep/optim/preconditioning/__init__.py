@@ -10,20 +10,31 @@ from imstep.optim.preconditioning.base import (
 )
 from imstep.optim.preconditioning.block_bfgs import BlockBFGS
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
-from imstep.optim.preconditioning.kronecker import Kronecker
+from imstep.optim.preconditioning.kronecker import (
+    FactoredDamping,
+    Kronecker,
+    KroneckerEigenbasis,
+    TikhonovDamping,
+)
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
 from imstep.optim.preconditioning.rank_one import RankOneModel
+from imstep.optim.preconditioning.shampoo import SOAP, GradientFactors, KLShampoo, Shampoo
 
 __all__ = [
     "BFGS",
     "OTHER_STATE",
+    "SOAP",
     "SR1",
     "AutomaticRate",
     "BlockBFGS",
     "Evidence",
+    "FactoredDamping",
+    "GradientFactors",
     "Hutchinson",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LimitedMemoryBFGS",
     "NoPreconditioning",
     "Nystrom",
@@ -32,5 +43,7 @@ __all__ = [
     "QuasiNewton",
     "RankOneModel",
     "SelfScaledBroyden",
+    "Shampoo",
     "SquaredGradients",
+    "TikhonovDamping",
 ]

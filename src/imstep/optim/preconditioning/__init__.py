@@ -1,5 +1,6 @@
 """How a Krylov iteration is preconditioned: exchangeable preconditioners."""
 
+from imstep.optim.preconditioning.automatic_rate import AutomaticRate
 from imstep.optim.preconditioning.base import (
     OTHER_STATE,
     Evidence,
@@ -7,6 +8,7 @@ from imstep.optim.preconditioning.base import (
     Preconditioner,
     Preconditioning,
 )
+from imstep.optim.preconditioning.block_bfgs import BlockBFGS
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
 from imstep.optim.preconditioning.gradient_factors import GradientFactors
 from imstep.optim.preconditioning.kronecker import (
@@ -25,6 +27,8 @@ __all__ = [
     "OTHER_STATE",
     "SOAP",
     "SR1",
+    "AutomaticRate",
+    "BlockBFGS",
     "Evidence",
     "FactoredDamping",
     "GradientFactors",

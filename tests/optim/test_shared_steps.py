@@ -111,12 +111,13 @@ def classifier(rank: int) -> bytes:
 def convolutions_with_batch_normalisation(rank: int) -> bytes:
     """Each process normalises by its own part, as each piece of micro-batches is."""
 
-    def make() -> nn.Module:
+    def make(norm: bool = True) -> nn.Module:
         torch.manual_seed(4)
-        layers = nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 2)
-        return nn.Sequential(*layers).double()
+        layers = nn.BatchNorm2d(2) if norm else nn.Identity(), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)
+        return nn.Sequential(nn.Conv2d(1, 2, 2, padding=1, stride=2), *layers).double()
 
     batch = X.reshape(12, 1, 2, 2), Y
+    same_steps(rank, lambda: make(norm=False), squares, batch)
     return same_steps(rank, make, squares, batch, joined=False, preconditioning=NoPreconditioning())
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from optim_cases import normal
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 from imstep.curvature import SumOverBatches
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
@@ -265,6 +266,8 @@ def data_parallel_models(rank: int) -> bytes:
         torch.testing.assert_close(optimizer.step(closure), reference.step(lambda: squares(alone, (X, Y))))
         torch.testing.assert_close(flat(ours), flat(alone), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours[0].weight.grad, alone[0].weight.grad)
+    with pytest.raises(ValueError, match="Leave Join out"), Join([wrapped]):
+        optimizer.step(closure)
     return flat(ours).numpy().tobytes()
 
 

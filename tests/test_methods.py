@@ -14,7 +14,7 @@ from imstep.linalg import ShiftedEigenvalues
 from imstep.optim import Direct, Dogleg, SteihaugToint, TwoDimensionalSubspace
 
 F64 = torch.float64
-FIXED_RATES = {"adahessian", "sophia"}  # tests/optim/test_diagonal_newton.py
+FIXED_RATES = {"adahessian", "sophia", "shampoo", "soap", "kl_shampoo"}  # tests/optim/test_{diagonal_newton,shampoo}.py
 
 
 def rosenbrock() -> tuple[nn.Parameter, object]:

@@ -15,29 +15,39 @@ from torch import Tensor, nn
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient
 from imstep.optim import (
+    SOAP,
     ConjugateGradient,
     Cost,
     ExactHessian,
     GeneralizedLanczos,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
     Nystrom,
     Recycling,
     ResidualForcing,
+    Shampoo,
     Solver,
     SquaredGradients,
     SteihaugToint,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning import Evidence, Preconditioner, Preconditioning
 
 KINDS: dict[str, Preconditioning] = {
     "none": NoPreconditioning(),
     "kronecker": Kronecker(),
+    "kronecker, tikhonov": Kronecker(damping=TikhonovDamping()),
+    "kronecker eigenbasis": KroneckerEigenbasis(),
     "hutchinson": Hutchinson(every=3, probes=2),
     "squared gradients": SquaredGradients(),
+    "shampoo": Shampoo(),
+    "soap": SOAP(),
+    "kl-shampoo": KLShampoo(),
     "nystrom": Nystrom(rank=5, every=4),
     "adaptive nystrom": Nystrom(rank=2, every=4, largest=16),
     "recycled": Recycling(Nystrom(rank=3, every=5), pairs=4),

@@ -1,6 +1,7 @@
 """Curvature of a model's loss as linear operators on flat vectors."""
 
 from imstep.curvature.batches import BatchOperator
+from imstep.curvature.exact_diagonal import GaussNewtonDiagonal
 from imstep.curvature.fisher import Empirical, Exact, Expectation, Fisher, MonteCarlo
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gauss_newton import GaussNewton
@@ -14,6 +15,7 @@ from imstep.curvature.reduction import MeanOverSamples, Reduction, SumOverBatche
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import StaleLossError
+from imstep.curvature.structural import StructuralDamping
 
 __all__ = [
     "EKFAC",
@@ -27,6 +29,7 @@ __all__ = [
     "Fisher",
     "FrozenClosure",
     "GaussNewton",
+    "GaussNewtonDiagonal",
     "Gaussian",
     "Hessian",
     "Jacobian",
@@ -41,5 +44,6 @@ __all__ = [
     "Reduction",
     "ResidualJacobian",
     "StaleLossError",
+    "StructuralDamping",
     "SumOverBatches",
 ]

@@ -45,6 +45,7 @@ class Linearisation:
         split: the loss as a convex function of outputs; None where it has another form.
         report: the operators that the evaluation met.
         penalty: what is added to the closure's loss, in ``loss`` and ``gradient``, not in the tape; None for nothing.
+        keeps_graph: whether a backward pass must leave the loss's graph to others.
     """
 
     loss: Tensor
@@ -53,6 +54,7 @@ class Linearisation:
     split: LossSplit | None
     report: OperatorReport
     penalty: Penalty | None = None
+    keeps_graph: bool = False
     repeats: ClassVar[float] = 0.0
     """The share of the batch that every product evaluates anew."""
 
@@ -120,14 +122,15 @@ class FrozenClosure:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape, keep_graph = Tape(memory_budget), keep_graph or observer is not None
+        tape, asked = Tape(memory_budget), keep_graph
+        keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
         loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
-        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty)
+        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty, asked)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""

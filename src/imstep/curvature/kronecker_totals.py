@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imstep.curvature.kronecker_blocks import Block, Seen
 from imstep.curvature.layers import LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import JointLinearisation, Linearised
@@ -22,22 +23,6 @@ MOST_DRAWN = 2**22
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """The factors of one weight (and its bias): the matrix G ⊗ A.
-
-    Attributes:
-        weight, bias: positions among the parameters.
-        inputs: A = E[a aᵀ] over the rows a that the weight multiplies, (in, in).
-        outputs: G = Σ g gᵀ over the gradients g of sampled targets at its outputs, (out, out).
-    """
-
-    weight: int
-    bias: int | None
-    inputs: Tensor
-    outputs: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Totals:
     """Sums over the evaluations of one update.
 
@@ -46,12 +31,14 @@ class Totals:
         rows: how many these are.
         squares: squared gradients of the other parameters.
         direct: mean curvature of losses of a parameter itself.
+        seen: the uses themselves, where they are asked for.
     """
 
     blocks: dict[int, Block] = field(default_factory=dict)
     rows: dict[int, float] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     direct: dict[int, float] = field(default_factory=dict)
+    seen: list[Seen] = field(default_factory=list)
 
     def take(self, weight: float, use: LayerUse, gradient: Tensor, dtype: torch.dtype) -> None:
         """Add the factors of one use."""

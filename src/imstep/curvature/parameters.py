@@ -87,6 +87,10 @@ class TensorVector:
         places = torch.arange(self.size, device=self.device).split(self.sizes)
         return torch.cat([places[at] for at in positions])
 
+    def places(self, by: str) -> dict[str, Tensor]:
+        """The entries of each layer's or parameter's tensors, by name."""
+        raise ValueError(f"by={by!r} needs the parameters of a model; these vectors are something else.")
+
 
 class ParameterVector(TensorVector):
     """Parameters seen as one real vector of shape (n,): concatenated in order, each in row-major order.
@@ -158,6 +162,14 @@ class ParameterVector(TensorVector):
             )
         return [place[id(p)] for p in wanted]
 
+    def part(self, positions: Sequence[int]) -> ParameterVector:
+        """The vector of some of the parameters, of the same dtype."""
+        own = ParameterVector.__new__(ParameterVector)
+        TensorVector.__init__(own, [self.forms[at] for at in positions], self.dtype, self.device)
+        own.tensors, own.names = [self.tensors[at] for at in positions], [self.names[at] for at in positions]
+        own._named = self._named
+        return own
+
     def groups(self, by: str) -> dict[str, list[Tensor]]:
         """The parameters of each layer, or each by itself, by name.
 
@@ -179,6 +191,9 @@ class ParameterVector(TensorVector):
             # A parameter of the model itself, which has no name, is a layer of its own.
             groups.setdefault(name.rpartition(".")[0] or name if by == "layer" else name, []).append(p)
         return groups
+
+    def places(self, by: str) -> dict[str, Tensor]:
+        return {name: self.entries(self.positions(own)) for name, own in self.groups(by).items()}
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """A vector (n,) from one number for each parameter."""

@@ -102,6 +102,6 @@ def sampled_diagonal(point: Linearised, parameters: ParameterVector, generator: 
         assert at.split is not None
         ends = at.split.losses
         u = sample_output_gradients(at.loss, ends, generator)
-        gradients = later_grad([end.z for end in ends], list(parameters.tensors), u, keep=False)
+        gradients = later_grad([end.z for end in ends], list(parameters.tensors), u, keep=at.keeps_graph)
         total += weight * parameters.flatten(gradients).square()
     return total

@@ -6,7 +6,7 @@ from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
-from imstep.linalg.composed import ProductOperator, SubmatrixOperator
+from imstep.linalg.composed import ProductOperator, ScaledOperator, SubmatrixOperator, SumOperator
 from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -17,7 +17,7 @@ from imstep.linalg.dense import (
 )
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
-from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
+from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator, LowRankOperator
 from imstep.linalg.gltr import gltr
 from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
 from imstep.linalg.gram_factor import GramFactor
@@ -37,9 +37,10 @@ from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eig
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
-from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
+from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
+from imstep.linalg.rank_one import RankOneOperator
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
@@ -89,6 +90,7 @@ __all__ = [
     "LanczosResult",
     "LimitedMemoryPreconditioner",
     "LinearOperator",
+    "LowRankOperator",
     "NoiseTest",
     "NotSolvedError",
     "NystromApproximation",
@@ -99,6 +101,7 @@ __all__ = [
     "Progress",
     "ProgressStall",
     "RandomizedNystrom",
+    "RankOneOperator",
     "ReducedLeastSquares",
     "RelativeResidual",
     "RidgeLeastSquares",

@@ -23,6 +23,7 @@ from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.ground import Ground, ground_at
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
+from imstep.optim.recall import RowsAbove, new_points
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.residual_settings import Settings
 from imstep.optim.step_attempt import StepAttempt
@@ -70,6 +71,8 @@ class ResidualAttempt(StepAttempt):
         self._loss: Tensor
         self._gradient: Tensor
         self._spent = Cost()  # on trials
+        self._recall = settings.recall  # None where the points are not known to be new
+        self._earlier: Tensor | None = None  # rows of earlier Jacobians, (m, n)
         self._follows = False  # whether a trial's residuals differ from those of the start
         self._there: tuple[Tensor, Tensor] | None = None  # the last trial's step (n,), and the loss with its graph
 
@@ -87,7 +90,11 @@ class ResidualAttempt(StepAttempt):
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
         where = self._parameters, self._settings, memory, self._box
-        ground, memory = ground_at(jacobian, self._penalty, *where)
+        if not new_points(record.loss, memory.loss):
+            self._recall = None
+        self._earlier = None if self._recall is None else memory.earlier
+        stacked = jacobian if self._earlier is None else RowsAbove(jacobian, self._earlier)
+        ground, memory = ground_at(stacked, self._penalty, *where)
         record = replace(record, factorisation=ground.factorised.kind, rank=ground.factorised.rank)
         return self._search(record, memory, ground)
 
@@ -184,6 +191,9 @@ class ResidualAttempt(StepAttempt):
     ) -> tuple[StepRecord, Memory]:
         """The record of a step d = ``there``, given what is taken of it and by how much that lowers the loss."""
         self._keep = True
+        count = len(self._residuals)  # without the rows of earlier steps
+        residuals, image = residuals[:count], image[:count]
+        decrease, left = step.decrease + self._held(there), left + self._held(share)
         slope, curvature = self._of_penalty(there)
         slope, curvature = slope + float(residuals @ image), curvature + float(image @ image)
         predicted = -slope - curvature / 2
@@ -197,14 +207,15 @@ class ResidualAttempt(StepAttempt):
             slope=slope,
             curvature=curvature,
             predicted_decrease=predicted,
-            actual_decrease=step.decrease,
-            rho=step.decrease / predicted if predicted > 0 else math.nan,
-            taylor_error=predicted - step.decrease,
+            actual_decrease=decrease,
+            rho=decrease / predicted if predicted > 0 else math.nan,
+            taylor_error=predicted - decrease,
             cost=record.cost + self._spent,
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
         last_move = share if self._settings.momentum > 0 else None
-        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
+        earlier = None if self._recall is None else self._recall.after(self._jacobian, self._earlier)
+        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move, earlier=earlier)
 
     def _reaching(
         self,
@@ -233,6 +244,10 @@ class ResidualAttempt(StepAttempt):
         decrease = decrease_of(residuals, self._residuals_at(step)) + self._relief(step)
         return decrease if math.isfinite(decrease) else -math.inf
 
+    def _held(self, step: Tensor) -> float:
+        """What a step costs at the points of earlier ones."""
+        return 0.0 if self._earlier is None else float((self._earlier @ step.double()).square().sum()) / 2
+
     def _relief(self, step: Tensor) -> float:
         """By how much a step lowers the penalty."""
         slope, curvature = self._of_penalty(step)
@@ -249,6 +264,11 @@ class ResidualAttempt(StepAttempt):
     # --- evaluations --------------------------------------------------------------------------------------------
 
     def _residuals_at(self, step: Tensor) -> Tensor:
+        """ρ(w + d), (N,), and what changes at the points of earlier steps."""
+        own = self._own_residuals_at(step)
+        return own if self._earlier is None else torch.cat([own, self._earlier @ step.double()])
+
+    def _own_residuals_at(self, step: Tensor) -> Tensor:
         """ρ(w + d), (N,); nan where the closure cannot be evaluated there."""
         self._parameters.move(self._snapshot, step.to(self._parameters.dtype), 1.0)
         self._spent += Cost(losses=1)

@@ -175,7 +175,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if self._average is not None:
             self._average.forget()
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None, earlier=None)
 
     @needs_closure
     def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]

@@ -8,23 +8,38 @@ from imstep.optim.preconditioning.base import (
     Preconditioning,
 )
 from imstep.optim.preconditioning.diagonal import Hutchinson, SquaredGradients
-from imstep.optim.preconditioning.kronecker import Kronecker
+from imstep.optim.preconditioning.kronecker import (
+    FactoredDamping,
+    Kronecker,
+    KroneckerEigenbasis,
+    TikhonovDamping,
+)
 from imstep.optim.preconditioning.nystrom import Nystrom
 from imstep.optim.preconditioning.quasi_newton import BFGS, SR1, LimitedMemoryBFGS, QuasiNewton, SelfScaledBroyden
+from imstep.optim.preconditioning.rank_one import RankOneModel
+from imstep.optim.preconditioning.shampoo import SOAP, GradientFactors, KLShampoo, Shampoo
 
 __all__ = [
     "BFGS",
     "OTHER_STATE",
+    "SOAP",
     "SR1",
     "Evidence",
+    "FactoredDamping",
+    "GradientFactors",
     "Hutchinson",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
     "LimitedMemoryBFGS",
     "NoPreconditioning",
     "Nystrom",
     "Preconditioner",
     "Preconditioning",
     "QuasiNewton",
+    "RankOneModel",
     "SelfScaledBroyden",
+    "Shampoo",
     "SquaredGradients",
+    "TikhonovDamping",
 ]

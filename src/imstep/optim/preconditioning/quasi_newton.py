@@ -132,7 +132,7 @@ class LimitedMemoryBFGS(Preconditioning):
         return _LimitedMemory(self, parameters)
 
 
-class _Secant(Preconditioner):
+class Secant(Preconditioner):
     """Learns from steps s and changes y of the gradient."""
 
     def __init__(self, parameters: ParameterVector, exact: bool) -> None:
@@ -182,7 +182,7 @@ class _Secant(Preconditioner):
         self._at, self._gradient = state["at"], state["at_gradient"]
 
 
-class _DenseInverse(_Secant):
+class _DenseInverse(Secant):
     def __init__(self, kind: QuasiNewton, parameters: ParameterVector) -> None:
         super().__init__(parameters, kind.exact)
         self._kind = kind
@@ -225,7 +225,7 @@ class _DenseInverse(_Secant):
         self._inverse = state["inverse_hessian"]
 
 
-class _LimitedMemory(_Secant):
+class _LimitedMemory(Secant):
     def __init__(self, kind: LimitedMemoryBFGS, parameters: ParameterVector) -> None:
         super().__init__(parameters, kind.exact)
         self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=kind.pairs)

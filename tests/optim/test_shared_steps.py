@@ -16,7 +16,7 @@ from optim_cases import normal
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
-from imstep.curvature import SumOverBatches
+from imstep.curvature import Empirical, MonteCarlo, SumOverBatches
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.linalg import KrylovStatus, NoiseTest
 from imstep.optim import (
@@ -24,6 +24,7 @@ from imstep.optim import (
     ConjugateGradient,
     ExactHessian,
     ExponentialAverage,
+    FisherCurvature,
     LimitedMemoryBFGS,
     MicroBatches,
     NewtonKrylov,
@@ -165,6 +166,18 @@ def other_configurations(rank: int) -> list[bytes]:
         same_steps(rank, mlp, squares, steps=2, solver=ChebyshevHalley(), weight_decay=0.1, **plain),
         same_steps(rank, mlp, squares, preconditioning=LimitedMemoryBFGS()),
     ]
+
+
+def natural_gradients(rank: int) -> bytes:
+    """Fisher matrices of single cases are summed over processes, of targets that each draws for itself."""
+    options = {"preconditioning": NoPreconditioning(), "weight_decay": 0.1}
+    same_steps(rank, mlp, squares, steps=2, curvature=FisherCurvature(Empirical()), **options)
+    model = mlp()
+    optimizer = grouped(model, curvature=FisherCurvature(MonteCarlo()), **options)
+    for _ in range(3):
+        optimizer.step(MicroBatches(lambda b: squares(model, b), [parts((X, Y))[rank]]))
+    assert optimizer.last_step.accepted
+    return flat(model).numpy().tobytes()
 
 
 def noise_between_halves(rank: int) -> bytes:
@@ -412,6 +425,7 @@ CHECKS = [
     transformer,
     physics_informed,
     other_configurations,
+    natural_gradients,
     noise_between_halves,
     sums,
     means_of_closures,

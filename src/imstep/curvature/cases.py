@@ -25,6 +25,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.sampling import end_weights
+from imstep.curvature.shared import SharedLinearisation
 
 aten = torch.ops.aten
 _MEAN = 1  # how PyTorch numbers the reductions of its losses
@@ -224,6 +225,8 @@ def case_matrix(
 
     Cost: a product is 4/3 of a gradient; of a batch in pieces also an evaluation of each piece.
     """
+    if isinstance(point, SharedLinearisation):
+        return point.summed(parameters, lambda own: case_matrix(own, parameters, rows), definite=True)
     source: Products = _CaseProducts(point, parameters, rows)
     if point.penalty is not None:
         source = ShiftedProducts(source, point.penalty.factors)

@@ -189,7 +189,8 @@ class MonteCarlo(Expectation):
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
         def begun() -> Callable[[Linearisation], list[Rows]]:
-            generator = torch.Generator(parameters.device).manual_seed(self._seed(step))
+            number = step if parameters.processes is None else parameters.processes.own_number(step)
+            generator = torch.Generator(parameters.device).manual_seed(self._seed(number))
             return lambda at: drawn_rows(_likelihood(at), self.samples, generator)
 
         return case_matrix(_recognised(point), parameters, begun)

@@ -206,6 +206,10 @@ class Processes:
 
     # --- agreement ----------------------------------------------------------------------------------------------
 
+    def own_number(self, number: int) -> int:
+        """A number for this process from one that is the same for all; no other process gets it, from any."""
+        return number * self.size + self.rank
+
     def own_generator(self, shared: torch.Generator) -> torch.Generator:
         """A generator for this process's part, from one that is the same for all and stays so."""
         seed = int(torch.randint(2**62, (1,), generator=shared, device=shared.device))

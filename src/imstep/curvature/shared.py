@@ -172,8 +172,14 @@ class SharedLinearisation:
 
     def matrix(self, parameters: ParameterVector, build: Callable[..., Any], definite: bool) -> SymmetricOperator:
         """The weighted sum of the processes' matrices."""
+        return self.summed(parameters, lambda own: own.matrix(parameters, build, definite), definite)
+
+    def summed(
+        self, parameters: ParameterVector, of: Callable[[Any], SymmetricOperator], definite: bool
+    ) -> SharedOperator:
+        """The weighted sum of the matrices that ``of`` makes of what each process has evaluated, and the penalty's."""
         own = self.own
-        matrix = None if own is None else lambda: own.matrix(parameters, build, definite)
+        matrix = None if own is None else lambda: of(own)
         source: Products = SharedProducts(parameters, matrix, self.share)
         if self.penalty is not None:
             source = ShiftedProducts(source, self.penalty.factors)

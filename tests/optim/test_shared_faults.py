@@ -16,7 +16,7 @@ from torch import Tensor
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.linalg import NoiseTest
 from imstep.optim import ConjugateGradient, MicroBatches
-from tests.launching import Outcomes, launch
+from tests.launching import Outcomes, launch, outcomes
 
 
 def leaves_together(rank: int, fail: Callable[[int], Tensor | None], own: type, other: type, **options: Any) -> str:
@@ -148,9 +148,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two() -> Outcomes:
-    return launch(2, *CHECKS)
+two = outcomes(2, CHECKS)
 
 
 @pytest.mark.parametrize("check", [f.__name__ for f in CHECKS])

@@ -27,7 +27,7 @@ from imstep.optim import (
     NewtonKrylov,
     NoPreconditioning,
 )
-from tests.launching import Outcomes, launch
+from tests.launching import Outcomes, launch, outcomes
 
 LABELS = torch.arange(12) % 3
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -279,9 +279,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two() -> Outcomes:
-    return launch(2, *CHECKS)
+two = outcomes(2, CHECKS)
 
 
 @pytest.mark.parametrize("check", [f.__name__ for f in CHECKS])

@@ -65,10 +65,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def show(name: str, page: str, text: str) -> None:
     """Put the text between the marks NAME:begin and NAME:end of docs/PAGE.md, with what it was measured on."""
-    record, path = load(name), DOCS / f"{page}.md"
+    record = load(name)
     versions = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
-    block = f"<!-- {name}:begin -->\n{text}\n\nMeasured {record['date']}; {versions}.\n<!-- {name}:end -->"
-    old = path.read_text(encoding="utf-8")
+    put(name, DOCS / f"{page}.md", f"{text}\n\nMeasured {record['date']}; {versions}.")
+
+
+def put(name: str, path: Path, text: str) -> None:
+    """Put the text between the marks NAME:begin and NAME:end of a page."""
+    block, old = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->", path.read_text(encoding="utf-8")
     marked = re.compile(rf"<!-- {name}:begin -->.*<!-- {name}:end -->", re.DOTALL)
     if not marked.search(old):
         raise ValueError(f"{path} has no marks <!-- {name}:begin --> and <!-- {name}:end -->. Add them.")

@@ -43,25 +43,25 @@ def _section(task: StrengthTask, record: StrengthRecord) -> list[str]:
         "",
         f"{task.about} {batch[0].upper()}{batch[1:]}.",
         "",
-        *_made(record.runs),
+        *made(record.runs),
         "",
         f"![Losses of {task.title}](images/{_picture(record)})",
         "",
         "### Figures to reach",
         "",
-        *_markdown(verdicts(task, record)),
+        *markdown(verdicts(task, record)),
         "### Results",
         "",
         "Median of the seeds (lowest to highest); eq.: gradient-equivalents.",
         "",
-        *_markdown(results(task, record, spread=True)),
+        *markdown(results(task, record, spread=True)),
         "### Tuning",
         "",
-        *_markdown(tuning(task, record)),
+        *markdown(tuning(task, record)),
     ]
 
 
-def _made(runs: Sequence[StrengthRun]) -> list[str]:
+def made(runs: Sequence[StrengthRun]) -> list[str]:
     """When and on what the runs were made; what differs between them is listed."""
     dates, loads = sorted(r.about["date"] for r in runs), [float(r.about["load average"]) for r in runs]
     commits = sorted({r.about["commit"] for r in runs})
@@ -72,7 +72,8 @@ def _made(runs: Sequence[StrengthRun]) -> list[str]:
     ]
 
 
-def _markdown(content: Cells) -> list[str]:
+def markdown(content: Cells) -> list[str]:
+    """The cells as a table."""
     if not content.rows:
         return ["Not measured.", ""]
     row = lambda cells: f"| {' | '.join(cells)} |"

@@ -83,6 +83,9 @@ def _text(record: StrengthRecord) -> str:
     """JSON with a line for each sweep and each run."""
     listed = lambda rows: "[\n" + ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in rows) + "\n]"
     runs = [{**asdict(run), "curve": [[getattr(p, c) for c in _COLUMNS] for p in run.curve]} for run in record.runs]
+    for run in runs:
+        if run["error"] is None:
+            del run["error"]
     return (
         f'{{"format": {json.dumps(FORMAT)}, "task": {json.dumps(record.task)}, "columns": {json.dumps(_COLUMNS)},\n'
         f'"tuning": {listed([asdict(s) for s in record.sweeps])},\n"runs": {listed(runs)}}}\n'

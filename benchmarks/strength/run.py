@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.strength.peers import PACKAGE
 from benchmarks.strength.sides import Options, Side
-from benchmarks.strength.tasks import TUNING_SEED, StrengthTask
+from benchmarks.strength.tasks import TUNING_SEED, StrengthTask, Surface
 from imstep.runs.environment import environment
 from imstep.runs.records import Point, Sweep, SweepRow
 from imstep.runs.rows import EvaluationRow, Limits, Row
@@ -42,6 +42,7 @@ class StrengthRun:
         products: curvature products.
         statuses: how steps ended, name -> count.
         about: date, commit, versions, machine, its load.
+        error: of the solution on a grid, row by row, where the task wants it kept.
     """
 
     side: str
@@ -53,6 +54,7 @@ class StrengthRun:
     products: int
     statuses: dict[str, int]
     about: dict[str, str]
+    error: Surface | None = None
 
     def best_at(self, clock: str, mark: float) -> Point:
         """The point of the lowest training loss up to `mark` on the clock "cost" or "seconds"."""
@@ -70,13 +72,21 @@ class StrengthRun:
 
 def limits_of(task: StrengthTask, side: Side, scale: float) -> Limits:
     """The limits of a recorded run, shortened by `scale` for a smoke test."""
-    limits = task.limits_of(side.name)
-    return Limits(**{name: value * scale for name, value in asdict(limits).items() if value is not None})
+    return _scaled(task.limits_of(side.name), scale)
 
 
 def trial_limits(task: StrengthTask, side: Side, scale: float) -> Limits:
     """The limits of a trial, shortened likewise."""
-    return Limits(budget=(task.trial_of(side.name).budget or 1.0) * scale)
+    return _scaled(task.trial_of(side.name), scale)
+
+
+def _scaled(limits: Limits, scale: float) -> Limits:
+    return Limits(**{name: value * scale for name, value in limit(limits).items()})
+
+
+def limit(limits: Limits) -> dict[str, float]:
+    """The limits that there are, by name."""
+    return {name: value for name, value in asdict(limits).items() if value is not None}
 
 
 def run_side(
@@ -114,12 +124,13 @@ def run_side(
         side=side.name,
         seed=seed,
         options=dict(options),
-        limit=_limit(limits),
+        limit=limit(limits),
         ending=trainer.ending.message if trainer.ending else "",
         curve=thinned(points, task),
         products=totals.products,
         statuses=dict(totals.statuses),
         about=about,
+        error=task.error_of(problem, side.name, seed),
     )
 
 
@@ -132,7 +143,7 @@ def tune(
         run = run_side(task, side, options, TUNING_SEED, limits, data, observe, TRIAL_LOOKS)
         best = run.best_at("cost", float("inf"))
         rows.append(SweepRow(dict(options), _rounded(best.train), _rounded(run.curve[-1].seconds), run.ending))
-    return Sweep(side.name, limits.budget or 0.0, tuple(rows))
+    return Sweep(side.name, *limit(limits).values(), tuple(rows))
 
 
 def _done(trainer: Trainer, limits: Limits) -> float:
@@ -142,16 +153,11 @@ def _done(trainer: Trainer, limits: Limits) -> float:
     return trainer.totals.cost / (limits.budget or 1.0)
 
 
-def _limit(limits: Limits) -> dict[str, float]:
-    return {name: value for name, value in asdict(limits).items() if value is not None}
-
-
 def thinned(points: Sequence[Point], task: StrengthTask) -> tuple[Point, ...]:
     """About sixty points, and all where something will be read: around marks, and where levels are reached."""
     run = StrengthRun("", 0, {}, {}, "", tuple(points), 0, {}, {})
     kept = {round(i * (len(points) - 1) / (KEPT_POINTS - 1)) for i in range(KEPT_POINTS)}
-    read = [run.best_at(task.axis, mark) for mark in task.marks] + [run.last_at(task.axis, m) for m in task.marks]
-    read += [run.first_below(level) for level in task.levels] + [run.best_at("cost", float("inf"))]
+    read = [*task.reads(run), run.best_at("cost", float("inf"))]
     chosen = [p for i, p in enumerate(points) if i in kept or any(p is r for r in read)]
     return tuple(Point(**{k: _rounded(v) for k, v in asdict(p).items()}) for p in chosen)
 

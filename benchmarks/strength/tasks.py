@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from imstep.runs.records import Point
 from imstep.runs.rows import Clock, Limits, Schedule
 from imstep.tasks import Problem, Task, get_task
 
+if TYPE_CHECKING:
+    from benchmarks.strength.run import StrengthRun
+
 TUNING_SEED = 100
+
+Surface = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,15 @@ class StrengthTask:
     def trial_of(self, side: str) -> Limits:
         """When a trial of the side ends: by cost, so that tuning is the same on every machine."""
         return Limits(budget=self.trials.get(side, self.trial))
+
+    def reads(self, run: StrengthRun) -> list[Point | None]:
+        """The points of a run's curve that tables read."""
+        at_marks = [read(self.axis, mark) for mark in self.marks for read in (run.best_at, run.last_at)]
+        return [*at_marks, *(run.first_below(level) for level in self.levels)]
+
+    def error_of(self, problem: Problem, side: str, seed: int) -> Surface | None:
+        """The error of the solution on a grid at the end of a run, if the record is to keep it."""
+        return None
 
     def schedule_of(self, limits: Limits, looks: int) -> Schedule:
         """Evaluations so many times a run, at equal distances on its clock."""

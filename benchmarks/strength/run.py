@@ -111,21 +111,25 @@ def run_side(
     trainer = Trainer(problem, stepper, batch_size=task.batch_size, seed=seed, schedule=schedule)
     groups = [(group, group.get("lr", 0.0)) for group in stepper.optimizer.param_groups]
     points = []
-    for row in trainer.run(limits):
-        observe(trainer, row)
-        if isinstance(row, EvaluationRow):
-            points.append(Point(row.cost, row.seconds, row.step, row.epoch, row.train_loss, row.heldout_loss))
-            continue
-        for group, rate in groups:
-            if "lr" in group:
-                group["lr"] = rate * side.schedule(_done(trainer, limits))
+    try:
+        for row in trainer.run(limits):
+            observe(trainer, row)
+            if isinstance(row, EvaluationRow):
+                points.append(Point(row.cost, row.seconds, row.step, row.epoch, row.train_loss, row.heldout_loss))
+                continue
+            for group, rate in groups:
+                if "lr" in group:
+                    group["lr"] = rate * side.schedule(_done(trainer, limits))
+        ending = trainer.ending.message if trainer.ending else ""
+    except (ArithmeticError, RuntimeError) as error:  # a side that fails within its run has a result, too
+        ending = f"failed: {type(error).__name__}: {error}".split("\n")[0]
     totals = trainer.totals
     return StrengthRun(
         side=side.name,
         seed=seed,
         options=dict(options),
         limit=limit(limits),
-        ending=trainer.ending.message if trainer.ending else "",
+        ending=ending,
         curve=thinned(points, task),
         products=totals.products,
         statuses=dict(totals.statuses),

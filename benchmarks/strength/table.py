@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.strength.record import StrengthRecord
 from benchmarks.strength.run import StrengthRun
-from benchmarks.strength.sides import SIDES
+from benchmarks.strength.sides import SIDES, Side
 from benchmarks.strength.tasks import StrengthTask
 from imstep.runs.verdict import short
 
@@ -126,14 +126,19 @@ def _row(name: str, bound: float, value: float, form: Callable[[float], str]) ->
     return name, form(bound), text, "met" if value <= bound else "**missed**"
 
 
-def tuning(task: StrengthTask, record: StrengthRecord) -> Cells:
-    """What tuning tried and what it chose."""
+def tuning(
+    task: StrengthTask,
+    record: StrengthRecord,
+    sides: Mapping[str, Side] = SIDES,
+    budget: str = "equivalents a trial",
+) -> Cells:
+    """What tuning tried and what it chose; ``budget`` heads what a trial had."""
     rows = []
     for name in task.sides:
         for sweep in (s for s in record.sweeps if s.optimizer == name):
             tried = "; ".join(f"{_options(row.options)}: {short(row.loss)}" for row in sweep.rows)
-            rows.append((SIDES[name].title, f"{sweep.budget:g}", tried, _options(sweep.chosen.options)))
-    return Cells(("side", "equivalents a trial", "training loss of the trials", "chosen"), tuple(rows))
+            rows.append((sides[name].title, f"{sweep.budget:g}", tried, _options(sweep.chosen.options)))
+    return Cells(("side", budget, "training loss of the trials", "chosen"), tuple(rows))
 
 
 def _options(options: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ from style import BLUE, BROWN, GREEN, INK, LINE, MUTED, RED, VIOLET, bare, save
 
 import imstep
 
-RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "strength" / "records"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def complex_step(figure: Figure) -> None:
@@ -154,23 +154,33 @@ def residual_space(figure: Figure) -> None:
 SIDES = {
     "imstep": ("imstep", RED), "imstep-residual": ("imstep", RED), "soap-cosine": ("SOAP, cosine schedule", GREEN),
     "soap": ("SOAP", VIOLET), "lbfgs": ("L-BFGS", BLUE), "adam": ("Adam", BROWN),
+    "adam-lbfgs": ("Adam, then L-BFGS", BLUE),
 }  # fmt: skip
+RACE = "poisson-2d"
 
 
 def start(figure: Figure) -> None:
-    """Training strength in two of its tasks, from the records: the seed whose end is the median, over seconds."""
-    tasks = {"autoencoder": "Autoencoder", "convection-float64": "Differential equation"}
-    for axes, (task, title) in zip(figure.subplots(1, 2), tasks.items(), strict=True):
-        runs = json.loads((RECORDS / f"{task}.json").read_text())["runs"]
+    """A differential equation and training strength, from the records: the seed whose end is the median, over seconds.
+
+    The equation is that of the race, by its error, once it is recorded; before, that of training strength, by its loss.
+    """
+    race = BENCHMARKS / "pinn" / "records" / f"{RACE}.json"
+    strength = BENCHMARKS / "strength" / "records"
+    equation = (race, 5, "error") if race.exists() else (strength / "convection-float64.json", 4, "training loss")
+    panels = {"Differential equation": equation, "Autoencoder": (strength / "autoencoder.json", 4, "training loss")}
+    labels = {}
+    for axes, (title, (record, column, quantity)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        runs = json.loads(record.read_text())["runs"]
         for side, (label, colour) in SIDES.items():
             curves = [np.array(run["curve"], dtype=float) for run in runs if run["side"] == side]
             if not curves:
                 continue
-            ends = [curve[-1, 4] for curve in curves]
+            ends = [curve[-1, column] for curve in curves]
             curve = curves[ends.index(statistics.median_low(ends))]
-            axes.loglog(np.maximum(curve[1:, 1], 0.3), curve[1:, 4], color=colour, label=label)
-        axes.set(title=title, xlabel="seconds", ylabel="training loss")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
+            (line,) = axes.loglog(np.maximum(curve[1:, 1], 0.1), curve[1:, column], color=colour, label=label)
+            labels.setdefault(label, line)
+        axes.set(title=title, xlabel="seconds", ylabel=quantity)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=8.5)
 
 
 PICTURES = {

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.pinn.sides import SIDES
 from benchmarks.pinn.table import OPEN, hours, results, summary
-from benchmarks.pinn.tasks import TASKS, RaceTask, thinned_out
+from benchmarks.pinn.tasks import TASKS, RaceTask
 from benchmarks.record_page import DOCS, put
 from benchmarks.strength.page import made, markdown
 from benchmarks.strength.record import StrengthRecord
@@ -118,14 +118,12 @@ def _surfaces(pair: Sequence[Axes], task: RaceTask, error: np.ndarray) -> None:
     assert recipe.reference is not None
     reference = recipe.reference()
     assert reference.shape is not None
-    solution = np.array(thinned_out(reference.values[:, 0].reshape(reference.shape).tolist()))
+    solution = reference.values[:, 0].reshape(reference.shape).numpy()
     across, up = ((float(x.min()), float(x.max())) for x in (reference.points[:, at] for at, _ in reference.axes))
     size = np.log10(np.maximum(np.abs(error), 1e-300))
     shown = ((solution, "Solution", "RdBu_r", {}), (size, "Error of imstep, seed 0: log₁₀", "viridis", _range(size)))
     for axes, (values, title, colours, limits) in zip(pair, shown, strict=True):
-        image = axes.imshow(
-            values, origin="lower", extent=(*across, *up), aspect="auto", cmap=colours, **limits
-        )
+        image = axes.imshow(values, origin="lower", extent=(*across, *up), aspect="auto", cmap=colours, **limits)
         axes.grid(False)
         axes.set(title=title, xlabel=reference.axes[0][1], ylabel=reference.axes[1][1])
         axes.figure.colorbar(image, ax=axes)

@@ -20,7 +20,7 @@ TRIAL = 1 / 4
 LOOKS = 400
 STAIR = 0.7
 """A point of the curve is kept where the error has fallen to this much of that at the last such point."""
-GRID = 52
+GRID = 40
 """Rows and columns of a kept error at most."""
 
 EVERYONE = ("imstep", "adam-lbfgs", "soap-cosine", "newton-cg", "broyden", "spring")

@@ -95,14 +95,16 @@ def _figure(task: RaceTask, record: StrengthRecord, theme: Theme) -> Figure:
 
 
 def _curves(axes: Axes, task: RaceTask, record: StrengthRecord, theme: Theme, x: str, y: str) -> None:
-    drawn = []
+    drawn, starts = [], [1e-300]
     for index, name in enumerate(task.sides):
         for k, run in enumerate(record.of(name)):
             points = [p for p in run.curve if getattr(p, y) > 0 and getattr(p, x) > 0]
             xs, ys = [getattr(p, x) for p in points], [getattr(p, y) for p in points]
-            drawn += ys[len(ys) // 20 :]
+            drawn += ys
+            starts += ys[:1]
             axes.plot(xs, ys, color=theme.series[index], lw=1.0, label=SIDES[name].title if k == 0 else None)
-    finite = [value for value in drawn if math.isfinite(value)] or [1.0]
+    most = 10 * max(filter(math.isfinite, starts))  # a side that diverges leaves the picture
+    finite = [value for value in drawn if value <= most] or [1.0]
     log_axis(axes, "y", decades=math.log10(max(finite) / min(finite)))
     if x == "cost":
         log_axis(axes, "x", decades=4)  # a step of Newton's kind has many gradients' cost

@@ -6,11 +6,12 @@ import functools
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,6 +42,11 @@ def launch(size: int, *functions: Callable[[int], Any], timeout: float = 20.0) -
             worker.join(timeout)
             worker.kill()
     return {f.__name__: [of_rank.get(f.__name__, "ended") for of_rank in found] for f in functions}
+
+
+def outcomes(size: int, checks: Sequence[Callable[[int], Any]]) -> Any:
+    """A fixture for all tests of a module: what the functions return in each process, launched once."""
+    return pytest.fixture(lambda: launch(size, *checks), scope="module", name="two")
 
 
 @functools.cache

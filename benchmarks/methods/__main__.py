@@ -31,7 +31,7 @@ from imstep.runs.suitability import REFUSALS
 
 NAME = "methods"
 EVALUATIONS = 20
-MOST_SECONDS = 10.0
+MOST_SECONDS = 8.0
 """Of a run that is slow for its gradient-equivalents; it then counts as far as it has come, with a star."""
 
 

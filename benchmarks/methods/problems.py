@@ -176,7 +176,7 @@ SUBJECTS = (
     Subject(
         "PINN",
         ExampleTask("poisson", "Poisson's equation", "200 + 160 points; MLP 2-12-12-1.", points, Poisson, nn.MSELoss()),
-        budget=1000,
+        budget=400,
         dtype=F64,
     ),
     Subject(

@@ -76,6 +76,7 @@ def dense(problem: Problem) -> torch.Tensor:
     return torch.func.hessian(loss)(nn.utils.parameters_to_vector(model.parameters()).detach())
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_problem(program: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     result = command("spectrum", program, "--by", "layer", "--dtype", "float64", *ASK, "--out", out)
@@ -91,9 +92,6 @@ def test_a_problem(program: Path, tmp_path: Path) -> None:
     layers = point["answers"]["layers"]["by"]
     assert {name: layer["parameters"] for name, layer in layers.items()} == {"0": 8, "1": 8, "4": 5}
     assert layers["4"]["trace"] == pytest.approx(float(expected[-5:, -5:].trace()))
-    page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3
-    assert (out / "spectrum.png").stat().st_size > 1000
 
 
 def numbers(run: Path, kinds: tuple[str, ...] = ("step", "evaluation")) -> list[dict[str, Any]]:
@@ -137,17 +135,21 @@ def test_a_run_at_several_steps(program: Path, tmp_path: Path) -> None:
     words = ["-o", "sgd", "--lr", "0.1", "--batch-size", "12", "--dtype", "float64", "--threads", "1", "--epochs", "2"]
     assert command("train", program, *words, "--out", run, "--watch-curvature", "2", "--keep", "every=2").exit_code == 0
     assert "Sharpness over the steps" in (run / "report.html").read_text()
-    result = command("spectrum", run, *ASK, "--tol", "1e-6", "--out", out)
+    result = command("spectrum", run, *ASK, "--tol", "1e-6", "--by", "layer", "--at", "0,4", "--out", out)
     assert result.exit_code == 0, result.output
     watched, points = numbers(run, ("curvature",)), record(out)["points"]
-    assert [point["step"] for point in points] == [0, 2, 4]
-    for point, row in zip(points, watched, strict=True):
+    assert [point["step"] for point in points] == [0, 4]
+    for point, row in zip(points, watched[::2], strict=True):
         assert point["answers"]["eigenvalues"]["largest"] == pytest.approx(row["largest"], rel=1e-3)
-    assert "Largest eigenvalue and trace by step" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "Largest eigenvalue and trace by step" in page
+    assert (out / "spectrum.png").stat().st_size > 1000
     assert "There are steps 0, 2, 4" in refused("spectrum", run, "--at", "3", "--out", tmp_path / "t")
     assert "--dtype cannot be given for a run" in refused("spectrum", run, "--dtype", "float32")
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.usefixtures("no_pages")
 def test_tensorboard_has_the_curvature(program: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
@@ -235,12 +237,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_edge_is_where_iterates_begin_to_grow(kind: str) -> None:
-    for factor, grows in ((0.98, False), (1.02, True)):
+    for factor, grows in ((0.9, False), (1.1, True)):
         w = nn.Parameter(torch.ones(1).double())
         optimizer = torch.optim.SGD([w], **OPTIMIZERS[kind])
         edge = edge_of_stability(optimizer)
         assert edge is not None
-        for _ in range(600):
+        for _ in range(100):
             optimizer.zero_grad()
             (factor * edge * w.square() / 2).sum().backward()
             optimizer.step()

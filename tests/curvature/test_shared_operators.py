@@ -15,7 +15,7 @@ from imstep.complexstep.tape import TapeChangedError
 from imstep.curvature import Categorical, Fisher, GaussNewton, Hessian, Jacobian, MonteCarlo, SumOverBatches
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.spectral import trace
-from tests.launching import Outcomes, launch
+from tests.launching import Outcomes, outcomes
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, V = (torch.randn(shape, dtype=torch.float64, generator=GENERATOR) for shape in ((9, 3), (24, 4)))
@@ -131,9 +131,7 @@ def data_parallel(rank: int) -> None:
 CHECKS = [matrices, random_targets, jacobians, faults, data_parallel]
 
 
-@pytest.fixture(scope="module")
-def two() -> Outcomes:
-    return launch(2, *CHECKS)
+two = outcomes(2, CHECKS)
 
 
 @pytest.mark.parametrize("check", [f.__name__ for f in CHECKS])

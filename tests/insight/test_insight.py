@@ -278,6 +278,8 @@ def test_a_covariance_that_is_not_there_is_refused() -> None:
         insight.parameter_covariance(lambda b: b[0] * t + b[2], b)
     with pytest.raises(ValueError, match="Pass variance="):
         insight.parameter_covariance(lambda b: b * t[1:4], b)
+    with pytest.raises(ValueError, match="names no parameter"):
+        insight.parameter_covariance(lambda b: b * t[1:4], b, variance=1.0, free=[False] * 3)
     exact = insight.parameter_covariance(lambda b: b * t[1:4], b, variance=1.0)
     torch.testing.assert_close(exact.standard_errors, 1 / t[1:4])
     with pytest.raises(ValueError, match="do not determine"):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from imstep.linalg import RankOneOperator, bfgs_update, self_scaled_update, sr1_update
+from imstep.linalg import (
+    BlockBFGSPreconditioner,
+    DiagonalOperator,
+    RankOneOperator,
+    bfgs_update,
+    self_scaled_update,
+    sr1_update,
+)
 
 F64 = torch.float64
 
@@ -126,3 +133,24 @@ def test_a_rank_one_matrix_finds_an_indefinite_one_by_as_many_pairs_as_it_has_di
     torch.testing.assert_close(agreeing.to_dense(), 0.3 * torch.eye(6, dtype=F64))
     with pytest.raises(ValueError, match="at least one pair"):
         RankOneOperator([], gamma=1.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_block_updates_are_the_formula_s(damping: float) -> None:
+    """Gower, Goldfarb and Richtárik, (8), with matrices; a block of negative curvature is left out."""
+    generator = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64)
+    root, start = draw(7, 7), draw(7).square() + 0.1
+    A = root @ root.mT / 7 + 0.1 * torch.eye(7, dtype=F64)
+    blocks = [(S, A @ S) for S in (draw(7, 2), draw(7, 3), draw(7, 1))]
+    P, identity = start.diag(), torch.eye(7, dtype=F64)
+    for S, image in blocks:
+        Y = image + damping * S
+        inner = S @ torch.linalg.inv(S.mT @ Y)
+        P = inner @ S.mT + (identity - inner @ Y.mT) @ P @ (identity - Y @ inner.mT)
+    bad = draw(7, 2)
+    made = BlockBFGSPreconditioner(DiagonalOperator(start), [*blocks[:1], (bad, -A @ bad), *blocks[1:]], damping)
+    assert len(made) == 3
+    torch.testing.assert_close(made.to_dense(), P, rtol=1e-9, atol=1e-9)
+    S, image = blocks[-1]
+    torch.testing.assert_close(made.matmat(image + damping * S), S)

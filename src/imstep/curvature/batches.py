@@ -76,8 +76,8 @@ class Series:
     def curvature(self, batch: Any, number: int) -> BatchCurvature:
         """The matrix of one batch."""
         processes = self.parameters.processes
-        if processes is not None:  # numbers of its own, as random targets go by them
-            number = number * processes.size + processes.rank
+        if processes is not None:  # as random targets go by them
+            number = processes.own_number(number)
         return self.kind(partial(self.closure, batch), self.parameters, number)
 
     def random_state(self) -> RandomState:

@@ -7,7 +7,6 @@ is one replay to the outputs, an inner product for each case, and one backward p
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
 from imstep.complexstep.steps import Reference
+from imstep.curvature.families import Family, family, is_penalty
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
@@ -27,134 +27,6 @@ from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.sampling import end_weights
 
 aten = torch.ops.aten
-_MEAN = 1  # how PyTorch numbers the reductions of its losses
-
-
-class Family(ABC):
-    """The distribution that a convex end of a loss is -log p of, up to its weight.
-
-    Attributes:
-        scaled: whether the loss tells its scale; of squared errors it does not, which is their variance.
-        natural: whether z are natural parameters, so that the Hessian in z does not depend on the targets.
-    """
-
-    scaled = natural = True
-
-    @abstractmethod
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        """c, by which ℓ counts in the loss, as the shape of z takes it; ``passed``: the weights of the end's result."""
-
-    @abstractmethod
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        """∂ℓ/∂z for targets drawn from the model, in the shape of z."""
-
-    def summed(self, end: ConvexLoss) -> list[int]:
-        """The dimensions of z that make up one case."""
-        return list(range(1, end.z.ndim))
-
-
-class _Gaussian(Family):
-    """ℓ = (z - y)²/2."""
-
-    scaled = False
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        return 2 * passed * (_share(end, 2) if end.func is aten.mse_loss.default else 1.0)
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        return torch.empty_like(_z(end)).normal_(generator=generator)
-
-
-class _Categorical(Family):
-    """ℓ = log Σ exp z - z_y."""
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        return (-passed).sum(end.args[1], keepdim=True).clamp(min=0)
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        z, dim = _z(end), end.args[1]
-        p = z.softmax(dim, dtype=torch.promote_types(z.dtype, torch.float32))
-        rows = p.movedim(dim, -1)
-        labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator).view(*rows.shape[:-1], 1)
-        chosen = torch.zeros_like(rows).scatter_(-1, labels, 1.0).movedim(-1, dim)
-        return (p - chosen).to(z.dtype)
-
-    def summed(self, end: ConvexLoss) -> list[int]:
-        return [end.args[1] % max(end.z.ndim, 1)] if end.z.ndim else []
-
-
-class _Bernoulli(Family):
-    """ℓ = log(1 + exp z) - y z."""
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        _, y, weight, positive, *_ = [*end.args, None, None][:4]
-        c = passed * _share(end, 4)
-        c = c if weight is None else c * weight
-        return c if positive is None else c * (1 + (positive - 1) * y)
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        p = _z(end).sigmoid()
-        return p - torch.bernoulli(p, generator=generator)
-
-
-class _Softplus(Family):
-    """The same as log(1 + exp βz)/β."""
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        return passed / self._beta(end)
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        beta = self._beta(end)
-        p = (beta * _z(end)).sigmoid()
-        return beta * (p - torch.bernoulli(p, generator=generator))
-
-    def _beta(self, end: ConvexLoss) -> Any:
-        return end.args[1] if len(end.args) > 1 else 1
-
-
-class _Probability(Family):
-    """ℓ = -y log z - (1 - y) log(1 - z): not of natural parameters."""
-
-    natural = False
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        weight = end.args[2] if len(end.args) > 2 else None
-        c = passed * _share(end, 3)
-        return c if weight is None else c * weight
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        z = _z(end)
-        y = torch.bernoulli(z, generator=generator)
-        return torch.where(y > 0, -1 / z, 1 / (1 - z))
-
-
-class _Poisson(Family):
-    """ℓ = exp z - y z."""
-
-    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
-        return passed
-
-    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
-        rate = _z(end).exp()
-        return rate - torch.poisson(rate, generator=generator)
-
-
-FAMILIES: dict[Any, Family] = {
-    aten.mse_loss: _Gaussian(),
-    aten.pow: _Gaussian(),
-    aten.mul: _Gaussian(),
-    aten._log_softmax: _Categorical(),
-    aten.binary_cross_entropy_with_logits: _Bernoulli(),
-    aten.binary_cross_entropy: _Probability(),
-    aten.softplus: _Softplus(),
-    aten.exp: _Poisson(),
-}
-"""By the operator that computes ℓ; the others, such as Huber's loss, are of no distribution in natural use."""
-
-
-def family(end: ConvexLoss) -> Family | None:
-    """The distribution of an end; None where it is none."""
-    return FAMILIES.get(end.func.overloadpacket)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,59 +87,40 @@ def observed_rows(at: Linearisation) -> list[Rows]:
 
 
 def case_matrix(
-    point: Linearised, parameters: ParameterVector, rows: Callable[[], Callable[[Linearisation], list[Rows]]]
+    point: Linearised, parameters: ParameterVector, rows: Callable[[Linearisation], list[Rows]]
 ) -> SymmetricOperator:
-    """Σ_i v_i v_iᵀ at a point, with its graph; what the loss adds of the parameters alone stays exact.
-
-    Args:
-        rows: begins to go through the evaluations that the loss is a sum of; then, for each, its rows.
+    """Σ_i v_i v_iᵀ at a point with its graph, from the rows of an evaluation.
 
     Cost: a product is 4/3 of a gradient; of a batch in pieces also an evaluation of each piece.
     """
-    source: Products = _CaseProducts(point, parameters, rows)
-    if point.penalty is not None:
-        source = ShiftedProducts(source, point.penalty.factors)
-    return SymmetricOperator(parameters, source, definite=True)
+
+    def build(at: Linearisation) -> SymmetricOperator:
+        source: Products = _CaseProducts(at, parameters, rows(at))
+        source = source if at.penalty is None else ShiftedProducts(source, at.penalty.factors)
+        return SymmetricOperator(parameters, source, definite=True)
+
+    return point.matrix(parameters, build, definite=True, graph=True)
 
 
 class _CaseProducts(Products):
-    def __init__(
-        self,
-        point: Linearised,
-        parameters: ParameterVector,
-        rows: Callable[[], Callable[[Linearisation], list[Rows]]],
-    ) -> None:
-        super().__init__(parameters, parameters)
-        self._point, self._parameters, self._rows = point, parameters, rows
-        self._kept = _Evaluated(point, parameters, rows()(point)) if isinstance(point, Linearisation) else None
-
-    def one(self, direction: Tensor) -> Tensor:
-        if self._kept is not None:
-            return self._kept.product(direction)
-        total, rows = torch.zeros_like(direction), self._rows()
-        for weight, at, _ in self._point.evaluations(None):
-            total += weight * _Evaluated(at, self._parameters, rows(at)).product(direction)
-        return total
-
-    def check(self) -> None:
-        if self._kept is not None:
-            self._kept.tape.check()
-
-
-class _Evaluated:
-    """One evaluation with its graph."""
+    """Products by one replay to the outputs and one backward pass."""
 
     def __init__(self, at: Linearisation, parameters: ParameterVector, rows: Sequence[Rows]) -> None:
+        super().__init__(parameters, parameters)
         self._parameters, self._rows = parameters, rows
         self._outputs = [output for row in rows for output in _outputs(row.end)]
-        self.tape = at.tape.reaching([reference for reference, *_ in self._outputs])
+        self._tape = at.tape.reaching([reference for reference, *_ in self._outputs])
+        self.nbytes = self._tape.nbytes
 
-    def product(self, direction: Tensor) -> Tensor:
-        changes = iter(self.tape.replay(self._parameters.unflatten(direction)))
+    def check(self) -> None:
+        self._tape.check()
+
+    def one(self, direction: Tensor) -> Tensor:
+        changes = iter(self._tape.replay(self._parameters.unflatten(direction)))
         pulled: list[Tensor] = []
         for row in self._rows:
             outputs = _outputs(row.end)
-            total = torch.zeros_like(_z(row.end))
+            total = torch.zeros_like(plain(row.end.z).detach())
             for _, _, sign in outputs:
                 change = next(changes)
                 total = total if change is None else total + sign * change
@@ -293,7 +146,7 @@ def _ends(at: Linearisation) -> list[tuple[ConvexLoss, Family, Tensor]]:
     for end, passed in zip(ends, end_weights(at.loss, ends) if ends else [], strict=True):
         kind = family(end)
         assert kind is not None
-        found.append((end, kind, kind.weights(end, passed).to(_z(end).dtype)))
+        found.append((end, kind, kind.weights(end, passed).to(end.z.dtype)))
     return found
 
 
@@ -302,13 +155,12 @@ def _penalties(at: Linearisation) -> list[Rows]:
     assert at.split is not None
     ends = [end for end in at.split.losses if is_penalty(end)]
     weights = end_weights(at.loss, ends) if ends else []
-    gaussian = FAMILIES[aten.pow]
-    return [Rows(end, None, [], gaussian.weights(end, w)) for end, w in zip(ends, weights, strict=True)]
-
-
-def is_penalty(end: ConvexLoss) -> bool:
-    """Whether an end is the square of a parameter itself, as in weight decay."""
-    return end.z.is_leaf and isinstance(family(end), _Gaussian)
+    found = []
+    for end, passed in zip(ends, weights, strict=True):
+        kind = family(end)
+        assert kind is not None
+        found.append(Rows(end, None, [], kind.weights(end, passed)))
+    return found
 
 
 def _check_apart(ends: Sequence[ConvexLoss]) -> None:
@@ -341,13 +193,3 @@ def _behind(node: Any) -> set[tuple[Any, int]]:
                 seen.add(edge)
                 waiting.append(edge[0])
     return seen
-
-
-def _z(end: ConvexLoss) -> Tensor:
-    return plain(end.z).detach()
-
-
-def _share(end: ConvexLoss, reduction: int) -> float:
-    """1/n where the operator takes the mean of n losses; its reduction is the argument of this number."""
-    kind = end.args[reduction] if len(end.args) > reduction else _MEAN
-    return 1 / max(end.z.numel(), 1) if kind == _MEAN else 1.0

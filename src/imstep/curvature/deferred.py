@@ -48,9 +48,11 @@ class DeferredLinearisation:
         """Whether the loss is a convex function of outputs."""
         return self.recorded.convex
 
-    def matrix(self, parameters: ParameterVector, build: Callable[..., Any], definite: bool) -> SymmetricOperator:
+    def matrix(
+        self, parameters: ParameterVector, build: Callable[..., Any], definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
         """What ``build`` reads off the record, once it is multiplied."""
-        source = _DeferredProducts(parameters, lambda: self.recorded.matrix(parameters, build, definite))
+        source = _DeferredProducts(parameters, lambda: self.recorded.matrix(parameters, build, definite, graph))
         return SymmetricOperator(parameters, source, definite)
 
     def evaluations(self, observer: Any) -> Iterator[tuple[float, Linearisation, Any]]:

@@ -42,8 +42,12 @@ def _is_of_linear_algebra(error: BaseException) -> bool:
 
 def _is_of_a_distribution(error: BaseException) -> bool:
     """A parameter or a value that PyTorch's distributions refuse."""
+    return isinstance(error, ValueError) and raised_in(error).startswith("torch.distributions")
+
+
+def raised_in(error: BaseException) -> str:
+    """The name of the module that has raised an error; empty where that is not known."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    raised_in = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return isinstance(error, ValueError) and raised_in.startswith("torch.distributions")
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
-from imstep.curvature.cases import Rows, case_matrix, drawn_rows, family, observed_rows
+from imstep.curvature.cases import Rows, case_matrix, drawn_rows, observed_rows
+from imstep.curvature.families import family
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
 from imstep.curvature.likelihoods import Likelihood
@@ -188,14 +189,16 @@ class MonteCarlo(Expectation):
         return LossOfOutputs(losses, lambda observed, drawn: observed.mean() + _outer_products(drawn), convex=True)
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
-        def begun() -> Callable[[Linearisation], list[Rows]]:
-            generator = torch.Generator(parameters.device).manual_seed(self._seed(step))
-            return lambda at: drawn_rows(_likelihood(at), self.samples, generator)
+        rank = 0 if parameters.processes is None else parameters.processes.rank
 
-        return case_matrix(_recognised(point), parameters, begun)
+        def rows(at: Linearisation) -> list[Rows]:
+            generator = torch.Generator(parameters.device).manual_seed(self._seed(step, rank, at.piece))
+            return drawn_rows(_likelihood(at), self.samples, generator)
 
-    def _seed(self, batch: int) -> int:
-        return int(np.random.SeedSequence((self.seed, batch)).generate_state(1, np.uint64)[0])
+        return case_matrix(_recognised(point), parameters, rows)
+
+    def _seed(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Empirical(Expectation):
         return LossOfOutputs(observed, lambda losses: losses.mean() + _outer_products(losses), convex=True)
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
-        return case_matrix(_recognised(point), parameters, lambda: lambda at: observed_rows(_likelihood(at)))
+        return case_matrix(_recognised(point), parameters, lambda at: observed_rows(_likelihood(at)))
 
 
 def _recognised(point: Linearised) -> Linearised:

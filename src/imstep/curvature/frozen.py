@@ -46,6 +46,7 @@ class Linearisation:
         report: the operators that the evaluation met.
         penalty: what is added to the closure's loss, in ``loss`` and ``gradient``, not in the tape; None for nothing.
         keeps_graph: whether a backward pass must leave the loss's graph to others.
+        piece: which piece of a batch it is of.
     """
 
     loss: Tensor
@@ -55,6 +56,7 @@ class Linearisation:
     report: OperatorReport
     penalty: Penalty | None = None
     keeps_graph: bool = False
+    piece: int = 0
     repeats: ClassVar[float] = 0.0
     """The share of the batch that every product evaluates anew."""
 
@@ -63,8 +65,14 @@ class Linearisation:
         """Whether the loss is a convex function of outputs."""
         return self.split is not None
 
-    def matrix(self, parameters: ParameterVector, build: Callable[[Linearisation], _Matrix], definite: bool) -> _Matrix:
-        """What ``build`` reads off the record."""
+    def matrix(
+        self,
+        parameters: ParameterVector,
+        build: Callable[[Linearisation], _Matrix],
+        definite: bool,
+        graph: bool = False,
+    ) -> _Matrix:
+        """What ``build`` reads off the record; ``graph``: and off the loss's graph."""
         return build(self)
 
     def evaluations(self, observer: _Observer) -> Iterator[tuple[float, Linearisation, _Observer]]:

@@ -20,7 +20,7 @@ from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import Rows, sample_output_gradients
+from imstep.curvature.sampling import Place, sample_output_gradients
 from imstep.linalg import LinearOperator
 
 
@@ -65,7 +65,7 @@ class KroneckerFactors:
         Returns:
             Whether there was any; else nothing has changed.
         """
-        find = lambda generator, rows=None: self._found(point, observer, generator, rows)
+        find = lambda generator, places=None: self._found(point, observer, generator, places)
         if self._parameters.processes is None:
             found = find(generator)
         else:
@@ -88,13 +88,13 @@ class KroneckerFactors:
         return True
 
     def _found(
-        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, rows: Sequence[Rows] | None
+        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, places: Sequence[Place] | None
     ) -> Totals:
         """What the evaluations of this process tell."""
         found = Totals()
         for weight, at, own in point.evaluations(observer):
             if own.uses:
-                self._sample(weight, at, own.uses, generator, found, rows)
+                self._sample(weight, at, own.uses, generator, found, places)
             del at, own  # before the next evaluation takes their place
         return found
 
@@ -105,15 +105,15 @@ class KroneckerFactors:
         uses: list[LayerUse],
         generator: torch.Generator,
         into: Totals,
-        rows: Sequence[Rows] | None,
+        places: Sequence[Place] | None,
     ) -> None:
         """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others.
 
-        Where it is a part of a batch by ``rows``, gradients take the place of squares.
+        Where it is a part of a batch by ``places``, gradients take the place of squares.
         """
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.tensors
-        sample = sample_output_gradients if rows is None else partial(sample_output_gradients, rows=rows)
+        sample = sample_output_gradients if places is None else partial(sample_output_gradients, places=places)
         u = sample(point.loss, ends, generator)
         rest = self._not_layers(uses)
         for at, value in _direct_curvature(tensors, ends, u).items():
@@ -131,7 +131,7 @@ class KroneckerFactors:
             old = into.squares.get(at)
             if g is not None:
                 gradient = as_reals(g.detach()).to(dtype)
-                square = weight * gradient**2 if rows is None else math.sqrt(weight) * gradient
+                square = weight * gradient**2 if places is None else math.sqrt(weight) * gradient
                 into.squares[at] = square if old is None else old + square
             elif old is None:
                 into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)

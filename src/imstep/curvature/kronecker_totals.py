@@ -15,7 +15,7 @@ from imstep.curvature.layers import LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import JointLinearisation, Linearised
 from imstep.curvature.processes import Processes
-from imstep.curvature.sampling import Rows
+from imstep.curvature.sampling import Place
 from imstep.curvature.shared import SharedLinearisation
 
 MOST_DRAWN = 2**22
@@ -57,7 +57,7 @@ def found_together(
     parameters: ParameterVector,
     point: Linearised,
     generator: torch.Generator,
-    find: Callable[[torch.Generator, Sequence[Rows] | None], Totals],
+    find: Callable[[torch.Generator, Sequence[Place] | None], Totals],
 ) -> Totals:
     """The sums over processes of what each finds, by one all-reduce, after an exchange of what there is.
 
@@ -70,11 +70,11 @@ def found_together(
     """
     processes = parameters.processes
     assert processes is not None
-    rows = _rows(processes.gather(lambda: _shapes(point)), processes.rank)
-    if rows is None:
+    places = _places(processes.gather(lambda: _shapes(point)), processes.rank)
+    if places is None:
         own = processes.own_generator(generator)
         return _summed(processes, parameters, generator, lambda: find(own, None))
-    found = _summed(processes, parameters, generator, lambda: find(generator, rows))
+    found = _summed(processes, parameters, generator, lambda: find(generator, places))
     squares = {at: gradient.square() for at, gradient in found.squares.items()}
     return replace(found, squares=squares)
 
@@ -89,7 +89,7 @@ def _shapes(point: Linearised) -> list[tuple[bool, tuple[int, ...]]] | None:
     return [(end.z.is_leaf, tuple(end.z.shape)) for end in point.own.split.losses]
 
 
-def _rows(shapes: list[list[tuple[bool, tuple[int, ...]]] | None], rank: int) -> list[Rows] | None:
+def _places(shapes: list[list[tuple[bool, tuple[int, ...]]] | None], rank: int) -> list[Place] | None:
     """Where the rows of this process are in the outputs of all; None where they cannot be joined, or are many."""
     if None in shapes:
         return None
@@ -101,11 +101,11 @@ def _rows(shapes: list[list[tuple[bool, tuple[int, ...]]] | None], rank: int) ->
     for at, (leaf, rest) in enumerate(form):
         lengths = [of_process[at][1][0] if of_process and of_process[at][1] else 0 for of_process in shapes]
         if leaf or not any(lengths):  # a parameter is no part of anything
-            found.append(Rows())
+            found.append(Place())
             continue
         if sum(lengths) * math.prod(rest) > MOST_DRAWN:
             return None
-        found.append(Rows(sum(lengths[:rank]), sum(lengths[rank + 1 :])))
+        found.append(Place(sum(lengths[:rank]), sum(lengths[rank + 1 :])))
     return found
 
 

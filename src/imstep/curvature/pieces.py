@@ -15,7 +15,7 @@ from imstep.curvature.closure import Closure
 from imstep.curvature.deferred import DeferredLinearisation
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.layers import LayerObserver
-from imstep.curvature.operators import SymmetricOperator, TapeOperator
+from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.products import Products, ShiftedProducts
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Observer = TypeVar("Observer", LayerObserver, None)
 
-Build: TypeAlias = Callable[[Linearisation], TapeOperator]
+Build: TypeAlias = Callable[[Linearisation], SymmetricOperator]
 """Reads a matrix off the record of a piece."""
 
 
@@ -131,7 +131,8 @@ class FrozenPieces:
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""
         self._repeats += 1
-        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None)
+        number = next(at for at, other in enumerate(self._frozen) if other is frozen)
+        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None, piece=number)
 
     @property
     def repeated(self) -> int:
@@ -211,9 +212,11 @@ class JointLinearisation:
         """The share of the batch that every product evaluates anew."""
         return self.records.count(None) / len(self.records)
 
-    def matrix(self, parameters: ParameterVector, build: Build, definite: bool) -> SymmetricOperator:
-        """The sum of the pieces' matrices."""
-        source: Products = _PieceProducts(self, parameters, build)
+    def matrix(
+        self, parameters: ParameterVector, build: Build, definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
+        """The sum of the pieces' matrices; if they need graphs, each piece is evaluated anew for every product."""
+        source: Products = _PieceProducts(self, parameters, build, graph)
         if self.penalty is not None:
             source = ShiftedProducts(source, self.penalty.factors)
         return SymmetricOperator(parameters, source, definite)
@@ -228,10 +231,10 @@ class JointLinearisation:
 class _PieceProducts(Products):
     """Products with the weighted sum of the pieces' matrices."""
 
-    def __init__(self, point: JointLinearisation, parameters: ParameterVector, build: Build) -> None:
+    def __init__(self, point: JointLinearisation, parameters: ParameterVector, build: Build, graph: bool) -> None:
         super().__init__(parameters, parameters)
-        self._point, self._build = point, build
-        self._kept = [None if at is None else build(at) for at in point.records]
+        self._point, self._build, self._graph = point, build, graph
+        self._kept = [None if at is None or graph else build(at) for at in point.records]
         self.nbytes = sum(operator.nbytes for operator in self._kept if operator is not None)
 
     def one(self, direction: Tensor) -> Tensor:
@@ -240,7 +243,7 @@ class _PieceProducts(Products):
     def several(self, directions: Tensor) -> Tensor:
         total = torch.zeros_like(directions)
         for (piece, frozen), operator in zip(self._point.pieces.each(), self._kept, strict=True):
-            own = self._build(self._point.pieces.anew(frozen)) if operator is None else operator
+            own = self._build(self._point.pieces.anew(frozen, graph=self._graph)) if operator is None else operator
             total += piece.weight * (own @ directions.t()).t()
             del own  # before the next piece takes its place
         return total

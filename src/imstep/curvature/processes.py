@@ -51,7 +51,6 @@ class Processes:
     Attributes:
         rank: number of this process in the group.
         size: how many there are.
-        calls, entries: sums so far, and numbers that they were made of.
 
     Raises:
         TypeError: no process group.
@@ -74,7 +73,7 @@ class Processes:
         self._ranks = dist.get_process_group_ranks(group)
         self._lost: str | None = None
         self._interrupted = False
-        self.calls = self.entries = 0
+        self._calls = 0
 
     @classmethod
     def of(cls, group: Any) -> Processes | None:
@@ -128,8 +127,8 @@ class Processes:
         except BaseException as caught:  # an interrupt as well
             error = caught
             buffer[0] = 1
-        self.calls, self.entries = self.calls + 1, self.entries + HEADER + size
-        digits = _digits(self.calls, direction).to(buffer)
+        self._calls += 1
+        digits = _digits(self._calls, direction).to(buffer)
         buffer[1 : 1 + DIGITS], buffer[1 + DIGITS : HEADER] = digits, digits * digits
         self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))
         failed, *signs = buffer[:HEADER].tolist()
@@ -206,6 +205,10 @@ class Processes:
         raise ProcessesLostError(message) from cause
 
     # --- agreement ----------------------------------------------------------------------------------------------
+
+    def own_number(self, number: int) -> int:
+        """A number for this process from one that is the same for all; no other process gets it, from any."""
+        return number * self.size + self.rank
 
     def own_generator(self, shared: torch.Generator) -> torch.Generator:
         """A generator for this process's part, from one that is the same for all and stays so."""

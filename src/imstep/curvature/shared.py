@@ -170,10 +170,12 @@ class SharedLinearisation:
     repeats: float
     penalty: Penalty | None = None
 
-    def matrix(self, parameters: ParameterVector, build: Callable[..., Any], definite: bool) -> SymmetricOperator:
+    def matrix(
+        self, parameters: ParameterVector, build: Callable[..., Any], definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
         """The weighted sum of the processes' matrices."""
         own = self.own
-        matrix = None if own is None else lambda: own.matrix(parameters, build, definite)
+        matrix = None if own is None else lambda: own.matrix(parameters, build, definite, graph)
         source: Products = SharedProducts(parameters, matrix, self.share)
         if self.penalty is not None:
             source = ShiftedProducts(source, self.penalty.factors)

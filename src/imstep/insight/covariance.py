@@ -83,6 +83,8 @@ def parameter_covariance(
     own = torch.arange(x.numel(), device=x.device)
     own = own if free is None else own[torch.as_tensor(free, device=x.device)]
     J, r, m, n = J[:, own].double(), r.reshape(-1).double(), r.numel(), len(own)
+    if n == 0:
+        raise ValueError("free names no parameter: nothing was fitted.")
     if not bool(torch.isfinite(J).all() and torch.isfinite(r).all()):
         raise ValueError("residuals or their derivatives are not finite at these parameters: they are no fit.")
     if variance is None and m <= n:

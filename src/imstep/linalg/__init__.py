@@ -2,6 +2,7 @@
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
+from imstep.linalg.block_bfgs import BlockBFGSPreconditioner
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
@@ -45,6 +46,7 @@ from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLea
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
 from imstep.linalg.saddle_free import saddle_free
+from imstep.linalg.sketched_newton import sketched_newton
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
@@ -60,6 +62,7 @@ from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "BlockBFGSPreconditioner",
     "BlockDiagonalOperator",
     "BlockQR",
     "BoxLeastSquares",
@@ -140,6 +143,7 @@ __all__ = [
     "partial_cholesky",
     "saddle_free",
     "self_scaled_update",
+    "sketched_newton",
     "smallest_eigenpair",
     "sr1_update",
     "steihaug_toint",

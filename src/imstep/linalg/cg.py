@@ -115,10 +115,9 @@ def conjugate_gradient(
         state, status = system.aim(state)
         if status is not None:
             break
-        if keep_iterates is not None and state.iteration == math.ceil(keep_iterates**power):
+        if keep_iterates is not None and state.iteration >= math.ceil(keep_iterates**power):
             iterates.append((state.solution, state.image))
-            while math.ceil(keep_iterates**power) <= state.iteration:
-                power += 1
+            power = math.floor(math.log(state.iteration) / math.log(keep_iterates)) + 1
         probe = system.probe(state.direction)
         state = replace(state, products=state.products + 1)
         pairs.append((probe.direction, probe.image))

@@ -15,22 +15,35 @@ Example:
 """
 
 from imstep.methods.convex import gauss_newton, hessian_free, levenberg_marquardt, natural_gradient
-from imstep.methods.diagonal import adahessian, sophia
-from imstep.methods.hessian import cubic_regularization, newton, newton_cg, newton_mr, saddle_free_newton, trust_region
+from imstep.methods.diagonal import adahessian, hessian_momentum, sophia
+from imstep.methods.hessian import (
+    absolute_newton,
+    cubic_regularization,
+    newton,
+    newton_cg,
+    newton_mr,
+    saddle_free_newton,
+    shifted_newton,
+    trust_region,
+)
 from imstep.methods.kronecker import ekfac, kfac, kl_shampoo, shampoo, soap
-from imstep.methods.quasi_newton import bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
-from imstep.methods.sketched import nystrom_newton_cg
+from imstep.methods.quasi_newton import bfgs, block_bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
+from imstep.methods.sketched import nystrom_newton_cg, randomized_subspace_newton
+from imstep.methods.stochastic import sketchy_sgd, stochastic_cubic, subsampled_newton
 from imstep.methods.third_order import chebyshev, halley, super_halley
 
 __all__ = [
+    "absolute_newton",
     "adahessian",
     "bfgs",
+    "block_bfgs",
     "chebyshev",
     "cubic_regularization",
     "ekfac",
     "gauss_newton",
     "halley",
     "hessian_free",
+    "hessian_momentum",
     "kfac",
     "kl_shampoo",
     "lbfgs",
@@ -41,12 +54,17 @@ __all__ = [
     "newton_cg",
     "newton_mr",
     "nystrom_newton_cg",
+    "randomized_subspace_newton",
     "saddle_free_newton",
     "self_scaled_broyden",
     "shampoo",
+    "shifted_newton",
+    "sketchy_sgd",
     "soap",
     "sophia",
     "sr1",
+    "stochastic_cubic",
+    "subsampled_newton",
     "super_halley",
     "trust_region",
 ]

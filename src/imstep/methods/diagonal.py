@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from imstep.optim.diagonal_newton import DiagonalNewton
-from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, HessianScaledMomentum, SophiaG
 
 
 def adahessian(
@@ -28,6 +28,25 @@ def adahessian(
     Source: Yao et al., AAAI 2021, arXiv 2006.00719.
     """
     return DiagonalNewton(params, rule or AdaHessianRule(), lr=lr, seed=seed, **options)
+
+
+def hessian_momentum(
+    params: Iterable[Any], rule: DiagonalRule | None = None, lr: float | Tensor = 0.1, seed: int = 0, **options: Any
+) -> DiagonalNewton:
+    """Momentum with a rate for each parameter, the Hessian's diagonal in the denominator.
+
+    Args:
+        params: parameters or parameter groups.
+        rule: its numbers; see :class:`~imstep.optim.HessianScaledMomentum`.
+        lr: a fixed rate, or one that a scheduler sets; the default is our choice.
+        seed: of the signs.
+        **options: of :class:`~imstep.optim.DiagonalNewton`.
+
+    Cost: a gradient a step; every tenth step a Hessian product more.
+
+    Source: LeCun, Bottou, Orr and Müller, Efficient BackProp (1998), section 9.1.
+    """
+    return DiagonalNewton(params, rule or HessianScaledMomentum(), lr=lr, seed=seed, **options)
 
 
 def sophia(

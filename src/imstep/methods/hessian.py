@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from imstep.globalization import AdaptiveCubic, Armijo, LevenbergMarquardt, TrustRegion
-from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule
+from imstep.linalg import AbsoluteEigenvalues, IndefiniteRule, ShiftedEigenvalues
 from imstep.methods.configured import on_hessian
 from imstep.optim.globalized import CubicRegularization, SaddleFree
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
@@ -34,6 +34,21 @@ def newton(
     """
     solver = Direct(indefinite=indefinite or AbsoluteEigenvalues())
     return on_hessian(params, {"solver": solver, "step": Armijo()}, options)
+
+
+def absolute_newton(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Modified Newton, by the sizes of the Hessian's eigenvalues: :func:`newton` with its default."""
+    return newton(params, AbsoluteEigenvalues(), **options)
+
+
+def shifted_newton(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
+    """Modified Newton, by a multiple of the identity added to the Hessian where it is not positive definite.
+
+        d = -(H + τI)⁻¹ g,   τ by :class:`~imstep.linalg.ShiftedEigenvalues`
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), section 3.4.
+    """
+    return newton(params, ShiftedEigenvalues(), **options)
 
 
 def newton_cg(params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:

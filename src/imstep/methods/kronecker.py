@@ -56,7 +56,7 @@ def ekfac(params: Iterable[Any], seed: int = 0, **options: Unpack[NewtonKrylovOp
 
 
 def shampoo(
-    params: Iterable[Any], lr: float | Tensor = 0.1, rule: Shampoo | None = None, **options: Any
+    params: Iterable[Any], lr: float | Tensor = 0.3, rule: Shampoo | None = None, **options: Any
 ) -> PreconditionedMomentum:
     """Shampoo, first-order: momentum times the inverse roots of sums of the gradients' row and column products.
 
@@ -64,7 +64,8 @@ def shampoo(
 
     Args:
         params: parameters or parameter groups.
-        lr: a fixed rate, or one that a scheduler sets; sums let steps shorten by themselves. The default is our choice.
+        lr: a fixed rate, or one that a scheduler sets; sums let steps shorten by themselves. The default is our choice,
+            by trial on a small classifier.
         rule: its numbers.
         **options: of :class:`~imstep.optim.PreconditionedMomentum`.
 
@@ -76,31 +77,32 @@ def shampoo(
 
 
 def soap(
-    params: Iterable[Any], lr: float | Tensor = 3e-3, rule: SOAP | None = None, **options: Any
+    params: Iterable[Any], lr: float | Tensor = 1e-2, rule: SOAP | None = None, **options: Any
 ) -> PreconditionedMomentum:
     """SOAP, first-order: Adam in the eigenvectors of Shampoo's matrices.
 
     Args:
         params: parameters or parameter groups.
-        lr: a fixed rate, or one that a scheduler sets.
+        lr: a fixed rate, or one that a scheduler sets; the default is our choice, as of :func:`shampoo`.
         rule: its numbers.
         **options: of :class:`~imstep.optim.PreconditionedMomentum`.
 
     Cost: a gradient a step, and multiplications with the eigenvectors.
 
-    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321), and its numbers.
+    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321), and its numbers, but for the rate: 3e-3 there, for language
+        models.
     """
     return PreconditionedMomentum(params, rule or SOAP(), lr=lr, **{"momentum": 0.95, **options})
 
 
 def kl_shampoo(
-    params: Iterable[Any], lr: float | Tensor = 3e-3, rule: KLShampoo | None = None, **options: Any
+    params: Iterable[Any], lr: float | Tensor = 1e-2, rule: KLShampoo | None = None, **options: Any
 ) -> PreconditionedMomentum:
     """KL-Shampoo, first-order: momentum whitened by the covariance S_a ⊗ S_b nearest to that of the gradients.
 
     Args:
         params: parameters or parameter groups.
-        lr: a fixed rate, or one that a scheduler sets; as of :func:`soap`, since entries of a step are of size lr.
+        lr: a fixed rate, or one that a scheduler sets; as of :func:`soap`: entries of a step are of size lr.
         rule: its numbers.
         **options: of :class:`~imstep.optim.PreconditionedMomentum`.
 

@@ -10,7 +10,14 @@ from imstep.methods.configured import on_hessian
 from imstep.optim.forcing import ResidualForcing
 from imstep.optim.globalized import LearntModel, PreconditionedGradient
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
-from imstep.optim.preconditioning import BFGS, LimitedMemoryBFGS, Preconditioning, RankOneModel, SelfScaledBroyden
+from imstep.optim.preconditioning import (
+    BFGS,
+    BlockBFGS,
+    LimitedMemoryBFGS,
+    Preconditioning,
+    RankOneModel,
+    SelfScaledBroyden,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,6 +62,25 @@ def self_scaled_broyden(
     Source: Urbán, Stefanou and Pons, arXiv 2405.04230; Kiyani et al., arXiv 2501.16371.
     """
     return _quasi_newton(params, SelfScaledBroyden(exact), options)
+
+
+def block_bfgs(
+    params: Iterable[Any], columns: int = 8, blocks: int = 5, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Block BFGS: as :func:`lbfgs`, from exact products with random blocks in place of the last steps.
+
+        d = -P g,   P A S = S for the last block S
+
+    Args:
+        params: parameters or parameter groups.
+        columns: of a block.
+        blocks: how many count.
+
+    Cost: ``columns`` products and a recorded gradient, and a gradient for each trial of the search.
+
+    Source: Gower, Goldfarb and Richtárik, ICML 2016 (arXiv 1603.09649).
+    """
+    return _quasi_newton(params, BlockBFGS(columns, blocks), options)
 
 
 def sr1(params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:

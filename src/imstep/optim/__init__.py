@@ -6,7 +6,7 @@ from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
 from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
-from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, HessianScaledMomentum, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
@@ -27,6 +27,8 @@ from imstep.optim.preconditioning import (
     BFGS,
     SOAP,
     SR1,
+    AutomaticRate,
+    BlockBFGS,
     FactoredDamping,
     GradientFactors,
     Hutchinson,
@@ -44,6 +46,7 @@ from imstep.optim.preconditioning import (
     TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.randomized import RandomSubspace
 from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
@@ -60,14 +63,17 @@ from imstep.optim.solving import (
 from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
 from imstep.optim.third_order import ChebyshevHalley
+from imstep.optim.variance_reduction import VarianceReduction
 
 __all__ = [
     "BFGS",
     "SOAP",
     "SR1",
     "AdaHessianRule",
+    "AutomaticRate",
     "BestRateForcing",
     "BlendedConjugateGradient",
+    "BlockBFGS",
     "Box",
     "ChebyshevHalley",
     "ColumnNorms",
@@ -88,6 +94,7 @@ __all__ = [
     "GeneralizedLanczos",
     "GradientFactors",
     "GrowingBatches",
+    "HessianScaledMomentum",
     "Hutchinson",
     "IntermediateResult",
     "IterateBacktracking",
@@ -109,6 +116,7 @@ __all__ = [
     "PreconditionedGradient",
     "PreconditionedMomentum",
     "QuasiNewton",
+    "RandomSubspace",
     "RankOneModel",
     "Recycling",
     "ResidualForcing",
@@ -128,5 +136,6 @@ __all__ = [
     "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
+    "VarianceReduction",
     "minimize",
 ]

@@ -239,6 +239,7 @@ class Attempt(StepAttempt):
                 memory.search.third_derivative / 2,
                 partial(third_derivative_along, self._part or self._frozen, self._parameters),
                 setting.model,
+                memory.steps,
             )
             direction = self._solved(system)
             if not direction.status.disturbing:

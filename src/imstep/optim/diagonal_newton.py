@@ -11,19 +11,16 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.penalty import Penalty
-from imstep.globalization import SearchState
 from imstep.optim.averaging import Averaging
 from imstep.optim.diagonal_rules import DiagonalRule
-from imstep.optim.fixed_rate import FixedRateAttempt
+from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
-from imstep.optim.pace import Pace, options_of
+from imstep.optim.pace import Pace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer
 
 
-class DiagonalNewton(StepwiseOptimizer):
+class DiagonalNewton(FixedRateOptimizer):
     """Momentum divided by a diagonal of curvature, entry by entry, with a fixed rate: AdaHessian and Sophia.
 
     A step evaluates one gradient, moves, and asks nothing of the loss where it ends: unlike
@@ -75,33 +72,22 @@ class DiagonalNewton(StepwiseOptimizer):
         self._rule, self._seed = rule, seed
         super().__init__(
             params,
-            Memory(search=SearchState(), damping=0.0),
-            options={"lr": lr, "weight_decay": weight_decay},
+            lr=lr,
+            weight_decay=weight_decay,
             max_step_norm=max_step_norm,
             max_refusals=max_refusals,
             average=average,
         )
-        self._means = _Means(self._parameters, seed)
+
+    def _begun(self, parameters: ParameterVector) -> _Means:
+        return _Means(parameters, self._seed)
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        decay = self._parameters.spread(options_of(self.param_groups, "weight_decay", self._parameters))
-        return _DiagonalAttempt(self._rule, self._means, decay, self._memory, self._parameters, frozen, self._pace())
-
-    def _penalty(self) -> Penalty | None:
-        return None  # decay is apart from the loss
+        made = self._rule, self._means, self._decay()
+        return _DiagonalAttempt(*made, self._memory, self._parameters, frozen, self._pace())
 
     def _chosen(self) -> dict[str, Any]:
         return {"rule": self._rule}
-
-    def _parts(self) -> dict[str, Any]:
-        return {"means": self._means.state_dict()}
-
-    def _load_parts(self, parts: dict[str, Any]) -> None:
-        self._means.load_state_dict(parts["means"])
-
-    def _adopt(self, parameters: ParameterVector) -> None:
-        super()._adopt(parameters)
-        self._means = _Means(parameters, self._seed)
 
 
 class _Means:

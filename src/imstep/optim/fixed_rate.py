@@ -3,14 +3,73 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.hooks import mask_of
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.penalty import Penalty
+from imstep.globalization import SearchState
+from imstep.optim.averaging import Averaging
+from imstep.optim.memory import Memory
+from imstep.optim.pace import options_of
 from imstep.optim.record import StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
+from imstep.optim.stepwise import StepwiseOptimizer
+
+
+class FixedRateOptimizer(StepwiseOptimizer):
+    """The shell around steps with a fixed rate; weight decay is apart from the loss.
+
+    Args:
+        params, lr, weight_decay, max_step_norm, max_refusals, average: as of the optimizers.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        max_step_norm: float | None,
+        max_refusals: int,
+        average: Averaging | None,
+    ) -> None:
+        super().__init__(
+            params,
+            Memory(search=SearchState(), damping=0.0),
+            options={"lr": lr, "weight_decay": weight_decay},
+            max_step_norm=max_step_norm,
+            max_refusals=max_refusals,
+            average=average,
+        )
+        self._means = self._begun(self._parameters)
+
+    @abstractmethod
+    def _begun(self, parameters: ParameterVector) -> Any:
+        """The means before the first step."""
+
+    def _decay(self) -> Tensor:
+        """λ, entry by entry (n,)."""
+        return self._parameters.spread(options_of(self.param_groups, "weight_decay", self._parameters))
+
+    def _penalty(self) -> Penalty | None:
+        return None  # decay is apart from the loss
+
+    def _parts(self) -> dict[str, Any]:
+        return {"means": self._means.state_dict()}
+
+    def _load_parts(self, parts: dict[str, Any]) -> None:
+        self._means.load_state_dict(parts["means"])
+
+    def _adopt(self, parameters: ParameterVector) -> None:
+        super()._adopt(parameters)
+        self._means = self._begun(parameters)
 
 
 class FixedRateAttempt(StepAttempt):

@@ -88,7 +88,8 @@ class NewtonKrylov(StepwiseOptimizer):
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
-            :class:`MicroBatches` counts by its examples, and may be empty. None for one process.
+            :class:`MicroBatches` counts by its examples, and may be empty. None for one process; note that
+            ``torch.distributed.group.WORLD`` is None before ``init_process_group``.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.

@@ -10,19 +10,16 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.penalty import Penalty
-from imstep.globalization import SearchState
 from imstep.optim.averaging import Averaging
-from imstep.optim.fixed_rate import FixedRateAttempt
+from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
-from imstep.optim.pace import Pace, options_of
-from imstep.optim.preconditioning.shampoo import GradientFactors, GradientPreconditioner
+from imstep.optim.pace import Pace
+from imstep.optim.preconditioning.gradient_factors import GradientFactors, GradientPreconditioner
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer
 
 
-class PreconditionedMomentum(StepwiseOptimizer):
+class PreconditionedMomentum(FixedRateOptimizer):
     """A running mean of gradients, preconditioned, with a fixed rate: first-order Shampoo, SOAP and KL-Shampoo.
 
         m <- β m + (1 - β) g,   w <- w - lr (P m / (1 - βᵗ) + λ w)
@@ -79,36 +76,25 @@ class PreconditionedMomentum(StepwiseOptimizer):
         self._preconditioning, self._beta = preconditioning, momentum
         super().__init__(
             params,
-            Memory(search=SearchState(), damping=0.0),
-            options={"lr": lr, "weight_decay": weight_decay},
+            lr=lr,
+            weight_decay=weight_decay,
             max_step_norm=max_step_norm,
             max_refusals=max_refusals,
             average=average,
         )
-        self._mean = _Mean(self._parameters, preconditioning)
+
+    def _begun(self, parameters: ParameterVector) -> _Means:
+        return _Means(parameters, self._preconditioning)
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        decay = self._parameters.spread(options_of(self.param_groups, "weight_decay", self._parameters))
-        return _Attempt(self._mean, self._beta, decay, self._memory, self._parameters, frozen, self._pace())
-
-    def _penalty(self) -> Penalty | None:
-        return None  # decay is apart from the loss
+        made = self._means, self._beta, self._decay()
+        return _Attempt(*made, self._memory, self._parameters, frozen, self._pace())
 
     def _chosen(self) -> dict[str, Any]:
         return {"preconditioning": self._preconditioning}
 
-    def _parts(self) -> dict[str, Any]:
-        return {"mean": self._mean.state_dict()}
 
-    def _load_parts(self, parts: dict[str, Any]) -> None:
-        self._mean.load_state_dict(parts["mean"])
-
-    def _adopt(self, parameters: ParameterVector) -> None:
-        super()._adopt(parameters)
-        self._mean = _Mean(parameters, self._preconditioning)
-
-
-class _Mean:
+class _Means:
     """The running mean of gradients, how many it is of, and the preconditioner."""
 
     def __init__(self, parameters: ParameterVector, kind: GradientFactors) -> None:
@@ -128,7 +114,7 @@ class _Attempt(FixedRateAttempt):
 
     def __init__(
         self,
-        mean: _Mean,
+        means: _Means,
         beta: float,
         decay: Tensor,
         memory: Memory,
@@ -137,19 +123,19 @@ class _Attempt(FixedRateAttempt):
         pace: Pace,
     ) -> None:
         super().__init__(memory, parameters, frozen, pace)
-        self._mean, self._beta, self._decay = mean, beta, decay
+        self._means, self._beta, self._decay = means, beta, decay
 
     def run(self) -> tuple[StepRecord, Memory]:
-        memory, mean = self._memory, self._mean
+        memory, means = self._memory, self._means
         self._at = self._frozen.watched_gradient()
         record = self._opened(Cost(gradients=1))
         if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
         gradient = self._at[1]
-        mean.preconditioner.take(gradient)
-        mean.gradient = self._beta * mean.gradient + (1 - self._beta) * gradient
-        mean.steps += 1
-        inverse = mean.preconditioner.operator(0.0)
-        step = mean.gradient / (1 - self._beta**mean.steps)
+        means.preconditioner.take(gradient)
+        means.gradient = self._beta * means.gradient + (1 - self._beta) * gradient
+        means.steps += 1
+        inverse = means.preconditioner.operator(0.0)
+        step = means.gradient / (1 - self._beta**means.steps)
         step = step if inverse is None else inverse @ step
         return self._moved(record, self._decay.to(step) * self.origin + step), memory.meet(record.gradient_norm)

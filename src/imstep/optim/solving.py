@@ -50,6 +50,7 @@ class NewtonSystem:
         sigma: σ of a cubic term σ‖d‖³/3 that a solver may add to the model, by the step search; 0 where there is none.
         third_derivative: (u, v) -> D³f[u, v, ·], (n,) each, of the loss that the curvature is taken from.
         model: B ≈ A that the preconditioner has learnt, for solvers that work on it in place of A; or None.
+        step: the number of the step, from 0.
     """
 
     operator: LinearOperator
@@ -65,6 +66,7 @@ class NewtonSystem:
     sigma: float = 0.0
     third_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
     model: LinearOperator | None = None
+    step: int = 0
 
 
 class Solver(ABC):

@@ -42,7 +42,7 @@ def _spec(name: str, method: Callable[..., Any]) -> OptimizerSpec:
     constructor = method.__globals__[signature.return_annotation]
     # Momentum may be part of a method.
     usual = {key: value for key, value in shared_options(constructor).items() if key not in ("momentum", *numbers)}
-    rate = numbers.get("lr")
+    rate, stochastic = numbers.get("lr"), method.__module__.endswith(".stochastic")
     return OptimizerSpec(
         name,
         name,
@@ -50,8 +50,8 @@ def _spec(name: str, method: Callable[..., Any]) -> OptimizerSpec:
         partial(_make, method, constructor, tuple(numbers)),
         {**numbers, **usual},
         learning_rates=() if rate is None else tuple(float(f"{factor * rate:.2g}") for factor in RATES),
-        full_batch=rate is None,
-        mini_batches=method.__module__.endswith(".stochastic"),
+        full_batch=rate is None and not stochastic,
+        mini_batches=stochastic,
     )
 
 

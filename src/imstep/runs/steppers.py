@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from imstep.curvature.domain import raised_in
 from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.runs.passing import OptimizerError
@@ -160,8 +161,8 @@ class StepwiseStepper(Stepper):
         try:
             self._move(problem, batch)
         except ValueError as error:
-            if type(error) is not ValueError or not _of_imstep(error):
-                raise
+            if type(error) is not ValueError or not raised_in(error).startswith("imstep."):
+                raise  # the program of a task has raised it
             raise RefusedError(str(error)) from error
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken
@@ -201,11 +202,3 @@ class AveragedStepper(StepwiseStepper):
 
 def _finite(value: float) -> bool:
     return value - value == 0.0
-
-
-def _of_imstep(error: BaseException) -> bool:
-    """Whether imstep itself has raised an error, rather than the program of a task."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__", "")).startswith("imstep.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import DenseOperator, IdentityOperator, LinearOperator, RankOneOperator, sr1_update
 from imstep.linalg.quasi_newton import curved
 from imstep.optim.preconditioning.base import OTHER_STATE, Preconditioner, Preconditioning
-from imstep.optim.preconditioning.quasi_newton import Secant
+from imstep.optim.preconditioning.quasi_newton import LimitedSecants, Secant
 from imstep.optim.preconditioning.recycling import inverse_size
 
 
@@ -49,7 +48,7 @@ class RankOneModel(Preconditioning):
 
     def make(self, parameters: ParameterVector) -> Preconditioner:
         if self.pairs is not None:
-            return _LimitedMemory(self.pairs, self.exact, parameters)
+            return _LimitedMemory(parameters, self.exact, self.pairs)
         if parameters.size > self.limit:
             raise ValueError(
                 f"RankOneModel(pairs=None) keeps a matrix of the parameters' number squared, and there are "
@@ -75,11 +74,7 @@ class _Model(Secant):
         return (norm or 1.0) * IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
 
 
-class _LimitedMemory(_Model):
-    def __init__(self, pairs: int, exact: bool, parameters: ParameterVector) -> None:
-        super().__init__(parameters, exact)
-        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=pairs)
-
+class _LimitedMemory(_Model, LimitedSecants):
     def take(self, step: Tensor, change: Tensor) -> None:
         if bool(change.isfinite().all()):
             self._pairs.append((step, change))
@@ -88,16 +83,6 @@ class _LimitedMemory(_Model):
         if not self._pairs:
             return self.identity()
         return RankOneOperator(list(self._pairs), 1 / inverse_size(reversed(self._pairs), 0.0))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "secants": [{"step": s, "change": y} for s, y in self._pairs]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "secants" not in state:
-            raise ValueError(OTHER_STATE)
-        super().load_state_dict(state)
-        self._pairs.clear()
-        self._pairs.extend((pair["step"], pair["change"]) for pair in state["secants"])
 
 
 class _Dense(_Model):

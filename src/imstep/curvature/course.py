@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imstep.complexstep.gradients import runs_functions
 from imstep.curvature.recording import Recording
+from imstep.curvature.rerun import Rerun
 from imstep.curvature.staleness import nodes_of
 
 PROBATION = 8
@@ -71,17 +72,17 @@ class Course:
     """
 
     def __init__(self, recording: Recording | None, loss: Tensor, residuals: Tensor, known: KnownCourses) -> None:
-        self._known, self._rerun = known, None
+        self._known = known
+        self._rerun: Rerun | None = None
         self._smooth = self._compared = self.trusted = False
-        # Of what the backward passes of Functions look at nothing is seen.
-        if recording is None or known.refuted or runs_functions([loss]):
-            return
-        self._rerun = recording.finish(residuals)
-        if self._rerun is not None:
+        rerun = None if recording is None else recording.finish(residuals)
+        if recording is not None and rerun is not None and not known.refuted:
+            self._rerun = rerun
             nodes = sorted((number, name) for name, number in nodes_of(loss))
             graph = [(number - nodes[0][0], name) for number, name in nodes]
             known.meet(hashlib.sha256(repr((recording.form, graph)).encode()).hexdigest(), recording.fixed)
-            self._smooth, self.trusted = recording.smooth, known.reruns
+            # A Function says itself what its derivative is.
+            self._smooth, self.trusted = recording.smooth and not runs_functions([loss]), known.reruns
 
     # --- at other parameters ------------------------------------------------------------------------------------
 

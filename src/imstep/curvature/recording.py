@@ -10,7 +10,7 @@ Where code may look at a number that depends on the parameters and go another wa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +18,22 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.gradients import PASSES, runs_functions
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window
 from imstep.curvature.rerun import Operation, Reference, Rerun
-from imstep.curvature.smooth import ignores_zeros, is_smooth
+from imstep.curvature.smooth import Kind, kind_of
 
 _recordings = itertools.count()
 
 _LOOKS = {
     *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__),
-    *(Tensor.storage, Tensor.__reduce_ex__, Tensor.__deepcopy__),
+    *(Tensor.storage, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.register_hook),
 }
 """Ways to the memory of a tensor that lead past the operators; a number that is read is an operator."""
 
 _LIBRARIES = ("aten", "prims")
 """Whose operators are functions of their arguments."""
-
-
-_OF_SHAPES = ("ones_like", "full_like")
-"""Operators that look at the shape of their argument alone, and whose results are rarely written to."""
 
 
 class Recording:
@@ -71,53 +68,69 @@ class Recording:
 
     def note(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any, outputs: Any) -> None:
         """An operator was carried out."""
-        if self.unfit is not None:
+        if self.unfit is not None or not (self._concern(args) or (kwargs and self._concern(kwargs.values()))):
             return
-        live = [t for t in _tensors(sig.gather(args, kwargs)) if self._slot(t) is not None]
-        if not live or func.overloadpacket.__name__ in _OF_SHAPES:
-            return
-        if not sig.mutates and self._slot(outputs[0] if isinstance(outputs, (list, tuple)) else outputs) is not None:
-            return  # another window, whatever the schema says
-        step = Operation(func, [self._leaf(a) for a in args], {k: self._leaf(v) for k, v in kwargs.items()})
-        self._judge(func, sig, args, kwargs, outputs, live)
-        if self.unfit is not None:
-            return
-        if sig.mutates:
-            for t, (*_, written) in zip(sig.gather(args, kwargs), sig.tensors, strict=True):
-                step.writes.update(self._slot(u) for u in _tensors([t]) if written)  # type: ignore[misc]
-        else:
-            step.outputs = [self._output(t) for t in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]
-            step.writes = {slot for slot in step.outputs if slot is not None}
-        self._steps.append(step)
-        self.form.append((str(func), *(_form(a) for a in step.args), *((k, _form(a)) for k, a in step.kwargs.items())))
-
-    def _judge(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any, outputs: Any, live: list[Any]) -> None:
-        """Whether an operator can be run again, and what that may change."""
+        kind = kind_of(func)
         found = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        if kind.of_shapes or (not sig.mutates and found and self._slot(found[0]) is not None):
+            return  # another window, whatever the schema says
+        with torch._C.DisableTorchFunction():
+            tensors = sig.gather(args, kwargs)
+            self._judge(func, sig, tensors, found)
+            self._keep_in_mind(kind, _tensors(tensors))
+            self.smooth = self.smooth and kind.smooth(args)
+            step = Operation(func, [self._leaf(a) for a in args], {k: self._leaf(v) for k, v in kwargs.items()})
+            if self.unfit is not None:
+                return
+            if sig.mutates:
+                written = _tensors([t for t, (*_, w) in zip(tensors, sig.tensors, strict=True) if w])
+                step.writes = {self._slot(t) for t in written}  # type: ignore[misc]
+            else:
+                step.outputs = [self._output(t) for t in found]
+                step.writes = {slot for slot in step.outputs if slot is not None}
+        self._steps.append(step)
+        keywords = [(k, _form(a)) for k, a in step.kwargs.items()]
+        self.form.append((kind.name, [_form(a) for a in step.args], keywords))
+
+    def _concern(self, arguments: Iterable[Any]) -> bool:
+        """Whether one depends on the parameters."""
+        key = self._key
+        for a in arguments:
+            if isinstance(a, Tensor):
+                if a.layout is torch.strided and key in a.untyped_storage().__dict__:
+                    return True
+            elif isinstance(a, (list, tuple)) and self._concern(a):
+                return True
+        return False
+
+    def _judge(self, func: OpOverload, sig: Signature, tensors: list[Any], found: Sequence[Any]) -> None:
+        """Whether an operator can be run again."""
         if any(t is not None and not isinstance(t, Tensor) for t in found):
             self.unfit = f"{func} looks at a number"
         elif func.namespace not in _LIBRARIES or torch.Tag.nondeterministic_seeded in func.tags:
             self.unfit = f"{func} may come to something else"
-        elif any(type(t) not in PLAIN for t in _tensors([*sig.gather(args, kwargs), *found])):
+        elif any(type(t) not in PLAIN for t in _tensors([*tensors, *found])):
             self.unfit = "a tensor is of a class of its own"
-        elif any(self._slot(t) is None for i in sig.overwritten for t in _tensors([sig.gather(args, kwargs)[i]])):
-            self.unfit = f"{func} writes into what does not depend on the parameters"
-        if not is_smooth(func, args):
-            self.smooth = False
-        self._keep_in_mind(func, sig, args, kwargs, live)
+        elif any(not self._is_own(t) for i in sig.overwritten for t in _tensors([tensors[i]])):
+            self.unfit = f"{func} writes into a parameter, or into what does not depend on any"
 
-    def _keep_in_mind(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any, live: list[Any]) -> None:
+    def _keep_in_mind(self, kind: Kind, tensors: list[Tensor]) -> None:
         """Note which constants say what goes where."""
-        own = all(self._slot(t) < len(self._parameters) for t in live)  # type: ignore[operator]
-        heeded = not ignores_zeros(func, own)
-        for t in _tensors(sig.gather(args, kwargs)):
-            if self._slot(t) is not None:
+        slots = [self._slot(t) for t in tensors]
+        of_parameters = all(slot is None or slot < len(self._parameters) for slot in slots)
+        for t, slot in zip(tensors, slots, strict=True):
+            if slot is not None:
                 continue
             if not (t.is_floating_point() or t.is_complex()):
-                self.fixed.append(t.detach())
-            elif heeded:
+                self.fixed.append(t.detach().clone())
+            elif not (kind.adds or (kind.multiplies and of_parameters)):
                 zeros = t.detach() == 0
                 self.fixed.append(zeros if bool(zeros.any()) else zeros.new_zeros(()))
+
+    def _is_own(self, t: Tensor) -> bool:
+        """Whether the memory of ``t`` is filled anew in each run."""
+        slot = self._slot(t)
+        return slot is not None and slot >= len(self._parameters)
 
     def _slot(self, t: Any) -> int | None:
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
@@ -141,7 +154,6 @@ class Recording:
         slot = self._slot(t)
         if slot is not None:
             return Reference(slot, None if self._windows[slot].fits(t) else Window(t))
-        t = t.detach()
         if t.is_inference():
             self.unfit = "a constant comes from inference mode, which shows no changes"
         else:
@@ -160,6 +172,8 @@ class Recording:
     def finish(self, output: Tensor) -> Rerun | None:
         """What computes ``output`` at other parameters; None where nothing does."""
         end = self.reference(output)
+        for p in self._parameters:
+            p.untyped_storage().__dict__.pop(self._key, None)
         if self.unfit is not None or type(end) is not Reference:
             return None
         needed, kept = {end.slot}, []
@@ -184,6 +198,8 @@ class Looking(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKS:
             self._recording.unfit = f"{func.__name__} leads past the operators"
+        elif func in PASSES and runs_functions(_tensors([*args[:1], *(kwargs or {}).values()])):
+            self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
         return func(*args, **(kwargs or {}))
 
 

@@ -19,25 +19,41 @@ _SMOOTH = {
 }
 """By name, in place or not."""
 
-
-def is_smooth(func: OpOverload, args: Any) -> bool:
-    """Whether an operator is."""
-    name = func.overloadpacket.__name__
-    if name in ("pow", "pow_"):
-        exponent = args[1]
-        return isinstance(exponent, (int, float)) and exponent >= 1 and exponent == int(exponent)
-    return name in _SMOOTH or name.removesuffix("_") in _SMOOTH
-
-
-def ignores_zeros(func: OpOverload, of_parameters: bool) -> bool:
-    """Whether zeros among its constant arguments leave alone what depends on what.
-
-    Args:
-        of_parameters: whether its other arguments are parameters: then a matrix product is a layer applied to data.
-    """
-    name = func.overloadpacket.__name__
-    return name.removesuffix("_") in _ADDING or (of_parameters and name in _PRODUCTS)
-
-
 _ADDING = ("add", "sub", "rsub", "cat", "stack", "mse_loss")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_OF_SHAPES = ("ones_like", "full_like")
+
+
+class Kind:
+    """What is to be known of an operator.
+
+    Attributes:
+        name: its own.
+        of_shapes: whether it looks at the shape of its argument alone, and its result is rarely written to.
+        adds: whether zeros among its arguments leave alone what depends on what.
+        multiplies: the same if all of them but constants are parameters: a layer that is applied to data.
+    """
+
+    def __init__(self, func: OpOverload) -> None:
+        name = func.overloadpacket.__name__
+        plain = name.removesuffix("_")
+        self.name, self.of_shapes, self.adds = str(func), name in _OF_SHAPES, plain in _ADDING
+        self.multiplies, self._power = name in _PRODUCTS, plain == "pow"
+        self._smooth = name in _SMOOTH or plain in _SMOOTH
+
+    def smooth(self, args: Any) -> bool:
+        """Whether it is smooth with these arguments."""
+        if not self._power:
+            return self._smooth
+        return isinstance(args[1], (int, float)) and args[1] >= 1 and args[1] == int(args[1])
+
+
+def kind_of(func: OpOverload) -> Kind:
+    """Of an operator; found once."""
+    known = _KINDS.get(id(func))
+    if known is None:
+        known = _KINDS[id(func)] = func, Kind(func)
+    return known[1]
+
+
+_KINDS: dict[int, tuple[OpOverload, Kind]] = {}  # by identity: operators are slow to hash

@@ -124,8 +124,7 @@ class WriteWatch(TorchDispatchMode):
         if not (sig.view or sig.mutates):
             self._mark(outputs)
         if self._recording is not None:
-            with torch._C.DisableTorchFunction():
-                self._recording.note(func, sig, args, kwargs, outputs)
+            self._recording.note(func, sig, args, kwargs, outputs)
         return outputs
 
     def _note(self, t: Any) -> None:

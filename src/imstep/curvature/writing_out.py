@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
+from imstep.complexstep.later import as_evaluated
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.course import Course
 from imstep.curvature.frozen import FrozenClosure, usable
@@ -113,7 +114,7 @@ class Evaluation:
         watch = frozen.watch(recording)
         with Looking(recording):
             loss = frozen.loss_with_graph(watch)
-        with watch:
+        with as_evaluated(), watch:
             residuals = require_residuals(loss)
         return cls(loss, residuals, None, Course(recording, loss, residuals.values, known.courses))
 

@@ -203,6 +203,8 @@ def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int)
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_s left_si right_siᵀ as rows, (N, out · in)."""
+    if 1 in (left.shape[2], right.shape[2]):
+        return (left * right).sum(0)
     return torch.einsum("mno,mni->noi", left, right).flatten(1)
 
 

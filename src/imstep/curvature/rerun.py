@@ -1,4 +1,4 @@
-"""An evaluation run again at other parameters as a flat list of operators: no code of the user's, no graph, no modes."""
+"""An evaluation run again at other parameters as a flat list of operators: without the user's code, graph or modes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.squares import NoResidualsError, Residuals
+from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out

@@ -4,14 +4,13 @@
     python -m benchmarks.step_time --quick               # a smoke test of one side; prints, writes nothing
     python -m benchmarks.step_time --table               # the page again, from the record
 
-Both sides run in turn, each time in a process of its own, on the same random numbers. Of each step the least of all
-turns counts, in processor seconds of the thread, since the machine may be busy; then the median over steps.
+Both sides run at once, each in a process of its own and on the same random numbers, and take turns call by call. What
+counts is the median, in processor seconds of the thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,35 +20,53 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record_page import Row, complete, load, show, table
-from benchmarks.step_time.side import TASKS, measured
+from benchmarks.step_time.side import TASKS
 
 NAME = "step-time"
-TURNS = 2
+WARM = 12  # steps before measuring: what is remembered from step to step has settled then
+CALLS = 16
 PARTS = ("gradient", "record", "replay", "step")
 SIDE = Path(__file__).with_name("side.py")
 HERE = SIDE.parents[2]
 
 
-def once(checkout: Path, task: str) -> dict[str, Any]:
-    """One side, in a process of its own."""
-    settings = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SIDE), task]
-    return json.loads(subprocess.run(command, env=settings, check=True, capture_output=True, text=True).stdout)
+class Side:
+    """A process that runs a task with a checkout."""
+
+    def __init__(self, checkout: Path, task: str) -> None:
+        settings = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
+        command, pipe = [sys.executable, str(SIDE), task], subprocess.PIPE
+        self._process = subprocess.Popen(command, env=settings, stdin=pipe, stdout=pipe, text=True)
+        self.parts = self._line().split()
+
+    def seconds(self, part: str) -> float:
+        """Of one call."""
+        assert self._process.stdin is not None
+        print(part, file=self._process.stdin, flush=True)
+        return float(self._line())
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def run(task: str, against: Path) -> Row:
-    """Milliseconds of both sides."""
-    sides: dict[str, list[dict[str, Any]]] = {"now": [], "before": []}
-    for _ in range(TURNS):
-        sides["now"].append(once(HERE, task))
-        sides["before"].append(once(against, task))
+def run(task: str, checkouts: dict[str, Path], warm: int = WARM, calls: int = CALLS) -> Row:
+    """Milliseconds of all sides."""
+    sides = {name: Side(checkout, task) for name, checkout in checkouts.items()}
     row: Row = {}
-    for side, turns in sides.items():
-        for part in PARTS:
-            if part in turns[0]:
-                least = [min(taken) for taken in zip(*(turn[part] for turn in turns), strict=True)]
-                row[f"{part}, {side}"] = 1e3 * statistics.median(least)
-        row[f"loss, {side}"] = turns[0]["loss"]
+    for side in sides.values():
+        for _ in range(warm):
+            side.seconds("step")
+    for part in next(iter(sides.values())).parts:
+        taken = [{name: side.seconds(part) for name, side in sides.items()} for _ in range(calls)]
+        row.update({f"{part}, {name}": 1e3 * statistics.median(turn[name] for turn in taken) for name in sides})
+    for side in sides.values():
+        side.close()
     return row
 
 
@@ -74,18 +91,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     options = parser.parse_args()
     if options.quick:
-        print({part: min(taken) for part, taken in measured("digits-mlp").items() if part in PARTS})
+        print(run("digits-mlp", {"now": HERE}, 1, 2))
         return
     if options.table:
-        show(NAME, NAME, text_of(load(NAME)))
+        show(NAME, "residual-space", text_of(load(NAME)))
         return
     if options.against is None:
         parser.error("--against names the checkout to compare with; --table only writes the page")
     version = subprocess.run(
         ["git", "-C", str(options.against), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    runs = {task: partial(run, task, options.against.resolve()) for task in TASKS}
-    show(NAME, NAME, text_of(complete(NAME, {"before": version}, runs)))
+    runs = {task: partial(run, task, {"before": options.against.resolve(), "now": HERE}) for task in TASKS}
+    show(NAME, "residual-space", text_of(complete(NAME, {"before": version}, runs)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""One side: processor seconds of the parts of a step, printed as JSON. Runs in any checkout, as a file.
+"""One side: the processor seconds of the parts of a step, one by one as they are asked for. Runs with any checkout.
 
 PYTHONPATH=CHECKOUT/src python benchmarks/step_time/side.py TASK
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 import imstep
 from imstep import pde
 from imstep.tasks.models import mlp
-
-WARM = 12  # steps before measuring: what is remembered from step to step has settled then
-STEPS = 8
 
 Task = tuple[nn.Module, Any, Callable[[], Tensor]]
 
@@ -98,33 +94,33 @@ def digits_cnn() -> Task:
 TASKS = {f.__name__.replace("_", "-"): f for f in (poisson_2d, convection, digits_mlp, poisson_2d_nested, digits_cnn)}
 
 
-def seconds(run: Callable[[], object], count: int) -> list[float]:
-    """Processor seconds of this thread, call by call."""
-    taken = []
-    for _ in range(count):
-        start = time.thread_time()
-        run()
-        taken.append(time.thread_time() - start)
-    return taken
-
-
-def measured(name: str) -> dict[str, Any]:
-    """Seconds of each of some steps, of gradients and, for a Hessian, of a record and a product."""
+def parts(name: str) -> dict[str, Callable[[], object]]:
+    """What to measure: a step, a gradient and, for a Hessian, its record and a product."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net, optimizer, closure = TASKS[name]()
     parameters = list(net.parameters())
-    seconds(lambda: optimizer.step(closure), WARM)
-    found: dict[str, Any] = {"step": seconds(lambda: optimizer.step(closure), STEPS)}
-    found["loss"] = float(optimizer.last_step.loss)
-    found["gradient"] = seconds(lambda: torch.autograd.grad(closure(), parameters, allow_unused=True), STEPS)
+    found: dict[str, Callable[[], object]] = {
+        "step": lambda: optimizer.step(closure),
+        "gradient": lambda: torch.autograd.grad(closure(), parameters, allow_unused=True),
+    }
     if isinstance(optimizer, imstep.NewtonKrylov):
-        found["record"] = seconds(lambda: imstep.Hessian(closure, parameters), STEPS)
         hessian = imstep.Hessian(closure, parameters)
         direction = torch.randn(hessian.shape[0])
-        found["replay"] = seconds(lambda: hessian @ direction, STEPS)
+        found["record"] = lambda: imstep.Hessian(closure, parameters)
+        found["replay"] = lambda: hessian @ direction
     return found
 
 
+def main() -> None:
+    """For each line that is read, the name of a part, its seconds of this thread's processor time."""
+    found = parts(sys.argv[1])
+    print(*found, flush=True)
+    for line in sys.stdin:
+        run, start = found[line.strip()], time.thread_time()
+        run()
+        print(time.thread_time() - start, flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(measured(sys.argv[1])))
+    main()

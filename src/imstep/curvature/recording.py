@@ -169,11 +169,14 @@ class Recording:
 
     # --- the end ------------------------------------------------------------------------------------------------
 
+    def forget(self) -> None:
+        """Leave nothing behind on the parameters."""
+        for p in self._parameters:
+            p.untyped_storage().__dict__.pop(self._key, None)
+
     def finish(self, output: Tensor) -> Rerun | None:
         """What computes ``output`` at other parameters; None where nothing does."""
         end = self.reference(output)
-        for p in self._parameters:
-            p.untyped_storage().__dict__.pop(self._key, None)
         if self.unfit is not None or type(end) is not Reference:
             return None
         needed, kept = {end.slot}, []

@@ -194,15 +194,15 @@ class ResidualJacobian(JacobianRows):
         return self
 
     @full_precision
+    @as_evaluated()
     def _fill(self, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> None:
         before = frozen.losses
         evaluation = Evaluation.of(frozen, parameters, known)
         residuals, tensors = evaluation.residuals, parameters.tensors
-        with as_evaluated():
-            uses = find_uses([o.z for o in residuals.outputs], tensors)
-            parts, wrong, check = _parts(evaluation, uses, tensors, known)
-            for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
-                parts[at] = part
+        uses = find_uses([o.z for o in residuals.outputs], tensors)
+        parts, wrong, check = _parts(evaluation, uses, tensors, known)
+        for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
+            parts[at] = part
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
         self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course

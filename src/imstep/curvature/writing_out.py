@@ -12,7 +12,6 @@ from torch import Tensor
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
-from imstep.complexstep.later import as_evaluated
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.course import Course
 from imstep.curvature.frozen import FrozenClosure, usable
@@ -112,11 +111,14 @@ class Evaluation:
             return recorded
         recording = Recording(parameters.tensors)
         watch = frozen.watch(recording)
-        with Looking(recording):
-            loss = frozen.loss_with_graph(watch)
-        with as_evaluated(), watch:
-            residuals = require_residuals(loss)
-        return cls(loss, residuals, None, Course(recording, loss, residuals.values, known.courses))
+        try:
+            with Looking(recording):
+                loss = frozen.loss_with_graph(watch)
+            with watch:
+                residuals = require_residuals(loss)
+            return cls(loss, residuals, None, Course(recording, loss, residuals.values, known.courses))
+        finally:
+            recording.forget()
 
     @classmethod
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:

@@ -105,10 +105,10 @@ def parts(name: str) -> dict[str, Callable[[], object]]:
         "gradient": lambda: torch.autograd.grad(closure(), parameters, allow_unused=True),
     }
     if isinstance(optimizer, imstep.NewtonKrylov):
-        hessian = imstep.Hessian(closure, parameters)
-        direction = torch.randn(hessian.shape[0])
-        found["record"] = lambda: imstep.Hessian(closure, parameters)
-        found["replay"] = lambda: hessian @ direction
+        direction = torch.randn(sum(p.numel() for p in parameters))
+        held: dict[str, imstep.Hessian] = {}
+        found["record"] = lambda: held.update(at=imstep.Hessian(closure, parameters))
+        found["replay"] = lambda: held["at"] @ direction
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,18 +21,17 @@ class KnownCourses:
     """What is remembered from one evaluation to the next."""
 
     def __init__(self) -> None:
-        self._form, self._fixed = "", [torch.zeros(())]
+        self._form = self._fixed = ""
         self._rerun = self._rows = 0  # in how many evaluations of this course in a row each was right
         self.refuted = False  # whether something has not run again as the closure does
 
-    def meet(self, form: str, fixed: Sequence[Tensor]) -> None:
-        """An evaluation took a course."""
-        same = form == self._form and len(fixed) == len(self._fixed)
-        if not (same and all(map(torch.equal, fixed, self._fixed))):
+    def meet(self, form: str, fixed: str) -> None:
+        """An evaluation took a course, given by digests of its form and of its fixed constants."""
+        if (form, fixed) != (self._form, self._fixed):
             self._rows = 0
         if form != self._form:
             self._rerun = 0
-        self._form, self._fixed = form, list(fixed)
+        self._form, self._fixed = form, fixed
 
     def agree(self, rerun: bool = False, rows: bool = False) -> None:
         """What was right in it."""
@@ -80,7 +78,8 @@ class Course:
             self._rerun = rerun
             nodes = sorted((number, name) for name, number in nodes_of(loss))
             graph = [(number - nodes[0][0], name) for number, name in nodes]
-            known.meet(hashlib.sha256(repr((recording.form, graph)).encode()).hexdigest(), recording.fixed)
+            fixed = [(t.dtype, t.shape, hashlib.sha256(t.cpu().numpy().tobytes()).digest()) for t in recording.fixed]
+            known.meet(_digest((recording.form, graph)), _digest(fixed))
             # A Function says itself what its derivative is.
             self._smooth, self.trusted = recording.smooth and not runs_functions([loss]), known.reruns
 
@@ -124,3 +123,7 @@ class Course:
     def know_rows(self) -> None:
         """The rows are right."""
         self._known.agree(rows=self._smooth)
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()

@@ -36,12 +36,16 @@ def complete(name: str, about: Mapping[str, Any], runs: Mapping[str, Callable[[]
     for key, run in runs.items():
         if key not in made:
             made[key] = {k: _writable(v) for k, v in run().items()}
-            date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
             ordered = {key: made[key] for key in runs if key in made}
-            record = {"date": date, "environment": environment(), **about, "runs": ordered}
+            record = {"date": now(), "environment": environment(), **about, "runs": ordered}
             write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
             print(key, *(f"{k} {v}" for k, v in made[key].items()), flush=True)
     return load(name)
+
+
+def now() -> str:
+    """The date of a record."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _writable(value: Any) -> Any:

@@ -16,6 +16,7 @@ PROMISES = {
     "derivatives": ("difference from double backward", 1e-14),
     "eigenvalues": ("largest disagreement", 1e-10),
     "poisson": ("largest error of u", 1e-3),
+    "processes": ("loss after 25 steps", 1e-4),
     "regression": ("loss after 25 steps", 1e-3),
 }
 

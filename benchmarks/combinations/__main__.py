@@ -1,8 +1,10 @@
 """Combinations of the strategies of `NewtonKrylov` on three functions: does each arrive, and is what it claims true?
 
-python -m benchmarks.combinations           # so many that all triples of choices occur; what the record lacks
-python -m benchmarks.combinations --all     # each of them all as well; hours
+python -m benchmarks.combinations           # so many that all triples of choices occur; minutes
+python -m benchmarks.combinations --all     # each of them all; two hours of one core
 python -m benchmarks.combinations --table   # the page again, from the record
+
+Runs are kept in runs.jsonl, beside the record and not part of it, so that a run that was broken off goes on.
 
 A run is at fault if it repeats a step that was rejected, raises the loss though its step search looks at it, claims a
 minimum where there is none or none where there is one, or ends by an exception that is no refusal.
@@ -12,21 +14,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
+import multiprocessing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 import imstep
 from benchmarks.combinations.covering import covering
-from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS
-from benchmarks.record_page import Row, complete, load, show, table
+from benchmarks.record_page import Row, load, now, path_of, show, table
 from imstep.globalization import (
     Armijo,
     ExactEstimate,
@@ -59,8 +62,12 @@ from imstep.optim import (
     StepRecord,
     Termination,
 )
+from imstep.runs.environment import environment
+from imstep.runs.files import write_json
 
 NAME = "combinations"
+RUNS = path_of(NAME).with_name("runs.jsonl")
+BY = ("function", "step")
 F64 = torch.float64
 STEPS = 60
 FACTORS: dict[str, dict[str, Any]] = {
@@ -97,16 +104,28 @@ FACTORS: dict[str, dict[str, Any]] = {
 }
 
 
+def rosenbrock(x: Tensor) -> Tensor:
+    """Least at (1, 1), along a curved valley."""
+    a, b = x.unbind()
+    return 100 * (b - a * a) ** 2 + (1 - a) ** 2
+
+
 def saddle(x: Tensor) -> Tensor:
     """Least on xy = 1, at x = y; a saddle at 0."""
-    return (x[0] * x[1] - 1) ** 2 + (x[0] - x[1]) ** 2 / 10
+    a, b = x.unbind()
+    return (a * b - 1) ** 2 + (a - b) ** 2 / 10
 
 
-FREUDENSTEIN = next(f for f in FUNCTIONS if f.number == 2)
+def freudenstein(x: Tensor) -> Tensor:
+    """By Freudenstein and Roth: least, 0, at (5, 4); a local minimum, 48.98, at (11.41, -0.8968)."""
+    a, b = x.unbind()
+    return (-13 + a + ((5 - b) * b - 2) * b) ** 2 + (-29 + a + ((b + 1) * b - 14) * b) ** 2
+
+
 PROBLEMS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "Rosenbrock": (next(f for f in FUNCTIONS if f.number == 1), torch.tensor([-0.796381, 0.639213], dtype=F64)),
+    "Rosenbrock": (rosenbrock, torch.tensor([-0.796381, 0.639213], dtype=F64)),
     "saddle": (saddle, torch.zeros(2, dtype=F64)),
-    "Freudenstein": (FREUDENSTEIN, FREUDENSTEIN.start),
+    "Freudenstein": (freudenstein, torch.tensor([0.5, -2.0], dtype=F64)),
 }
 
 
@@ -174,45 +193,67 @@ def is_minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     return bool(values[0] >= -1e-7 * values[-1] and step.norm() <= 1e-5 * (1 + x.norm()))
 
 
-def runs(combinations: Iterable[Combination]) -> dict[str, Callable[[], Row]]:
-    """Each by its name."""
-    return {"; ".join(combination): partial(outcome, combination) for combination in combinations}
+def complete(combinations: Sequence[Combination], processes: int) -> None:
+    """Run those that runs.jsonl lacks, and write the record: how many runs end how, and each that is at fault."""
+    made = {_of(row): row for row in map(json.loads, RUNS.read_text().splitlines())} if RUNS.exists() else {}
+    lacking = [combination for combination in combinations if combination not in made]
+    with RUNS.open("a") as file, multiprocessing.Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for row in track(pool.imap_unordered(outcome, lacking, 10), "Combinations", len(lacking)):
+            made[_of(row)] = row
+            file.write(f"{json.dumps(row)}\n")
+            file.flush()
+    rows = [made[combination] for combination in combinations]
+    ends = [
+        {**dict(zip(BY, key, strict=True)), "ends": dict(Counter(r["end"] for r in rows if _by(r) == key))}
+        for key in dict.fromkeys(map(_by, rows))
+    ]
+    about = {"date": now(), "environment": environment(), "steps": STEPS, "runs": len(rows)}
+    write_json(path_of(NAME), {**about, "ends": ends, "faults": [r for r in rows if r["fault"]]})
+
+
+def _of(row: Row) -> Combination:
+    return tuple(row[key] for key in ("function", *FACTORS))
+
+
+def _by(row: Row) -> Combination:
+    return tuple(row[key] for key in BY)
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def text_of(rows: Sequence[Row]) -> str:
-    """How many runs end how, by problem and step search, and those at fault."""
-    of_all = math.prod(map(len, CHOICES))
-    ends = list(dict.fromkeys(["minimum", *sorted({r["end"] for r in rows})]))
-    groups = [(problem, step) for problem in PROBLEMS for step in FACTORS["step"]]
-    body = []
-    for problem, step in groups:
-        own = [r for r in rows if (r["function"], r["step"]) == (problem, step)]
-        counts = Counter(r["end"] for r in own)
-        body.append([problem, step, *(str(counts[end]) for end in ends), str(sum(bool(r["fault"]) for r in own))])
-    faults = [f"- {'; '.join(r[k] for k in ('function', *FACTORS))}: {r['fault']}" for r in rows if r["fault"]]
+def text_of(record: Row) -> str:
+    """How many runs end how, by function and step search, and those at fault."""
+    ends = list(dict.fromkeys(["minimum", *sorted({end for group in record["ends"] for end in group["ends"]})]))
+    body = [
+        [*(group[key] for key in BY), *(f"{group['ends'].get(end, 0):,}" for end in ends), str(at_fault(record, group))]
+        for group in record["ends"]
+    ]
+    faults = [f"- {'; '.join(_of(r))}: {r['fault']}" for r in record["faults"]]
     return "\n\n".join(
         [
-            f"{len(rows):,} of {of_all:,} combinations of a function and strategies:",
+            f"{record['runs']:,} of {math.prod(map(len, CHOICES)):,} combinations of a function and strategies:",
             table(["function", "step search", *(end.replace("_", " ") for end in ends), "at fault"], body),
             "\n".join(["At fault:", "", *faults]) if faults else "None is at fault.",
         ]
     )
 
 
+def at_fault(record: Row, group: Row) -> int:
+    """The number of runs at fault among those of a function and step search."""
+    return sum(_by(row) == _by(group) for row in record["faults"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every combination")
+    parser.add_argument("--processes", type=int, default=1, help="side by side")
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    chosen = selection(3)
-    if arguments.all:
-        chosen = list(dict.fromkeys([*chosen, *itertools.product(*CHOICES)]))
-    record = load(NAME) if arguments.table else complete(NAME, {"steps": STEPS}, runs(chosen))
-    show(NAME, "step-lengths", text_of(list(record["runs"].values())))
+    if not arguments.table:
+        chosen = list(itertools.product(*CHOICES)) if arguments.all else selection(3)
+        complete(chosen, arguments.processes)
+    show(NAME, "step-lengths", text_of(load(NAME)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.record_page import Row, command, table
 from benchmarks.small_problems.problems import HELDOUT, PROBLEMS, Data, SmallProblem
 from imstep import NewtonKrylov
-from imstep.globalization import Armijo, LevenbergMarquardt
-from imstep.optim import BlendedConjugateGradient
 
 NAME = "small-problems"
 SEEDS = range(3)
@@ -28,21 +26,10 @@ Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 Way = tuple[str, float, Callable[[Row], float]]
 
 
-def as_it_was(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """`for_batches` before it was measured on these problems: whole steps, backtracking, more of the blend."""
-    return NewtonKrylov.for_batches(
-        parameters,
-        step=Armijo(),
-        solver=BlendedConjugateGradient(weight=0.3),
-        damping=LevenbergMarquardt(initial=0.1, floor=1e-3),
-    )
-
-
 SIDES: dict[str, Make] = {
     "for_batches": NewtonKrylov.for_batches,
     "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3),
     "defaults": NewtonKrylov,
-    "as it was": as_it_was,
 }
 DECAYS = (1e-2,)
 DECAYED = ("for_batches", "AdamW")
@@ -103,6 +90,14 @@ def train(problem: SmallProblem, side: str, decay: float, seed: int) -> Row:
     return {**about, "train": known_losses, "heldout": heldout_losses, "average": averaged}
 
 
+def loss_at(row: Row, cost: float) -> float:
+    """The training loss of a run after a part of its cost; geometrically between the ends of epochs."""
+    losses = row["train"]
+    epoch = min(cost / row["cost"], 1.0) * (len(losses) - 1)
+    before = min(int(epoch), len(losses) - 2)
+    return float(losses[before] ** (before + 1 - epoch) * losses[before + 1] ** (epoch - before))
+
+
 def runs() -> dict[str, Callable[[], Row]]:
     """All runs, by name."""
     ways = [(side, 0.0) for side in SIDES] + list(itertools.product(DECAYED, DECAYS))
@@ -121,6 +116,15 @@ def text_of(record: dict[str, Any]) -> str:
         made = [r for r in rows if (r["problem"], r["side"], r["decay"]) == (problem.name, side, decay)]
         return [float(of(r)) for r in made]
 
+    def earlier(problem: SmallProblem) -> list[float]:
+        """The loss of the defaults when they had cost as much as `for_batches` in all, seed by seed."""
+        made = {(r["side"], r["seed"]): r for r in rows if r["problem"] == problem.name and not r["decay"]}
+        return [
+            loss_at(made["defaults", seed], row["cost"])
+            for (side, seed), row in made.items()
+            if side == "for_batches" and ("defaults", seed) in made
+        ]
+
     def made_of(ways: dict[str, Way]) -> dict[str, Way]:
         return {name: way for name, way in ways.items() if any(values(problem, way) for problem in PROBLEMS)}
 
@@ -129,11 +133,15 @@ def text_of(record: dict[str, Any]) -> str:
         return f"{statistics.median(found):.3g}{worst}" if found else "not measured"
 
     ways = made_of({side: (side, 0.0, lambda r: r["train"][-1]) for side in SIDES})
-    body = [[problem.name, *(show_median(values(problem, way)) for way in ways.values())] for problem in PROBLEMS]
+    body = [
+        [problem.name, *(show_median(values(problem, way)) for way in ways.values()), show_median(earlier(problem))]
+        for problem in PROBLEMS
+    ]
     costs = {side: (side, 0.0, lambda r: r["cost"] / (len(r["train"]) - 1)) for side in ways}
     of_all = (itertools.chain(*(values(problem, way) for problem in PROBLEMS)) for way in costs.values())
     body.append(["gradients an epoch", *(f"{statistics.median(found):.1f}" for found in of_all)])
-    training = table(["training loss", *ways], body)
+    body[-1].append("as many as for_batches")
+    training = table(["training loss", *ways, "defaults, at that cost"], body)
     ways = made_of(HELDOUT_WAYS)
     body = [[problem.name, *(show_median(values(problem, way)) for way in ways.values())] for problem in PROBLEMS]
     return f"{training}\n\n{table(['held-out loss', *ways], body)}"

@@ -1,10 +1,14 @@
 """Eigenpairs, densities and traces of Hessians beside those of other packages.
 
-python -m benchmarks.spectral                  # everything; writes record.json and page.md beside this file
-python -m benchmarks.spectral --short          # one small model, low accuracy; prints, writes nothing
-python -m benchmarks.spectral --page           # the page again, from the record
+    python -m venv .venv/peers && .venv/peers/bin/pip install -c constraints.txt '.[peers]' scipy
+    .venv/peers/bin/python -m benchmarks.spectral               # everything; writes record.json and page.md here
+    .venv/peers/bin/python -m benchmarks.spectral --models GPT  # one of GPT, MLP, ResNet-18
+    .venv/peers/bin/python -m benchmarks.spectral --short       # one small model, low accuracy; prints, writes nothing
+    .venv/peers/bin/python -m benchmarks.spectral --page        # the page again, from the record
 
-Peers are optional: pip install -c constraints.txt '.[peers]'. Run it on a machine that does nothing else.
+Peers that are not installed are noted as such. Run it on a machine that does nothing else. Each side's answers on a
+model are written as they are found; what the record has is not measured again, so that it can be interrupted. To begin
+anew delete the record.
 """
 
 from __future__ import annotations
@@ -133,21 +137,21 @@ def ask(kind: type[Side], subject: Subject, hessian: imstep.Hessian, trace: floa
     return entry
 
 
-def measure(name: str, size: Size) -> dict[str, Any]:
-    """All sides on one model, one after the other."""
+def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], None]) -> None:
+    """All sides on one model, one after the other, into the model's part of the record."""
     subject = build(name, torch.device("cpu"), SEED)
     remedy(subject)
     hessian = imstep.Hessian(subject.closure, subject.model)
-    reference = spectral.trace(hessian, size.rtol / 4, seed=SEED + 100, max_products=20_000)
-    print(f"{subject.name}, the trace to compare with: {reference}", flush=True)
-    sides = {kind.name: ask(kind, subject, hessian, reference.value, size) for kind in SIDES}
-    return {
-        "description": subject.description,
-        "parameters": hessian.size,
-        "trace": asdict(reference),
-        "load_average": os.getloadavg()[0],
-        "sides": sides,
-    }
+    if not entry:
+        reference = spectral.trace(hessian, size.rtol / 4, seed=SEED + 100, max_products=20_000)
+        print(f"{subject.name}, the trace to compare with: {reference}", flush=True)
+        entry.update(description=subject.description, parameters=hessian.size, trace=asdict(reference))
+        entry.update(load_average=0.0, sides={})
+    for kind in SIDES:
+        if entry["sides"].get(kind.name, {"failure": "not installed"}) == {"failure": "not installed"}:
+            entry["sides"][kind.name] = ask(kind, subject, hessian, entry["trace"]["value"], size)
+            entry["load_average"] = max(entry["load_average"], os.getloadavg()[0])
+            keep()
 
 
 def main() -> None:
@@ -155,16 +159,23 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=Size().models)
     options = parser.parse_args()
     path, size = HERE / "record.json", SHORT if options.short else Size()
     if not options.page:
         torch.set_num_threads(options.threads)
         SUBJECTS["small"] = small
         record: dict[str, Any] = {**environment(options.threads), "size": asdict(size), "models": {}}
-        for name in size.models:
-            record["models"][name] = measure(name, size)
-            if not options.short:  # what is measured stays, should a later model fail
-                path.write_text(json.dumps(record, indent=1) + "\n")
+        if path.exists() and not options.short:
+            earlier = json.loads(path.read_text())
+            now = json.loads(json.dumps(record))
+            if any(earlier[key] != now[key] for key in ("versions", "cpu", "threads", "size")):
+                parser.error(f"{path} has other versions, machine or questions: delete it to begin anew.")
+            record["models"] = earlier["models"]
+        # What is measured stays, should a later side fail.
+        keep = lambda: None if options.short else path.write_text(json.dumps(record, indent=1) + "\n")
+        for name in options.models or size.models:
+            measure(name, size, record["models"].setdefault(name, {}), keep)
         if options.short:
             print(page(record))
             return

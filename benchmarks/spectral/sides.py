@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,22 @@ class Eigenthings(Side):
             return float(trace(self._operator(), num_matvecs=budget, method="hutch++", seed=seed).estimate)
 
 
+@contextlib.contextmanager
+def former_eig() -> Iterator[None]:
+    """PyHessian 0.1 calls `torch.eig`, which is no more; of a symmetric matrix it is `torch.linalg.eigh`."""
+
+    def eig(matrix: Tensor, eigenvectors: bool) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrix)
+        return torch.stack([values, torch.zeros_like(values)], 1), vectors
+
+    before = torch.eig
+    torch.eig = eig
+    try:
+        yield
+    finally:
+        torch.eig = before
+
+
 class PyHessian(Side):
     name, package = "PyHessian", "PyHessian"
     trace_budgets = (50, 100, 200, 400, 800, 1600, 3200)
@@ -160,7 +177,7 @@ class PyHessian(Side):
 
     def density(self, steps: int, probes: int, seed: int) -> Any:
         torch.manual_seed(seed)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), former_eig():
             return self._computed().density(iter=steps, n_v=probes)
 
     def trace(self, rtol: float, budget: int, seed: int) -> float:

@@ -1,6 +1,6 @@
 """imstep: second-order training of neural networks in PyTorch by the complex-step derivative."""
 
-from imstep import methods, pde, spectral
+from imstep import insight, methods, pde, spectral
 from imstep.complexstep import (
     ComplexStepTensor,
     NotDifferentiableWarning,
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "derivative",
     "hvp",
+    "insight",
     "jvp",
     "methods",
     "minimize",

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import imstep
 from imstep.cli import app
-from imstep.runs.optimizers import OPTIMIZERS
+from imstep.runs.optimizers import METHODS, OPTIMIZERS
 from imstep.tasks import TASKS
 
 SMALL = ["--examples", "40", "--threads", "1"]
@@ -46,7 +46,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 
 def test_tasks_lists_everything() -> None:
     output = imstep_command("tasks").output
-    assert all(name in output for name in (*TASKS, *OPTIMIZERS))
+    assert all(name in output for name in (*TASKS, *OPTIMIZERS, *METHODS))
 
 
 def test_version() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from imstep.cli import app
 from imstep.cli.options import complete_optimizer, complete_task
 from imstep.runs.interrupt import Interrupt
-from imstep.runs.optimizers import OPTIMIZERS, get_optimizer
+from imstep.runs.optimizers import METHODS, OPTIMIZERS, get_optimizer
 from imstep.tasks import TASKS
 
 QUICK = ["--threads", "1", "--examples", "40"]
@@ -195,6 +195,7 @@ def test_tasks_says_which_optimizers_suit(program: Path) -> None:
     assert "optimizers: newton-krylov, adam, sgd, lbfgs" in listed
     shown = output("tasks", str(program))
     assert "newton-krylov suits least-squares suits adam suits" in shown
+    assert "natural-gradient can train it" in shown
     program.write_text(PROGRAM.replace("LOSS", "nn.L1Loss()"))
     shown = output("tasks", str(program))
     assert "least-squares refuses it: least-squares does not suit my line" in shown
@@ -219,7 +220,7 @@ def test_the_shell_completes_tasks_files_and_optimizers(
     assert complete_task("here/") == ["here/problem.py", "here/slope.py"]
     assert set(TASKS) <= set(complete_task(""))
     assert complete_optimizer("adam,lb") == ["adam,lbfgs"]
-    assert complete_optimizer("") == list(OPTIMIZERS)
+    assert complete_optimizer("") == [*OPTIMIZERS, *METHODS]
 
 
 def test_completion_can_be_installed() -> None:

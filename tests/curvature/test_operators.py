@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import imstep
 from imstep.curvature import (
+    KFAC,
     Bernoulli,
     Categorical,
     Empirical,
@@ -37,6 +38,7 @@ from imstep.curvature import (
     Poisson,
 )
 from imstep.curvature.operators import PointOperator
+from imstep.linalg import DiagonalOperator, IdentityOperator, LinearOperator
 
 
 def counts(*shape: int) -> Tensor:
@@ -285,6 +287,47 @@ def test_blocks_by_layer_and_parameter() -> None:
         unnamed.diagonal_blocks("layer")
     with pytest.raises(ValueError, match="by is 'layer' or 'parameter'"):
         H.diagonal_blocks("module")
+
+
+MADE_OF_OTHERS: dict[str, Callable[[imstep.Hessian, imstep.Jacobian, nn.Module, Callable], LinearOperator]] = {
+    "multiple": lambda H, J, model, loss: 2.0 * H,
+    "shifted": lambda H, J, model, loss: H + 0.5 * IdentityOperator.like(H),
+    "shift first": lambda H, J, model, loss: DiagonalOperator(torch.arange(11.0).double()) - H,
+    "transpose": lambda H, J, model, loss: H.T,
+    "product": lambda H, J, model, loss: J.T @ J,
+    "inverse": lambda H, J, model, loss: H.inverse(damping=3.0),
+    "block diagonal": lambda H, J, model, loss: H.block_diagonal("layer"),
+    "K-FAC": lambda H, J, model, loss: KFAC(loss, model),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_OF_OTHERS)
+def test_what_is_made_of_a_models_matrix_knows_its_parameters(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double(), torch.randn(5, 3).double()
+    loss = lambda: model(x).square().mean()
+    H, J = imstep.Hessian(loss, model), imstep.Jacobian(lambda: model(x), model)
+    A, v = MADE_OF_OTHERS[kind](H, J, model, loss), normal(11)
+    dense = A.to_dense()
+    for by, places in (("layer", [slice(0, 8), slice(8, 11)]), ("parameter", [slice(0, 6), slice(6, 8)])):
+        blocks = list(A.diagonal_blocks(by).values())
+        for block, at in zip(blocks, places, strict=False):
+            torch.testing.assert_close(block.to_dense(), dense[at, at])
+    as_list = A @ A.as_parameters(v)
+    assert [t.shape for t in as_list] == [p.shape for p in model.parameters()]
+    torch.testing.assert_close(A.as_vector(as_list), dense @ v)
+
+
+def test_lists_through_a_jacobian_and_its_transpose() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(5, 3).double()
+    J, u = imstep.Jacobian(lambda: model(x), model), torch.randn(5, 2).double()
+    weight, bias = J.T @ [u]
+    torch.testing.assert_close(weight, u.T @ x)
+    torch.testing.assert_close(bias, u.sum(0))
+    torch.testing.assert_close((J @ [weight, bias])[0], x @ weight.T + bias)
+    with pytest.raises(ValueError, match="square"):
+        J.diagonal_blocks("layer")
+    with pytest.raises(ValueError, match="are something else"):
+        (J @ J.T).diagonal_blocks("layer")
 
 
 def test_names_follow_what_is_trained_and_tied() -> None:

@@ -200,6 +200,7 @@ def test_arguments_are_left_alone(with_spectrum, normal):
         ({"radius": 1.0, "x0": torch.ones(3)}, ValueError, "inside the radius"),
         ({"max_iterations": -1}, ValueError, "max_iterations"),
         ({"keep_pairs": -1}, ValueError, "keep_pairs"),
+        ({"keep_iterates": 1.0}, ValueError, "keep_iterates"),
         ({"recompute_residual_every": 0}, ValueError, "For never pass None"),
         ({"x0": torch.ones(4)}, ValueError, r"\(3,\)"),
         ({"preconditioner": DiagonalOperator(torch.ones(2))}, ValueError, "agree in size"),
@@ -209,6 +210,21 @@ def test_arguments_are_left_alone(with_spectrum, normal):
 def test_misuse_is_explained(arguments, error, message):
     with pytest.raises(error, match=message):
         conjugate_gradient(DenseOperator(torch.eye(3)), torch.ones(3), **arguments)
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_iterates_at_growing_intervals_are_those_of_shorter_solves(with_spectrum, normal, disturbed):
+    values = torch.logspace(-1, 1, 30)
+    matrix, _ = with_spectrum(torch.cat([torch.tensor([-1e-3]), values]) if disturbed else values)
+    rhs, rules = normal(len(matrix)), [RelativeResidual(1e-8)]
+    result = conjugate_gradient(DenseOperator(matrix), rhs, stopping=rules, keep_iterates=1.3)
+    numbers = sorted({math.ceil(1.3**j) for j in range(20)})
+    numbers = [number for number in numbers if number < result.iterations]
+    assert len(result.iterates) == len(numbers) > 5
+    for number, (solution, image) in zip(numbers, result.iterates, strict=True):
+        shorter = conjugate_gradient(DenseOperator(matrix), rhs, stopping=(), max_iterations=number)
+        torch.testing.assert_close(solution, shorter.solution)
+        torch.testing.assert_close(image, matrix @ solution)
 
 
 def test_a_block_of_right_hand_sides_is_refused():

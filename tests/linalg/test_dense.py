@@ -19,6 +19,7 @@ from imstep.linalg import (
     ShiftedEigenvalues,
     dense_solve,
     dense_trust_region,
+    sketched_newton,
     steihaug_toint,
 )
 
@@ -250,3 +251,18 @@ def test_any_trust_region_problem_is_solved_globally(n, seed, shift, radius, sca
     result = dense_trust_region(DenseOperator(matrix), rhs, radius)
     assert_optimal(matrix, rhs, radius, result, accuracy=1e-9)
     assert result.predicted_decrease >= 0
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_sketched_step_is_the_best_of_its_subspace(damping):
+    generator = torch.Generator().manual_seed(0)
+    root, b, S = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((9, 9), (9,), (9, 4)))
+    A = root @ root.mT
+    result = sketched_newton(DenseOperator(A), b, S, damping=damping)
+    full = A + damping * torch.eye(9, dtype=F64)
+    torch.testing.assert_close(result.solution, S @ torch.linalg.solve(S.mT @ full @ S, S.mT @ b))
+    torch.testing.assert_close(result.image, A @ result.solution)
+    assert result.products == 4
+    assert result.damped_decrease == pytest.approx(float(b @ result.solution) / 2)
+    saddle = sketched_newton(DenseOperator(-A), b, S, indefinite=AbsoluteEigenvalues())
+    torch.testing.assert_close(saddle.solution, sketched_newton(DenseOperator(A), b, S).solution)

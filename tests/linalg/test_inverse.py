@@ -211,3 +211,12 @@ def test_matrices_that_are_not_square_or_not_symmetric_are_refused(normal):
         DenseOperator(normal(9).reshape(3, 3)).inverse() @ normal(3)
     with pytest.raises(TypeError, match="float64"):
         DiagonalOperator(torch.ones(2)).inverse() @ torch.ones(2, dtype=F64)
+
+
+def test_a_diagonal_is_inverted_entry_by_entry():
+    d = torch.logspace(-8, 8, 2000, dtype=torch.float64)
+    found = DiagonalOperator(d).inverse(damping=1e-3).solve(torch.ones(2000, 2).double())
+    assert bool(found.converged.all())
+    assert found.products == 2
+    torch.testing.assert_close(found.solution[:, 1], 1 / (d + 1e-3))
+    assert not bool(DiagonalOperator(d - d[0]).inverse().solve(torch.ones(2000).double()).converged.any())

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from imstep.linalg import bfgs_update, self_scaled_update, sr1_update
+from imstep.linalg import (
+    BlockBFGSPreconditioner,
+    DiagonalOperator,
+    RankOneOperator,
+    bfgs_update,
+    self_scaled_update,
+    sr1_update,
+)
 
 F64 = torch.float64
 
@@ -99,3 +106,51 @@ def test_an_indefinite_matrix_is_begun_anew() -> None:
     s, y = torch.ones(2, dtype=F64), torch.tensor([1.0, 3.0], dtype=F64)
     made = self_scaled_update(-torch.eye(2, dtype=F64), s, y, -s)
     torch.testing.assert_close(made, 0.4 * torch.eye(2, dtype=F64))
+
+
+def test_the_compact_form_is_that_of_updates_one_by_one() -> None:
+    """Nocedal and Wright, (6.24), from γI; the length of a pair does not count."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = [tuple(torch.randn(2, 9, generator=generator, dtype=F64)) for _ in range(4)]
+    B = -1.7 * torch.eye(9, dtype=F64)
+    for s, y in pairs:
+        rest = y - B @ s
+        B = B + torch.outer(rest, rest) / (rest @ s)
+    compact = RankOneOperator([(1e-9**i * s, 1e-9**i * y) for i, (s, y) in enumerate(pairs)], gamma=-1.7)
+    torch.testing.assert_close(compact.to_dense(), B, rtol=1e-9, atol=1e-9)
+
+
+def test_a_rank_one_matrix_finds_an_indefinite_one_by_as_many_pairs_as_it_has_dimensions() -> None:
+    """Nocedal and Wright, Theorem 6.1; pairs given twice, and one that says nothing new, do no harm."""
+    generator = torch.Generator().manual_seed(4)
+    A = torch.randn(6, 6, generator=generator, dtype=F64)
+    A = A + A.mT
+    steps = list(torch.randn(6, 6, generator=generator, dtype=F64))
+    pairs = [(s, A @ s) for s in [*steps, steps[2], steps[0] - steps[5]]]
+    assert float(torch.linalg.eigvalsh(A)[0]) < 0
+    torch.testing.assert_close(RankOneOperator(pairs, gamma=0.3).to_dense(), A, rtol=1e-8, atol=1e-8)
+    agreeing = RankOneOperator([(steps[0], 0.3 * steps[0])], gamma=0.3)  # γI says so already
+    torch.testing.assert_close(agreeing.to_dense(), 0.3 * torch.eye(6, dtype=F64))
+    with pytest.raises(ValueError, match="at least one pair"):
+        RankOneOperator([], gamma=1.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_block_updates_are_the_formula_s(damping: float) -> None:
+    """Gower, Goldfarb and Richtárik, (8), with matrices; a block of negative curvature is left out."""
+    generator = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64)
+    root, start = draw(7, 7), draw(7).square() + 0.1
+    A = root @ root.mT / 7 + 0.1 * torch.eye(7, dtype=F64)
+    blocks = [(S, A @ S) for S in (draw(7, 2), draw(7, 3), draw(7, 1))]
+    P, identity = start.diag(), torch.eye(7, dtype=F64)
+    for S, image in blocks:
+        Y = image + damping * S
+        inner = S @ torch.linalg.inv(S.mT @ Y)
+        P = inner @ S.mT + (identity - inner @ Y.mT) @ P @ (identity - Y @ inner.mT)
+    bad = draw(7, 2)
+    made = BlockBFGSPreconditioner(DiagonalOperator(start), [*blocks[:1], (bad, -A @ bad), *blocks[1:]], damping)
+    assert len(made) == 3
+    torch.testing.assert_close(made.to_dense(), P, rtol=1e-9, atol=1e-9)
+    S, image = blocks[-1]
+    torch.testing.assert_close(made.matmat(image + damping * S), S)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imstep import methods
 from imstep.curvature.sampling import sampled_diagonal
-from imstep.optim import AdaHessianRule, DiagonalNewton, Kronecker, SophiaG, SophiaH, StepOutcome
+from imstep.optim import AdaHessianRule, DiagonalNewton, HessianScaledMomentum, Kronecker, SophiaG, SophiaH, StepOutcome
 
 ROOT = normal(6, 6)
 A = ROOT @ ROOT.T / 6 + torch.eye(6, dtype=F64)
@@ -91,9 +91,9 @@ def test_the_sampled_diagonal_is_right_in_the_mean() -> None:
     parameters = ParameterVector([w])
     frozen = FrozenClosure(lambda: F.mse_loss(X @ w, X[:, 0]), parameters)
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(4, dtype=F64)
+    point, total = frozen.linearise(keep_graph=True), torch.zeros(4, dtype=F64)
     for _ in range(400):
-        total += sampled_diagonal(frozen.linearise(keep_graph=True), parameters, generator) / 400
+        total += sampled_diagonal(point, parameters, generator) / 400
     torch.testing.assert_close(total, 2 * X.square().mean(0), rtol=0.25, atol=0)
 
 
@@ -162,3 +162,18 @@ def test_refusals() -> None:
     for make in (lambda: SophiaG(every=0), lambda: SophiaH(gamma=0), lambda: AdaHessianRule(beta2=1.0)):
         with pytest.raises(ValueError, match="got"):
             make()
+
+
+def test_hessian_scaled_momentum_is_its_formula() -> None:
+    w, x = nn.Parameter(torch.ones(6, dtype=F64)), torch.ones(6, dtype=F64)
+    optimizer = methods.hessian_momentum([w], HessianScaledMomentum(every=3), lr=0.3, seed=4)
+    generator, m, h, estimates = torch.Generator().manual_seed(4), 0, 0, 0
+    for t in range(1, 13):
+        if (t - 1) % 3 == 0:
+            z = 2.0 * torch.randint(2, (6,), generator=generator).to(F64) - 1
+            h, estimates = 0.99 * h + 0.01 * (z * (A @ z)).abs(), estimates + 1
+        m = 0.9 * m + 0.1 * (A @ x - B)
+        size = h / (1 - 0.99**estimates)
+        x = x - 0.3 * m / (1 - 0.9**t) / (size + 0.1 * size.mean())
+        optimizer.step(lambda: quadratic(w))
+        torch.testing.assert_close(w.detach(), x, rtol=1e-10, atol=1e-12)

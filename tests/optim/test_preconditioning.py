@@ -13,31 +13,44 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep.curvature.parameters import ParameterVector
-from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient
+from imstep.globalization import FixedStep, LevenbergMarquardt, NoDamping
+from imstep.linalg import DenseOperator, DiagonalOperator, LinearOperator, conjugate_gradient, nystrom
 from imstep.optim import (
+    SOAP,
+    AutomaticRate,
     ConjugateGradient,
     Cost,
     ExactHessian,
     GeneralizedLanczos,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     MinimalResidual,
     NewtonKrylov,
     NoPreconditioning,
     Nystrom,
+    PreconditionedGradient,
     Recycling,
     ResidualForcing,
+    Shampoo,
     Solver,
     SquaredGradients,
     SteihaugToint,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning import Evidence, Preconditioner, Preconditioning
 
 KINDS: dict[str, Preconditioning] = {
     "none": NoPreconditioning(),
     "kronecker": Kronecker(),
+    "kronecker, tikhonov": Kronecker(damping=TikhonovDamping()),
+    "kronecker eigenbasis": KroneckerEigenbasis(),
     "hutchinson": Hutchinson(every=3, probes=2),
     "squared gradients": SquaredGradients(),
+    "shampoo": Shampoo(),
+    "soap": SOAP(),
+    "kl-shampoo": KLShampoo(),
     "nystrom": Nystrom(rank=5, every=4),
     "adaptive nystrom": Nystrom(rank=2, every=4, largest=16),
     "recycled": Recycling(Nystrom(rank=3, every=5), pairs=4),
@@ -244,3 +257,38 @@ def test_young_factors_are_refreshed_more_often(every: int) -> None:
     assert gaps[0] == min(every, 2)
     assert gaps == sorted(gaps)
     assert gaps[-5:] == [every] * 5
+
+
+def test_an_automatic_rate_is_half_of_the_inverse_preconditioned_curvature() -> None:
+    """λ_max by eigenvalues of the matrices; two steps, of which the second keeps rate and λ."""
+    root = normal(8, 8, seed=3)
+    A, b = root @ root.T + torch.eye(8, dtype=F64), normal(8, seed=4)
+    w = nn.Parameter(torch.zeros(8, dtype=F64))
+    damping = LevenbergMarquardt(initial=0.1, floor=0.1, ceiling=0.1)
+    rated = AutomaticRate(Nystrom(rank=3, every=5), every=5, iterations=60)
+    optimizer = NewtonKrylov(
+        [w], curvature=ExactHessian(), solver=PreconditionedGradient(products=False), preconditioning=rated,
+        damping=damping, step=FixedStep(),
+    )  # fmt: skip
+    P = None
+    for _ in range(2):
+        at = w.detach().clone()
+        optimizer.step(lambda: w @ A @ w / 2 - b @ w)
+        if P is None:
+            approximation = nystrom(DenseOperator(A), 3, generator=torch.Generator().manual_seed(0))
+            P = approximation.preconditioner(optimizer.last_step.damping).to_dense()
+            largest = torch.linalg.eigvals(P @ A).real.max()
+        torch.testing.assert_close(w.detach() - at, -P @ (A @ at - b) / (2 * largest), rtol=1e-6, atol=1e-9)
+    assert optimizer.cost.hessian_products == 1 + 3 + 60
+
+
+def test_an_automatic_rate_alone_is_that_of_gradient_descent() -> None:
+    """Without a preconditioner η = share / λ_max; where there is no curvature the first step has length 1."""
+    A = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=F64))
+    for matrix, expected in ((A, 1 / 18), (0 * A, 1 / math.sqrt(3))):
+        w = nn.Parameter(torch.zeros(3, dtype=F64))
+        options = {"solver": PreconditionedGradient(products=False), "damping": NoDamping(), "step": FixedStep()}
+        rated = AutomaticRate(NoPreconditioning(), iterations=100)
+        optimizer = NewtonKrylov([w], curvature=ExactHessian(), preconditioning=rated, **options)
+        optimizer.step(lambda: w @ matrix @ w / 2 - w.sum() + 0 * w.square().sum())  # noqa: B023
+        torch.testing.assert_close(w.detach(), torch.full((3,), expected, dtype=F64))

@@ -45,7 +45,7 @@ def test_data_parallel_models_are_refused(two_processes: None, method: Any, back
             loss.backward()
         return loss
 
-    with pytest.raises(ValueError, match=r"DistributedDataParallel.*drift apart.*Train in one process"):
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.*drift apart.*process_group.*Train in one process"):
         optimizer.step(closure)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     with pytest.raises(ValueError, match="DistributedDataParallel"):
@@ -75,31 +75,56 @@ def test_each_process_may_train_a_model_of_its_own(two_processes: None, method: 
     assert optimizer.last_step.accepted
 
 
-def test_one_process_is_not_several() -> None:
+@pytest.fixture
+def one_process() -> Iterator[None]:
     store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(net())
-        optimizer = NewtonKrylov(model.parameters())
-        optimizer.step(lambda: F.mse_loss(model(X), Y))
-        assert optimizer.last_step.accepted
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
-def test_sums_over_processes_within_the_closure_say_what_to_do() -> None:
-    """A data-parallel model in a process alone: its backward pass adds gradients up by a collective."""
-    store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(net())
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("backward", [True, False])
+def test_one_process_is_not_several(one_process: None, group: bool, backward: bool) -> None:
+    ends = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        plain = net()
+        model = nn.parallel.DistributedDataParallel(plain) if wrap else plain
+        optimizer = NewtonKrylov(model.parameters(), process_group=dist.group.WORLD if group else None)
 
-        def closure() -> torch.Tensor:
+        def closure(model: nn.Module = model) -> torch.Tensor:
             loss = F.mse_loss(model(X), Y)
-            loss.backward()
+            if backward:
+                loss.backward()
             return loss
 
-        with pytest.raises(RuntimeError, match=r"Evaluate the plain model, in one process.*\.module"):
-            NewtonKrylov(model.parameters()).step(closure)
-    finally:
-        dist.destroy_process_group()
+        optimizer.step(closure)
+        assert optimizer.last_step.accepted
+        ends.append(torch.cat([p.detach().reshape(-1) for p in plain.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_collectives_within_the_closure_say_what_to_do(one_process: None) -> None:
+    model = net()
+
+    def closure() -> torch.Tensor:
+        outputs = model(X)
+        dist.all_reduce(outputs)
+        return F.mse_loss(outputs, Y)
+
+    with pytest.raises(RuntimeError, match=r"Let it return the loss of its own process's part.*process_group="):
+        NewtonKrylov(model.parameters()).step(closure)
+
+
+def test_least_squares_over_processes_is_refused(two_processes: None) -> None:
+    with pytest.raises(ValueError, match=r"space of all residuals.*NewtonKrylov\(\.\.\., process_group"):
+        LeastSquares(net().parameters(), process_group=dist.group.WORLD)
+
+
+def test_what_is_no_group_is_refused(two_processes: None) -> None:
+    with pytest.raises(TypeError, match=r"process_group must be a process group.*got str.*init_process_group"):
+        NewtonKrylov(net().parameters(), process_group="gloo")
+    other = dist.new_group([1])
+    with pytest.raises((TypeError, ValueError), match="process_group"):
+        NewtonKrylov(net().parameters(), process_group=other)

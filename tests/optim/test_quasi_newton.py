@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from imstep import NewtonKrylov, methods
 from imstep.globalization import NoDamping, StrongWolfe
-from imstep.optim import BFGS, SR1, ExactHessian, LimitedMemoryBFGS, PreconditionedGradient, SelfScaledBroyden
+from imstep.optim import (
+    BFGS,
+    SR1,
+    ExactHessian,
+    LearntModel,
+    LimitedMemoryBFGS,
+    PreconditionedGradient,
+    RankOneModel,
+    SelfScaledBroyden,
+)
 
 
 def textbook_bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -141,3 +150,65 @@ def test_refusals() -> None:
     for make in (lambda: BFGS(limit=0), lambda: SelfScaledBroyden(theta=2.0), lambda: LimitedMemoryBFGS(pairs=0)):
         with pytest.raises(ValueError, match="got"):
             make()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["sr1", "lsr1"])
+def test_rank_one_steps_are_those_of_the_model_within_its_radius(name: str, exact: bool) -> None:
+    """Against the updates one by one, and Moré's and Sorensen's conditions on the step."""
+    w = nn.Parameter(torch.tensor([-1.2, 1.0, 0.7, -0.3], dtype=F64))
+    optimizer = getattr(methods, name)([w], exact=exact, **({"pairs": 2} if name == "lsr1" else {}))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for _ in range(12):
+        at = w.detach().clone()
+        (g,) = torch.autograd.grad(rosenbrock(w), w)
+        optimizer.step(lambda: rosenbrock(w))
+        record, move = optimizer.last_step, w.detach() - at
+        B = textbook_model(pairs, g, 2 if name == "lsr1" else None)
+        d = move / record.step_length
+        # B d + g = -μ d with μ >= 0, and 0 inside the radius; B + μI semidefinite.
+        mu = -float(d @ (B @ d + g)) / float(d @ d)
+        assert float((B @ d + g + mu * d).norm()) <= 1e-3 * float(g.norm())
+        inside = record.direction_norm < 0.99 * record.radius
+        assert mu > -1e-6 * float(B.norm())
+        assert not inside or abs(mu) < 1e-3 * float(B.norm())
+        assert float(torch.linalg.eigvalsh(B)[0]) + mu > -1e-3 * float(B.norm())
+        if bool(move.any()):
+            (new,) = torch.autograd.grad(rosenbrock(w), w)
+            y = torch.func.hessian(rosenbrock)(w.detach()) @ move if exact else new - g
+            pairs.append((move, y))
+    assert optimizer.cost.products == (len(pairs) if exact else 0)  # one for the scale of damping
+
+
+def textbook_model(pairs: list[tuple[Tensor, Tensor]], g: Tensor, kept: int | None) -> Tensor:
+    """SR1 updates one by one, (6.24), from yᵀy/yᵀs of the first pair; the last kept ones, from the last."""
+    identity = torch.eye(len(g), dtype=F64)
+    curved = [(s, y) for s, y in pairs if s @ y > 0]
+    if not pairs:
+        return float(g.norm()) * identity
+    taken = pairs if kept is None else pairs[-kept:]
+    basis = curved[0] if kept is None else next((p for p in reversed(taken) if p[0] @ p[1] > 0), None)
+    B = identity if basis is None else (basis[1] @ basis[1]) / (basis[0] @ basis[1]) * identity
+    for s, y in taken:
+        rest = y - B @ s
+        if abs(rest @ s) > 1e-8 * rest.norm() * s.norm():
+            B = B + torch.outer(rest, rest) / (rest @ s)
+    return B
+
+
+def test_rank_one_models_leave_a_saddle_without_products() -> None:
+    for name in ("sr1", "lsr1"):
+        w = nn.Parameter(torch.tensor([1e-2, 0.5], dtype=F64))
+        optimizer = getattr(methods, name)([w])
+        for _ in range(12):
+            optimizer.step(lambda w=w: (w[0] ** 2 - 1) ** 2 / 4 + w[1] ** 2)
+        assert float(w.detach()[0].abs()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_solver_on_a_learnt_model_needs_one() -> None:
+    w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=F64))
+    optimizer = NewtonKrylov([w], solver=LearntModel(), preconditioning=BFGS())
+    with pytest.raises(ValueError, match="this one learns none"):
+        optimizer.step(lambda: rosenbrock(w))
+    with pytest.raises(ValueError, match=r"matrix of the parameters' number squared.*limit=7"):
+        NewtonKrylov([nn.Parameter(torch.zeros(7))], preconditioning=RankOneModel(None, limit=6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,15 +13,25 @@ from torch import Tensor, nn
 
 from benchmarks.termination.unguarded import unguarded_solve
 from imstep.globalization import FixedStep, NoDamping
-from imstep.linalg import DenseOperator, KrylovStatus, NoiseTest, ProductBudget, RelativeResidual, conjugate_gradient
+from imstep.linalg import (
+    DenseOperator,
+    DiagonalOperator,
+    KrylovStatus,
+    NoiseTest,
+    ProductBudget,
+    RelativeResidual,
+    conjugate_gradient,
+)
 from imstep.optim import (
     ConjugateGradient,
     Direct,
     ExactHessian,
     GeneralizedLanczos,
+    IterateBacktracking,
     NewtonKrylov,
     NewtonSystem,
     NoPreconditioning,
+    PreconditionedGradient,
     SteihaugToint,
 )
 from imstep.optim.direction import combined, descent
@@ -55,6 +66,20 @@ def test_following_negative_curvature_goes_further_down_the_model(seed: int) -> 
     assert model(followed) < model(plain) < 0
     torch.testing.assert_close(followed.image, matrix @ followed.vector)
     assert followed.norm <= 2 * plain.norm * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("curvature", [2.0, -2.0])
+def test_a_preconditioned_gradient_is_as_long_as_the_size_of_curvature_says(curvature: float, damping: float) -> None:
+    """τ = -gᵀd / (|dᵀAd| + λ‖d‖²), whatever the units of the loss and of the preconditioner."""
+    gradient, scale = normal(6), normal(6, seed=1).abs() + 0.1
+    matrix = curvature * torch.eye(6, dtype=F64)
+    d = -scale * gradient
+    expected = -(gradient @ d) / ((2.0 + damping) * (d @ d)) * d
+    for loss, metric in itertools.product((1.0, 1e-12, 1e9), (1.0, 1e-8, 1e12)):
+        P = DiagonalOperator(metric * scale)
+        given = system(loss * matrix, loss * gradient, damping=loss * damping, preconditioner=P)
+        torch.testing.assert_close(PreconditionedGradient().solve(given).vector, expected, rtol=1e-9, atol=0.0)
 
 
 def test_noise_ends_the_iteration_of_a_step() -> None:
@@ -160,3 +185,55 @@ def test_what_the_ablation_compares_with_solves_any_system(lowest: float) -> Non
     exact = torch.linalg.solve(damped, -gradient)
     torch.testing.assert_close(found.solution, exact, rtol=1e-7, atol=1e-8)
     assert math.isclose(found.damped_decrease, float(exact @ damped @ exact) / 2, rel_tol=1e-7)
+
+
+def textbook_iterates(A: Tensor, b: Tensor) -> list[Tensor]:
+    """Nocedal and Wright, Algorithm 5.2, from zero."""
+    x, r = torch.zeros_like(b), b.clone()
+    p, found = r.clone(), []
+    for _ in range(len(b)):
+        a = (r @ r) / (p @ A @ p)
+        x, new = x + a * p, r - a * A @ p
+        found.append(x)
+        p, r = new + (new @ new) / (r @ r) * p, new
+    return found
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_the_best_of_the_stored_iterates_by_the_loss_is_taken(lr: float) -> None:
+    """A loss whose quadratic model holds near the start only: later iterates go too far."""
+    A = symmetric(torch.logspace(-3, 1, 12, dtype=F64), seed=3)
+    b = normal(12, seed=4)
+    loss = lambda w: w @ A @ w / 2 - b @ w + 1e-6 * (w @ w) ** 2
+    iterates = textbook_iterates(A, b)
+    losses = [float(loss(x)) for x in iterates]
+    stored = [*sorted({math.ceil(1.3**j) for j in range(12)} & set(range(12))), 12]
+    best = len(stored) - 1
+    while best > 0 and losses[stored[best - 1] - 1] < losses[stored[best] - 1]:
+        best -= 1
+    assert 0 < best < len(stored) - 1
+    w = nn.Parameter(torch.zeros(12, dtype=F64))
+    solver = ConjugateGradient(backtracking=IterateBacktracking())
+    plain = {"damping": NoDamping(), "preconditioning": NoPreconditioning(), "step": FixedStep()}
+    optimizer = NewtonKrylov([w], lr=lr, curvature=ExactHessian(), solver=solver, forcing=Exactly(), **plain)
+    optimizer.step(lambda: loss(w))
+    torch.testing.assert_close(w.detach(), lr * iterates[stored[best] - 1], rtol=1e-6, atol=1e-8)
+    assert optimizer.cost.losses == len(stored) - best + 1 + (1 + (lr < 1))
+
+
+class Exactly(Forcing):
+    def rules(self, situation):
+        return RelativeResidual(1e-12), ProductBudget(12)
+
+
+def test_backtracking_over_iterates_passes_those_that_are_not_finite() -> None:
+    A = symmetric(torch.logspace(-2, 1, 8, dtype=F64), seed=3)
+    b = normal(8, seed=4)
+    iterates = textbook_iterates(A, b)
+    reach = 1.001 * float(iterates[3].norm())
+    w = nn.Parameter(torch.zeros(8, dtype=F64))
+    loss = lambda: w @ A @ w / 2 - b @ w + torch.where(w.detach().norm() > reach, torch.nan, 0.0)
+    solver = ConjugateGradient(backtracking=IterateBacktracking())
+    plain = {"damping": NoDamping(), "preconditioning": NoPreconditioning(), "step": FixedStep()}
+    NewtonKrylov([w], curvature=ExactHessian(), solver=solver, forcing=Exactly(), **plain).step(loss)
+    torch.testing.assert_close(w.detach(), iterates[3], rtol=1e-6, atol=1e-8)  # the largest stored within reach

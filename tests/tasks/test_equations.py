@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import imstep
+from imstep.runs.optimizers import get_optimizer
 from imstep.tasks import TASKS, Condition, PhysicsTask, TaskError, get_task
 from imstep.tasks.equations.burgers import burgers_solution
 from imstep.tasks.equations.heat import HeatWithConductivity
@@ -150,6 +152,19 @@ def test_every_equation_is_trained_by_least_squares(name: str) -> None:
     for epoch in range(4):
         optimizer.step(problem.closure(next(problem.batches(epoch))))
     assert problem.evaluate(problem.train).loss < before
+
+
+@pytest.mark.parametrize("redrawn", [True, False])
+def test_training_at_points_that_stay_is_checked_at_others(redrawn: bool) -> None:
+    problem = dataclasses.replace(get_task("heat-1d"), redrawn=redrawn).build(0, dtype=F64, examples=40)
+    stepper = get_optimizer("least-squares").create(problem, recall=0.5)
+    record = stepper.step(problem, next(problem.batches(0))).record
+    if redrawn:
+        assert problem.check() is None
+        assert math.isnan(record["new_check_loss"])
+    else:
+        assert record["new_check_loss"] == pytest.approx(problem.evaluate(problem.other).loss)
+        assert not torch.equal(problem.other.of[0], problem.train.of[0])
 
 
 def test_surfaces_show_solution_and_network() -> None:

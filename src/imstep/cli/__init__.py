@@ -20,6 +20,7 @@ import imstep
 from imstep.cli.comparing import compare, demo
 from imstep.cli.listing import new, tasks
 from imstep.cli.options import dated, explained
+from imstep.cli.spectrum import spectrum
 from imstep.cli.training import train
 from imstep.runs.studies import run_accuracy
 
@@ -56,7 +57,7 @@ def _main(
     pass
 
 
-for _command in (demo, train, compare, new, tasks):
+for _command in (demo, train, compare, spectrum, new, tasks):
     app.command()(_command)
 
 

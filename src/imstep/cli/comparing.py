@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from imstep.cli.options import (
+    NAMES,
     TASK,
     Data,
     Device,
@@ -40,7 +41,7 @@ def compare(
         typer.Option(
             metavar="A,B,...", autocompletion=complete_optimizer,
             help="Who takes part; the first is measured against the others. Default: the one that suits the task best, "
-            "adam, lbfgs.",
+            f"adam, lbfgs. Names: {NAMES}.",
         ),
     ] = None,
     budget: Annotated[float, typer.Option(help="Gradient-equivalents for each.")] = DEFAULT_BUDGET,

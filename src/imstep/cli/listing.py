@@ -11,12 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from imstep.cli.options import TASK, Data, Drop, Hidden, Impute, Kind, Target, complete_task, explained, table_options
-from imstep.runs.optimizers import OPTIMIZERS, get_optimizer
+from imstep.runs.optimizers import METHODS, OPTIMIZERS, get_optimizer
 from imstep.runs.suitability import REFUSALS, rehearse, suited
 from imstep.tasks import TASKS, find_task
 from imstep.tasks.templates import KINDS, write_program
 
 __all__ = ["new", "tasks"]
+
+FEW = 32
+"""Examples that a method is tried on."""
 
 
 def new(
@@ -57,9 +60,11 @@ def tasks(
             for note in origin.task.notes:
                 console.print(f"[yellow]note:[/] {escape(note)}")
             rows = []
-            for name in dict.fromkeys([*suited(origin.task), *OPTIMIZERS]):
+            for name in dict.fromkeys([*suited(origin.task), *OPTIMIZERS, *METHODS]):
+                # One step of a method on the full batch may take long; what it refuses are structures.
+                size = FEW if name in METHODS and origin.task.has_batches else None
                 try:
-                    rehearse(get_optimizer(name), problem, None)
+                    rehearse(get_optimizer(name), problem, size)
                     rows.append((name, "suits" if name in suited(origin.task) else "can train it"))
                 except REFUSALS as error:
                     rows.append((name, f"refuses it: {error}"))
@@ -71,6 +76,8 @@ def tasks(
     ]
     console.print(_table("Tasks, and the optimizers that suit them (the best guess first)", listed))
     console.print(_table("Optimizers", [(name, escape(_describe(name))) for name in OPTIMIZERS]))
+    methods = [(name, escape(_describe(name))) for name in METHODS]
+    console.print(_table("Known methods by name (imstep.methods)", methods))
     console.print(
         "Your own problem: a program (imstep new NAME), or a table (imstep train data.csv --target COLUMN).",
         markup=False, highlight=False,

@@ -15,7 +15,7 @@ from rich.console import Console
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import NoResidualsError
 from imstep.runs.checkpoint import CheckpointError
-from imstep.runs.optimizers import OPTIMIZERS, OptimizerError
+from imstep.runs.optimizers import METHODS, OPTIMIZERS, OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
 from imstep.tasks import TASKS, TableOptions, TaskError
@@ -42,9 +42,10 @@ def complete_task(incomplete: str) -> list[str]:
 def complete_optimizer(incomplete: str) -> list[str]:
     """Optimizers of that beginning; of a list, the last."""
     before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in OPTIMIZERS if name.startswith(last)]
+    return [f"{before}{comma}{name}" for name in (*OPTIMIZERS, *METHODS) if name.startswith(last)]
 
 
+NAMES = f"{', '.join(OPTIMIZERS)}; known methods: {', '.join(METHODS)}"
 TASK = "A task of `imstep tasks`; or your own: problem.py[:NAME], MODULE:NAME, data.csv, .tsv, .npz, .parquet."
 
 Target = Annotated[

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from imstep.cli.options import (
+    NAMES,
     TASK,
     Data,
     Device,
@@ -28,9 +29,11 @@ from imstep.cli.options import (
     table_options,
 )
 from imstep.runs.config import RunConfig
+from imstep.runs.kept import every
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
 from imstep.runs.rows import TrainingError
 from imstep.runs.session import Manner, resume_run, start_run
+from imstep.runs.watch import CurvatureWatch
 from imstep.tasks import TASKS, TaskError, find_task
 
 __all__ = ["train"]
@@ -41,7 +44,9 @@ FULL_BATCH = ", ".join(spec.name for spec in OPTIMIZERS.values() if spec.full_ba
 FULL_BATCH_EVALUATION = 10.0
 """Epochs between evaluations when an epoch is one step; each costs two thirds of a gradient in time."""
 
-_MAY_CHANGE_ON_RESUME = ("resume", "epochs", "budget", "seconds", "tensorboard", "save_every")
+_MAY_CHANGE_ON_RESUME = (
+    "resume", "epochs", "budget", "seconds", "tensorboard", "save_every", "watch_curvature", "keep",
+)  # fmt: skip
 
 
 def train(
@@ -51,7 +56,7 @@ def train(
         str,
         typer.Option(
             "--optimizer", "-o", autocompletion=complete_optimizer,
-            help=f"{', '.join(OPTIMIZERS)}; or a first-order one by its class, such as torch.optim:RMSprop.",
+            help=f"{NAMES}; or a first-order one by its class, such as torch.optim:RMSprop.",
         ),
     ] = "newton-krylov",
     lr: Annotated[float | None, typer.Option(help="Learning rate, where the optimizer has one.")] = None,
@@ -71,7 +76,7 @@ def train(
         str | None,
         typer.Option(
             metavar="N|full",
-            help=f"Examples per step. Default: full for {FULL_BATCH}, else {DEFAULT_BATCH}.",
+            help=f"Examples per step. Default: full for {FULL_BATCH} and most known methods, else {DEFAULT_BATCH}.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, order of the data, dropout; a table's split.")] = 0,
@@ -90,6 +95,13 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars.")
     ] = False,
+    watch_curvature: Annotated[
+        str | None,
+        typer.Option(metavar="every=N", help="Largest eigenvalue, trace and density of the Hessian every N steps."),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="every=N", help="Keep the weights of every Nth step, for imstep spectrum.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Go on with the run in DIR; only limits may be given besides."),
@@ -103,7 +115,13 @@ def train(
     """Train a task, imstep's or your own. Ctrl-C finishes the step, saves, and says how to go on."""
     limits: dict[str, Any] = {"epochs": epochs, "budget": budget, "seconds": seconds}
     with explained():
-        manner = Manner(Console(), tensorboard=tensorboard, save_every=save_every)
+        manner = Manner(
+            Console(),
+            tensorboard=tensorboard,
+            save_every=save_every,
+            watch=None if watch_curvature is None else CurvatureWatch(every(watch_curvature, "--watch-curvature")),
+            keep=None if keep is None else every(keep, "--keep"),
+        )
         if resume is not None:
             _refuse_settings(ctx)
             done = resume_run(resume, manner, **limits)
@@ -145,7 +163,8 @@ def _refuse_settings(ctx: typer.Context) -> None:
             shown = "TASK" if name == "task" else f"--{name.replace('_', '-')}"
             raise TrainingError(
                 f"{shown} cannot be given with --resume: the run keeps the settings in its config.json. "
-                "Only --epochs, --budget, --seconds, --save-every and --tensorboard may be given."
+                "Only --epochs, --budget, --seconds, --save-every, --tensorboard, --watch-curvature and --keep may be "
+                "given."
             )
 
 

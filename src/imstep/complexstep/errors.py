@@ -10,8 +10,9 @@ REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added.
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 NESTED = "Use dense tensors: sequences padded to one length, with a mask."
 COLLECTIVE = (
-    "Sums over processes are not differentiated. Evaluate the plain model, in one process: of a model in "
-    "DistributedDataParallel that is its attribute .module."
+    "Collectives in a closure are not differentiated. Let it return the loss of its own process's part of the batch, "
+    "with BatchNorm in place of SyncBatchNorm, and give process_group= to NewtonKrylov or to an operator's over(), "
+    "which form the sums."
 )
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 

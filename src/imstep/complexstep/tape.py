@@ -147,6 +147,10 @@ class Tape:
         """A tape whose replays return the imaginary parts at ``references`` as well, after the outputs."""
         return self._derived(self._steps, self._inputs, [*self._outputs, *references])
 
+    def reaching(self, references: Sequence[Reference]) -> Tape:
+        """A tape whose replays return the imaginary parts at ``references`` in place of the outputs."""
+        return self._derived(self._steps, self._inputs, references)
+
     def restricted(self, inputs: Sequence[int], outputs: Sequence[int]) -> Tape:
         """A tape from some of the inputs to some of the outputs, by position, without steps that no path takes."""
         chosen = [self._inputs[at] for at in inputs]

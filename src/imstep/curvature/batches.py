@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from imstep.curvature.evaluation import BatchCurvature, Point, checked_budget
 from imstep.curvature.frozen import Closure
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import Processes, check_parameters, digest
 from imstep.curvature.products import Products, SummedProducts
-from imstep.curvature.reduction import MeanOverSamples, Reduction
+from imstep.curvature.reduction import MeanOverSamples, Reduction, shares
+from imstep.curvature.shared import SharedProducts
 from imstep.curvature.state import RandomState
 
 ROOM_FOR_RECORDS = 2**30
@@ -37,8 +39,10 @@ class BatchOperator(PointOperator):
         recorded: of how many a record is replayed; products go through the iterable again for the others.
     """
 
-    def __init__(self, parameters: ParameterVector, point: Point, batches: int, recorded: int) -> None:
-        super().__init__(parameters, point)
+    def __init__(
+        self, parameters: ParameterVector, point: Point, batches: int, recorded: int, guarded: bool = True
+    ) -> None:
+        super().__init__(parameters, point, guarded)
         self.batches, self.recorded = batches, recorded
 
 
@@ -71,6 +75,9 @@ class Series:
 
     def curvature(self, batch: Any, number: int) -> BatchCurvature:
         """The matrix of one batch."""
+        processes = self.parameters.processes
+        if processes is not None:  # as random targets go by them
+            number = processes.own_number(number)
         return self.kind(partial(self.closure, batch), self.parameters, number)
 
     def random_state(self) -> RandomState:
@@ -99,10 +106,80 @@ def over(
     series: Series, reduction: Reduction | None, memory_budget: int | None, progress: ProgressCallback | None
 ) -> BatchOperator:
     """The operator of a series, by going through it once; see :meth:`Hessian.over`."""
-    room, reduction, progress = checked_budget(memory_budget), reduction or MeanOverSamples(), progress or _quiet
+    reduction, processes = reduction or MeanOverSamples(), series.parameters.processes
+    if processes is not None:
+        return _over_processes(processes, series, reduction, memory_budget, progress)
+    return _operator(series, reduction, _gone_through(series, reduction, memory_budget, progress))
+
+
+class _Found(NamedTuple):
+    """What a process tells the others of its batches."""
+
+    parameters: int  # a digest
+    weight: float = 0.0
+    definite: bool = True
+    batches: int = 0
+    recorded: int = 0
+    recomputes: str | None = None
+
+
+def _over_processes(
+    processes: Processes,
+    series: Series,
+    reduction: Reduction,
+    memory_budget: int | None,
+    progress: ProgressCallback | None,
+) -> BatchOperator:
+    """The operator of the series of all processes, some of which may have no batches."""
+    own: list[BatchOperator] = []
+
+    def gone_through() -> _Found:
+        tally, sign = _gone_through(series, reduction, memory_budget, progress), digest(series.parameters.tensors)
+        if not tally.weights:
+            return _Found(sign)
+        A = _operator(series, reduction, tally)
+        own.append(A)
+        return _Found(sign, sum(tally.weights), A.definite, A.batches, A.recorded, A.recomputes)
+
+    def at_point() -> Tensor | None:
+        return share * torch.cat([own[0].loss.reshape(1).to(own[0].gradient), own[0].gradient]) if own else None
+
+    every = processes.gather(gone_through)
+    check_parameters([found.parameters for found in every])
+    batches, recorded = sum(found.batches for found in every), sum(found.recorded for found in every)
+    _check_any(batches)
+    share = shares(reduction, [found.weight for found in every])[processes.rank]
+    point = processes.sum(at_point, 1 + series.parameters.size, series.parameters)
+    source = SharedProducts(series.parameters, (lambda: own[0]) if own else None, share)
+    report = own[0].explain if own else lambda: OperatorReport((), note="this process has no batches")
+    reason = next((found.recomputes for found in every if found.recomputes is not None), None)
+    definite = all(found.definite for found in every)
+    whole = Point(point[0], point[1:], source, definite, report, reason)
+    return BatchOperator(series.parameters, whole, batches, recorded, guarded=False)
+
+
+def _operator(series: Series, reduction: Reduction, tally: _Tally) -> BatchOperator:
+    """The operator of the batches of this process."""
+    _check_any(len(tally.weights))
+    scale = reduction.scale(sum(tally.weights))
+    parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
+    if tally.visits:
+        parts.append((scale, RevisitingProducts(series, tally.start, tally.visits, tally.progress)))
+    return BatchOperator(series.parameters, tally.point(scale, parts), len(tally.weights), len(tally.sources))
+
+
+def _check_any(batches: int) -> None:
+    if not batches:
+        raise ValueError("there are no batches to sum over: the iterable is empty.")
+
+
+def _gone_through(
+    series: Series, reduction: Reduction, memory_budget: int | None, progress: ProgressCallback | None
+) -> _Tally:
+    """What going through the batches shows."""
+    room, progress = checked_budget(memory_budget), progress or _quiet
     expected = len(series.batches) if isinstance(series.batches, Sized) else None
-    start = series.random_state()
-    tally, iterator = _Tally(room), iter(series.batches)
+    tally, iterator = _Tally(room, series.random_state(), progress), iter(series.batches)
     for number in itertools.count():
         loading = series.random_state()
         batch = next(iterator, _END)
@@ -113,19 +190,14 @@ def over(
         if tally.reason is not None:
             tally.visits.append(Visit(number, loading, weight, loss))
         progress(number + 1, expected)
-    if not tally.weights:
-        raise ValueError("there are no batches to sum over: the iterable is empty.")
-    scale = reduction.scale(sum(tally.weights))
-    parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
-    if tally.visits:
-        parts.append((scale, RevisitingProducts(series, start, tally.visits, progress)))
-    return BatchOperator(series.parameters, tally.point(scale, parts), len(tally.weights), len(tally.sources))
+    return tally
 
 
 class _Tally:
     """What the batches so far have shown."""
 
-    def __init__(self, room: int | None) -> None:
+    def __init__(self, room: int | None, start: RandomState, progress: ProgressCallback) -> None:
+        self.start, self.progress = start, progress
         self.weights: list[float] = []
         self.sources: list[Products] = []
         self.visits: list[Visit] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from imstep.curvature.fisher import Exact, Expectation
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
@@ -19,9 +20,14 @@ class CurvatureChoice(ABC):
         """Whether it looks at the record to choose; if not, a step without products need not make one."""
         return True
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it differentiates the loss further, so that autograd's graph must survive the evaluation."""
+        return False
+
     @abstractmethod
     def candidates(
-        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool, step: int
     ) -> list[SymmetricOperator]:
         """The matrices for the step at ``point``, in order: a later one serves if an earlier one proves indefinite.
 
@@ -30,6 +36,7 @@ class CurvatureChoice(ABC):
             parameters: the vector it is about.
             progress: relative decrease of the loss in the last step; infinite before the first.
             probe: whether it is time to see if the Hessian has become definite.
+            step: number of the step, for random numbers that differ from step to step.
         """
 
 
@@ -42,7 +49,7 @@ class ExactHessian(CurvatureChoice):
         return False
 
     def candidates(
-        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool, step: int
     ) -> list[SymmetricOperator]:
         return [hessian_of(point, parameters)]
 
@@ -68,10 +75,52 @@ class GaussNewtonFirst(CurvatureChoice):
             raise ValueError(f"close, a relative decrease, must lie in [0, 1], got {self.close}.")
 
     def candidates(
-        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool, step: int
     ) -> list[SymmetricOperator]:
         approximation = gauss_newton_of(point, parameters)
         exact = hessian_of(point, parameters)
         if approximation is None:
             return [exact]
         return [exact, approximation] if probe and progress < self.close else [approximation]
+
+
+@dataclass(frozen=True)
+class FisherCurvature(CurvatureChoice):
+    """The Fisher matrix of the likelihood that the loss is: the curvature of a natural gradient step.
+
+        F = Σ_i c_i E[gᵢ gᵢᵀ],   gᵢ = -∇ log p(yᵢ | zᵢ(w)),   for a loss Σ_i c_i (-log p(yᵢ | zᵢ))
+
+    The distribution is read off the loss: squared errors are Gaussian, cross entropies categorical or Bernoulli,
+    exp z - y z is Poisson. A case is an entry of the outputs' first dimension, for cross entropies each row of class
+    scores. Squares of parameters, and weight decay, add their Hessian.
+
+    Args:
+        expectation: over which targets: :class:`~imstep.curvature.Exact`, the default,
+            :class:`~imstep.curvature.MonteCarlo`, drawn anew in each step, or :class:`~imstep.curvature.Empirical`.
+
+    Raises:
+        ValueError: (in a step) the loss is not recognised as a likelihood.
+
+    Cost: 4/3 of a gradient a product. Of a batch in pieces, all but :class:`~imstep.curvature.Exact` evaluate each
+        piece anew for every product.
+
+    Source: Amari, Neural Computation 10 (1998), 251-276; Martens, JMLR 21 (2020), number 146, for the three.
+    """
+
+    expectation: Expectation = field(default_factory=Exact)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expectation, Expectation):
+            raise TypeError(
+                f"expectation must be an Expectation, got {self.expectation!r}. Pass Exact(), MonteCarlo() or "
+                "Empirical() from imstep.curvature."
+            )
+
+    @property
+    def needs_graph(self) -> bool:
+        return self.expectation.needs_graph
+
+    def candidates(
+        self, point: Linearised, parameters: ParameterVector, progress: float, probe: bool, step: int
+    ) -> list[SymmetricOperator]:
+        return [self.expectation.at(point, parameters, step)]

@@ -13,6 +13,7 @@ from imstep.curvature.products import Products
 
 if TYPE_CHECKING:
     from imstep.curvature.pieces import FrozenBatch, JointLinearisation, Linearisation
+    from imstep.curvature.shared import SharedLinearisation
 
 
 class DeferredLinearisation:
@@ -33,10 +34,10 @@ class DeferredLinearisation:
         self.loss, self.gradient = frozen.watched_gradient()
         self.penalty = frozen.penalty
         self.made = 0
-        self._record: Linearisation | JointLinearisation | None = None
+        self._record: Linearisation | JointLinearisation | SharedLinearisation | None = None
 
     @property
-    def recorded(self) -> Linearisation | JointLinearisation:
+    def recorded(self) -> Linearisation | JointLinearisation | SharedLinearisation:
         """The record, made at the first call."""
         if self._record is None:
             self._record, self.made = self._frozen.linearise(), 1
@@ -47,9 +48,11 @@ class DeferredLinearisation:
         """Whether the loss is a convex function of outputs."""
         return self.recorded.convex
 
-    def matrix(self, parameters: ParameterVector, build: Callable[..., Any], definite: bool) -> SymmetricOperator:
+    def matrix(
+        self, parameters: ParameterVector, build: Callable[..., Any], definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
         """What ``build`` reads off the record, once it is multiplied."""
-        source = _DeferredProducts(parameters, lambda: self.recorded.matrix(parameters, build, definite))
+        source = _DeferredProducts(parameters, lambda: self.recorded.matrix(parameters, build, definite, graph))
         return SymmetricOperator(parameters, source, definite)
 
     def evaluations(self, observer: Any) -> Iterator[tuple[float, Linearisation, Any]]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
+from imstep.curvature.cases import Rows, case_matrix, drawn_rows, observed_rows
+from imstep.curvature.families import family
+from imstep.curvature.frozen import Linearisation
 from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
 from imstep.curvature.likelihoods import Likelihood
-from imstep.curvature.operators import PointOperator
+from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.pieces import Linearised
+from imstep.curvature.processes import Processes
 from imstep.curvature.reduction import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pair = Callable[[], tuple[Tensor, Tensor]]
 
@@ -80,6 +89,7 @@ class Fisher(PointOperator):
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> BatchOperator:
         """The Fisher matrix over all ``batches``; see :meth:`Hessian.over`.
 
@@ -89,7 +99,8 @@ class Fisher(PointOperator):
         """
         of = (expectation or Exact()).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
-        return over(Series(batches, closure, ParameterVector(params), kind), reduction, memory_budget, progress)
+        parameters = ParameterVector(params, Processes.of(process_group))
+        return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 
 class Expectation(ABC):
@@ -105,6 +116,24 @@ class Expectation(ABC):
             batch: number of the batch.
         """
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether :meth:`at` needs autograd's graph of the loss."""
+        return True
+
+    @abstractmethod
+    def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
+        """The Fisher matrix at a point that was evaluated already, of the likelihood that its loss is.
+
+        Args:
+            point: of a closure that returns the loss alone.
+            parameters: the vector it is about.
+            step: sets the random numbers, with the seed.
+
+        Raises:
+            ValueError: the loss is not recognised as a likelihood.
+        """
+
 
 @dataclass(frozen=True)
 class Exact(Expectation):
@@ -112,6 +141,18 @@ class Exact(Expectation):
 
     def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
         return LossOfOutputs(closure, lambda z, y: likelihood.losses(z, y).mean(), convex=True)
+
+    @property
+    def needs_graph(self) -> bool:
+        return False
+
+    def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
+        def build(at: Linearisation) -> TapeOperator:
+            split = _likelihood(at, natural=True).split
+            assert split is not None
+            return TapeOperator(parameters, gauss_newton(at.tape, split.nodes), definite=True, penalty=at.penalty)
+
+        return _recognised(point).matrix(parameters, build, definite=True)
 
 
 @dataclass(frozen=True)
@@ -147,8 +188,17 @@ class MonteCarlo(Expectation):
 
         return LossOfOutputs(losses, lambda observed, drawn: observed.mean() + _outer_products(drawn), convex=True)
 
-    def _seed(self, batch: int) -> int:
-        return int(np.random.SeedSequence((self.seed, batch)).generate_state(1, np.uint64)[0])
+    def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
+        rank = 0 if parameters.processes is None else parameters.processes.rank
+
+        def rows(at: Linearisation) -> list[Rows]:
+            generator = torch.Generator(parameters.device).manual_seed(self._seed(step, rank, at.piece))
+            return drawn_rows(_likelihood(at), self.samples, generator)
+
+        return case_matrix(_recognised(point), parameters, rows)
+
+    def _seed(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -161,6 +211,39 @@ class Empirical(Expectation):
     def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
         observed = lambda: (likelihood.losses(*closure()),)
         return LossOfOutputs(observed, lambda losses: losses.mean() + _outer_products(losses), convex=True)
+
+    def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
+        return case_matrix(_recognised(point), parameters, lambda at: observed_rows(_likelihood(at)))
+
+
+def _recognised(point: Linearised) -> Linearised:
+    """The point, if its loss has an end that may be a likelihood."""
+    if not point.convex:
+        raise ValueError(
+            "a Fisher matrix is that of a likelihood, and this loss is not recognised as one: it is no sum of squared "
+            "errors, cross entropies, exponentials and the like. Build it from those of the model's outputs by sums, "
+            "means and positive factors (weight decay as squares of parameters, not of norms); or take "
+            "GaussNewtonFirst() or ExactHessian() as the curvature."
+        )
+    return point
+
+
+def _likelihood(at: Linearisation, natural: bool = False) -> Linearisation:
+    """The evaluation, if each end of its loss is a likelihood, if asked for in natural parameters."""
+    assert at.split is not None
+    for end in at.split.losses:
+        kind, name = family(end), end.func.overloadpacket.__name__
+        if kind is None:
+            raise ValueError(
+                f"{name} is not -log p of a distribution that has a Fisher matrix here. Use a squared error, or take "
+                "GaussNewtonFirst() as the curvature, which is defined for any convex loss."
+            )
+        if natural and not kind.natural:
+            raise ValueError(
+                f"{name} takes probabilities, in which the Hessian of the loss is not the Fisher matrix. Leave the "
+                "sigmoid out of the model and use binary_cross_entropy_with_logits; or use MonteCarlo()."
+            )
+    return at
 
 
 def _outer_products(losses: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Linearisation:
         split: the loss as a convex function of outputs; None where it has another form.
         report: the operators that the evaluation met.
         penalty: what is added to the closure's loss, in ``loss`` and ``gradient``, not in the tape; None for nothing.
+        keeps_graph: whether a backward pass must leave the loss's graph to others.
+        piece: which piece of a batch it is of.
     """
 
     loss: Tensor
@@ -54,6 +56,8 @@ class Linearisation:
     split: LossSplit | None
     report: OperatorReport
     penalty: Penalty | None = None
+    keeps_graph: bool = False
+    piece: int = 0
     repeats: ClassVar[float] = 0.0
     """The share of the batch that every product evaluates anew."""
 
@@ -62,8 +66,14 @@ class Linearisation:
         """Whether the loss is a convex function of outputs."""
         return self.split is not None
 
-    def matrix(self, parameters: ParameterVector, build: Callable[[Linearisation], _Matrix], definite: bool) -> _Matrix:
-        """What ``build`` reads off the record."""
+    def matrix(
+        self,
+        parameters: ParameterVector,
+        build: Callable[[Linearisation], _Matrix],
+        definite: bool,
+        graph: bool = False,
+    ) -> _Matrix:
+        """What ``build`` reads off the record; ``graph``: and off the loss's graph."""
         return build(self)
 
     def evaluations(self, observer: _Observer) -> Iterator[tuple[float, Linearisation, _Observer]]:
@@ -85,6 +95,7 @@ class FrozenClosure:
         report: the operators that the last product met.
         user: the closure as it was given.
         penalty: as given; after the first gradient without the parameters that have none.
+        used: by parameter, whether the loss depends on it, as the first gradient has shown.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class FrozenClosure:
         self._writes = Writes(parameters.tensors)
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
         self._settled = False  # whether it is known which parameters the penalty is of
+        self.used: list[bool] = []
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -119,14 +131,15 @@ class FrozenClosure:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape, keep_graph = Tape(memory_budget), keep_graph or observer is not None
+        tape, asked = Tape(memory_budget), keep_graph
+        keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
         loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
-        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty)
+        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty, asked)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -221,9 +234,14 @@ class FrozenClosure:
 
     def settle_penalty(self, used: Sequence[bool]) -> Penalty | None:
         """The penalty of the parameters that the loss has at first depended on."""
+        self.used = self.used or list(used)
         if self.penalty is not None and not self._settled:
             self.penalty, self._settled = self.penalty.within(used, self.user.hook_factors), True
         return self.penalty
+
+    def take_penalty(self, penalty: Penalty) -> None:
+        """Add another penalty from now on, as it is."""
+        self.penalty, self._settled = penalty, True
 
     def check_sight(self, outputs: Sequence[Tensor], arithmetic: Arithmetic) -> None:
         """Within :meth:`perturbed`: raise if outputs are computed from what was out of the arithmetic's sight."""
@@ -244,7 +262,7 @@ class FrozenClosure:
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
 
-    def watch(self, recording: Recording) -> WriteWatch:
+    def watch(self, recording: Recording | None = None) -> WriteWatch:
         """A context for an evaluation, which notes what it overwrites, and how it comes to its result."""
         return WriteWatch(self._writes, recording)
 

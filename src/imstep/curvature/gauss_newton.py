@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from imstep.curvature.evaluation import BatchCurvature, Point
 from imstep.curvature.frozen import usable
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GaussNewton(PointOperator):
@@ -77,6 +81,7 @@ class GaussNewton(PointOperator):
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> BatchOperator:
         """The Gauss-Newton matrix of the loss over all ``batches``; see :meth:`Hessian.over`.
 
@@ -86,7 +91,8 @@ class GaussNewton(PointOperator):
         """
         evaluate = loss or nn.MSELoss()
         kind = lambda f, vector, number: BatchGaussNewton(LossOfOutputs(f, evaluate), vector)
-        return over(Series(batches, closure, ParameterVector(params), kind), reduction, memory_budget, progress)
+        parameters = ParameterVector(params, Processes.of(process_group))
+        return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 
 class LossOfOutputs:

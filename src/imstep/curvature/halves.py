@@ -41,6 +41,11 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
     """
 
     def __init__(self, operator: SymmetricOperator, point: Linearised) -> None:
+        if isinstance(point, Linearisation) and not isinstance(operator, TapeOperator):
+            raise ValueError(
+                "the noise test compares the curvatures of a batch's halves, which this Fisher matrix does not tell "
+                "apart. Leave the test out (noise=None), or use the exact Fisher matrix."
+            )
         if not isinstance(operator, TapeOperator) or not isinstance(point, Linearisation):
             raise ValueError(
                 "the noise test compares the curvatures of a batch's halves, and this batch comes in pieces. Leave the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
@@ -14,8 +14,12 @@ from imstep.curvature.frozen import Closure, Linearisation
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
+from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Hessian(PointOperator):
@@ -70,6 +74,7 @@ class Hessian(PointOperator):
         reduction: Reduction | None = None,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> BatchOperator:
         """The Hessian of the loss over all ``batches``, which need not fit into memory together.
 
@@ -88,6 +93,9 @@ class Hessian(PointOperator):
             memory_budget: bytes that the records of all batches may take together; None for no limit.
             progress: called after each batch with the number of batches done and of all (None if not known), while the
                 operator is built and while a product goes through the batches.
+            process_group: of ``torch.distributed``, each of whose processes has ``batches`` of its own, or none; the
+                whole is over those of all. All processes then make the same products with the same vectors. None for
+                one process.
 
         Returns:
             An operator as :class:`Hessian`, with ``loss`` and ``gradient`` of the whole, ``batches`` and ``recorded``.
@@ -98,8 +106,10 @@ class Hessian(PointOperator):
             TypeError: ``batches`` is an iterator, which would be used up.
             ValueError: there are no batches; and as for :class:`Hessian`.
             RuntimeError: (in a product) the iterable gave other batches than at first.
+            OtherProcessError, ProcessesLostError: as for :class:`~imstep.NewtonKrylov` with a ``process_group``.
 
-        Cost: that of :class:`Hessian` for each batch; about three gradients a product for a batch without a record.
+        Cost: that of :class:`Hessian` for each batch; about three gradients a product for a batch without a record;
+            with a ``process_group`` one all-reduce of n numbers a product, or of k n for a block of k.
 
         Example:
             >>> import torch
@@ -108,7 +118,8 @@ class Hessian(PointOperator):
             >>> H.loss, H.to_dense()
             (tensor(1.3333), tensor([[2.6667]]))
         """
-        series = Series(batches, closure, ParameterVector(params), lambda f, vector, number: BatchHessian(f, vector))
+        parameters = ParameterVector(params, Processes.of(process_group))
+        series = Series(batches, closure, parameters, lambda f, vector, number: BatchHessian(f, vector))
         return over(series, reduction, memory_budget, progress)
 
 

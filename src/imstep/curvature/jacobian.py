@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from imstep.curvature.evaluation import checked_budget
 from imstep.curvature.frozen import FrozenClosure, usable
 from imstep.curvature.operators import ProductsOperator
 from imstep.curvature.parameters import ParameterVector, TensorVector
+from imstep.curvature.processes import Processes, check_parameters, digest
 from imstep.curvature.products import (
     JoinedProducts,
     Products,
@@ -25,7 +26,11 @@ from imstep.curvature.products import (
     ReplayedProducts,
     StackedProducts,
 )
+from imstep.curvature.rows_of_processes import GatheredProducts, ScatteredProducts
 from imstep.curvature.unmoved import Unmoved
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Jacobian(ProductsOperator):
@@ -76,7 +81,8 @@ class Jacobian(ProductsOperator):
         self._take(parameters, evaluation.once(checked_budget(memory_budget)))
 
     def _take(self, parameters: ParameterVector, point: _Outputs) -> None:
-        super().__init__(point.forward, point.transposed, Unmoved(parameters))
+        guard = Unmoved(parameters) if point.guarded else lambda: None
+        super().__init__(point.forward, point.transposed, guard)
         self.parameters, self.outputs, self.recomputes = parameters, point.outputs, point.recomputes
         self._report = point.report
 
@@ -89,6 +95,7 @@ class Jacobian(ProductsOperator):
         *,
         memory_budget: int | None = ROOM_FOR_RECORDS,
         progress: ProgressCallback | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> Jacobian:
         """The Jacobian of the outputs of all ``batches``, one below the other.
 
@@ -99,6 +106,7 @@ class Jacobian(ProductsOperator):
             memory_budget: bytes that the records of all batches may take together; None for no limit. Batches beyond
                 it are kept themselves, and evaluated anew for every product.
             progress: called after each batch with the number of batches done and of all (None if not known).
+            process_group: as for :meth:`Hessian.over`; outputs and rows of process 0 come first, then those of 1, ...
 
         Returns:
             An operator as :class:`Jacobian`, with the outputs joined along their first dimension. Buffers are left as
@@ -115,20 +123,14 @@ class Jacobian(ProductsOperator):
                     [0., 1.],
                     [1., 1.]]))
         """
-        parameters, room = ParameterVector(params), checked_budget(memory_budget)
-        expected = len(batches) if isinstance(batches, Sized) else None
-        points: list[_Outputs] = []
-        for batch in batches:
-            point = _Evaluation(FrozenClosure(partial(closure, batch), parameters), parameters).once(room, False)
-            points.append(point)
-            if room is not None and point.recomputes is None:
-                room -= point.forward.nbytes + point.transposed.nbytes
-            if progress is not None:
-                progress(len(points), expected)
-        if not points:
-            raise ValueError("there are no batches to take outputs of: the iterable is empty.")
+        parameters = ParameterVector(params, Processes.of(process_group))
+        taken = lambda: _taken(batches, closure, parameters, memory_budget, progress)
+        if parameters.processes is not None:
+            point = _joined_over(parameters.processes, parameters, taken)
+        else:
+            point = _joined(taken())
         self = cls.__new__(cls)
-        self._take(parameters, _joined(points))
+        self._take(parameters, point)
         return self
 
     def block(self, params: nn.Module | Iterable[Tensor]) -> ProductsOperator:
@@ -157,10 +159,34 @@ class _Outputs:
     transposed: Products
     report: OperatorReport
     recomputes: str | None = None
+    guarded: bool = True
+
+
+def _taken(
+    batches: Iterable[Any],
+    closure: Callable[[Any], Tensor],
+    parameters: ParameterVector,
+    memory_budget: int | None,
+    progress: ProgressCallback | None,
+) -> list[_Outputs]:
+    """The outputs of each batch."""
+    room = checked_budget(memory_budget)
+    expected = len(batches) if isinstance(batches, Sized) else None
+    points: list[_Outputs] = []
+    for batch in batches:
+        point = _Evaluation(FrozenClosure(partial(closure, batch), parameters), parameters).once(room, False)
+        points.append(point)
+        if room is not None and point.recomputes is None:
+            room -= point.forward.nbytes + point.transposed.nbytes
+        if progress is not None:
+            progress(len(points), expected)
+    return points
 
 
 def _joined(points: list[_Outputs]) -> _Outputs:
     """The outputs of several batches, one below the other."""
+    if not points:
+        raise ValueError("there are no batches to take outputs of: the iterable is empty.")
     outputs = [point.outputs for point in points]
     alike = all(z.ndim > 0 and z.shape[1:] == outputs[0].shape[1:] for z in outputs)
     recomputed = [point.recomputes for point in points if point.recomputes is not None]
@@ -172,6 +198,39 @@ def _joined(points: list[_Outputs]) -> _Outputs:
         points[0].report,
         reason + recomputed[0] if recomputed else None,
     )
+
+
+def _joined_over(
+    processes: Processes, parameters: ParameterVector, take: Callable[[], list[_Outputs]]
+) -> _Outputs:
+    """The outputs of the batches of all processes, one below the other in order of their numbers."""
+    own: list[_Outputs] = []
+
+    def forms() -> tuple[int, list[tuple[torch.Size, torch.dtype]], str | None]:
+        points, sign = take(), digest(parameters.tensors)
+        if not points:
+            return sign, [], None
+        own.append(_joined(points))
+        return sign, own[0].forward.rows.forms, own[0].recomputes
+
+    every = processes.gather(forms)
+    check_parameters([sign for sign, _, _ in every])
+    whole = [form for _, some, _ in every for form in some]
+    if not whole:
+        raise ValueError("there are no batches to take outputs of: the iterable is empty in every process.")
+    rows = TensorVector(whole, parameters.dtype, parameters.device)
+    before = sum(len(some) for _, some, _ in every[: processes.rank])
+    start = sum(rows.sizes[:before])
+    place = slice(start, start + (own[0].forward.rows.size if own else 0))
+    guard = Unmoved(parameters)
+    forward = GatheredProducts(processes, own[0].forward if own else None, rows, parameters, place, guard)
+    transposed = ScatteredProducts(processes, own[0].transposed if own else None, parameters, rows, place, guard)
+    outputs = forward.placed(lambda: own[0].outputs.reshape(1, -1) if own else None, 1, None)[0]
+    alike = all(len(shape) > 0 and shape[1:] == whole[0][0][1:] for shape, _ in whole)
+    shaped = outputs.reshape(-1, *whole[0][0][1:]) if alike else outputs
+    reason = next((reason for _, _, reason in every if reason is not None), None)
+    report = own[0].report if own else OperatorReport((), note="this process has no batches")
+    return _Outputs(shaped.to(whole[0][1]), forward, transposed, report, reason, guarded=False)
 
 
 class _Evaluation:

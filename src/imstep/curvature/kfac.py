@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
-from imstep.curvature.kronecker import Block, KroneckerFactors, disjoint
-from imstep.curvature.layers import LayerObserver, LayerUse
+from imstep.curvature.kronecker import KroneckerFactors
+from imstep.curvature.kronecker_blocks import EigenBlock, decomposed, disjoint, squared_cases
+from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.sampling import sample_output_gradients
 from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.linalg.inverse import DirectSolver
-
-_CHUNK = 2**24
-"""Entries of the gradients of single cases that are formed at once."""
-
-
-@dataclass(frozen=True, eq=False)
-class EigenBlock:
-    """A weight's matrix in the eigenvectors of its Kronecker factors: W -> G (s * (GᵀW A)) Aᵀ.
-
-    Attributes:
-        weight, bias: positions among the parameters; the bias is a last column of W.
-        inputs: A, (in, in), orthogonal.
-        outputs: G, (out, out), orthogonal.
-        values: s, (out, in).
-    """
-
-    weight: int
-    bias: int | None
-    inputs: Tensor
-    outputs: Tensor
-    values: Tensor
-
-    def applied(self, matrices: Tensor, factors: Tensor) -> Tensor:
-        """Matrices (k, out, in) multiplied by ``factors`` (out, in) in the eigenvectors."""
-        inside = self.outputs.mT @ matrices @ self.inputs
-        return self.outputs @ (inside * factors) @ self.inputs.mT
+from imstep.linalg.space import Space
 
 
 class KFAC(LinearOperator):
@@ -102,7 +78,7 @@ class KFAC(LinearOperator):
                 point, observer = self._evaluate()
                 factors.update(point, observer, generator)
             self.loss = point.loss.detach()
-            self.blocks = [_decomposed(block) for block in disjoint(factors.blocks())]
+            self.blocks = [decomposed(block) for block in disjoint(factors.blocks())]
             self.blocks = [
                 replace(block, values=block.values + factors.direct(block.weight))
                 for block in self._rescaled(self.blocks, samples, generator)
@@ -125,6 +101,10 @@ class KFAC(LinearOperator):
     def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:
         """The blocks with other values in the same eigenvectors."""
         return blocks
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self.parameters, self.parameters
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matmat(vector[:, None])[:, 0]
@@ -198,43 +178,8 @@ class EKFAC(KFAC):
             found = torch.autograd.grad([end.z for end in point.split.losses], edges, u, allow_unused=True)
             for total, block in zip(totals, blocks, strict=True):
                 own = [(use, g) for use, g in zip(observer.uses, found, strict=True) if use.weight == block.weight]
-                total += _squares(block, own) / samples
+                total += squared_cases(block, own) / samples
         return [replace(block, values=values) for block, values in zip(blocks, totals, strict=True)]
-
-
-def _squares(block: EigenBlock, uses: Sequence[tuple[LayerUse, Tensor | None]]) -> Tensor:
-    """Squared gradients of the weight, each of one case, summed over cases, in a block's eigenvectors; (out, in)."""
-    inputs, outputs = [], []
-    for use, g in uses:
-        if g is None:
-            continue
-        g = g.detach().movedim(use.channels, -1)
-        cases = len(g) if g.ndim > 1 else 1
-        # A bias that belongs to another layer's block is a last column that this one has not.
-        rows = use.inputs[:, : len(block.inputs)]
-        inputs.append((rows @ block.inputs).view(cases, -1, len(block.inputs)))
-        outputs.append((g.reshape(-1, g.shape[-1]) @ block.outputs).view(cases, -1, len(block.outputs)))
-    total = torch.zeros_like(block.values)
-    if not inputs:
-        return total
-    if len({len(rows) for rows in inputs}) > 1:  # uses of different batches: no case has a part in two
-        pairs = list(zip(inputs, outputs, strict=True))
-    else:
-        pairs = [(torch.cat(inputs, 1), torch.cat(outputs, 1))]
-    for a, g in pairs:
-        if a.shape[1] == 1:
-            total += (g[:, 0] ** 2).mT @ a[:, 0] ** 2
-            continue
-        chunk = max(1, _CHUNK // total.numel())
-        for some_a, some_g in zip(a.split(chunk), g.split(chunk), strict=True):
-            total += (some_g.mT @ some_a).square_().sum(0)
-    return total
-
-
-def _decomposed(block: Block) -> EigenBlock:
-    (a, inputs), (g, outputs) = (torch.linalg.eigh(m.double()) for m in (block.inputs, block.outputs))
-    values = g.clamp(min=0)[:, None] * a.clamp(min=0)
-    return EigenBlock(block.weight, block.bias, *(t.to(block.inputs.dtype) for t in (inputs, outputs, values)))
 
 
 class _ByEigenvalues(LinearOperator, DirectSolver):

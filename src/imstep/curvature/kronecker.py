@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,27 +15,13 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
+from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
+from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import sample_output_gradients
+from imstep.curvature.sampling import Place, sample_output_gradients
 from imstep.linalg import LinearOperator
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """The factors of one weight (and its bias): the matrix G ⊗ A.
-
-    Attributes:
-        weight, bias: positions among the parameters.
-        inputs: A = E[a aᵀ] over the rows a that the weight multiplies, (in, in).
-        outputs: G = Σ g gᵀ over the gradients g of sampled targets at its outputs, (out, out).
-    """
-
-    weight: int
-    bias: int | None
-    inputs: Tensor
-    outputs: Tensor
 
 
 class KroneckerFactors:
@@ -45,15 +32,23 @@ class KroneckerFactors:
     Args:
         parameters: the vector the preconditioner works on.
         decay: weight of the past in the running averages, in [0, 1); the first estimates are averaged evenly.
+        inverses: how the damped matrices of layers are inverted.
 
     Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 3 and 5; for convolutions Grosse and Martens,
         ICML 2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
     """
 
-    def __init__(self, parameters: ParameterVector, decay: float = 0.8) -> None:
+    def __init__(
+        self, parameters: ParameterVector, decay: float = 0.8, inverses: LayerInverses | None = None
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
-        self._parameters, self._decay = parameters, decay
+        if parameters.processes is not None and inverses is not None and inverses.needs_cases:
+            raise ValueError(
+                f"{type(inverses).__name__} learns from single cases, which are not gathered from several processes "
+                "yet. Take Kronecker() as preconditioning, whose factors are, or one process."
+            )
+        self._parameters, self._decay, self._inverses = parameters, decay, inverses or FactoredDamping()
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
         self._direct: dict[int, float] = {}  # mean curvature of losses of a parameter itself, such as weight decay
@@ -70,11 +65,11 @@ class KroneckerFactors:
         Returns:
             Whether there was any; else nothing has changed.
         """
-        found = _Totals()
-        for weight, at, own in point.evaluations(observer):
-            if own.uses:
-                self._sample(weight, at, own.uses, generator, found)
-            del at, own  # before the next evaluation takes their place
+        find = lambda generator, places=None: self._found(point, observer, generator, places)
+        if self._parameters.processes is None:
+            found = find(generator)
+        else:
+            found = found_together(self._parameters, point, generator, find)
         if not found.blocks and not found.squares:
             return False
         self._direct = found.direct
@@ -88,29 +83,55 @@ class KroneckerFactors:
         for number, square in found.squares.items():
             old = self._diagonals.get(number)
             self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
+        if self._inverses.needs_cases:
+            self._inverses.take(disjoint(self.blocks()), found.seen, keep)
         return True
 
+    def _found(
+        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, places: Sequence[Place] | None
+    ) -> Totals:
+        """What the evaluations of this process tell."""
+        found = Totals()
+        for weight, at, own in point.evaluations(observer):
+            if own.uses:
+                self._sample(weight, at, own.uses, generator, found, places)
+            del at, own  # before the next evaluation takes their place
+        return found
+
     def _sample(
-        self, weight: float, point: Linearisation, uses: list[LayerUse], generator: torch.Generator, into: _Totals
+        self,
+        weight: float,
+        point: Linearisation,
+        uses: list[LayerUse],
+        generator: torch.Generator,
+        into: Totals,
+        places: Sequence[Place] | None,
     ) -> None:
-        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others."""
+        """Add what one evaluation tells, counted ``weight`` times: targets sampled anew are independent of others.
+
+        Where it is a part of a batch by ``places``, gradients take the place of squares.
+        """
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.tensors
-        u = sample_output_gradients(point.loss, ends, generator)
+        sample = sample_output_gradients if places is None else partial(sample_output_gradients, places=places)
+        u = sample(point.loss, ends, generator)
         rest = self._not_layers(uses)
         for at, value in _direct_curvature(tensors, ends, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value
         inputs: list[Tensor | GradientEdge] = [*(use.edge for use in uses), *(tensors[at] for at in rest)]
-        gradients = later_grad([end.z for end in ends], inputs, u, keep=False)
+        gradients = later_grad([end.z for end in ends], inputs, u, keep=point.keeps_graph)
         # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
         dtype = self._parameters.dtype
         for use, g in zip(uses, gradients, strict=False):
             if g is not None:
                 into.take(weight, use, g, dtype)
+        if self._inverses.needs_cases:
+            into.seen.append((weight, list(zip(uses, gradients, strict=False))))
         for at, g in zip(rest, gradients[len(uses) :], strict=True):
             old = into.squares.get(at)
             if g is not None:
-                square = weight * as_reals(g.detach()).to(dtype) ** 2
+                gradient = as_reals(g.detach()).to(dtype)
+                square = weight * gradient**2 if places is None else math.sqrt(weight) * gradient
                 into.squares[at] = square if old is None else old + square
             elif old is None:
                 into.squares[at] = torch.zeros_like(as_reals(tensors[at].detach()), dtype=dtype)
@@ -121,7 +142,7 @@ class KroneckerFactors:
             return None
         blocks, direct = list(self._blocks.values()), self._direct
         shifts = [damping + rate for rate in decay or [0.0] * len(self._parameters.tensors)]
-        return _KroneckerInverse(self._parameters, blocks, self._diagonals, direct, shifts)
+        return _KroneckerInverse(self._parameters, blocks, self._diagonals, direct, shifts, self._inverses)
 
     def blocks(self) -> list[Block]:
         """The factors of each layer."""
@@ -149,7 +170,8 @@ class KroneckerFactors:
         ]
         diagonals = [{"parameter": at, "values": d} for at, d in self._diagonals.items()]
         direct = [{"parameter": at, "value": value} for at, value in self._direct.items()]
-        return {"updates": self._updates, "blocks": blocks, "diagonals": diagonals, "direct": direct}
+        state = {"updates": self._updates, "blocks": blocks, "diagonals": diagonals, "direct": direct}
+        return {**state, "moments": self._inverses.state_dict()} if self._inverses.needs_cases else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
@@ -157,6 +179,7 @@ class KroneckerFactors:
         self._blocks = {b["weight"]: Block(**b) for b in state["blocks"]}
         self._diagonals = {d["parameter"]: d["values"] for d in state["diagonals"]}
         self._direct = {d["parameter"]: d["value"] for d in state["direct"]}
+        self._inverses.load_state_dict(state.get("moments", []))
 
 
 def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> dict[int, float]:
@@ -170,35 +193,6 @@ def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequ
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Totals:
-    """Sums over the evaluations of one update.
-
-    Attributes:
-        blocks: the factors of each weight over all its uses, those of inputs summed over rows.
-        rows: how many these are.
-        squares: squared gradients of the other parameters.
-        direct: mean curvature of losses of a parameter itself.
-    """
-
-    blocks: dict[int, Block] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
-    squares: dict[int, Tensor] = field(default_factory=dict)
-    direct: dict[int, float] = field(default_factory=dict)
-
-    def take(self, weight: float, use: LayerUse, gradient: Tensor, dtype: torch.dtype) -> None:
-        """Add the factors of one use."""
-        a = use.inputs.to(dtype)
-        g = gradient.detach().movedim(use.channels, -1)
-        g = g.reshape(-1, g.shape[-1]).to(dtype)
-        block = Block(use.weight, use.bias, a.T @ a, weight * (g.T @ g))
-        old = self.blocks.get(use.weight)
-        if old is not None and old.inputs.shape == block.inputs.shape:
-            block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
-        self.blocks[use.weight] = block
-        self.rows[use.weight] = self.rows.get(use.weight, 0) + len(a)
-
-
 def _average(old: Block | None, new: Block, keep: float) -> Block:
     if old is None or old.inputs.shape != new.inputs.shape:
         return new
@@ -207,10 +201,7 @@ def _average(old: Block | None, new: Block, keep: float) -> Block:
 
 
 class _KroneckerInverse(LinearOperator):
-    """Applies (A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹ block by block, π² = (tr A / dim A) / (tr G / dim G).
-
-    Source: factored damping, Martens and Grosse, arXiv 1503.05671, section 6.3.
-    """
+    """Applies the inverses of layers block by block, and of the diagonal."""
 
     def __init__(
         self,
@@ -219,13 +210,18 @@ class _KroneckerInverse(LinearOperator):
         diagonals: dict[int, Tensor],
         direct: dict[int, float],
         damping: Sequence[float],
+        inverses: LayerInverses,
     ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
         blocks = disjoint(blocks)
         typical = _typical_curvature(blocks, diagonals)
-        shift = lambda b: damping[b.weight] + direct.get(b.weight, 0.0)
-        self._inverses = [(b, *_damped_inverses(b, shift(b), typical)) for b in blocks]
+
+        def shift(b: Block) -> float:
+            passed = b.inputs.diagonal().any() and b.outputs.diagonal().any()  # else nothing passes through the layer
+            return max(damping[b.weight] + direct.get(b.weight, 0.0), 0.0 if passed else 1e-3 * typical)
+
+        self._inverses = [(b, inverses.inverse(b, shift(b))) for b in blocks]
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
         # A parameter without any sampled curvature is moved on the scale of the others.
         self._scales = {
@@ -238,54 +234,19 @@ class _KroneckerInverse(LinearOperator):
         parts: list[Tensor | None] = list(self._parameters.views(vector))
         for at, scale in self._scales.items():
             parts[at] = as_reals(parts[at]) * scale  # type: ignore[arg-type]
-        for block, of_inputs, of_outputs in self._inverses:
+        for block, inverse in self._inverses:
             weight = parts[block.weight]
             bias = None if block.bias is None else parts[block.bias]
             assert weight is not None
             matrix = weight.reshape(len(weight), -1)
             if bias is not None:
                 matrix = torch.cat([matrix, bias[:, None]], dim=1)
-            solved = of_outputs @ matrix @ of_inputs
+            solved = inverse(matrix)
             if bias is not None and block.bias is not None:
                 parts[block.bias] = solved[:, -1]
                 solved = solved[:, :-1]
             parts[block.weight] = solved.reshape(weight.shape)
         return self._parameters.flatten(parts)
-
-
-def disjoint(blocks: list[Block]) -> list[Block]:
-    """The blocks, a bias that several layers share being part of the first only."""
-    taken: set[int] = set()
-    disjoint = []
-    for b in blocks:
-        if b.bias in taken:
-            b = Block(b.weight, None, b.inputs[:-1, :-1], b.outputs)
-        if b.bias is not None:
-            taken.add(b.bias)
-        disjoint.append(b)
-    return disjoint
-
-
-def _damped_inverses(block: Block, damping: float, typical: float) -> tuple[Tensor, Tensor]:
-    a, g = block.inputs.double(), block.outputs.double()
-    if not a.diagonal().any() or not g.diagonal().any():  # a layer that nothing passes through
-        damping = max(damping, 1e-3 * typical)
-    tiny = torch.finfo(torch.float32).tiny
-    mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
-    balance = math.sqrt(mean_a / mean_g)
-    inverse_a = _shifted_inverse(a, max(balance * math.sqrt(damping), 1e-7 * mean_a))
-    inverse_g = _shifted_inverse(g, max(math.sqrt(damping) / balance, 1e-7 * mean_g))
-    return inverse_a.to(block.inputs.dtype), inverse_g.to(block.inputs.dtype)
-
-
-def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
-    """(M + shift I)⁻¹ of a positive semidefinite M; the shift grows where rounding has made M indefinite."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    while int(info) != 0:
-        shift *= 10
-        factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    return torch.cholesky_inverse(factor)
 
 
 def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import overload
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from imstep.curvature.penalty import Penalty
 from imstep.curvature.products import Products, ReplayedProducts, ShiftedProducts
 from imstep.curvature.unmoved import Unmoved
 from imstep.linalg import BlockDiagonalOperator, LinearOperator
+from imstep.linalg.space import Space
 
 
 class ProductsOperator(LinearOperator):
@@ -37,42 +37,9 @@ class ProductsOperator(LinearOperator):
         self._sources = (forward,) if forward is transposed else (forward, transposed)
         self.products = 0
 
-    # mypy would have every operator multiply lists; only one over parameters knows what they stand for.
-    @overload  # type: ignore[override]
-    def __matmul__(self, other: Tensor) -> Tensor: ...
-
-    @overload
-    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
-
-    @overload
-    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
-
-    def __matmul__(
-        self, other: Tensor | LinearOperator | Sequence[Tensor]
-    ) -> Tensor | LinearOperator | list[Tensor]:
-        """As of any operator; a list of tensors shaped like the parameters gives a list."""
-        if not isinstance(other, (list, tuple)):
-            return super().__matmul__(other)  # type: ignore[operator]
-        columns, rows = self._forward.columns, self._forward.rows
-        return rows.unflatten(super().__matmul__(columns.flatten(columns.checked(other))))
-
-    def as_parameters(self, vector: Tensor) -> list[Tensor]:
-        """A vector (n,) as a list of tensors, one for each parameter, in its shape and dtype.
-
-        Raises:
-            ValueError: the vector has another shape.
-        """
-        if vector.shape != (self.shape[1],):
-            raise ValueError(f"the parameters are a vector of shape ({self.shape[1]},), got {tuple(vector.shape)}.")
-        return self._forward.columns.unflatten(vector)
-
-    def as_vector(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The inverse of :meth:`as_parameters`.
-
-        Raises:
-            TypeError, ValueError: they are not one tensor for each parameter, of its shape.
-        """
-        return self._forward.columns.flatten(self._forward.columns.checked(tensors))
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self._forward.rows, self._forward.columns
 
     @property
     def nbytes(self) -> int:
@@ -164,9 +131,9 @@ class SymmetricOperator(ProductsOperator):
 
         Cost: a product with each block; its inverse solves each by itself.
         """
-        groups, vector = self.parameters.groups(by), self.parameters
-        places = {name: vector.entries(vector.positions(own)) for name, own in groups.items()}
-        return BlockDiagonalOperator(self.diagonal_blocks(by), places, self.size)
+        return BlockDiagonalOperator(
+            self.diagonal_blocks(by), self.parameters.places(by), self.size, space=self.parameters
+        )
 
 
 class TapeOperator(SymmetricOperator):
@@ -191,6 +158,11 @@ class TapeOperator(SymmetricOperator):
 class PointOperator(SymmetricOperator):
     """A curvature matrix together with what the evaluation of the closure has shown.
 
+    Args:
+        parameters: the vector that it multiplies.
+        point: what the evaluation has shown.
+        guarded: whether a product looks first if the parameters have moved; if not, ``point.source`` does.
+
     Attributes:
         loss: f(w), a 0-dim tensor.
         gradient: ∇f(w), (n,).
@@ -199,8 +171,9 @@ class PointOperator(SymmetricOperator):
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, point: Point) -> None:
-        super().__init__(parameters, point.source, point.definite, Unmoved(parameters))
+    def __init__(self, parameters: ParameterVector, point: Point, guarded: bool = True) -> None:
+        guard = Unmoved(parameters) if guarded else lambda: None
+        super().__init__(parameters, point.source, point.definite, guard)
         self.loss, self.gradient, self.recomputes = point.loss, point.gradient, point.recomputes
         self._report = point.report
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.islands import unseen
+
+if TYPE_CHECKING:
+    from imstep.curvature.processes import Processes
 
 
 class TensorVector:
@@ -83,6 +87,10 @@ class TensorVector:
         places = torch.arange(self.size, device=self.device).split(self.sizes)
         return torch.cat([places[at] for at in positions])
 
+    def places(self, by: str) -> dict[str, Tensor]:
+        """The entries of each layer's or parameter's tensors, by name."""
+        raise ValueError(f"by={by!r} needs the parameters of a model; these vectors are something else.")
+
 
 class ParameterVector(TensorVector):
     """Parameters seen as one real vector of shape (n,): concatenated in order, each in row-major order.
@@ -93,6 +101,7 @@ class ParameterVector(TensorVector):
 
     Args:
         params: a module, or an iterable of parameters; a parameter that appears twice counts once.
+        processes: that hold the same parameters, and add up what they find of their parts of a batch; None for one.
 
     Raises:
         ValueError: no parameter requires gradients, or they live on several devices.
@@ -101,6 +110,7 @@ class ParameterVector(TensorVector):
     Attributes:
         tensors: the parameters, in order.
         names: of each, in the module; its place among those given where there is none.
+        processes: as given.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -108,7 +118,8 @@ class ParameterVector(TensorVector):
         3
     """
 
-    def __init__(self, params: nn.Module | Iterable[Tensor]) -> None:
+    def __init__(self, params: nn.Module | Iterable[Tensor], processes: Processes | None = None) -> None:
+        self.processes = processes
         if isinstance(params, Tensor):
             raise TypeError("parameters must be a module or an iterable of tensors, got one tensor. Pass [tensor].")
         self._named = isinstance(params, nn.Module)
@@ -151,6 +162,14 @@ class ParameterVector(TensorVector):
             )
         return [place[id(p)] for p in wanted]
 
+    def part(self, positions: Sequence[int]) -> ParameterVector:
+        """The vector of some of the parameters, of the same dtype."""
+        own = ParameterVector.__new__(ParameterVector)
+        TensorVector.__init__(own, [self.forms[at] for at in positions], self.dtype, self.device)
+        own.tensors, own.names = [self.tensors[at] for at in positions], [self.names[at] for at in positions]
+        own._named = self._named
+        return own
+
     def groups(self, by: str) -> dict[str, list[Tensor]]:
         """The parameters of each layer, or each by itself, by name.
 
@@ -172,6 +191,9 @@ class ParameterVector(TensorVector):
             # A parameter of the model itself, which has no name, is a layer of its own.
             groups.setdefault(name.rpartition(".")[0] or name if by == "layer" else name, []).append(p)
         return groups
+
+    def places(self, by: str) -> dict[str, Tensor]:
+        return {name: self.entries(self.positions(own)) for name, own in self.groups(by).items()}
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """A vector (n,) from one number for each parameter."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from imstep.curvature.closure import Closure
 from imstep.curvature.deferred import DeferredLinearisation
 from imstep.curvature.frozen import FrozenClosure, Linearisation
 from imstep.curvature.layers import LayerObserver
-from imstep.curvature.operators import SymmetricOperator, TapeOperator
+from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.state import RandomState
 
+if TYPE_CHECKING:
+    from imstep.curvature.shared import SharedBatch, SharedLinearisation
+
 Observer = TypeVar("Observer", LayerObserver, None)
 
-Build: TypeAlias = Callable[[Linearisation], TapeOperator]
+Build: TypeAlias = Callable[[Linearisation], SymmetricOperator]
 """Reads a matrix off the record of a piece."""
 
 
@@ -128,7 +131,8 @@ class FrozenPieces:
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""
         self._repeats += 1
-        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None)
+        number = next(at for at, other in enumerate(self._frozen) if other is frozen)
+        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None, piece=number)
 
     @property
     def repeated(self) -> int:
@@ -141,7 +145,16 @@ class FrozenPieces:
         first = self._frozen[0].penalty if self._frozen else None
         return self._penalty if first is None else first.times(self._given[0].weight)
 
+    def take_penalty(self, penalty: Penalty) -> None:
+        """Add another penalty from now on, as it is."""
+        self._frozen[0].take_penalty(penalty.times(1 / self._given[0].weight))
+
     # --- what the first evaluation has shown --------------------------------------------------------------------
+
+    @property
+    def used(self) -> list[bool]:
+        """By parameter, whether the loss depends on it, as the first gradient has shown."""
+        return [any(uses) for uses in zip(*(frozen.used for frozen in self._frozen), strict=True)]
 
     @property
     def returned(self) -> Tensor | None:
@@ -199,9 +212,11 @@ class JointLinearisation:
         """The share of the batch that every product evaluates anew."""
         return self.records.count(None) / len(self.records)
 
-    def matrix(self, parameters: ParameterVector, build: Build, definite: bool) -> SymmetricOperator:
-        """The sum of the pieces' matrices."""
-        source: Products = _PieceProducts(self, parameters, build)
+    def matrix(
+        self, parameters: ParameterVector, build: Build, definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
+        """The sum of the pieces' matrices; if they need graphs, each piece is evaluated anew for every product."""
+        source: Products = _PieceProducts(self, parameters, build, graph)
         if self.penalty is not None:
             source = ShiftedProducts(source, self.penalty.factors)
         return SymmetricOperator(parameters, source, definite)
@@ -216,10 +231,10 @@ class JointLinearisation:
 class _PieceProducts(Products):
     """Products with the weighted sum of the pieces' matrices."""
 
-    def __init__(self, point: JointLinearisation, parameters: ParameterVector, build: Build) -> None:
+    def __init__(self, point: JointLinearisation, parameters: ParameterVector, build: Build, graph: bool) -> None:
         super().__init__(parameters, parameters)
-        self._point, self._build = point, build
-        self._kept = [None if at is None else build(at) for at in point.records]
+        self._point, self._build, self._graph = point, build, graph
+        self._kept = [None if at is None or graph else build(at) for at in point.records]
         self.nbytes = sum(operator.nbytes for operator in self._kept if operator is not None)
 
     def one(self, direction: Tensor) -> Tensor:
@@ -228,16 +243,16 @@ class _PieceProducts(Products):
     def several(self, directions: Tensor) -> Tensor:
         total = torch.zeros_like(directions)
         for (piece, frozen), operator in zip(self._point.pieces.each(), self._kept, strict=True):
-            own = self._build(self._point.pieces.anew(frozen)) if operator is None else operator
+            own = self._build(self._point.pieces.anew(frozen, graph=self._graph)) if operator is None else operator
             total += piece.weight * (own @ directions.t()).t()
             del own  # before the next piece takes its place
         return total
 
 
-FrozenBatch: TypeAlias = FrozenClosure | FrozenPieces
-"""A batch, whole or in pieces."""
+FrozenBatch: TypeAlias = "FrozenClosure | FrozenPieces | SharedBatch"
+"""A batch, whole, in pieces, or shared by processes."""
 
-Linearised: TypeAlias = Linearisation | JointLinearisation | DeferredLinearisation
+Linearised: TypeAlias = "Linearisation | JointLinearisation | SharedLinearisation | DeferredLinearisation"
 """What one evaluation of it shows."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,16 @@ class SumOverBatches(Reduction):
 
     def scale(self, total: float) -> float:
         return 1.0
+
+
+def shares(reduction: Reduction, counts: Sequence[float]) -> list[float]:
+    """What the losses of several processes, each scaled to its own whole already, are multiplied by.
+
+    Args:
+        counts: the weights of each one's batches together; 0 where it has none, which then counts 0.
+    """
+    whole = reduction.scale(sum(counts))
+    return [whole / reduction.scale(count) if count else 0.0 for count in counts]
 
 
 def _length(batch: Any) -> int:

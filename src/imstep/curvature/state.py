@@ -112,7 +112,7 @@ class WriteWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sig, kwargs = signature(func), kwargs or {}
-        if sig.mutates:
+        if sig.overwritten:
             tensors = sig.gather(args, kwargs)
             for at in sig.overwritten:
                 self._note(tensors[at])

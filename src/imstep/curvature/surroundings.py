@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import Processes
 
 
 class Surroundings:
@@ -35,7 +36,8 @@ class Surroundings:
         kinds = {"cpu", parameters.device.type}
         self._autocast = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         self._cached = torch.is_autocast_cache_enabled()
-        self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._processes = parameters.processes
+        self._parallel = dist.is_available() and dist.is_initialized()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -43,24 +45,49 @@ class Surroundings:
         with ExitStack() as stack:
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cached))
-            if self._several:
-                stack.callback(register_module_forward_pre_hook(_refuse_parallel).remove)
+            if self._parallel:
+                stack.callback(register_module_forward_pre_hook(_refuse_sharded).remove)
+                stack.callback(setattr, DistributedDataParallel, "forward", DistributedDataParallel.forward)
+                plain = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
+                setattr(DistributedDataParallel, "forward", plain)  # noqa: B010 (a method is not assigned to)
             yield
 
 
 _ALONE = (
-    "Gradients, products and losses of the processes are not added up, so their parameters would drift apart. Train in "
-    "one process: with the plain model, on the whole batch or on one that fits; summing over processes is not "
-    "supported yet."
+    "Steps on shards are not supported yet. Train in one process; or keep the whole model in each, without sharding, "
+    "and pass process_group= to NewtonKrylov, which adds up over processes."
 )
+
+
+def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """What a data-parallel model computes, without its own exchanges: the sums are formed where products are, too."""
+    if dist.get_world_size(module.process_group) > 1:
+        if processes is None or not processes.same_as(module.process_group):
+            raise ValueError(
+                f"the closure evaluates a model wrapped in {type(module).__name__}. Gradients, products and losses of "
+                "its processes are not added up here, so their parameters would drift apart. Pass "
+                "process_group=torch.distributed.group.WORLD, or the group that the model was given, to NewtonKrylov "
+                "or to an operator's over(). Train in one process, with the plain model, by what takes none."
+            )
+        if module._join_config.enable:
+            raise ValueError(
+                "the closure evaluates a model under torch's Join, which waits for exchanges that a step makes "
+                "otherwise. Leave Join out: a process without data takes steps on MicroBatches(loss, [])."
+            )
+    # A forward pass in training mode without its backward pass has left it waiting for gradients.
+    module.reducer._reset_state()
+    if module.device_ids:
+        device = torch.device(module.device_type, module.device_ids[0])
+        (inputs,), (kwargs,) = module.to_kwargs(inputs, kwargs, device.index)
+    return module.module(*inputs, **kwargs)
 
 
 def _is_sharded(p: Any) -> bool:
     return hasattr(p, "device_mesh") and hasattr(p, "placements")
 
 
-def _refuse_parallel(module: Any, inputs: Any) -> None:
+def _refuse_sharded(module: Any, inputs: Any) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = (DistributedDataParallel, *([fsdp.FullyShardedDataParallel] if fsdp is not None else []))
-    if isinstance(module, kinds) and dist.get_world_size(module.process_group) > 1:
-        raise ValueError(f"the closure evaluates a model wrapped in {type(module).__name__}. {_ALONE}")
+    sharded = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    if sharded and dist.get_world_size(module.process_group) > 1:
+        raise ValueError(f"the closure evaluates a model in {type(module).__name__}, which is sharded. {_ALONE}")

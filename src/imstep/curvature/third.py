@@ -7,6 +7,7 @@ from torch import Tensor
 from imstep.complexstep import Arithmetic
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch
+from imstep.curvature.shared import SharedBatch
 
 
 def derivatives_along(
@@ -29,8 +30,10 @@ def third_derivative_along(
 
 def _bent_product(
     frozen: FrozenBatch, parameters: ParameterVector, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """H u and its derivative along v."""
+    if isinstance(frozen, SharedBatch):  # what is summed over processes are plain numbers
+        return frozen.total(lambda own: _bent_product(own, parameters, first, second), [parameters.size] * 2)
     arithmetic = Arithmetic()
     for p, d in zip(parameters.tensors, parameters.unflatten(second), strict=True):
         arithmetic.attach(p, d)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,19 @@ class Unmoved:
 
     def __init__(self, parameters: ParameterVector) -> None:
         self._parameters = [p.detach() for p in parameters.tensors]
-        self._then = self._sums()
-
-    def _sums(self) -> Tensor:
-        return torch.cat([sums for p in self._parameters for sums in _marginals(_words(p))])
+        self._then = sums_of_words(self._parameters)
 
     def __call__(self) -> None:
-        if not torch.equal(self._sums(), self._then):
+        if not torch.equal(sums_of_words(self._parameters), self._then):
             raise TapeChangedError(
                 "a parameter was changed in place after the operator was built; the operator belongs to the old "
                 "values. Build it anew at the new point."
             )
+
+
+def sums_of_words(tensors: Sequence[Tensor]) -> Tensor:
+    """What tensors hold, summed up: see :class:`Unmoved`."""
+    return torch.cat([sums for t in tensors for sums in _marginals(_words(t.detach()))])
 
 
 _WIDTH = 256  # columns of a table of words

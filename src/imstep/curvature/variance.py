@@ -40,6 +40,14 @@ def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
         gradient for each example; to take it from two halves is our own choice. Examples are numbered along the first
         dimension of what the loss is computed from.
     """
+    if parameters.processes is None:
+        return _total(point, parameters)
+    of_this = lambda: parameters.get().new_tensor([_total(point, parameters)])
+    return float(parameters.processes.sum(of_this, 1, parameters))
+
+
+def _total(point: Linearised, parameters: ParameterVector) -> float:
+    """The variance of what this process evaluates."""
     total = 0.0
     for weight, at, _ in point.evaluations(None):
         total += weight**2 * _variance(at, parameters)

@@ -21,7 +21,7 @@ class ScimbaLeastSquares(ScimbaCustomOptomizer, LeastSquares):
             PinnsElliptic(pde, optimizers=OptimizerData({"class": ScimbaLeastSquares})).solve(epochs=50)
     """
 
-    step = LeastSquares.step  # type: ignore[assignment]  # Scimba's own, an abstract one, comes first
+    step = LeastSquares.step  # Scimba's own, an abstract one, comes first
 
     def inner_step(self, closure: Callable[[], float]) -> None:
         """One step with Scimba's closure."""

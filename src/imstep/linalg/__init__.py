@@ -2,11 +2,12 @@
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
 from imstep.linalg.blended import blended_conjugate_gradient
+from imstep.linalg.block_bfgs import BlockBFGSPreconditioner
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
-from imstep.linalg.composed import ProductOperator, SubmatrixOperator
+from imstep.linalg.composed import ProductOperator, ScaledOperator, SubmatrixOperator, SumOperator
 from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -17,7 +18,7 @@ from imstep.linalg.dense import (
 )
 from imstep.linalg.diagonal import DiagonalEstimate, diagonal_preconditioner, hutchinson_diagonal
 from imstep.linalg.dogleg import dogleg, two_dimensional_subspace
-from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator
+from imstep.linalg.explicit import DenseOperator, DiagonalOperator, IdentityOperator, LowRankOperator
 from imstep.linalg.gltr import gltr
 from imstep.linalg.gram import DenseGram, DenseRows, GramMatrix, RowMatrix, RowsGram, ScaledRows
 from imstep.linalg.gram_factor import GramFactor
@@ -37,13 +38,15 @@ from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eig
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
-from imstep.linalg.operator import LinearOperator, ScaledOperator, SumOperator
+from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
+from imstep.linalg.rank_one import RankOneOperator
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
 from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
 from imstep.linalg.saddle_free import saddle_free
+from imstep.linalg.sketched_newton import sketched_newton
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
@@ -59,6 +62,7 @@ from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 __all__ = [
     "AbsoluteEigenvalues",
     "BestRate",
+    "BlockBFGSPreconditioner",
     "BlockDiagonalOperator",
     "BlockQR",
     "BoxLeastSquares",
@@ -89,6 +93,7 @@ __all__ = [
     "LanczosResult",
     "LimitedMemoryPreconditioner",
     "LinearOperator",
+    "LowRankOperator",
     "NoiseTest",
     "NotSolvedError",
     "NystromApproximation",
@@ -99,6 +104,7 @@ __all__ = [
     "Progress",
     "ProgressStall",
     "RandomizedNystrom",
+    "RankOneOperator",
     "ReducedLeastSquares",
     "RelativeResidual",
     "RidgeLeastSquares",
@@ -137,6 +143,7 @@ __all__ = [
     "partial_cholesky",
     "saddle_free",
     "self_scaled_update",
+    "sketched_newton",
     "smallest_eigenpair",
     "sr1_update",
     "steihaug_toint",

@@ -10,6 +10,7 @@ from torch import Tensor
 from imstep.linalg.inverse import DirectSolver, InverseOperator, inverse
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
+from imstep.linalg.space import Space, known
 
 
 class BlockDiagonalOperator(LinearOperator):
@@ -19,6 +20,7 @@ class BlockDiagonalOperator(LinearOperator):
         blocks: the blocks, by name.
         places: the entries that each belongs to, whole numbers (k,), which do not overlap.
         size: n.
+        space: what the entries stand for.
 
     Raises:
         ValueError: there are no blocks, or one is not as large as its entries are many.
@@ -32,13 +34,28 @@ class BlockDiagonalOperator(LinearOperator):
         tensor([2., 0., 3.])
     """
 
-    def __init__(self, blocks: Mapping[str, LinearOperator], places: Mapping[str, Tensor], size: int) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, LinearOperator],
+        places: Mapping[str, Tensor],
+        size: int,
+        space: Space | None = None,
+    ) -> None:
         if not blocks or any(block.size != len(places[name]) for name, block in blocks.items()):
             sizes = {name: (block.shape, len(places[name])) for name, block in blocks.items()}
             raise ValueError(f"each block is as large as its entries are many, got shapes and counts {sizes}.")
         first = next(iter(blocks.values()))
         super().__init__(size, first.dtype, first.device)
-        self.blocks, self.places = dict(blocks), dict(places)
+        self.blocks, self.places, self._space = dict(blocks), dict(places), space
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self._space, self._space
+
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        own = known(self._space, self).places(by)
+        same = lambda name: name in self.places and torch.equal(self.places[name], own[name])
+        return {name: self.blocks[name] if same(name) else self.submatrix(at) for name, at in own.items()}
 
     def matvec(self, vector: Tensor) -> Tensor:
         product = torch.zeros_like(vector)

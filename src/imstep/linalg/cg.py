@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ def conjugate_gradient(
     x0: Tensor | None = None,
     recompute_residual_every: int | None = None,
     keep_pairs: int = 0,
+    keep_iterates: float | None = None,
 ) -> KrylovResult:
     """Solve (A + λI) x = b, equivalently maximise bᵀx - xᵀ(A + λI)x/2, as far as A can be trusted.
 
@@ -59,6 +61,7 @@ def conjugate_gradient(
             follows a direction of negative curvature, though not a noisy one, to the boundary.
         x0: start, (n,), inside the radius; costs a product. Default zero.
         keep_pairs: how many of the last directions and their images to return, >= 0; two vectors each.
+        keep_iterates: growth > 1: return the iterates ⌈growth^j⌉, j = 0, 1, ..., before the last; two vectors each.
         recompute_residual_every: replace the recurrence for r by b - (A + λI)x after so many iterations, at
             one product each; worth it for many hundreds of iterations in float32.
 
@@ -90,6 +93,8 @@ def conjugate_gradient(
     """
     check_not_negative(damping=damping, curvature_floor=curvature_floor, keep_pairs=keep_pairs)
     check_limit(max_iterations)
+    if keep_iterates is not None and not 1 < keep_iterates < math.inf:
+        raise ValueError(f"keep_iterates, the growth of intervals, is above 1, or None; got {keep_iterates}.")
     _check_arguments(operator, rhs, x0, preconditioner, noise, radius, recompute_residual_every)
     system = DampedSystem(
         operator,
@@ -105,10 +110,14 @@ def conjugate_gradient(
     state, status = system.start(x0)
     probe = None
     pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=keep_pairs)
+    iterates, power = [], 0
     while status is None and (status := _ending(system, state, stopping, limit)) is None:
         state, status = system.aim(state)
         if status is not None:
             break
+        if keep_iterates is not None and state.iteration >= math.ceil(keep_iterates**power):
+            iterates.append((state.solution, state.image))
+            power = math.floor(math.log(state.iteration) / math.log(keep_iterates)) + 1
         probe = system.probe(state.direction)
         state = replace(state, products=state.products + 1)
         pairs.append((probe.direction, probe.image))
@@ -117,7 +126,8 @@ def conjugate_gradient(
             state, status = system.advance(state, probe)
         elif status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE and radius is not None:
             state = system.move_to_boundary(state, probe)
-    return replace(_result(system, state, status, probe), pairs=tuple(pairs))
+    kept = tuple(pair for pair in iterates if pair[0] is not state.solution)
+    return replace(_result(system, state, status, probe), pairs=tuple(pairs), iterates=kept)
 
 
 def _ending(

@@ -1,4 +1,4 @@
-"""Operators made of others: products, and sub-matrices by index."""
+"""Operators made of others: sums, multiples, transposes, products, and sub-matrices by index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,126 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from imstep.linalg.fitting import check_alike
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.space import Space, known
+
+
+class SumOperator(LinearOperator):
+    """A + B; what `A + B` builds.
+
+    Raises:
+        ValueError: the two differ in shape, dtype or device.
+
+    Example:
+        >>> from imstep.linalg import DiagonalOperator
+        >>> A = DiagonalOperator(torch.tensor([1.0, 2.0]))
+        >>> (A + A) @ torch.ones(2)
+        tensor([2., 4.])
+    """
+
+    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+        check_alike(first, second)
+        super().__init__(first.shape, first.dtype, first.device)
+        self.first, self.second = first, second
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.first.matvec(vector) + self.second.matvec(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.first.matmat(block) + self.second.matmat(block)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self.first.rmatvec(vector) + self.second.rmatvec(vector)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.first.rmatmat(block) + self.second.rmatmat(block)
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        (rows, columns), (others, more) = self.first.spaces, self.second.spaces
+        return rows or others, columns or more
+
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        places = known(self.spaces[1], self).places(by)
+        # What belongs to no model, a multiple of the identity for instance, takes its layers from the other.
+        first, second = (
+            {name: part.submatrix(own) for name, own in places.items()}
+            if part.spaces[1] is None
+            else part.diagonal_blocks(by)
+            for part in (self.first, self.second)
+        )
+        return {name: block + second[name] for name, block in first.items()}
+
+
+class ScaledOperator(LinearOperator):
+    """factor · A; what `factor * A` builds.
+
+    Example:
+        >>> from imstep.linalg import IdentityOperator
+        >>> (3 * IdentityOperator(2)) @ torch.ones(2)
+        tensor([3., 3.])
+    """
+
+    def __init__(self, factor: float, operator: LinearOperator) -> None:
+        super().__init__(operator.shape, operator.dtype, operator.device)
+        self.factor, self.operator = factor, operator
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.factor * self.operator.matvec(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.factor * self.operator.matmat(block)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self.factor * self.operator.rmatvec(vector)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.factor * self.operator.rmatmat(block)
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self.operator.spaces
+
+    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
+        return {name: self.factor * block for name, block in self.operator.diagonal_blocks(by).items()}
+
+
+class TransposedOperator(LinearOperator):
+    """Aᵀ; what `A.T` builds.
+
+    Example:
+        >>> from imstep.linalg import DenseOperator
+        >>> DenseOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).T @ torch.tensor([1.0, 2.0])
+        tensor([0., 1.])
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        rows, columns = operator.shape
+        super().__init__((columns, rows), operator.dtype, operator.device)
+        self.operator = operator
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.operator.rmatvec(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.operator.rmatmat(block)
+
+    def rmatvec(self, vector: Tensor) -> Tensor:
+        return self.operator.matvec(vector)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.operator.matmat(block)
+
+    @property
+    def T(self) -> LinearOperator:
+        """A itself."""
+        return self.operator
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        rows, columns = self.operator.spaces
+        return columns, rows
 
 
 class ProductOperator(LinearOperator):
@@ -51,6 +170,10 @@ class ProductOperator(LinearOperator):
 
     def rmatmat(self, block: Tensor) -> Tensor:
         return self.second.rmatmat(self.first.rmatmat(block))
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self.first.spaces[0], self.second.spaces[1]
 
 
 class SubmatrixOperator(LinearOperator):

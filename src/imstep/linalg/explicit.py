@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator
+
+if TYPE_CHECKING:
+    from imstep.linalg.inverse import DirectSolver
+    from imstep.linalg.space import Space
 
 
 class DenseOperator(LinearOperator):
@@ -57,6 +63,55 @@ class DiagonalOperator(LinearOperator):
 
     def matmat(self, block: Tensor) -> Tensor:
         return self.diagonal[:, None] * block
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        from imstep.linalg.inverse import EntryByEntry
+
+        return EntryByEntry(self.diagonal + damping)
+
+
+class LowRankOperator(LinearOperator):
+    """V diag(θ) Vᵀ with orthonormal columns V, (n, k).
+
+    Args:
+        vectors: V.
+        values: θ, (k,).
+        space: what the entries of vectors stand for.
+
+    Cost: 4 n k operations a product. Its inverse, with a damping, takes no iterations.
+
+    Raises:
+        ValueError: there are not as many values as vectors.
+
+    Example:
+        >>> A = LowRankOperator(torch.eye(3)[:, :1], torch.tensor([4.0]))
+        >>> A.inverse(damping=1.0) @ torch.ones(3)
+        tensor([0.2000, 1.0000, 1.0000])
+    """
+
+    def __init__(self, vectors: Tensor, values: Tensor, space: Space | None = None) -> None:
+        if vectors.ndim != 2 or values.shape != vectors.shape[1:]:
+            raise ValueError(
+                f"a LowRankOperator takes vectors (n, k) and values (k,), got {tuple(vectors.shape)} and "
+                f"{tuple(values.shape)}."
+            )
+        super().__init__(len(vectors), vectors.dtype, vectors.device)
+        self.vectors, self.values, self._space = vectors, values.to(vectors), space
+
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self._space, self._space
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.vectors @ (self.values * (self.vectors.mT @ vector))
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.vectors @ (self.values[:, None] * (self.vectors.mT @ block))
+
+    def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver:
+        from imstep.linalg.inverse import InEigenvectors
+
+        return InEigenvectors(self.vectors, self.values, damping)
 
 
 class IdentityOperator(LinearOperator):

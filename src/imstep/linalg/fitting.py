@@ -16,7 +16,7 @@ class Matrix(Protocol):
     device: torch.device
 
 
-def check_vectors(operator: Matrix, vectors: Tensor) -> None:
+def check_vectors(operator: Matrix, vectors: object) -> None:
     """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
     if not isinstance(vectors, Tensor):
         raise TypeError(

@@ -15,6 +15,7 @@ from imstep.linalg.fitting import check_vectors
 from imstep.linalg.minres import minres
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
+from imstep.linalg.space import Space
 from imstep.linalg.stopping import RelativeResidual
 from imstep.linalg.symmetry import symmetric_part
 
@@ -131,6 +132,10 @@ class InverseOperator(LinearOperator):
         self.rtol, self.aim, self.max_iterations = rtol, aim, max_iterations
         self._direct = direct
 
+    @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        return self.operator.spaces
+
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matmat(vector[:, None])[:, 0]
 
@@ -229,6 +234,35 @@ class InverseOperator(LinearOperator):
             f"{self.damping:g}); if products' rounding is in the way raise rtol or use float64; or pass a "
             "preconditioner or more max_iterations. solve(b) returns what was found, with its residuals."
         )
+
+
+class EntryByEntry(DirectSolver):
+    """A diagonal matrix, (n,); entries that are zero have no inverse, and what they leave shows in the residual."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self._inverses = torch.where(diagonal != 0, 1 / diagonal, 0.0)
+        self._status = KrylovStatus.CONVERGED if bool((diagonal != 0).all()) else KrylovStatus.LEAST_SQUARES
+        if not bool(torch.isfinite(diagonal).all()):
+            self._status = KrylovStatus.NON_FINITE
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        return rows * self._inverses, [self._status] * len(rows)
+
+
+class InEigenvectors(DirectSolver):
+    """V diag(θ) Vᵀ + λI, V (n, k) with orthonormal columns; what lies outside of them is divided by λ."""
+
+    def __init__(self, vectors: Tensor, values: Tensor, damping: float) -> None:
+        self._vectors, self._rest = vectors, 1 / damping if damping > 0 else 0.0
+        shifted = values + damping
+        level = torch.finfo(vectors.dtype).eps * float(shifted.abs().max()) if len(values) else 0.0
+        # What has no inverse is left out, and what that leaves unsolved shows in the residual.
+        self._inverses = torch.where(shifted.abs() > level, 1 / shifted, 0.0)
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, list[KrylovStatus]]:
+        inside = rows @ self._vectors
+        outside = rows - inside @ self._vectors.mT
+        return (inside * self._inverses) @ self._vectors.mT + outside * self._rest, [KrylovStatus.CONVERGED] * len(rows)
 
 
 class _Decomposed(DirectSolver):

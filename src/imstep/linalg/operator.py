@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from imstep.linalg.fitting import check_alike, check_vectors
+from imstep.linalg.fitting import check_vectors
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
     from imstep.linalg.inverse import DirectSolver, InverseOperator
+    from imstep.linalg.space import Space
 
 
 class LinearOperator(ABC):
@@ -90,8 +91,15 @@ class LinearOperator(ABC):
         return rows
 
     @property
+    def spaces(self) -> tuple[Space | None, Space | None]:
+        """What the entries of A v and of v stand for, such as the parameters of a model; None where not known."""
+        return None, None
+
+    @property
     def T(self) -> LinearOperator:
         """The transpose Aᵀ, an operator of shape (n, m)."""
+        from imstep.linalg.composed import TransposedOperator
+
         return TransposedOperator(self)
 
     def gram(self) -> LinearOperator:
@@ -109,15 +117,18 @@ class LinearOperator(ABC):
     @overload
     def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
 
-    def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+    @overload
+    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def __matmul__(self, other: Tensor | LinearOperator | Sequence[Tensor]) -> Tensor | LinearOperator | list[Tensor]:
         """A v, A V or A B.
 
         Args:
             other: vector (n,) or block of columns (n, k), of the operator's dtype and device; or an operator B of
-                n rows, for the operator A B.
+                n rows, for the operator A B; or a list of tensors shaped like the parameters that A belongs to.
 
         Returns:
-            (m,), (m, k) or an operator.
+            (m,), (m, k), an operator or a list.
 
         Raises:
             TypeError: `other` is neither a tensor nor an operator, or has another dtype.
@@ -127,7 +138,13 @@ class LinearOperator(ABC):
             from imstep.linalg.composed import ProductOperator
 
             return ProductOperator(self, other)
+        if isinstance(other, (list, tuple)):
+            from imstep.linalg.space import known
+
+            rows, columns = (known(space, self) for space in self.spaces)
+            return rows.unflatten(self @ columns.flatten(columns.checked(other)))
         check_vectors(self, other)
+        assert isinstance(other, Tensor)
         with torch._C._DisableAutocast():  # it would round products to half precision
             return self.matvec(other) if other.ndim == 1 else self.matmat(other)
 
@@ -140,22 +157,26 @@ class LinearOperator(ABC):
     def __add__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):
             return NotImplemented
+        from imstep.linalg.composed import SumOperator
+
         return SumOperator(self, other)
 
     def __sub__(self, other: LinearOperator) -> LinearOperator:
         if not isinstance(other, LinearOperator):
             return NotImplemented
-        return SumOperator(self, ScaledOperator(-1.0, other))
+        return self + -1.0 * other
 
     def __mul__(self, factor: float) -> LinearOperator:
         if not isinstance(factor, (int, float)):
             return NotImplemented
+        from imstep.linalg.composed import ScaledOperator
+
         return ScaledOperator(float(factor), self)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> LinearOperator:
-        return ScaledOperator(-1.0, self)
+        return -1.0 * self
 
     def to_dense(self, *, limit: int = 4096) -> Tensor:
         """The matrix itself, (m, n): min(m, n) products. For tests and small problems.
@@ -202,6 +223,29 @@ class LinearOperator(ABC):
 
         return SubmatrixOperator(self, rows, rows if columns is None else columns)
 
+    def as_parameters(self, vector: Tensor) -> list[Tensor]:
+        """A vector (n,) as a list of tensors, one for each parameter, in its shape and dtype.
+
+        Raises:
+            ValueError: the vector has another shape, or the operator belongs to no model.
+        """
+        from imstep.linalg.space import known
+
+        if vector.shape != (self.shape[1],):
+            raise ValueError(f"the parameters are a vector of shape ({self.shape[1]},), got {tuple(vector.shape)}.")
+        return known(self.spaces[1], self).unflatten(vector)
+
+    def as_vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`as_parameters`.
+
+        Raises:
+            TypeError, ValueError: they are not one tensor for each parameter, of its shape.
+        """
+        from imstep.linalg.space import known
+
+        columns = known(self.spaces[1], self)
+        return columns.flatten(columns.checked(tensors))
+
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         """The blocks on the diagonal that belong to the layers or parameters of a model, by name.
 
@@ -209,12 +253,14 @@ class LinearOperator(ABC):
             by: "layer" or "parameter".
 
         Raises:
-            ValueError: the operator knows of no parameters.
+            ValueError: the operator belongs to no model, or is not square.
+
+        Cost: a product with A each, unless the operator knows a cheaper way.
         """
-        raise ValueError(
-            f"by={by!r} needs an operator that belongs to a model, and {type(self).__name__} is none. Pass a Hessian, "
-            "Gauss-Newton or Fisher matrix, a multiple or a sum of them; or cut out blocks with A.submatrix(index)."
-        )
+        from imstep.linalg.space import known
+
+        _ = self.size
+        return {name: self.submatrix(own) for name, own in known(self.spaces[1], self).places(by).items()}
 
     def inverse(
         self,
@@ -249,99 +295,3 @@ class LinearOperator(ABC):
     def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver | None:
         """What `inverse` solves with where the operator's form allows it; None to choose by size."""
         return None
-
-
-class SumOperator(LinearOperator):
-    """A + B; what `A + B` builds.
-
-    Raises:
-        ValueError: the two differ in shape, dtype or device.
-
-    Example:
-        >>> from imstep.linalg import DiagonalOperator
-        >>> A = DiagonalOperator(torch.tensor([1.0, 2.0]))
-        >>> (A + A) @ torch.ones(2)
-        tensor([2., 4.])
-    """
-
-    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
-        check_alike(first, second)
-        super().__init__(first.shape, first.dtype, first.device)
-        self.first, self.second = first, second
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self.first.matvec(vector) + self.second.matvec(vector)
-
-    def matmat(self, block: Tensor) -> Tensor:
-        return self.first.matmat(block) + self.second.matmat(block)
-
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        return self.first.rmatvec(vector) + self.second.rmatvec(vector)
-
-    def rmatmat(self, block: Tensor) -> Tensor:
-        return self.first.rmatmat(block) + self.second.rmatmat(block)
-
-    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
-        second = self.second.diagonal_blocks(by)
-        return {name: block + second[name] for name, block in self.first.diagonal_blocks(by).items()}
-
-
-class ScaledOperator(LinearOperator):
-    """factor · A; what `factor * A` builds.
-
-    Example:
-        >>> from imstep.linalg import IdentityOperator
-        >>> (3 * IdentityOperator(2)) @ torch.ones(2)
-        tensor([3., 3.])
-    """
-
-    def __init__(self, factor: float, operator: LinearOperator) -> None:
-        super().__init__(operator.shape, operator.dtype, operator.device)
-        self.factor, self.operator = factor, operator
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self.factor * self.operator.matvec(vector)
-
-    def matmat(self, block: Tensor) -> Tensor:
-        return self.factor * self.operator.matmat(block)
-
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        return self.factor * self.operator.rmatvec(vector)
-
-    def rmatmat(self, block: Tensor) -> Tensor:
-        return self.factor * self.operator.rmatmat(block)
-
-    def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
-        return {name: self.factor * block for name, block in self.operator.diagonal_blocks(by).items()}
-
-
-class TransposedOperator(LinearOperator):
-    """Aᵀ; what `A.T` builds.
-
-    Example:
-        >>> from imstep.linalg import DenseOperator
-        >>> DenseOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])).T @ torch.tensor([1.0, 2.0])
-        tensor([0., 1.])
-    """
-
-    def __init__(self, operator: LinearOperator) -> None:
-        rows, columns = operator.shape
-        super().__init__((columns, rows), operator.dtype, operator.device)
-        self.operator = operator
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self.operator.rmatvec(vector)
-
-    def matmat(self, block: Tensor) -> Tensor:
-        return self.operator.rmatmat(block)
-
-    def rmatvec(self, vector: Tensor) -> Tensor:
-        return self.operator.matvec(vector)
-
-    def rmatmat(self, block: Tensor) -> Tensor:
-        return self.operator.matmat(block)
-
-    @property
-    def T(self) -> LinearOperator:
-        """A itself."""
-        return self.operator

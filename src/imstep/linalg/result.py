@@ -64,6 +64,7 @@ class KrylovResult:
         disturbing_curvature: pᵀAp, without damping, for that direction, else None.
         multiplier: μ >= 0 with (A + (λ + μ)I) x ≈ b, of a trust region or a shift; None where it is not known.
         pairs: the last directions p with their images A p, (n,) each, as many as the solver was asked to keep.
+        iterates: earlier solutions x with their images A x, (n,) each, as the solver was asked to keep; oldest first.
     """
 
     solution: Tensor
@@ -81,6 +82,7 @@ class KrylovResult:
     disturbing_curvature: float | None = None
     multiplier: float | None = None
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+    iterates: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def measured_result(

@@ -1,14 +1,17 @@
 """Optimizers: the Newton-Krylov method as a ``torch.optim.Optimizer``."""
 
-from imstep.curvature.choice import ExactHessian, GaussNewtonFirst
+from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.box import Box
+from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
-from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, SophiaG, SophiaH
+from imstep.optim.diagonal_rules import AdaHessianRule, DiagonalRule, HessianScaledMomentum, SophiaG, SophiaH
 from imstep.optim.forcing import BestRateForcing, FixedProducts, ResidualForcing
 from imstep.optim.globalized import (
     CubicRegularization,
     Dogleg,
+    LearntModel,
     PreconditionedGradient,
     SaddleFree,
     TwoDimensionalSubspace,
@@ -19,19 +22,32 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
 from imstep.optim.minimize_result import IntermediateResult, MinimizeResult
 from imstep.optim.newton_krylov import NewtonKrylov
+from imstep.optim.preconditioned_momentum import PreconditionedMomentum
 from imstep.optim.preconditioning import (
     BFGS,
+    SOAP,
     SR1,
+    AutomaticRate,
+    BlockBFGS,
+    FactoredDamping,
+    GradientFactors,
     Hutchinson,
+    KLShampoo,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     NoPreconditioning,
     Nystrom,
     QuasiNewton,
+    RankOneModel,
     SelfScaledBroyden,
+    Shampoo,
     SquaredGradients,
+    TikhonovDamping,
 )
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.randomized import RandomSubspace
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.scaling import ColumnNorms, Scaling, Unscaled
 from imstep.optim.solving import (
@@ -47,13 +63,17 @@ from imstep.optim.solving import (
 from imstep.optim.stepwise import NonFiniteLossError
 from imstep.optim.stopping_tests import Termination
 from imstep.optim.third_order import ChebyshevHalley
+from imstep.optim.variance_reduction import VarianceReduction
 
 __all__ = [
     "BFGS",
+    "SOAP",
     "SR1",
     "AdaHessianRule",
+    "AutomaticRate",
     "BestRateForcing",
     "BlendedConjugateGradient",
+    "BlockBFGS",
     "Box",
     "ChebyshevHalley",
     "ColumnNorms",
@@ -64,15 +84,24 @@ __all__ = [
     "DiagonalRule",
     "Direct",
     "Dogleg",
+    "EarlierDraws",
     "ExactHessian",
     "ExponentialAverage",
+    "FactoredDamping",
+    "FisherCurvature",
     "FixedProducts",
     "GaussNewtonFirst",
     "GeneralizedLanczos",
+    "GradientFactors",
     "GrowingBatches",
+    "HessianScaledMomentum",
     "Hutchinson",
     "IntermediateResult",
+    "IterateBacktracking",
+    "KLShampoo",
     "Kronecker",
+    "KroneckerEigenbasis",
+    "LearntModel",
     "LeastSquares",
     "LimitedMemoryBFGS",
     "MicroBatches",
@@ -83,13 +112,18 @@ __all__ = [
     "NoPreconditioning",
     "NonFiniteLossError",
     "Nystrom",
+    "OverfittingWarning",
     "PreconditionedGradient",
+    "PreconditionedMomentum",
     "QuasiNewton",
+    "RandomSubspace",
+    "RankOneModel",
     "Recycling",
     "ResidualForcing",
     "SaddleFree",
     "Scaling",
     "SelfScaledBroyden",
+    "Shampoo",
     "Solver",
     "SophiaG",
     "SophiaH",
@@ -99,7 +133,9 @@ __all__ = [
     "StepRecord",
     "TailAverage",
     "Termination",
+    "TikhonovDamping",
     "TwoDimensionalSubspace",
     "Unscaled",
+    "VarianceReduction",
     "minimize",
 ]

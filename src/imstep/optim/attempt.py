@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.deferred import DeferredLinearisation
-from imstep.curvature.halves import HalvedTapeOperator
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
+from imstep.curvature.shared import halved
 from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
@@ -59,6 +59,7 @@ class _Setting:
     damping: float
     situation: Situation
     refresh: Cost  # of the preconditioner, apart from products
+    model: LinearOperator | None
 
     @property
     def products(self) -> Cost:
@@ -143,7 +144,8 @@ class Attempt(StepAttempt):
     def _evaluate(self) -> StepRecord:
         """Loss and gradient of the batch, and the tape that products are made from."""
         self._observer, radius = self._preconditioner.observer(), self._memory.search.radius
-        keep_graph = self._strategies.solver.needs_graph or self._strategies.measures(self._memory.steps)
+        makers = self._strategies.solver, self._strategies.curvature
+        keep_graph = any(m.needs_graph for m in makers) or self._strategies.measures(self._memory.steps)
         if self._part is None and not keep_graph and self._observer is None and self._needs_no_record():
             self.point = self._deferred = DeferredLinearisation(self._frozen)
             self.loss, self.gradient = self.point.loss, self.point.gradient
@@ -187,10 +189,10 @@ class Attempt(StepAttempt):
     ) -> tuple[_Setting, Memory]:
         relative_gradient = memory.gradient_norm / memory.largest_gradient_norm
         candidates = self._strategies.curvature.candidates(
-            self.point, self._parameters, memory.progress, probe=memory.probe_in == 0
+            self.point, self._parameters, memory.progress, probe=memory.probe_in == 0, step=memory.steps
         )
         if self._strategies.solver.needs_halves:
-            candidates = [HalvedTapeOperator(operator, self.point) for operator in candidates]
+            candidates = [halved(operator, self.point) for operator in candidates]
         if memory.curvature_scale == 0.0 and self._deferred is None:
             unit = self.gradient / memory.gradient_norm
             scale = abs(float(unit @ (candidates[-1] @ unit)))
@@ -212,7 +214,9 @@ class Attempt(StepAttempt):
         preconditioner = self._preconditioner.operator(damping)
         if preconditioner is not None:
             preconditioner = masked(preconditioner, self._mask)
-        return _Setting(candidates, preconditioner, damping, situation, refresh), memory
+        model = self._preconditioner.model()
+        model = None if model is None else masked(model, self._mask)
+        return _Setting(candidates, preconditioner, damping, situation, refresh, model), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Direction, Memory]:
         """The direction by the first candidate that does not prove indefinite, or else by the last; what is taken."""
@@ -234,6 +238,8 @@ class Attempt(StepAttempt):
                 self._parameters,
                 memory.search.third_derivative / 2,
                 partial(third_derivative_along, self._part or self._frozen, self._parameters),
+                setting.model,
+                memory.steps,
             )
             direction = self._solved(system)
             if not direction.status.disturbing:
@@ -278,8 +284,9 @@ class Attempt(StepAttempt):
     ) -> tuple[StepRecord, Memory]:
         if not math.isfinite(direction.curvature) or not 0 < direction.norm < math.inf:
             return replace(record, outcome=StepOutcome.REJECTED), memory.safeguarded(self._memory, accepted=False)
+        direction, taken, chosen = self._chosen(direction, taken)
         model, cost = self._expanded(direction)
-        record = replace(record, cost=record.cost + cost)
+        record = replace(record, cost=record.cost + chosen + cost)
         search, line = self._strategies.step, replace(self._along(direction), model=model)
         longest = memory.reach / max(direction.norm, taken.norm)
         longest = min(longest, self._pace.longest / taken.norm) if taken.norm > 0 else longest
@@ -302,6 +309,15 @@ class Attempt(StepAttempt):
         )
         memory = memory.safeguarded(self._memory, end.accepted)
         return self._finish(record, model, direction, end, taken), memory
+
+    def _chosen(self, last: Direction, taken: Direction) -> tuple[Direction, Direction, Cost]:
+        """The best iterate of a solver that has kept some, by the loss, and what is taken of it."""
+        # Not before the last product: trials move the parameters that products are made with.
+        rule = self._strategies.solver.chooses
+        if rule is None or self._pace.rates is not None:
+            return last, taken, Cost()
+        best, cost = rule.best(last, self.gradient, lambda d: self._loss_at(d, 1.0))
+        return best, best.times(self._pace.lr), cost
 
     def _last_move(self, taken: Direction, trials: Trials) -> Tensor | None:
         if not (self._strategies.momentum or self._strategies.solver.uses_last_move):

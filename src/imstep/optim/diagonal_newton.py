@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,20 +10,17 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
-from imstep.curvature.hooks import mask_of
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.penalty import Penalty
-from imstep.globalization import SearchState
 from imstep.optim.averaging import Averaging
 from imstep.optim.diagonal_rules import DiagonalRule
+from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
-from imstep.optim.pace import Pace, options_of
+from imstep.optim.pace import Pace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer
 
 
-class DiagonalNewton(StepwiseOptimizer):
+class DiagonalNewton(FixedRateOptimizer):
     """Momentum divided by a diagonal of curvature, entry by entry, with a fixed rate: AdaHessian and Sophia.
 
     A step evaluates one gradient, moves, and asks nothing of the loss where it ends: unlike
@@ -76,33 +72,22 @@ class DiagonalNewton(StepwiseOptimizer):
         self._rule, self._seed = rule, seed
         super().__init__(
             params,
-            Memory(search=SearchState(), damping=0.0),
-            options={"lr": lr, "weight_decay": weight_decay},
+            lr=lr,
+            weight_decay=weight_decay,
             max_step_norm=max_step_norm,
             max_refusals=max_refusals,
             average=average,
         )
-        self._means = _Means(self._parameters, seed)
+
+    def _begun(self, parameters: ParameterVector) -> _Means:
+        return _Means(parameters, self._seed)
 
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
-        decay = self._parameters.spread(options_of(self.param_groups, "weight_decay", self._parameters))
-        return _DiagonalAttempt(self._rule, self._means, decay, self._memory, self._parameters, frozen, self._pace())
-
-    def _penalty(self) -> Penalty | None:
-        return None  # decay is apart from the loss
+        made = self._rule, self._means, self._decay()
+        return _DiagonalAttempt(*made, self._memory, self._parameters, frozen, self._pace())
 
     def _chosen(self) -> dict[str, Any]:
         return {"rule": self._rule}
-
-    def _parts(self) -> dict[str, Any]:
-        return {"means": self._means.state_dict()}
-
-    def _load_parts(self, parts: dict[str, Any]) -> None:
-        self._means.load_state_dict(parts["means"])
-
-    def _adopt(self, parameters: ParameterVector) -> None:
-        super()._adopt(parameters)
-        self._means = _Means(parameters, self._seed)
 
 
 class _Means:
@@ -123,10 +108,8 @@ class _Means:
         self.steps, self.estimates = state["steps"], state["estimates"]
 
 
-class _DiagonalAttempt(StepAttempt):
+class _DiagonalAttempt(FixedRateAttempt):
     """A step of a diagonal rule."""
-
-    _frozen: FrozenClosure
 
     def __init__(
         self,
@@ -140,11 +123,6 @@ class _DiagonalAttempt(StepAttempt):
     ) -> None:
         super().__init__(memory, parameters, frozen, pace)
         self._rule, self._means, self._decay = rule, means, decay
-        self._at: tuple[Tensor, Tensor]
-
-    @property
-    def start(self) -> tuple[Tensor, Tensor]:
-        return self._at
 
     def run(self) -> tuple[StepRecord, Memory]:
         rule, means, memory = self._rule, self._means, self._memory
@@ -167,20 +145,3 @@ class _DiagonalAttempt(StepAttempt):
         means.steps += 1
         step = rule.step(means.momentum, means.curvature, means.steps, means.estimates)
         return self._moved(record, self._decay.to(step) * self.origin + step), memory.meet(record.gradient_norm)
-
-    def _moved(self, record: StepRecord, step: Tensor) -> StepRecord:
-        """Go against ``step`` as far as learning rates say."""
-        taken = -self._pace.share(step)
-        factors = self._frozen.hook_factors
-        if factors is not None and (mask := mask_of(factors)) is not None:
-            taken = mask * taken
-        norm = float(taken.norm())
-        if not math.isfinite(norm):
-            return replace(record, outcome=StepOutcome.REJECTED)
-        share = min(1.0, self._pace.longest / norm) if norm > 0 else 1.0
-        self._parameters.move(self._snapshot, taken, share)
-        self._keep = True
-        slope = float(self._at[1] @ taken)
-        return replace(
-            record, new_loss=math.nan, step_length=share, direction_norm=norm, step_norm=share * norm, slope=slope
-        )

@@ -82,9 +82,7 @@ class AdaHessianRule(DiagonalRule):
     def estimate(
         self, point: Linearised, parameters: ParameterVector, generator: torch.Generator
     ) -> tuple[Tensor, Cost]:
-        bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
-        signs = (2 * bits - 1).to(point.gradient)
-        sample = (signs * (hessian_of(point, parameters) @ signs)).abs()
+        sample = _probed(point, parameters, generator).abs()
         if self.spatial:
             parts = parameters.unflatten(sample)
             sample = parameters.flatten([_over_kernel(part) for part in parts])
@@ -93,6 +91,44 @@ class AdaHessianRule(DiagonalRule):
     def step(self, momentum: Tensor, curvature: Tensor, steps: int, estimates: int) -> Tensor:
         mean = momentum / (1 - self.beta1**steps)
         return mean / ((curvature / (1 - self.beta2**estimates)) ** (self.power / 2) + self.eps)
+
+
+@dataclass(frozen=True)
+class HessianScaledMomentum(DiagonalRule):
+    """Momentum with a rate for each parameter by its curvature.
+
+        m <- β₁ m + (1 - β₁) g,   h <- β₂ h + (1 - β₂) |z * H z| with random signs z, every few steps
+        w <- w - lr m' / (h' + floor · mean h'),   m' = m / (1 - β₁^t),   h' = h / (1 - β₂^t)
+
+    Nothing is clipped, and no unit matters: lr = 1 is the step of a diagonal Newton method.
+
+    Args:
+        beta1, beta2, every: see :class:`DiagonalRule`.
+        floor: > 0.
+
+    Source: LeCun, Bottou, Orr and Müller, Efficient BackProp (1998), section 9.1, the stochastic diagonal
+        Levenberg-Marquardt method, with momentum; estimates by exact products in place of squared gradients.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    floor: float = 0.1
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        self._check()
+        if not self.floor > 0:
+            raise ValueError(f"floor, relative to the mean curvature, is positive, got {self.floor}.")
+
+    def estimate(
+        self, point: Linearised, parameters: ParameterVector, generator: torch.Generator
+    ) -> tuple[Tensor, Cost]:
+        return _probed(point, parameters, generator).abs(), Cost(hessian_products=1)
+
+    def step(self, momentum: Tensor, curvature: Tensor, steps: int, estimates: int) -> Tensor:
+        mean = curvature / (1 - self.beta2**estimates)
+        tiny = torch.finfo(mean.dtype).tiny  # of a loss that is linear
+        return momentum / (1 - self.beta1**steps) / (mean + self.floor * mean.mean()).clamp(min=tiny)
 
 
 @dataclass(frozen=True)
@@ -157,6 +193,13 @@ class SophiaG(SophiaH):
                 "such as a cross-entropy or a squared error; this one has another form. Use SophiaH()."
             )
         return sampled_diagonal(point, parameters, generator), Cost(refreshes=1)
+
+
+def _probed(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
+    """z * H z with random signs z."""
+    bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
+    signs = (2 * bits - 1).to(point.gradient)
+    return signs * (hessian_of(point, parameters) @ signs)
 
 
 def _over_kernel(part: Tensor) -> Tensor:

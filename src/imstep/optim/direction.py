@@ -31,6 +31,7 @@ class Direction:
         iterations: of the solver.
         cost: what finding it cost besides products with A.
         pairs: directions p with their products A p that were met on the way, as far as they were asked for.
+        earlier: iterates x of the solver before d with their products A x, oldest first, as far as they were asked for.
     """
 
     vector: Tensor
@@ -42,6 +43,7 @@ class Direction:
     iterations: int
     cost: Cost = field(default_factory=Cost)
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+    earlier: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @classmethod
     def along(cls, vector: Tensor, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> Direction:
@@ -53,7 +55,7 @@ class Direction:
     def moved(self, vector: Tensor, image: Tensor, gradient: Tensor) -> Direction:
         """Another vector with its product in its place."""
         slope, curvature, norm = _along(gradient, vector, image)
-        return replace(self, vector=vector, image=image, slope=slope, curvature=curvature, norm=norm)
+        return replace(self, vector=vector, image=image, slope=slope, curvature=curvature, norm=norm, earlier=())
 
     def times(self, factor: float) -> Direction:
         """The direction, longer by a factor >= 0; itself if that is 1."""
@@ -81,7 +83,8 @@ def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) ->
     """
     vector, image = result.solution, result.image
     numbers = _along(gradient, vector, image)
-    found = Direction(vector, image, *numbers, result.status, result.iterations, pairs=result.pairs)
+    told = result.status, result.iterations
+    found = Direction(vector, image, *numbers, *told, pairs=result.pairs, earlier=result.iterates)
     if found.descends(gradient) and math.isfinite(found.curvature):
         return found
     return downhill(found, operator, -gradient, gradient)

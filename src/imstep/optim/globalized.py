@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from imstep.linalg import (
     KrylovStatus,
@@ -15,7 +15,7 @@ from imstep.linalg import (
 )
 from imstep.linalg.result import measured_result
 from imstep.optim.direction import Direction, descent
-from imstep.optim.solving import ConjugateGradient, NewtonSystem, Solver, in_ball
+from imstep.optim.solving import ConjugateGradient, GeneralizedLanczos, NewtonSystem, Solver, in_ball
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TwoDimensionalSubspace(Solver):
 class PreconditionedGradient(Solver):
     """-α P g: a step of the preconditioner alone, as long as the exact curvature along it says.
 
-        d = -P g,   α = -gᵀd / dᵀ(A + λI)d,   or 1 where the curvature is not positive
+        d = -P g,   α = -gᵀd / (|dᵀAd| + λ‖d‖²)
 
     With ``momentum=True`` of the optimizer, length and share of the last step come from the exact model together.
 
@@ -136,8 +136,9 @@ class PreconditionedGradient(Solver):
         direction = b if system.preconditioner is None else system.preconditioner.matvec(b)
         image = system.operator.matvec(direction) if self.products else b - system.damping * direction
         slope = float(b @ direction)
-        curvature = float(direction @ image) + system.damping * float(direction @ direction)
-        share = slope / curvature if curvature > 0 else 1.0
+        along, square = float(direction @ image), float(direction @ direction)
+        curvature = along + system.damping * square
+        share = _length(slope, abs(along) + system.damping * square if self.products else curvature, square)
         solution, product = share * direction, share * image
         residual = b - product - system.damping * solution
         result = measured_result(
@@ -151,3 +152,41 @@ class PreconditionedGradient(Solver):
             decreases=(0.0, share * slope - share * share * curvature / 2),
         )
         return descent(system.operator, system.gradient, result)
+
+
+@dataclass(frozen=True)
+class LearntModel(Solver):
+    """Another solver on the matrix B that a quasi-Newton method has learnt, in place of the curvature: no products.
+
+    It belongs with ``preconditioning=RankOneModel()``, and with a step search that has a radius, since B may be
+    indefinite. With ``curvature=ExactHessian()`` and no damping a step then evaluates plain gradients only.
+
+    Args:
+        solver: of the subproblem.
+
+    Raises:
+        ValueError: at a step: the preconditioning learns no such matrix.
+
+    Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithm 6.2. A Krylov space that B = γI and k
+        rank-one terms span has at most k + 2 dimensions, so that GLTR ends there with the exact step.
+    """
+
+    solver: Solver = field(default_factory=GeneralizedLanczos)
+
+    @property
+    def needs_products(self) -> bool:
+        return False
+
+    def solve(self, system: NewtonSystem) -> Direction:
+        if system.model is None:
+            raise ValueError(
+                "LearntModel() solves with a matrix that the preconditioning learns, and this one learns none. Pass "
+                "preconditioning=RankOneModel(), or solver=GeneralizedLanczos() for the curvature itself."
+            )
+        return self.solver.solve(replace(system, operator=system.model, preconditioner=None))
+
+
+def _length(slope: float, size: float, square: float) -> float:
+    """The share of a direction that a curvature of this size makes its length; all of it where that says nothing."""
+    share = slope / size if size > 0 else math.inf
+    return share if 0 < share * math.sqrt(square) < math.inf else 1.0

@@ -14,6 +14,7 @@ from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.linalg import BoxLeastSquares, DampedLeastSquares, RidgeLeastSquares, RowMatrix, StepSpace
 from imstep.optim.box import Box
 from imstep.optim.memory import Memory
+from imstep.optim.recall import RowsAbove
 from imstep.optim.residual_settings import Settings
 
 LEAST_SHARE = 1e-2
@@ -28,7 +29,7 @@ class Ground:
     """The linearisation at w.
 
     Attributes:
-        jacobian: J at w, with ρ.
+        jacobian: J at w, with ρ; above the rows of earlier steps, where those are kept.
         units: D (n,), in which entries of a step are measured; None for 1.
         space: damped least squares with J D⁻¹.
         factorised: what J is factorised into for them.
@@ -38,7 +39,7 @@ class Ground:
         reach: the longest ‖D d‖ allowed.
     """
 
-    jacobian: ResidualJacobian
+    jacobian: ResidualJacobian | RowsAbove
     units: Tensor | None
     space: StepSpace
     factorised: DampedLeastSquares
@@ -65,7 +66,7 @@ class Ground:
 
 
 def ground_at(
-    jacobian: ResidualJacobian,
+    jacobian: ResidualJacobian | RowsAbove,
     penalty: Penalty | None,
     parameters: ParameterVector,
     settings: Settings,
@@ -108,11 +109,11 @@ def ground_at(
     return ground, memory
 
 
-def _in_units(jacobian: ResidualJacobian, units: Tensor | None) -> RowMatrix:
+def _in_units(jacobian: ResidualJacobian | RowsAbove, units: Tensor | None) -> RowMatrix:
     return jacobian if units is None else jacobian.in_units(units)
 
 
-def _rounding(jacobian: ResidualJacobian, penalty: Penalty | None, w: Tensor, eps: float) -> float:
+def _rounding(jacobian: ResidualJacobian | RowsAbove, penalty: Penalty | None, w: Tensor, eps: float) -> float:
     """Of a decrease: that of w and of ρ, taken as random."""
     values = jacobian.residuals
     rounding = float((values * (values.abs() + (jacobian @ w).abs())).norm())

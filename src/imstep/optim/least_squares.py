@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +17,15 @@ from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
 from imstep.optim.averaging import Averaging
 from imstep.optim.box import Box, BoxedParameters
+from imstep.optim.checking import Check
 from imstep.optim.memory import Memory
+from imstep.optim.recall import EarlierDraws
+from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
 from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 
 
 class LeastSquares(StepwiseOptimizer):
@@ -55,10 +61,13 @@ class LeastSquares(StepwiseOptimizer):
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
+        recall: :class:`EarlierDraws`, for points drawn anew each step: a step changes little at the points of those
+            before it, without evaluating anything there; J is written out. None for steps that know only their own.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
+        process_group: None; steps over several processes are refused, as yet.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first. Its ``iterations`` are the
@@ -108,11 +117,19 @@ class LeastSquares(StepwiseOptimizer):
         corrections: int = 4,
         share: float = 1.0,
         momentum: float = 0.0,
+        recall: EarlierDraws | None = None,
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
         average: Averaging | None = None,
+        process_group: None = None,
     ) -> None:
+        if process_group is not None:
+            raise ValueError(
+                "LeastSquares solves in the space of all residuals, and those of other processes are not gathered yet. "
+                "Take it in one process, on all residuals or on some drawn anew each step; or take "
+                "NewtonKrylov(..., process_group=...), which adds up over processes."
+            )
         self._settings = Settings(
             damping or ContractionDamping(),
             factorisation or ByShape(),
@@ -120,6 +137,7 @@ class LeastSquares(StepwiseOptimizer):
             corrections,
             share,
             momentum,
+            recall,
             tolerance,
             max_trials,
         )
@@ -136,6 +154,56 @@ class LeastSquares(StepwiseOptimizer):
         )
         self._owners = KnownOwners()
 
+    @needs_closure
+    def step(self, closure: Callable[[], Any], check: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step, and see whether it holds at other points.
+
+        Args:
+            closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it; evaluated several times.
+                See docs/closures.md. For a batch in pieces a :class:`MicroBatches`, or a list of closures.
+            check: returns the same loss at other points, as a tensor with one entry or a number; the same points in all
+                steps, or new ones. It is evaluated without a gradient, where the step ends, and where the first one
+                begins; it changes nothing in steps. ``last_step`` has the losses, ``check_loss`` before the step and
+                ``new_check_loss`` after it, and ``generalisation``, how much of the step's gain is found there. Where
+                the loss at the steps' points falls to a quarter, while for five steps that of ``check`` does not fall
+                and is more than twice as large, an :class:`OverfittingWarning` is given, once.
+
+        Returns:
+            What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
+            the parameters is the loss's gradient there.
+
+        Raises:
+            TypeError: no closure; ``check`` is no function.
+            ValueError: the closure gave no scalar with a graph, or one that no parameter influences, or does what has
+                no meaning here, such as clipping gradients.
+            NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
+        """
+        if check is None:
+            return super().step(closure)
+        self._where()  # or refuse, before anything is evaluated
+        elsewhere = Check(check, self._parameters)
+        before, first = self._checked(elsewhere)
+        returned = super().step(closure)
+        started = time.perf_counter()
+        loss = self.last_step.loss - self.last_step.penalty
+        before = math.nan if self.last_step.went_back else before  # of another point
+        self._memory = replace(self._memory, checks=self._memory.checks.meet(loss, before).warn(loss))
+        after, second = self._checked(elsewhere)
+        spent = Cost(losses=first + second)
+        self.cost = self.cost + spent
+        record = replace(self.last_step, check_loss=before, new_check_loss=after, cost=self.last_step.cost + spent)
+        self.last_step = replace(record, seconds=record.seconds + time.perf_counter() - started)
+        return returned
+
+    def _checked(self, elsewhere: Check) -> tuple[float, bool]:
+        """The loss elsewhere where the parameters are, and whether it had to be evaluated."""
+        checks, size = self._memory.checks, self._parameters.norm()
+        if size == checks.size:
+            return checks.last, False
+        loss = elsewhere.loss()
+        self._memory = replace(self._memory, checks=replace(checks, last=loss, size=size))
+        return loss, True
+
     def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
         if self._box is not None and frozen.penalty is not None:
             raise ValueError(
@@ -150,7 +218,8 @@ class LeastSquares(StepwiseOptimizer):
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
 
     def _chosen(self) -> dict[str, Any]:
-        return {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling")}
+        chosen = {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling", "recall")}
+        return {name: strategy for name, strategy in chosen.items() if strategy is not None}
 
     def _parts(self) -> dict[str, Any]:
         return {"owners": self._owners.state_dict()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from imstep.globalization import SearchState
+from imstep.optim.checking import CheckHistory
 
 LONGEST_WAIT = 64
 
@@ -48,6 +49,8 @@ class Memory:
         size: norm of the parameters where it ended, by which they are known again; nan before the first.
         reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back or rejected.
         failed: the shortest ‖t d‖ that failed, if the last step was rejected; else infinite.
+        earlier: rows of earlier Jacobians, (m, n), where a strategy keeps them; None where there are none.
+        checks: the loss at other points, where steps are given one.
     """
 
     search: SearchState
@@ -70,6 +73,8 @@ class Memory:
     size: float = math.nan
     reach: float = math.inf
     failed: float = math.inf
+    earlier: Tensor | None = None
+    checks: CheckHistory = field(default_factory=CheckHistory)
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
@@ -110,10 +115,11 @@ class Memory:
         return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, a tensor, and a nested dictionary."""
-        return {**vars(self), "search": asdict(self.search)}
+        """Numbers, tensors, and nested dictionaries."""
+        return {**vars(self), "search": asdict(self.search), "checks": asdict(self.checks)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Memory:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{**state, "search": SearchState(**state["search"])})
+        nested = {"search": SearchState(**state["search"]), "checks": CheckHistory(**state.get("checks", {}))}
+        return cls(**{**state, **nested})

@@ -34,7 +34,7 @@ class MicroBatches:
             recorded anew for every product. 0 for the least memory.
 
     Raises:
-        ValueError: there are no pieces; a weight is not positive; the budget is negative.
+        ValueError: a weight is not positive; the budget is negative. In a step: there are no pieces.
 
     Cost: that of the whole batch; for every product with a piece without a record, a linearisation of the piece, and
         one where the preconditioner is refreshed.
@@ -62,11 +62,22 @@ class MicroBatches:
         weights = [reduction.weight(batch) for batch in kept]
         scale = reduction.scale(sum(weights)) if kept else 1.0
         pieces = [Piece(scale * weight, partial(closure, batch)) for weight, batch in zip(weights, kept, strict=True)]
+        self.reduction, self.count = reduction, sum(weights)
         self._fill(pieces, memory_budget)
 
-    def _fill(self, pieces: list[Piece], memory_budget: int | None) -> None:
-        if not pieces:
+    reduction: Reduction | None = None
+    """How the pieces make up the whole; None where they are added up as they are."""
+
+    count = 0.0
+    """The weights of the pieces together, before scaling."""
+
+    def checked(self) -> MicroBatches:
+        """Itself; raises if there are no pieces."""
+        if not self.pieces:
             raise ValueError("a step needs at least one piece of a batch, got none. Is the loader's iterator used up?")
+        return self
+
+    def _fill(self, pieces: list[Piece], memory_budget: int | None) -> None:
         if not all(piece.weight > 0 for piece in pieces):
             raise ValueError(
                 f"weights of pieces are positive, got {[piece.weight for piece in pieces]}. Leave empty pieces out."
@@ -100,6 +111,7 @@ class MicroBatches:
         Raises:
             ValueError: a piece calls ``backward()``, which knows no weights.
         """
+        self.checked()
         with _NoBackward():
             losses = [piece.weight * piece.closure() for piece in self.pieces]
         return torch.stack(losses).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, FrozenPieces
+from imstep.curvature.processes import Processes
 from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.averaging import Averaging
@@ -18,11 +20,13 @@ from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.sharing import shared_batch, state_digest
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 
@@ -44,6 +48,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     max_refusals: int
     average: Averaging | None
     variance_every: int
+    process_group: ProcessGroup | None
 
 
 class NewtonKrylov(StepwiseOptimizer):
@@ -80,6 +85,11 @@ class NewtonKrylov(StepwiseOptimizer):
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
+        process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
+            the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
+            part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
+            :class:`MicroBatches` counts by its examples, and may be empty. None for one process; note that
+            ``torch.distributed.group.WORLD`` is None before ``init_process_group``.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first, which its type leaves out.
@@ -124,7 +134,9 @@ class NewtonKrylov(StepwiseOptimizer):
         max_refusals: int = 5,
         average: Averaging | None = None,
         variance_every: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        self._processes = Processes.of(process_group)
         self._strategies = Strategies(
             curvature=curvature or GaussNewtonFirst(),
             solver=solver or ConjugateGradient(),
@@ -178,7 +190,7 @@ class NewtonKrylov(StepwiseOptimizer):
         configuration: NewtonKrylovOptions = {
             "solver": BlendedConjugateGradient(weight=0.1),
             "forcing": FixedProducts(2),
-            "damping": LevenbergMarquardt(initial=0.1, floor=1e-4),
+            "damping": LevenbergMarquardt(floor=1e-4),
             "preconditioning": Kronecker(every=10),
         }
         configuration.update(options)
@@ -203,19 +215,25 @@ class NewtonKrylov(StepwiseOptimizer):
             TypeError: no closure.
             ValueError: a closure returned no scalar with a graph, or one that no parameter influences.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
+            OtherProcessError: the closure failed in another process; in that one it raises what it raised.
+            ProcessesLostError: another process has ended, or is not at the same place.
         """
-        frozen = self._batch(closure)
-        part = None if curvature_closure is None else self._batch(curvature_closure)
-        return self._take(self._attempt(frozen, part))
+        together = nullcontext() if self._processes is None else self._processes.interrupted_together()
+        with together:
+            frozen = self._batch(closure)
+            part = None if curvature_closure is None else self._batch(curvature_closure)
+            return self._take(self._attempt(frozen, part))
 
     def _batch(self, closure: Any) -> FrozenBatch:
-        """The closure on its batch, whole or in pieces."""
+        """The closure on its batch: whole, in pieces, or with those of other processes."""
+        if self._processes is not None:
+            return shared_batch(
+                self._processes, closure, self._where, lambda: state_digest(repr(self), self._memory)
+            )
         pieces = MicroBatches.of(closure)
         if pieces is None:
             return self._frozen(closure)
-        self._begin(closure)
-        where = self._parameters, self._holds_gradients(), self._penalty()
-        return FrozenPieces(pieces.pieces, *where, pieces.memory_budget)
+        return FrozenPieces(pieces.checked().pieces, *self._where(), pieces.memory_budget)
 
     def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
         return Attempt(

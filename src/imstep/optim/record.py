@@ -102,6 +102,7 @@ class StepRecord:
         status: why the Krylov iteration ended, which is not what became of the step; None if there was none.
         loss, new_loss: f before and after the step, weight decay included; equal unless it was accepted.
         penalty, new_penalty: the part of them that is weight decay; the rest is the closure's loss.
+        check_loss, new_check_loss: the loss at other points before and after the step, of a ``check``; nan without one.
         gradient_norm: ‖g‖ before the step, weight decay included.
         gradient_variance: the trace of the covariance of g as a mean over examples, estimated from two halves; of the
             part that the curvature was taken from, if there was one. nan where it was not asked for.
@@ -152,6 +153,8 @@ class StepRecord:
     went_back: bool = False
     factorisation: str | None = None
     rank: int = 0
+    check_loss: float = math.nan
+    new_check_loss: float = math.nan
     cost: Cost = Cost()
     seconds: float = 0.0
 
@@ -164,6 +167,18 @@ class StepRecord:
     def accepted(self) -> bool:
         """Whether the parameters moved."""
         return self.outcome is StepOutcome.ACCEPTED
+
+    @property
+    def generalisation(self) -> float:
+        """How much of the step's relative decrease of the loss is found at other points, log C'/C over log f'/f.
+
+        1 where the loss there falls by the same factor, 0 where it stays, less where it rises; nan where it is not
+        known, or the loss does not fall. Losses are those of closures, without weight decay.
+        """
+        losses = self.loss - self.penalty, self.new_loss - self.new_penalty, self.check_loss, self.new_check_loss
+        if not all(0 < value < math.inf for value in losses) or not losses[1] < losses[0]:
+            return math.nan
+        return math.log(losses[2] / losses[3]) / math.log(losses[0] / losses[1])
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dictionary for JSON: enums as lower-case words, the cost's counts and its gradient-equivalents."""

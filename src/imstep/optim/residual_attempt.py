@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
@@ -19,6 +20,7 @@ from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_reli
 from imstep.optim.ground import Ground, ground_at
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
+from imstep.optim.recall import RowsAbove, new_points
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.residual_settings import Settings
 from imstep.optim.residual_trials import ResidualTrials
@@ -67,6 +69,8 @@ class ResidualAttempt(StepAttempt):
         self._loss: Tensor
         self._gradient: Tensor
         self._trials: ResidualTrials
+        self._recall = settings.recall  # None where the points are not known to be new
+        self._earlier: Tensor | None = None  # rows of earlier Jacobians, (m, n)
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,11 @@ class ResidualAttempt(StepAttempt):
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
         where = self._parameters, self._settings, memory, self._box
-        ground, memory = ground_at(jacobian, self._penalty, *where)
+        if not new_points(record.loss, memory.loss):
+            self._recall = None
+        self._earlier = None if self._recall is None else memory.earlier
+        stacked = jacobian if self._earlier is None else RowsAbove(jacobian, self._earlier)
+        ground, memory = ground_at(stacked, self._penalty, *where)
         record = replace(record, factorisation=ground.factorised.kind, rank=ground.factorised.rank)
         return self._search(record, memory, ground)
 
@@ -90,7 +98,7 @@ class ResidualAttempt(StepAttempt):
         """Residuals, Jacobian and gradient."""
         self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
         self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
-        self._loss = jacobian.loss
+        self._loss, self._residuals = jacobian.loss, jacobian.residuals
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         self._penalty = self._frozen.settle_penalty(jacobian.used)
         if self._penalty is not None:
@@ -108,7 +116,7 @@ class ResidualAttempt(StepAttempt):
         damping, patience, promised, shifted = memory.damping, _PATIENCE, False, residuals
         shift = None if memory.last_move is None else settings.momentum * memory.last_move
         if shift is not None:
-            shifted = self._trials.residuals_at(shift)
+            shifted = self._residuals_at(shift)
         place = lambda u: ground.step(u) if shift is None else ground.step(u) + shift
         for failures in range(settings.max_trials):
             reduced = ground.around(shift)
@@ -118,7 +126,7 @@ class ResidualAttempt(StepAttempt):
                 residuals,
                 shifted,
                 damping * ground.scale,
-                lambda u: self._trials.residuals_at(place(u)),
+                lambda u: self._residuals_at(place(u)),
                 relief=no_relief if self._penalty is None else lambda u: self._relief(place(u)),
                 limit=rule.limit,
                 max_iterations=settings.corrections,
@@ -182,6 +190,9 @@ class ResidualAttempt(StepAttempt):
     ) -> tuple[StepRecord, Memory]:
         """The record of a step d = ``there``, given what is taken of it and by how much that lowers the loss."""
         self._keep = True
+        count = len(self._residuals)  # without the rows of earlier steps
+        residuals, image = residuals[:count], image[:count]
+        decrease, left = step.decrease + self._held(there), left + self._held(share)
         slope, curvature = self._of_penalty(there)
         slope, curvature = slope + float(residuals @ image), curvature + float(image @ image)
         predicted = -slope - curvature / 2
@@ -195,14 +206,15 @@ class ResidualAttempt(StepAttempt):
             slope=slope,
             curvature=curvature,
             predicted_decrease=predicted,
-            actual_decrease=step.decrease,
-            rho=step.decrease / predicted if predicted > 0 else math.nan,
-            taylor_error=predicted - step.decrease,
+            actual_decrease=decrease,
+            rho=decrease / predicted if predicted > 0 else math.nan,
+            taylor_error=predicted - decrease,
             cost=record.cost + self._trials.spent,
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
         last_move = share if self._settings.momentum > 0 else None
-        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move)
+        earlier = None if self._recall is None else self._recall.after(self._jacobian, self._earlier)
+        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move, earlier=earlier)
 
     def _reaching(
         self,
@@ -228,8 +240,12 @@ class ResidualAttempt(StepAttempt):
         if not bool(step.any()):
             self._parameters.restore(self._snapshot)
             return 0.0
-        decrease = decrease_of(residuals, self._trials.residuals_at(step)) + self._relief(step)
+        decrease = decrease_of(residuals, self._residuals_at(step)) + self._relief(step)
         return decrease if math.isfinite(decrease) else -math.inf
+
+    def _held(self, step: Tensor) -> float:
+        """What a step costs at the points of earlier ones."""
+        return 0.0 if self._earlier is None else float((self._earlier @ step.double()).square().sum()) / 2
 
     def _relief(self, step: Tensor) -> float:
         """By how much a step lowers the penalty."""
@@ -245,6 +261,11 @@ class ResidualAttempt(StepAttempt):
         return float(w @ weighted), float(d @ weighted)
 
     # --- evaluations --------------------------------------------------------------------------------------------
+
+    def _residuals_at(self, step: Tensor) -> Tensor:
+        """ρ(w + d), (N,), and what changes at the points of earlier steps."""
+        own = self._trials.residuals_at(step)
+        return own if self._earlier is None else torch.cat([own, self._earlier @ step.double()])
 
     def _free(self, gradient: Tensor) -> Tensor:
         """The gradient without the entries that bounds hold back."""

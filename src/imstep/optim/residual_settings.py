@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from imstep.globalization import ContractionDamping
 from imstep.linalg import Factorisation
+from imstep.optim.recall import EarlierDraws
 from imstep.optim.scaling import Scaling
 
 
@@ -20,6 +21,7 @@ class Settings:
     corrections: int
     share: float
     momentum: float
+    recall: EarlierDraws | None
     tolerance: float
     max_trials: int
 
@@ -27,6 +29,8 @@ class Settings:
         for name, kind in (("damping", ContractionDamping), ("factorisation", Factorisation), ("scaling", Scaling)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}.")
+        if self.recall is not None and not isinstance(self.recall, EarlierDraws):
+            raise TypeError(f"recall must be EarlierDraws, or None for nothing, got {self.recall!r}.")
         if self.corrections < 1 or self.max_trials < 1:
             raise ValueError(
                 f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."

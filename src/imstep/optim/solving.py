@@ -28,6 +28,7 @@ from imstep.linalg import (
     minres,
     steihaug_toint,
 )
+from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.direction import Direction, descent
 
 
@@ -48,6 +49,8 @@ class NewtonSystem:
         parameters: the vector that all of this is about.
         sigma: σ of a cubic term σ‖d‖³/3 that a solver may add to the model, by the step search; 0 where there is none.
         third_derivative: (u, v) -> D³f[u, v, ·], (n,) each, of the loss that the curvature is taken from.
+        model: B ≈ A that the preconditioner has learnt, for solvers that work on it in place of A; or None.
+        step: the number of the step, from 0.
     """
 
     operator: LinearOperator
@@ -62,6 +65,8 @@ class NewtonSystem:
     parameters: ParameterVector
     sigma: float = 0.0
     third_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
+    model: LinearOperator | None = None
+    step: int = 0
 
 
 class Solver(ABC):
@@ -87,6 +92,11 @@ class Solver(ABC):
         """Whether it makes use of the last step, which is then kept."""
         return False
 
+    @property
+    def chooses(self) -> IterateBacktracking | None:
+        """How one of its iterates is chosen by the loss there; None where the last one is the direction."""
+        return None
+
     @abstractmethod
     def solve(self, system: NewtonSystem) -> Direction:
         """A direction of descent."""
@@ -106,6 +116,7 @@ class ConjugateGradient(Solver):
         follow: where a direction p of negative curvature ends the iteration, add the step along p that its curvature's
             absolute value suggests, rather than leave p alone.
         warm_start: fraction of the last step that the iteration starts from, in [0, 1]; 0 for a start at zero.
+        backtracking: which of the iterates becomes the direction; None for the last.
 
     Source: Shen et al., arXiv 2009.07098, for the termination; the absolute value as Dauphin et al., NeurIPS 2014
         (arXiv 1406.2572); warm starts as Martens, ICML 2010, section 4.5.
@@ -115,6 +126,7 @@ class ConjugateGradient(Solver):
     noise: NoiseTest | None = None
     follow: bool = False
     warm_start: float = 0.0
+    backtracking: IterateBacktracking | None = None
 
     def __post_init__(self) -> None:
         if not self.curvature_floor >= 0:
@@ -130,6 +142,10 @@ class ConjugateGradient(Solver):
     def uses_last_move(self) -> bool:
         return self.warm_start > 0
 
+    @property
+    def chooses(self) -> IterateBacktracking | None:
+        return self.backtracking
+
     def solve(self, system: NewtonSystem) -> Direction:
         result = conjugate_gradient(
             system.operator,
@@ -141,6 +157,7 @@ class ConjugateGradient(Solver):
             noise=self.noise,
             x0=None if system.last_move is None else self.warm_start * system.last_move,
             keep_pairs=system.keep_pairs,
+            keep_iterates=None if self.backtracking is None else self.backtracking.growth,
         )
         if self.follow and result.iterations > 0 and result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE:
             result = _followed(system, result)
@@ -262,6 +279,12 @@ class Direct(Solver):
 
     def solve(self, system: NewtonSystem) -> Direction:
         operator, rhs, damping = system.operator, -system.gradient, system.damping
+        if operator.size > self.limit:
+            raise ValueError(
+                f"Direct() forms the curvature matrix itself, by a product for each parameter, and there are "
+                f"{operator.size:,} parameters; its limit is {self.limit:,}. Use a Krylov solver, as newton_cg and "
+                f"trust_region do, or pass limit={operator.size}."
+            )
         if math.isinf(system.radius):
             result = dense_solve(operator, rhs, damping=damping, indefinite=self.indefinite, limit=self.limit)
         else:

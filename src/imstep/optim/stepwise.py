@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
+from imstep.curvature.processes import Processes
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
@@ -86,6 +87,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
 
     _box: Box | None = None
     """Bounds on the parameters, where there are any."""
+
+    _processes: Processes | None = None
+    """Those that share the batches of steps, where there are any."""
 
     def __init__(
         self,
@@ -171,7 +175,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if self._average is not None:
             self._average.forget()
         self._parameters = parameters
-        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None)
+        self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None, earlier=None)
 
     @needs_closure
     def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]
@@ -230,6 +234,11 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         newton: bool = False,
     ) -> StepRecord:
         """Look at the present point, and leave it only where that pays: see :class:`Examination`."""
+        if self._processes is not None:
+            raise ValueError(
+                "a point is examined by one process alone, and this optimizer has a process_group. Build another one "
+                "without, in one process, and examine the loss of the whole batch."
+            )
         frozen = self._frozen(closure)
         where = self._memory, self._parameters, frozen
         self._take(Examination(*where, stationary, typical, may_leave, self._box, newton))
@@ -238,18 +247,20 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
 
     def _frozen(self, closure: Any) -> FrozenClosure:
         """The closure on its batch, at the parameters as they are now; a batch in pieces is evaluated as one."""
-        self._begin(closure)
-        whole = MicroBatches.of(closure) or closure
-        return FrozenClosure(whole, self._parameters, self._holds_gradients(), self._penalty())
+        where = self._where()
+        pieces = MicroBatches.of(closure)
+        whole = closure if pieces is None else pieces.checked()
+        return FrozenClosure(whole, *where)
 
-    def _begin(self, closure: Any) -> None:
-        """Take up the parameters as they are now, unless no step can be taken."""
+    def _where(self) -> tuple[ParameterVector, bool, Penalty | None]:
+        """The parameters as they are now, whether they hold gradients, and the penalty; unless no step can be taken."""
         if self._average is not None and self._average.shown:
             raise RuntimeError("a step was called where the parameters are the average. Leave averaged() first.")
         if self._stepping:
             raise RuntimeError("a step was called in the closure of a step of the same optimizer. Call it outside.")
         self._check_groups()
         self._follow_parameters()
+        return self._parameters, self._holds_gradients(), self._penalty()
 
     def _penalty(self) -> Penalty | None:
         """What weight decay adds to the loss."""
@@ -320,7 +331,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         return loss if attempt.returned is None else attempt.returned
 
     def _vector(self) -> ParameterVector:
-        return ParameterVector(p for group in self.param_groups for p in group["params"])
+        return ParameterVector((p for group in self.param_groups for p in group["params"]), self._processes)
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were added, frozen or unfrozen since."""

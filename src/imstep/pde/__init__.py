@@ -2,9 +2,21 @@
 
     expand(f, points, second=(0,), laplacian=(0, 1))     value, first and second derivatives together
     gradient, divergence, laplacian, directional         one of them
+    adaptive_points(residual, candidates, count)         points where an equation is missed most
 """
 
+from imstep.pde.adaptive import adaptive_points
 from imstep.pde.jet import ExpansionError, Jet
 from imstep.pde.operators import Expansion, directional, divergence, expand, gradient, laplacian
 
-__all__ = ["Expansion", "ExpansionError", "Jet", "directional", "divergence", "expand", "gradient", "laplacian"]
+__all__ = [
+    "Expansion",
+    "ExpansionError",
+    "Jet",
+    "adaptive_points",
+    "directional",
+    "divergence",
+    "expand",
+    "gradient",
+    "laplacian",
+]

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import ExponentialAverage, LeastSquares
+from imstep.optim import EarlierDraws, ExponentialAverage, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
+from imstep.runs.known_methods import known_methods
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
 from imstep.runs.passing import OptimizerError, shared, shared_options
+from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import (
     LOSS_COST,
+    CheckedStepper,
     GradientStepper,
     LBFGSStepper,
     Stepper,
     StepResult,
-    StepwiseStepper,
 )
 from imstep.tasks import Problem
 
 __all__ = [
     "LOSS_COST",
+    "METHODS",
     "OPTIMIZERS",
     "OptimizerError",
     "OptimizerSpec",
@@ -34,60 +36,12 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """A named optimizer and the options it takes.
-
-    Args:
-        name: what the command line calls it.
-        title: for tables and legends.
-        description: one sentence.
-        make: `make(problem, options)` -> Stepper; `options` has every key of `defaults`.
-        defaults: the options and their values when not given.
-        learning_rates: what a sweep tries; empty if there is nothing to tune.
-        full_batch: whether it is meant for the full batch when no batch size is asked for.
-        mini_batches: whether it is meant for mini-batches, and has some in comparisons on the full batch.
-    """
-
-    name: str
-    title: str
-    description: str
-    make: Callable[[Problem, Mapping[str, float]], Stepper]
-    defaults: Mapping[str, float] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] = ()
-    full_batch: bool = False
-    mini_batches: bool = False
-
-    def resolve(self, options: Mapping[str, float] | None = None) -> dict[str, float]:
-        """`defaults` overridden by `options`.
-
-        Raises:
-            OptimizerError: an option that this optimizer does not have.
-        """
-        given = dict(options or {})
-        unknown = [key for key in given if key not in self.defaults]
-        if unknown:
-            known = ", ".join(f"{key}={value:g}" for key, value in self.defaults.items()) or "none"
-            raise OptimizerError(f"{self.name} has no option {unknown[0]!r}. Its options: {known}.")
-        return {**self.defaults, **given}
-
-    def create(self, problem: Problem, **options: float) -> Stepper:
-        """A fresh optimizer of the problem's parameters.
-
-        Raises:
-            OptimizerError: an unknown option, or a value that the optimizer refuses.
-        """
-        resolved = self.resolve(options)
-        try:
-            return self.make(problem, resolved)
-        except ValueError as error:
-            raise OptimizerError(f"{self.name} refuses {resolved}: {error}") from error
-
-
 def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
-    return StepwiseStepper(
+    if options["recall"] != 0:
+        more["recall"] = EarlierDraws(options["recall"])
+    return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
 
@@ -145,7 +99,7 @@ _ALL = (
         "LeastSquares",
         "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
         _least_squares,
-        {"damping": ContractionDamping().initial, "corrections": 8, **shared_options(LeastSquares)},
+        {"damping": ContractionDamping().initial, "corrections": 8, "recall": 0.0, **shared_options(LeastSquares)},
         full_batch=True,
     ),
     OptimizerSpec(
@@ -176,22 +130,27 @@ _ALL = (
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {spec.name: spec for spec in _ALL}
 
+METHODS: dict[str, OptimizerSpec] = known_methods(taken=OPTIMIZERS)
+"""Those of `imstep.methods`."""
+
 
 def get_optimizer(name: str) -> OptimizerSpec:
-    """The optimizer of that name, or a first-order one given by its class, such as `torch.optim:RMSprop`.
+    """The optimizer or method of that name, or a first-order one given by its class, such as `torch.optim:RMSprop`.
 
     Raises:
         OptimizerError: there is none; names the nearest and lists all.
     """
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
+    every = {**OPTIMIZERS, **METHODS}
+    key = name.replace("_", "-")
+    if key in every:
+        return every[key]
     if ":" in name:
         return _foreign(first_order(name))
-    near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+    near = difflib.get_close_matches(key, every, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise OptimizerError(
-        f"there is no optimizer {name!r}.{hint} Optimizers: {', '.join(OPTIMIZERS)}; or a first-order one by its "
-        "class, such as torch.optim:RMSprop."
+        f"there is no optimizer {name!r}.{hint} Optimizers: {', '.join(OPTIMIZERS)}; methods by name: "
+        f"{', '.join(METHODS)}; or a first-order one by its class, such as torch.optim:RMSprop."
     )
 
 

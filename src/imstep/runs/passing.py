@@ -23,7 +23,8 @@ def shared_options(constructor: Callable[..., Any]) -> dict[str, float]:
     {'lr': 0.1, 'momentum': 0.0, 'max_step_norm': inf}
     """
     parameters = inspect.signature(constructor).parameters
-    defaults = {name: parameters[name].default for name in _SHARED if name in parameters}
+    found = {name: parameters[name].default for name in _SHARED if name in parameters}
+    defaults = {name: default for name, default in found.items() if default is not inspect.Parameter.empty}
     return {name: math.inf if value is None else float(value) for name, value in defaults.items()}
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from imstep.runs.rows import EvaluationRow, Limits, Row, StepRow
+from imstep.runs.rows import EvaluationRow, Limits, LogRow, StepRow
 from imstep.runs.runner import Trainer
 from imstep.runs.verdict import short
 
@@ -50,11 +50,11 @@ class TrainingProgress:
         """Print a line, for example that a step is being finished."""
         self._console.print(note, highlight=False)
 
-    def __call__(self, trainer: Trainer, row: Row) -> None:
+    def __call__(self, trainer: Trainer, row: LogRow) -> None:
         if isinstance(row, EvaluationRow):
             self._heldout = row
             self._loss = row.train_loss
-        else:
+        elif isinstance(row, StepRow):
             self._loss = row.loss if row.new_loss is None else row.new_loss
         (done, words), now = self._nearest(trainer), time.monotonic()
         if self._start is None:
@@ -102,10 +102,10 @@ class LastStep:
         self._step: StepRow | None = None
         self._evaluation: EvaluationRow | None = None
 
-    def __call__(self, trainer: Trainer, row: Row) -> None:
+    def __call__(self, trainer: Trainer, row: LogRow) -> None:
         if isinstance(row, EvaluationRow):
             self._evaluation = row
-        else:
+        elif isinstance(row, StepRow):
             self._step = row
 
     def describe(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from imstep.runs.rows import present_status
 from imstep.tasks import Surface
 
-__all__ = ["Comparison", "Point", "RecordError", "Run", "Sweep", "SweepRow", "Verdict"]
+__all__ = ["Comparison", "Point", "RecordError", "Run", "Sweep", "SweepRow", "Verdict", "finite"]
 
 FORMAT = "imstep-compare/1"
 
@@ -168,7 +168,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: a number that is not finite becomes null."""
-        return {"format": FORMAT, **_finite(asdict(self))}
+        return {"format": FORMAT, **finite(asdict(self))}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Comparison:
@@ -186,12 +186,12 @@ class Comparison:
             raise RecordError(f"the comparison's record is damaged ({error}): run imstep compare.") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with tuples as lists and numbers that JSON does not know as None."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -69,7 +69,7 @@ def _verdict(comparison: Comparison) -> str:
     verdict = comparison.verdict
     factor = f"{verdict.factor:.0f}×" if verdict.factor >= 10 else f"{verdict.factor:.2g}×"
     caption = (
-        "lower training loss<br>than the best rival" if verdict.won else "above the lowest<br>training loss"
+        "lower training loss<br>than the next best" if verdict.won else "above the lowest<br>training loss"
     )
     details = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict.details)
     return f"""<section class="verdict {"won" if verdict.won else "lost"}">

@@ -9,9 +9,11 @@ from typing import Any
 
 __all__ = [
     "Clock",
+    "CurvatureRow",
     "Ending",
     "EvaluationRow",
     "Limits",
+    "LogRow",
     "Row",
     "Schedule",
     "StepRow",
@@ -143,7 +145,35 @@ class EvaluationRow:
         return {"kind": "evaluation", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class CurvatureRow:
+    """The Hessian of the mean training loss after `step` steps.
+
+    `density` has grid, values, error and width; `edge` is the largest eigenvalue at which the optimizer is stable, None
+    where there is no such number.
+    """
+
+    step: int
+    epoch: float
+    cost: float
+    seconds: float
+    largest: float
+    residual_norm: float
+    trace: float
+    trace_error: float
+    density: Mapping[str, Any]
+    edge: float | None
+    products: int
+    measuring_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict, `kind` first."""
+        return {"kind": "curvature", **asdict(self)}
+
+
 Row = StepRow | EvaluationRow
+LogRow = Row | CurvatureRow
+"""What a run's log holds."""
 
 _FORMER_STATUSES = {"stalled": "enough"}
 

@@ -19,6 +19,7 @@ from imstep.runs.page import legend, page, panels, section
 from imstep.runs.records import Run
 from imstep.runs.surfaces import surface_panels
 from imstep.runs.theme import Theme, linear_axis, log_axis
+from imstep.runs.watch_report import watched_section
 from imstep.tasks import Surface, Task
 
 __all__ = ["save_run_report"]
@@ -51,6 +52,7 @@ def save_run_report(
     sections = [
         section("Losses", _losses(rows)),
         section("Steps", panels(anatomy_panels(_as_run(config, steps)), "steps")) if steps else "",
+        watched_section(rows),
         _solution(surfaces, config.optimizer),
         section("What it reached and used", _list(facts)),
         section("Settings", _list({k: str(v) for k, v in config.to_dict().items() if v not in (None, {})})),

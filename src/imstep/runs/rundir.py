@@ -15,7 +15,7 @@ from imstep.runs.checkpoint import CheckpointError, read_checkpoint, write_check
 from imstep.runs.config import RunConfig
 from imstep.runs.environment import environment
 from imstep.runs.files import write_atomically, write_json
-from imstep.runs.rows import Row, TrainingError, present_status
+from imstep.runs.rows import LogRow, TrainingError, present_status
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import Snapshot, keep, snapshot
 from imstep.tasks import Origin
@@ -160,7 +160,7 @@ class RunDirectory:
             self.config = RunConfig.from_dict({**self.config.to_dict(), **merged})
             self._write_config()
 
-    def append(self, row: Row) -> None:
+    def append(self, row: LogRow) -> None:
         """Add one line to steps.jsonl; numbers that JSON has no word for (nan, inf) become null."""
         log = self._log or self._open_log()
         log.write(json.dumps(_plain(row.to_dict()), allow_nan=False) + "\n")

@@ -15,14 +15,17 @@ from rich.table import Table
 from imstep.curvature import NoResidualsError
 from imstep.runs.config import RunConfig
 from imstep.runs.interrupt import Interrupt
+from imstep.runs.kept import Keeper
 from imstep.runs.progress import LastStep, TrainingProgress
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import origin_of
+from imstep.runs.steppers import RefusedError
 from imstep.runs.suitability import suited
 from imstep.runs.tensorboard import TensorBoardLog, writer_class
 from imstep.runs.train import Observer, train
+from imstep.runs.watch import CurvatureWatch
 from imstep.tasks import Origin, Task
 
 __all__ = ["Manner", "resume_run", "start_run"]
@@ -36,6 +39,8 @@ class Manner:
         console: where progress and summary go.
         tensorboard: also write TensorBoard scalars.
         save_every: seconds between checkpoints (> 0).
+        watch: measures the curvature now and then; None for not at all.
+        keep: steps between weights that are kept; None to keep the last only.
 
     Raises:
         TrainingError: `save_every` is not above zero, or TensorBoard is wanted but not installed.
@@ -44,6 +49,15 @@ class Manner:
     console: Console
     tensorboard: bool = False
     save_every: float = 30.0
+    watch: CurvatureWatch | None = None
+    keep: int | None = None
+
+    @property
+    def flags(self) -> str:
+        """The options of the command line that say the same."""
+        flags = " --tensorboard" if self.tensorboard else ""
+        flags += f" --watch-curvature every={self.watch.every}" if self.watch is not None else ""
+        return flags + (f" --keep every={self.keep}" if self.keep is not None else "")
 
     def __post_init__(self) -> None:
         if not self.save_every > 0:
@@ -74,10 +88,10 @@ def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | No
     with RunDirectory.planned(path, config, origin) as run:
         try:
             return _go(trainer, run, origin.task, manner)
-        except NoResidualsError as error:
+        except (NoResidualsError, RefusedError) as error:
             others = ", ".join(name for name in suited(origin.task) if name != config.optimizer)
             reason = f"{config.optimizer} does not suit {origin.task.name}: {error}"
-            raise NoResidualsError(f"{reason} Others: {others}.") from error
+            raise type(error)(f"{reason} Others: {others}.") from error
 
 
 def resume_run(
@@ -125,6 +139,8 @@ def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool
                 log = TensorBoardLog(run.path, first)
                 stack.callback(log.close)
                 observers.append(log)
+            if manner.keep is not None:
+                observers.append(Keeper(run, manner.keep))
             progress = stack.enter_context(TrainingProgress(console, run.config.optimizer, run.config.limits))
             interrupt = stack.enter_context(
                 Interrupt(
@@ -132,16 +148,16 @@ def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool
                 )
             )
             train(
-                trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every
-            )
+                trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every,
+                watch=manner.watch,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        _stopped_at_once(run, last, console)
+        _stopped_at_once(run, last, manner)
         return False
     _conclude(trainer, run, task, last, console)
     if trainer.ending is None:
-        flag = " --tensorboard" if manner.tensorboard else ""
         console.print("Interrupted and saved. Go on with:")
-        _print_command(f"{_resuming(run)}{flag}", console)
+        _print_command(f"{_resuming(run)}{manner.flags}", console)
     elif trainer.totals.steps == first:
         console.print("There was nothing left to do. Give a higher --epochs or --budget to go on.")
     return trainer.ending is not None
@@ -161,13 +177,14 @@ def _introduce(trainer: Trainer, run: RunDirectory, task: Task, console: Console
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
-def _stopped_at_once(run: RunDirectory, last: LastStep, console: Console) -> None:
+def _stopped_at_once(run: RunDirectory, last: LastStep, manner: Manner) -> None:
+    console = manner.console
     console.print(f"Stopped at once. {last.describe()}.", markup=False)
     if run.saved_step is None:
         console.print("Nothing was saved: the first step had not ended.")
         return
     console.print(f"Saved is step {run.saved_step:,}; later ones will be made again. Go on with:")
-    _print_command(_resuming(run), console)
+    _print_command(f"{_resuming(run)}{manner.flags}", console)
 
 
 def _resuming(run: RunDirectory) -> str:

@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 
-from imstep.optim import StepOutcome
+from imstep.curvature.domain import raised_in
+from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
+from imstep.runs.passing import OptimizerError
 from imstep.tasks import AnyBatch, Problem
 
 __all__ = [
     "LOSS_COST",
     "AveragedStepper",
+    "CheckedStepper",
     "GradientStepper",
     "LBFGSStepper",
+    "RefusedError",
     "StepResult",
     "Stepper",
     "StepwiseStepper",
@@ -135,8 +139,16 @@ class LBFGSStepper(Stepper):
         return StepResult(value, float(calls), gradients=calls)
 
 
+class RefusedError(OptimizerError):
+    """An optimizer that refuses the problem at its first step, such as a dense matrix of too many parameters."""
+
+
 class StepwiseStepper(Stepper):
-    """imstep's optimizers; their own record says what a step cost and how it ended."""
+    """imstep's optimizers; their own record says what a step cost and how it ended.
+
+    Raises:
+        RefusedError: at a step: the optimizer does not take the problem.
+    """
 
     def __init__(self, optimizer: StepwiseOptimizer) -> None:
         self._optimizer = optimizer
@@ -146,7 +158,12 @@ class StepwiseStepper(Stepper):
         return self._optimizer
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
-        self._optimizer.step(problem.closure(batch))
+        try:
+            self._move(problem, batch)
+        except ValueError as error:
+            if type(error) is not ValueError or not raised_in(error).startswith("imstep."):
+                raise  # the program of a task has raised it
+            raise RefusedError(str(error)) from error
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken
         # A step that moved is told apart by why its Krylov iteration ended; one that did not, by its outcome.
@@ -162,6 +179,18 @@ class StepwiseStepper(Stepper):
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch))
+
+
+class CheckedStepper(StepwiseStepper):
+    """Least squares, which see at other points whether a step holds there, where all steps have the same points."""
+
+    _optimizer: LeastSquares
+
+    def _move(self, problem: Problem, batch: AnyBatch) -> None:
+        self._optimizer.step(problem.closure(batch), check=problem.check())
 
 
 class AveragedStepper(StepwiseStepper):

@@ -24,7 +24,7 @@ from imstep.runs.suitability import suited
 from imstep.runs.verdict import short
 from imstep.tasks import TableOptions, Task, find_task
 
-__all__ = ["ComparisonRequest", "run_accuracy", "run_comparison"]
+__all__ = ["ComparisonRequest", "claim", "run_accuracy", "run_comparison"]
 
 RECORD = "comparison.json"
 
@@ -89,7 +89,7 @@ def run_comparison(
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     earlier = None if overwrite else _unfinished(out / RECORD, request.command, sources)
     if earlier is None:
-        _claim(out, RECORD, overwrite)
+        claim(out, RECORD, overwrite)
     kept = [] if earlier is None else [earlier]
     try:
         with ComparisonProgress(console) as progress, Interrupt(
@@ -195,7 +195,7 @@ def run_accuracy(out: Path, console: Console, *, seed: int = 0, overwrite: bool 
     """
     from imstep.runs.accuracy_report import save_accuracy
 
-    _claim(out, "accuracy.json", overwrite)
+    claim(out, "accuracy.json", overwrite)
     with console.status("") as status:
         result = measure_accuracy(seed=seed, progress=status.update)
     record, figure = save_accuracy(result, out)
@@ -209,7 +209,7 @@ def run_accuracy(out: Path, console: Console, *, seed: int = 0, overwrite: bool 
     console.print(f"figure: {figure}\nrecord: {record}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _claim(out: Path, record: str, overwrite: bool) -> None:
+def claim(out: Path, record: str, overwrite: bool) -> None:
     """Refuse to mix with, or silently replace, what is there already."""
     try:
         occupied = out.exists() and any(out.iterdir())

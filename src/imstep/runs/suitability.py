@@ -10,7 +10,7 @@ import torch
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import NoResidualsError
 from imstep.runs.optimizers import OptimizerError, OptimizerSpec
-from imstep.runs.steppers import StepwiseStepper
+from imstep.runs.steppers import RefusedError, StepwiseStepper
 from imstep.tasks import Problem, Task
 
 __all__ = ["rehearse", "suited"]
@@ -54,8 +54,8 @@ def rehearse(
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stepper.step(problem, next(problem.batches(0, batch_size)))
-    except NoResidualsError as error:
-        raise NoResidualsError(f"{spec.name} does not suit {problem.task}: {error}") from error
+    except (NoResidualsError, RefusedError) as error:
+        raise type(error)(f"{spec.name} does not suit {problem.task}: {error}") from error
     finally:
         problem.model.load_state_dict(before)
         problem.model.zero_grad(set_to_none=True)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from imstep.runs.interrupt import Interrupt
-from imstep.runs.rows import Row, StepRow
+from imstep.runs.rows import LogRow, Row, StepRow
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
+from imstep.runs.watch import CurvatureWatch
 
 __all__ = ["Observer", "train"]
 
-Observer = Callable[[Trainer, Row], None]
+Observer = Callable[[Trainer, LogRow], None]
 
 
 def train(
@@ -22,6 +23,7 @@ def train(
     observers: Sequence[Observer] = (),
     interrupt: Interrupt | None = None,
     save_every: float = 30.0,
+    watch: CurvatureWatch | None = None,
 ) -> None:
     """Run `trainer` to the limits of the run's config, keeping the run directory up to date.
 
@@ -36,19 +38,20 @@ def train(
         observers: called with (trainer, row) after each row.
         interrupt: checked between rows.
         save_every: seconds between checkpoints (> 0).
+        watch: measures the curvature now and then; its rows go where the others go.
     """
-    rows = trainer.run(run.config.limits)
-    ahead = list(_to_first_step(rows))
+    groups = _measured(trainer, trainer.run(run.config.limits), watch)
+    ahead = list(_to_first_step(groups))
     run.begin()
-    for row in ahead:
-        _note(trainer, run, observers, row)
+    for group in ahead:
+        _note(trainer, run, observers, group)
     run.save(trainer)
     saved = time.monotonic()
     while interrupt is None or not interrupt.requested:
-        found = next(rows, None)
-        if found is None:
+        group = next(groups, ())
+        if not group:
             break
-        _note(trainer, run, observers, found)
+        _note(trainer, run, observers, group)
         if time.monotonic() - saved > save_every:
             run.save(trainer)
             saved = time.monotonic()
@@ -56,14 +59,26 @@ def train(
     run.write_report(trainer)
 
 
-def _to_first_step(rows: Iterator[Row]) -> Iterator[Row]:
+Group = tuple[LogRow, ...]
+"""A row, and the measurement that is due after it; no checkpoint is written between the two."""
+
+
+def _measured(trainer: Trainer, rows: Iterator[Row], watch: CurvatureWatch | None) -> Iterator[Group]:
+    """Each row as it is made, before the next step is taken."""
     for row in rows:
-        yield row
-        if isinstance(row, StepRow):
+        measurement = None if watch is None else watch(trainer, row)
+        yield (row,) if measurement is None else (row, measurement)
+
+
+def _to_first_step(groups: Iterator[Group]) -> Iterator[Group]:
+    for group in groups:
+        yield group
+        if isinstance(group[0], StepRow):
             return
 
 
-def _note(trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], row: Row) -> None:
-    run.append(row)
-    for observe in observers:
-        observe(trainer, row)
+def _note(trainer: Trainer, run: RunDirectory, observers: Sequence[Observer], group: Group) -> None:
+    for row in group:
+        run.append(row)
+        for observe in observers:
+            observe(trainer, row)

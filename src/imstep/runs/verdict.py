@@ -38,7 +38,7 @@ def judge(runs: Sequence[Run], budget: float, waiting: Sequence[str] = ()) -> Ve
     if won:
         headline = (
             f"{subject.label} reached the lowest training loss within {spent}: {short(_loss(subject))}, "
-            f"{_times(factor)} lower than the best rival, {second.label} ({short(_loss(second))})."
+            f"{_times(factor)} lower than the next best, {second.label} ({short(_loss(second))})."
         )
     else:
         headline = (

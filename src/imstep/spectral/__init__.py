@@ -8,6 +8,7 @@ from imstep.spectral.density import SpectralDensity, density
 from imstep.spectral.eigenpairs import Eigenpairs, EigenProgress, eigenpairs
 from imstep.spectral.estimates import DiagonalEstimate, Estimate, diagonal, trace
 from imstep.spectral.functions import condition_number, frobenius_norm, log_determinant
+from imstep.spectral.low_rank import low_rank
 
 __all__ = [
     "DiagonalEstimate",
@@ -21,5 +22,6 @@ __all__ = [
     "eigenpairs",
     "frobenius_norm",
     "log_determinant",
+    "low_rank",
     "trace",
 ]

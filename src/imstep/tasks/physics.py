@@ -89,6 +89,7 @@ class PhysicsProblem(Problem):
         heldout: the solution; the held-out loss is the error of the network against it. Where none is known, points
             of which no step sees any; the held-out loss is the loss there.
         train: a draw of points for reporting the loss, which no step sees where points are redrawn.
+        other: another, which no step sees.
         dtype: of the points.
         redrawn: whether every step has points of its own; else all have those of `train`.
         metric: None.
@@ -99,6 +100,7 @@ class PhysicsProblem(Problem):
     conditions: Sequence[Condition]
     heldout: Reference | Points
     train: Points
+    other: Points
     dtype: torch.dtype
     redrawn: bool = True
     metric: Metric | None = None
@@ -110,6 +112,9 @@ class PhysicsProblem(Problem):
 
     def closure(self, batch: Points) -> Callable[[], Tensor]:
         return lambda: self._loss(batch)
+
+    def check(self) -> Callable[[], Tensor] | None:
+        return None if self.redrawn else self.closure(self.other)
 
     def _loss(self, batch: Points) -> Tensor:
         pairs = zip(self.conditions, batch.of, strict=True)
@@ -210,7 +215,7 @@ class PhysicsTask(Task):
             conditions = tuple(replace(c, count=max(1, round(share * c.count))) for c in conditions)
         train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
         heldout = other if self.reference is None else self.reference()
-        return PhysicsProblem(self.name, model, conditions, heldout, train, dtype, self.redrawn)
+        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn)
 
 
 def draw(conditions: Sequence[Condition], seed: int, device: torch.device, dtype: torch.dtype) -> Points:

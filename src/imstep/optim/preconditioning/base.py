@@ -50,6 +50,10 @@ class Preconditioner(ABC):
     def operator(self, damping: float) -> LinearOperator | None:
         """P ≈ (A + damping I)⁻¹, or None."""
 
+    def model(self) -> LinearOperator | None:
+        """B ≈ A, learnt, for a solver that works on it in place of A; None where it learns none."""
+        return None
+
     @property
     def needs_products(self) -> bool:
         """Whether it multiplies with the curvature as a rule; if not, a step may do without its record."""

@@ -129,10 +129,10 @@ class LimitedMemoryBFGS(Preconditioning):
             raise ValueError(f"pairs, the number of steps that count, is at least 1, got {self.pairs}.")
 
     def make(self, parameters: ParameterVector) -> Preconditioner:
-        return _LimitedMemory(self, parameters)
+        return _LimitedMemory(parameters, self.exact, self.pairs)
 
 
-class _Secant(Preconditioner):
+class Secant(Preconditioner):
     """Learns from steps s and changes y of the gradient."""
 
     def __init__(self, parameters: ParameterVector, exact: bool) -> None:
@@ -182,7 +182,7 @@ class _Secant(Preconditioner):
         self._at, self._gradient = state["at"], state["at_gradient"]
 
 
-class _DenseInverse(_Secant):
+class _DenseInverse(Secant):
     def __init__(self, kind: QuasiNewton, parameters: ParameterVector) -> None:
         super().__init__(parameters, kind.exact)
         self._kind = kind
@@ -225,11 +225,26 @@ class _DenseInverse(_Secant):
         self._inverse = state["inverse_hessian"]
 
 
-class _LimitedMemory(_Secant):
-    def __init__(self, kind: LimitedMemoryBFGS, parameters: ParameterVector) -> None:
-        super().__init__(parameters, kind.exact)
-        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=kind.pairs)
+class LimitedSecants(Secant):
+    """Keeps the last pairs (s, y)."""
 
+    def __init__(self, parameters: ParameterVector, exact: bool, pairs: int) -> None:
+        super().__init__(parameters, exact)
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        pairs = [{"step": s, "change": y} for s, y in self._pairs]
+        return {**super().state_dict(), "secants": pairs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "secants" not in state:
+            raise ValueError(OTHER_STATE)
+        super().load_state_dict(state)
+        self._pairs.clear()
+        self._pairs.extend((pair["step"], pair["change"]) for pair in state["secants"])
+
+
+class _LimitedMemory(LimitedSecants):
     def take(self, step: Tensor, change: Tensor) -> None:
         if curved(step, change):
             self._pairs.append((step, change))
@@ -243,14 +258,3 @@ class _LimitedMemory(_Secant):
             size = inverse_size(reversed(self._pairs), damping)
             base = size * IdentityOperator.like(base)
         return LimitedMemoryPreconditioner(base, list(self._pairs), damping)
-
-    def state_dict(self) -> dict[str, Any]:
-        pairs = [{"step": s, "change": y} for s, y in self._pairs]
-        return {**super().state_dict(), "secants": pairs}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "secants" not in state:
-            raise ValueError(OTHER_STATE)
-        super().load_state_dict(state)
-        self._pairs.clear()
-        self._pairs.extend((pair["step"], pair["change"]) for pair in state["secants"])

@@ -1,0 +1,288 @@
+"""A batch of which each process has its part: the sum of closures that are evaluated elsewhere, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.halves import HalvedTapeOperator
+from imstep.curvature.operators import SymmetricOperator
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.penalty import Penalty
+from imstep.curvature.pieces import FrozenPieces, JointLinearisation, Observer
+from imstep.curvature.products import Products, ShiftedProducts
+from imstep.linalg import HalvedOperator
+
+_Own: TypeAlias = FrozenClosure | FrozenPieces
+
+
+class SharedBatch:
+    """f = Σ w_r f_r over the processes r, each of which evaluates f_r; the counterpart of `FrozenClosure`.
+
+    Loss, gradient and whatever decisions are made by are the same in all processes, bit for bit. A part that fails ends
+    the evaluation in all of them.
+
+    Args:
+        own: what this process evaluates; None for nothing.
+        share: w_r, of this process; 0 for nothing.
+        total: Σ w_r over the processes that evaluate something, > 0.
+        parameters: the vector that is differentiated.
+        penalty: added to f; None for nothing.
+    """
+
+    def __init__(
+        self, own: _Own | None, share: float, total: float, parameters: ParameterVector, penalty: Penalty | None
+    ) -> None:
+        assert parameters.processes is not None
+        self._own, self._share, self._total = own, share, total
+        self._parameters, self._processes = parameters, parameters.processes
+        self.penalty = penalty
+        self.returned: Tensor | None = None
+        self._begun = False
+
+    hook_factors = None
+    """Hooks on parameters that change gradients are refused."""
+
+    # --- evaluations --------------------------------------------------------------------------------------------
+
+    def linearise(
+        self, observer: AbstractContextManager[Any] | None = None, keep_graph: bool = False
+    ) -> SharedLinearisation:
+        """Loss and gradient, and this process's record."""
+        own: list[Linearisation | JointLinearisation] = []
+
+        def evaluate(frozen: _Own) -> tuple[Tensor, Tensor, bool, float]:
+            own.append(frozen.linearise(observer, keep_graph=keep_graph))
+            return own[0].loss.detach(), own[0].gradient, own[0].convex, own[0].repeats
+
+        loss, gradient, convex, repeats = self._evaluated(evaluate)
+        record = replace(own[0], penalty=None) if own else None
+        return SharedLinearisation(loss, gradient, record, self._share, convex, repeats, self.penalty)
+
+    def watched_gradient(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`gradient`, for a first evaluation without a record."""
+        return self._evaluated(lambda frozen: (*frozen.watched_gradient(), True, 0.0))[:2]
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim) and gradient (n,) at the current parameters."""
+        loss, gradient = self.total(lambda frozen: frozen.gradient(), [1, self._parameters.size])
+        return loss[0], gradient
+
+    def loss(self) -> Tensor:
+        """The loss alone (0-dim) at the current parameters."""
+        return self.total(lambda frozen: [frozen.loss()], [1])[0][0]
+
+    def total(self, evaluate: Callable[[Any], Sequence[Tensor]], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The weighted sums over processes of what ``evaluate`` finds of a batch, vectors of these sizes."""
+
+        def part() -> Tensor | None:
+            if self._own is None:
+                return None
+            found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self._own)]
+            return self._share * torch.cat(found)
+
+        return self._processes.sum(part, sum(sizes), self._parameters).split(list(sizes))
+
+    def _evaluated(
+        self, evaluate: Callable[[_Own], tuple[Tensor, Tensor, bool, float]]
+    ) -> tuple[Tensor, Tensor, bool, float]:
+        """Loss, gradient, whether the loss is convex in outputs, and the share evaluated anew for every product."""
+        vector, own = self._parameters, self._own
+        count = len(vector.tensors)
+
+        def part() -> Tensor | None:
+            if own is None:
+                return None
+            loss, gradient, convex, repeats = evaluate(own)
+            value = own.returned
+            number = 0.0 if value is None else float(value)
+            facts = [not convex, value is None, own.hook_factors is not None, *own.used]
+            weighed = self._share * torch.cat([loss.reshape(1).to(gradient), gradient])
+            head = gradient.new_tensor([self._share * number, self._share * repeats, *facts])
+            return torch.cat([head, weighed])
+
+        found = self._processes.sum(part, 6 + count + vector.size, vector)
+        numbers, (returned, repeats, bent, none, hooked) = found[5 : 5 + count], found[:5].tolist()
+        loss, gradient = found[5 + count], found[6 + count :]
+        if hooked:
+            raise ValueError(
+                "a hook changes the gradient of a parameter, and with a process_group it is not known to do the same "
+                "in every process. Remove it; to hold parameters fixed, set requires_grad=False."
+            )
+        if not self._begun:
+            self._begun = True
+            self.returned = None if none else loss.new_tensor(returned)
+            loss, gradient = self._penalised(loss, gradient, [bool(uses) for uses in numbers.tolist()])
+        return loss, gradient, not bent, repeats / self._total
+
+    def _penalised(self, loss: Tensor, gradient: Tensor, used: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Add the penalty of the parameters that some process uses; later each process adds its share of it."""
+        if self.penalty is None:
+            return loss, gradient
+        self.penalty = self.penalty.within(used, None)
+        if self._own is not None:
+            self._own.take_penalty(self.penalty.times(1 / self._total))
+        w = self._parameters.get()
+        return loss + self.penalty.value(w), torch.addcmul(gradient, self.penalty.factors, w)
+
+    # --- the same state for every evaluation --------------------------------------------------------------------
+
+    @property
+    def repeated(self) -> int:
+        """Evaluations of this process made anew for products or for a preconditioner."""
+        return 0 if self._own is None else self._own.repeated
+
+    def leave(self, accepted: bool) -> None:
+        """End the step: random numbers and buffers of this process as after one evaluation, or as before it."""
+        if self._own is not None:
+            self._own.leave(accepted)
+
+    def undo(self) -> None:
+        """End the step as if no evaluation had been made."""
+        if self._own is not None:
+            self._own.undo()
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLinearisation:
+    """Loss and gradient of all, and the record of this process's part.
+
+    Attributes:
+        loss, gradient: as of a :class:`Linearisation`.
+        own: this process's; None where it has no part.
+        share: how much it counts.
+        convex: whether the loss of every process is a convex function of outputs.
+        repeats: the share of the batch that every product evaluates anew.
+        penalty: what is added to the loss; it is in ``loss`` and ``gradient``, not in ``own``.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    own: Linearisation | JointLinearisation | None
+    share: float
+    convex: bool
+    repeats: float
+    penalty: Penalty | None = None
+
+    def matrix(
+        self, parameters: ParameterVector, build: Callable[..., Any], definite: bool, graph: bool = False
+    ) -> SymmetricOperator:
+        """The weighted sum of the processes' matrices."""
+        own = self.own
+        matrix = None if own is None else lambda: own.matrix(parameters, build, definite, graph)
+        source: Products = SharedProducts(parameters, matrix, self.share)
+        if self.penalty is not None:
+            source = ShiftedProducts(source, self.penalty.factors)
+        return SharedOperator(parameters, source, definite, matrix)
+
+    def evaluations(self, observer: Observer) -> Iterator[tuple[float, Linearisation, Observer]]:
+        """Each evaluation of this process with its weight and its observer; what comes of them is summed by the caller.
+        """
+        if self.own is not None:
+            for weight, at, own in self.own.evaluations(observer):
+                yield self.share * weight, at, own
+
+
+class SharedProducts(Products):
+    """Products with the weighted sum of the processes' matrices: one all-reduce for a product or for a block.
+
+    Args:
+        parameters: rows and columns.
+        own: builds this process's matrix, at the first product; None where it has none.
+        share: how much it counts.
+    """
+
+    def __init__(
+        self, parameters: ParameterVector, own: Callable[[], SymmetricOperator] | None, share: float
+    ) -> None:
+        super().__init__(parameters, parameters)
+        assert parameters.processes is not None
+        self._processes, self._own, self._share = parameters.processes, own, share
+        self._built: SymmetricOperator | None = None
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return 0 if self._built is None else self._built.nbytes
+
+    def one(self, direction: Tensor) -> Tensor:
+        return self._sum(lambda own: own.matvec(direction), direction)
+
+    def several(self, directions: Tensor) -> Tensor:
+        return self._sum(lambda own: own.matmat(directions.t()).t(), directions)
+
+    def _sum(self, multiply: Callable[[SymmetricOperator], Tensor], directions: Tensor) -> Tensor:
+        def part() -> Tensor | None:
+            if self._own is None:
+                return None
+            self._built = self._built or self._own()
+            return self._share * multiply(self._built).reshape(-1)
+
+        found = self._processes.sum(part, directions.numel(), directions, directions)
+        return found.view_as(directions)
+
+
+class SharedOperator(SymmetricOperator):
+    """The sum of the processes' matrices.
+
+    Args:
+        parameters, source, definite: see :class:`SymmetricOperator`.
+        own: builds this process's matrix; None where it has none.
+    """
+
+    def __init__(
+        self,
+        parameters: ParameterVector,
+        source: Products,
+        definite: bool,
+        own: Callable[[], SymmetricOperator] | None,
+    ) -> None:
+        super().__init__(parameters, source, definite)
+        self.own = own
+
+
+class HalvedSharedOperator(SharedOperator, HalvedOperator):
+    """A curvature matrix that also tells how far two halves of the batch agree: the halves of every process's part.
+
+    Args:
+        operator: of ``point``.
+        point: with the graph of its loss.
+
+    Raises (in the first product, in all processes):
+        ValueError: see :class:`HalvedTapeOperator`.
+    """
+
+    def __init__(self, operator: SharedOperator, point: SharedLinearisation) -> None:
+        super().__init__(operator.parameters, operator._forward, operator.definite, operator.own)
+        self._point = point
+        self._halved: HalvedTapeOperator | None = None
+
+    def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
+        self.products += 1
+        processes = self.parameters.processes
+        assert processes is not None
+
+        def part() -> Tensor | None:
+            if self.own is None or self._point.own is None:
+                return None
+            self._halved = self._halved or HalvedTapeOperator(self.own(), self._point.own)
+            image, *curvatures = self._halved.measure(vector)
+            return self._point.share * torch.cat([image.new_tensor(curvatures), image])
+
+        found, penalty = processes.sum(part, 2 + len(vector), vector, vector), self._point.penalty
+        image, halves = found[2:], found[:2]
+        if penalty is not None:  # of no examples
+            image, halves = torch.addcmul(image, penalty.factors, vector), halves + vector @ (penalty.factors * vector)
+        return image, *halves.tolist()
+
+
+def halved(operator: SymmetricOperator, point: Any) -> HalvedTapeOperator | HalvedSharedOperator:
+    """The matrix of a point, so that it tells the curvatures of the two halves of the batch."""
+    if isinstance(operator, SharedOperator):
+        return HalvedSharedOperator(operator, point)
+    return HalvedTapeOperator(operator, point)

@@ -1,0 +1,51 @@
+"""Functions of a model's parameters, linearised where the model's curvature is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from imstep.curvature import Jacobian, ParameterVector
+from imstep.linalg import LinearOperator
+
+Outputs = Callable[[], Tensor] | Jacobian
+"""A closure that returns a tensor; or its Jacobian, which may be that of many batches."""
+
+
+def parameters_of(curvature: LinearOperator) -> ParameterVector:
+    """The parameters that a matrix belongs to.
+
+    Raises:
+        ValueError: it belongs to none.
+    """
+    space = curvature.spaces[1]
+    if not isinstance(space, ParameterVector):
+        raise ValueError(
+            f"this needs the curvature of a model's loss, and {curvature!r} belongs to no parameters. Pass a Hessian, "
+            "Gauss-Newton or Fisher matrix, K-FAC, or what is made of one by sums and multiples."
+        )
+    return space
+
+
+def linearised(outputs: Outputs, curvature: LinearOperator) -> Jacobian:
+    """The Jacobian of the outputs in the parameters of the matrix.
+
+    Raises:
+        ValueError: a Jacobian was given that has other parameters.
+    """
+    parameters = parameters_of(curvature)
+    made = outputs if isinstance(outputs, Jacobian) else Jacobian(outputs, parameters.tensors)
+    same = len(made.parameters.tensors) == len(parameters.tensors)
+    if not same or any(a is not b for a, b in zip(made.parameters.tensors, parameters.tensors, strict=True)):
+        raise ValueError(
+            "the Jacobian and the curvature matrix belong to different parameters. Build both with the same ones, in "
+            "the same order."
+        )
+    return made
+
+
+def rows_of(jacobian: Jacobian) -> Tensor:
+    """Jᵀ as a block (n, m): one backward pass for each output."""
+    return jacobian.T @ torch.eye(jacobian.shape[0], dtype=jacobian.dtype, device=jacobian.device)

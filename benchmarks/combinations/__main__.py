@@ -1,8 +1,9 @@
 """Combinations of the strategies of `NewtonKrylov` on three functions: does each arrive, and is what it claims true?
 
-python -m benchmarks.combinations           # so many that all triples of choices occur; minutes
-python -m benchmarks.combinations --all     # each of them all; two hours of one core
-python -m benchmarks.combinations --table   # the page again, from the record
+python -m benchmarks.combinations                    # so many that all triples of choices occur; minutes
+python -m benchmarks.combinations --all              # every combination; two hours of one core
+python -m benchmarks.combinations --all Rosenbrock   # every one on this function, triples on the others
+python -m benchmarks.combinations --table            # the page again, from the record
 
 Runs are kept in runs.jsonl, beside the record and not part of it, so that a run that was broken off goes on.
 
@@ -246,13 +247,14 @@ def at_fault(record: Row, group: Row) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every combination")
+    parser.add_argument("--all", nargs="*", choices=list(PROBLEMS), help="every combination on all or these functions")
     parser.add_argument("--processes", type=int, default=1, help="side by side")
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     arguments = parser.parse_args()
     if not arguments.table:
-        chosen = list(itertools.product(*CHOICES)) if arguments.all else selection(3)
-        complete(chosen, arguments.processes)
+        whole = PROBLEMS if arguments.all == [] else arguments.all or ()
+        every = itertools.product(whole, *CHOICES[1:])
+        complete(list(dict.fromkeys([*every, *selection(3)])), arguments.processes)
     show(NAME, "step-lengths", text_of(load(NAME)))
 
 

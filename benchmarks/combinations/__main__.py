@@ -1,8 +1,9 @@
 """Combinations of the strategies of `NewtonKrylov` on three functions: does each arrive, and is what it claims true?
 
-python -m benchmarks.combinations           # so many that all triples of choices occur; minutes
-python -m benchmarks.combinations --all     # each of them all; two hours of one core
-python -m benchmarks.combinations --table   # the page again, from the record
+python -m benchmarks.combinations                    # so many that all triples of choices occur; minutes
+python -m benchmarks.combinations --all              # every combination; two hours of one core
+python -m benchmarks.combinations --all Rosenbrock   # every one on this function, triples on the others
+python -m benchmarks.combinations --table            # the page again, from the record
 
 Runs are kept in runs.jsonl, beside the record and not part of it, so that a run that was broken off goes on.
 
@@ -127,6 +128,7 @@ PROBLEMS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "saddle": (saddle, torch.zeros(2, dtype=F64)),
     "Freudenstein": (freudenstein, torch.tensor([0.5, -2.0], dtype=F64)),
 }
+MINIMA = (0.0, 48.984253679)  # of all three
 
 
 CHOICES = [list(PROBLEMS), *(list(choices) for choices in FACTORS.values())]
@@ -182,7 +184,9 @@ def _same(a: StepRecord, b: StepRecord) -> bool:
 
 
 def is_minimum(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether Newton's step is short and no curvature negative, by PyTorch's derivatives."""
+    """Whether f is that of a minimum, Newton's step short and no curvature negative, by PyTorch's derivatives."""
+    if all(abs(float(function(x)) - f) > 1e-6 for f in MINIMA):
+        return False  # far away a Hessian is singular in float64
     at = x.clone().requires_grad_()
     gradient = torch.autograd.grad(function(at), at)[0]
     hessian = torch.autograd.functional.hessian(function, x)
@@ -246,13 +250,14 @@ def at_fault(record: Row, group: Row) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every combination")
+    parser.add_argument("--all", nargs="*", choices=list(PROBLEMS), help="every combination on all or these functions")
     parser.add_argument("--processes", type=int, default=1, help="side by side")
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     arguments = parser.parse_args()
     if not arguments.table:
-        chosen = list(itertools.product(*CHOICES)) if arguments.all else selection(3)
-        complete(chosen, arguments.processes)
+        whole = PROBLEMS if arguments.all == [] else arguments.all or ()
+        every = itertools.product(whole, *CHOICES[1:])
+        complete(list(dict.fromkeys([*every, *selection(3)])), arguments.processes)
     show(NAME, "step-lengths", text_of(load(NAME)))
 
 

@@ -3,7 +3,8 @@
 python -m benchmarks.redrawn_points           # what the record lacks; writes record.json and the page
 python -m benchmarks.redrawn_points --table   # the page again, from the record
 
-Small versions of three tasks, float64, one thread. Steps and gradient-equivalents are counted, not seconds.
+Small versions of three tasks, and derivatives of a residual as further rows; float64, one thread. Steps and
+gradient-equivalents are counted, not seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.record_page import Row, command, table
 from imstep import LeastSquares, pde
@@ -26,6 +27,7 @@ from imstep.optim.record import Cost
 from imstep.tasks import PhysicsTask, get_task
 from imstep.tasks.models import Periodic, mlp
 from imstep.tasks.physics import PhysicsProblem, Points
+from imstep.tasks.sampling import boundary, box
 
 NAME = "redrawn-points"
 F64 = torch.float64
@@ -171,10 +173,53 @@ def _draws(problem: PhysicsProblem, seed: int) -> Iterator[Points]:
         epoch += 1
 
 
+ROWS = ((20, 0.0), (20, 0.01), (60, 0.0))
+"""Points inside the square, and the weight of the squares of the residual's derivatives there."""
+
+
+def with_derivatives(count: int, weight: float, redrawn: bool, seed: int) -> Row:
+    """Poisson's equation in the square by 2-32-1, 40 steps, with the residual's derivatives as further rows."""
+    torch.manual_seed(seed)
+    u, waves = mlp((2, 32, 1)).double(), lambda x: torch.sin(torch.pi * x).prod(1, keepdim=True)
+    inside, edge = box([(0.0, 1.0)] * 2), boundary([(0.0, 1.0)] * 2)
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: (inside(count, generator).requires_grad_(weight > 0), edge(80, generator))
+    x, ends = draw()
+
+    def loss() -> Tensor:
+        missed = pde.laplacian(u, x) + 2 * torch.pi**2 * waves(x)
+        total = missed.square().mean() + u(ends).square().mean()
+        if weight == 0:
+            return total
+        (slopes,) = torch.autograd.grad(missed.sum(), x, create_graph=True)
+        return total + weight * slopes.square().sum(1).mean()
+
+    optimizer = LeastSquares(u.parameters())
+    for _ in range(40):
+        optimizer.step(loss)
+        x, ends = draw() if redrawn else (x, ends)
+    other = inside(2000, generator)
+    error = float((u(other) - waves(other)).detach().square().mean().sqrt())
+    return {"error": float(f"{error:.3g}"), "gradients": round(optimizer.cost.gradient_equivalents)}
+
+
 def runs() -> dict[str, Callable[[], Row]]:
     """All runs, by name."""
     return {
-        f"{name}; {side}; {seed}": partial(run, name, side, seed) for seed in SEEDS for side in SIDES for name in CASES
+        **{
+            f"{name}; {side}; {seed}": partial(run, name, side, seed)
+            for seed in SEEDS
+            for side in SIDES
+            for name in CASES
+        },
+        **{
+            f"derivatives; {count}; {weight:g}; {redrawn}; {seed}": partial(
+                with_derivatives, count, weight, redrawn, seed
+            )
+            for seed in range(3)
+            for count, weight in ROWS
+            for redrawn in (False, True)
+        },
     }
 
 
@@ -194,7 +239,17 @@ def text_of(record: dict[str, Any]) -> str:
                 body.append([side, *cells, f"{means[-1]['loss']:.1e}", f"{means[-1]['gradients']:.0f}"])
         heads = [f"error after {(at + 1) * case.steps // MOMENTS}" for at in range(MOMENTS)]
         parts += [f"**{name}** ({case.text} a step):", table(["", *heads, "loss then", "gradients"], body)]
-    return "\n\n".join(parts)
+    parts += ["**Derivatives as further rows**, Poisson's equation in the square, 40 steps, three starts:"]
+    body = []
+    for count, weight in ROWS:
+        cells = []
+        for redrawn in (False, True):
+            made = [record["runs"][f"derivatives; {count}; {weight:g}; {redrawn}; {seed}"] for seed in range(3)]
+            mean = _mean(made)
+            cells += [f"{mean['error']:.1e}", f"{mean['gradients']:.0f}"]
+        body.append([f"{count} points, weight {weight:g}", *cells])
+    heads = ["", "error, points that stay", "gradients", "error, points redrawn", "gradients"]
+    return "\n\n".join([*parts, table(heads, body)])
 
 
 def _mean(moments: list[Row]) -> Row:

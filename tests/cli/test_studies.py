@@ -83,7 +83,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["digits-mlpp"], "Did you mean 'digits-mlp'"),
-        (["digits-mlp", "--optimizers", "adam,bfgs"], "there is no optimizer 'bfgs'"),
+        (["digits-mlp", "--optimizers", "adam,dfp"], "there is no optimizer 'dfp'"),
         (["digits-mlp", "--optimizers", "adam,adam"], "named twice"),
         (["digits-mlp", "--optimizers", ""], "at least one optimizer"),
         (["digits-mlp", "--optimizers", "adam", "--budget", "-3"], "budget=-3.0"),

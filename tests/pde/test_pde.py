@@ -275,3 +275,20 @@ def test_the_fallback_is_right_or_refused_for_functions_of_a_matrix() -> None:
         at = lambda t, f=field: f(torch.full((1, 1), t, dtype=F64))
         bend = (-at(2 * h) + 16 * at(h) - 30 * at(0.0) + 16 * at(-h) - at(-2 * h)) / (12 * h * h)
         torch.testing.assert_close(got, bend, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_operators_can_be_differentiated_by_the_points() -> None:
+    """The gradient of a residual, as further rows: third derivatives of the network, by points that also stand in f."""
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def by_reverse_mode(field, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(field(x).sum(), x, create_graph=True)
+        return sum(torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i : i + 1] for i in range(2))
+
+    both = []
+    for operator in (pde.laplacian, by_reverse_mode):
+        (slope,) = torch.autograd.grad((operator(net, x) + x.prod(1, keepdim=True)).sum(), x, create_graph=True)
+        both.append((slope, *torch.autograd.grad(slope.square().sum(), [net[0].weight, net[2].weight])))
+    for mine, expected in zip(*both, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)

@@ -28,6 +28,7 @@ from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
+from imstep.curvature.recording import Recording
 from imstep.curvature.state import RandomState, Writes, WriteWatch
 
 _Matrix = TypeVar("_Matrix")
@@ -171,18 +172,17 @@ class FrozenClosure:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
         return self._penalised_loss(self.loss_with_graph().detach())
 
-    def loss_with_graph(self, watch: bool = False, arithmetic: Arithmetic | None = None) -> Tensor:
+    def loss_with_graph(self, within: AbstractContextManager[Any] | None = None) -> Tensor:
         """The closure's loss (0-dim) and its graph at the current parameters, without the penalty; a ``backward()`` in
         the closure is skipped.
 
         Args:
-            watch: whether to note what the closure overwrites; for a first evaluation.
-            arithmetic: of :meth:`arithmetic`, which notes it too; what it evaluates in.
+            within: what it is evaluated in, for a first evaluation: a :meth:`watch` or an :meth:`arithmetic`, which
+                note what the closure overwrites.
         """
         self.losses += 1
-        watching = arithmetic or (WriteWatch(self._writes) if watch else nullcontext())
         # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
-        with self._same_state(), self.user.own_gradients(), plain_attention(), watching:
+        with self._same_state(), self.user.own_gradients(), plain_attention(), within or nullcontext():
             return self.user.loss(self._numbers, skip=True)[0]
 
     def _differentiate(
@@ -261,6 +261,10 @@ class FrozenClosure:
         return range(self._started, torch.autograd._get_sequence_nr())
 
     # --- evaluations of another kind ----------------------------------------------------------------------------
+
+    def watch(self, recording: Recording | None = None) -> WriteWatch:
+        """A context for an evaluation, which notes what it overwrites, and how it comes to its result."""
+        return WriteWatch(self._writes, recording)
 
     def arithmetic(self, h: float | None = None, tape: Tape | None = None, keep_graph: bool = False) -> Arithmetic:
         """An arithmetic for an evaluation, which notes what the closure overwrites."""

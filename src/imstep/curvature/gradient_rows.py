@@ -114,8 +114,12 @@ class OuterRows(GradientRows):
 
     @cached_property
     def squared_norms(self) -> Tensor:
-        left, right = self._left.transpose(0, 1), self._right.transpose(0, 1)
-        return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+        norms = torch.zeros(self._left.shape[1], dtype=self._left.dtype, device=self._left.device)
+        for s, (left, right) in enumerate(zip(self._left, self._right, strict=True)):
+            norms += left.square().sum(1) * right.square().sum(1)
+            for other_left, other_right in zip(self._left[:s], self._right[:s], strict=True):
+                norms += 2 * (left * other_left).sum(1) * (right * other_right).sum(1)
+        return norms
 
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
@@ -199,6 +203,8 @@ def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int)
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_s left_si right_siᵀ as rows, (N, out · in)."""
+    if 1 in (left.shape[2], right.shape[2]):
+        return (left * right).sum(0)
     return torch.einsum("mno,mni->noi", left, right).flatten(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.curvature.course import KnownCourses
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use_rules import Use
 
@@ -44,9 +45,11 @@ class KnownOwners:
     Attributes:
         recorded: whether evaluations are to be recorded, for columns by forward products; None where that is ruled out.
         dependent: whether residuals were found to depend on each other.
+        courses: what was found of earlier evaluations.
     """
 
     def __init__(self) -> None:
+        self.courses = KnownCourses()
         self._groups: list[tuple[Tensor, list[Tensor]]] = []
         self.recorded: bool | None = False
         self.dependent = False
@@ -63,10 +66,9 @@ class KnownOwners:
             rows = _spread(residuals, uses, members)
             if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
                 return None
-            owners = [_of_live(part, owner) for part, owner in zip(rows, known, strict=True)]
-            if any(bool(part[owner < 0].any()) for part, owner in zip(rows, owners, strict=True)):
+            if any(bool(part[owner < 0].any()) for part, owner in zip(rows, known, strict=True)):
                 return None
-            groups.append(Group(members, rows, owners))
+            groups.append(Group(members, rows, known))  # rows that are zero now may well be owned
         return groups or None
 
     def remember(self, groups: Sequence[Group]) -> None:
@@ -78,13 +80,16 @@ class KnownOwners:
         self._groups = found
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered: of each group its members and the owners of each use's rows; whether to record."""
-        return {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
+        """What is remembered: of each group its members and the owners of each use's rows; whether to record; courses.
+        """
+        state = {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
+        return {**state, "courses": self.courses.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._groups = [(members, list(owners)) for members, owners in state["groups"]]
         self.recorded, self.dependent = state["recorded"], state["dependent"]
+        self.courses.load_state_dict(state.get("courses", {}))  # older states have none
 
 
 def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:

@@ -14,7 +14,7 @@ from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.squares import NoResidualsError, Residuals
+from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, Uses, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
@@ -152,6 +152,7 @@ class ResidualJacobian(JacobianRows):
         evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
         backward_passes: how many it took to build; a forward product counts as one.
         used: whether the residuals depend on each parameter.
+        course: how the residuals came about.
         explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
 
     Raises:
@@ -199,31 +200,38 @@ class ResidualJacobian(JacobianRows):
         evaluation = Evaluation.of(frozen, parameters, known)
         residuals, tensors = evaluation.residuals, parameters.tensors
         uses = find_uses([o.z for o in residuals.outputs], tensors)
-        check = Check.of(residuals, tensors)
-        parts, wrong = _parts(residuals, uses, tensors, known, check)
+        parts, wrong, check = _parts(evaluation, uses, tensors, known)
         for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
             parts[at] = part
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
-        self.nodes, self.used = nodes_of(evaluation.loss), [part is not None for part in parts]
+        self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course
+        self.used = [part is not None for part in parts]
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
 
 def _parts(
-    residuals: Residuals, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners, check: Check
-) -> tuple[list[GradientRows | None], list[int]]:
-    """The rows for each parameter, and the positions of those whose rows are not known."""
+    evaluation: Evaluation, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners
+) -> tuple[list[GradientRows | None], list[int], Check | None]:
+    """The rows for each parameter, the positions of those whose rows are not known, and what they were checked by."""
+    residuals, course = evaluation.residuals, evaluation.course
     none: list[GradientRows | None] = [None] * len(tensors)
     if known.dependent:
-        return none, list(range(len(tensors)))
+        return none, list(range(len(tensors))), Check.of(residuals, tensors)
     told = [use for use in uses.known if use.parameter not in uses.unknown]
     gathered = lambda groups: _gathered(groups, told, uses.derived, tensors)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts = gathered(groups)
-        wrong = check.wrong(parts)
-        if uses.unknown.issuperset(wrong):
-            return parts, sorted(uses.unknown)
+        if not uses.unknown and course.has_known_rows and not any(p._backward_hooks for p in tensors):
+            return parts, [], None
+        check = Check.of(residuals, tensors)
+        if uses.unknown.issuperset(check.wrong(parts)):
+            if not uses.unknown:
+                course.know_rows()
+            return parts, sorted(uses.unknown), check
+    else:
+        check = Check.of(residuals, tensors)
     groups = find_groups(residuals, told)
     if groups is None:
         shorter = min(len(residuals.values), sum(p.numel() for p in tensors))
@@ -235,10 +243,10 @@ def _parts(
                 "that needs no residuals."
             )
         known.dependent = True
-        return none, list(range(len(tensors)))
+        return none, list(range(len(tensors))), check
     known.remember(groups)
     parts = gathered(groups)
-    return parts, sorted(uses.unknown.union(check.wrong(parts)))
+    return parts, sorted(uses.unknown.union(check.wrong(parts))), check
 
 
 def _gathered(

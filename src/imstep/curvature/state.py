@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep.registry import signature
+from imstep.curvature.recording import Recording
 
 _evaluations = itertools.count()
 
@@ -85,6 +86,7 @@ class WriteWatch(TorchDispatchMode):
 
     Args:
         writes: where to note it.
+        recording: where to note what is computed from the parameters; None for nowhere.
     """
 
     @classmethod
@@ -92,9 +94,10 @@ class WriteWatch(TorchDispatchMode):
         """Spare every operator the wrapper that keeps PyTorch's compiler out of a mode."""
         return False
 
-    def __init__(self, writes: Writes) -> None:
+    def __init__(self, writes: Writes, recording: Recording | None = None) -> None:
         super().__init__()
         self._writes, self._born = writes, f"_imstep_born_{next(_evaluations)}"
+        self._recording = recording
         self._stack = ExitStack()
 
     def __enter__(self) -> WriteWatch:
@@ -120,6 +123,8 @@ class WriteWatch(TorchDispatchMode):
             outputs = func(*args, **kwargs)
         if not (sig.view or sig.mutates):
             self._mark(outputs)
+        if self._recording is not None:
+            self._recording.note(func, sig, args, kwargs, outputs)
         return outputs
 
     def _note(self, t: Any) -> None:

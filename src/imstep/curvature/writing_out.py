@@ -13,12 +13,14 @@ from torch import Tensor
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.curvature.course import Course
 from imstep.curvature.frozen import FrozenClosure, usable
 from imstep.curvature.gradient_rows import GradientRows, PlainRows
 from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.products import ReplayedProducts
+from imstep.curvature.recording import Looking, Recording
 from imstep.curvature.squares import Residuals, require_residuals
 
 _SLACK = 1e3
@@ -93,11 +95,13 @@ class Evaluation:
         loss: 0-dim, with its graph.
         residuals: of it.
         tape: the derivative of the tensors that the residuals are made of; None where it was not recorded.
+        course: how the residuals came about.
     """
 
     loss: Tensor
     residuals: Residuals
-    tape: Tape | None = None
+    tape: Tape | None
+    course: Course
 
     @classmethod
     def of(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation:
@@ -105,8 +109,16 @@ class Evaluation:
         recorded = cls.recorded(frozen, parameters, known) if known.recorded else None
         if recorded is not None:
             return recorded
-        loss = frozen.loss_with_graph(watch=True)
-        return cls(loss, require_residuals(loss))
+        recording = Recording(parameters.tensors)
+        watch = frozen.watch(recording)
+        try:
+            with Looking(recording):
+                loss = frozen.loss_with_graph(watch)
+            with watch:
+                residuals = require_residuals(loss)
+            return cls(loss, residuals, None, Course(recording, loss, residuals.values, known.courses))
+        finally:
+            recording.forget()
 
     @classmethod
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
@@ -116,7 +128,7 @@ class Evaluation:
         for p in parameters.tensors:
             arithmetic.attach(p, lent=True)
         try:
-            loss = frozen.loss_with_graph(arithmetic=arithmetic)
+            loss = frozen.loss_with_graph(arithmetic)
             residuals = require_residuals(loss)
             arithmetic.finish([o.z for o in residuals.outputs])
         except (UnsupportedOperatorError, TapeChangedError):
@@ -126,7 +138,7 @@ class Evaluation:
         finally:
             for p in parameters.tensors:
                 arithmetic.release(p)
-        return cls(loss, residuals, tape)
+        return cls(loss, residuals, tape, Course(None, loss, residuals.values, known.courses))
 
 
 def write_out(
@@ -135,10 +147,10 @@ def write_out(
     frozen: FrozenClosure,
     parameters: ParameterVector,
     known: KnownOwners,
-    check: Check,
+    check: Check | None,
 ) -> list[GradientRows]:
     """The rows of some parameters, by position: columns where they are no more than the rows."""
-    if not positions:
+    if not positions or check is None:
         return []
     residuals, tensors = evaluation.residuals, [parameters.tensors[at] for at in positions]
     count, columns = len(residuals.values), sum(as_reals(p).numel() for p in tensors)

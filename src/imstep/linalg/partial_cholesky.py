@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,16 +73,17 @@ def _spread(weights: Tensor, count: int) -> Tensor:
 
 def _greedy(block: Tensor, count: int) -> Tensor:
     """The first pivots, up to ``count``, of a Cholesky factorisation that takes the largest entry of the diagonal."""
-    left = block.diagonal().clone()
-    factor = block.new_zeros(len(block), min(count, len(block)))
-    floor, pivots = _SPOILT * float(left.max()), []
-    for j in range(factor.shape[1]):
+    entries: Any = block.cpu().numpy()  # with a fraction of a tensor's overhead for each of many short operations
+    left = entries.diagonal().copy()
+    factor = np.zeros((min(count, len(entries)), len(entries)))
+    floor, pivots = _SPOILT * left.max(), []
+    for j, row in enumerate(factor):
         pivot = int(left.argmax())
-        if float(left[pivot]) <= floor:
+        if not left[pivot] > floor:
             break
         pivots.append(pivot)
-        column = torch.addmv(block[:, pivot], factor[:, :j], factor[pivot, :j], alpha=-1)
-        factor[:, j] = column / column[pivot].sqrt()
-        left -= factor[:, j].square()
+        column = entries[pivot] - factor[:j, pivot] @ factor[:j]
+        row[:] = column / math.sqrt(column[pivot])
+        left -= row * row
         left[pivot] = 0
     return torch.tensor(pivots, dtype=torch.long, device=block.device)

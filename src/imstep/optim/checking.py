@@ -111,7 +111,7 @@ class Check:
         """The loss now; buffers that the closure overwrites are put back, random numbers that it draws are used up."""
         frozen = FrozenClosure(self._returned, self._parameters)
         try:
-            return float(frozen.loss_with_graph(watch=True).detach())
+            return float(frozen.loss_with_graph(frozen.watch()).detach())
         finally:
             frozen.leave(accepted=False)
 

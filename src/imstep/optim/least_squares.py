@@ -78,8 +78,9 @@ class LeastSquares(StepwiseOptimizer):
         ValueError, TypeError: see :class:`~imstep.curvature.ParameterVector`; a number is out of range.
         NoResidualsError: at a step: the loss is no sum of squares, or its residuals depend on each other.
 
-    Cost: a step on N residuals takes a forward and two backward passes (three to five at first), p columns of JJᵀ,
-        about N p² operations, and a forward pass per correction; p is a few times the number of eigenvalues of JJᵀ
+    Cost: a step on N residuals takes a forward and one to three backward passes (three to five at first), p columns of
+        JJᵀ, about N p² operations, and a forward pass per correction, for which the closure is called or, where its
+        operators are known to do, run again without it; p is a few times the number of eigenvalues of JJᵀ
         above λ. Where that is more than a third of N, or half of the n parameters: with N < n all of JJᵀ, and N³/3
         operations for each λ, else QR factors of J, 2 N n² operations, and 10 n³/3 for each λ.
 

@@ -9,23 +9,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
-from imstep.curvature.squares import require_residuals
-from imstep.curvature.staleness import StaleLossError, check_fresh, nodes_of
+from imstep.curvature.staleness import StaleLossError
 from imstep.linalg import DampedLeastSquares
 from imstep.optim.box import Box
 from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_relief
-from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.ground import Ground, ground_at
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
 from imstep.optim.recall import RowsAbove, new_points
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.residual_settings import Settings
+from imstep.optim.residual_trials import ResidualTrials
 from imstep.optim.step_attempt import StepAttempt
 
 _FINE = 10.0
@@ -70,11 +68,9 @@ class ResidualAttempt(StepAttempt):
         self._settings, self._owners, self._box = settings, owners, box
         self._loss: Tensor
         self._gradient: Tensor
-        self._spent = Cost()  # on trials
+        self._trials: ResidualTrials
         self._recall = settings.recall  # None where the points are not known to be new
         self._earlier: Tensor | None = None  # rows of earlier Jacobians, (m, n)
-        self._follows = False  # whether a trial's residuals differ from those of the start
-        self._there: tuple[Tensor, Tensor] | None = None  # the last trial's step (n,), and the loss with its graph
 
     @property
     def start(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +97,8 @@ class ResidualAttempt(StepAttempt):
     def _linearise(self) -> StepRecord:
         """Residuals, Jacobian and gradient."""
         self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._loss, self._residuals, self._nodes = jacobian.loss, jacobian.residuals, jacobian.nodes
+        self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
+        self._loss, self._residuals = jacobian.loss, jacobian.residuals
         self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
         self._penalty = self._frozen.settle_penalty(jacobian.used)
         if self._penalty is not None:
@@ -155,14 +152,14 @@ class ResidualAttempt(StepAttempt):
             # λ may be off by many orders of magnitude, as where steps have become long on the way out of a saddle.
             damping = rule.again(damping, step.ratio) * 2.0 ** max(failures - _SOON, 0)
             shift, shifted = None, residuals
-        if promised and not self._follows:
+        if promised and not self._trials.follows:
             raise StaleLossError(
                 "the loss has a derivative, but at no trial point was it another than at the start: it does not follow "
                 "the parameters. Look for a result that is kept from an earlier call, for detach() or .data, and for "
                 "rounding, and compute all that depends on the parameters anew inside the closure."
             )
-        spent = record.cost + self._spent
-        record = replace(record, outcome=StepOutcome.REJECTED, trials=self._spent.losses, cost=spent)
+        spent = self._trials.spent
+        record = replace(record, outcome=StepOutcome.REJECTED, trials=spent.losses, cost=record.cost + spent)
         # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
         return record, replace(memory, damping=rule.again(memory.damping, math.inf))
 
@@ -172,11 +169,13 @@ class ResidualAttempt(StepAttempt):
         decrease = math.inf if fine and step.decrease >= -ground.rounding else step.decrease
         if not rule.accepts(step.ratio, decrease, step.promise) or step.length > ground.reach:
             return False
-        gradient = self._gradient_there(there)
-        if not bool(gradient.isfinite().all()):
-            return False
+        if not fine:
+            return self._trials.finite_at(there)
+        gradient = self._trials.gradient_at(there)
+        if self._penalty is not None:
+            gradient = gradient + self._penalty.factors * self._parameters.get()
         before, after = (self._free(g) for g in (self._gradient, gradient))
-        return not fine or ground.size(after, damping) <= _LOWER * ground.size(before, damping)
+        return ground.size(after, damping) <= _LOWER * ground.size(before, damping)
 
     def _accept(
         self,
@@ -200,7 +199,7 @@ class ResidualAttempt(StepAttempt):
         record = replace(
             record,
             new_loss=record.loss - left,
-            trials=self._spent.losses,
+            trials=self._trials.spent.losses,
             step_length=1.0,
             direction_norm=float(there.norm()),
             step_norm=float(share.norm()),
@@ -210,7 +209,7 @@ class ResidualAttempt(StepAttempt):
             actual_decrease=decrease,
             rho=decrease / predicted if predicted > 0 else math.nan,
             taylor_error=predicted - decrease,
-            cost=record.cost + self._spent,
+            cost=record.cost + self._trials.spent,
         )
         damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
         last_move = share if self._settings.momentum > 0 else None
@@ -265,34 +264,8 @@ class ResidualAttempt(StepAttempt):
 
     def _residuals_at(self, step: Tensor) -> Tensor:
         """ρ(w + d), (N,), and what changes at the points of earlier steps."""
-        own = self._own_residuals_at(step)
+        own = self._trials.residuals_at(step)
         return own if self._earlier is None else torch.cat([own, self._earlier @ step.double()])
-
-    def _own_residuals_at(self, step: Tensor) -> Tensor:
-        """ρ(w + d), (N,); nan where the closure cannot be evaluated there."""
-        self._parameters.move(self._snapshot, step.to(self._parameters.dtype), 1.0)
-        self._spent += Cost(losses=1)
-        try:
-            loss = self._frozen.loss_with_graph()
-        except Exception as error:
-            if not outside_the_domain(error):
-                raise
-            return torch.full_like(self._residuals, math.nan)
-        if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):
-            self._spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
-            check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
-        self._there, values = (step, loss), require_residuals(loss).values.double()
-        self._follows = self._follows or not torch.equal(values, self._residuals)
-        return values
-
-    def _gradient_there(self, step: Tensor) -> Tensor:
-        """∇f(w + d), (n,); leaves the parameters there."""
-        if self._there is None or not torch.equal(self._there[0], step):
-            self._residuals_at(step)
-        assert self._there is not None
-        self._spent += Cost(jacobian_passes=1)
-        gradient = self._parameters.flatten(later_grad(self._there[1], self._parameters.tensors, whole=True))
-        return gradient if self._penalty is None else gradient + self._penalty.factors * self._parameters.get()
 
     def _free(self, gradient: Tensor) -> Tensor:
         """The gradient without the entries that bounds hold back."""

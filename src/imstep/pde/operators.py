@@ -85,7 +85,7 @@ def expand(
     if laplacian:
         coefficients[-1, list(laplacian)] = 1
     lines = (lines if lines.dim() == 3 else lines[:, None]).expand(count, *points.shape).contiguous()
-    jet = field(Jet(points.detach(), lines, None, Combination(coefficients)))
+    jet = field(Jet(points, lines, None, Combination(coefficients)))
     if not isinstance(jet, Jet) or jet.dim() < 1 or len(jet) != len(points):
         raise ExpansionError(_wrong_result(jet, len(points)))
     sums = jet.value.new_zeros(len(coefficients), *jet.shape) if jet.second is None else jet.second

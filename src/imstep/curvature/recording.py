@@ -1,0 +1,230 @@
+"""How an evaluation comes to its result, noted so that it can be run again at other parameters.
+
+A step evaluates its closure at several points on the same batch. What the first evaluation computes from the parameters
+is noted operator by operator, below autograd; everything else, such as points drawn inside and functions of them, is a
+constant. Memory is addressed as on a tape, by slots and windows, so that views need no steps.
+
+Where code may look at a number that depends on the parameters and go another way, nothing can be run again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+from imstep.complexstep.gradients import PASSES, runs_functions
+from imstep.complexstep.registry import Signature
+from imstep.complexstep.tensor import PLAIN, Window
+from imstep.curvature.rerun import Operation, Reference, Rerun
+from imstep.curvature.smooth import Kind, kind_of
+
+_recordings = itertools.count()
+
+_LOOKS = {
+    *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__),
+    *(Tensor.storage, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.register_hook),
+}
+"""Ways to the memory of a tensor that lead past the operators; a number that is read is an operator."""
+
+_LIBRARIES = ("aten", "prims")
+"""Whose operators are functions of their arguments."""
+
+
+class Recording:
+    """What an evaluation computes from the parameters, noted by :meth:`note` as it goes.
+
+    Args:
+        parameters: what will have other values.
+
+    Attributes:
+        unfit: why it cannot be run again, a sentence; None while it can.
+        form: of each operator the name, the arguments and where they come from: all but the numbers in tensors.
+        fixed: constants that say which entry goes where: integers, and where those with zeros have them.
+        smooth: whether the derivatives of all operators are finite wherever values are, and vanish nowhere in a region.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._key = f"_imstep_slot_{next(_recordings)}"
+        self._parameters = [p.detach() for p in parameters]
+        self._windows: list[Window] = []
+        self._steps: list[Operation] = []
+        self._held: list[tuple[Tensor, int]] = []
+        self.unfit: str | None = None
+        self.form: list[Any] = []
+        self.fixed: list[Tensor] = []
+        self.smooth = True
+        for p in self._parameters:
+            if self._slot(p) is not None or not p.is_floating_point():
+                self.unfit = "parameters share memory, or are complex"
+            self._define(p)
+
+    # --- noting -------------------------------------------------------------------------------------------------
+
+    def note(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any, outputs: Any) -> None:
+        """An operator was carried out."""
+        if self.unfit is not None or not (self._concern(args) or (kwargs and self._concern(kwargs.values()))):
+            return
+        kind = kind_of(func)
+        found = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        if kind.of_shapes or (not sig.mutates and found and self._slot(found[0]) is not None):
+            return  # another window, whatever the schema says
+        with torch._C.DisableTorchFunction():
+            tensors = sig.gather(args, kwargs)
+            self._judge(func, sig, tensors, found)
+            self._keep_in_mind(kind, _tensors(tensors))
+            self.smooth = self.smooth and kind.smooth(args)
+            step = Operation(func, [self._leaf(a) for a in args], {k: self._leaf(v) for k, v in kwargs.items()})
+            if self.unfit is not None:
+                return
+            if sig.mutates:
+                written = _tensors([t for t, (*_, w) in zip(tensors, sig.tensors, strict=True) if w])
+                step.writes = {self._slot(t) for t in written}  # type: ignore[misc]
+            else:
+                step.outputs = [self._output(t) for t in found]
+                step.writes = {slot for slot in step.outputs if slot is not None}
+        self._steps.append(step)
+        keywords = [(k, _form(a)) for k, a in step.kwargs.items()]
+        self.form.append((kind.name, [_form(a) for a in step.args], keywords))
+
+    def _concern(self, arguments: Iterable[Any]) -> bool:
+        """Whether one depends on the parameters."""
+        key = self._key
+        for a in arguments:
+            if isinstance(a, Tensor):
+                if a.layout is torch.strided and key in a.untyped_storage().__dict__:
+                    return True
+            elif isinstance(a, (list, tuple)) and self._concern(a):
+                return True
+        return False
+
+    def _judge(self, func: OpOverload, sig: Signature, tensors: list[Any], found: Sequence[Any]) -> None:
+        """Whether an operator can be run again."""
+        if any(t is not None and not isinstance(t, Tensor) for t in found):
+            self.unfit = f"{func} looks at a number"
+        elif func.namespace not in _LIBRARIES or torch.Tag.nondeterministic_seeded in func.tags:
+            self.unfit = f"{func} may come to something else"
+        elif any(type(t) not in PLAIN for t in _tensors([*tensors, *found])):
+            self.unfit = "a tensor is of a class of its own"
+        elif any(not self._is_own(t) for i in sig.overwritten for t in _tensors([tensors[i]])):
+            self.unfit = f"{func} writes into a parameter, or into what does not depend on any"
+
+    def _keep_in_mind(self, kind: Kind, tensors: list[Tensor]) -> None:
+        """Note which constants say what goes where."""
+        slots = [self._slot(t) for t in tensors]
+        of_parameters = all(slot is None or slot < len(self._parameters) for slot in slots)
+        for t, slot in zip(tensors, slots, strict=True):
+            if slot is not None:
+                continue
+            if not (t.is_floating_point() or t.is_complex()):
+                self.fixed.append(t.detach().clone())
+            elif not (kind.adds or (kind.multiplies and of_parameters)):
+                zeros = t.detach() == 0
+                self.fixed.append(zeros if bool(zeros.any()) else zeros.new_zeros(()))
+
+    def _is_own(self, t: Tensor) -> bool:
+        """Whether the memory of ``t`` is filled anew in each run."""
+        slot = self._slot(t)
+        return slot is not None and slot >= len(self._parameters)
+
+    def _slot(self, t: Any) -> int | None:
+        if not isinstance(t, Tensor) or t.layout is not torch.strided:
+            return None
+        return t.untyped_storage().__dict__.get(self._key)
+
+    def _define(self, t: Tensor) -> int:
+        self._windows.append(Window(t))
+        t.untyped_storage().__dict__[self._key] = len(self._windows) - 1
+        return len(self._windows) - 1
+
+    def _output(self, t: Any) -> int | None:
+        if t is None or t.layout is not torch.strided or self._slot(t) is not None:
+            if t is not None:
+                self.unfit = "an operator returns what it was given, or a tensor without strides"
+            return None
+        return self._define(t)
+
+    def reference(self, t: Tensor) -> Any:
+        """Where ``t`` is found when this runs again; itself where it is a constant."""
+        slot = self._slot(t)
+        if slot is not None:
+            return Reference(slot, None if self._windows[slot].fits(t) else Window(t))
+        if t.is_inference():
+            self.unfit = "a constant comes from inference mode, which shows no changes"
+        else:
+            self._held.append((t, t._version))
+        return t
+
+    def _leaf(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.reference(a)
+        if type(a) in (list, tuple) and any(isinstance(t, Tensor) for t in a):
+            return [self._leaf(t) for t in a]
+        return a
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Leave nothing behind on the parameters."""
+        for p in self._parameters:
+            p.untyped_storage().__dict__.pop(self._key, None)
+
+    def finish(self, output: Tensor) -> Rerun | None:
+        """What computes ``output`` at other parameters; None where nothing does."""
+        end = self.reference(output)
+        if self.unfit is not None or type(end) is not Reference:
+            return None
+        needed, kept = {end.slot}, []
+        for step in reversed(self._steps):
+            if not needed.isdisjoint(step.writes):
+                kept.append(step)
+                needed |= step.reads
+        held = {id(t) for step in kept for t in _constants([*step.args, *step.kwargs.values()])}
+        constants = [(t, version) for t, version in self._held if id(t) in held]
+        if any(t._version != version for t, version in constants):
+            return None
+        return Rerun(self._parameters, self._windows, kept[::-1], constants, end)
+
+
+class Looking(TorchFunctionMode):
+    """Notes in a recording that code may have looked at numbers past the operators."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            self._recording.unfit = f"{func.__name__} leads past the operators"
+        elif func in PASSES and runs_functions(_tensors([*args[:1], *(kwargs or {}).values()])):
+            self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
+        return func(*args, **(kwargs or {}))
+
+
+def _constants(nested: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for a in nested:
+        found += [a] if isinstance(a, Tensor) else _constants(a) if type(a) is list else []
+    return found
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for a in nested:
+        found += [a] if isinstance(a, Tensor) else _tensors(a) if isinstance(a, (list, tuple)) else []
+    return found
+
+
+def _form(a: Any) -> Any:
+    """An argument without its numbers, to be compared."""
+    if type(a) is Reference:
+        w = a.window
+        return a.slot, w and (w.size, w.stride, w.offset, w.dtype)
+    if isinstance(a, Tensor):
+        return a.shape, a.stride(), a.dtype
+    return tuple(_form(b) for b in a) if isinstance(a, (list, tuple)) else a

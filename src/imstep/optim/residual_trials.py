@@ -1,0 +1,91 @@
+"""Residuals at trial points: run again as a list of operators where that is known to do, else by the closure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep.later import later_grad
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.residual_jacobian import ResidualJacobian
+from imstep.curvature.squares import require_residuals
+from imstep.curvature.staleness import check_fresh, nodes_of
+from imstep.optim.evaluable import outside_the_domain
+from imstep.optim.record import Cost
+
+
+class ResidualTrials:
+    """The trials of one step of :class:`LeastSquares`.
+
+    Args:
+        frozen: the closure.
+        parameters: of it.
+        snapshot: where the step begins.
+        jacobian: the linearisation there.
+
+    Attributes:
+        spent: on trials.
+        follows: whether a trial's residuals differ from those of the start.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenClosure,
+        parameters: ParameterVector,
+        snapshot: Sequence[Tensor],
+        jacobian: ResidualJacobian,
+    ) -> None:
+        self._frozen, self._parameters, self._snapshot = frozen, parameters, snapshot
+        self._nodes, self._course, self._start = jacobian.nodes, jacobian.course, jacobian.residuals
+        self.spent, self.follows = Cost(), False
+        self._there: tuple[Tensor, Tensor] | None = None  # the closure's last step (n,), and its loss with its graph
+
+    def residuals_at(self, step: Tensor) -> Tensor:
+        """ρ(w + d), (N,); nan where the closure cannot be evaluated there. Leaves the parameters there."""
+        self._move(step)
+        self.spent += Cost(losses=1)
+        again = self._course.again()
+        if again is not None and self._course.trusted:
+            values = again.double()
+        else:
+            values = self._by_closure(step)
+            self._course.compare(again, values)
+        self.follows = self.follows or not torch.equal(values, self._start)
+        return values
+
+    def gradient_at(self, step: Tensor) -> Tensor:
+        """∇f(w + d), (n,), without a penalty; leaves the parameters there."""
+        if self._there is None or not torch.equal(self._there[0], step):
+            self._move(step)
+            self.spent += Cost(losses=1)
+            self._by_closure(step)
+        assert self._there is not None
+        self.spent += Cost(jacobian_passes=1)
+        return self._parameters.flatten(later_grad(self._there[1], self._parameters.tensors, whole=True))
+
+    def finite_at(self, step: Tensor) -> bool:
+        """Whether the gradient at w + d, where the residuals are, is finite; leaves the parameters there."""
+        if self._course.finite:
+            self._move(step)
+            return True
+        return bool(self.gradient_at(step).isfinite().all())
+
+    def _move(self, step: Tensor) -> None:
+        self._parameters.move(self._snapshot, step.to(self._parameters.dtype), 1.0)
+
+    def _by_closure(self, step: Tensor) -> Tensor:
+        try:
+            loss = self._frozen.loss_with_graph()
+        except Exception as error:
+            if not outside_the_domain(error):
+                raise
+            return torch.full_like(self._start, math.nan)
+        if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):
+            self.spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
+            check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
+        self._there = step, loss
+        return require_residuals(loss).values.double()

@@ -102,7 +102,8 @@ def _curves(axes: Axes, task: RaceTask, record: StrengthRecord, theme: Theme, x:
             xs, ys = [getattr(p, x) for p in points], [getattr(p, y) for p in points]
             drawn += ys
             starts += ys[:1]
-            axes.plot(xs, ys, color=theme.series[index], lw=1.0, label=SIDES[name].title if k == 0 else None)
+            color, dash = theme.series[index % len(theme.series)], "--" if index >= len(theme.series) else "-"
+            axes.plot(xs, ys, dash, color=color, lw=1.0, label=SIDES[name].title if k == 0 else None)
     most = 10 * max(filter(math.isfinite, starts))  # a side that diverges leaves the picture
     finite = [value for value in drawn if value <= most] or [1.0]
     log_axis(axes, "y", decades=math.log10(max(finite) / min(finite)))

@@ -11,6 +11,7 @@ from benchmarks.pinn.spring import Spring, SpringStepper
 from benchmarks.strength.peers import PEERS, cosine
 from benchmarks.strength.sides import Options, Side
 from imstep import LeastSquares, methods
+from imstep.optim import EarlierDraws
 from imstep.optim.preconditioning import SelfScaledBroyden
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.runs.steppers import GradientStepper, Stepper, StepwiseStepper
@@ -24,6 +25,10 @@ LARGEST = 8192
 
 def _least_squares(problem: Problem, options: Options) -> Stepper:
     return StepwiseStepper(LeastSquares(problem.parameters))
+
+
+def _recalling(problem: Problem, options: Options) -> Stepper:
+    return StepwiseStepper(LeastSquares(problem.parameters, recall=EarlierDraws()))
 
 
 def _adam(problem: Problem, options: Options) -> Stepper:
@@ -62,6 +67,14 @@ _ALL = (
         "imstep",
         "imstep",
         OptimizerSpec("imstep", "imstep", "LeastSquares with its defaults, new points in every step.", _least_squares),
+        ({},),
+    ),
+    Side(
+        "imstep-recall",
+        "imstep, recall",
+        OptimizerSpec(
+            "imstep-recall", "imstep, recall", "LeastSquares which recalls the points of earlier steps.", _recalling
+        ),
         ({},),
     ),
     Side(
@@ -126,4 +139,6 @@ _ALL = (
         ),
     ),
 )
+OWN = ("imstep", "imstep-recall")
+"""The sides that are no rivals."""
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}

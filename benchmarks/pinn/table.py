@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks.pinn.sides import SIDES
+from benchmarks.pinn.sides import OWN, SIDES
 from benchmarks.pinn.tasks import Goal, RaceTask, reached
 from benchmarks.strength.record import StrengthRecord
 from benchmarks.strength.run import StrengthRun
@@ -51,7 +51,7 @@ def _few(runs: Sequence[StrengthRun]) -> str:
 
 def _ratio(task: RaceTask, record: StrengthRecord) -> str:
     """imstep's seconds to the final error of the best rival over those of the rival."""
-    rivals = {name: runs for name in task.sides if name != task.own and (runs := record.of(name))}
+    rivals = {name: runs for name in task.sides if name not in OWN and (runs := record.of(name))}
     own = record.of(task.own)
     if not own or not rivals:
         return OPEN

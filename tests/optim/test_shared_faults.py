@@ -58,6 +58,8 @@ def closure_raises(rank: int) -> list[str]:
 
 
 def interrupted(rank: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+
     def interrupt(number: int) -> None:
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)

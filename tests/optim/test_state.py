@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,21 @@ import torch.nn.functional as F
 from optim_cases import F64, LABELS, X, network, normal, rosenbrock
 from torch import nn
 
+from imstep import methods
 from imstep.globalization import LevenbergMarquardt, NoDamping
-from imstep.optim import LeastSquares, NewtonKrylov, NoPreconditioning
+from imstep.optim import (
+    SOAP,
+    BlockBFGS,
+    EarlierDraws,
+    KLShampoo,
+    Kronecker,
+    KroneckerEigenbasis,
+    LeastSquares,
+    NewtonKrylov,
+    NoPreconditioning,
+    Shampoo,
+    TikhonovDamping,
+)
 from imstep.optim.stepwise import StepwiseOptimizer
 
 # --- parameters that come and go ----------------------------------------------------------------------------------
@@ -118,11 +132,32 @@ def test_no_damping_is_none() -> None:
 # --- copies -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [NewtonKrylov, LeastSquares])
+KINDS: dict[str, Callable[[Any], StepwiseOptimizer]] = {
+    "least squares": LeastSquares,
+    "recalling": partial(LeastSquares, recall=EarlierDraws()),
+    "newton": NewtonKrylov,
+    "hessian-free": methods.hessian_free,
+    "subspace": partial(methods.randomized_subspace_newton, dimension=4),
+    "rank one": methods.sr1,
+    "sampled": partial(methods.natural_gradient, fisher="monte-carlo"),
+} | {
+    type(kind).__name__: partial(NewtonKrylov, preconditioning=kind)
+    for kind in (
+        Kronecker(damping=TikhonovDamping()),
+        KroneckerEigenbasis(),
+        Shampoo(),
+        SOAP(),
+        KLShampoo(),
+        BlockBFGS(),
+    )
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_on_as_the_original(kind: type[StepwiseOptimizer], copied: Callable[[Any], Any]) -> None:
+def test_copies_go_on_as_the_original(kind: str, copied: Callable[[Any], Any]) -> None:
     model = network()
-    optimizer = kind(model.parameters())
+    optimizer = KINDS[kind](model.parameters())
 
     def after(steps: int, model: nn.Module, optimizer: StepwiseOptimizer) -> list[float]:
         return [float(optimizer.step(lambda: F.mse_loss(model(X), X[:, :3].sin()))) for _ in range(steps)]

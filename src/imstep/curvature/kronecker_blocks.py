@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class EigenBlock:
         """Of the matrix and ``damping`` times the identity."""
         shift = max(damping, _LEAST * float(self.values.mean()))
         factors = 1 / (self.values + (shift if shift > 0 else 1.0))
-        return lambda matrix: self.applied(matrix, factors)
+        return partial(self.applied, factors=factors)
 
     def turned(self, into: EigenBlock) -> Tensor:
         """The diagonal of this matrix in other eigenvectors, (out, in)."""
@@ -162,7 +163,7 @@ class FactoredDamping(LayerInverses):
         balance = math.sqrt(mean_a / mean_g)
         of_inputs = _shifted_inverse(a, max(balance * math.sqrt(damping), _LEAST * mean_a)).to(block.inputs.dtype)
         of_outputs = _shifted_inverse(g, max(math.sqrt(damping) / balance, _LEAST * mean_g)).to(block.inputs.dtype)
-        return lambda matrix: of_outputs @ matrix @ of_inputs
+        return partial(_between, of_outputs, of_inputs)
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,10 @@ class EigenbasisMoments(LayerInverses):
         self._ages = {saved["weight"]: saved["age"] for saved in state}
         whole = [{name: value for name, value in saved.items() if name != "age"} for saved in state]
         self._blocks = {saved["weight"]: EigenBlock(**saved) for saved in whole}
+
+
+def _between(outputs: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
+    return outputs @ matrix @ inputs
 
 
 def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:

@@ -29,16 +29,31 @@ def test_a_small_decrease_of_a_large_loss_is_not_cancelled():
     assert model.taylor_error(Trial(1.0, loss=1e16)) == 1e-3
 
 
-def test_both_errors_of_a_cubic_are_exact():
-    # f(t) = c - 3 t + 4 t²/2 + 5 t³, so E(t) = 5 t³ and E'(t) = 15 t².
-    for constant, precision in ((2.0, 1e-12), (1e17, 1e-14)):  # the losses of the second agree to rounding
+@pytest.mark.parametrize("lacking", (2, 3), ids=("quadratic", "cubic"))
+def test_the_error_is_exact_where_losses_say_it_and_bounded_by_slopes_where_they_do_not(lacking):
+    # f(t) = c - 3 t + 4 t²/2 + E(t) with E(t) = 5 t² or 5 t³, as Gauss-Newton's curvature and a Hessian have it.
+    for constant in (2.0, 1e17):  # the losses of the second agree to rounding
         model = LineModel(constant, -3.0, 4.0, norm=1.0)
         for t in (0.1, 0.5, 2.0):
-            change = -3 * t + 2 * t**2 + 5 * t**3
-            trial = Trial(t, constant + change, slope=-3 + 4 * t + 15 * t**2)
+            error = 5 * t**lacking
+            change = -3 * t + 2 * t**2 + error
+            trial = Trial(t, constant + change, slope=-3 + 4 * t + lacking * error / t)
             assert model.rounding_level(trial) is (constant == 1e17)
-            assert model.taylor_error(trial) == pytest.approx(5 * t**3, rel=precision)
-            assert model.change(trial) == pytest.approx(change, rel=precision, abs=1e-14)
+            found = model.taylor_error(trial)
+            if constant == 2:
+                assert found == pytest.approx(error, rel=1e-12)
+            else:
+                assert (1 - 1e-14) * error * lacking / 3 <= found <= (1 + 1e-14) * error * lacking / 2
+            assert model.change(trial) == pytest.approx(change + found - error, rel=1e-12, abs=1e-14)
+
+
+def test_losses_that_differ_little_and_truly_are_believed():
+    # E(t) = 0.65e-6 t², which the losses resolve. As of third order, E'(1) / 3, it would look like a decrease.
+    model = LineModel(1e5, -1e-6, 1e-6, norm=1.0)
+    trial = Trial(1.0, 1e5 + 1.5e-7, slope=1.3e-6)
+    assert model.rounding_level(trial)
+    assert model.change(trial) == pytest.approx(1.5e-7, rel=1e-3)
+    assert math.isnan(model.taylor_error(Trial(1.0, 1e5, slope=math.nan)))
 
 
 def test_the_rounding_level_is_that_of_what_is_expected_too():

@@ -104,13 +104,17 @@ class LineModel:
     def taylor_error(self, trial: Trial) -> float:
         """E(t) = f(w + t d) - m(t); not finite where the trial is not.
 
-        Where the losses may differ by rounding only, the slopes still resolve it: E'(t) = g(w + t d)·d - s - t k gives
-        E = t E'/3, exact for a cubic.
+        Where the losses may differ by rounding only, the slopes still bound it: E'(t) = g(w + t d)·d - s - t k, and
+        E = t E'/3 where the model lacks a cubic (the curvature is the Hessian's), t E'/2 where it lacks a quadratic
+        (Gauss-Newton's). What the losses say is believed between the two.
         """
         t = trial.step_length
+        error = (trial.loss - self.loss) + self.decrease(t)
         if trial.slope is not None and self.rounding_level(trial):
-            return t * (trial.slope - self.slope - t * self.curvature) / 3
-        return (trial.loss - self.loss) + self.decrease(t)
+            change = t * (trial.slope - self.slope - t * self.curvature)
+            low, high = sorted((change / 3, change / 2))
+            return min(high, max(low, error))  # in this order NaN stays NaN
+        return error
 
     def change(self, trial: Trial) -> float:
         """f(w + t d) - f, with that error."""

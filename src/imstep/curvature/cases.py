@@ -95,9 +95,9 @@ def case_matrix(
     """
 
     def build(at: Linearisation) -> SymmetricOperator:
-        source: Products = _CaseProducts(at, parameters, rows(at))
+        source: Products = _CaseProducts(at, parameters.evaluated, rows(at))
         source = source if at.penalty is None else ShiftedProducts(source, at.penalty.factors)
-        return SymmetricOperator(parameters, source, definite=True)
+        return SymmetricOperator(parameters.evaluated, source, definite=True)
 
     return point.matrix(parameters, build, definite=True, graph=True)
 

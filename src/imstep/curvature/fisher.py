@@ -150,7 +150,8 @@ class Exact(Expectation):
         def build(at: Linearisation) -> TapeOperator:
             split = _likelihood(at, natural=True).split
             assert split is not None
-            return TapeOperator(parameters, gauss_newton(at.tape, split.nodes), definite=True, penalty=at.penalty)
+            tape = gauss_newton(at.tape, split.nodes)
+            return TapeOperator(parameters.evaluated, tape, definite=True, penalty=at.penalty)
 
         return _recognised(point).matrix(parameters, build, definite=True)
 

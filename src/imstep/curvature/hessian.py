@@ -148,7 +148,8 @@ def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOpera
 
 def hessian_of(point: Linearised, parameters: ParameterVector) -> SymmetricOperator:
     """The Hessian at a point that was evaluated already."""
-    return point.matrix(parameters, lambda at: TapeOperator(parameters, at.tape, penalty=at.penalty), definite=False)
+    evaluated = parameters.evaluated
+    return point.matrix(parameters, lambda at: TapeOperator(evaluated, at.tape, penalty=at.penalty), definite=False)
 
 
 @overload
@@ -169,6 +170,6 @@ def gauss_newton_of(
     def build(at: Linearisation) -> TapeOperator:
         assert at.split is not None
         tape = gauss_newton(at.tape, at.split.nodes)
-        return TapeOperator(parameters, tape, definite=True, penalty=at.penalty)
+        return TapeOperator(parameters.evaluated, tape, definite=True, penalty=at.penalty)
 
     return point.matrix(parameters, build, definite=True) if point.convex else None

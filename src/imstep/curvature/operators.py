@@ -99,6 +99,9 @@ class SymmetricOperator(ProductsOperator):
         super().__init__(source, source, guard)
         self.parameters, self.definite = parameters, definite
 
+    def held(self, vector: Tensor) -> Tensor:
+        return self.parameters.own(vector)
+
     def block(
         self, rows: nn.Module | Iterable[Tensor], columns: nn.Module | Iterable[Tensor] | None = None
     ) -> ProductsOperator:

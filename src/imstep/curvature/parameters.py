@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -200,20 +201,67 @@ class ParameterVector(TensorVector):
         sizes = torch.tensor(self.sizes, device=self.device)
         return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(sizes)
 
+    # --- what processes hold, and what they evaluate ------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> ParameterVector:
+        """What a closure sees in their place, and its records are of: themselves, unless they are sharded."""
+        return self
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """Those that all processes hold alike."""
+        return self.tensors
+
+    def shown(self) -> AbstractContextManager[None]:
+        """A context in which :attr:`evaluated` has memory, and modules hold it; all processes enter it together."""
+        return nullcontext()
+
+    def refresh(self) -> None:
+        """Have :attr:`evaluated` hold what the parameters do now; all processes call this together."""
+
+    def own(self, vector: Tensor) -> Tensor:
+        """A vector (..., n) that is the same in all processes, as it is kept here."""
+        return vector
+
+    def whole(self, vector: Tensor) -> Tensor:
+        """The inverse of :meth:`own`, for :attr:`evaluated`; all processes call this together."""
+        return vector
+
+    def summed(
+        self, part: Callable[[], Tensor | None], numbers: int, vectors: int = 0, direction: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over processes of numbers and of vectors, (numbers,) and (vectors, n), of what each finds.
+
+        Args:
+            part: what this process adds, (numbers + vectors n,); see :meth:`Processes.sum`.
+            direction: what all must have the same of.
+        """
+        assert self.processes is not None
+        found = self.processes.sum(part, numbers + vectors * self.size, self, direction)
+        return found[:numbers], found[numbers:].view(vectors, self.size)
+
+    def gradients(self, vector: Tensor) -> list[Tensor]:
+        """A vector (n,) in memory of its own as ``.grad`` of each parameter."""
+        return [g.clone() for g in self.unflatten(vector)]
+
+    # --- their values -------------------------------------------------------------------------------------------
+
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""
-        return self.flatten(self.tensors)
+        return self.flatten(self._memory())
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the parameters in their own dtypes, to restore them bit for bit."""
-        return [p.detach().clone() for p in self.tensors]
+        return [p.detach().clone() for p in self._memory()]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Set the parameters to a snapshot."""
         torch.clear_autocast_cache()  # copies of other values, also after an exception
         with torch.no_grad():
-            for p, saved in zip(self.tensors, snapshot, strict=True):
+            for p, saved in zip(self._memory(), snapshot, strict=True):
                 p.copy_(saved)
+        self._moved()
 
     def set(self, vector: Tensor) -> None:
         """Set the parameters to a vector (n,)."""
@@ -229,8 +277,16 @@ class ParameterVector(TensorVector):
         """Set the parameters to snapshot + step_length * direction, with ``direction`` (n,)."""
         torch.clear_autocast_cache()
         with torch.no_grad():
-            for p, saved, d in zip(self.tensors, snapshot, self.unflatten(direction), strict=True):
+            for p, saved, d in zip(self._memory(), snapshot, self.unflatten(direction), strict=True):
                 torch.add(saved, d, alpha=step_length, out=p)
+        self._moved()
+
+    def _memory(self) -> list[Tensor]:
+        """What of each parameter is held here."""
+        return self.tensors
+
+    def _moved(self) -> None:
+        """The parameters have other values."""
 
 
 def as_reals(t: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ class Penalty:
         rates = [rate if is_used else 0.0 for rate, is_used in zip(self.rates, used, strict=True)]
         return Penalty(rates, self._parameters, mask)
 
-    def times(self, factor: float) -> Penalty:
-        """With all λ multiplied by ``factor`` > 0."""
-        return Penalty([factor * rate for rate in self.rates], self._parameters, self._mask)
+    def times(self, factor: float, parameters: ParameterVector | None = None) -> Penalty:
+        """With all λ multiplied by ``factor`` > 0; of ``parameters`` that stand for the same, if they are given."""
+        return Penalty([factor * rate for rate in self.rates], parameters or self._parameters, self._mask)
 
     @property
     def alike(self) -> bool:

@@ -99,7 +99,11 @@ class Processes:
 
     def same_as(self, group: Any) -> bool:
         """Whether a group is of the same processes."""
-        return bool(dist.get_process_group_ranks(group) == self._ranks)
+        return self.are(dist.get_process_group_ranks(group))
+
+    def are(self, ranks: Sequence[int]) -> bool:
+        """Whether they are those of these numbers in the world, in this order."""
+        return list(ranks) == self._ranks
 
     # --- collectives --------------------------------------------------------------------------------------------
 
@@ -117,21 +121,49 @@ class Processes:
             OtherProcessError: ``part`` failed in another process; in this one it raises what it raised.
             ProcessesLostError: the processes are not at the same place, or one has ended.
         """
-        buffer = torch.zeros(HEADER + size, dtype=like.dtype, device=like.device)
+        buffer = torch.zeros(1, HEADER + size, dtype=like.dtype, device=like.device)
+        error = self._fill(buffer, part, direction)
+        self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))
+        self._look(buffer[0, :HEADER], error)
+        return buffer[0, HEADER:]
+
+    def sum_rows(self, part: Callable[[], Tensor | None], width: int, like: Any) -> Tensor:
+        """The row with this process's number of the sum of what each finds, (width,); one reduce-scatter.
+
+        Args:
+            part: what this process adds, (processes, width); else as for :meth:`sum`.
+
+        Raises: as :meth:`sum`.
+        """
+        buffer = torch.zeros(self.size, HEADER + width, dtype=like.dtype, device=like.device)
+        error = self._fill(buffer, part)
+        row = buffer.new_empty(HEADER + width)
+        # What heads the rows are whole numbers, whose sums are the same in whatever order they are formed.
+        self._carry_out(lambda: dist.reduce_scatter_tensor(row, buffer.view(-1), group=self._group))
+        self._look(row[:HEADER], error)
+        return row[HEADER:]
+
+    def _fill(
+        self, buffer: Tensor, part: Callable[[], Tensor | None], direction: Tensor | None = None
+    ) -> BaseException | None:
+        """Write what this process finds beneath a header in each row; the error if it failed."""
         error = None
         try:
             found = part()
             self._heed()
             if found is not None:
-                buffer[HEADER:] = found
+                buffer[:, HEADER:] = found
         except BaseException as caught:  # an interrupt as well
             error = caught
-            buffer[0] = 1
+            buffer[:, 0] = 1
         self._calls += 1
         digits = _digits(self._calls, direction).to(buffer)
-        buffer[1 : 1 + DIGITS], buffer[1 + DIGITS : HEADER] = digits, digits * digits
-        self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))
-        failed, *signs = buffer[:HEADER].tolist()
+        buffer[:, 1 : 1 + DIGITS], buffer[:, 1 + DIGITS : HEADER] = digits, digits * digits
+        return error
+
+    def _look(self, header: Tensor, error: BaseException | None) -> None:
+        """Raise where the sum of headers tells that processes are apart, or that one has failed."""
+        failed, *signs = header.tolist()
         # Equal numbers, and no others, have the squares of their sum and of themselves in this proportion.
         pairs = zip(signs[:DIGITS], signs[DIGITS:], strict=True)
         if any(total * total != self.size * squares for total, squares in pairs):
@@ -142,7 +174,20 @@ class Processes:
             )
         if failed:
             self._leave(error)
-        return buffer[HEADER:]
+
+    def rows(self, own: Tensor) -> Tensor:
+        """A vector (width,) of each process, (processes, width); one all-gather."""
+        self._calls += 1
+        every = own.new_empty(self.size, len(own))
+        self._carry_out(lambda: dist.all_gather_into_tensor(every.view(-1), own.contiguous(), group=self._group))
+        return every
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum of numbers of which none can fail to be there."""
+        self._calls += 1
+        total = numbers.clone()
+        self._carry_out(lambda: dist.all_reduce(total, group=self._group))
+        return total
 
     def gather(self, own: Callable[[], _T]) -> list[_T]:
         """What each process finds, a small object that can be pickled, in order of their numbers.
@@ -246,7 +291,7 @@ class Processes:
 
 def digest(tensors: Sequence[Tensor]) -> int:
     """A number that tells tensors apart by their bits."""
-    return zlib.crc32(sums_of_words(tensors).cpu().numpy().tobytes())
+    return 0 if not tensors else zlib.crc32(sums_of_words(tensors).cpu().numpy().tobytes())
 
 
 def check_parameters(digests: Sequence[int]) -> None:

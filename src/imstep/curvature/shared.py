@@ -71,15 +71,18 @@ class SharedBatch:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        loss, gradient = self.total(lambda frozen: frozen.gradient(), [1, self._parameters.size])
-        return loss[0], gradient
+        loss, gradient = self.total(lambda frozen: frozen.gradient(), 1, 1)
+        return loss[0], gradient[0]
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters."""
-        return self.total(lambda frozen: [frozen.loss()], [1])[0][0]
+        return self.total(lambda frozen: [frozen.loss()], 1)[0][0]
 
-    def total(self, evaluate: Callable[[Any], Sequence[Tensor]], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """The weighted sums over processes of what ``evaluate`` finds of a batch, vectors of these sizes."""
+    def total(
+        self, evaluate: Callable[[Any], Sequence[Tensor]], numbers: int, vectors: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sums over processes of what ``evaluate`` finds of a batch: numbers, and vectors (vectors, n)."""
+        self._parameters.refresh()
 
         def part() -> Tensor | None:
             if self._own is None:
@@ -87,7 +90,7 @@ class SharedBatch:
             found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self._own)]
             return self._share * torch.cat(found)
 
-        return self._processes.sum(part, sum(sizes), self._parameters).split(list(sizes))
+        return self._parameters.summed(part, numbers, vectors)
 
     def _evaluated(
         self, evaluate: Callable[[_Own], tuple[Tensor, Tensor, bool, float]]
@@ -95,6 +98,7 @@ class SharedBatch:
         """Loss, gradient, whether the loss is convex in outputs, and the share evaluated anew for every product."""
         vector, own = self._parameters, self._own
         count = len(vector.tensors)
+        vector.refresh()
 
         def part() -> Tensor | None:
             if own is None:
@@ -107,9 +111,9 @@ class SharedBatch:
             head = gradient.new_tensor([self._share * number, self._share * repeats, *facts])
             return torch.cat([head, weighed])
 
-        found = self._processes.sum(part, 6 + count + vector.size, vector)
+        found, (gradient,) = vector.summed(part, 6 + count, 1)
         numbers, (returned, repeats, bent, none, hooked) = found[5 : 5 + count], found[:5].tolist()
-        loss, gradient = found[5 + count], found[6 + count :]
+        loss = found[5 + count]
         if hooked:
             raise ValueError(
                 "a hook changes the gradient of a parameter, and with a process_group it is not known to do the same "
@@ -127,7 +131,7 @@ class SharedBatch:
             return loss, gradient
         self.penalty = self.penalty.within(used, None)
         if self._own is not None:
-            self._own.take_penalty(self.penalty.times(1 / self._total))
+            self._own.take_penalty(self.penalty.times(1 / self._total, self._parameters.evaluated))
         w = self._parameters.get()
         return loss + self.penalty.value(w), torch.addcmul(gradient, self.penalty.factors, w)
 
@@ -175,7 +179,7 @@ class SharedLinearisation:
     ) -> SymmetricOperator:
         """The weighted sum of the processes' matrices."""
         own = self.own
-        matrix = None if own is None else lambda: own.matrix(parameters, build, definite, graph)
+        matrix = None if own is None else lambda: own.matrix(parameters.evaluated, build, definite, graph)
         source: Products = SharedProducts(parameters, matrix, self.share)
         if self.penalty is not None:
             source = ShiftedProducts(source, self.penalty.factors)
@@ -202,8 +206,7 @@ class SharedProducts(Products):
         self, parameters: ParameterVector, own: Callable[[], SymmetricOperator] | None, share: float
     ) -> None:
         super().__init__(parameters, parameters)
-        assert parameters.processes is not None
-        self._processes, self._own, self._share = parameters.processes, own, share
+        self._parameters, self._own, self._share = parameters, own, share
         self._built: SymmetricOperator | None = None
 
     @property
@@ -211,20 +214,22 @@ class SharedProducts(Products):
         return 0 if self._built is None else self._built.nbytes
 
     def one(self, direction: Tensor) -> Tensor:
-        return self._sum(lambda own: own.matvec(direction), direction)
+        return self._sum(lambda own, whole: own.matvec(whole), direction)[0]
 
     def several(self, directions: Tensor) -> Tensor:
-        return self._sum(lambda own: own.matmat(directions.t()).t(), directions)
+        return self._sum(lambda own, whole: own.matmat(whole.t()).t(), directions)
 
-    def _sum(self, multiply: Callable[[SymmetricOperator], Tensor], directions: Tensor) -> Tensor:
+    def _sum(self, multiply: Callable[[SymmetricOperator, Tensor], Tensor], directions: Tensor) -> Tensor:
+        whole = self._parameters.whole(directions)
+
         def part() -> Tensor | None:
             if self._own is None:
                 return None
             self._built = self._built or self._own()
-            return self._share * multiply(self._built).reshape(-1)
+            return self._share * multiply(self._built, whole).reshape(-1)
 
-        found = self._processes.sum(part, directions.numel(), directions, directions)
-        return found.view_as(directions)
+        count = len(directions) if directions.ndim == 2 else 1
+        return self._parameters.summed(part, 0, count, directions)[1]
 
 
 class SharedOperator(SymmetricOperator):
@@ -264,18 +269,17 @@ class HalvedSharedOperator(SharedOperator, HalvedOperator):
 
     def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
         self.products += 1
-        processes = self.parameters.processes
-        assert processes is not None
+        whole = self.parameters.whole(vector)
 
         def part() -> Tensor | None:
             if self.own is None or self._point.own is None:
                 return None
             self._halved = self._halved or HalvedTapeOperator(self.own(), self._point.own)
-            image, *curvatures = self._halved.measure(vector)
+            image, *curvatures = self._halved.measure(whole)
             return self._point.share * torch.cat([image.new_tensor(curvatures), image])
 
-        found, penalty = processes.sum(part, 2 + len(vector), vector, vector), self._point.penalty
-        image, halves = found[2:], found[:2]
+        halves, (image,) = self.parameters.summed(part, 2, 1, vector)
+        penalty = self._point.penalty
         if penalty is not None:  # of no examples
             image, halves = torch.addcmul(image, penalty.factors, vector), halves + vector @ (penalty.factors * vector)
         return image, *halves.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from imstep.curvature.fully_sharded import refuse_foreign, refuse_sharded
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes
 
@@ -31,8 +31,7 @@ class Surroundings:
                 "this is called under torch.inference_mode(), where PyTorch records no graph, so that there is no "
                 "gradient. Call it outside; torch.no_grad() around it does no harm."
             )
-        if any(_is_sharded(p) for p in parameters.tensors):
-            raise ValueError(f"a parameter is sharded over processes (fully_shard, DTensor). {_ALONE}")
+        refuse_sharded(parameters.tensors)
         kinds = {"cpu", parameters.device.type}
         self._autocast = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         self._cached = torch.is_autocast_cache_enabled()
@@ -46,17 +45,12 @@ class Surroundings:
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cached))
             if self._parallel:
-                stack.callback(register_module_forward_pre_hook(_refuse_sharded).remove)
+                foreign = register_module_forward_pre_hook(lambda module, inputs: refuse_foreign(module))
+                stack.callback(foreign.remove)
                 stack.callback(setattr, DistributedDataParallel, "forward", DistributedDataParallel.forward)
                 plain = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
                 setattr(DistributedDataParallel, "forward", plain)  # noqa: B010 (a method is not assigned to)
             yield
-
-
-_ALONE = (
-    "Steps on shards are not supported yet. Train in one process; or keep the whole model in each, without sharding, "
-    "and pass process_group= to NewtonKrylov, which adds up over processes."
-)
 
 
 def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -80,14 +74,3 @@ def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs:
         device = torch.device(module.device_type, module.device_ids[0])
         (inputs,), (kwargs,) = module.to_kwargs(inputs, kwargs, device.index)
     return module.module(*inputs, **kwargs)
-
-
-def _is_sharded(p: Any) -> bool:
-    return hasattr(p, "device_mesh") and hasattr(p, "placements")
-
-
-def _refuse_sharded(module: Any, inputs: Any) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-    if sharded and dist.get_world_size(module.process_group) > 1:
-        raise ValueError(f"the closure evaluates a model in {type(module).__name__}, which is sharded. {_ALONE}")

@@ -33,7 +33,8 @@ def _bent_product(
 ) -> tuple[Tensor, ...]:
     """H u and its derivative along v."""
     if isinstance(frozen, SharedBatch):  # what is summed over processes are plain numbers
-        return frozen.total(lambda own: _bent_product(own, parameters, first, second), [parameters.size] * 2)
+        whole = parameters.evaluated, parameters.whole(first), parameters.whole(second)
+        return tuple(frozen.total(lambda own: _bent_product(own, *whole), 0, 2)[1])
     arithmetic = Arithmetic()
     for p, d in zip(parameters.tensors, parameters.unflatten(second), strict=True):
         arithmetic.attach(p, d)

@@ -42,7 +42,7 @@ def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
     """
     if parameters.processes is None:
         return _total(point, parameters)
-    of_this = lambda: parameters.get().new_tensor([_total(point, parameters)])
+    of_this = lambda: torch.tensor([_total(point, parameters.evaluated)], dtype=parameters.dtype)
     return float(parameters.processes.sum(of_this, 1, parameters))
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imstep.linalg.sharded import ShardedTensor
+
 
 def dots(*pairs: tuple[Tensor, Tensor]) -> tuple[float, ...]:
     """Inner products of pairs of vectors (n,), with one synchronisation of the device for all of them."""
+    sharded = [v for pair in pairs for v in pair if isinstance(v, ShardedTensor)]
+    if sharded:
+        return tuple(sharded[0].dots(pairs).tolist())
     return tuple(torch.stack([torch.dot(a, b) for a, b in pairs]).tolist())
 
 

@@ -159,7 +159,7 @@ def smallest_eigenpair(
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     start = torch.randn(operator.size, generator=generator, device=generator.device, dtype=operator.dtype)
-    start = start.to(operator.device)
+    start = operator.held(start.to(operator.device))
     process = lanczos(operator, start, steps)
     if process.steps == 0:
         return Eigenpair(math.nan, start / start.norm(), math.inf, products=1, magnitude=math.nan)

@@ -95,6 +95,10 @@ class LinearOperator(ABC):
         """What the entries of A v and of v stand for, such as the parameters of a model; None where not known."""
         return None, None
 
+    def held(self, vector: Tensor) -> Tensor:
+        """A vector (n,), the same in all processes, as solvers are to hold it: sharded where products are."""
+        return vector
+
     @property
     def T(self) -> LinearOperator:
         """The transpose Aᵀ, an operator of shape (n, m)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import KrylovResult, KrylovStatus, LinearOperator, smallest_eigenpair
+from imstep.linalg.dots import dots
 from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
@@ -110,8 +111,8 @@ def combined(
     Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), section 7.
     """
     d, e = direction.vector, other
-    dots = torch.stack([d @ direction.image, e @ direction.image, e @ other_image, d @ d, d @ e, e @ e, gradient @ e])
-    dd, de, ee, d2, de2, e2, ge = dots.double().tolist()
+    Ad, Ae = direction.image, other_image
+    dd, de, ee, d2, de2, e2, ge = dots((d, Ad), (e, Ad), (e, Ae), (d, d), (d, e), (e, e), (gradient, e))
     dd, de, ee = dd + damping * d2, de + damping * de2, ee + damping * e2
     gd = direction.slope
     determinant = dd * ee - de * de
@@ -120,7 +121,7 @@ def combined(
         return direction
     alpha, beta = (de * ge - ee * gd) / determinant, (de * gd - dd * ge) / determinant
     vector = torch.add(alpha * d, e, alpha=beta)
-    image = torch.add(alpha * direction.image, other_image, alpha=beta)
+    image = torch.add(alpha * Ad, Ae, alpha=beta)
     both = direction.moved(vector, image, gradient)
     usable = both.slope < 0 and 0 < both.norm < math.inf and math.isfinite(both.curvature)
     return both if usable else direction
@@ -168,5 +169,5 @@ def escape_direction(operator: LinearOperator, gradient: Tensor, seed: int) -> E
 
 def _along(gradient: Tensor, vector: Tensor, image: Tensor) -> tuple[float, float, float]:
     """gᵀd, dᵀAd and ‖d‖."""
-    slope, squared, curvature = torch.stack([gradient @ vector, vector @ vector, vector @ image]).tolist()
+    slope, squared, curvature = dots((gradient, vector), (vector, vector), (vector, image))
     return slope, curvature, math.sqrt(squared) if squared >= 0 else math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -113,6 +114,10 @@ class Memory:
         if definite:
             return replace(self, probe_in=0, probe_wait=1)
         return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
+
+    def held(self, own: Callable[[Tensor], Tensor]) -> Memory:
+        """With vectors as ``own`` keeps those that are the same in all processes."""
+        return replace(self, **{name: own(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, tensors, and nested dictionaries."""

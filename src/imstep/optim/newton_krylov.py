@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from imstep.curvature.choice import CurvatureChoice, GaussNewtonFirst
+from imstep.curvature.fully_sharded import is_sharded
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, FrozenPieces
 from imstep.curvature.processes import Processes
@@ -158,6 +159,9 @@ class NewtonKrylov(StepwiseOptimizer):
             max_refusals=max_refusals,
             average=average,
         )
+        if process_group is not None and self._processes is None and any(map(is_sharded, self._parameters.tensors)):
+            self._processes = Processes(process_group)  # one, under fully_shard
+            self._parameters = self._vector()
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
 
@@ -218,11 +222,20 @@ class NewtonKrylov(StepwiseOptimizer):
             OtherProcessError: the closure failed in another process; in that one it raises what it raised.
             ProcessesLostError: another process has ended, or is not at the same place.
         """
-        together = nullcontext() if self._processes is None else self._processes.interrupted_together()
-        with together:
+        with self._together():
             frozen = self._batch(closure)
             part = None if curvature_closure is None else self._batch(curvature_closure)
             return self._take(self._attempt(frozen, part))
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A context for a step of all processes; of one alone it is none."""
+        if self._processes is None:
+            yield
+            return
+        self._follow_parameters()
+        with self._processes.interrupted_together(), self._parameters.shown():
+            yield
 
     def _batch(self, closure: Any) -> FrozenBatch:
         """The closure on its batch: whole, in pieces, or with those of other processes."""

@@ -61,7 +61,7 @@ def shared_batch(
         parameters, stale, penalty = begin()
         pieces = MicroBatches.of(closure)
         own[:] = [parameters, stale, penalty, pieces]
-        signs = digest(parameters.tensors), state()
+        signs = digest(parameters.replicated), state()
         if pieces is not None and pieces.reduction is not None:
             return _Part(f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count, *signs)
         if pieces is not None:
@@ -73,7 +73,7 @@ def shared_batch(
     parameters, stale, penalty, pieces = own
     reduction = None if pieces is None else pieces.reduction
     weights = _weights(reduction, [part.count for part in parts])
-    frozen = _frozen(closure, pieces, parameters, stale)
+    frozen = _frozen(closure, pieces, parameters.evaluated, stale)
     return SharedBatch(frozen, weights[processes.rank], sum(weights), parameters, penalty)
 
 

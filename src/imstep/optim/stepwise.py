@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.fully_sharded import local_part
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.processes import Processes
+from imstep.curvature.sharded import parameter_vector
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
@@ -284,7 +286,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         """Whether ``.grad`` holds anything but zeros and what the last step has left."""
         left = {id(g): version for ref, version in self._left if (g := ref()) is not None}
         found = [p.grad for p in self._parameters.tensors if p.grad is not None]
-        return any(left.get(id(g)) != g._version and bool((g != 0).any()) for g in found)
+        return any(left.get(id(g)) != g._version and bool((local_part(g) != 0).any()) for g in found)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -319,8 +321,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self.cost = self.cost + record.cost
         loss, gradient = attempt.of_closure
         self._left = []
-        for p, g in zip(self._parameters.tensors, self._parameters.unflatten(gradient), strict=True):
-            p.grad = g.clone()
+        for p, g in zip(self._parameters.tensors, self._parameters.gradients(gradient), strict=True):
+            p.grad = g
             self._left.append((weakref.ref(p.grad), p.grad._version))
         if memory.refusals >= self._max_refusals:
             raise NonFiniteLossError(
@@ -331,7 +333,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         return loss if attempt.returned is None else attempt.returned
 
     def _vector(self) -> ParameterVector:
-        return ParameterVector((p for group in self.param_groups for p in group["params"]), self._processes)
+        return parameter_vector((p for group in self.param_groups for p in group["params"]), self._processes)
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were added, frozen or unfrozen since."""
@@ -349,7 +351,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         }
         if self._average is not None:
             entry["average"] = self._average.state_dict()
-        return tree_map_only(Tensor, _alone, entry)
+        return tree_map_only(Tensor, lambda t: _alone(self._parameters.whole(t)), entry)
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
         self._follow_parameters()
@@ -373,11 +375,11 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         except (KeyError, TypeError) as error:
             raise ValueError(f"this state is damaged or of another version of the library: {error}.") from error
         self._load_parts(parts)
-        self._memory, self.cost = memory, cost
+        self._memory, self.cost = memory.held(self._parameters.own), cost
         if self._average is not None:
             self._average.forget()  # that of a state without one begins with it
             if "average" in entry:
-                self._average.load_state_dict(entry["average"])
+                self._average.load_state_dict(tree_map_only(Tensor, self._parameters.own, entry["average"]))
 
 
 def _alone(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.kronecker_blocks import EigenbasisMoments, FactoredDamping, LayerInverses, TikhonovDamping
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.sharded import between
 from imstep.linalg import LinearOperator
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
@@ -104,8 +105,9 @@ class _KroneckerPreconditioner(Preconditioner):
     def __init__(
         self, kind: Kronecker | KroneckerEigenbasis, parameters: ParameterVector, inverses: LayerInverses
     ) -> None:
-        self._kind, self._parameters, self._inverses = kind, parameters, inverses
-        self._factors = KroneckerFactors(parameters, kind.decay, inverses)
+        self._kind, self._parameters, self._inverses = kind, parameters.evaluated, inverses
+        self._held = parameters
+        self._factors = KroneckerFactors(parameters.evaluated, kind.decay, inverses)
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
         self._steps = self._due = 0
         self._decay: tuple[float, ...] | None = None  # of each parameter
@@ -135,7 +137,7 @@ class _KroneckerPreconditioner(Preconditioner):
         if self._inverse_damping == 0 or not near:
             self._inverse_damping, self._inverse_decay = damping, self._decay
             self._inverse = self._factors.preconditioner(damping, self._decay)
-        return self._inverse
+        return None if self._inverse is None else between(self._held, self._inverse)
 
     def _shifts(self, damping: float, decay: Sequence[float] | None) -> list[float]:
         """What is added to the curvature of each parameter."""

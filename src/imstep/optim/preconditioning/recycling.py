@@ -88,7 +88,8 @@ class _Recycled(Preconditioner):
             raise ValueError(OTHER_STATE)
         self._base.load_state_dict(state["base"])
         self._pairs.clear()
-        self._pairs.extend((pair["direction"], pair["image"]) for pair in state["pairs"])
+        own = self._parameters.own
+        self._pairs.extend((own(pair["direction"]), own(pair["image"])) for pair in state["pairs"])
 
 
 def inverse_size(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> float:

@@ -1,0 +1,218 @@
+"""Models under ``torch.distributed.fsdp.fully_shard``: who holds what, and how they are evaluated on whole weights.
+
+Within a step modules hold whole parameters that are gathered here, and the hooks by which ``fully_shard`` gathers and
+reduces are left out: sums over processes are formed where products are. What of PyTorch is relied on is private; it
+is all in this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imstep.curvature.processes import Processes
+
+INSTEAD = (
+    "Train in one process; or keep the whole model in each, without sharding, and pass process_group= to NewtonKrylov, "
+    "which adds up over processes."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Managed:
+    """A parameter that ``fully_shard`` looks after.
+
+    Attributes:
+        holder: PyTorch's record of it.
+        shape: of the whole.
+        dim: along which it is sharded.
+    """
+
+    holder: Any
+    shape: torch.Size
+    dim: int
+
+
+def is_sharded(p: Any) -> bool:
+    """Whether a tensor is a DTensor, without importing what defines it."""
+    return hasattr(p, "device_mesh") and hasattr(p, "placements")
+
+
+def local_part(p: Any) -> Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    if not is_sharded(p):
+        return p  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return p.to_local()  # type: ignore[no-any-return]
+
+
+def as_shard(part: Tensor, like: Any) -> Tensor:
+    """A process's part as a tensor that is sharded as another one."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def managed(tensors: Sequence[Tensor], processes: Processes) -> list[Managed | None]:
+    """For each parameter who looks after it; None for one that is not sharded.
+
+    Raises:
+        ValueError: one is sharded, but not by ``fully_shard`` over these processes in full precision.
+    """
+    holders = {id(holder.sharded_param): holder for state in _states() for holder in _holders(state)}
+    return [_managed(p, holders.get(id(p)), processes) if is_sharded(p) else None for p in tensors]
+
+
+def _managed(p: Any, holder: Any, processes: Processes) -> Managed:
+    mesh = p.device_mesh
+    if holder is None or holder.is_dtensor:
+        raise ValueError(
+            "a parameter is distributed (a DTensor), but not by torch.distributed.fsdp.fully_shard alone: steps under "
+            f"tensor parallelism are not supported. Shard the model by fully_shard(model) only. {INSTEAD}"
+        )
+    if mesh.ndim != 1 or not p.placements[0].is_shard():
+        raise ValueError(
+            f"a parameter is sharded over a mesh of shape {tuple(mesh.mesh.shape)}, in part as copies (hybrid "
+            "sharding), which is not supported. Call fully_shard(model, mesh=init_device_mesh(type, (number,))) with "
+            f"one dimension. {INSTEAD}"
+        )
+    if not processes.are(mesh.mesh.flatten().tolist()):
+        raise ValueError(
+            f"the model is sharded over the processes {mesh.mesh.flatten().tolist()}, and process_group is of others. "
+            "Pass process_group=mesh.get_group(), of the mesh that fully_shard was given; without one it takes "
+            "torch.distributed.group.WORLD."
+        )
+    policy, kinds = holder.mp_policy, (None, p.dtype)
+    if policy.param_dtype not in kinds or policy.output_dtype not in kinds:
+        raise ValueError(
+            f"fully_shard was given {policy}: a model in lower precision, from hooks that are left out in a step. Leave "
+            "mp_policy out, and evaluate the model in the closure under torch.autocast."
+        )
+    if holder.offload_to_cpu:
+        raise ValueError(
+            "fully_shard was given a CPUOffloadPolicy, by which parameters are on another device than the model "
+            "computes on; this is not supported. Leave offload_policy out."
+        )
+    if p.is_meta:
+        raise ValueError(
+            "a sharded parameter has no memory yet (device meta). Call model.to_empty(device=...) and initialise the "
+            "model before the optimizer is built."
+        )
+    return Managed(holder, p.shape, p.placements[0].dim)
+
+
+def refuse_sharded(tensors: Iterable[Tensor]) -> None:
+    """Raise if a parameter is sharded, or is what ``fully_shard`` has gathered for the time of an evaluation."""
+    tensors = list(tensors)
+    if any(is_sharded(p) for p in tensors):
+        raise ValueError(
+            "a parameter is sharded over processes (fully_shard, DTensor). Steps on shards are taken by "
+            f"NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD) alone. {INSTEAD}"
+        )
+    gathered = {id(getattr(holder, "_unsharded_param", None)) for state in _states() for holder in _holders(state)}
+    if any(id(p) in gathered for p in tensors):
+        raise ValueError(
+            "a parameter is a copy that fully_shard has gathered for an evaluation: what is written to it is lost. "
+            "Build the optimizer before the model is evaluated, or call model.reshard() first, and pass "
+            "model.parameters() and process_group=."
+        )
+
+
+def refuse_foreign(module: Any) -> None:
+    """Raise where a module is about to gather its parameters itself."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is None:
+        return
+    if isinstance(module, loaded.FullyShardedDataParallel):
+        if torch.distributed.get_world_size(module.process_group) > 1:
+            raise ValueError(
+                f"the closure evaluates a model in {type(module).__name__}, which is sharded in a way that is not "
+                f"supported. Use torch.distributed.fsdp.fully_shard(model) in its place. {INSTEAD}"
+            )
+    elif isinstance(module, loaded.FSDPModule) and not getattr(module._get_fsdp_state(), _MARK, False):
+        raise ValueError(
+            "the closure evaluates a model under fully_shard of which no parameter belongs to the optimizer. Evaluate "
+            f"it outside the closure, if its outputs are data; else pass its parameters, too. {INSTEAD}"
+        )
+
+
+class Models:
+    """The models that parameters belong to.
+
+    Args:
+        owned: the parameters.
+    """
+
+    def __init__(self, owned: Sequence[Managed]) -> None:
+        ours = {id(own.holder) for own in owned}
+        states = _states()
+        modules = {id(m) for state in states if ours & set(map(id, _holders(state))) for m in state._modules}
+        # All of a model is evaluated: what holds a module of ours, and all that is in it.
+        tops = [m for state in states for m in state._modules if not modules.isdisjoint(map(id, m.modules()))]
+        inside = {id(m) for top in tops for m in top.modules()}
+        self._states = [state for state in states if not inside.isdisjoint(map(id, state._modules))]
+        holders = [holder for state in self._states for holder in _holders(state)]
+        self._fixed = [holder for holder in holders if id(holder) not in ours]
+
+    def reshard(self) -> None:
+        """Drop what was gathered of the parameters as they were before."""
+        for state in self._states:
+            for group in state._fsdp_param_groups:
+                group.reshard()
+
+    @contextmanager
+    def shown(self, whole: Sequence[tuple[Managed, nn.Parameter]]) -> Iterator[None]:
+        """A context in which modules hold whole parameters, and gather nothing; all processes enter it together."""
+        self.reshard()
+        with torch.no_grad():
+            fixed = [(h, nn.Parameter(h.sharded_param.full_tensor(), requires_grad=False)) for h in self._fixed]
+        with ExitStack() as stack:
+            for holder, p in [*((own.holder, p) for own, p in whole), *fixed]:
+                stack.callback(holder._setattr_on_modules, holder.sharded_param)
+                holder._setattr_on_modules(p)
+            for state in self._states:
+                _silence(state, stack)
+            yield
+
+
+_MARK = "_imstep_shown"
+
+
+def _silence(state: Any, stack: ExitStack) -> None:
+    """Leave out the hooks of a state until the stack ends."""
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        for one in getattr(handle, "handles", [handle]):
+            hooks = one.hooks_dict_ref()
+            stack.callback(hooks.__setitem__, one.id, hooks[one.id])
+            hooks[one.id] = lambda *args, **kwargs: None
+    # Methods that were registered to gather as forward does look these up.
+    for name, plain in (("_pre_forward", lambda module, args, kwargs: (args, kwargs)), ("_post_forward", _output)):
+        stack.callback(delattr, state, name)
+        setattr(state, name, plain)
+    stack.callback(delattr, state, _MARK)
+    setattr(state, _MARK, True)
+
+
+def _output(module: Any, inputs: Any, output: Any) -> Any:
+    return output
+
+
+def _states() -> list[Any]:
+    """Of all that ``fully_shard`` was called on and that is alive."""
+    loaded = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    if loaded is None:
+        return []
+    every = [state() for state in sys.modules["torch.distributed._composable_state"]._module_state_mapping.values()]
+    return list({id(state): state for state in every if isinstance(state, loaded.FSDPState)}.values())
+
+
+def _holders(state: Any) -> list[Any]:
+    return [holder for group in state._fsdp_param_groups for holder in group.fsdp_params]

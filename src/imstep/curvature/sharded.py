@@ -1,0 +1,282 @@
+"""Parameters of which each process holds a part, and vectors that are cut as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imstep.curvature.fully_sharded import Managed, Models, as_shard, is_sharded, local_part, managed
+from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
+from imstep.curvature.processes import Processes
+from imstep.linalg import LinearOperator
+from imstep.linalg.sharded import ShardedTensor
+
+
+class ShardCut:
+    """How a vector over tensors is divided among processes: of each tensor the chunks along one dimension.
+
+    Args:
+        shapes: of the tensors, as reals.
+        dims: along which each is cut.
+        processes: process r has the r-th chunk of each.
+
+    Attributes:
+        size: entries of the whole vector.
+        chunks: shapes of the chunks of each process.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dims: Sequence[int], processes: Processes) -> None:
+        self._processes, self._dims, self._shapes = processes, list(dims), list(shapes)
+        self._sizes = [shape.numel() for shape in shapes]
+        self.size = sum(self._sizes)
+        forms = list(zip(shapes, dims, strict=True))
+        self.chunks = [[_chunk(*form, rank, processes.size) for form in forms] for rank in range(processes.size)]
+        self._lengths = [[chunk.numel() for chunk in own] for own in self.chunks]
+        self._width = max(map(sum, self._lengths))
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many entries of each tensor this process holds."""
+        return self._lengths[self._processes.rank]
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Where the chunk of this process begins along the dimension that a tensor is cut along, and its length."""
+        return self._place(at, self._processes.rank)
+
+    def _place(self, at: int, rank: int) -> tuple[int, int]:
+        dim = self._dims[at]
+        return min(rank * self.chunks[0][at][dim], self._shapes[at][dim]), self.chunks[rank][at][dim]
+
+    def own(self, whole: Tensor) -> Tensor:
+        return self._of(whole, self._processes.rank)
+
+    def _of(self, whole: Tensor, rank: int) -> Tensor:
+        """What a process holds of (..., n)."""
+        found = []
+        for at, (part, shape) in enumerate(zip(whole.split(self._sizes, -1), self._shapes, strict=True)):
+            within = part.unflatten(-1, shape).narrow(self._dims[at] - len(shape), *self._place(at, rank))
+            found.append(within.flatten(-len(shape)))
+        return torch.cat(found, -1)
+
+    def join(self, own: Tensor) -> Tensor:
+        vectors = own.reshape(-1, own.shape[-1])
+        rows = vectors.new_zeros(len(vectors), self._width)
+        rows[:, : own.shape[-1]] = vectors
+        every = self._processes.rows(rows.view(-1)).view(self._processes.size, *rows.shape)
+        return torch.stack([self._joined(every[:, at]) for at in range(len(vectors))]).view(*own.shape[:-1], self.size)
+
+    def _joined(self, rows: Tensor) -> Tensor:
+        """The whole vector from what each process holds, (processes, width)."""
+        of_ranks = [row[: sum(own)].split(own) for row, own in zip(rows, self._lengths, strict=True)]
+        parts: list[Tensor] = []
+        for at, dim in enumerate(self._dims):
+            if dim == 0:
+                parts += [of_rank[at] for of_rank in of_ranks]
+            else:
+                own = [of_rank[at].view(chunks[at]) for of_rank, chunks in zip(of_ranks, self.chunks, strict=True)]
+                parts.append(torch.cat(own, dim).reshape(-1))
+        return torch.cat(parts)
+
+    def summed(self, part: Callable[[], Tensor | None], vectors: int, like: Any) -> Tensor:
+        """What this process holds of the sum of vectors (vectors, n) that each finds; None stands for zeros."""
+
+        def rows() -> Tensor | None:
+            found = part()
+            if found is None:
+                return None
+            spread = found.new_zeros(self._processes.size, vectors, self._width)
+            for rank, row in enumerate(spread):
+                row[:, : sum(self._lengths[rank])] = self._of(found, rank)
+            return spread.view(self._processes.size, -1)
+
+        row = self._processes.sum_rows(rows, vectors * self._width, like).view(vectors, self._width)
+        return row[:, : sum(self.lengths)].contiguous()
+
+    def total(self, numbers: Tensor) -> Tensor:
+        return self._processes.total(numbers)
+
+
+def _chunk(shape: torch.Size, dim: int, rank: int, size: int) -> torch.Size:
+    """The shape of a chunk, as of ``torch.chunk``, with empty ones at the end."""
+    length = -(-shape[dim] // size)
+    own = max(0, min(length, shape[dim] - rank * length))
+    return torch.Size([*shape[:dim], own, *shape[dim + 1 :]])
+
+
+def parameter_vector(params: Iterable[Tensor], processes: Processes | None) -> ParameterVector:
+    """The vector of parameters, some of which may be sharded over the processes by ``fully_shard``."""
+    tensors = list(params)
+    if processes is not None and any(is_sharded(p) for p in tensors if p.requires_grad):
+        return ShardedParameters(tensors, processes)
+    return ParameterVector(tensors, processes)
+
+
+class ShardedParameters(ParameterVector):
+    """Parameters that ``torch.distributed.fsdp.fully_shard`` has divided among processes, and others besides.
+
+    Vectors are :class:`ShardedTensor`, cut as the parameters are; those of parameters that are not sharded are cut
+    evenly. A list of one tensor for each parameter holds the process's part of those that are sharded.
+
+    Args:
+        params, processes: see :class:`ParameterVector`.
+
+    Raises:
+        ValueError: they are sharded in another way, or over other processes.
+    """
+
+    def __init__(self, params: Iterable[Tensor], processes: Processes) -> None:
+        super().__init__(params, processes)
+        self._cut_by: list[Managed | None] = managed(self.tensors, processes)
+        self._models = Models([own for own in self._cut_by if own is not None])
+        shapes, dims = [], []
+        for shape, own in zip(self._shapes, self._cut_by, strict=True):
+            shapes.append(torch.Size([shape.numel()]) if own is None else shape)
+            dims.append(0 if own is None else own.dim)
+        self.cut = ShardCut(shapes, dims, processes)
+        self._pieces = TensorVector(
+            [
+                (torch.Size([self.cut.place(at)[1]]), self.dtype) if own is None else (local_part(p).shape, p.dtype)
+                for at, (p, own) in enumerate(zip(self.tensors, self._cut_by, strict=True))
+            ],
+            self.dtype,
+            self.device,
+        )
+        self._evaluated = self.part(range(len(self.tensors)))
+        self._evaluated.processes = processes
+        self._evaluated.tensors = [
+            p if own is None else nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
+            for p, own in zip(self.tensors, self._cut_by, strict=True)
+        ]
+        self._shown = False
+        self._fresh = False  # whether what is evaluated holds what the parameters do
+
+    # --- what processes hold, and what they evaluate ------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> ParameterVector:
+        return self._evaluated
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        return [p for p, own in zip(self.tensors, self._cut_by, strict=True) if own is None]
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if self._shown:  # a step within a step is refused later
+            yield
+            return
+        pairs = zip(self._cut_by, self._evaluated.tensors, strict=True)
+        whole = [(own, p) for own, p in pairs if own is not None]
+        try:
+            self._shown, self._fresh = True, False
+            for own, p in whole:
+                p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
+            with self._models.shown(whole):
+                self.refresh()
+                yield
+        finally:
+            self._shown = False
+            for _, p in whole:
+                p.data, p.grad = torch.empty(0, dtype=p.dtype, device=p.device), None
+
+    def refresh(self) -> None:
+        if self._fresh:
+            return
+        whole = super().unflatten(self.cut.join(self.get().own))
+        with torch.no_grad():
+            for p, own, values in zip(self._evaluated.tensors, self._cut_by, whole, strict=True):
+                if own is not None:
+                    p.copy_(values)
+        self._fresh = True
+
+    def own(self, vector: Tensor) -> Tensor:
+        return vector if isinstance(vector, ShardedTensor) else ShardedTensor(self.cut.own(vector), self.cut)
+
+    def whole(self, vector: Tensor) -> Tensor:
+        return vector.whole() if isinstance(vector, ShardedTensor) else vector
+
+    def summed(
+        self, part: Callable[[], Tensor | None], numbers: int, vectors: int = 0, direction: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.processes is not None
+        found: list[Tensor | None] = []
+
+        def evaluated() -> Tensor | None:
+            found.append(part())
+            return None if found[0] is None else found[0][:numbers]
+
+        head = torch.empty(0, dtype=self.dtype, device=self.device)
+        if numbers or not vectors:  # by itself, since sums must be the same to the last bit in all processes
+            head = self.processes.sum(evaluated, numbers, self)
+            part = lambda: found[0]
+        if not vectors:
+            return head, head.new_empty(0, self.size)
+
+        def rest() -> Tensor | None:
+            values = part()
+            return None if values is None else values[numbers:].view(vectors, self.size)
+
+        return head, ShardedTensor(self.cut.summed(rest, vectors, self), self.cut)
+
+    # --- vectors and lists --------------------------------------------------------------------------------------
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        pieces = [
+            t if t is None or own is not None else self._slice(as_reals(t.detach()).reshape(-1), at)
+            for at, (t, own) in enumerate(zip(tensors, self._cut_by, strict=True))
+        ]
+        return ShardedTensor(self._pieces.flatten(pieces), self.cut)
+
+    def _slice(self, flat: Tensor, at: int) -> Tensor:
+        """What this process has in a vector of a parameter that is not sharded."""
+        start, length = self.cut.place(at)
+        return flat.narrow(0, start, length)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        pieces = self._pieces.unflatten(self.own(vector).own)
+        if not self.replicated:
+            return pieces
+        whole = super().unflatten(self.whole(vector))
+        chosen = zip(pieces, whole, self._cut_by, strict=True)
+        return [other if own is None else piece for piece, other, own in chosen]
+
+    def gradients(self, vector: Tensor) -> list[Tensor]:
+        found = zip(super().gradients(vector), self._cut_by, self.tensors, strict=True)
+        return [g if own is None else as_shard(g, p) for g, own, p in found]
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        lengths = torch.tensor(self.cut.lengths, device=self.device)
+        numbers = torch.tensor(values, dtype=self.dtype, device=self.device)
+        return ShardedTensor(numbers.repeat_interleave(lengths), self.cut)
+
+    def norm(self) -> float:
+        squares = self.get().own.double().square().sum()
+        return float(self.cut.total(squares).sqrt())
+
+    def _memory(self) -> list[Tensor]:
+        return [local_part(p) for p in self.tensors]
+
+    def _moved(self) -> None:
+        self._fresh = False
+        if not self._shown:
+            self._models.reshard()
+
+
+def between(parameters: ParameterVector, operator: LinearOperator) -> LinearOperator:
+    """An operator on whole vectors as one on vectors that are kept as ``parameters`` are."""
+    return _Gathered(parameters, operator) if parameters.evaluated is not parameters else operator
+
+
+class _Gathered(LinearOperator):
+    """Every process applies the operator to the whole vector, and keeps its part."""
+
+    def __init__(self, parameters: ParameterVector, operator: LinearOperator) -> None:
+        super().__init__(operator.size, operator.dtype, operator.device)
+        self._parameters, self._operator = parameters, operator
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._parameters.own(self._operator.matvec(self._parameters.whole(vector)))

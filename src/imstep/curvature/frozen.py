@@ -25,6 +25,7 @@ from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
+from imstep.curvature.fully_sharded import FROM_OUTSIDE, is_sharded
 from imstep.curvature.hooks import same_values
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
@@ -249,6 +250,8 @@ class FrozenClosure:
             self._check_sight(survey(outputs, self._parameters.tensors, self._numbers()), arithmetic)
 
     def _check_sight(self, seen: Survey, arithmetic: Arithmetic) -> None:
+        if any(map(is_sharded, seen.others)):
+            raise ValueError(FROM_OUTSIDE)
         if seen.foreign and not arithmetic.elsewhere(self._numbers()):
             raise ValueError(
                 "part of what the closure returned was computed in another thread, or before the closure was called; "

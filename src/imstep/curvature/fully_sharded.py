@@ -23,6 +23,12 @@ INSTEAD = (
     "which adds up over processes."
 )
 
+FROM_OUTSIDE = (
+    "the closure computes with a sharded parameter (a DTensor) that it holds from outside. Modules hold whole "
+    "parameters while it is evaluated: take them from the model inside the closure, by model.parameters() or "
+    "model.layer.weight."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Managed:
@@ -93,8 +99,8 @@ def _managed(p: Any, holder: Any, processes: Processes) -> Managed:
     policy, kinds = holder.mp_policy, (None, p.dtype)
     if policy.param_dtype not in kinds or policy.output_dtype not in kinds:
         raise ValueError(
-            f"fully_shard was given {policy}: a model in lower precision, from hooks that are left out in a step. Leave "
-            "mp_policy out, and evaluate the model in the closure under torch.autocast."
+            f"fully_shard was given {policy}: a model in lower precision, by hooks that are left out in a step. "
+            "Leave mp_policy out, and evaluate the model in the closure under torch.autocast."
         )
     if holder.offload_to_cpu:
         raise ValueError(
@@ -115,7 +121,10 @@ def refuse_sharded(tensors: Iterable[Tensor]) -> None:
     if any(is_sharded(p) for p in tensors):
         raise ValueError(
             "a parameter is sharded over processes (fully_shard, DTensor). Steps on shards are taken by "
-            f"NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD) alone. {INSTEAD}"
+            "NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD) alone; for all else load "
+            "the weights into a model that is not sharded, with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict. "
+            f"{INSTEAD}"
         )
     gathered = {id(getattr(holder, "_unsharded_param", None)) for state in _states() for holder in _holders(state)}
     if any(id(p) in gathered for p in tensors):

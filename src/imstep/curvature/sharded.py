@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imstep.curvature.fully_sharded import Managed, Models, as_shard, is_sharded, local_part, managed
+from imstep.curvature.fully_sharded import FROM_OUTSIDE, Managed, Models, as_shard, is_sharded, local_part, managed
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
 from imstep.linalg import LinearOperator
@@ -63,7 +64,7 @@ class ShardCut:
         return torch.cat(found, -1)
 
     def join(self, own: Tensor) -> Tensor:
-        vectors = own.reshape(-1, own.shape[-1])
+        vectors = own.reshape(math.prod(own.shape[:-1]), own.shape[-1])
         rows = vectors.new_zeros(len(vectors), self._width)
         rows[:, : own.shape[-1]] = vectors
         every = self._processes.rows(rows.view(-1)).view(self._processes.size, *rows.shape)
@@ -169,8 +170,14 @@ class ShardedParameters(ParameterVector):
         if self._shown:  # a step within a step is refused later
             yield
             return
-        pairs = zip(self._cut_by, self._evaluated.tensors, strict=True)
-        whole = [(own, p) for own, p in pairs if own is not None]
+        every = zip(self._cut_by, self._evaluated.tensors, self.tensors, strict=True)
+        kept = [(own, p, shard) for own, p, shard in every if own is not None]
+        if any(own.holder.sharded_param is not shard for own, _, shard in kept):
+            raise ValueError(
+                "the model holds other parameters than the optimizer, as after load_state_dict(..., assign=True). "
+                "Build the optimizer anew with model.parameters()."
+            )
+        whole = [(own, p) for own, p, _ in kept]
         try:
             self._shown, self._fresh = True, False
             for own, p in whole:
@@ -178,6 +185,10 @@ class ShardedParameters(ParameterVector):
             with self._models.shown(whole):
                 self.refresh()
                 yield
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" in str(error):
+                raise ValueError(FROM_OUTSIDE) from error
+            raise
         finally:
             self._shown = False
             for _, p in whole:

@@ -62,12 +62,12 @@ def hutchinson_diagonal(
     """
     if probes < 1 or block < 1:
         raise ValueError(f"probes and block are at least 1, got {probes} and {block}.")
-    total = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+    total = operator.held(torch.zeros(operator.size, dtype=operator.dtype, device=operator.device))
     squares = total.clone()
     for start in range(0, probes, block):
         shape = (operator.size, min(block, probes - start))
         bits = torch.randint(2, shape, generator=generator, device=generator.device)
-        signs = (2 * bits - 1).to(total)
+        signs = operator.held((2 * bits - 1).to(total).mT).mT
         samples = signs * operator.matmat(signs)
         total += samples.sum(dim=1)
         squares += (samples**2).sum(dim=1)

@@ -234,6 +234,26 @@ def _sum(func: Any, t: ShardedTensor, **kwargs: Any) -> Tensor:
     return t._cut.total(func(t._own, **kwargs))
 
 
+@_rule(aten.mean.default)
+def _mean(func: Any, t: ShardedTensor, **kwargs: Any) -> Tensor:
+    return t._cut.total(t._own.sum(**kwargs)) / t.numel()
+
+
+@_rule(aten.sum.dim_IntList)
+def _sum_along(func: Any, t: ShardedTensor, dim: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    dims = [d % t.ndim for d in dim or range(t.ndim)]
+    if keepdim:
+        return NotImplemented
+    return _reduced(t, func(t._own, dims, False, **kwargs), dims)
+
+
+def _reduced(t: ShardedTensor, local: Tensor, dims: Sequence[int]) -> Tensor:
+    """What sums over dimensions come to, from those of this process."""
+    if t._dim in dims:
+        return t._cut.total(local)
+    return ShardedTensor(local, t._cut, t._dim - sum(d < t._dim for d in dims))
+
+
 @_rule(aten.linalg_vector_norm.default)
 def _norm(
     func: Any, t: ShardedTensor, order: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
@@ -241,10 +261,8 @@ def _norm(
     if order != 2 or keepdim:
         return NotImplemented
     dims = list(range(t.ndim)) if dim is None else [d % t.ndim for d in ([dim] if isinstance(dim, int) else dim)]
-    local = func(t._own, 2, dims, False, **kwargs)
-    if t._dim not in dims:
-        return ShardedTensor(local, t._cut, t._dim - sum(d < t._dim for d in dims))
-    return t._cut.total(local.square()).sqrt()
+    squares = func(t._own, 2, dims, False, **kwargs).square()
+    return _reduced(t, squares, dims).sqrt()
 
 
 @_rule(aten.any.default, aten.all.default)

@@ -18,7 +18,7 @@ class Subspace:
 
     def __init__(self, operator: LinearOperator, capacity: int) -> None:
         self._operator, self._capacity = operator, capacity
-        empty = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+        empty = operator.held(torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device))
         self._basis, self._images, self.size = empty, empty, 0
         self.projected = torch.empty(0, 0, dtype=torch.float64)
         self.products = 0

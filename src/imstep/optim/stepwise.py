@@ -337,9 +337,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were added, frozen or unfrozen since."""
-        parameters = self._vector()
-        if list(map(id, parameters.tensors)) != list(map(id, self._parameters.tensors)):
-            self._adopt(parameters)
+        now = {id(p): p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        if list(now) != list(map(id, self._parameters.tensors)):
+            self._adopt(self._vector())
 
     def _entry(self) -> dict[str, Any]:
         entry = {

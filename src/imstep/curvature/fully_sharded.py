@@ -53,9 +53,9 @@ def is_sharded(p: Any) -> bool:
 def local_part(p: Any) -> Tensor:
     """What this process holds of a tensor, in the same memory."""
     if not is_sharded(p):
-        return p  # type: ignore[no-any-return]
+        return p
     with torch.no_grad():
-        return p.to_local()  # type: ignore[no-any-return]
+        return p.to_local()
 
 
 def as_shard(part: Tensor, like: Any) -> Tensor:
@@ -178,7 +178,7 @@ class Models:
                 group.reshard()
 
     @contextmanager
-    def shown(self, whole: Sequence[tuple[Managed, nn.Parameter]]) -> Iterator[None]:
+    def shown(self, whole: Sequence[tuple[Managed, Tensor]]) -> Iterator[None]:
         """A context in which modules hold whole parameters, and gather nothing; all processes enter it together."""
         self.reshard()
         with torch.no_grad():

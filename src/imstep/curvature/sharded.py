@@ -197,14 +197,14 @@ class ShardedParameters(ParameterVector):
     def refresh(self) -> None:
         if self._fresh:
             return
-        whole = super().unflatten(self.cut.join(self.get().own))
+        whole = super().unflatten(self.cut.join(self.own(self.get()).own))
         with torch.no_grad():
             for p, own, values in zip(self._evaluated.tensors, self._cut_by, whole, strict=True):
                 if own is not None:
                     p.copy_(values)
         self._fresh = True
 
-    def own(self, vector: Tensor) -> Tensor:
+    def own(self, vector: Tensor) -> ShardedTensor:
         return vector if isinstance(vector, ShardedTensor) else ShardedTensor(self.cut.own(vector), self.cut)
 
     def whole(self, vector: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class ShardedParameters(ParameterVector):
         return ShardedTensor(numbers.repeat_interleave(lengths), self.cut)
 
     def norm(self) -> float:
-        squares = self.get().own.double().square().sum()
+        squares = self.own(self.get()).own.double().square().sum()
         return float(self.cut.total(squares).sqrt())
 
     def _memory(self) -> list[Tensor]:

@@ -52,7 +52,7 @@ class ShardedTensor(Tensor):
     def __new__(cls, own: Tensor, cut: Cut, dim: int = -1) -> ShardedTensor:
         dim %= own.ndim
         shape = [*own.shape[:dim], cut.size, *own.shape[dim + 1 :]]
-        made: ShardedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=own.dtype, device=own.device)  # type: ignore[attr-defined]
+        made: ShardedTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=own.dtype, device=own.device)
         made._own, made._cut, made._dim = own, cut, dim
         return made
 
@@ -70,11 +70,13 @@ class ShardedTensor(Tensor):
         locals_ = [torch.dot(_matched(a, self), _matched(b, self)) for a, b in pairs]
         return self._cut.total(torch.stack(locals_))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedTensor(shape={tuple(self.shape)}, own={self._own.numel():,} entries, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is None and torch.Tag.pointwise in func.tags and "out" not in kwargs:

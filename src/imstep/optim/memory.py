@@ -117,7 +117,8 @@ class Memory:
 
     def held(self, own: Callable[[Tensor], Tensor]) -> Memory:
         """With vectors as ``own`` keeps those that are the same in all processes."""
-        return replace(self, **{name: own(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
+        vectors: dict[str, Any] = {name: own(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **vectors)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, tensors, and nested dictionaries."""

@@ -133,8 +133,11 @@ def without_data(rank: int) -> Any:
 def own_backward(rank: int) -> Any:
     model = two_layers()
     optimizer, half = over(model), slice(6 * rank, 6 * rank + 6)
+    squares(model, WHOLE).backward()
 
     def closure() -> Tensor:
+        optimizer.zero_grad()
+        (7 * squares(model, WHOLE)).backward()
         optimizer.zero_grad()
         loss = squares(model, (X[half], Y[half])) + sum(p.square().sum() for p in model.parameters())
         loss.backward()
@@ -173,7 +176,7 @@ def saving(rank: int) -> Any:
     again.load_state_dict(state)
     ends = []
     for m, o in ((model, optimizer), (other, again)):
-        train(m, o, [parts(WHOLE)[rank]])
+        train(m, o, [parts(WHOLE)[rank]], 1)
         ends.append(whole(m.parameters()))
     kept = kept_vectors(again)
     state = {name: value for name, value in state.items() if name != "param_groups"}
@@ -243,6 +246,16 @@ def _gathered_before(model: Any) -> Any:
     over(model).step(lambda: squares(model, WHOLE))
 
 
+def _accumulated(model: Any) -> Any:
+    optimizer = over(fully_shard(model))
+    squares(model, WHOLE).backward()
+
+    def closure() -> None:
+        squares(model, WHOLE).backward()
+
+    optimizer.step(closure)
+
+
 def _of_another(model: Any) -> Any:
     other, _ = fully_shard(mlp()), fully_shard(model)
     over(model).step(lambda: squares(model, (X, other(X).detach())))
@@ -270,6 +283,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "held": (_held_from_outside, "take them from the model inside the closure"),
     "held locally": (_held_locally, "take them from the model inside the closure"),
     "gathered": (_gathered_before, "call model.reshard() first"),
+    "accumulated": (_accumulated, "calls backward() without zero_grad()"),
     "another model": (_of_another, "of which no parameter belongs to the optimizer. Evaluate it outside"),
     "replaced": (_replaced, "Build the optimizer anew"),
     "no group": (
@@ -358,7 +372,7 @@ def test_a_state_is_continued_by_two_processes_and_by_one(two: Any) -> None:
     optimizer = NewtonKrylov(model.parameters(), average=ExponentialAverage(), momentum=True)
     state = _with_tensors(first["state"])
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    train(model, optimizer, [WHOLE])
+    train(model, optimizer, [WHOLE], 1)
     assert close([first["ends"][0]], [flat(model).tolist()])
 
 

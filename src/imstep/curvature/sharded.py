@@ -177,12 +177,13 @@ class ShardedParameters(ParameterVector):
                 "the model holds other parameters than the optimizer, as after load_state_dict(..., assign=True). "
                 "Build the optimizer anew with model.parameters()."
             )
-        whole = [(own, p) for own, p, _ in kept]
         try:
             self._shown, self._fresh = True, False
-            for own, p in whole:
+            for own, p, shard in kept:
                 p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
-            with self._models.shown(whole):
+                # What a closure must not add to, if it is not emptied: that there is something, in one number.
+                p.grad = None if shard.grad is None else p.new_ones(()).expand(own.shape)
+            with self._models.shown([(own, p) for own, p, _ in kept]):
                 self.refresh()
                 yield
         except RuntimeError as error:
@@ -191,8 +192,8 @@ class ShardedParameters(ParameterVector):
             raise
         finally:
             self._shown = False
-            for _, p in whole:
-                p.data, p.grad = torch.empty(0, dtype=p.dtype, device=p.device), None
+            for _, p, _ in kept:
+                p.grad, p.data = None, p.new_empty(0)
 
     def refresh(self) -> None:
         if self._fresh:

@@ -42,7 +42,8 @@ def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
     """
     if parameters.processes is None:
         return _total(point, parameters)
-    of_this = lambda: torch.tensor([_total(point, parameters.evaluated)], dtype=parameters.dtype)
+    variance = lambda: _total(point, parameters.evaluated)
+    of_this = lambda: torch.tensor([variance()], dtype=parameters.dtype, device=parameters.device)
     return float(parameters.processes.sum(of_this, 1, parameters))
 
 

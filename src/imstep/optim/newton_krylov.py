@@ -89,7 +89,8 @@ class NewtonKrylov(StepwiseOptimizer):
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
-            :class:`MicroBatches` counts by its examples, and may be empty. None for one process; note that
+            :class:`MicroBatches` counts by its examples, and may be empty. Parameters may be sharded over the
+            processes by ``torch.distributed.fsdp.fully_shard``; vectors are then, too. None for one process; note that
             ``torch.distributed.group.WORLD`` is None before ``init_process_group``.
 
     Attributes:

@@ -179,6 +179,13 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self._parameters = parameters
         self._memory = replace(self._memory, last_move=None, column_norms=None, previous=None, earlier=None)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Empty ``.grad`` of the parameters, as every optimizer does; in a closure also of what stands for shards."""
+        super().zero_grad(set_to_none)
+        for p, shown in zip(self._parameters.tensors, self._parameters.evaluated.tensors, strict=True):
+            if shown is not p:
+                shown.grad = None
+
     @needs_closure
     def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]
         """Take one step.

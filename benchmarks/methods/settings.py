@@ -15,6 +15,7 @@ from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
 from imstep.optim import Direct, FixedProducts, RandomSubspace, ResidualForcing
 from imstep.runs.known_methods import needed
 from imstep.runs.optimizers import METHODS, get_optimizer
+from imstep.runs.passing import OptimizerError
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
@@ -48,7 +49,10 @@ def _first_order(name: str, lr: float, problem: Problem) -> Stepper:
 
 
 def _made(method: Callable[..., Any], options: dict[str, Any], problem: Problem) -> Stepper:
-    return StepwiseStepper(method(problem.parameters, **needed(method, problem), **options))
+    try:
+        return StepwiseStepper(method(problem.parameters, **needed(method, problem), **options))
+    except ValueError as error:
+        raise OptimizerError(str(error)) from error
 
 
 def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:

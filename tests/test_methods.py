@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.references.sides import CHECKS, Check
 from imstep import NewtonKrylov, methods
 from imstep.globalization import NoDamping
 from imstep.linalg import ShiftedEigenvalues
@@ -187,3 +188,9 @@ def test_subsampled_newton_measures_what_growing_batches_need() -> None:
                 optimizer.step(lambda: F.binary_cross_entropy_with_logits(net(X[at])[:, 0], y[at]))  # noqa: B023
                 batches.observe(optimizer.last_step, len(at))
         assert batches.size > 20, name
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.package == "SciPy"], ids=lambda c: f"{c.method}, {c.other}")
+def test_steps_are_those_of_other_packages(check: Check) -> None:
+    """The rest, of packages that tests do not install: ``python -m benchmarks.references``."""
+    assert check.difference() <= check.tolerance

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from imstep import LeastSquares, NewtonKrylov, methods
-from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
+from imstep.globalization import ContractionDamping, LevenbergMarquardt, NoDamping, StrongWolfe
 from imstep.optim import Direct, FixedProducts, RandomSubspace, ResidualForcing
 from imstep.runs.known_methods import needed
 from imstep.runs.optimizers import METHODS, get_optimizer
@@ -74,6 +74,9 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     if isinstance(damping, LevenbergMarquardt):
         values = [factor * damping.initial for factor in DAMPINGS]
         return {f"λ {value:g}": {"damping": _from(damping, value)} for value in values}
+    if isinstance(damping, ContractionDamping):
+        values = [factor * damping.initial for factor in DAMPINGS]
+        return {f"λ {value:g}": {"damping": replace(damping, initial=value)} for value in values}
     if isinstance(parts.get("solver"), Direct) and isinstance(damping, NoDamping):
         return {"λ 0": {}, **{f"λ {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-3, 1e-1)}}
     if isinstance(parts.get("step"), StrongWolfe):

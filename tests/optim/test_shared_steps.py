@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from shared_cases import Batch, X, Y, flat, grouped, mlp, parts, squares, succeeded
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.utils.data import DataLoader, TensorDataset
 
 from imstep.curvature import Empirical, MonteCarlo, SumOverBatches
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, TikhonovDamping, Work
@@ -25,6 +26,7 @@ from imstep.optim import (
     ExactHessian,
     ExponentialAverage,
     FisherCurvature,
+    GrowingBatches,
     Kronecker,
     LimitedMemoryBFGS,
     MicroBatches,
@@ -152,6 +154,30 @@ def shared_inverses(rank: int) -> tuple[bytes, list[int]]:
         model = mlp()
         grouped(model, preconditioning=Kronecker(damping=Counted())).step(lambda: squares(model, (X, Y)))
     return ends, done
+
+
+def growing_batches(rank: int) -> bytes:
+    """A loader in each process, whose batches are parts of those of one process."""
+    ours, alone = mlp(), mlp()
+    options = {"preconditioning": NoPreconditioning(), "variance_every": 1}
+    optimizer, reference = grouped(ours, **options), NewtonKrylov(alone.parameters(), **options)
+    data = TensorDataset(X, Y)
+    parts_of = GrowingBatches(12, size=3, window=2, process_group=dist.group.WORLD)
+    wholes = GrowingBatches(12, size=3, window=2)
+    for _ in range(2):
+        loaders = DataLoader(data, batch_sampler=parts_of), DataLoader(data, batch_sampler=wholes)
+        for own, whole in zip(*loaders, strict=True):
+            optimizer.step(MicroBatches(lambda b: squares(ours, b), [own]))
+            reference.step(MicroBatches(lambda b: squares(alone, b), [whole]))
+            parts_of.observe(optimizer.last_step, len(own[0]))
+            wholes.size = parts_of.size  # the variance is measured by other halves
+    assert parts_of.size > 3
+    torch.testing.assert_close(flat(ours), flat(alone), rtol=1e-8, atol=1e-8)
+    for numbers in ({"seed": rank}, {"largest": 1, "size": 1}):
+        with pytest.raises(ValueError, match=r"different numbers|leave nothing to some"):
+            GrowingBatches(**{"examples": 12, "size": 3, "process_group": dist.group.WORLD, **numbers})
+    assert [len(batch) > 0 for batch in GrowingBatches(5, size=2, process_group=dist.group.WORLD)] == [True] * 2
+    return flat(ours).numpy().tobytes()
 
 
 def natural_gradients(rank: int) -> bytes:
@@ -290,6 +316,7 @@ CHECKS = [
     physics_informed,
     other_configurations,
     shared_inverses,
+    growing_batches,
     natural_gradients,
     noise_between_halves,
     sums,

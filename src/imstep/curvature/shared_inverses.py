@@ -12,8 +12,8 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes
 
 WORTH_SENDING = 256
-"""Rows of a factor from which its inverse is shared out. Our choice: n³ operations at 10¹⁰ a second then take three times
-as long as 8 n² bytes at 10 Gbit/s.
+"""Rows of a factor from which its inverse is shared out. Our choice: n³ operations at 10¹⁰ a second then take three
+times as long as 8 n² bytes at 10 Gbit/s.
 """
 
 

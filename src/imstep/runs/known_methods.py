@@ -18,7 +18,7 @@ from imstep.tasks import Problem
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["known_methods"]
+__all__ = ["known_methods", "needed"]
 
 RATES = (0.1, 0.3, 1.0, 3.0)
 """What a sweep tries, in units of a method's own rate."""
@@ -69,10 +69,16 @@ def _make(
     process_group: ProcessGroup | None = None,
 ) -> Stepper:
     own = typed(method, {key: options[key] for key in numbers})
+    own |= needed(method, problem)
     defaults = {**shared_options(constructor), **options}
     if process_group is not None:
         own["process_group"] = process_group
     return StepwiseStepper(method(problem.parameters, **{**shared(constructor, defaults), **own}), process_group)
+
+
+def needed(method: Callable[..., Any], problem: Problem) -> dict[str, Any]:
+    """What a method asks for besides parameters: the loss of all data, where it has to be told."""
+    return {"full": problem.closure(problem.train)} if "full" in inspect.signature(method).parameters else {}
 
 
 def _first_line(method: Callable[..., Any]) -> str:

@@ -9,8 +9,8 @@ python -m benchmarks.distributed.model --flops 2e14 --double 3e13 --latency 1e-5
 N examples are shared out, c operations each, those for factors among them; A is what every process does alike,
 preconditioning above all; I are inverses, in double precision, the largest of which one process makes alone. A sum of W
 processes is by halving and doubling (Thakur, Rabenseifner and Gropp, Int. J. High Perform. Comput. Appl. 19 (2005),
-49-66, section 4.4). Left out are: computing while sending, kernels that fill no card, reading of data. Batches are looked
-for among powers of two.
+49-66, section 4.4). Left out are: computing while sending, kernels that fill no card, reading of data. Batches are
+looked for among powers of two.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ def _sync_batch_norm(self: SyncBatchNorm, x: Tensor) -> Tensor:
     group = self.process_group or dist.group.WORLD
     if not (self.training or not tracked) or dist.get_world_size(group) == 1:
         return torch.nn.modules.batchnorm._BatchNorm.forward(self, x)
-    dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+    dims, shape, given = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)], x.dtype
+    x = x.float() if given.itemsize < 4 else x
     own = x.new_full((1,), x.numel() / x.shape[1])
     total = _sum(torch.cat([x.sum(dims), own]), group)
     count = total[-1].detach()
@@ -144,7 +145,7 @@ def _sync_batch_norm(self: SyncBatchNorm, x: Tensor) -> Tensor:
     if self.training and tracked:
         _follow(self, mean.detach(), variance.detach() * (count / (count - 1)))
     y = centred * (variance + self.eps).rsqrt().view(shape)
-    return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+    return (y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)).to(given)
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ class Processes:
         self._interrupted = False
         self._calls = 0
         self.alike = False
+        self._exchanged = exchanges()
 
     @classmethod
     def of(cls, group: Any) -> Processes | None:
@@ -135,7 +136,8 @@ class Processes:
             error = caught
             buffer[0] = 1
         self._calls += 1
-        digits = _digits(self._calls + exchanges() * 2**20, direction).to(buffer)
+        within, self._exchanged = exchanges() - self._exchanged, exchanges()
+        digits = _digits(self._calls + within * 2**20, direction).to(buffer)
         buffer[1 : 1 + DIGITS], buffer[1 + DIGITS : HEADER] = digits, digits * digits
         self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))
         failed, *signs = buffer[:HEADER].tolist()

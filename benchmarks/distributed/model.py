@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record_page import table
+from benchmarks.record_page import DOCS, put, table
 from imstep.curvature.processes import HEADER
 from imstep.curvature.shared_inverses import WORTH_SENDING, assigned
 
@@ -266,9 +266,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=getattr(GPU, name))
     for name in ("products", "trials", "refreshes"):
         parser.add_argument(f"--{name}", type=float, default=getattr(Steps(), name), help="in a mean step")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/tutorial-processes.md")
     given = vars(parser.parse_args())
+    page = given.pop("page")
     machine = replace(GPU, **{name: given.pop(name) for name in ("flops", "double", "latency")})
-    print(text_of(machine, Steps(**given)))
+    text = text_of(machine, Steps(**given))
+    print(text)
+    if page:
+        put("model", DOCS / "tutorial-processes.md", text)
 
 
 if __name__ == "__main__":

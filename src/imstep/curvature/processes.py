@@ -77,7 +77,7 @@ class Processes:
         self._interrupted = False
         self._calls = 0
         self.alike = False
-        self._exchanged = exchanges()
+        self._seen = exchanges()
 
     @classmethod
     def of(cls, group: Any) -> Processes | None:
@@ -136,7 +136,7 @@ class Processes:
             error = caught
             buffer[0] = 1
         self._calls += 1
-        within, self._exchanged = exchanges() - self._exchanged, exchanges()
+        within, self._seen = exchanges() - self._seen, exchanges()
         digits = _digits(self._calls + within * 2**20, direction).to(buffer)
         buffer[1 : 1 + DIGITS], buffer[1 + DIGITS : HEADER] = digits, digits * digits
         self._carry_out(lambda: dist.all_reduce(buffer, group=self._group))

@@ -30,8 +30,8 @@ from imstep.tasks import get_task
 from imstep.tasks.examples import Batch
 
 TASK = "digits-autoencoder"
-SLOW = Machine(flops=0, double=0, latency=5e-3, bandwidth=1.25e7)
-"""A network of 5 ms and 100 Mbit/s: it adds more than steps vary by."""
+SLOW = Machine(flops=0, double=0, latency=5e-2, bandwidth=2.5e6)
+"""A network of 50 ms and 20 Mbit/s: it adds more than steps vary by."""
 
 
 def timed(function: Callable[[], Any], times: int) -> float:
@@ -149,7 +149,7 @@ def main() -> None:
         return
     copies, steps, repeats = (1, 4, 1) if given.short else (16, 20, 5)
     text, pair = scaling(copies, steps, given.cores, repeats)
-    print(f"{TASK}, {pair['examples']:,} examples\n\n{text}\n\nA network of 5 ms and 100 Mbit/s:\n")
+    print(f"{TASK}, {pair['examples']:,} examples\n\n{text}\n\nA network of 50 ms and 20 Mbit/s:\n")
     print(slowed(steps, given.cores))
 
 

@@ -2,6 +2,8 @@
 
 python -m benchmarks.distributed           # what the record lacks; writes record.json and docs/tutorial-processes.md
 python -m benchmarks.distributed --table   # the page again, from the record
+python -m benchmarks.distributed.scaling   # seconds on one process and on two, and what a slow network adds
+python -m benchmarks.distributed.model     # what that comes to on many GPUs
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,19 +35,27 @@ STEPS = 6
 
 
 class Counted:
-    """Collectives of this process and the bytes that it hands in; in the place of those of ``torch.distributed``."""
+    """Collectives of this process and the bytes that it hands in; in the place of those of ``torch.distributed``.
 
-    def __init__(self) -> None:
+    Args:
+        delay: seconds to sleep before each, given the bytes handed in; None for none.
+    """
+
+    def __init__(self, delay: Callable[[int], float] | None = None) -> None:
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self._delay = delay
         dist.all_reduce = self._counting("sums", dist.all_reduce, 0)
         module = dist.distributed_c10d  # where objects are exchanged by this
         module.all_gather = self._counting("exchanges", module.all_gather, 1)
 
     def _counting(self, kind: str, collective: Any, own: int) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
+            size = args[own].numel() * args[own].element_size()
             self.calls[kind] += 1
-            self.sent[kind] += args[own].numel() * args[own].element_size()
+            self.sent[kind] += size
+            if self._delay is not None:
+                time.sleep(self._delay(size))
             return collective(*args, **kwargs)
 
         return counted

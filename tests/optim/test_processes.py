@@ -113,7 +113,7 @@ def test_collectives_within_the_closure_say_what_to_do(one_process: None) -> Non
         dist.all_reduce(outputs)
         return F.mse_loss(outputs, Y)
 
-    with pytest.raises(RuntimeError, match=r"Let it return the loss of its own process's part.*process_group="):
+    with pytest.raises(RuntimeError, match=r"return the loss of its own process's part.*process_group="):
         NewtonKrylov(model.parameters()).step(closure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,9 @@ from imstep.cli.listing import new, tasks
 from imstep.cli.options import dated, explained
 from imstep.cli.spectrum import spectrum
 from imstep.cli.training import train
+from imstep.curvature.processes import OtherProcessError
+from imstep.runs.peers import launched
+from imstep.runs.rows import TrainingError
 from imstep.runs.studies import run_accuracy
 
 __all__ = ["app", "main"]
@@ -50,11 +54,17 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand != "train" and launched():
+        with explained():
+            raise (TrainingError if int(os.environ["RANK"]) == 0 else OtherProcessError)(
+                f"imstep {ctx.invoked_subcommand} runs in one process, and torchrun has started several. Start it "
+                "without torchrun; imstep train is what runs in several."
+            )
 
 
 for _command in (demo, train, compare, spectrum, new, tasks):

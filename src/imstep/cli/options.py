@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import NoResidualsError
+from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.runs.checkpoint import CheckpointError
 from imstep.runs.optimizers import METHODS, OPTIMIZERS, OptimizerError
 from imstep.runs.rows import TrainingError
@@ -21,8 +23,8 @@ from imstep.runs.rundir import RunDirectoryError
 from imstep.tasks import TASKS, TableOptions, TaskError
 
 _EXPECTED = (
-    CheckpointError, NoResidualsError, OSError, OptimizerError, RunDirectoryError, TaskError, TrainingError,
-    UnsupportedOperatorError,
+    CheckpointError, NoResidualsError, OSError, OptimizerError, OtherProcessError, ProcessesLostError,
+    RunDirectoryError, TaskError, TrainingError, UnsupportedOperatorError,
 )  # fmt: skip
 _FILES = {".py", ".csv", ".tsv", ".npz", ".parquet"}
 
@@ -110,7 +112,9 @@ def explained() -> Iterator[None]:
     try:
         yield
     except _EXPECTED as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        # What happened elsewhere is told there, and by the first of several processes.
+        if not isinstance(error, OtherProcessError) or os.environ.get("RANK", "0") == "0":
+            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         console.print("stopped at once; what was saved before is kept.")

@@ -31,10 +31,12 @@ from imstep.cli.options import (
 from imstep.runs.config import RunConfig
 from imstep.runs.kept import every
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
+from imstep.runs.peers import joined
 from imstep.runs.rows import TrainingError
+from imstep.runs.rundir import RunDirectory, RunDirectoryError
 from imstep.runs.session import Manner, resume_run, start_run
 from imstep.runs.watch import CurvatureWatch
-from imstep.tasks import TASKS, TaskError, find_task
+from imstep.tasks import TASKS, Origin, TaskError, find_task
 
 __all__ = ["train"]
 
@@ -112,47 +114,65 @@ def train(
     impute: Impute = False,
     hidden: Hidden = None,
 ) -> None:
-    """Train a task, imstep's or your own. Ctrl-C finishes the step, saves, and says how to go on."""
+    """Train a task, imstep's or your own. Ctrl-C finishes the step, saves, and says how to go on.
+
+    Started by torchrun, as in `torchrun --nproc-per-node 4 -m imstep train TASK`, processes share out each batch.
+    """
     limits: dict[str, Any] = {"epochs": epochs, "budget": budget, "seconds": seconds}
-    with explained():
-        manner = Manner(
-            Console(),
-            tensorboard=tensorboard,
-            save_every=save_every,
-            watch=None if watch_curvature is None else CurvatureWatch(every(watch_curvature, "--watch-curvature")),
-            keep=None if keep is None else every(keep, "--keep"),
+
+    def asked() -> tuple[Origin, RunConfig]:
+        if task is None:
+            raise TaskError(
+                f"name a task to train, or give --resume DIR. Tasks: {', '.join(TASKS)}; or a file of your own."
+            )
+        table = table_options(target, kind, drop, impute, hidden)
+        origin = find_task(task, table)
+        size = _batch_size(batch_size, optimizer, origin.task.has_batches)
+        if all(limit is None for limit in limits.values()):
+            limits["budget"] = DEFAULT_BUDGET
+        config = RunConfig(
+            task=origin.name,
+            optimizer=optimizer,
+            options=_options(lr, option),
+            seed=seed,
+            **limits,
+            batch_size=size,
+            device=device,
+            dtype=dtype,
+            threads=threads if threads is not None else torch.get_num_threads(),
+            data=None if data is None else str(data),
+            examples=examples,
+            evaluate_every=evaluate_every or (FULL_BATCH_EVALUATION if size is None else 1.0),
+            table=None if table is None else table.to_dict(),
+        )
+        return origin, config
+
+    with explained(), joined(device if resume is None else _device_of(resume)) as peers:
+        manner = peers.together(
+            lambda: Manner(
+                Console(quiet=not peers.first),
+                tensorboard=tensorboard,
+                save_every=save_every,
+                watch=None if watch_curvature is None else CurvatureWatch(every(watch_curvature, "--watch-curvature")),
+                keep=None if keep is None else every(keep, "--keep"),
+            )
         )
         if resume is not None:
-            _refuse_settings(ctx)
-            done = resume_run(resume, manner, **limits)
+            peers.together(lambda: _refuse_settings(ctx))
+            done = resume_run(resume, manner, peers=peers, **limits)
         else:
-            if task is None:
-                raise TaskError(
-                    f"name a task to train, or give --resume DIR. Tasks: {', '.join(TASKS)}; or a file of your own."
-                )
-            table = table_options(target, kind, drop, impute, hidden)
-            origin = find_task(task, table)
-            size = _batch_size(batch_size, optimizer, origin.task.has_batches)
-            if all(limit is None for limit in limits.values()):
-                limits["budget"] = DEFAULT_BUDGET
-            config = RunConfig(
-                task=origin.name,
-                optimizer=optimizer,
-                options=_options(lr, option),
-                seed=seed,
-                **limits,
-                batch_size=size,
-                device=device,
-                dtype=dtype,
-                threads=threads if threads is not None else torch.get_num_threads(),
-                data=None if data is None else str(data),
-                examples=examples,
-                evaluate_every=evaluate_every or (FULL_BATCH_EVALUATION if size is None else 1.0),
-                table=None if table is None else table.to_dict(),
-            )
-            done = start_run(config, out or dated(f"{origin.task.name}-{optimizer}"), manner, origin)
+            origin, config = peers.together(asked)
+            done = start_run(config, out or dated(f"{origin.task.name}-{optimizer}"), manner, origin, peers)
     if not done:
         raise typer.Exit(130)
+
+
+def _device_of(run: Path) -> str:
+    """The device of a run that goes on; any where there is none, which is told later."""
+    try:
+        return RunDirectory.open(run).config.device
+    except RunDirectoryError:
+        return "cpu"
 
 
 def _refuse_settings(ctx: typer.Context) -> None:

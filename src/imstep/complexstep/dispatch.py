@@ -20,7 +20,7 @@ from imstep.complexstep.registry import Rule, Signature, exact, lookup, signatur
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
-from imstep.complexstep.steps import Reference, Step
+from imstep.complexstep.steps import EXCHANGES, Reference, Step
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
 from imstep.complexstep.tensor import Plane, whole
 from imstep.complexstep.vanishing import ROOTS, Root, first
@@ -124,7 +124,9 @@ class Dispatch(TorchDispatchMode):
             return self._mutate(func, sig, tensors, args, kwargs)
         attached = self._plane.attached(tensors)
         if attached is None:
-            return func(*args, **kwargs)
+            if id(func) not in EXCHANGES or self._islands.active:
+                return func(*args, **kwargs)
+            attached = [None] * len(tensors)
         if self._islands.active:
             return self._constant(func, sig, args, kwargs)
         if sig.composite and lookup(func) is None:

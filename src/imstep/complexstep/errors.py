@@ -10,9 +10,10 @@ REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added.
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 NESTED = "Use dense tensors: sequences padded to one length, with a mask."
 COLLECTIVE = (
-    "Collectives in a closure are not differentiated. Let it return the loss of its own process's part of the batch, "
-    "with BatchNorm in place of SyncBatchNorm, and give process_group= to NewtonKrylov or to an operator's over(), "
-    "which form the sums."
+    "Let a closure return the loss of its own process's part of the batch, and give process_group= to NewtonKrylov or "
+    "to an operator's over(), which form the sums. Where it needs others' tensors, as for a contrastive loss, "
+    "torch.distributed.nn.functional.all_reduce, all_gather, reduce_scatter and broadcast, and SyncBatchNorm, have "
+    "derivatives in a step of NewtonKrylov(..., process_group=...)."
 )
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 

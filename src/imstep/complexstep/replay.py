@@ -84,7 +84,7 @@ class Replay:
             ims = [values.get(ref) if whole else self._read(values, ref) for ref in step.inputs]
             if step.target is not None:
                 self._write(values, step.target, ims[0])
-            elif _any(ims):
+            elif _any(ims) or step.exchanges:
                 self._assign(values, step.outputs, _copied(step.push(*ims)) if copied else step.push(*ims))
             del ims  # what is dead is to be released
             for number in final:
@@ -152,10 +152,10 @@ class Replay:
 
 
 def _needed(steps: list[Step], slots: set[int]) -> list[Step]:
-    """The steps that ``slots`` depend on."""
+    """The steps that ``slots``, or other processes, depend on."""
     kept = []
     for step in reversed(steps):
-        if not slots.isdisjoint(step.writes()):
+        if step.exchanges or not slots.isdisjoint(step.writes()):
             kept.append(step)
             slots.update(step.reads())
     return kept[::-1]

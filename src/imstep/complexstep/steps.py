@@ -12,6 +12,10 @@ Reference = int | tuple[int, Window]
 """What a tensor is on a tape: a slot as it was defined, or a slot seen through another window."""
 
 
+EXCHANGES: set[int] = set()
+"""Operators, by identity, that exchange tensors with other processes, which wait for it."""
+
+
 class Step:
     """A linear map ``push`` from ``inputs`` to ``outputs``; without ``push``, a write into ``target``.
 
@@ -26,9 +30,12 @@ class Step:
         args: the operator's arguments, where it may be a loss; else empty.
         result: its output, likewise; else None.
         alpha: factor of the second argument of a sum or difference.
+        exchanges: whether other processes wait for it, so that it is to be taken also where it comes to nothing.
     """
 
-    __slots__ = ("alpha", "args", "backward", "func", "inputs", "node", "outputs", "push", "result", "target")
+    __slots__ = (
+        "alpha", "args", "backward", "exchanges", "func", "inputs", "node", "outputs", "push", "result", "target",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -45,6 +52,7 @@ class Step:
         self.args: tuple[Any, ...] = ()
         self.result: Any = None
         self.alpha: Any = 1
+        self.exchanges = id(func) in EXCHANGES
 
     def reads(self) -> list[int]:
         """The slots that this step looks at."""

@@ -55,6 +55,11 @@ class Tape:
 
     replays_blocks = True  # maps can be applied to many directions at once, by vmap
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether replays wait for those of other processes, which therefore take the same directions at once."""
+        return any(step.exchanges for step in self._steps)
+
     def __init__(self, memory_budget: int | None = None) -> None:
         self._memory_budget, self._bytes = memory_budget, 0
         self._slots: list[Slot] = []
@@ -157,7 +162,8 @@ class Tape:
         live = set(chosen)
         steps = []
         for step in self._steps:
-            if not live.isdisjoint(step.reads()) or (step.target is not None and slot_of(step.target) in live):
+            reads = [*step.reads(), *([] if step.target is None else [slot_of(step.target)])]
+            if step.exchanges or not live.isdisjoint(reads):
                 steps.append(step)
                 live.update(step.writes())
         return self._derived(steps, chosen, [self._outputs[at] for at in outputs])

@@ -15,12 +15,13 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
+from imstep.curvature.kronecker_blocks import Block, FactoredDamping, Inverse, LayerInverses, disjoint
 from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import Place, sample_output_gradients
+from imstep.curvature.shared_inverses import inverted
 from imstep.linalg import LinearOperator
 
 
@@ -221,7 +222,9 @@ class _KroneckerInverse(LinearOperator):
             passed = b.inputs.diagonal().any() and b.outputs.diagonal().any()  # else nothing passes through the layer
             return max(damping[b.weight] + direct.get(b.weight, 0.0), 0.0 if passed else 1e-3 * typical)
 
-        self._inverses = [(b, inverses.inverse(b, shift(b))) for b in blocks]
+        self._blocks, self._shifts, self._kind = blocks, [shift(b) for b in blocks], inverses
+        # Processes that share out the work come to a product together, not to the loading of a state.
+        self._inverses = self._made() if parameters.processes is None else None
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
         # A parameter without any sampled curvature is moved on the scale of the others.
         self._scales = {
@@ -230,11 +233,16 @@ class _KroneckerInverse(LinearOperator):
             if at not in blocked
         }
 
+    def _made(self) -> list[Inverse]:
+        return inverted(self._parameters, self._blocks, self._shifts, self._kind)
+
     def matvec(self, vector: Tensor) -> Tensor:
+        if self._inverses is None:
+            self._inverses = self._made()
         parts: list[Tensor | None] = list(self._parameters.views(vector))
         for at, scale in self._scales.items():
             parts[at] = as_reals(parts[at]) * scale  # type: ignore[arg-type]
-        for block, inverse in self._inverses:
+        for block, inverse in zip(self._blocks, self._inverses, strict=True):
             weight = parts[block.weight]
             bias = None if block.bias is None else parts[block.bias]
             assert weight is not None

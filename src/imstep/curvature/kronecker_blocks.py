@@ -77,13 +77,14 @@ class EigenBlock:
         return across.square() @ self.values @ along.square().mT
 
 
-def decomposed(block: Block) -> EigenBlock:
-    """G ⊗ A in its eigenvectors."""
-    (a, inputs), (g, outputs) = (torch.linalg.eigh(m.double()) for m in (block.inputs, block.outputs))
+def decomposed(block: Block, parts: Sequence[Tensor] | None = None) -> EigenBlock:
+    """G ⊗ A in its eigenvectors, by those of its factors, (n + 1, n) each with eigenvalues last."""
+    known = parts or [_eigen(m) for m in (block.inputs, block.outputs)]
+    (inputs, a), (outputs, g) = ((part[:-1], part[-1]) for part in known)
     values = g.clamp(min=0)[:, None] * a.clamp(min=0)
     # Contiguous, as they come back from a file: products of other layouts round otherwise.
-    parts = (t.to(block.inputs.dtype).contiguous() for t in (inputs, outputs, values))
-    return EigenBlock(block.weight, block.bias, *parts)
+    own = (t.to(block.inputs.dtype).contiguous() for t in (inputs, outputs, values))
+    return EigenBlock(block.weight, block.bias, *own)
 
 
 def disjoint(blocks: Sequence[Block]) -> list[Block]:
@@ -128,15 +129,36 @@ def squared_cases(block: EigenBlock, uses: Sequence[tuple[LayerUse, Tensor | Non
     return total
 
 
+@dataclass(frozen=True)
+class Work:
+    """A matrix to be computed from one factor.
+
+    Attributes:
+        factor: (n, n); the cost is n³.
+        shape: of what comes of it.
+        dtype: of what comes of it.
+        compute: computes it.
+    """
+
+    factor: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+
 class LayerInverses(ABC):
     """How the damped matrix of a layer is inverted."""
 
     needs_cases = False
     """Whether :meth:`take` is to be called."""
 
+    def work(self, block: Block, damping: float) -> list[Work]:
+        """What is to be computed for :meth:`inverse`, and can be shared out."""
+        return []
+
     @abstractmethod
-    def inverse(self, block: Block, damping: float) -> Inverse:
-        """(block + damping I)⁻¹, or what stands for it."""
+    def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
+        """(block + damping I)⁻¹, or what stands for it; of ``parts``, where :meth:`work` is done."""
 
     def take(self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float) -> None:  # noqa: B027 (few learn)
         """Learn from what layers have seen in one refresh; the past counts ``keep``."""
@@ -156,13 +178,19 @@ class FactoredDamping(LayerInverses):
     Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), section 6.3.
     """
 
-    def inverse(self, block: Block, damping: float) -> Inverse:
-        a, g = block.inputs.double(), block.outputs.double()
+    def work(self, block: Block, damping: float) -> list[Work]:
+        a, g = block.inputs, block.outputs
         tiny = torch.finfo(torch.float32).tiny
-        mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
+        mean_a, mean_g = (max(float(m.double().diagonal().mean()), tiny) for m in (a, g))
         balance = math.sqrt(mean_a / mean_g)
-        of_inputs = _shifted_inverse(a, max(balance * math.sqrt(damping), _LEAST * mean_a)).to(block.inputs.dtype)
-        of_outputs = _shifted_inverse(g, max(math.sqrt(damping) / balance, _LEAST * mean_g)).to(block.inputs.dtype)
+        shifts = max(balance * math.sqrt(damping), _LEAST * mean_a), max(math.sqrt(damping) / balance, _LEAST * mean_g)
+        return [
+            Work(m, (len(m), len(m)), a.dtype, partial(_shifted_inverse, m, shift))
+            for m, shift in zip((a, g), shifts, strict=True)
+        ]
+
+    def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
+        of_inputs, of_outputs = parts or [work.compute() for work in self.work(block, damping)]
         return partial(_between, of_outputs, of_inputs)
 
 
@@ -173,8 +201,12 @@ class TikhonovDamping(LayerInverses):
     Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), appendix B.
     """
 
-    def inverse(self, block: Block, damping: float) -> Inverse:
-        return decomposed(block).inverse(damping)
+    def work(self, block: Block, damping: float) -> list[Work]:
+        double = torch.float64
+        return [Work(m, (len(m) + 1, len(m)), double, partial(_eigen, m)) for m in (block.inputs, block.outputs)]
+
+    def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
+        return decomposed(block, parts).inverse(damping)
 
 
 class EigenbasisMoments(LayerInverses):
@@ -192,7 +224,7 @@ class EigenbasisMoments(LayerInverses):
         self._blocks: dict[int, EigenBlock] = {}
         self._ages: dict[int, int] = {}
 
-    def inverse(self, block: Block, damping: float) -> Inverse:
+    def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
         known = self._blocks.get(block.weight)
         return (decomposed(block) if known is None else known).inverse(damping)
 
@@ -225,11 +257,18 @@ def _between(outputs: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
     return outputs @ matrix @ inputs
 
 
-def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
+def _eigen(matrix: Tensor) -> Tensor:
+    """Eigenvectors and, as a last row, eigenvalues, (n + 1, n), float64."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return torch.cat([vectors, values[None]])
+
+
+def _shifted_inverse(factor: Tensor, shift: float) -> Tensor:
     """(M + shift I)⁻¹ of a positive semidefinite M; the shift grows where rounding has made M indefinite."""
+    matrix = factor.double()
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
+    triangle, info = torch.linalg.cholesky_ex(matrix + shift * identity)
     while int(info) != 0:
         shift *= 10
-        factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    return torch.cholesky_inverse(factor)
+        triangle, info = torch.linalg.cholesky_ex(matrix + shift * identity)
+    return torch.cholesky_inverse(triangle).to(factor.dtype)

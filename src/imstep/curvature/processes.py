@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imstep.complexstep.rules.collectives import exchanges
 from imstep.curvature.domain import OutsideTheDomainError, outside_the_domain
 from imstep.curvature.unmoved import sums_of_words
 
@@ -51,6 +52,7 @@ class Processes:
     Attributes:
         rank: number of this process in the group.
         size: how many there are.
+        alike: whether each evaluates one closure, which count the same, so that closures may exchange tensors.
 
     Raises:
         TypeError: no process group.
@@ -74,6 +76,8 @@ class Processes:
         self._lost: str | None = None
         self._interrupted = False
         self._calls = 0
+        self.alike = False
+        self._seen = exchanges()
 
     @classmethod
     def of(cls, group: Any) -> Processes | None:
@@ -96,6 +100,10 @@ class Processes:
 
     def __repr__(self) -> str:
         return f"{self.size} processes"
+
+    def includes(self, ranks: Sequence[int]) -> bool:
+        """Whether processes of these ranks are among them."""
+        return set(ranks) <= set(self._ranks)
 
     def same_as(self, group: Any) -> bool:
         """Whether a group is of the same processes."""
@@ -157,7 +165,8 @@ class Processes:
             error = caught
             buffer[:, 0] = 1
         self._calls += 1
-        digits = _digits(self._calls, direction).to(buffer)
+        within, self._seen = exchanges() - self._seen, exchanges()
+        digits = _digits(self._calls + within * 2**20, direction).to(buffer)
         buffer[:, 1 : 1 + DIGITS], buffer[:, 1 + DIGITS : HEADER] = digits, digits * digits
         return error
 

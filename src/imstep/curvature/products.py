@@ -102,6 +102,8 @@ class ReplayedProducts(Products):
 
     def _at_once(self) -> int:
         """How many directions to replay together: as many as the largest intermediate value has room for."""
+        if self._tape.exchanges:
+            return 1
         return max(1, _ROOM[self.columns.device.type == "cuda"] // max(self._tape.largest, 1))
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:

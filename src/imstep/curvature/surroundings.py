@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from imstep.curvature.exchanges import differentiable
 from imstep.curvature.fully_sharded import refuse_foreign, refuse_sharded
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes
@@ -50,6 +51,7 @@ class Surroundings:
                 stack.callback(setattr, DistributedDataParallel, "forward", DistributedDataParallel.forward)
                 plain = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
                 setattr(DistributedDataParallel, "forward", plain)  # noqa: B010 (a method is not assigned to)
+                stack.enter_context(differentiable(self._processes))
             yield
 
 

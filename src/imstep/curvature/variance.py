@@ -22,7 +22,8 @@ def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
 
     σ² being the trace of the covariance of a single example's gradient. g₁ - g₂ is one backward pass, with the loss's
     gradient at the outputs weighted by example. What is of no examples, such as weight decay, is without variance.
-    Pieces of a batch are independent: their variances add up.
+    Pieces of a batch are independent: their variances add up. A piece of one example, which has no halves, counts with
+    the mean variance of the others.
 
     Args:
         point: with the graph of its loss, which is kept.
@@ -41,19 +42,24 @@ def gradient_variance(point: Linearised, parameters: ParameterVector) -> float:
         dimension of what the loss is computed from.
     """
     if parameters.processes is None:
-        return _total(point, parameters)
-    variance = lambda: _total(point, parameters.evaluated)
-    of_this = lambda: torch.tensor([variance()], dtype=parameters.dtype, device=parameters.device)
-    return float(parameters.processes.sum(of_this, 1, parameters))
+        total, measured, whole = _totals(point, parameters)
+    else:
+        found = lambda: _totals(point, parameters.evaluated)
+        of_this = lambda: torch.tensor(found(), dtype=parameters.dtype, device=parameters.device)
+        total, measured, whole = parameters.processes.sum(of_this, 3, parameters).tolist()
+    return total * whole / measured if measured else math.nan
 
 
-def _total(point: Linearised, parameters: ParameterVector) -> float:
-    """The variance of what this process evaluates."""
-    total = 0.0
+def _totals(point: Linearised, parameters: ParameterVector) -> tuple[float, float, float]:
+    """The variance of what this process evaluates and can measure; how much that counts, and how much all counts."""
+    total = measured = whole = 0.0
     for weight, at, _ in point.evaluations(None):
-        total += weight**2 * _variance(at, parameters)
+        variance = _variance(at, parameters)
+        whole += weight
+        if not math.isnan(variance):
+            total, measured = total + weight**2 * variance, measured + weight
         del at  # before the next evaluation takes its place
-    return total
+    return total, measured, whole
 
 
 def _variance(point: Linearisation, parameters: ParameterVector) -> float:

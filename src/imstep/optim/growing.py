@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
 
+from imstep.curvature.processes import Processes
 from imstep.globalization import NormTest
 from imstep.optim.record import StepRecord
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GrowingBatches(Sampler[list[int]]):
@@ -26,12 +30,14 @@ class GrowingBatches(Sampler[list[int]]):
         largest: size at which growth ends, >= size; None for all examples.
         window: measurements that one decision is made from, >= 1.
         seed: of the permutations; the global random state is left alone.
+        process_group: whose processes share out each batch, for an optimizer with the same: iteration then yields this
+            process's part, one example or more. The numbers above are those of whole batches.
 
     Attributes:
-        size: examples a batch now has, at most.
+        size: examples a batch now has, at most, in all processes together.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or differs between processes.
 
     Cost: none of its own; measuring the variance takes a backward pass each time (``variance_every``).
 
@@ -63,6 +69,7 @@ class GrowingBatches(Sampler[list[int]]):
         largest: int | None = None,
         window: int = 5,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         largest = examples if largest is None else largest
         if not 1 <= size <= largest <= examples:
@@ -72,6 +79,14 @@ class GrowingBatches(Sampler[list[int]]):
             )
         if window < 1:
             raise ValueError(f"window, the measurements that a decision is made from, is at least 1, got {window}.")
+        self._processes = Processes.of(process_group)
+        self._rank, self._count_of = (0, 1) if self._processes is None else (self._processes.rank, self._processes.size)
+        if largest < self._count_of:
+            raise ValueError(
+                f"batches of at most {largest} examples leave nothing to some of {self._count_of} processes. Let "
+                "largest, and the number of examples, be as many or more, or start fewer."
+            )
+        self._agreed((examples, size, largest, window, seed))
         self.size = size
         self._examples, self._largest, self._window = examples, largest, window
         self._test = test or NormTest()
@@ -81,10 +96,11 @@ class GrowingBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches left in the epoch, at the present size."""
-        return math.ceil((self._examples - self._position) / self.size)
+        left = self._examples - self._position
+        return max(1, min(math.ceil(left / self.size), left // self._count_of))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """What is left of the epoch, as lists of positions."""
+        """What is left of the epoch, as lists of positions; of several processes the part of this one."""
         self._generator.set_state(self._epoch_start)
         order = torch.randperm(self._examples, generator=self._generator).tolist()
         left = True
@@ -95,7 +111,7 @@ class GrowingBatches(Sampler[list[int]]):
             self._position = end if left else 0
             if not left:
                 self._epoch_start = self._generator.get_state()
-            yield batch
+            yield batch[len(batch) * self._rank // self._count_of : len(batch) * (self._rank + 1) // self._count_of]
 
     def observe(self, record: StepRecord, examples: int) -> None:
         """Take in what a step has measured, and grow if it is time to; a step that measured nothing is passed over.
@@ -104,10 +120,13 @@ class GrowingBatches(Sampler[list[int]]):
 
         Args:
             record: of the step.
-            examples: of the batch that its curvature was taken from.
+            examples: of the batch that its curvature was taken from; of several processes in this one. They are added
+                up, so that all call this.
         """
         if math.isnan(record.gradient_variance):
             return
+        if self._processes is not None:
+            examples = sum(self._processes.gather(lambda: examples))
         self._variance += record.gradient_variance * examples
         self._squared_norm += record.gradient_norm**2
         self._count += 1
@@ -115,6 +134,15 @@ class GrowingBatches(Sampler[list[int]]):
             wanted = self._test.size(self.size, self._variance / self.size, self._squared_norm)
             self.size = min(wanted, self._largest)
             self._variance, self._squared_norm, self._count = 0.0, 0.0, 0
+
+    def _agreed(self, numbers: tuple[int, ...]) -> None:
+        """Raise where they differ between processes."""
+        every = [numbers] if self._processes is None else self._processes.gather(lambda: numbers)
+        if len(set(every)) > 1:
+            raise ValueError(
+                f"processes cut batches by different numbers (examples, size, largest, window, seed): {every}. Give "
+                "all the same, those of whole batches."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs for the same batches: numbers and a tensor."""

@@ -29,11 +29,13 @@ class _Part:
     Attributes:
         kind: of closure.
         count: its weight before scaling; 0 for no part.
+        pieces: how many it evaluates one by one.
         parameters, state: digests of the parameters, and of options and memory of the optimizer.
     """
 
     kind: str
     count: float
+    pieces: int
     parameters: int
     state: int
 
@@ -63,16 +65,18 @@ def shared_batch(
         own[:] = [parameters, stale, penalty, pieces]
         signs = digest(parameters.replicated), state()
         if pieces is not None and pieces.reduction is not None:
-            return _Part(f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count, *signs)
+            kind = f"MicroBatches with {type(pieces.reduction).__name__}"
+            return _Part(kind, pieces.count, len(pieces.pieces), *signs)
         if pieces is not None:
             pieces.checked()
-        return _Part("a closure", 1.0, *signs)
+        return _Part("a closure", 1.0, 1 if pieces is None else len(pieces.pieces), *signs)
 
     parts = processes.gather(part)
     _check(parts)
     parameters, stale, penalty, pieces = own
     reduction = None if pieces is None else pieces.reduction
     weights = _weights(reduction, [part.count for part in parts])
+    processes.alike = all(part.pieces == 1 and part.count == parts[0].count for part in parts)
     frozen = _frozen(closure, pieces, parameters.evaluated, stale)
     return SharedBatch(frozen, weights[processes.rank], sum(weights), parameters, penalty)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from imstep.runs.optimizers import get_optimizer
+from imstep.runs.peers import ALONE, Peers
 from imstep.runs.rows import Limits, Schedule, TrainingError
 from imstep.runs.runner import Trainer
 from imstep.tasks import Origin, TableOptions, Task, find_task
@@ -130,11 +131,12 @@ class RunConfig:
         """
         return find_task(self.task, None if self.table is None else TableOptions.from_dict(self.table), kept)
 
-    def build(self, task: Task | None = None) -> Trainer:
+    def build(self, task: Task | None = None, peers: Peers = ALONE) -> Trainer:
         """Task, model and optimizer at their start. Sets torch's number of threads for this process.
 
         Args:
             task: where it has been looked up already.
+            peers: the processes that train together.
 
         Raises:
             TaskError, OptimizerError, TrainingError: a setting that cannot be; the message says why.
@@ -149,10 +151,11 @@ class RunConfig:
         )
         return Trainer(
             problem,
-            spec.create(problem, **options),
+            spec.create(problem, peers.group, **options),
             batch_size=self.batch_size,
             seed=self.seed,
             schedule=Schedule(self.evaluate_every),
+            peers=peers,
         )
 
     def _device(self) -> torch.device:

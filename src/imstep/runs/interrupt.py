@@ -15,13 +15,15 @@ class Interrupt:
 
     Args:
         notify: called on the first signal, to tell the user that the step is being finished.
+        at_once: whether a second signal ends it; not under torchrun, which repeats the first, and ends processes itself
+            after 30 seconds.
 
     Use it in the main thread only; Python delivers signals nowhere else.
     """
 
-    def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, notify: Callable[[], None] = lambda: None, at_once: bool = True) -> None:
         self.requested = False
-        self._notify = notify
+        self._notify, self._at_once = notify, at_once
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -35,6 +37,8 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if self._at_once:
+                raise KeyboardInterrupt
+            return
         self.requested = True
         self._notify()

@@ -6,13 +6,17 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imstep import methods
+from imstep.optim import NewtonKrylov
 from imstep.runs.passing import shared, shared_options, typed
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["known_methods", "needed"]
 
@@ -52,6 +56,7 @@ def _spec(name: str, method: Callable[..., Any]) -> OptimizerSpec:
         learning_rates=() if rate is None else tuple(float(f"{factor * rate:.2g}") for factor in RATES),
         full_batch=rate is None and not stochastic,
         mini_batches=stochastic,
+        several=constructor is NewtonKrylov,
     )
 
 
@@ -61,11 +66,14 @@ def _make(
     numbers: Collection[str],
     problem: Problem,
     options: Mapping[str, float],
+    process_group: ProcessGroup | None = None,
 ) -> Stepper:
     own = typed(method, {key: options[key] for key in numbers})
     own |= needed(method, problem)
     defaults = {**shared_options(constructor), **options}
-    return StepwiseStepper(method(problem.parameters, **{**shared(constructor, defaults), **own}))
+    if process_group is not None:
+        own["process_group"] = process_group
+    return StepwiseStepper(method(problem.parameters, **{**shared(constructor, defaults), **own}), process_group)
 
 
 def needed(method: Callable[..., Any], problem: Problem) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
@@ -17,6 +18,9 @@ from imstep.runs.passing import shared, shared_options
 from imstep.runs.steppers import AveragedStepper, Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["OPTIONS", "make_for_batches", "make_newton_krylov"]
 
 OPTIONS: Mapping[str, float] = {
@@ -29,26 +33,33 @@ OPTIONS: Mapping[str, float] = {
 """theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
 
 
-def make_for_batches(problem: Problem, options: Mapping[str, float]) -> Stepper:
+def make_for_batches(
+    problem: Problem, options: Mapping[str, float], process_group: ProcessGroup | None = None
+) -> Stepper:
     """The configuration for mini-batches, evaluated at the average of the iterates.
 
     Args:
         problem: whose parameters are trained.
         options: ``decay``, the weight of the past in the average.
+        process_group: whose processes share out each batch; None for one process.
 
     Raises:
         ValueError: a number is out of range.
     """
     average = ExponentialAverage(options["decay"])
-    return AveragedStepper(NewtonKrylov.for_batches(problem.parameters, average=average))
+    optimizer = NewtonKrylov.for_batches(problem.parameters, average=average, process_group=process_group)
+    return AveragedStepper(optimizer, process_group)
 
 
-def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Stepper:
+def make_newton_krylov(
+    problem: Problem, options: Mapping[str, float], process_group: ProcessGroup | None = None
+) -> Stepper:
     """The optimizer with its strategies chosen by numbers.
 
     Args:
         problem: whose parameters are trained.
         options: has every key of `OPTIONS`.
+        process_group: as above.
 
     Raises:
         ValueError: a number is out of range.
@@ -56,13 +67,13 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
     for name in ("hessian", "kronecker"):
         if options[name] not in (0, 1):
             raise ValueError(f"{name}={options[name]:g}: give 1 for yes or 0 for no.")
-    return StepwiseStepper(
-        NewtonKrylov(
-            problem.parameters,
-            curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
-            step=TaylorMonitor(theta=options["theta"]),
-            damping=LevenbergMarquardt(initial=options["damping"]),
-            preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),
-            **shared(NewtonKrylov, options),
-        )
+    optimizer = NewtonKrylov(
+        problem.parameters,
+        curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
+        step=TaylorMonitor(theta=options["theta"]),
+        damping=LevenbergMarquardt(initial=options["damping"]),
+        preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),
+        process_group=process_group,
+        **shared(NewtonKrylov, options),
     )
+    return StepwiseStepper(optimizer, process_group)

@@ -85,6 +85,7 @@ _ALL = (
         make_newton_krylov,
         OPTIONS,
         full_batch=True,
+        several=True,
     ),
     OptimizerSpec(
         "newton-krylov-batches",
@@ -93,6 +94,7 @@ _ALL = (
         make_for_batches,
         {"decay": ExponentialAverage().decay},
         mini_batches=True,
+        several=True,
     ),
     OptimizerSpec(
         "least-squares",

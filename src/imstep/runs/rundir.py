@@ -31,11 +31,16 @@ class RunDirectoryError(RuntimeError):
 
 
 class RunDirectory:
-    """The files of one run. Make it with `create`, `planned` or `open`; close it, or use it as a context."""
+    """The files of one run. Make it with `create`, `planned` or `open`; close it, or use it as a context.
 
-    def __init__(self, path: Path, config: RunConfig, made_in: Mapping[str, str]) -> None:
+    Where several processes train together, one writes, and the others have the same object with ``writes=False``, of
+    which every method that would write does nothing.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, made_in: Mapping[str, str], writes: bool = True) -> None:
         self.path = path
         self.config = config
+        self.writes = writes
         self._made_in = dict(made_in)
         self._log: IO[str] | None = None
         self._rows = 0
@@ -89,7 +94,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder cannot be made.
         """
-        if self._begun:
+        if self._begun or not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ class RunDirectory:
         self._open_log()
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path, writes: bool = True) -> RunDirectory:
         """An existing run.
 
         Raises:
@@ -131,7 +136,7 @@ class RunDirectory:
             config = RunConfig.from_dict(content["config"])
         except (KeyError, TypeError, TrainingError) as error:
             raise RunDirectoryError(f"{file} cannot be used: {error}") from error
-        return cls(path, config, content.get("environment", {}))
+        return cls(path, config, content.get("environment", {}), writes)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -162,6 +167,8 @@ class RunDirectory:
 
     def append(self, row: LogRow) -> None:
         """Add one line to steps.jsonl; numbers that JSON has no word for (nan, inf) become null."""
+        if not self.writes:
+            return
         log = self._log or self._open_log()
         log.write(json.dumps(_plain(row.to_dict()), allow_nan=False) + "\n")
         self._rows += 1
@@ -172,6 +179,8 @@ class RunDirectory:
         Raises:
             CodecError: the optimizer's state holds something that is not a tensor, number or string.
         """
+        if not self.writes:
+            return
         log = self._log or self._open_log()
         log.flush()
         os.fsync(log.fileno())
@@ -203,10 +212,13 @@ class RunDirectory:
 
     def write_report(self, trainer: Trainer) -> None:
         """report.json: how the run ended, what it used, its last evaluation."""
+        if not self.writes:
+            return
         evaluations = [row for row in self.rows() if row["kind"] == "evaluation"]
         report = {
             "ending": trainer.ending.name.lower() if trainer.ending else "interrupted",
             "parameters": trainer.problem.size,
+            "processes": trainer.peers.size,
             "totals": asdict(trainer.totals),
             "evaluation": evaluations[-1] if evaluations else None,
             "environment": environment(),
@@ -228,6 +240,8 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path / 'steps.jsonl'} has a damaged line ({error}).") from error
 
     def _write_config(self) -> None:
+        if not self.writes:
+            return
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -242,6 +256,8 @@ class RunDirectory:
 
     def _cut_log(self, rows: int) -> None:
         """Keep the first `rows` lines: later ones are of steps after the checkpoint, and are made again."""
+        if not self.writes:
+            return
         self.close()
         file = self.path / "steps.jsonl"
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []

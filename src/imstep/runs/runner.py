@@ -7,6 +7,7 @@ decides to stop early. Between two rows its state is complete, so stopping there
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from imstep.runs.optimizers import LOSS_COST, Stepper
+from imstep.runs.peers import ALONE, Peers
 from imstep.runs.randomness import RandomStream
 from imstep.runs.rows import (
     Clock,
@@ -29,6 +31,7 @@ from imstep.runs.rows import (
     present_status,
 )
 from imstep.tasks import AnyBatch, Evaluation, Problem
+from imstep.tasks.base import mix
 
 __all__ = [
     "Clock",
@@ -58,6 +61,8 @@ class Trainer:
         batch_size: examples per step (>= 1); None for the full batch.
         seed: decides the order of mini-batches and the random draws of the model (dropout).
         schedule: when to evaluate.
+        peers: the processes that train together; each draws dropout for itself, the first alone evaluates, and its
+            clock counts.
 
     Raises:
         TaskError: `batch_size` is below 1.
@@ -71,12 +76,14 @@ class Trainer:
         batch_size: int | None = None,
         seed: int = 0,
         schedule: Schedule = EVERY_EPOCH,
+        peers: Peers = ALONE,
     ) -> None:
         self.problem = problem
         self.stepper = stepper
         self.batch_size = batch_size
         self.seed = seed
         self.schedule = schedule
+        self.peers = peers
         self.totals = Totals()
         self.ending: Ending | None = None
         self._batches_per_epoch = problem.batch_count(batch_size)
@@ -170,10 +177,10 @@ class Trainer:
         batch = self._next_batch()
         share = len(batch) / len(self.problem.train)
         start = time.perf_counter()
-        with self._random:
+        with self._draws():
             result = self.stepper.step(self.problem, batch)
         _synchronize(self.problem.device)
-        seconds = time.perf_counter() - start
+        seconds = self.peers.of_first(time.perf_counter() - start)
         self._non_finite = self._non_finite + 1 if result.loss - result.loss != 0.0 else 0
         # A mini-batch at its own minimum says nothing about the next one.
         self._converged = result.converged and self._batches_per_epoch == 1 and not self.problem.redrawn
@@ -202,13 +209,22 @@ class Trainer:
             record=result.record,
         )
 
+    def _draws(self) -> RandomStream:
+        """What the model draws from in a step; of several processes each from its own, which needs no saving."""
+        if self.peers.size == 1:
+            return self._random
+        return RandomStream(self.problem.device, mix(mix(self.seed, self.peers.rank), self.totals.steps))
+
     def _evaluate(self) -> EvaluationRow:
         start = time.perf_counter()
-        with self.stepper.evaluating():
-            train, heldout = (
-                self.problem.evaluate(self.problem.train),
-                self.problem.evaluate(self.problem.heldout),
-            )
+        if self.peers.first:
+            with self.stepper.evaluating():
+                train, heldout = (
+                    self.problem.evaluate(self.problem.train),
+                    self.problem.evaluate(self.problem.heldout),
+                )
+        else:
+            train = heldout = Evaluation(math.nan, None, len(self.problem.train))
         seconds = time.perf_counter() - start
         share = (train.examples + heldout.examples) / train.examples
         self.totals = replace(

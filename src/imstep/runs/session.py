@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from imstep.curvature import NoResidualsError
+from imstep.curvature.processes import OtherProcessError
 from imstep.runs.config import RunConfig
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.kept import Keeper
+from imstep.runs.peers import ALONE, Peers
 from imstep.runs.progress import LastStep, TrainingProgress
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectory
@@ -66,7 +69,9 @@ class Manner:
             writer_class()
 
 
-def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | None = None) -> bool:
+def start_run(
+    config: RunConfig, path: Path, manner: Manner, origin: Origin | None = None, peers: Peers = ALONE
+) -> bool:
     """Train from the start in a new run directory.
 
     Args:
@@ -74,6 +79,7 @@ def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | No
         path: its directory; must not exist or be empty.
         manner: how it is shown and saved.
         origin: its task, where it has been looked up already.
+        peers: the processes that train together, all of which call this.
 
     Returns:
         Whether the run reached its end; False if it was interrupted (and saved).
@@ -81,17 +87,25 @@ def start_run(config: RunConfig, path: Path, manner: Manner, origin: Origin | No
     Raises:
         TaskError, OptimizerError, TrainingError, RunDirectoryError, NoResidualsError: cannot be started; says why.
             Nothing is written unless all of the run could be built and its first step made.
+        OtherProcessError: another process cannot start.
     """
-    _ = config.limits
-    origin = origin or config.origin()
-    trainer = config.build(origin.task)
-    with RunDirectory.planned(path, config, origin) as run:
+
+    def planned() -> tuple[Task, Trainer, RunDirectory]:
+        _ = config.limits
+        found = origin or config.origin()
+        trainer = config.build(found.task, peers)
+        if not peers.first:
+            return found.task, trainer, RunDirectory(path, config, {}, writes=False)
+        return found.task, trainer, RunDirectory.planned(path, config, found)
+
+    task, trainer, run = peers.together(planned)
+    with run:
         try:
-            return _go(trainer, run, origin.task, manner)
+            return _go(trainer, run, task, manner)
         except (NoResidualsError, RefusedError) as error:
-            others = ", ".join(name for name in suited(origin.task) if name != config.optimizer)
-            reason = f"{config.optimizer} does not suit {origin.task.name}: {error}"
-            raise type(error)(f"{reason} Others: {others}.") from error
+            others = ", ".join(name for name in suited(task) if name != config.optimizer)
+            reason = f"{config.optimizer} does not suit {task.name}: {error} Others: {others}."
+            raise (type(error) if peers.first else OtherProcessError)(reason) from error
 
 
 def resume_run(
@@ -101,6 +115,7 @@ def resume_run(
     epochs: float | None = None,
     budget: float | None = None,
     seconds: float | None = None,
+    peers: Peers = ALONE,
 ) -> bool:
     """Go on from a run's checkpoint, to the same numbers as if it had never stopped.
 
@@ -108,6 +123,8 @@ def resume_run(
         path: the run directory.
         manner: how it is shown and saved.
         epochs, budget, seconds: new limits in place of the run's own, if any is given.
+        peers: the processes that train together, all of which call this, and can read the directory. They may be more
+            or fewer than before.
 
     Returns:
         Whether the run reached its end.
@@ -116,48 +133,57 @@ def resume_run(
         RunDirectoryError, CheckpointError: no run there, or a damaged or foreign checkpoint.
         TaskError, TrainingError: a file of the task's is gone or has changed.
     """
-    run = RunDirectory.open(path)
-    origin, notes = origin_of(run.config, path)
-    trainer = run.config.build(origin.task)
-    with run:
+
+    def restored() -> tuple[Task, Trainer, RunDirectory]:
+        run = RunDirectory.open(path, writes=peers.first)
+        origin, notes = origin_of(run.config, path)
+        trainer = run.config.build(origin.task, peers)
         run.restore(trainer)
         run.extend(epochs=epochs, budget=budget, seconds=seconds)
         notes += [f"{difference}; last digits may differ." for difference in run.differences()]
         for note in notes:
             manner.console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-        return _go(trainer, run, origin.task, manner)
+        return origin.task, trainer, run
+
+    task, trainer, run = peers.together(restored)
+    with run:
+        return _go(trainer, run, task, manner)
 
 
 def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool:
-    console, first = manner.console, trainer.totals.steps
+    console, first, alone = manner.console, trainer.totals.steps, trainer.peers.size == 1
     _introduce(trainer, run, task, console)
     last = LastStep()
     try:
         with ExitStack() as stack:
             observers: list[Observer] = [last]
-            if manner.tensorboard:
+            if manner.tensorboard and run.writes:
                 log = TensorBoardLog(run.path, first)
                 stack.callback(log.close)
                 observers.append(log)
-            if manner.keep is not None:
+            if manner.keep is not None and run.writes:
                 observers.append(Keeper(run, manner.keep))
             progress = stack.enter_context(TrainingProgress(console, run.config.optimizer, run.config.limits))
             interrupt = stack.enter_context(
                 Interrupt(
-                    lambda: progress.announce("finishing this step, then saving (Ctrl-C again: stop at once)")
+                    lambda: progress.announce(
+                        f"finishing this step, then saving{' (Ctrl-C again: stop at once)' if alone else ''}"
+                    ),
+                    at_once=alone,
                 )
             )
             train(
                 trainer, run, observers=[*observers, progress], interrupt=interrupt, save_every=manner.save_every,
-                watch=manner.watch,
+                watch=manner.watch if run.writes else None,
             )  # fmt: skip
     except KeyboardInterrupt:
-        _stopped_at_once(run, last, manner)
+        _stopped_at_once(run, last, manner, trainer.peers)
         return False
-    _conclude(trainer, run, task, last, console)
+    if run.writes:
+        _conclude(trainer, run, task, last, console)
     if trainer.ending is None:
         console.print("Interrupted and saved. Go on with:")
-        _print_command(f"{_resuming(run)}{manner.flags}", console)
+        _print_command(f"{_resuming(run, trainer.peers)}{manner.flags}", console)
     elif trainer.totals.steps == first:
         console.print("There was nothing left to do. Give a higher --epochs or --budget to go on.")
     return trainer.ending is not None
@@ -171,24 +197,27 @@ def _introduce(trainer: Trainer, run: RunDirectory, task: Task, console: Console
     console.print(
         f"[bold]{escape(task.name)}[/] by [bold]{escape(config.optimizer)}[/]: {problem.size:,} parameters, "
         f"{problem.data}, {batch}, {config.dtype}, {config.device}, {config.threads} threads, seed {config.seed}"
+        + ("" if trainer.peers.size == 1 else f", {trainer.peers.size} processes")
         + (f", from step {first}" if first else "")
     )
     for note in task.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
-def _stopped_at_once(run: RunDirectory, last: LastStep, manner: Manner) -> None:
+def _stopped_at_once(run: RunDirectory, last: LastStep, manner: Manner, peers: Peers) -> None:
     console = manner.console
     console.print(f"Stopped at once. {last.describe()}.", markup=False)
     if run.saved_step is None:
         console.print("Nothing was saved: the first step had not ended.")
         return
     console.print(f"Saved is step {run.saved_step:,}; later ones will be made again. Go on with:")
-    _print_command(f"{_resuming(run)}{manner.flags}", console)
+    _print_command(f"{_resuming(run, peers)}{manner.flags}", console)
 
 
-def _resuming(run: RunDirectory) -> str:
-    return f"imstep train --resume {shlex.quote(str(run.path))}"
+def _resuming(run: RunDirectory, peers: Peers) -> str:
+    here = os.environ.get("LOCAL_WORLD_SIZE", peers.size)
+    start = "imstep" if peers.size == 1 else f"torchrun --nproc-per-node {here} -m imstep"
+    return f"{start} train --resume {shlex.quote(str(run.path))}"
 
 
 def _print_command(words: str, console: Console) -> None:

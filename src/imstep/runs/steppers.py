@@ -10,15 +10,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from imstep.curvature.domain import raised_in
 from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.runs.passing import OptimizerError
 from imstep.tasks import AnyBatch, Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "LOSS_COST",
@@ -146,12 +150,16 @@ class RefusedError(OptimizerError):
 class StepwiseStepper(Stepper):
     """imstep's optimizers; their own record says what a step cost and how it ended.
 
+    Args:
+        optimizer: which makes the steps.
+        process_group: its own, whose processes share out each batch; None for one process.
+
     Raises:
         RefusedError: at a step: the optimizer does not take the problem.
     """
 
-    def __init__(self, optimizer: StepwiseOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: StepwiseOptimizer, process_group: ProcessGroup | None = None) -> None:
+        self._optimizer, self._group = optimizer, process_group
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -181,7 +189,11 @@ class StepwiseStepper(Stepper):
         )
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:
-        self._optimizer.step(problem.closure(batch))
+        if self._group is None:
+            self._optimizer.step(problem.closure(batch))
+        else:
+            rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
+            self._optimizer.step(problem.share(batch, rank, size))
 
 
 class CheckedStepper(StepwiseStepper):

@@ -36,7 +36,7 @@ def train(
         trainer: fresh, or restored by `run.restore`.
         run: where rows and checkpoints go.
         observers: called with (trainer, row) after each row.
-        interrupt: checked between rows.
+        interrupt: checked between rows; of several processes one that is interrupted stops all.
         save_every: seconds between checkpoints (> 0).
         watch: measures the curvature now and then; its rows go where the others go.
     """
@@ -47,7 +47,7 @@ def train(
         _note(trainer, run, observers, group)
     run.save(trainer)
     saved = time.monotonic()
-    while interrupt is None or not interrupt.requested:
+    while not trainer.peers.any(interrupt is not None and interrupt.requested):
         group = next(groups, ())
         if not group:
             break

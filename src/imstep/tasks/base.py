@@ -12,7 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["AnyBatch", "DataNotFoundError", "Evaluation", "Metric", "Problem", "Surface", "Task", "TaskError", "mix"]
+from imstep.optim import MicroBatches
+
+__all__ = [
+    "AnyBatch", "DataNotFoundError", "Evaluation", "Metric", "Problem", "Surface", "Task", "TaskError", "mix", "span",
+]  # fmt: skip
 
 
 class TaskError(ValueError):
@@ -107,6 +111,17 @@ class Problem(ABC):
     @abstractmethod
     def closure(self, batch: Any) -> Callable[[], torch.Tensor]:
         """A function without arguments that returns the loss on `batch` (0-dim, with its graph)."""
+
+    def share(self, batch: Any, rank: int, size: int) -> MicroBatches:
+        """What the process ``rank`` of ``size`` evaluates of a batch, which all have whole; together the loss on it.
+
+        Raises:
+            TaskError: this problem's batches cannot be shared out.
+        """
+        raise TaskError(
+            f"{self.task} says nothing of how a batch is shared out over processes. Give its {type(self).__name__} a "
+            "method share(batch, rank, size), or train in one process."
+        )
 
     @abstractmethod
     def batch_count(self, batch_size: int | None) -> int:
@@ -228,6 +243,15 @@ class Task(ABC):
         examples: int | None,
     ) -> Problem:
         """The problem of training ``model``."""
+
+
+def span(count: int, rank: int, size: int) -> slice:
+    """Where the part of the process ``rank`` is among ``count``; parts follow each other, and differ by at most one.
+
+    >>> [span(7, rank, 3) for rank in range(3)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
+    """
+    return slice(count * rank // size, count * (rank + 1) // size)
 
 
 def mix(seed: int, epoch: int) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imstep.tasks.base import Evaluation, Metric, Problem, Task, TaskError, mix
+from imstep.curvature import MeanOverSamples
+from imstep.optim import MicroBatches
+from imstep.tasks.base import Evaluation, Metric, Problem, Task, TaskError, mix, span
 
 __all__ = ["ACCURACY", "Batch", "ExampleProblem", "ExampleTask", "held_out"]
 
@@ -127,6 +129,11 @@ class ExampleProblem(Problem):
     def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A function without arguments that returns the loss on `batch` (0-dim, with its graph)."""
         return lambda: self.loss(self.model(batch.inputs), batch.targets)
+
+    def share(self, batch: Batch, rank: int, size: int) -> MicroBatches:
+        own = span(len(batch), rank, size)
+        parts = [batch.take(own)] if own.start < own.stop else []
+        return MicroBatches(lambda part: self.closure(part)(), parts, reduction=MeanOverSamples(len))
 
     def batch_count(self, batch_size: int | None) -> int:
         """Number of batches in an epoch; `batch_size=None` is the full batch."""

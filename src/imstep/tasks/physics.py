@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
-from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix
+from imstep.curvature import SumOverBatches
+from imstep.optim import MicroBatches
+from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
 
 __all__ = ["Condition", "PhysicsProblem", "PhysicsTask", "Points", "Reference"]
 
@@ -113,12 +115,19 @@ class PhysicsProblem(Problem):
     def closure(self, batch: Points) -> Callable[[], Tensor]:
         return lambda: self._loss(batch)
 
+    def share(self, batch: Points, rank: int, size: int) -> MicroBatches:
+        own = Points(tuple(x[span(len(x), rank, size)] for x in batch.of))
+        shares = [len(part) / len(x) for part, x in zip(own.of, batch.of, strict=True)]
+        parts = [own] if len(own) else []
+        return MicroBatches(lambda part: self._loss(part, shares), parts, reduction=SumOverBatches())
+
     def check(self) -> Callable[[], Tensor] | None:
         return None if self.redrawn else self.closure(self.other)
 
-    def _loss(self, batch: Points) -> Tensor:
-        pairs = zip(self.conditions, batch.of, strict=True)
-        terms = [condition.weight * condition.residual(self.model, x).square().mean() for condition, x in pairs]
+    def _loss(self, batch: Points, shares: Sequence[float] | None = None) -> Tensor:
+        """The loss; or what points that are such shares of a batch add to that of the batch."""
+        of = zip(self.conditions, batch.of, shares or [1.0] * len(batch.of), strict=True)
+        terms = [share * c.weight * c.residual(self.model, x).square().mean() for c, x, share in of if share]
         return torch.stack(terms).sum()
 
     def batch_count(self, batch_size: int | None) -> int:

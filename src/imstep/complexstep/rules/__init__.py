@@ -42,6 +42,7 @@ _FAMILIES = (
     "recurrence",
     "random",
     "quantised",
+    "collectives",
 )
 
 

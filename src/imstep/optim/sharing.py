@@ -16,7 +16,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.pieces import FrozenPieces
 from imstep.curvature.processes import Processes, check_parameters, digest
-from imstep.curvature.reduction import Reduction, shares
+from imstep.curvature.reduction import shares
 from imstep.curvature.shared import SharedBatch
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
@@ -43,6 +43,7 @@ def shared_batch(
     closure: Any,
     begin: Callable[[], tuple[ParameterVector, bool, Penalty | None]],
     state: Callable[[], int],
+    whole: bool = False,
 ) -> SharedBatch:
     """The batch of a step, of which this process evaluates ``closure``; all processes call this together.
 
@@ -50,6 +51,7 @@ def shared_batch(
         closure: of this process; a :class:`MicroBatches` or a list of closures likewise.
         begin: parameters, whether ``.grad`` holds gradients, and the penalty; may fail.
         state: a digest of the optimizer's options and memory.
+        whole: whether the pieces of a process are evaluated at once.
 
     Raises:
         ValueError: the processes differ in parameters, options, state or the kind of their closures; or none has data.
@@ -61,28 +63,55 @@ def shared_batch(
         parameters, stale, penalty = begin()
         pieces = MicroBatches.of(closure)
         own[:] = [parameters, stale, penalty, pieces]
-        signs = digest(parameters.tensors), state()
-        if pieces is not None and pieces.reduction is not None:
-            return _Part(f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count, *signs)
-        if pieces is not None:
-            pieces.checked()
-        return _Part("a closure", 1.0, *signs)
+        return _Part(*_kind(pieces), digest(parameters.tensors), state())
 
     parts = processes.gather(part)
     _check(parts)
     parameters, stale, penalty, pieces = own
-    reduction = None if pieces is None else pieces.reduction
-    weights = _weights(reduction, [part.count for part in parts])
-    frozen = _frozen(closure, pieces, parameters, stale)
+    weights = _weights(pieces, [part.count for part in parts])
+    frozen = _frozen(closure, pieces, parameters, stale, whole)
     return SharedBatch(frozen, weights[processes.rank], sum(weights), parameters, penalty)
 
 
+def shared_loss(processes: Processes, closure: Any, evaluate: Callable[[], float]) -> float:
+    """The loss of all processes at points beside those of steps; all call this together.
+
+    Args:
+        closure: of this process, as a step takes it.
+        evaluate: the loss of this process; may fail.
+
+    Raises: as :func:`shared_batch`.
+    """
+    own: list[MicroBatches | None] = []
+
+    def part() -> tuple[_Part, float]:
+        own[:] = [MicroBatches.of(closure)]
+        kind, count = _kind(own[0])
+        return _Part(f"a check, {kind}", count, 0, 0), evaluate() if count else 0.0
+
+    found = processes.gather(part)
+    _check([of for of, _ in found])
+    weights = _weights(own[0], [of.count for of, _ in found])
+    return math.fsum(weight * loss for weight, (_, loss) in zip(weights, found, strict=True))
+
+
+def _kind(pieces: MicroBatches | None) -> tuple[str, float]:
+    """The kind of a closure, and its weight before scaling."""
+    if pieces is not None and pieces.reduction is not None:
+        return f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count
+    if pieces is not None:
+        pieces.checked()
+    return "a closure", 1.0
+
+
 def _frozen(
-    closure: Any, pieces: MicroBatches | None, parameters: ParameterVector, stale: bool
+    closure: Any, pieces: MicroBatches | None, parameters: ParameterVector, stale: bool, whole: bool
 ) -> FrozenClosure | FrozenPieces | None:
     """What this process evaluates; one piece as a whole, which more can be done with."""
     if pieces is None:
         return FrozenClosure(closure, parameters, stale)
+    if whole and pieces.pieces:
+        return FrozenClosure(pieces, parameters, stale)
     if len(pieces.pieces) == 1 and math.isclose(pieces.pieces[0].weight, 1):
         return FrozenClosure(pieces.pieces[0].closure, parameters, stale)
     if not pieces.pieces:
@@ -96,8 +125,9 @@ def state_digest(options: str, memory: Memory) -> int:
     return zlib.crc32(re.sub(r"0x[0-9a-f]+", "", f"{options}{numbers}").encode())
 
 
-def _weights(reduction: Reduction | None, counts: list[float]) -> list[float]:
+def _weights(pieces: MicroBatches | None, counts: list[float]) -> list[float]:
     """What the loss of each process is multiplied by; 0 where there is none."""
+    reduction = None if pieces is None else pieces.reduction
     if reduction is None:
         return [1 / len(counts)] * len(counts)
     if not any(counts):

@@ -49,6 +49,10 @@ def equation(model: nn.Module, points: Tensor) -> Tensor:
     return (slope + u).square().mean() + 10 * (model(torch.zeros_like(x[:1])) - 1).square().mean()
 
 
+def curve(model: nn.Module, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), (3 * x).sin())
+
+
 def points(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -63,13 +67,16 @@ def same_steps(
     rank: int,
     every: Callable[[int], Sequence[Tensor]],
     make: Callable[[], nn.Module] = net,
-    loss: Callable[[nn.Module, Any], Tensor] = equation,
-    steps: int = 3,
+    loss: Callable[[nn.Module, Any], Tensor] = curve,
+    steps: int = 2,
     tolerance: float = 1e-10,
     reduction: Any = None,
     **options: Any,
 ) -> tuple[bytes, LeastSquares]:
-    """Compare steps of all processes with those of one, given every process's part of the batch of a step."""
+    """Compare steps of all processes with those of one, given every process's part of the batch of a step.
+
+    Process 0 does so, and the others are to be where it is, bit for bit.
+    """
     ours, alone = make(), make()
     optimizer, reference = grouped(ours, LeastSquares, **options), LeastSquares(alone.parameters(), **options)
     for number in range(steps):
@@ -77,6 +84,8 @@ def same_steps(
         own = [parts[rank]] if len(parts[rank]) else []
         present = [part for part in parts if len(part)]
         value = optimizer.step(MicroBatches(lambda b: loss(ours, b), own, reduction=reduction))
+        if rank:
+            continue
         expected = reference.step(MicroBatches(lambda b: loss(alone, b), present, reduction=reduction))
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=1e-12)
         torch.testing.assert_close(flat(ours), flat(alone), rtol=tolerance, atol=tolerance)
@@ -97,7 +106,8 @@ def triangles(rank: int) -> list[bytes]:
     taken = []
     for count, values in ((60, 100), (60, 5), (16, 100), (16, 5)):
         some = lambda number, count=count: cut(points(count, number))
-        end, optimizer = same_steps(rank, some, factorisation=ThinFactorisation(values=values))
+        steps = 2 if (count, values) == (60, 5) else 1
+        end, optimizer = same_steps(rank, some, steps=steps, factorisation=ThinFactorisation(values=values))
         assert optimizer.last_step.factorisation == ("singular values" if values == 100 else "triangular")
         taken.append(end)
     return taken
@@ -123,13 +133,13 @@ def columns_of_the_gram_matrix(rank: int) -> list[bytes]:
     ways = DenseFactorisation(), PivotedCholesky(most=1), RandomizedNystrom(), SketchedFactorisation(columns=50)
     ends = []
     for way, tolerance in zip(ways, (1e-10, 1e-7, 1e-7, 1e-7), strict=True):
-        steps = 3 if tolerance < 1e-8 else 2
-        end, _ = same_steps(rank, lambda number: cut(points(16, number)), factorisation=way, steps=steps, tolerance=tolerance)
-        ends.append(end)
-    wide, by_shape = (lambda: net(50)), {"factorisation": ByShape(narrow=0), "tolerance": 1e-7, "steps": 2}
+        options = {"loss": equation if tolerance < 1e-8 else curve, "factorisation": way, "tolerance": tolerance}
+        options["steps"] = 2 if tolerance < 1e-8 else 1
+        ends.append(same_steps(rank, lambda number: cut(points(16, number)), **options)[0])
+    wide, by_shape = (lambda: net(50)), {"factorisation": ByShape(narrow=0), "tolerance": 1e-7, "steps": 1}
     few, optimizer = same_steps(rank, lambda number: cut(points(160)), wide, **by_shape)
     assert optimizer.last_step.factorisation == "columns"
-    sketched = {"factorisation": SketchedFactorisation(columns=1), "steps": 2, "tolerance": 1e-6}
+    sketched = {"factorisation": SketchedFactorisation(columns=1), "steps": 1, "tolerance": 1e-6}
     iterated, optimizer = same_steps(rank, lambda number: cut(points(40)), **sketched)
     assert optimizer.last_step.factorisation == "sketch"
     return [*ends, few, iterated]
@@ -142,8 +152,8 @@ def written_out_in_other_units(rank: int) -> list[bytes]:
     box = Box(flat(net()) - 0.1, torch.full((size,), 0.4).double().maximum(flat(net())))
     return [
         same_steps(rank, few, scaling=ColumnNorms())[0],
-        same_steps(rank, few, scaling=ColumnNorms(), factorisation=DenseFactorisation(), tolerance=1e-8)[0],
-        same_steps(rank, few, box=box)[0],
+        same_steps(rank, few, scaling=ColumnNorms(), factorisation=DenseFactorisation(), steps=1)[0],
+        same_steps(rank, few, box=box, steps=1)[0],
     ]
 
 
@@ -154,11 +164,9 @@ def points_drawn_anew(rank: int) -> list[bytes]:
     """... with earlier ones recalled, momentum and weight decay."""
     drawn = lambda number: cut(points(24, 10 + number))
     thin = {"factorisation": ThinFactorisation()}
-    groups = lambda model: [{"params": [*model[0].parameters()], "weight_decay": 0.01}, {"params": [*model[2].parameters()]}]
-    assert groups(net())
     return [
-        same_steps(rank, drawn, recall=EarlierDraws(), steps=4, **thin)[0],
-        same_steps(rank, drawn, lambda: net(20), recall=EarlierDraws(rows=30), steps=4, **thin)[0],
+        same_steps(rank, drawn, recall=EarlierDraws(), **thin)[0],
+        same_steps(rank, drawn, lambda: net(20), recall=EarlierDraws(rows=30), **thin)[0],
         same_steps(rank, drawn, momentum=0.5, weight_decay=1e-3, max_step_norm=0.5, **thin)[0],
     ]
 
@@ -166,7 +174,7 @@ def points_drawn_anew(rank: int) -> list[bytes]:
 def nothing_in_one_process(rank: int) -> list[bytes]:
     """In this step or that; or rows of which there are none in it."""
     absent = lambda number: [points(24, number), points(0)][:: 1 if number % 2 else -1]
-    without = same_steps(rank, absent, steps=4, factorisation=ThinFactorisation(), weight_decay=1e-3)[0]
+    without = same_steps(rank, absent, factorisation=ThinFactorisation(), weight_decay=1e-3)[0]
     ours, alone = net(), net()
     own = points(20)[: 20 if rank == 0 else 0]
     total = lambda model, x: (model(x) - x.exp()).square().sum()
@@ -181,11 +189,12 @@ def nothing_in_one_process(rank: int) -> list[bytes]:
 def sums_and_means(rank: int) -> bytes:
     """Sums over all; and means over processes of what closures return, of different layers."""
     total = lambda model, x: (model(x) - x.exp()).square().sum()
-    same_steps(rank, lambda number: cut(points(16, number)), loss=total, reduction=SumOverBatches())
+    same_steps(rank, lambda number: cut(points(16, number)), loss=total, reduction=SumOverBatches(), steps=1)
     ours, alone = mlp(), mlp()
     X, Y = normal(12, 4), normal(12, 2, seed=1)
     first, second = (lambda m: squares(m, (X[:7], Y[:7]))), (lambda m: F.mse_loss(m[0](X[7:]), Y[7:].repeat(1, 3)))
-    optimizer, reference = grouped(ours, LeastSquares, weight_decay=0.1), LeastSquares(alone.parameters(), weight_decay=0.1)
+    optimizer = grouped(ours, LeastSquares, weight_decay=0.1)
+    reference = LeastSquares(alone.parameters(), weight_decay=0.1)
     for _ in range(2):
         value = optimizer.step([lambda: (second if rank else first)(ours)])
         expected = reference.step([lambda: first(alone) / 2, lambda: second(alone) / 2])
@@ -229,25 +238,26 @@ def rows_of_layers_that_differ(rank: int) -> bytes:
 
 
 def checked_elsewhere(rank: int) -> list[float]:
-    """The loss of check is that of all processes, and so is the warning."""
+    """The loss of check is that of all processes."""
     ours, alone, x, other = net(8), net(8), points(6), points(9, 3)
     own, elsewhere = x.split([4, 2])[rank], other.split([3, 6])[rank]
     noisy = lambda model, x: F.mse_loss(model(x), (1e3 * x).sin())
     optimizer, reference = grouped(ours, LeastSquares), LeastSquares(alone.parameters())
     found = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(12):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverfittingWarning)
+        for _ in range(6):
             check = MicroBatches(lambda b: noisy(ours, b), [elsewhere])
             optimizer.step(MicroBatches(lambda b: noisy(ours, b), [own]), check=check)
-            reference.step(lambda: noisy(alone, x), check=lambda: noisy(alone, other))
-            ran, wanted = optimizer.last_step, reference.last_step
-            assert math.isclose(ran.new_check_loss, wanted.new_check_loss, rel_tol=1e-4)
+            ran = optimizer.last_step
             found += [ran.check_loss, ran.new_check_loss, ran.generalisation]
-    assert sum(w.category is OverfittingWarning for w in caught) in (0, 2)
+            if rank == 0:
+                reference.step(lambda: noisy(alone, x), check=lambda: noisy(alone, other))
+                wanted = reference.last_step
+                assert math.isclose(ran.new_check_loss, wanted.new_check_loss, rel_tol=1e-4)
+    other_kind = MicroBatches(lambda b: noisy(ours, b), [own])
+    ours[0].bias.data += 1  # so that it is evaluated
     with pytest.raises(ValueError, match="process 0 takes a step on a check, a closure, process 1 on"):
-        other_kind = MicroBatches(lambda b: noisy(ours, b), [own])
-        ours[0].bias.data += 1  # so that it is evaluated
         optimizer.step(lambda: noisy(ours, own), check=other_kind if rank else lambda: noisy(ours, own))
     return found[1:]
 
@@ -266,11 +276,13 @@ def at_stationary_points(rank: int) -> list[bytes]:
     return [w.detach().numpy().tobytes(), v.detach().numpy().tobytes()]
 
 
-def fifty_steps(rank: int) -> bytes:
-    model = net(6)
+def many_steps(rank: int) -> bytes:
+    """At points that each process draws for itself: beyond where closures have been seen to run again."""
+    model = net()
     optimizer = grouped(model, LeastSquares, momentum=0.3, recall=EarlierDraws(rows=20), average=ExponentialAverage())
-    for step in range(50):
-        optimizer.step(lambda: equation(model, points(5 + rank, 2 * step + rank)))
+    for step in range(12):
+        x = points(5 + rank, 2 * step + rank)
+        optimizer.step(lambda x=x: curve(model, x))
     with optimizer.averaged():
         return flat(model).numpy().tobytes()
 
@@ -279,7 +291,7 @@ def leaves_together(rank: int, at: int, wrong: float | Exception) -> str:
     """A fault in process 1 ends the step in both, with parameters as they were; the next step is taken."""
     model, count = net(), iter(range(100))
     optimizer, before, random = grouped(model, LeastSquares), flat(model), torch.get_rng_state()
-    loss = lambda: equation(model, points(6, rank)) + 0 * torch.rand(()).square()
+    loss = lambda: curve(model, points(6, rank)) + 0 * torch.rand(()).square()
 
     def faulty() -> Tensor:
         if rank == 1 and next(count) == at:
@@ -306,8 +318,8 @@ def leaves_together(rank: int, at: int, wrong: float | Exception) -> str:
 
 def faults(rank: int) -> list[str]:
     leaves_together(rank, 0, torch.nan)
-    leaves_together(rank, 2, torch.nan)
-    return [leaves_together(rank, at, ZeroDivisionError("no such thing")) for at in (0, 2)]
+    leaves_together(rank, 1, torch.nan)
+    return [leaves_together(rank, at, ZeroDivisionError("no such thing")) for at in (0, 1)]
 
 
 def outside_the_domain(rank: int) -> bytes:
@@ -316,9 +328,9 @@ def outside_the_domain(rank: int) -> bytes:
     optimizer = grouped(model, LeastSquares)
 
     def closure() -> Tensor:
-        if rank == 1 and next(count) == 2:
+        if rank == 1 and next(count) == 1:
             torch.linalg.cholesky(-torch.eye(2))
-        return equation(model, points(9, rank))
+        return curve(model, points(9, rank))
 
     optimizer.step(closure)
     assert optimizer.last_step.accepted
@@ -327,7 +339,7 @@ def outside_the_domain(rank: int) -> bytes:
 
 def refused(rank: int) -> dict[str, str]:
     model = net()
-    closure = lambda: equation(model, points(9, rank))
+    closure = lambda: curve(model, points(9, rank))
 
     def said(step: Callable[[], Any], kind: type[Exception] = ValueError) -> str:
         before = flat(model)
@@ -364,7 +376,7 @@ CHECKS = [
     rows_of_layers_that_differ,
     checked_elsewhere,
     at_stationary_points,
-    fifty_steps,
+    many_steps,
     faults,
     outside_the_domain,
     refused,

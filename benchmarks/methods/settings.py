@@ -13,7 +13,9 @@ import torch
 from imstep import methods
 from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
 from imstep.optim import Direct, FixedProducts, RandomSubspace, ResidualForcing
+from imstep.runs.known_methods import needed
 from imstep.runs.optimizers import METHODS, get_optimizer
+from imstep.runs.passing import OptimizerError
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
@@ -47,7 +49,10 @@ def _first_order(name: str, lr: float, problem: Problem) -> Stepper:
 
 
 def _made(method: Callable[..., Any], options: dict[str, Any], problem: Problem) -> Stepper:
-    return StepwiseStepper(method(problem.parameters, **options))
+    try:
+        return StepwiseStepper(method(problem.parameters, **needed(method, problem), **options))
+    except ValueError as error:
+        raise OptimizerError(str(error)) from error
 
 
 def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
@@ -56,7 +61,8 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     if "lr" in signature:
         rates = [factor * signature["lr"].default for factor in RATES]
         return {f"lr {rate:g}": {"lr": rate} for rate in rates}
-    parts = method([torch.nn.Parameter(torch.zeros(3))])._chosen()
+    told = {"full": torch.zeros} if "full" in signature else {}
+    parts = method([torch.nn.Parameter(torch.zeros(3))], **told)._chosen()
     damping = parts.get("damping")
     if isinstance(damping, LevenbergMarquardt):
         values = [factor * damping.initial for factor in DAMPINGS]

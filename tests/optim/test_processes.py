@@ -105,7 +105,8 @@ def test_one_process_is_not_several(one_process: None, group: bool, backward: bo
     assert torch.equal(*ends)
 
 
-def test_collectives_within_the_closure_say_what_to_do(one_process: None) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_collectives_within_the_closure_say_what_to_do(one_process: None, method: Any) -> None:
     model = net()
 
     def closure() -> torch.Tensor:
@@ -114,17 +115,13 @@ def test_collectives_within_the_closure_say_what_to_do(one_process: None) -> Non
         return F.mse_loss(outputs, Y)
 
     with pytest.raises(RuntimeError, match=r"Let it return the loss of its own process's part.*process_group="):
-        NewtonKrylov(model.parameters()).step(closure)
+        method(model.parameters()).step(closure)
 
 
-def test_least_squares_over_processes_is_refused(two_processes: None) -> None:
-    with pytest.raises(ValueError, match=r"space of all residuals.*NewtonKrylov\(\.\.\., process_group"):
-        LeastSquares(net().parameters(), process_group=dist.group.WORLD)
-
-
-def test_what_is_no_group_is_refused(two_processes: None) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_group_is_refused(two_processes: None, method: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group must be a process group.*got str.*init_process_group"):
-        NewtonKrylov(net().parameters(), process_group="gloo")
+        method(net().parameters(), process_group="gloo")
     other = dist.new_group([1])
     with pytest.raises((TypeError, ValueError), match="process_group"):
-        NewtonKrylov(net().parameters(), process_group=other)
+        method(net().parameters(), process_group=other)

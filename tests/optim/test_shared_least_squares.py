@@ -259,6 +259,8 @@ def checked_elsewhere(rank: int) -> list[float]:
     ours[0].bias.data += 1  # so that it is evaluated
     with pytest.raises(ValueError, match="process 0 takes a step on a check, a closure, process 1 on"):
         optimizer.step(lambda: noisy(ours, own), check=other_kind if rank else lambda: noisy(ours, own))
+    with pytest.raises(ValueError, match="process 0 takes a step on a check, a closure, process 1 on a closure"):
+        optimizer.step(lambda: noisy(ours, own), check=None if rank else lambda: noisy(ours, own))
     return found[1:]
 
 
@@ -355,6 +357,14 @@ def refused(rank: int) -> dict[str, str]:
     }
     curved = lambda: closure().exp() if rank == 1 else closure()
     found["no squares"] = said(lambda: of().step(curved), ValueError if rank else OtherProcessError)
+
+    def summed() -> Tensor:
+        x = points(9, rank)
+        outputs = model(x)
+        dist.all_reduce(outputs)
+        return (outputs - x).square().mean()
+
+    found["collective"] = said(lambda: of().step(summed), RuntimeError)
     handle = model[0].weight.register_hook(lambda g: 0 * g)
     found["hooks"] = said(lambda: of().step(closure))
     handle.remove()
@@ -400,6 +410,7 @@ def test_what_processes_are_told(two: Outcomes) -> None:
         "options": "other options or another state",
         "no data": "none in any process",
         "no squares": "not recognised as a sum of squares",
+        "collective": "Collectives in a closure are not differentiated",
         "hooks": "a hook changes the gradient",
     }.items():
         assert words in said[name], name

@@ -231,9 +231,8 @@ class EigenbasisMoments(LayerInverses):
 
     def _known(self, block: Block) -> EigenBlock | None:
         """What is known of a block, if it has the same form still."""
-        old = self._blocks.get(block.weight)
-        same = old is not None and old.values.shape == (len(block.outputs), len(block.inputs)) and old.bias == block.bias
-        return old if same else None
+        old, shape = self._blocks.get(block.weight), (len(block.outputs), len(block.inputs))
+        return old if old is not None and old.values.shape == shape and old.bias == block.bias else None
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [{**vars(b), "age": self._ages[at]} for at, b in self._blocks.items()]

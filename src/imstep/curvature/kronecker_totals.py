@@ -121,7 +121,10 @@ class _Kinds(NamedTuple):
 def _summed(
     processes: Processes, parameters: ParameterVector, generator: torch.Generator, find: Callable[[], Totals]
 ) -> Totals:
-    """The sums, with what this process has seen; the generator is left as by the first process that had something to draw for."""
+    """The sums; the generator is left as by the first process that had something to draw for.
+
+    What layers have seen stays that of this process.
+    """
     own: list[Totals] = []
 
     def kinds() -> _Kinds:

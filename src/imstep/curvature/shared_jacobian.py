@@ -113,8 +113,8 @@ class SharedJacobian(SharedRows):
         self.smooth = all(facts.smooth for facts in active)
         loss, self.gradient, self.residuals = self._evaluated(batch)
         self.loss = loss.to(active[0].dtype)
-        returned = [facts.returned for facts in every]
-        batch.returned = None if None in returned else self.loss.new_tensor(math.fsum(filter(None, returned)))
+        returned = [facts.returned for facts in every if facts.returned is not None]
+        batch.returned = self.loss.new_tensor(sum(returned)) if len(returned) == len(every) else None
 
     def _evaluated(self, batch: SharedBatch) -> Sequence[Tensor]:
         """Loss, gradient and residuals of all; one sum."""

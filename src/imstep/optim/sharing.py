@@ -30,12 +30,14 @@ class _Part:
         kind: of closure.
         count: its weight before scaling; 0 for no part.
         parameters, state: digests of the parameters, and of options and memory of the optimizer.
+        loss: of a part that was evaluated.
     """
 
     kind: str
     count: float
-    parameters: int
-    state: int
+    parameters: int = 0
+    state: int = 0
+    loss: float = 0.0
 
 
 def shared_batch(
@@ -84,15 +86,15 @@ def shared_loss(processes: Processes, closure: Any, evaluate: Callable[[], float
     """
     own: list[MicroBatches | None] = []
 
-    def part() -> tuple[_Part, float]:
+    def part() -> _Part:
         own[:] = [MicroBatches.of(closure)]
         kind, count = _kind(own[0])
-        return _Part(f"a check, {kind}", count, 0, 0), evaluate() if count else 0.0
+        return _Part(f"a check, {kind}", count, loss=evaluate() if count else 0.0)
 
-    found = processes.gather(part)
-    _check([of for of, _ in found])
-    weights = _weights(own[0], [of.count for of, _ in found])
-    return math.fsum(weight * loss for weight, (_, loss) in zip(weights, found, strict=True))
+    parts = processes.gather(part)
+    _check(parts)
+    weights = _weights(own[0], [part.count for part in parts])
+    return sum(weight * part.loss for weight, part in zip(weights, parts, strict=True))
 
 
 def _kind(pieces: MicroBatches | None) -> tuple[str, float]:
@@ -137,16 +139,17 @@ def _weights(pieces: MicroBatches | None, counts: list[float]) -> list[float]:
 
 def _check(parts: list[_Part]) -> None:
     """Raise where processes differ from the first; all do so alike."""
-    check_parameters([part.parameters for part in parts])
     first = parts[0]
+    if all(part.kind == first.kind for part in parts):
+        check_parameters([part.parameters for part in parts])
     for rank, part in enumerate(parts):
-        if part.state != first.state:
-            raise ValueError(
-                f"the optimizer of process {rank} has other options or another state than that of process 0. Build "
-                "them alike, let schedulers do the same in every process, and load a saved state in all of them."
-            )
         if part.kind != first.kind:
             raise ValueError(
                 f"process 0 takes a step on {first.kind}, process {rank} on {part.kind}. Pass the same kind in every "
                 "process: a MicroBatches(loss, [batch]) counts by its examples, a MicroBatches(loss, []) has none."
+            )
+        if part.state != first.state:
+            raise ValueError(
+                f"the optimizer of process {rank} has other options or another state than that of process 0. Build "
+                "them alike, let schedulers do the same in every process, and load a saved state in all of them."
             )

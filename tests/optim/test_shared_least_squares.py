@@ -409,7 +409,7 @@ def test_what_processes_are_told(two: Outcomes) -> None:
         "options": "other options or another state",
         "no data": "none in any process",
         "no squares": "not recognised as a sum of squares",
-        "collective": "Collectives in a closure are not differentiated",
+        "collective": "do exchanges outside of it",
         "hooks": "a hook changes the gradient",
     }
     all_are_told([refusals, also], words)

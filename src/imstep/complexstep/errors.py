@@ -11,8 +11,8 @@ DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 NESTED = "Use dense tensors: sequences padded to one length, with a mask."
 COLLECTIVE = (
     "Collectives in a closure are not differentiated. Let it return the loss of its own process's part of the batch, "
-    "with BatchNorm in place of SyncBatchNorm, and give process_group= to NewtonKrylov, to LeastSquares or to an "
-    "operator's over(), which form the sums."
+    "with BatchNorm in place of SyncBatchNorm, and give process_group= to NewtonKrylov or to an operator's over(), "
+    "which form the sums."
 )
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imstep.complexstep.errors import COLLECTIVE, UnsupportedOperatorError
+from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.registry import signature
 from imstep.curvature.recording import Recording
 
@@ -120,8 +120,13 @@ class WriteWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sig, kwargs = signature(func), kwargs or {}
         if self._recording is not None and _is_collective(func):  # what autograd makes of it would be wrong
-            reason = "residuals are those of one process, and evaluated in each as often as it needs."
-            raise UnsupportedOperatorError(func, reason, COLLECTIVE)
+            raise UnsupportedOperatorError(
+                func,
+                "least squares takes the residuals of each process by itself, and evaluates them there as often as it "
+                "needs.",
+                "Let the closure return the loss of its own process's part of the batch, do exchanges outside of it, "
+                "and give process_group= to LeastSquares, which joins the parts.",
+            )
         if sig.overwritten:
             tensors = sig.gather(args, kwargs)
             for at in sig.overwritten:

@@ -105,7 +105,7 @@ def same_steps(
 def triangles(rank: int) -> list[bytes]:
     """N >= n: the rows of a process are more than the columns, or fewer in one of them."""
     taken = []
-    for count, values in ((60, 100), (60, 5), (16, 100), (16, 5)):
+    for count, values in ((60, 100), (60, 5), (16, 5)):
         some = lambda number, count=count: cut(points(count, number))
         steps = 2 if (count, values) == (60, 5) else 1
         end, optimizer = same_steps(rank, some, steps=steps, factorisation=ThinFactorisation(values=values))
@@ -251,7 +251,7 @@ def checked_elsewhere(rank: int) -> list[float]:
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverfittingWarning)
-        for _ in range(6):
+        for _ in range(3):
             check = MicroBatches(lambda b: noisy(ours, b), [elsewhere])
             optimizer.step(MicroBatches(lambda b: noisy(ours, b), [own]), check=check)
             ran = optimizer.last_step
@@ -287,7 +287,7 @@ def many_steps(rank: int) -> bytes:
     """At points that each process draws for itself: beyond where closures have been seen to run again."""
     model = net()
     optimizer = grouped(model, LeastSquares, momentum=0.3, recall=EarlierDraws(rows=20), average=ExponentialAverage())
-    for step in range(12):
+    for step in range(10):
         x = points(5 + rank, 2 * step + rank)
         optimizer.step(lambda x=x: curve(model, x))
     with optimizer.averaged():
@@ -429,10 +429,10 @@ def some_steps(optimizer: LeastSquares, model: nn.Module, rank: int, size: int, 
 
 def four_steps(rank: int) -> list[bytes]:
     """Dense for one network of a few more rows than processes; then some to be saved."""
-    end, _ = same_steps(rank, lambda number: cut(points(8, number)), factorisation=DenseFactorisation())
+    end, _ = same_steps(rank, lambda number: cut(points(8, number)), factorisation=DenseFactorisation(), steps=1)
     model = net()
     optimizer = grouped(model, LeastSquares, **OPTIONS)
-    some_steps(optimizer, model, rank, 4, range(3))
+    some_steps(optimizer, model, rank, 4, range(2))
     state = io.BytesIO()
     torch.save((model.state_dict(), optimizer.state_dict()), state)
     return [end, flat(model).numpy().tobytes(), state.getvalue()]
@@ -447,7 +447,7 @@ def resumed_by(size: int, state: bytes) -> Callable[[int], bytes]:
         weights, saved = torch.load(io.BytesIO(state))
         model.load_state_dict(weights)
         optimizer.load_state_dict(saved)
-        some_steps(optimizer, model, rank, size, range(3, 5))
+        some_steps(optimizer, model, rank, size, range(2, 4))
         return flat(model).numpy().tobytes()
 
     return resumed

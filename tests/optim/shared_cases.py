@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -38,6 +40,21 @@ def parts(batch: Batch, size: int = 2) -> list[Batch]:
     x, y = batch
     cuts = [len(x) * 2 // 3, len(x)] if size == 2 else [5, 6, 9, 12]
     return [(x[a:b], y[a:b]) for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
+
+
+def said(model: nn.Module, step: Callable[[], Any], kind: type[Exception] = ValueError) -> str:
+    """The text of the error that a step raises, which leaves the parameters alone."""
+    before = flat(model)
+    with pytest.raises(kind) as caught:
+        step()
+    assert torch.equal(flat(model), before)
+    return str(caught.value)
+
+
+def all_are_told(found: Sequence[dict[str, str]], words: dict[str, str]) -> None:
+    """Every process was told these words, by what was refused."""
+    for name, wanted in words.items():
+        assert all(wanted in of_rank[name] for of_rank in found), name
 
 
 def succeeded(found: list[Any]) -> list[Any]:

@@ -117,14 +117,10 @@ def test_collectives_within_the_closure_say_what_to_do(one_process: None) -> Non
         NewtonKrylov(model.parameters()).step(closure)
 
 
-def test_least_squares_over_processes_is_refused(two_processes: None) -> None:
-    with pytest.raises(ValueError, match=r"space of all residuals.*NewtonKrylov\(\.\.\., process_group"):
-        LeastSquares(net().parameters(), process_group=dist.group.WORLD)
-
-
-def test_what_is_no_group_is_refused(two_processes: None) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_group_is_refused(two_processes: None, method: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group must be a process group.*got str.*init_process_group"):
-        NewtonKrylov(net().parameters(), process_group="gloo")
+        method(net().parameters(), process_group="gloo")
     other = dist.new_group([1])
     with pytest.raises((TypeError, ValueError), match="process_group"):
-        NewtonKrylov(net().parameters(), process_group=other)
+        method(net().parameters(), process_group=other)

@@ -6,11 +6,12 @@ import io
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from shared_cases import X, Y, flat, grouped, mlp, parts, squares, succeeded
+from shared_cases import X, Y, all_are_told, flat, grouped, mlp, parts, said, squares, succeeded
 from torch import Tensor
 
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
@@ -98,32 +99,26 @@ def refused(rank: int) -> dict[str, str]:
     model = mlp()
     closure = lambda: squares(model, (X, Y))
     pieces = MicroBatches(lambda b: squares(model, b), parts((X, Y)))
-
-    def said(step: Callable[[], Any], kind: type[Exception] = ValueError) -> str:
-        before = flat(model)
-        with pytest.raises(kind) as caught:
-            step()
-        assert torch.equal(flat(model), before)
-        return str(caught.value)
+    told = partial(said, model)
 
     found = {
-        "options": said(lambda: grouped(model, lr=1.0 - rank / 2).step(closure)),
-        "kinds": said(lambda: grouped(model).step(closure if rank else pieces)),
-        "no data": said(lambda: grouped(model).step(MicroBatches(lambda b: squares(model, b), []))),
-        "pieces": said(lambda: grouped(model, solver=ConjugateGradient(noise=NoiseTest())).step(pieces)),
-        "examined": said(lambda: grouped(model).examine(closure, lambda loss, found: True)),
-        "copy": said(lambda: torch.save(grouped(model), io.BytesIO()), TypeError),
+        "options": told(lambda: grouped(model, lr=1.0 - rank / 2).step(closure)),
+        "kinds": told(lambda: grouped(model).step(closure if rank else pieces)),
+        "no data": told(lambda: grouped(model).step(MicroBatches(lambda b: squares(model, b), []))),
+        "pieces": told(lambda: grouped(model, solver=ConjugateGradient(noise=NoiseTest())).step(pieces)),
+        "examined": told(lambda: grouped(model).examine(closure, lambda loss, found: True)),
+        "copy": told(lambda: torch.save(grouped(model), io.BytesIO()), TypeError),
     }
     handle = model[0].weight.register_hook(lambda g: 0 * g)
-    found["hooks"] = said(lambda: grouped(model).step(closure))
+    found["hooks"] = told(lambda: grouped(model).step(closure))
     handle.remove()
     with torch.no_grad():
         model[0].bias += rank
-    found["parameters"] = said(lambda: grouped(model).step(closure))
+    found["parameters"] = told(lambda: grouped(model).step(closure))
     if rank == 0:
-        found["a list"] = said(lambda: grouped(model).step(closure), OtherProcessError)
+        found["a list"] = told(lambda: grouped(model).step(closure), OtherProcessError)
     else:
-        said(lambda: grouped(model).step([closure, 1]), TypeError)
+        told(lambda: grouped(model).step([closure, 1]), TypeError)
     return found
 
 
@@ -160,10 +155,10 @@ def test_two_processes(two: Outcomes, check: str) -> None:
 
 
 def test_what_processes_are_told(two: Outcomes) -> None:
-    (elsewhere, own), (said, also) = two["closure_raises"], two["refused"]
+    (elsewhere, own), (refusals, also) = two["closure_raises"], two["refused"]
     assert set(own) == {"no such thing"}
     assert all("process 1 of 2 failed" in text and "ZeroDivisionError: no such thing" in text for text in elsewhere)
-    for name, words in {
+    words = {
         "options": "other options or another state",
         "kinds": "process 0 takes a step on MicroBatches with MeanOverSamples, process 1 on a closure",
         "no data": "none in any process",
@@ -172,10 +167,9 @@ def test_what_processes_are_told(two: Outcomes) -> None:
         "copy": "Save optimizer.state_dict",
         "hooks": "a hook changes the gradient",
         "parameters": "the parameters of process 1 differ from those of process 0",
-    }.items():
-        assert words in said[name], name
-        assert words in also[name], name
-    assert "TypeError: a step on several pieces" in said["a list"]
+    }
+    all_are_told([refusals, also], words)
+    assert "TypeError: a step on several pieces" in refusals["a list"]
 
 
 # --- processes that end, or do something else -------------------------------------------------------------------

@@ -28,6 +28,7 @@ from imstep.optim import (
     FisherCurvature,
     GrowingBatches,
     Kronecker,
+    KroneckerEigenbasis,
     LimitedMemoryBFGS,
     MicroBatches,
     NewtonKrylov,
@@ -135,6 +136,7 @@ def other_configurations(rank: int) -> list[bytes]:
         same_steps(rank, mlp, squares, steps=2, curvature=ExactHessian(), momentum=True, weight_decay=0.1),
         same_steps(rank, mlp, squares, steps=2, solver=ChebyshevHalley(), weight_decay=0.1, **plain),
         same_steps(rank, mlp, squares, preconditioning=LimitedMemoryBFGS()),
+        same_steps(rank, mlp, squares, preconditioning=KroneckerEigenbasis(every=1, basis_every=2)),
     ]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from imstep.curvature.processes import Processes
 
 INSTEAD = (
-    "Train in one process; or keep the whole model in each, without sharding, and pass process_group= to NewtonKrylov, "
-    "which adds up over processes."
+    "Train in one process; or keep the whole model in each, without sharding, and pass process_group= to NewtonKrylov "
+    "or LeastSquares, which add up over processes."
 )
 
 FROM_OUTSIDE = (

@@ -4,12 +4,49 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from imstep.curvature.use_rules import Rows
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a parameter are sent: each as ``terms`` outer products, or where that is 0 as its entries.
+
+    Attributes:
+        left, right: entries of the two factors of a product; of a row, and 0.
+    """
+
+    terms: int
+    left: int
+    right: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return max(self.terms, 1) * (self.left + self.right)
+
+    @classmethod
+    def common(cls, forms: Sequence[Form | None], entries: int) -> Form | None:
+        """One that rows of all these forms can be sent in, None being that of zeros."""
+        found = [form for form in forms if form is not None]
+        if not found:
+            return None
+        longest = max(found, key=lambda form: form.terms)
+        if all(form.terms and (form.left, form.right) == (longest.left, longest.right) for form in found):
+            return longest
+        return cls(0, entries)
+
+    def unpacked(self, packed: Tensor) -> GradientRows:
+        """The rows from what is sent, (N, width)."""
+        if not self.terms:
+            return PlainRows(packed)
+        both = packed.view(len(packed), self.terms, self.left + self.right).movedim(1, 0)
+        return OuterRows(both[..., : self.left].contiguous(), both[..., self.left :].contiguous())
 
 
 class GradientRows(ABC):
@@ -49,6 +86,15 @@ class GradientRows(ABC):
     def multiplications(self) -> tuple[int, int]:
         """For an entry of B v, and for an entry of B Bᵀ."""
 
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """In which they are sent with the fewest numbers."""
+
+    def packed(self, form: Form) -> Tensor:
+        """What is sent, (N, width)."""
+        return self.written_out()
+
 
 class PlainRows(GradientRows):
     """Stored as they are, (N, entries)."""
@@ -81,6 +127,10 @@ class PlainRows(GradientRows):
     @property
     def multiplications(self) -> tuple[int, int]:
         return self._rows.shape[1], self._rows.shape[1]
+
+    @property
+    def form(self) -> Form:
+        return Form(0, self._rows.shape[1])
 
 
 class OuterRows(GradientRows):
@@ -135,6 +185,17 @@ class OuterRows(GradientRows):
         (m, _, out), width = self._left.shape, self._right.shape[2]
         return m * out * width, m * m * (out + width)
 
+    @property
+    def form(self) -> Form:
+        return Form(len(self._left), self._left.shape[2], self._right.shape[2])
+
+    def packed(self, form: Form) -> Tensor:
+        if not form.terms:
+            return self.written_out()
+        both = torch.cat([self._left, self._right], 2)
+        more = both.new_zeros(form.terms - len(both), *both.shape[1:])
+        return torch.cat([both, more]).movedim(0, 1).flatten(1)
+
 
 class StackedRows(GradientRows):
     """Rows of a parameter in slices, each kept by itself.
@@ -175,6 +236,10 @@ class StackedRows(GradientRows):
     def multiplications(self) -> tuple[int, int]:
         counts = [part.multiplications for part in self._slices]
         return sum(image for image, _ in counts), sum(entry for _, entry in counts)
+
+    @property
+    def form(self) -> Form:
+        return Form(0, self._entries * len(self._slices))
 
 
 def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:

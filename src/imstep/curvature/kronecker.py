@@ -44,11 +44,6 @@ class KroneckerFactors:
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
-        if parameters.processes is not None and inverses is not None and inverses.needs_cases:
-            raise ValueError(
-                f"{type(inverses).__name__} learns from single cases, which are not gathered from several processes "
-                "yet. Take Kronecker() as preconditioning, whose factors are, or one process."
-            )
         self._parameters, self._decay, self._inverses = parameters, decay, inverses or FactoredDamping()
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
@@ -85,7 +80,7 @@ class KroneckerFactors:
             old = self._diagonals.get(number)
             self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
         if self._inverses.needs_cases:
-            self._inverses.take(disjoint(self.blocks()), found.seen, keep)
+            self._inverses.take(disjoint(self.blocks()), found.seen, keep, self._parameters.processes)
         return True
 
     def _found(

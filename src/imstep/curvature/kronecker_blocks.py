@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.layers import LayerUse
+from imstep.curvature.processes import Processes
 
 _CHUNK = 2**24
 """Entries of the gradients of single cases that are formed at once."""
@@ -129,6 +130,14 @@ def squared_cases(block: EigenBlock, uses: Sequence[tuple[LayerUse, Tensor | Non
     return total
 
 
+def _squares(basis: EigenBlock, seen: Sequence[Seen]) -> Tensor:
+    """As :func:`squared_cases`, of all evaluations, each counted with its weight."""
+    total = torch.zeros_like(basis.values)
+    for weight, uses in seen:
+        total += weight * squared_cases(basis, [(use, g) for use, g in uses if use.weight == basis.weight])
+    return total
+
+
 @dataclass(frozen=True)
 class Work:
     """A matrix to be computed from one factor.
@@ -160,8 +169,10 @@ class LayerInverses(ABC):
     def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
         """(block + damping I)⁻¹, or what stands for it; of ``parts``, where :meth:`work` is done."""
 
-    def take(self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float) -> None:  # noqa: B027 (few learn)
-        """Learn from what layers have seen in one refresh; the past counts ``keep``."""
+    def take(  # noqa: B027 (few learn)
+        self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, processes: Processes | None
+    ) -> None:
+        """Learn from what layers have seen in one refresh, in each of several processes; the past counts ``keep``."""
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What was learnt."""
@@ -228,21 +239,32 @@ class EigenbasisMoments(LayerInverses):
         known = self._blocks.get(block.weight)
         return (decomposed(block) if known is None else known).inverse(damping)
 
-    def take(self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float) -> None:
-        for block in blocks:
-            old, age = self._blocks.get(block.weight), self._ages.get(block.weight, 0)
-            fresh = old is None or old.values.shape != (len(block.outputs), len(block.inputs)) or old.bias != block.bias
-            basis = decomposed(block) if old is None or fresh or age >= self._every else old
-            squares = torch.zeros_like(basis.values)
-            for weight, uses in seen:
-                own = [(use, g) for use, g in uses if use.weight == block.weight]
-                squares += weight * squared_cases(basis, own)
+    def take(
+        self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, processes: Processes | None
+    ) -> None:
+        if not blocks:
+            return
+        olds = [self._known(block) for block in blocks]
+        bases = [
+            decomposed(block) if old is None or self._ages[block.weight] >= self._every else old
+            for block, old in zip(blocks, olds, strict=True)
+        ]
+        find = lambda: torch.cat([_squares(basis, seen).reshape(-1) for basis in bases])
+        sizes = [basis.values.numel() for basis in bases]
+        found = find() if processes is None else processes.sum(find, sum(sizes), bases[0].values)
+        for basis, old, squares in zip(bases, olds, found.split(sizes), strict=True):
+            squares = squares.view_as(basis.values)
             if not bool(squares.sum().isfinite()):
                 continue
-            if old is not None and not fresh:
+            if old is not None:
                 squares = keep * (old.values if basis is old else old.turned(basis)) + (1 - keep) * squares
-            self._blocks[block.weight] = replace(basis, values=squares)
-            self._ages[block.weight] = age + 1 if basis is old else 1
+            self._blocks[basis.weight] = replace(basis, values=squares)
+            self._ages[basis.weight] = self._ages[basis.weight] + 1 if basis is old else 1
+
+    def _known(self, block: Block) -> EigenBlock | None:
+        """What is known of a block, if it has the same form still."""
+        old, shape = self._blocks.get(block.weight), (len(block.outputs), len(block.inputs))
+        return old if old is not None and old.values.shape == shape and old.bias == block.bias else None
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [{**vars(b), "age": self._ages[at]} for at, b in self._blocks.items()]

@@ -31,7 +31,7 @@ class Totals:
         rows: how many these are.
         squares: squared gradients of the other parameters.
         direct: mean curvature of losses of a parameter itself.
-        seen: the uses themselves, where they are asked for.
+        seen: the uses themselves, of this process, where they are asked for.
     """
 
     blocks: dict[int, Block] = field(default_factory=dict)
@@ -121,7 +121,10 @@ class _Kinds(NamedTuple):
 def _summed(
     processes: Processes, parameters: ParameterVector, generator: torch.Generator, find: Callable[[], Totals]
 ) -> Totals:
-    """The sums; the generator is left as by the first process that had something to draw for."""
+    """The sums; the generator is left as by the first process that had something to draw for.
+
+    What layers have seen stays that of this process.
+    """
     own: list[Totals] = []
 
     def kinds() -> _Kinds:
@@ -154,7 +157,7 @@ def _summed(
 
     whole = processes.sum(part, sum(sizes), parameters)
     parts = iter([t.view(shape) for t, shape in zip(whole.split(sizes), shapes, strict=True)])
-    total = Totals()
+    total = Totals(seen=own[0].seen)
     for at, (_, bias, _, _) in forms.items():
         total.rows[at] = float(next(parts))
         total.blocks[at] = Block(at, bias, next(parts), next(parts))

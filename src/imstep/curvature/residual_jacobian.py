@@ -11,7 +11,7 @@ from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import GradientRows, PlainRows, StackedRows, gather_rows
+from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows, gather_rows
 from imstep.curvature.ownership import Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
@@ -74,9 +74,31 @@ class JacobianRows(RowMatrix):
         pieces = units.split(self._sizes)
         if not all(bool((piece == piece[0]).all()) for piece in pieces if len(piece)):
             return ScaledRows(self, units)
-        pairs = zip(self._parts, pieces, strict=True)
-        parts = [None if part is None else part.over(float(piece[0])) for part, piece in pairs]
+        return self._over([float(piece[0]) if len(piece) else 1.0 for piece in pieces])
+
+    def times(self, factor: float) -> JacobianRows:
+        """The rows times a factor > 0."""
+        return self._over([1 / factor] * len(self._sizes))
+
+    def _over(self, divisors: Sequence[float]) -> JacobianRows:
+        pairs = zip(self._parts, divisors, strict=True)
+        parts = [None if part is None else part.over(divisor) for part, divisor in pairs]
         return JacobianRows(parts, self._sizes, self.shape[0], self.device)
+
+    @property
+    def forms(self) -> list[Form | None]:
+        """In which the rows of each parameter are sent; None where all are zero."""
+        return [None if part is None else part.form for part in self._parts]
+
+    def packed(self, form: Sequence[Form | None]) -> Tensor:
+        pairs = [(part, of) for part, of in zip(self._parts, form, strict=True) if of is not None]
+        zeros = lambda width: torch.zeros(self.shape[0], width, dtype=F64, device=self.device)
+        return torch.cat([zeros(of.width) if part is None else part.packed(of) for part, of in pairs], 1)
+
+    def unpacked(self, packed: Tensor, form: Sequence[Form | None]) -> JacobianRows:
+        pieces = iter(packed.split([of.width for of in form if of is not None], 1))
+        parts = [None if of is None else of.unpacked(next(pieces)) for of in form]
+        return JacobianRows(parts, self._sizes, len(packed), self.device)
 
     def gram(self) -> Gram:
         """J Jᵀ, (N, N)."""
@@ -154,6 +176,7 @@ class ResidualJacobian(JacobianRows):
         used: whether the residuals depend on each parameter.
         course: how the residuals came about.
         explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
+        hooked: whether hooks set entries of gradients to zero.
 
     Raises:
         NoResidualsError: the loss is no sum of squares; or the residuals depend on each other, as with batch
@@ -182,6 +205,11 @@ class ResidualJacobian(JacobianRows):
         finally:
             frozen.leave(accepted=True)
 
+    @property
+    def gradient(self) -> Tensor:
+        """Jᵀρ, (n,)."""
+        return self.rmatvec(self.residuals)
+
     @classmethod
     def at(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> ResidualJacobian:
         """From a closure that has not been evaluated on its batch yet.
@@ -207,6 +235,7 @@ class ResidualJacobian(JacobianRows):
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
         self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course
         self.used = [part is not None for part in parts]
+        self.hooked = check is not None and check.hooked
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
 
@@ -216,6 +245,8 @@ def _parts(
     """The rows for each parameter, the positions of those whose rows are not known, and what they were checked by."""
     residuals, course = evaluation.residuals, evaluation.course
     none: list[GradientRows | None] = [None] * len(tensors)
+    if not len(residuals.values):
+        return none, [], None
     if known.dependent:
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
     told = [use for use in uses.known if use.parameter not in uses.unknown]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class SharedBatch:
         self, own: _Own | None, share: float, total: float, parameters: ParameterVector, penalty: Penalty | None
     ) -> None:
         assert parameters.processes is not None
-        self._own, self._share, self._total = own, share, total
-        self._parameters, self._processes = parameters, parameters.processes
+        self.own, self.share, self._total = own, share, total
+        self._parameters, self.processes = parameters, parameters.processes
         self.penalty = penalty
         self.returned: Tensor | None = None
         self._begun = False
@@ -63,7 +63,7 @@ class SharedBatch:
 
         loss, gradient, convex, repeats = self._evaluated(evaluate)
         record = replace(own[0], penalty=None) if own else None
-        return SharedLinearisation(loss, gradient, record, self._share, convex, repeats, self.penalty)
+        return SharedLinearisation(loss, gradient, record, self.share, convex, repeats, self.penalty)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, for a first evaluation without a record."""
@@ -85,10 +85,10 @@ class SharedBatch:
         self._parameters.refresh()
 
         def part() -> Tensor | None:
-            if self._own is None:
+            if self.own is None:
                 return None
-            found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self._own)]
-            return self._share * torch.cat(found)
+            found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self.own)]
+            return self.share * torch.cat(found)
 
         return self._parameters.summed(part, numbers, vectors)
 
@@ -96,7 +96,7 @@ class SharedBatch:
         self, evaluate: Callable[[_Own], tuple[Tensor, Tensor, bool, float]]
     ) -> tuple[Tensor, Tensor, bool, float]:
         """Loss, gradient, whether the loss is convex in outputs, and the share evaluated anew for every product."""
-        vector, own = self._parameters, self._own
+        vector, own = self._parameters, self.own
         count = len(vector.tensors)
         vector.refresh()
 
@@ -107,50 +107,51 @@ class SharedBatch:
             value = own.returned
             number = 0.0 if value is None else float(value)
             facts = [not convex, value is None, own.hook_factors is not None, *own.used]
-            weighed = self._share * torch.cat([loss.reshape(1).to(gradient), gradient])
-            head = gradient.new_tensor([self._share * number, self._share * repeats, *facts])
+            weighed = self.share * torch.cat([loss.reshape(1).to(gradient), gradient])
+            head = gradient.new_tensor([self.share * number, self.share * repeats, *facts])
             return torch.cat([head, weighed])
 
         found, (gradient,) = vector.summed(part, 6 + count, 1)
         numbers, (returned, repeats, bent, none, hooked) = found[5 : 5 + count], found[:5].tolist()
         loss = found[5 + count]
         if hooked:
-            raise ValueError(
-                "a hook changes the gradient of a parameter, and with a process_group it is not known to do the same "
-                "in every process. Remove it; to hold parameters fixed, set requires_grad=False."
-            )
+            refuse_hooks()
         if not self._begun:
-            self._begun = True
             self.returned = None if none else loss.new_tensor(returned)
-            loss, gradient = self._penalised(loss, gradient, [bool(uses) for uses in numbers.tolist()])
+            penalty = self.settle_penalty([bool(uses) for uses in numbers.tolist()])
+            if penalty is not None:
+                w = self._parameters.get()
+                loss, gradient = loss + penalty.value(w), torch.addcmul(gradient, penalty.factors, w)
         return loss, gradient, not bent, repeats / self._total
 
-    def _penalised(self, loss: Tensor, gradient: Tensor, used: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Add the penalty of the parameters that some process uses; later each process adds its share of it."""
-        if self.penalty is None:
-            return loss, gradient
-        self.penalty = self.penalty.within(used, None)
-        if self._own is not None:
-            self._own.take_penalty(self.penalty.times(1 / self._total, self._parameters.evaluated))
-        w = self._parameters.get()
-        return loss + self.penalty.value(w), torch.addcmul(gradient, self.penalty.factors, w)
+    def settle_penalty(self, used: Sequence[bool]) -> Penalty | None:
+        """The penalty of the parameters that some process uses; from the second call on what the first found.
+
+        Each process then adds its share of it to what it evaluates.
+        """
+        if self.penalty is not None and not self._begun:
+            self.penalty = self.penalty.within(used, None)
+            if self.own is not None:
+                self.own.take_penalty(self.penalty.times(1 / self._total, self._parameters.evaluated))
+        self._begun = True
+        return self.penalty
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 
     @property
     def repeated(self) -> int:
         """Evaluations of this process made anew for products or for a preconditioner."""
-        return 0 if self._own is None else self._own.repeated
+        return 0 if self.own is None else self.own.repeated
 
     def leave(self, accepted: bool) -> None:
         """End the step: random numbers and buffers of this process as after one evaluation, or as before it."""
-        if self._own is not None:
-            self._own.leave(accepted)
+        if self.own is not None:
+            self.own.leave(accepted)
 
     def undo(self) -> None:
         """End the step as if no evaluation had been made."""
-        if self._own is not None:
-            self._own.undo()
+        if self.own is not None:
+            self.own.undo()
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,3 +291,11 @@ def halved(operator: SymmetricOperator, point: Any) -> HalvedTapeOperator | Halv
     if isinstance(operator, SharedOperator):
         return HalvedSharedOperator(operator, point)
     return HalvedTapeOperator(operator, point)
+
+
+def refuse_hooks() -> NoReturn:
+    """Raise where a hook changes the gradient of a parameter."""
+    raise ValueError(
+        "a hook changes the gradient of a parameter, and with a process_group it is not known to do the same "
+        "in every process. Remove it; to hold parameters fixed, set requires_grad=False."
+    )

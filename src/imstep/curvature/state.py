@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.registry import signature
 from imstep.curvature.recording import Recording
 
@@ -81,6 +83,11 @@ class Writes:
             whole.copy_(self._after.get(key, saved) if accepted else saved)
 
 
+@functools.cache
+def _is_collective(func: Any) -> bool:
+    return "c10d" in func.namespace
+
+
 class WriteWatch(TorchDispatchMode):
     """Notes what an evaluation overwrites that existed before it; compiled code runs uncompiled, in sight of it.
 
@@ -112,6 +119,14 @@ class WriteWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sig, kwargs = signature(func), kwargs or {}
+        if self._recording is not None and _is_collective(func):  # what autograd makes of it would be wrong
+            raise UnsupportedOperatorError(
+                func,
+                "least squares takes the residuals of each process by itself, and evaluates them there as often as it "
+                "needs.",
+                "Let the closure return the loss of its own process's part of the batch, do exchanges outside of it, "
+                "and give process_group= to LeastSquares, which joins the parts.",
+            )
         if sig.overwritten:
             tensors = sig.gather(args, kwargs)
             for at in sig.overwritten:

@@ -48,10 +48,12 @@ class Check:
     Attributes:
         factors: (N,).
         exact: Jᵀ times them, by parameter.
+        hooked: whether hooks of users have set entries of that to zero.
     """
 
     factors: Tensor
     exact: Sequence[Tensor | None]
+    hooked: bool = False
 
     @classmethod
     def of(cls, residuals: Residuals, tensors: Sequence[Tensor]) -> Check:
@@ -65,10 +67,11 @@ class Check:
         hooks = HookWatch(tensors)
         with hooks.watching():
             exact = usable(list(residuals.pull_back(factors, tensors)))
-        for factor in hooks.factors() or []:
+        masks = hooks.factors()
+        for factor in masks or []:
             if factor is not None:
                 mask_of(factor)
-        return cls(factors, exact)
+        return cls(factors, exact, hooked=masks is not None)
 
     def wrong(self, parts: Sequence[GradientRows | None]) -> list[int]:
         """The parameters whose rows, times the factors, do not add up to what autograd says."""

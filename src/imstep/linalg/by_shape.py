@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imstep.linalg.condensed import in_all_rows
 from imstep.linalg.gram import BLOCK, RowMatrix
 from imstep.linalg.gram_factor import LEAST
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
@@ -41,11 +42,12 @@ class ThinFactorisation(Factorisation):
 
     def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
         count, size = jacobian.shape
+        rows, rotation = jacobian.condensed()
         if size <= self.values or count < size:
-            thin = ThinLeastSquares(jacobian.written_out())
-            return StepSpace(thin, thin.vector)
-        triangular = TriangularLeastSquares(BlockQR(jacobian.blocks(BLOCK)))
-        return StepSpace(triangular, triangular.vector)
+            thin = ThinLeastSquares(rows.written_out())
+            return in_all_rows(StepSpace(thin, thin.vector), rotation)
+        triangular = TriangularLeastSquares(BlockQR(rows.blocks(BLOCK)))
+        return in_all_rows(StepSpace(triangular, triangular.vector), rotation)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +81,16 @@ class RowsGram(GramMatrix):
         return self._rows @ self._rows.mT
 
 
+class Rotation(Protocol):
+    """A matrix Q, (N, m), with orthonormal columns."""
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Qᵀ v, (m,) of (N,)."""
+
+    def lift(self, vector: Tensor) -> Tensor:
+        """Q v, (N,) of (m,)."""
+
+
 class RowMatrix(LinearOperator):
     """A matrix J of N rows, (N, n), that also tells its rows and its Gram matrix; float64."""
 
@@ -98,6 +109,30 @@ class RowMatrix(LinearOperator):
     @abstractmethod
     def written_out(self) -> Tensor:
         """J itself, (N, n); not to be written to."""
+
+    def normal(self, vector: Tensor) -> Tensor:
+        """JᵀJ v, (n,)."""
+        return self.rmatvec(self.matvec(vector))
+
+    def in_units(self, units: Tensor) -> RowMatrix:
+        """J D⁻¹ for D (n,) > 0."""
+        return ScaledRows(self, units)
+
+    def above(self, rows: Tensor) -> RowMatrix:
+        """J, written out, above other rows (m, n)."""
+        return DenseRows(torch.cat([self.written_out(), rows]))
+
+    def condensed(self) -> tuple[RowMatrix, Rotation | None]:
+        """B and Q with J = Q B, where B has fewer rows that are met with less effort; else J itself and None."""
+        return self, None
+
+    def packed(self, form: Any) -> Tensor:
+        """The rows as they are sent, (N, k); ``form`` is what matrices whose rows are joined have agreed upon."""
+        return self.written_out()
+
+    def unpacked(self, packed: Tensor, form: Any) -> RowMatrix:
+        """A matrix of this kind from rows as they are sent."""
+        return DenseRows(packed)
 
     def blocks(self, entries: int) -> Iterator[Tensor]:
         """J itself, from above, in blocks of about so many entries, each of at least as many rows as columns."""

@@ -82,9 +82,9 @@ class IterativeLeastSquares(DampedLeastSquares):
 class _Normal(LinearOperator):
     """JᵀJ."""
 
-    def __init__(self, jacobian: LinearOperator) -> None:
+    def __init__(self, jacobian: RowMatrix) -> None:
         super().__init__(jacobian.shape[1], jacobian.dtype, jacobian.device)
         self._jacobian = jacobian
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self._jacobian.rmatvec(self._jacobian.matvec(vector))
+        return self._jacobian.normal(vector)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class DampedLeastSquares(ABC):
         kind: what it is made of, a word or two for records.
     """
 
-    kind: ClassVar[str]
+    kind: str
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +77,8 @@ class BoxedParameters(ParameterVector):
         ValueError: the box has another size, or the parameters lie outside.
     """
 
-    def __init__(self, params: Iterable[Tensor], box: Box) -> None:
-        super().__init__(params)
+    def __init__(self, params: Iterable[Tensor], box: Box, processes: Processes | None = None) -> None:
+        super().__init__(params, processes)
         if box.lower.numel() != self.size:
             raise ValueError(f"there are bounds for {box.lower.numel()} entries, and {self.size} parameters.")
         w = self.get()

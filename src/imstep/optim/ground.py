@@ -10,11 +10,10 @@ from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
-from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.linalg import BoxLeastSquares, DampedLeastSquares, RidgeLeastSquares, RowMatrix, StepSpace
+from imstep.linalg.condensed import in_all_rows
 from imstep.optim.box import Box
 from imstep.optim.memory import Memory
-from imstep.optim.recall import RowsAbove
 from imstep.optim.residual_settings import Settings
 
 LEAST_SHARE = 1e-2
@@ -29,7 +28,8 @@ class Ground:
     """The linearisation at w.
 
     Attributes:
-        jacobian: J at w, with ρ; above the rows of earlier steps, where those are kept.
+        jacobian: J at w; above the rows of earlier steps, where those are kept.
+        residuals: ρ, and zeros for these.
         units: D (n,), in which entries of a step are measured; None for 1.
         space: damped least squares with J D⁻¹.
         factorised: what J is factorised into for them.
@@ -39,7 +39,8 @@ class Ground:
         reach: the longest ‖D d‖ allowed.
     """
 
-    jacobian: ResidualJacobian | RowsAbove
+    jacobian: RowMatrix
+    residuals: Tensor
     units: Tensor | None
     space: StepSpace
     factorised: DampedLeastSquares
@@ -66,15 +67,17 @@ class Ground:
 
 
 def ground_at(
-    jacobian: ResidualJacobian | RowsAbove,
+    jacobian: RowMatrix,
+    residuals: Tensor,
+    eps: float,
     penalty: Penalty | None,
     parameters: ParameterVector,
     settings: Settings,
     memory: Memory,
     box: Box | None,
 ) -> tuple[Ground, Memory]:
-    """What a step at the parameters stands on, and what to remember of it."""
-    w, residuals = parameters.get().double(), jacobian.residuals
+    """What a step at the parameters stands on, and what to remember of it; ``eps`` is the rounding of the loss."""
+    w = parameters.get().double()
     norms = settings.scaling.norms(jacobian, memory.column_norms)
     units = None if norms is None else norms.where(norms > 0, 1.0)
     memory = replace(memory, column_norms=norms)
@@ -90,8 +93,9 @@ def ground_at(
         units = (ones.square() + penalty.factors.double() / damping).sqrt()
     scaled = _in_units(jacobian, units)
     if box is not None:
-        boxed = BoxLeastSquares(scaled.written_out(), *box.room(parameters.get(), units))
-        space = StepSpace(boxed, boxed.vector)
+        rows, rotation = scaled.condensed()
+        boxed = BoxLeastSquares(rows.written_out(), *box.room(parameters.get(), units))
+        space = in_all_rows(StepSpace(boxed, boxed.vector), rotation)
     else:
         # A λ above all eigenvalues leaves the gradient itself, which must not be left out.
         size = min(damping + more, LEAST_SHARE * scaled.squared_norm())
@@ -104,19 +108,18 @@ def ground_at(
         ridge = RidgeLeastSquares(scaled, space, factors, at, more)
         space = StepSpace(ridge, ridge.vector)
     reach = settings.scaling.reach(w if units is None else units * w, first=memory.steps == 0)
-    rounding = _rounding(jacobian, penalty, w, torch.finfo(jacobian.loss.dtype).eps)
-    ground = Ground(jacobian, units, space, factorised, ridge, memory.curvature_scale, rounding, reach)
+    rounding = _rounding(jacobian, residuals, penalty, w, eps)
+    ground = Ground(jacobian, residuals, units, space, factorised, ridge, memory.curvature_scale, rounding, reach)
     return ground, memory
 
 
-def _in_units(jacobian: ResidualJacobian | RowsAbove, units: Tensor | None) -> RowMatrix:
+def _in_units(jacobian: RowMatrix, units: Tensor | None) -> RowMatrix:
     return jacobian if units is None else jacobian.in_units(units)
 
 
-def _rounding(jacobian: ResidualJacobian | RowsAbove, penalty: Penalty | None, w: Tensor, eps: float) -> float:
+def _rounding(jacobian: RowMatrix, residuals: Tensor, penalty: Penalty | None, w: Tensor, eps: float) -> float:
     """Of a decrease: that of w and of ρ, taken as random."""
-    values = jacobian.residuals
-    rounding = float((values * (values.abs() + (jacobian @ w).abs())).norm())
+    rounding = float((residuals * (residuals.abs() + (jacobian @ w).abs())).norm())
     if penalty is not None:
         rounding = math.hypot(rounding, 2 * float((penalty.factors * w.square()).norm()))
     return _ROUNDING * eps * rounding

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.processes import Processes
+from imstep.curvature.shared import SharedBatch
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
 from imstep.optim.averaging import Averaging
@@ -24,8 +27,12 @@ from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
 from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
+from imstep.optim.sharing import shared_batch, shared_loss, state_digest
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LeastSquares(StepwiseOptimizer):
@@ -67,7 +74,9 @@ class LeastSquares(StepwiseOptimizer):
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
-        process_group: None; steps over several processes are refused, as yet.
+        process_group: of ``torch.distributed``, whose processes each have a part of the residuals, or none: the loss is
+            as for :class:`~imstep.NewtonKrylov`, and steps are those of one process on all of them. None for one
+            process. See docs/tutorial-processes.md.
 
     Attributes:
         last_step: the :class:`StepRecord` of the last step; None before the first. Its ``iterations`` are the
@@ -122,14 +131,9 @@ class LeastSquares(StepwiseOptimizer):
         max_trials: int = 30,
         max_refusals: int = 5,
         average: Averaging | None = None,
-        process_group: None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        if process_group is not None:
-            raise ValueError(
-                "LeastSquares solves in the space of all residuals, and those of other processes are not gathered yet. "
-                "Take it in one process, on all residuals or on some drawn anew each step; or take "
-                "NewtonKrylov(..., process_group=...), which adds up over processes."
-            )
+        self._processes = Processes.of(process_group)
         self._settings = Settings(
             damping or ContractionDamping(),
             factorisation or ByShape(),
@@ -178,12 +182,16 @@ class LeastSquares(StepwiseOptimizer):
                 no meaning here, such as clipping gradients.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
-        if check is None:
-            return super().step(closure)
-        self._where()  # or refuse, before anything is evaluated
-        elsewhere = Check(check, self._parameters)
+        with nullcontext() if self._processes is None else self._processes.interrupted_together():
+            return self._step(closure) if check is None else self._step_and_check(closure, check)
+
+    def _step(self, closure: Callable[[], Any]) -> Tensor:
+        return self._take(self._attempt(self._batch(closure)))
+
+    def _step_and_check(self, closure: Callable[[], Any], check: Callable[[], Any]) -> Tensor:
+        elsewhere = self._elsewhere(check)
         before, first = self._checked(elsewhere)
-        returned = super().step(closure)
+        returned = self._step(closure)
         started = time.perf_counter()
         loss = self.last_step.loss - self.last_step.penalty
         before = math.nan if self.last_step.went_back else before  # of another point
@@ -195,16 +203,36 @@ class LeastSquares(StepwiseOptimizer):
         self.last_step = replace(record, seconds=record.seconds + time.perf_counter() - started)
         return returned
 
-    def _checked(self, elsewhere: Check) -> tuple[float, bool]:
+    def _elsewhere(self, check: Any) -> Callable[[], float]:
+        """The loss of ``check``, that of all processes; or refuse, before anything is evaluated."""
+        processes = self._processes
+        if processes is None:
+            self._where()
+            return Check(check, self._parameters).loss
+
+        def own() -> float:
+            self._where()
+            return Check(check, self._parameters).loss()
+
+        return lambda: shared_loss(processes, check, own)
+
+    def _checked(self, elsewhere: Callable[[], float]) -> tuple[float, bool]:
         """The loss elsewhere where the parameters are, and whether it had to be evaluated."""
         checks, size = self._memory.checks, self._parameters.norm()
         if size == checks.size:
             return checks.last, False
-        loss = elsewhere.loss()
+        loss = elsewhere()
         self._memory = replace(self._memory, checks=replace(checks, last=loss, size=size))
         return loss, True
 
-    def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
+    def _batch(self, closure: Any) -> FrozenClosure | SharedBatch:
+        """The closure on its batch, alone or with those of other processes."""
+        if self._processes is None:
+            return self._frozen(closure)
+        state = lambda: state_digest(repr(self), self._memory)
+        return shared_batch(self._processes, closure, self._where, state, whole=True)
+
+    def _attempt(self, frozen: FrozenClosure | SharedBatch) -> StepAttempt:
         if self._box is not None and frozen.penalty is not None:
             raise ValueError(
                 "LeastSquares takes weight_decay or a box, not both: steps within bounds are found another way. Write "
@@ -215,7 +243,7 @@ class LeastSquares(StepwiseOptimizer):
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()
-        return vector if self._box is None else BoxedParameters(vector.tensors, self._box)
+        return vector if self._box is None else BoxedParameters(vector.tensors, self._box, self._processes)
 
     def _chosen(self) -> dict[str, Any]:
         chosen = {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling", "recall")}

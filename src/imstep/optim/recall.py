@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.curvature.residual_jacobian import ResidualJacobian
-from imstep.linalg import DenseRows, RowMatrix, ScaledRows
+from imstep.linalg import RowMatrix
 
 _SAME = 1e-3
 """Of the loss: where it is as near as that to where the last step ended, the points are those of the last step."""
@@ -39,6 +38,7 @@ class EarlierDraws:
         matrix, is our choice; so are the defaults, which ``benchmarks/redrawn_points`` measures.
 
     Example:
+        >>> from imstep.linalg import DenseRows
         >>> EarlierDraws(decay=0.25).after(DenseRows(torch.ones(2, 3)), None)
         tensor([[0.5000, 0.5000, 0.5000],
                 [0.5000, 0.5000, 0.5000]])
@@ -59,7 +59,7 @@ class EarlierDraws:
         triangular = size <= max(self.rows, count)
         if count > self.rows and not triangular:
             return None
-        rows = jacobian.written_out()
+        rows = jacobian.condensed()[0].written_out()
         kept = rows if earlier is None else torch.cat([rows, earlier])
         kept = math.sqrt(self.decay) * kept
         if triangular and len(kept) > size:
@@ -73,21 +73,3 @@ def new_points(loss: float, last: float) -> bool:
     Of the first step, whose ``last`` is nan, it is not known.
     """
     return abs(loss - last) > _SAME * abs(loss)
-
-
-class RowsAbove(DenseRows):
-    """J, written out, above rows of earlier steps; residuals of these are zero.
-
-    Attributes:
-        residuals: (N + m,).
-        loss: as of the Jacobian.
-    """
-
-    def __init__(self, jacobian: ResidualJacobian, earlier: Tensor) -> None:
-        super().__init__(torch.cat([jacobian.written_out(), earlier]))
-        self.residuals = torch.cat([jacobian.residuals, earlier.new_zeros(len(earlier))])
-        self.loss = jacobian.loss
-
-    def in_units(self, units: Tensor) -> ScaledRows:
-        """J D⁻¹ for D (n,) > 0."""
-        return ScaledRows(self, units)

@@ -13,6 +13,8 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
+from imstep.curvature.shared import SharedBatch
+from imstep.curvature.shared_jacobian import SharedJacobian
 from imstep.curvature.staleness import StaleLossError
 from imstep.linalg import DampedLeastSquares
 from imstep.optim.box import Box
@@ -20,10 +22,11 @@ from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_reli
 from imstep.optim.ground import Ground, ground_at
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
-from imstep.optim.recall import RowsAbove, new_points
+from imstep.optim.recall import new_points
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.residual_settings import Settings
 from imstep.optim.residual_trials import ResidualTrials
+from imstep.optim.shared_trials import SharedTrials
 from imstep.optim.step_attempt import StepAttempt
 
 _FINE = 10.0
@@ -48,18 +51,18 @@ class ResidualAttempt(StepAttempt):
     Args:
         settings: what the user chose.
         memory, parameters, frozen: see :class:`StepAttempt`.
-        owners: what earlier Jacobians have found; completed.
+        owners: what earlier Jacobians, of this process's residuals, have found; completed.
         box: bounds on the parameters; None for none.
     """
 
-    _frozen: FrozenClosure
+    _frozen: FrozenClosure | SharedBatch
 
     def __init__(
         self,
         settings: Settings,
         memory: Memory,
         parameters: ParameterVector,
-        frozen: FrozenClosure,
+        frozen: FrozenClosure | SharedBatch,
         owners: KnownOwners,
         box: Box | None,
         pace: Pace | None = None,
@@ -68,7 +71,7 @@ class ResidualAttempt(StepAttempt):
         self._settings, self._owners, self._box = settings, owners, box
         self._loss: Tensor
         self._gradient: Tensor
-        self._trials: ResidualTrials
+        self._trials: ResidualTrials | SharedTrials
         self._recall = settings.recall  # None where the points are not known to be new
         self._earlier: Tensor | None = None  # rows of earlier Jacobians, (m, n)
 
@@ -89,17 +92,27 @@ class ResidualAttempt(StepAttempt):
         if not new_points(record.loss, memory.loss):
             self._recall = None
         self._earlier = None if self._recall is None else memory.earlier
-        stacked = jacobian if self._earlier is None else RowsAbove(jacobian, self._earlier)
-        ground, memory = ground_at(stacked, self._penalty, *where)
+        eps = torch.finfo(jacobian.loss.dtype).eps
+        if self._earlier is None:
+            ground, memory = ground_at(jacobian, jacobian.residuals, eps, self._penalty, *where)
+        else:
+            residuals = torch.cat([jacobian.residuals, jacobian.residuals.new_zeros(len(self._earlier))])
+            ground, memory = ground_at(jacobian.above(self._earlier), residuals, eps, self._penalty, *where)
         record = replace(record, factorisation=ground.factorised.kind, rank=ground.factorised.rank)
         return self._search(record, memory, ground)
 
     def _linearise(self) -> StepRecord:
         """Residuals, Jacobian and gradient."""
-        self._jacobian = jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
-        self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
+        jacobian: ResidualJacobian | SharedJacobian
+        if isinstance(self._frozen, SharedBatch):
+            jacobian = SharedJacobian.at(self._frozen, self._parameters, self._owners)
+            self._trials = SharedTrials(self._frozen, self._parameters, self._snapshot, jacobian)
+        else:
+            jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
+            self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
+        self._jacobian = jacobian
         self._loss, self._residuals = jacobian.loss, jacobian.residuals
-        self._gradient = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        self._gradient = jacobian.gradient.to(self._parameters.dtype)
         self._penalty = self._frozen.settle_penalty(jacobian.used)
         if self._penalty is not None:
             w = self._parameters.get()
@@ -112,7 +125,7 @@ class ResidualAttempt(StepAttempt):
 
     def _search(self, record: StepRecord, memory: Memory, ground: Ground) -> tuple[StepRecord, Memory]:
         """Try one λ after the other until a step is accepted."""
-        rule, settings, residuals = self._settings.damping, self._settings, ground.jacobian.residuals
+        rule, settings, residuals = self._settings.damping, self._settings, ground.residuals
         damping, patience, promised, shifted = memory.damping, _PATIENCE, False, residuals
         shift = None if memory.last_move is None else settings.momentum * memory.last_move
         if shift is not None:

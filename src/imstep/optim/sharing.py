@@ -16,7 +16,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.pieces import FrozenPieces
 from imstep.curvature.processes import Processes, check_parameters, digest
-from imstep.curvature.reduction import Reduction, shares
+from imstep.curvature.reduction import shares
 from imstep.curvature.shared import SharedBatch
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
@@ -31,13 +31,15 @@ class _Part:
         count: its weight before scaling; 0 for no part.
         pieces: how many it evaluates one by one.
         parameters, state: digests of the parameters, and of options and memory of the optimizer.
+        loss: of a part that was evaluated.
     """
 
     kind: str
     count: float
-    pieces: int
-    parameters: int
-    state: int
+    pieces: int = 1
+    parameters: int = 0
+    state: int = 0
+    loss: float = 0.0
 
 
 def shared_batch(
@@ -45,6 +47,7 @@ def shared_batch(
     closure: Any,
     begin: Callable[[], tuple[ParameterVector, bool, Penalty | None]],
     state: Callable[[], int],
+    whole: bool = False,
 ) -> SharedBatch:
     """The batch of a step, of which this process evaluates ``closure``; all processes call this together.
 
@@ -52,6 +55,7 @@ def shared_batch(
         closure: of this process; a :class:`MicroBatches` or a list of closures likewise.
         begin: parameters, whether ``.grad`` holds gradients, and the penalty; may fail.
         state: a digest of the optimizer's options and memory.
+        whole: whether the pieces of a process are evaluated at once.
 
     Raises:
         ValueError: the processes differ in parameters, options, state or the kind of their closures; or none has data.
@@ -63,30 +67,57 @@ def shared_batch(
         parameters, stale, penalty = begin()
         pieces = MicroBatches.of(closure)
         own[:] = [parameters, stale, penalty, pieces]
-        signs = digest(parameters.replicated), state()
-        if pieces is not None and pieces.reduction is not None:
-            kind = f"MicroBatches with {type(pieces.reduction).__name__}"
-            return _Part(kind, pieces.count, len(pieces.pieces), *signs)
-        if pieces is not None:
-            pieces.checked()
-        return _Part("a closure", 1.0, 1 if pieces is None else len(pieces.pieces), *signs)
+        return _Part(*_kind(pieces), digest(parameters.replicated), state())
 
     parts = processes.gather(part)
     _check(parts)
     parameters, stale, penalty, pieces = own
-    reduction = None if pieces is None else pieces.reduction
-    weights = _weights(reduction, [part.count for part in parts])
+    weights = _weights(pieces, [part.count for part in parts])
     processes.alike = all(part.pieces == 1 and part.count == parts[0].count for part in parts)
-    frozen = _frozen(closure, pieces, parameters.evaluated, stale)
+    frozen = _frozen(closure, pieces, parameters.evaluated, stale, whole)
     return SharedBatch(frozen, weights[processes.rank], sum(weights), parameters, penalty)
 
 
+def shared_loss(processes: Processes, closure: Any, evaluate: Callable[[], float]) -> float:
+    """The loss of all processes at points beside those of steps; all call this together.
+
+    Args:
+        closure: of this process, as a step takes it.
+        evaluate: the loss of this process; may fail.
+
+    Raises: as :func:`shared_batch`.
+    """
+    own: list[MicroBatches | None] = []
+
+    def part() -> _Part:
+        own[:] = [MicroBatches.of(closure)]
+        kind, count, number = _kind(own[0])
+        return _Part(f"a check, {kind}", count, number, loss=evaluate() if count else 0.0)
+
+    parts = processes.gather(part)
+    _check(parts)
+    weights = _weights(own[0], [part.count for part in parts])
+    return sum(weight * part.loss for weight, part in zip(weights, parts, strict=True))
+
+
+def _kind(pieces: MicroBatches | None) -> tuple[str, float, int]:
+    """The kind of a closure, its weight before scaling, and of how many pieces it is."""
+    if pieces is None:
+        return "a closure", 1.0, 1
+    if pieces.reduction is not None:
+        return f"MicroBatches with {type(pieces.reduction).__name__}", pieces.count, len(pieces.pieces)
+    pieces.checked()
+    return "a closure", 1.0, len(pieces.pieces)
+
+
 def _frozen(
-    closure: Any, pieces: MicroBatches | None, parameters: ParameterVector, stale: bool
+    closure: Any, pieces: MicroBatches | None, parameters: ParameterVector, stale: bool, whole: bool
 ) -> FrozenClosure | FrozenPieces | None:
     """What this process evaluates; one piece as a whole, which more can be done with."""
     if pieces is None:
         return FrozenClosure(closure, parameters, stale)
+    if whole and pieces.pieces:
+        return FrozenClosure(pieces, parameters, stale)
     if len(pieces.pieces) == 1 and math.isclose(pieces.pieces[0].weight, 1):
         return FrozenClosure(pieces.pieces[0].closure, parameters, stale)
     if not pieces.pieces:
@@ -100,8 +131,9 @@ def state_digest(options: str, memory: Memory) -> int:
     return zlib.crc32(re.sub(r"0x[0-9a-f]+", "", f"{options}{numbers}").encode())
 
 
-def _weights(reduction: Reduction | None, counts: list[float]) -> list[float]:
+def _weights(pieces: MicroBatches | None, counts: list[float]) -> list[float]:
     """What the loss of each process is multiplied by; 0 where there is none."""
+    reduction = None if pieces is None else pieces.reduction
     if reduction is None:
         return [1 / len(counts)] * len(counts)
     if not any(counts):
@@ -111,16 +143,17 @@ def _weights(reduction: Reduction | None, counts: list[float]) -> list[float]:
 
 def _check(parts: list[_Part]) -> None:
     """Raise where processes differ from the first; all do so alike."""
-    check_parameters([part.parameters for part in parts])
     first = parts[0]
+    if all(part.kind == first.kind for part in parts):
+        check_parameters([part.parameters for part in parts])
     for rank, part in enumerate(parts):
-        if part.state != first.state:
-            raise ValueError(
-                f"the optimizer of process {rank} has other options or another state than that of process 0. Build "
-                "them alike, let schedulers do the same in every process, and load a saved state in all of them."
-            )
         if part.kind != first.kind:
             raise ValueError(
                 f"process 0 takes a step on {first.kind}, process {rank} on {part.kind}. Pass the same kind in every "
                 "process: a MicroBatches(loss, [batch]) counts by its examples, a MicroBatches(loss, []) has none."
+            )
+        if part.state != first.state:
+            raise ValueError(
+                f"the optimizer of process {rank} has other options or another state than that of process 0. Build "
+                "them alike, let schedulers do the same in every process, and load a saved state in all of them."
             )

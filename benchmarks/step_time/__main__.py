@@ -60,8 +60,9 @@ def run(task: str, checkouts: dict[str, Path], warm: int = WARM, calls: int = CA
     sides = {name: Side(checkout, task) for name, checkout in checkouts.items()}
     row: Row = {}
     for side in sides.values():
-        for _ in range(warm):
-            side.seconds("step")
+        for _ in range(warm if "step" in side.parts else 1):
+            for part in side.parts if "step" not in side.parts else ["step"]:
+                side.seconds(part)
     for part in next(iter(sides.values())).parts:
         taken = [{name: side.seconds(part) for name, side in sides.items()} for _ in range(calls)]
         row.update({f"{part}, {name}": 1e3 * statistics.median(turn[name] for turn in taken) for name in sides})
@@ -79,8 +80,11 @@ def text_of(record: dict[str, Any]) -> str:
             for side in ("before", "now"):
                 taken = row.get(f"{part}, {side}")
                 cells.append("" if taken is None else f"{taken:.3g} ({taken / row[f'gradient, {side}']:.1f})")
-        rows.append([*cells, f"{row['step, now'] / row['step, before']:.2f}"])
-    head = ["task", *(f"{part}, {side}" for part in PARTS for side in ("before", "now")), "step, now over before"]
+        first = [row[f"{part}, now"] / row["gradient, now"] for part in ("record", "replay") if f"{part}, now" in row]
+        ratio = f"{row['step, now'] / row['step, before']:.2f}" if "step, now" in row else ""
+        rows.append([*cells, f"{sum(first):.1f}" if first else "", ratio])
+    head = ["task", *(f"{part}, {side}" for part in PARTS for side in ("before", "now"))]
+    head += ["first product, gradients", "step, now over before"]
     return table(head, rows)
 
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 import imstep
 from imstep import pde
 from imstep.tasks.models import mlp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.products.models import SUBJECTS, build
 
 Task = tuple[nn.Module, Any, Callable[[], Tensor]]
 
@@ -91,25 +95,34 @@ def digits_cnn() -> Task:
     return _digits(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *convolutions, *head))
 
 
-TASKS = {f.__name__.replace("_", "-"): f for f in (poisson_2d, convection, digits_mlp, poisson_2d_nested, digits_cnn)}
+STEPS = {f.__name__.replace("_", "-"): f for f in (poisson_2d, convection, digits_mlp, poisson_2d_nested, digits_cnn)}
+TASKS = (*STEPS, *SUBJECTS)
+"""Steps, and the models of `benchmarks.products`, of which a step has no fixed number of products."""
 
 
 def parts(name: str) -> dict[str, Callable[[], object]]:
     """What to measure: a step, a gradient and, for a Hessian, its record and a product."""
     torch.set_num_threads(1)
+    if name in SUBJECTS:
+        subject = build(name, torch.device("cpu"), 0)
+        return _products(subject.closure, list(subject.parameters))
     torch.manual_seed(0)
-    net, optimizer, closure = TASKS[name]()
+    net, optimizer, closure = STEPS[name]()
     parameters = list(net.parameters())
-    found: dict[str, Callable[[], object]] = {
-        "step": lambda: optimizer.step(closure),
+    found = _products(closure, parameters)
+    if not isinstance(optimizer, imstep.NewtonKrylov):
+        found = {"gradient": found["gradient"]}
+    return {"step": lambda: optimizer.step(closure), **found}
+
+
+def _products(closure: Callable[[], Tensor], parameters: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
+    direction = torch.randn(sum(p.numel() for p in parameters))
+    held: dict[str, imstep.Hessian] = {}
+    return {
         "gradient": lambda: torch.autograd.grad(closure(), parameters, allow_unused=True),
+        "record": lambda: held.update(at=imstep.Hessian(closure, parameters)),
+        "replay": lambda: held["at"] @ direction,
     }
-    if isinstance(optimizer, imstep.NewtonKrylov):
-        direction = torch.randn(sum(p.numel() for p in parameters))
-        held: dict[str, imstep.Hessian] = {}
-        found["record"] = lambda: held.update(at=imstep.Hessian(closure, parameters))
-        found["replay"] = lambda: held["at"] @ direction
-    return found
 
 
 def main() -> None:

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor, nn
 
 import imstep
+from imstep.complexstep import gemm
 from imstep.complexstep.gemm import multiply, multiply_onto, pays
 from imstep.complexstep.rules.blocks import product
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A processor on which oneDNN is the faster one, whatever this one is."""
+    monkeypatch.setattr(gemm, "WIDE", True)
+
 
 LAYOUTS = {
     "rows": lambda m, n: torch.randn(m, n),
@@ -46,6 +54,11 @@ def test_onednn_is_chosen_for_large_matrices_in_single_precision():
     assert not pays(a.double(), a.double())
     with torch.backends.mkldnn.flags(enabled=False):
         assert not pays(a, a)
+
+
+def test_onednn_is_left_alone_without_avx_512(monkeypatch):
+    monkeypatch.setattr(gemm, "WIDE", False)
+    assert not pays(torch.randn(128, 128), torch.randn(128, 128))
 
 
 def test_a_product_that_autograd_differentiates_is_left_to_pytorch():

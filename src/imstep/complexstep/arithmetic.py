@@ -38,6 +38,9 @@ class Arithmetic:
             evaluation: the buffers of a model.
         keep_graph: whether autograd's graph survives the gradient, for further backward passes.
 
+    Attributes:
+        ledger: tells the operators that were met.
+
     Example:
         >>> import torch
         >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -59,11 +62,11 @@ class Arithmetic:
             raise ValueError(f"h must be positive, got {h}. Use h=None for infinitesimal arithmetic.")
         if h is not None and tape is not None:
             raise ValueError("a tape records linear maps; finite arithmetic (h given) has none. Use h=None.")
-        self._ledger = Ledger()
+        self.ledger = Ledger()
         self._plane = Plane()
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
-        self._islands = Islands(self._plane, self._ledger, keep_graph)
-        self._dispatch = Dispatch(self._plane, self._islands, self._ledger, h, tape, before_write)
+        self._islands = Islands(self._plane, self.ledger, keep_graph)
+        self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write)
         self._islands.at_last = self._dispatch.settle_jumps
         self._stack = ExitStack()
 
@@ -78,11 +81,11 @@ class Arithmetic:
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()
-        self._ledger.start()
+        self.ledger.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._ledger.stop()
+        self.ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()
         if self._tape is None or exc[0] is not None:
@@ -219,11 +222,11 @@ class Arithmetic:
     @property
     def counts(self) -> dict[tuple[str, str], int]:
         """How often each operator was met, by (name, how it was treated)."""
-        return self._ledger.counts
+        return self.ledger.counts
 
     def report(self) -> OperatorReport:
         """Which operators were met so far, and how they were differentiated, and what time each took."""
-        return self._ledger.report()
+        return self.ledger.report()
 
     def release(self, t: Tensor) -> None:
         """Forget the imaginary part of ``t``."""

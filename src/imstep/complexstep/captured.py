@@ -28,7 +28,10 @@ def _collect(held: Any, depth: int, found: list[Tensor]) -> None:
         if depth >= 0:
             for cell in held.__closure__ or ():
                 item = _contents(cell)
-                if type(item) not in _PLAIN:
+                kind = type(item)
+                if kind is Tensor:
+                    found.append(item)
+                elif kind not in _PLAIN:
                     _collect(item, depth - 1, found)
     else:
         for item in _items(held):

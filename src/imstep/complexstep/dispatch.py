@@ -285,12 +285,11 @@ class Dispatch(TorchDispatchMode):
     def _references(self, tensors: Sequence[Any], slots: Sequence[Any] | None) -> list[Any]:
         """As :meth:`reference`, for nested tensors to which slots are attached."""
         found: list[Any] = []
-        for at, t in enumerate(tensors):
-            slot = None if slots is None else slots[at]
-            if isinstance(t, (list, tuple)):
-                found.append(self._references(t, slot))
+        for t, slot in zip(tensors, slots or [None] * len(tensors), strict=True):
+            if type(slot) is int:
+                found.append(self._tape.reference(slot, t))  # type: ignore[union-attr]
             else:
-                found.append(None if slot is None else self._tape.reference(slot, t))  # type: ignore[union-attr]
+                found.append(self._references(t, slot) if isinstance(t, (list, tuple)) else None)
         return found
 
     def _define(self, outputs: Any) -> Any:
@@ -299,11 +298,9 @@ class Dispatch(TorchDispatchMode):
             return [self._define(t) for t in outputs]
         if not isinstance(outputs, Tensor) or not (outputs.is_floating_point() or outputs.is_complex()):
             return None
-        if outputs.layout is not torch.strided or self._plane.find(outputs) is not None:
+        if outputs.layout is not torch.strided:
             return None
-        slot = self._tape.define(outputs)  # type: ignore[union-attr]
-        self._plane.name(outputs, slot)
-        return slot
+        return self._plane.named(outputs, self._tape.define)  # type: ignore[union-attr]
 
     def _decompose(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Carry out an operator without a rule through the simpler operators it is defined by."""
@@ -453,7 +450,13 @@ class Follower(Dispatch):
 
 def _any_complex(tensors: Sequence[Any]) -> bool:
     """Whether one of nested tensors is complex."""
-    return any(t is not None and (_any_complex(t) if isinstance(t, (list, tuple)) else t.is_complex()) for t in tensors)
+    for t in tensors:
+        if isinstance(t, Tensor):
+            if t.is_complex():
+                return True
+        elif t is not None and _any_complex(t):
+            return True
+    return False
 
 
 def _remedy(func: OpOverload) -> str:

@@ -6,7 +6,7 @@ mathematical formulations they stand for are used instead, whatever backend the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,17 +42,29 @@ def steer(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
     with _native_recurrence():
         return func(*args, **kwargs)
 
+_MATH = torch.backends.cuda.enable_math_sdp
+_BACKENDS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.math_sdp_enabled, _MATH),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch._C._get_overrideable_sdp_enabled, torch._C._set_sdp_use_overrideable),  # as sdpa_kernel() does
+]
+"""What asks for a backend of attention, and what sets it; :func:`sdpa_kernel` takes ten times as long."""
+
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention by PyTorch's mathematical formulation, also where no Python function asks for it."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    before = [(use, is_used()) for is_used, use in _BACKENDS]
+    for use, _ in before:
+        use(use is _MATH)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        for use, used in before:
+            use(used)
 
 
 @contextmanager

@@ -34,8 +34,9 @@ class Step:
     """
 
     __slots__ = (
-        "alpha", "args", "backward", "exchanges", "func", "inputs", "node", "outputs", "push", "result", "target",
-    )  # fmt: skip
+        *("alpha", "args", "backward", "exchanges", "func", "inputs", "node", "outputs", "push", "result", "target"),
+        *("_reads", "_writes"),
+    )
 
     def __init__(
         self,
@@ -53,18 +54,34 @@ class Step:
         self.result: Any = None
         self.alpha: Any = 1
         self.exchanges = id(func) in EXCHANGES
+        self._reads = _slots(inputs)
+        self._writes = _slots([outputs if target is None else target])
 
     def reads(self) -> list[int]:
         """The slots that this step looks at."""
-        return [ref[0] if type(ref) is tuple else ref for ref in flat(self.inputs)]
+        return self._reads
 
     def writes(self) -> list[int]:
         """The slots that this step defines or overwrites."""
-        return flat([self.outputs]) if self.target is None else [slot_of(self.target)]
+        return self._writes
 
     def reading(self, inputs: list[Any]) -> Step:
         """The same step with other inputs."""
         return Step(self.push, inputs, self.outputs, self.target, self.func, self.node, self.backward)
+
+
+def _slots(references: list[Any]) -> list[int]:
+    """The slots that nested references look at."""
+    found: list[int] = []
+    for ref in references:
+        kind = type(ref)
+        if kind is int:
+            found.append(ref)
+        elif kind is tuple:
+            found.append(ref[0])
+        elif kind is list:
+            found += _slots(ref)
+    return found
 
 
 def slot_of(reference: Reference) -> int:

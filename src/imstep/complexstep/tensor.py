@@ -13,7 +13,7 @@ imaginary part in a second storage of the same layout, attached to the first. Th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,14 @@ class Plane:
     def name(self, t: Tensor, slot: int) -> None:
         """Attach the number of a slot to the storage of ``t``."""
         t.untyped_storage().__dict__[self._key] = slot
+
+    def named(self, t: Tensor, define: Callable[[Tensor], int]) -> int | None:
+        """As :meth:`name`, with the number that ``define`` gives; None where something is attached already."""
+        beside = t.untyped_storage().__dict__
+        if self._key in beside:
+            return None
+        slot = beside[self._key] = define(t)
+        return slot
 
     def put(self, t: Tensor, im: Tensor) -> Tensor:
         """Attach ``im`` to the fresh tensor ``t``; takes the memory of ``im`` over unless something shares it."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.graph import Survey, survey
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward)
@@ -115,8 +115,9 @@ class BackwardCalls(TorchFunctionMode):
 
     def _untouched(self) -> bool:
         """Whether the gradients are those that the last backward pass of the parameters has left."""
-        kept = zip((p.grad for p in self._parameters), self._left, strict=True)
-        return all(g is h and (g is None or c is None or same_values(g, c)) for g, (h, c) in kept)
+        with unseen():
+            kept = [(p.grad, h, c) for p, (h, c) in zip(self._parameters, self._left, strict=True)]
+        return all(g is h and (g is None or c is None or same_values(g, c)) for g, h, c in kept)
 
     def look(self, outputs: Sequence[Tensor]) -> Survey:
         """What the graphs of ``outputs`` lead to; noted in :attr:`seen`, too."""
@@ -177,7 +178,9 @@ class BackwardCalls(TorchFunctionMode):
 
     def _gradients(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """The gradients, and copies: lists of operators and writes by ``.data`` leave no trace in version counters."""
-        return [(p.grad, None if p.grad is None else plain_copy(p.grad)) for p in self._parameters]
+        with unseen():
+            found = [p.grad for p in self._parameters]
+        return [(g, None if g is None else plain_copy(g)) for g in found]
 
     def _settle(self) -> None:
         """Forget what was called before the gradients were emptied; raises if they were changed otherwise."""

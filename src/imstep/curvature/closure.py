@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import unseen
 from imstep.curvature.backward import BackwardCalls, number
 from imstep.curvature.hooks import REMEDY, HookWatch
 from imstep.curvature.parameters import ParameterVector
@@ -76,12 +77,15 @@ class UserClosure:
 
     def _note(self, called: BackwardCalls, returned: Any, loss: Tensor) -> None:
         """What the first call shows."""
-        if not called.ran and any(p._post_accumulate_grad_hooks for p in self._parameters.tensors):
+        with unseen():
+            hooked = any(p._post_accumulate_grad_hooks for p in self._parameters.tensors)
+            frozen = not all(p.requires_grad for p in self._parameters.tensors)
+        if hooked and not called.ran:
             raise ValueError(
                 "a parameter has a post-accumulate-grad hook, which is not run, since no backward() of the closure "
                 f"is. {REMEDY}"
             )
-        if not all(p.requires_grad for p in self._parameters.tensors):
+        if frozen:
             raise ValueError(
                 "closure set requires_grad=False on a parameter of the optimizer and left it so. Freeze parameters "
                 "outside the closure: a step leaves them out then."

@@ -20,13 +20,14 @@ from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.graph import Survey, survey
+from imstep.complexstep.islands import unseen
 from imstep.complexstep.kernels import plain_attention
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.fully_sharded import FROM_OUTSIDE, is_sharded
-from imstep.curvature.hooks import same_values
+from imstep.curvature.hooks import all_same
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.recording import Recording
@@ -45,7 +46,7 @@ class Linearisation:
         gradient: (n,).
         tape: maps a direction, given per parameter, to the Hessian product, per parameter.
         split: the loss as a convex function of outputs; None where it has another form.
-        report: the operators that the evaluation met.
+        report: tells the operators that the evaluation met.
         penalty: what is added to the closure's loss, in ``loss`` and ``gradient``, not in the tape; None for nothing.
         keeps_graph: whether a backward pass must leave the loss's graph to others.
         piece: which piece of a batch it is of.
@@ -55,7 +56,7 @@ class Linearisation:
     gradient: Tensor
     tape: Tape
     split: LossSplit | None
-    report: OperatorReport
+    report: Callable[[], OperatorReport]
     penalty: Penalty | None = None
     keeps_graph: bool = False
     piece: int = 0
@@ -140,7 +141,7 @@ class FrozenClosure:
         split = split_loss(tape, arithmetic.reference(loss))
         arithmetic.finish(gradients)
         loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
-        return Linearisation(loss, gradient, tape, split, arithmetic.report(), self.penalty, asked)
+        return Linearisation(loss, gradient, tape, split, arithmetic.ledger.report, self.penalty, asked)
 
     def product(self, direction: Tensor, h: float | None = None) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own; ``h`` as for ``Arithmetic``."""
@@ -347,7 +348,7 @@ class FrozenClosure:
             return
         before = self._parameters.snapshot()
         yield
-        if not all(map(same_values, self._parameters.tensors, before)):
+        if not all_same(self._parameters.tensors, before):
             raise ValueError(
                 "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
                 "optimizer may move them between evaluations. Do it outside the closure, after the step."
@@ -363,6 +364,8 @@ def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tenso
             f"{name} depends on none of the parameters: every gradient is None. "
             "Check that the closure evaluates the model whose parameters were given."
         )
-    if any(g is not None and g.layout is not torch.strided for g in gradients):
+    with unseen():
+        sparse = any(g is not None and g.layout is not torch.strided for g in gradients)
+    if sparse:
         raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
     return gradients

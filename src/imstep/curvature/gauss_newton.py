@@ -141,9 +141,9 @@ class BatchGaussNewton(BatchCurvature):
 
     def record(self, memory_budget: int | None) -> Point:
         at = self.frozen.linearise(memory_budget=memory_budget)
-        tape, report = gauss_newton(at.tape, self._model.nodes), at.report
+        tape = gauss_newton(at.tape, self._model.nodes)
         source = ReplayedProducts(tape, self.parameters, self.parameters)
-        return Point(at.loss, at.gradient, source, self._definite(at.tape, at.split), lambda: report)
+        return Point(at.loss, at.gradient, source, self._definite(at.tape, at.split), at.report)
 
     def without_record(self, reason: str) -> Point:
         # Of the loss alone a record is small; the parameters are inputs of it for what bypasses the outputs.

@@ -128,8 +128,8 @@ class BatchHessian(BatchCurvature):
 
     def record(self, memory_budget: int | None) -> Point:
         at = self.frozen.linearise(memory_budget=memory_budget)
-        source, report = ReplayedProducts(at.tape, self.parameters, self.parameters), at.report
-        return Point(at.loss, at.gradient, source, False, lambda: report)
+        source = ReplayedProducts(at.tape, self.parameters, self.parameters)
+        return Point(at.loss, at.gradient, source, False, at.report)
 
     def without_record(self, reason: str) -> Point:
         return self.recomputed(*self.frozen.watched_gradient(), definite=False, reason=reason)

@@ -124,10 +124,18 @@ def plain_copy(t: Tensor) -> Tensor:
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same entries, NaN being the same as NaN."""
+    return all_same([a], [b])
+
+
+def all_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """As :func:`same_values`, of tensors in pairs."""
     with unseen(), _disable_current_modes():
-        if a.layout is not torch.strided:
-            return True  # sparse gradients are refused elsewhere
-        return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        return all(
+            a.layout is not torch.strided  # sparse gradients are refused elsewhere
+            or torch.equal(a, b)
+            or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+            for a, b in zip(some, others, strict=True)
+        )
 
 
 def _noting(noted: list[_Noted]) -> Callable[[Any], None]:

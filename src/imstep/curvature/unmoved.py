@@ -14,23 +14,32 @@ from imstep.curvature.parameters import ParameterVector, as_reals
 class Unmoved:
     """Raises when called after the parameters have left the values they have now.
 
-    Writes through ``.data`` leave no trace in a version counter, so what the parameters hold is summed up: bit patterns
-    read as integers, modulo 2⁶⁴, along the rows and along the columns of a table. Only a change that leaves all of
-    these sums goes unnoticed.
+    Writes through ``.data`` leave no trace in a version counter, so what the parameters hold is copied if it is little,
+    and else summed up: bit patterns read as integers, modulo 2⁶⁴, along the rows and along the columns of a table. Only
+    a change that leaves all of these sums goes unnoticed.
 
     Source: our own; sums take two readings of the parameters and hardly any memory.
     """
 
     def __init__(self, parameters: ParameterVector) -> None:
         self._parameters = [p.detach() for p in parameters.tensors]
-        self._then = sums_of_words(self._parameters)
+        size = sum(p.nbytes for p in self._parameters)
+        self._few = parameters.device.type == "cpu" and size <= _LITTLE
+        self._then = [words.clone() for words in self._now()]
+
+    def _now(self) -> list[Tensor]:
+        return [_words(p) for p in self._parameters] if self._few else [sums_of_words(self._parameters)]
 
     def __call__(self) -> None:
-        if not torch.equal(sums_of_words(self._parameters), self._then):
+        if not all(map(torch.equal, self._now(), self._then)):
             raise TapeChangedError(
                 "a parameter was changed in place after the operator was built; the operator belongs to the old "
                 "values. Build it anew at the new point."
             )
+
+
+_LITTLE = 2**20
+"""Bytes below which a copy costs less than the calls that sums take."""
 
 
 def sums_of_words(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
@@ -24,9 +25,11 @@ OPTIONS: Mapping[str, float] = {
     "damping": LevenbergMarquardt().initial,
     "hessian": 0.0,
     "kronecker": 1.0,
+    "structural": 0.0,
     **shared_options(NewtonKrylov),
 }
-"""theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
+"""theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner;
+structural is the weight of `StructuralDamping` of the hidden states that a task names."""
 
 
 def make_for_batches(problem: Problem, options: Mapping[str, float]) -> Stepper:
@@ -56,6 +59,11 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
     for name in ("hessian", "kronecker"):
         if options[name] not in (0, 1):
             raise ValueError(f"{name}={options[name]:g}: give 1 for yes or 0 for no.")
+    structural = options["structural"]
+    if not 0 <= structural < math.inf:
+        raise ValueError(f"structural={structural:g}: give a weight of at least 0.")
+    if structural > 0 and not problem.states:
+        raise ValueError(f"structural={structural:g} damps hidden states, and {problem.task} names none: leave it out.")
     return StepwiseStepper(
         NewtonKrylov(
             problem.parameters,
@@ -64,5 +72,6 @@ def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Steppe
             damping=LevenbergMarquardt(initial=options["damping"]),
             preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),
             **shared(NewtonKrylov, options),
-        )
+        ),
+        structural,
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from imstep.curvature import StructuralDamping
 from imstep.curvature.domain import raised_in
 from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
@@ -146,12 +147,16 @@ class RefusedError(OptimizerError):
 class StepwiseStepper(Stepper):
     """imstep's optimizers; their own record says what a step cost and how it ended.
 
+    Args:
+        optimizer: makes the steps.
+        structural: weight of the damping of a recurrent problem's hidden states, >= 0.
+
     Raises:
         RefusedError: at a step: the optimizer does not take the problem.
     """
 
-    def __init__(self, optimizer: StepwiseOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: StepwiseOptimizer, structural: float = 0.0) -> None:
+        self._optimizer, self._structural = optimizer, structural
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -181,7 +186,10 @@ class StepwiseStepper(Stepper):
         )
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:
-        self._optimizer.step(problem.closure(batch))
+        closure = problem.closure(batch)
+        if self._structural > 0:
+            closure = StructuralDamping(*problem.states, weight=self._structural)(closure)
+        self._optimizer.step(closure)
 
 
 class CheckedStepper(StepwiseStepper):

@@ -1,4 +1,4 @@
-"""Where examples come from: scikit-learn's digits, and Fashion-MNIST from IDX files on this machine."""
+"""Where examples come from: scikit-learn's digits, and MNIST and Fashion-MNIST from IDX files on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imstep.tasks.base import DataNotFoundError, TaskError
 from imstep.tasks.examples import Batch
 from imstep.tasks.idx import read_idx
 
-__all__ = ["digits", "fashion_mnist", "find_fashion_mnist"]
+__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "mnist"]
 
 DIGITS_HELDOUT = 297
 _FASHION_FILES = {
@@ -66,6 +66,17 @@ def fashion_mnist(data: Path | None = None) -> tuple[Batch, Batch]:
     return train, heldout
 
 
+def mnist(data: Path | None = None) -> tuple[Batch, Batch]:
+    """MNIST (LeCun et al. 1998): 60,000 handwritten digits to train on, 10,000 held out; as `fashion_mnist`.
+
+    Its IDX files have the names of Fashion-MNIST's: they are looked for in folders of the name `mnist` or `MNIST/raw`, in
+    `data` also in itself.
+    """
+    folder = _find_folder("MNIST", ("mnist", "MNIST/raw"), data, _GET_MNIST)
+    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
+    return train, heldout
+
+
 def find_fashion_mnist(data: Path | None = None) -> Path:
     """The first folder that holds all four IDX files.
 
@@ -75,21 +86,29 @@ def find_fashion_mnist(data: Path | None = None) -> Path:
     Raises:
         DataNotFoundError: there is none.
     """
+    return _find_folder("Fashion-MNIST", ("", "fashion-mnist", "FashionMNIST/raw"), data, _GET_FASHION)
+
+
+_GET_FASHION = (
+    "  apt-get install dataset-fashion-mnist           (Debian, Ubuntu)\n"
+    "  torchvision.datasets.FashionMNIST('data', download=True)   then  --data data\n"
+    "  https://github.com/zalandoresearch/fashion-mnist           then  --data FOLDER or $IMSTEP_DATA"
+)
+_GET_MNIST = "  torchvision.datasets.MNIST('data', download=True)   then  --data data, or $IMSTEP_DATA"
+
+
+def _find_folder(what: str, layouts: tuple[str, ...], data: Path | None, ways: str) -> Path:
     roots = [data] if data is not None else _usual_roots()
-    layouts = (Path(), Path("fashion-mnist"), Path("FashionMNIST/raw"))
-    folders = [root / layout for root in roots for layout in layouts]
+    below = layouts if data is None or "" in layouts else ("", *layouts)
     names = [name for pair in _FASHION_FILES.values() for name in pair]
-    for folder in folders:
+    for folder in (root / layout for root in roots for layout in below):
         if all(_find(folder, name) is not None for name in names):
             return folder
     looked = "\n".join(f"  {root}" for root in roots)
     raise DataNotFoundError(
-        f"Fashion-MNIST was not found. Looked for {names[0]}[.gz] and three more in the following, "
-        f"and in fashion-mnist/ and FashionMNIST/raw/ below:\n{looked}\n"
-        "Get it by one of:\n"
-        "  apt-get install dataset-fashion-mnist           (Debian, Ubuntu)\n"
-        "  torchvision.datasets.FashionMNIST('data', download=True)   then  --data data\n"
-        "  https://github.com/zalandoresearch/fashion-mnist           then  --data FOLDER or $IMSTEP_DATA"
+        f"{what} was not found. Looked for {names[0]}[.gz] and three more in the following, "
+        f"and in {' and '.join(f'{layout}/' for layout in layouts if layout)} below:\n{looked}\n"
+        f"Get it by one of:\n{ways}"
     )
 
 
@@ -112,9 +131,9 @@ def _pictures(folder: Path, names: tuple[str, str]) -> Batch:
     images, labels = read_idx(images_file, dimensions=3), read_idx(labels_file, dimensions=1)
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or len(images) == 0:
         raise TaskError(
-            f"{folder} is not Fashion-MNIST: {names[0]} holds {tuple(images.shape)}, "
+            f"{folder} holds no MNIST or Fashion-MNIST: {names[0]} holds {tuple(images.shape)}, "
             f"{names[1]} {tuple(labels.shape)}; expected (k, 28, 28) and (k,) with k >= 1."
         )
     if int(labels.max()) > 9 or int(labels.min()) < 0:
-        raise TaskError(f"{labels_file} has label {int(labels.max())}; Fashion-MNIST has the classes 0 to 9.")
+        raise TaskError(f"{labels_file} has label {int(labels.max())}; there are the classes 0 to 9.")
     return Batch(images.reshape(len(images), -1).float() / 255, labels.long())

@@ -31,8 +31,8 @@ AFFORDABLE = 1000
 
 
 _AT_ONCE = 4
-"""Uses of parameters, over all groups, for a column or row: with more, J written out is cheaper. Our choice: for a system of
-108 parameters over 48 times, columns take 0.06 s and groups 2.4 s a step."""
+"""Uses of parameters, over all groups, for a column or row: with more, J written out is cheaper. Our choice: for a
+system of 108 parameters over 48 times, columns take 0.06 s and groups 2.4 s a step."""
 
 
 class JacobianRows(RowMatrix):

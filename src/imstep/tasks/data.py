@@ -69,8 +69,8 @@ def fashion_mnist(data: Path | None = None) -> tuple[Batch, Batch]:
 def mnist(data: Path | None = None) -> tuple[Batch, Batch]:
     """MNIST (LeCun et al. 1998): 60,000 handwritten digits to train on, 10,000 held out; as `fashion_mnist`.
 
-    Its IDX files have the names of Fashion-MNIST's: they are looked for in folders of the name `mnist` or `MNIST/raw`, in
-    `data` also in itself.
+    Its IDX files have the names of Fashion-MNIST's: they are looked for in folders named `mnist` or `MNIST/raw`, and
+    in `data` itself.
     """
     folder = _find_folder("MNIST", ("mnist", "MNIST/raw"), data, _GET_MNIST)
     train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())

@@ -148,6 +148,11 @@ class ExampleProblem(Problem):
         """Number of batches in an epoch; `batch_size=None` is the full batch."""
         if batch_size is None:
             return 1
+        if self.whole:
+            raise TaskError(
+                f"batch_size={batch_size}: the loss of {self.task} is one of all its examples together, no mean "
+                "over them. Leave it out."
+            )
         if batch_size < 1:
             raise TaskError(f"batch_size={batch_size}: a batch holds at least one; leave it out for all.")
         return -(-len(self.train) // batch_size)

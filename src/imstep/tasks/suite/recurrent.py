@@ -40,7 +40,8 @@ class Recurrent(nn.Module):
         every: whether there is an output at every time, (k, outputs, T), or at the last alone, (k, outputs).
 
     Inputs are (k, T, inputs). Of the recurrent weights of a unit 15 are drawn from a normal distribution, the others
-    are zero, and the matrix is scaled to a spectral radius of 1.1; input and readout weights are 0.1 times normal, biases zero.
+    are zero, and the matrix is scaled to a spectral radius of 1.1; input and readout weights are 0.1 times normal,
+    biases zero.
     """
 
     def __init__(self, inputs: int, outputs: int, *, every: bool) -> None:
@@ -52,11 +53,9 @@ class Recurrent(nn.Module):
             kept = torch.rand(UNITS, UNITS).argsort(1) < INCOMING
             recurrent = torch.randn(UNITS, UNITS) * kept
             radius = torch.linalg.eigvals(recurrent.double()).abs().max()
-            self.layer.weight_hh_l0.copy_(recurrent * (SPECTRAL_RADIUS / radius))
-            self.layer.weight_ih_l0.normal_(0, 0.1)
-            self.readout.weight.normal_(0, 0.1)
-            for bias in (self.layer.bias_ih_l0, self.layer.bias_hh_l0, self.readout.bias):
-                bias.zero_()
+            for name, weight in self.named_parameters():
+                weight.normal_(0, 0.1) if "weight" in name else weight.zero_()
+            dict(self.layer.named_parameters())["weight_hh_l0"].copy_(recurrent * (SPECTRAL_RADIUS / radius))
 
     def forward(self, sequences: Tensor) -> Tensor:
         states = self.layer(sequences)[0]

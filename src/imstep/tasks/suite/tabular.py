@@ -64,8 +64,8 @@ def _folder(name: str, data: Path | None) -> Path:
 def _task(name: str, file: str, inputs: int, rows: str, words: str) -> ExampleTask:
     widths = (inputs, 64, 64, 1)
     return ExampleTask(
-        name, f"{name}: {words}", f"{rows} rows; tanh MLP {'-'.join(map(str, widths))}; mean squared error, standardised: "
-        "a loss of 1 is the mean's.", partial(_load, file), partial(mlp, widths), nn.MSELoss(),
+        name, f"{name}: {words}", f"{rows} rows; tanh MLP {'-'.join(map(str, widths))}; mean squared error, "
+        "standardised: a loss of 1 is the mean's.", partial(_load, file), partial(mlp, widths), nn.MSELoss(),
         Metric("explained variance", lambda outputs, targets: (outputs - targets).square().mean(1), lambda m: 1 - m),
         unit="rows", budget=500.0,
     )  # fmt: skip

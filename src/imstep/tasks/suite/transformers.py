@@ -1,7 +1,7 @@
 """Transformers: addition modulo a prime, where what is learnt by heart is understood much later, and Shakespeare.
 
 Sources: Power, Burda, Edwards, Babuschkin and Misra, arXiv 2201.02177; Nanda, Chan, Lieberum, Smith and Steinhardt,
-ICLR 2023 (one layer without normalisation, addition modulo a prime); Radford et al. 2019 (layers of the language model).
+ICLR 2023 (one layer without normalisation, addition modulo a prime); Radford et al. 2019 (the language model's layers).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def modular_addition(prime: int, width: int = 64) -> ExampleTask:
     return ExampleTask(
         f"modular-addition-{prime}",
         f"Addition modulo {prime}, transformer",
-        f"a, b, = told by half of all {prime * prime:,} pairs; one block of width {width} with 4 heads; cross entropy of "
-        "a + b. Held-out accuracy comes late, with weight decay: 0.99 is solved.",
+        f"a, b, = told by half of all {prime * prime:,} pairs; one block of width {width} with 4 heads; cross entropy "
+        "of a + b. Held-out accuracy comes late, with weight decay: 0.99 is solved.",
         partial(_sums, prime),
         partial(Transformer, prime + 1, 3, width, 4, 1, last=True, normalised=False),
         nn.CrossEntropyLoss(),
@@ -115,8 +115,8 @@ TASKS = (
     ExampleTask(
         "shakespeare-gpt",
         "Shakespeare, language model of characters",
-        f"{WINDOWS:,} pieces of 64 characters of Shakespeare's plays; two blocks of width 64 with 4 heads; cross entropy "
-        "of the next character. Metric: share of characters that are guessed right.",
+        f"{WINDOWS:,} pieces of 64 characters of Shakespeare's plays; two blocks of width 64 with 4 heads; cross "
+        "entropy of the next character. Metric: share of characters that are guessed right.",
         _windows,
         partial(Transformer, len(CHARACTERS), WINDOW, 64, 4, 2, last=False, normalised=True),
         nn.CrossEntropyLoss(),

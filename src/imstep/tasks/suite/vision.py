@@ -5,6 +5,7 @@ Sources: He, Zhang, Ren and Sun, CVPR 2016, section 4.2; Tolstikhin et al., Neur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(depth: int, classes: int = 10) -> nn.Sequential:
-    """A residual network of 6 n + 2 layers for pictures (k, 1, h, w): 16, 32 and 64 channels, no weights in shortcuts."""
+    """A residual network of 6 n + 2 layers for (k, 1, h, w): 16, 32 and 64 channels, shortcuts without weights."""
     blocks: list[nn.Module] = []
     width = CHANNELS[0]
     for channels in CHANNELS:
@@ -86,7 +87,7 @@ def _pictures(data: Path | None) -> tuple[Batch, Batch]:
     return train, heldout
 
 
-def _task(name: str, title: str, words: str, model: partial[nn.Module]) -> ExampleTask:
+def _task(name: str, title: str, words: str, model: Callable[[], nn.Module]) -> ExampleTask:
     return ExampleTask(
         name, f"Fashion-MNIST, {title}", f"60,000 pictures (28x28); {words}; cross entropy.", _pictures, model,
         nn.CrossEntropyLoss(), ACCURACY, (28, 28), chunk=1000,

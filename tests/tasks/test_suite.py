@@ -19,6 +19,9 @@ from imstep.tasks import TASKS, DataNotFoundError, ExampleProblem, ExampleTask, 
 from imstep.tasks.suite import SUITE, densities, identification, molecules, pictures, recurrent, transformers
 from imstep.tasks.suite.autoencoders import curves, deep_autoencoder
 from imstep.tasks.suite.tabular import read_fann
+from imstep.tasks.suite.transformers import Transformer
+from imstep.tasks.suite.vision import Mixer
+from imstep.tasks.texts import CHARACTERS
 
 F64 = torch.float64
 TINY = {"records": 2, "pixels": 40, "sums": 40, "points": 40, "sequences": 8, "molecules": 6, "observations": 512}
@@ -58,10 +61,14 @@ def _files(folder: Path) -> None:
 def _tiny() -> list[ExampleTask]:
     """The suite, with what differs from another in size alone left out, or smaller."""
     alike = ("mnist-deep", "fashion-deep", "fashion-resnet20", "addition", "multiplication", "temporal", "memory")
-    short = [kind(24) for kind in (recurrent.addition, recurrent.temporal_order, recurrent.twenty_bits)]
-    narrow = partial(deep_autoencoder, (784, 30, 6))
+    narrow = {
+        "curves-autoencoder": partial(deep_autoencoder, (784, 30, 6)),
+        "fashion-mixer": partial(Mixer, 28, 8, 1),
+        "shakespeare-gpt": lambda: Transformer(len(CHARACTERS), 64, 8, 2, 1, last=False, normalised=True),
+    }
     others = [task for task in SUITE if not task.name.startswith(alike)]
-    return [*short, *(replace(task, model=narrow) if "autoencoder" in task.name else task for task in others)]
+    made = [replace(task, model=narrow.get(task.name, task.model)) for task in others]
+    return [recurrent.addition(24), recurrent.twenty_bits(24), *made]
 
 
 def test_every_task_is_trained_and_is_a_function_of_its_seed(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ TASKS = (
         "butane-forces",
         "Butane, energies and forces",
         f"{TRAIN} shapes of a molecule of four beads; energy by a tanh MLP 6-40-40-1 of the reciprocal distances, "
-        "forces by its gradient; mean squared error of both, scaled. Metric: root mean square error of a force, in kT a "
-        "bond.",
+        "forces by its gradient; mean squared error of both, scaled. Metric: root mean square error of a force, in kT "
+        "a bond.",
         _load,
         EnergyAndForces,
         nn.MSELoss(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import pickle
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import imstep
 from imstep.curvature import StructuralDamping
 from imstep.runs.optimizers import OptimizerError, get_optimizer
 from imstep.tasks import TASKS, DataNotFoundError, ExampleProblem, ExampleTask, TaskError
+from imstep.tasks.mnist import read_pickle
 from imstep.tasks.suite import SUITE, densities, identification, molecules, pictures, recurrent, transformers
 from imstep.tasks.suite.autoencoders import curves, deep_autoencoder
 from imstep.tasks.suite.tabular import read_fann
@@ -206,6 +208,10 @@ def test_what_is_missing_is_told_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "cut.train").write_text("3 2 1\n0.5 0.5 1\n0.5")
     with pytest.raises(TaskError, match="no whole table"):
         read_fann(tmp_path / "cut.train")
+    for content, words in ((tmp_path / "input.txt", "no part of arrays"), ([(1, 2)], "not MNIST")):
+        (tmp_path / "mnist.pkl.gz").write_bytes(gzip.compress(pickle.dumps(content)))
+        with pytest.raises(TaskError, match=words):
+            read_pickle(tmp_path / "mnist.pkl.gz")
     whole = TASKS["gaussian-process"].build(0)
     with pytest.raises(TaskError, match="all its examples together"):
         whole.batch_count(10)

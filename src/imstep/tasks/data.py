@@ -1,4 +1,4 @@
-"""Where examples come from: scikit-learn's digits, and MNIST and Fashion-MNIST from IDX files on this machine."""
+"""Where examples come from: scikit-learn's digits, and Fashion-MNIST from IDX files on this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from imstep.tasks.base import DataNotFoundError, TaskError
 from imstep.tasks.examples import Batch
 from imstep.tasks.idx import read_idx
 
-__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "mnist"]
+__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures"]
 
 DIGITS_HELDOUT = 297
 _FASHION_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "heldout": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_LAYOUTS = ("", "fashion-mnist", "FashionMNIST/raw")
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -61,20 +62,7 @@ def fashion_mnist(data: Path | None = None) -> tuple[Batch, Batch]:
         IdxError: a file is damaged.
         TaskError: the files are whole but are not 28x28 pictures with one label 0..9 each.
     """
-    folder = find_fashion_mnist(data)
-    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
-    return train, heldout
-
-
-def mnist(data: Path | None = None) -> tuple[Batch, Batch]:
-    """MNIST (LeCun et al. 1998): 60,000 handwritten digits to train on, 10,000 held out; as `fashion_mnist`.
-
-    Its IDX files have the names of Fashion-MNIST's: they are looked for in folders named `mnist` or `MNIST/raw`, and
-    in `data` itself.
-    """
-    folder = _find_folder("MNIST", ("mnist", "MNIST/raw"), data, _GET_MNIST)
-    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
-    return train, heldout
+    return idx_pictures("Fashion-MNIST", _LAYOUTS, data, _GET_FASHION)
 
 
 def find_fashion_mnist(data: Path | None = None) -> Path:
@@ -86,7 +74,7 @@ def find_fashion_mnist(data: Path | None = None) -> Path:
     Raises:
         DataNotFoundError: there is none.
     """
-    return _find_folder("Fashion-MNIST", ("", "fashion-mnist", "FashionMNIST/raw"), data, _GET_FASHION)
+    return _find_folder("Fashion-MNIST", _LAYOUTS, data, _GET_FASHION)
 
 
 _GET_FASHION = (
@@ -94,7 +82,20 @@ _GET_FASHION = (
     "  torchvision.datasets.FashionMNIST('data', download=True)   then  --data data\n"
     "  https://github.com/zalandoresearch/fashion-mnist           then  --data FOLDER or $IMSTEP_DATA"
 )
-_GET_MNIST = "  torchvision.datasets.MNIST('data', download=True)   then  --data data, or $IMSTEP_DATA"
+
+
+def idx_pictures(what: str, layouts: tuple[str, ...], data: Path | None, ways: str) -> tuple[Batch, Batch]:
+    """Train and held-out pictures (k, 784) with classes from the four IDX files of MNIST's names.
+
+    Args:
+        what: name of the data set.
+        layouts: folders to look in, below `data` or the usual ones; in `data` also in itself.
+        data: a folder, or None.
+        ways: how to get it, for the error.
+    """
+    folder = _find_folder(what, layouts, data, ways)
+    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
+    return train, heldout
 
 
 def _find_folder(what: str, layouts: tuple[str, ...], data: Path | None, ways: str) -> Path:

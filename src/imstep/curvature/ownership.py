@@ -45,6 +45,7 @@ class KnownOwners:
     Attributes:
         recorded: whether evaluations are to be recorded, for columns by forward products; None where that is ruled out.
         dependent: whether residuals were found to depend on each other.
+        at_once: whether residuals share so many rows of layers that J written out costs less than their groups.
         courses: what was found of earlier evaluations.
     """
 
@@ -52,7 +53,7 @@ class KnownOwners:
         self.courses = KnownCourses()
         self._groups: list[tuple[Tensor, list[Tensor]]] = []
         self.recorded: bool | None = False
-        self.dependent = False
+        self.dependent = self.at_once = False
 
     def groups(self, residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
         """The rows with the owners that are remembered; None where there are none for them.
@@ -83,20 +84,31 @@ class KnownOwners:
         """What is remembered: of each group its members and the owners of each use's rows; whether to record; courses.
         """
         state = {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
-        return {**state, "courses": self.courses.state_dict()}
+        return {**state, "at_once": self.at_once, "courses": self.courses.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._groups = [(members, list(owners)) for members, owners in state["groups"]]
         self.recorded, self.dependent = state["recorded"], state["dependent"]
-        self.courses.load_state_dict(state.get("courses", {}))  # older states have none
+        self.at_once = state.get("at_once", False)  # older states have neither this nor courses
+        self.courses.load_state_dict(state.get("courses", {}))
 
 
-def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
+class DearGroupsError(Exception):
+    """The residuals may be independent within groups, but those are more than are worth a look."""
+
+
+def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[Group] | None:
     """The rows of all uses with their owners; None where residuals are not independent of each other.
 
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself.
+
+    Args:
+        most: groups of an output at most.
+
+    Raises:
+        DearGroupsError: there might be more.
 
     Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144; in float16,
         whose range is short, one more for each factor of 8.
@@ -107,8 +119,12 @@ def find_groups(residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None
     spans = sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0])
     groups: list[Group] = []
     for start, z in spans:
-        found = next(filter(None, (_groups(residuals, uses, start, part(z)) for part in _PARTINGS)), None)
+        parts = [part(z) for part in _PARTINGS]
+        tried = (_groups(residuals, uses, start, part) for part in parts if len(part) <= most)
+        found = next(filter(None, tried), None)
         if found is None:
+            if any(len(part) > most for part in parts):
+                raise DearGroupsError
             return None
         groups += found
     return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows, gather_rows
-from imstep.curvature.ownership import Group, KnownOwners, find_groups
+from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import nodes_of
@@ -27,6 +28,11 @@ _CHUNK = 128
 
 AFFORDABLE = 1000
 """Rows or columns, whichever are fewer, up to which J is written out where residuals depend on each other."""
+
+
+_AT_ONCE = 4
+"""Uses of parameters, over all groups, for a column or row: with more, J written out is cheaper. Our choice: for a
+system of 108 parameters over 48 times, columns take 0.06 s and groups 2.4 s a step."""
 
 
 class JacobianRows(RowMatrix):
@@ -247,7 +253,7 @@ def _parts(
     none: list[GradientRows | None] = [None] * len(tensors)
     if not len(residuals.values):
         return none, [], None
-    if known.dependent:
+    if known.dependent or known.at_once:
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
     told = [use for use in uses.known if use.parameter not in uses.unknown]
     gathered = lambda groups: _gathered(groups, told, uses.derived, tensors)
@@ -263,9 +269,15 @@ def _parts(
             return parts, sorted(uses.unknown), check
     else:
         check = Check.of(residuals, tensors)
-    groups = find_groups(residuals, told)
+    shorter = min(len(residuals.values), sum(p.numel() for p in tensors))
+    # A group works on the rows of every use, one after the other; columns, or rows, are made all at once.
+    dear = _AT_ONCE * shorter / max(len(told), 1) if shorter <= AFFORDABLE else math.inf
+    try:
+        groups = find_groups(residuals, told, dear)
+    except DearGroupsError:
+        known.at_once = True
+        return none, list(range(len(tensors))), check
     if groups is None:
-        shorter = min(len(residuals.values), sum(p.numel() for p in tensors))
         if shorter > AFFORDABLE:
             raise NoResidualsError(
                 "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "

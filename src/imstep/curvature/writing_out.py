@@ -157,7 +157,7 @@ def write_out(
         return []
     residuals, tensors = evaluation.residuals, [parameters.tensors[at] for at in positions]
     count, columns = len(residuals.values), sum(as_reals(p).numel() for p in tensors)
-    if min(count, columns) > _MANY:
+    if min(count, columns) > _MANY and not known.at_once:
         warnings.warn(
             f"{len(positions)} of {len(parameters.tensors)} parameters are used in ways that are not recognised; "
             f"their part of the Jacobian takes {min(count, columns)} products.",

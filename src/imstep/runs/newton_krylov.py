@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,11 @@ OPTIONS: Mapping[str, float] = {
     "damping": LevenbergMarquardt().initial,
     "hessian": 0.0,
     "kronecker": 1.0,
+    "structural": 0.0,
     **shared_options(NewtonKrylov),
 }
-"""theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner."""
+"""theta and damping are numbers; hessian=1 asks for the exact Hessian, kronecker=0 for no preconditioner;
+structural is the weight of `StructuralDamping` of the hidden states that a task names."""
 
 
 def make_for_batches(
@@ -67,6 +70,13 @@ def make_newton_krylov(
     for name in ("hessian", "kronecker"):
         if options[name] not in (0, 1):
             raise ValueError(f"{name}={options[name]:g}: give 1 for yes or 0 for no.")
+    structural = options["structural"]
+    if not 0 <= structural < math.inf:
+        raise ValueError(f"structural={structural:g}: give a weight of at least 0.")
+    if structural > 0 and not problem.states:
+        raise ValueError(f"structural={structural:g} damps hidden states, and {problem.task} names none: leave it out.")
+    if structural > 0 and process_group is not None:
+        raise ValueError(f"structural={structural:g} damps hidden states in one process: leave it out, or torchrun.")
     optimizer = NewtonKrylov(
         problem.parameters,
         curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
@@ -76,4 +86,4 @@ def make_newton_krylov(
         process_group=process_group,
         **shared(NewtonKrylov, options),
     )
-    return StepwiseStepper(optimizer, process_group)
+    return StepwiseStepper(optimizer, process_group, structural)

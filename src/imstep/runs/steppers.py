@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from imstep.curvature import StructuralDamping
 from imstep.curvature.domain import raised_in
 from imstep.optim import LeastSquares, StepOutcome
 from imstep.optim.stepwise import StepwiseOptimizer
@@ -153,13 +154,16 @@ class StepwiseStepper(Stepper):
     Args:
         optimizer: which makes the steps.
         process_group: its own, whose processes share out each batch; None for one process.
+        structural: weight of the damping of a recurrent problem's hidden states, >= 0.
 
     Raises:
         RefusedError: at a step: the optimizer does not take the problem.
     """
 
-    def __init__(self, optimizer: StepwiseOptimizer, process_group: ProcessGroup | None = None) -> None:
-        self._optimizer, self._group = optimizer, process_group
+    def __init__(
+        self, optimizer: StepwiseOptimizer, process_group: ProcessGroup | None = None, structural: float = 0.0
+    ) -> None:
+        self._optimizer, self._group, self._structural = optimizer, process_group, structural
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -189,11 +193,14 @@ class StepwiseStepper(Stepper):
         )
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:
-        if self._group is None:
-            self._optimizer.step(problem.closure(batch))
-        else:
+        if self._group is not None:
             rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
             self._optimizer.step(problem.share(batch, rank, size))
+            return
+        closure = problem.closure(batch)
+        if self._structural > 0:
+            closure = StructuralDamping(*problem.states, weight=self._structural)(closure)
+        self._optimizer.step(closure)
 
 
 class CheckedStepper(StepwiseStepper):

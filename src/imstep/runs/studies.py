@@ -35,12 +35,13 @@ class ComparisonRequest:
 
     Args:
         optimizers: who takes part, the subject first; None for the one that suits the task best, Adam and L-BFGS.
+        budget: gradient-equivalents for each; None for the task's.
         tune: choose learning rates by a sweep; otherwise each optimizer's default is taken.
     """
 
     task: str
     optimizers: Sequence[str] | None = None
-    budget: float = DEFAULT_BUDGET
+    budget: float | None = None
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None
@@ -54,7 +55,9 @@ class ComparisonRequest:
     @property
     def command(self) -> str:
         """The command line that repeats it."""
-        words = ["imstep", "compare", self.task, "--budget", f"{self.budget:g}", "--seed", str(self.seed)]
+        words = ["imstep", "compare", self.task]
+        words += [] if self.budget is None else ["--budget", f"{self.budget:g}"]
+        words += ["--seed", str(self.seed)]
         words += [] if self.optimizers is None else ["--optimizers", ",".join(self.optimizers)]
         given = {
             "--batch-size": self.batch_size,
@@ -85,6 +88,8 @@ def run_comparison(
     """
     origin = find_task(request.task, request.table)
     task, sources = origin.task, hashes(origin)
+    budget = request.budget if request.budget is not None else task.budget or DEFAULT_BUDGET
+    request = replace(request, budget=budget)
     for note in task.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     earlier = None if overwrite else _unfinished(out / RECORD, request.command, sources)
@@ -98,7 +103,7 @@ def run_comparison(
             comparison = compare(
                 task,
                 _rivals(request, task),
-                budget=request.budget,
+                budget=budget,
                 seed=request.seed,
                 threads=request.threads,
                 data=request.data,

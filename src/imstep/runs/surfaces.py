@@ -26,13 +26,13 @@ def surface_panels(
     """
     exact = np.asarray(solution.values, dtype=float)
     limits = (float(exact.min()), float(exact.max()))
-    panels = [("Solution", partial(_image, solution, exact, "solution", "RdBu_r", limits))]
+    panels = [("Solution", partial(_image, solution, exact, "solution", solution.colors, limits))]
     for label, surface in found:
         values = np.asarray(surface.values, dtype=float)
         error = np.abs(values - exact)
         most = float(np.nanmax(error)) if np.isfinite(error).any() else 1.0
         words = f"absolute error, at most {short(most, 2)}"
-        panels.append((label, partial(_image, surface, values, label, "RdBu_r", limits)))
+        panels.append((label, partial(_image, surface, values, label, solution.colors, limits)))
         panels.append((f"Error of {label}", partial(_image, surface, error, words, "magma", (0.0, most or 1.0))))
     return list(panels)
 

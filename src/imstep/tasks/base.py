@@ -59,11 +59,13 @@ class Surface:
         values: rows of numbers; a row runs along the first axis.
         extent: (least, largest) of the first axis and of the second.
         axes: their names.
+        colors: of the values, as matplotlib calls them; "gray" for a photograph.
     """
 
     values: list[list[float]]
     extent: tuple[tuple[float, float], tuple[float, float]]
     axes: tuple[str, str]
+    colors: str = "RdBu_r"
 
 
 class Problem(ABC):
@@ -97,6 +99,11 @@ class Problem(ABC):
     def device(self) -> torch.device:
         """Where the model lives."""
         return next(self.model.parameters()).device
+
+    @property
+    def states(self) -> tuple[nn.Module, ...]:
+        """Modules whose outputs are hidden states of a recurrent network, for structural damping; () for others."""
+        return ()
 
     @property
     @abstractmethod
@@ -185,6 +192,11 @@ class Task(ABC):
     @property
     def squares(self) -> bool | None:
         """Whether its loss is a sum of squares, so that methods for least squares apply; None if a step must tell."""
+        return None
+
+    @property
+    def budget(self) -> float | None:
+        """Gradient-equivalents that a run is given where none are asked for; None for the command's own."""
         return None
 
     @property

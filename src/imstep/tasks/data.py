@@ -11,13 +11,14 @@ from imstep.tasks.base import DataNotFoundError, TaskError
 from imstep.tasks.examples import Batch
 from imstep.tasks.idx import read_idx
 
-__all__ = ["digits", "fashion_mnist", "find_fashion_mnist"]
+__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures"]
 
 DIGITS_HELDOUT = 297
 _FASHION_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "heldout": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_LAYOUTS = ("", "fashion-mnist", "FashionMNIST/raw")
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -61,9 +62,7 @@ def fashion_mnist(data: Path | None = None) -> tuple[Batch, Batch]:
         IdxError: a file is damaged.
         TaskError: the files are whole but are not 28x28 pictures with one label 0..9 each.
     """
-    folder = find_fashion_mnist(data)
-    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
-    return train, heldout
+    return idx_pictures("Fashion-MNIST", _LAYOUTS, data, _GET_FASHION)
 
 
 def find_fashion_mnist(data: Path | None = None) -> Path:
@@ -75,21 +74,42 @@ def find_fashion_mnist(data: Path | None = None) -> Path:
     Raises:
         DataNotFoundError: there is none.
     """
+    return _find_folder("Fashion-MNIST", _LAYOUTS, data, _GET_FASHION)
+
+
+_GET_FASHION = (
+    "  apt-get install dataset-fashion-mnist           (Debian, Ubuntu)\n"
+    "  torchvision.datasets.FashionMNIST('data', download=True)   then  --data data\n"
+    "  https://github.com/zalandoresearch/fashion-mnist           then  --data FOLDER or $IMSTEP_DATA"
+)
+
+
+def idx_pictures(what: str, layouts: tuple[str, ...], data: Path | None, ways: str) -> tuple[Batch, Batch]:
+    """Train and held-out pictures (k, 784) with classes from the four IDX files of MNIST's names.
+
+    Args:
+        what: name of the data set.
+        layouts: folders to look in, below `data` or the usual ones; in `data` also in itself.
+        data: a folder, or None.
+        ways: how to get it, for the error.
+    """
+    folder = _find_folder(what, layouts, data, ways)
+    train, heldout = (_pictures(folder, names) for names in _FASHION_FILES.values())
+    return train, heldout
+
+
+def _find_folder(what: str, layouts: tuple[str, ...], data: Path | None, ways: str) -> Path:
     roots = [data] if data is not None else _usual_roots()
-    layouts = (Path(), Path("fashion-mnist"), Path("FashionMNIST/raw"))
-    folders = [root / layout for root in roots for layout in layouts]
+    below = layouts if data is None or "" in layouts else ("", *layouts)
     names = [name for pair in _FASHION_FILES.values() for name in pair]
-    for folder in folders:
+    for folder in (root / layout for root in roots for layout in below):
         if all(_find(folder, name) is not None for name in names):
             return folder
     looked = "\n".join(f"  {root}" for root in roots)
     raise DataNotFoundError(
-        f"Fashion-MNIST was not found. Looked for {names[0]}[.gz] and three more in the following, "
-        f"and in fashion-mnist/ and FashionMNIST/raw/ below:\n{looked}\n"
-        "Get it by one of:\n"
-        "  apt-get install dataset-fashion-mnist           (Debian, Ubuntu)\n"
-        "  torchvision.datasets.FashionMNIST('data', download=True)   then  --data data\n"
-        "  https://github.com/zalandoresearch/fashion-mnist           then  --data FOLDER or $IMSTEP_DATA"
+        f"{what} was not found. Looked for {names[0]}[.gz] and three more in the following, "
+        f"and in {' and '.join(f'{layout}/' for layout in layouts if layout)} below:\n{looked}\n"
+        f"Get it by one of:\n{ways}"
     )
 
 
@@ -112,9 +132,9 @@ def _pictures(folder: Path, names: tuple[str, str]) -> Batch:
     images, labels = read_idx(images_file, dimensions=3), read_idx(labels_file, dimensions=1)
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or len(images) == 0:
         raise TaskError(
-            f"{folder} is not Fashion-MNIST: {names[0]} holds {tuple(images.shape)}, "
+            f"{folder} holds no MNIST or Fashion-MNIST: {names[0]} holds {tuple(images.shape)}, "
             f"{names[1]} {tuple(labels.shape)}; expected (k, 28, 28) and (k,) with k >= 1."
         )
     if int(labels.max()) > 9 or int(labels.min()) < 0:
-        raise TaskError(f"{labels_file} has label {int(labels.max())}; Fashion-MNIST has the classes 0 to 9.")
+        raise TaskError(f"{labels_file} has label {int(labels.max())}; there are the classes 0 to 9.")
     return Batch(images.reshape(len(images), -1).float() / 255, labels.long())

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from imstep.curvature import MeanOverSamples
 from imstep.optim import MicroBatches
-from imstep.tasks.base import Evaluation, Metric, Problem, Task, TaskError, mix, span
+from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
 
 __all__ = ["ACCURACY", "Batch", "ExampleProblem", "ExampleTask", "held_out"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Surfaces = tuple[Surface, Surface]
 
 EVALUATION_CHUNK = 8192
 """Examples per forward pass of an evaluation; bounds its memory, does not change its mean."""
@@ -107,6 +108,11 @@ class ExampleProblem(Problem):
         metric: what else to report, or None.
         image_shape: (height, width) when an input is one picture, for drawing it; else None.
         unit: what the examples are called.
+        redraw: `redraw(seed)` -> the examples of an epoch, where every epoch has examples of its own; else None.
+        draw: `draw(model)` -> a function that is to be found and what the model makes of it, to be drawn; or None.
+        hidden: `hidden(model)` -> modules whose outputs are hidden states of a recurrent network; or None.
+        chunk: examples that an evaluation takes at once; None for 8,192.
+        whole: whether the loss is one of all examples together.
     """
 
     task: str
@@ -117,14 +123,24 @@ class ExampleProblem(Problem):
     metric: Metric | None = None
     image_shape: tuple[int, int] | None = None
     unit: str = "examples"
+    redraw: Callable[[int], Batch] | None = None
+    draw: Callable[[nn.Module], Surfaces] | None = None
+    hidden: Callable[[Any], tuple[nn.Module, ...]] | None = None
+    chunk: int | None = None
+    whole: bool = False
 
     @property
     def redrawn(self) -> bool:
-        return False
+        return self.redraw is not None
+
+    @property
+    def states(self) -> tuple[nn.Module, ...]:
+        return () if self.hidden is None else self.hidden(self.model)
 
     @property
     def data(self) -> str:
-        return f"{len(self.train):,} {self.unit} ({len(self.heldout):,} held out)"
+        drawn = " redrawn each epoch" if self.redrawn else ""
+        return f"{len(self.train):,} {self.unit}{drawn} ({len(self.heldout):,} held out)"
 
     def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A function without arguments that returns the loss on `batch` (0-dim, with its graph)."""
@@ -139,6 +155,11 @@ class ExampleProblem(Problem):
         """Number of batches in an epoch; `batch_size=None` is the full batch."""
         if batch_size is None:
             return 1
+        if self.whole:
+            raise TaskError(
+                f"batch_size={batch_size}: the loss of {self.task} is one of all its examples together, no mean "
+                "over them. Leave it out."
+            )
         if batch_size < 1:
             raise TaskError(f"batch_size={batch_size}: a batch holds at least one; leave it out for all.")
         return -(-len(self.train) // batch_size)
@@ -153,19 +174,21 @@ class ExampleProblem(Problem):
             TaskError: `batch_size` is below 1.
         """
         count = self.batch_count(batch_size)
+        examples = self.train if self.redraw is None else self.redraw(mix(seed, epoch))
         if count == 1:
-            yield self.train
+            yield examples
             return
         generator = torch.Generator().manual_seed(mix(seed, epoch))
-        order = torch.randperm(len(self.train), generator=generator).to(self.train.inputs.device)
+        order = torch.randperm(len(examples), generator=generator).to(examples.inputs.device)
         for index in torch.tensor_split(order, count):
-            yield self.train.take(index)
+            yield examples.take(index)
 
     def evaluate(self, batch: Batch) -> Evaluation:
         loss = metric = 0.0
         with self.evaluating():
-            for start in range(0, len(batch), EVALUATION_CHUNK):
-                chunk = batch.take(slice(start, start + EVALUATION_CHUNK))
+            size = self.chunk or EVALUATION_CHUNK
+            for start in range(0, len(batch), size):
+                chunk = batch.take(slice(start, start + size))
                 outputs = self.model(chunk.inputs)
                 share = len(chunk) / len(batch)
                 loss += share * float(self.loss(outputs, chunk.targets))
@@ -183,6 +206,12 @@ class ExampleProblem(Problem):
         shown, made = (tuple(t.reshape(-1, *shape).to(torch.int64).tolist()) for t in scaled)
         return shown, made
 
+    def surfaces(self) -> Surfaces | None:
+        if self.draw is None:
+            return None
+        with self.evaluating():
+            return self.draw(self.model)
+
 
 @dataclass(frozen=True)
 class ExampleTask(Task):
@@ -195,6 +224,15 @@ class ExampleTask(Task):
         loss: `loss(outputs, targets)` -> scalar, a *mean* over examples.
         metric: what else to report, or None.
         image_shape: (height, width) of an input, for drawing.
+        unit: what the examples are called.
+        whole: whether the loss is one of all examples together, so that there are no mini-batches.
+        redraw: `redraw(count, seed)` -> examples of an epoch on the CPU, where every epoch has its own: as many as
+            `load` gives to train on, which are those that the training loss is reported on; else None.
+        draw: `draw(model)` -> a function of two variables and what the model makes of it, to be drawn; or None.
+        hidden: `hidden(model)` -> modules whose outputs are hidden states of a recurrent network, for structural
+            damping; or None.
+        chunk: examples that an evaluation takes at once, where 8,192 take too much memory.
+        budget: gradient-equivalents that a run is given where none are asked for; None for the command's own.
     """
 
     load: Callable[[Path | None], tuple[Batch, Batch]]
@@ -202,10 +240,17 @@ class ExampleTask(Task):
     loss: Loss
     metric: Metric | None = None
     image_shape: tuple[int, int] | None = None
+    unit: str = "examples"
+    whole: bool = False
+    redraw: Callable[[int, int], Batch] | None = None
+    draw: Callable[[nn.Module], Surfaces] | None = None
+    hidden: Callable[[Any], tuple[nn.Module, ...]] | None = None
+    chunk: int | None = None
+    budget: float | None = None
 
     @property
     def has_batches(self) -> bool:
-        return True
+        return not self.whole
 
     @property
     def squares(self) -> bool | None:
@@ -225,4 +270,9 @@ class ExampleTask(Task):
     ) -> ExampleProblem:
         train, heldout = (batch.to(device, dtype) for batch in self.load(data))
         train = train.take(slice(0, examples))
-        return ExampleProblem(self.name, model, train, heldout, self.loss, self.metric, self.image_shape)
+        redraw, count = self.redraw, len(train)
+        return ExampleProblem(
+            self.name, model, train, heldout, self.loss, self.metric, self.image_shape, self.unit,
+            None if redraw is None else lambda seed: redraw(count, seed).to(device, dtype),
+            self.draw, self.hidden, self.chunk, self.whole,
+        )  # fmt: skip

@@ -18,6 +18,7 @@ from imstep.tasks.equations import EQUATIONS
 from imstep.tasks.examples import ACCURACY, Batch, ExampleTask
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 from imstep.tasks.own import is_program, load_program
+from imstep.tasks.suite import SUITE
 from imstep.tasks.table_task import TableOptions, table_task
 from imstep.tasks.tables import is_table
 
@@ -142,7 +143,7 @@ class Origin:
     programs: bool = False
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (*_ALL, *EQUATIONS)}
+TASKS: dict[str, Task] = {task.name: task for task in (*_ALL, *EQUATIONS, *SUITE)}
 
 
 def get_task(name: str, table: TableOptions | None = None) -> Task:

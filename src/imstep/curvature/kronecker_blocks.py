@@ -158,11 +158,11 @@ class FactoredDamping(LayerInverses):
 
     def inverse(self, block: Block, damping: float) -> Inverse:
         a, g = block.inputs.double(), block.outputs.double()
-        tiny = torch.finfo(torch.float32).tiny
-        mean_a, mean_g = (max(float(m.diagonal().mean()), tiny) for m in (a, g))
-        balance = math.sqrt(mean_a / mean_g)
-        of_inputs = _shifted_inverse(a, max(balance * math.sqrt(damping), _LEAST * mean_a)).to(block.inputs.dtype)
-        of_outputs = _shifted_inverse(g, max(math.sqrt(damping) / balance, _LEAST * mean_g)).to(block.inputs.dtype)
+        # Numbers stay on the device, which need not be waited for.
+        mean_a, mean_g = (m.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) for m in (a, g))
+        balance, root = (mean_a / mean_g).sqrt(), math.sqrt(damping)
+        shifts = torch.maximum(balance * root, _LEAST * mean_a), torch.maximum(root / balance, _LEAST * mean_g)
+        of_inputs, of_outputs = (m.to(block.inputs.dtype) for m in _shifted_inverses((a, g), shifts))
         return partial(_between, of_outputs, of_inputs)
 
 
@@ -225,11 +225,20 @@ def _between(outputs: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
     return outputs @ matrix @ inputs
 
 
-def _shifted_inverse(matrix: Tensor, shift: float) -> Tensor:
-    """(M + shift I)⁻¹ of a positive semidefinite M; the shift grows where rounding has made M indefinite."""
+def _shifted_inverses(matrices: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Tensor]:
+    """(M + shift I)⁻¹ of positive semidefinite M; a shift grows where rounding has made its M indefinite."""
+    factored = [_factored(m, shift) for m, shift in zip(matrices, shifts, strict=True)]
+    for at, failed in enumerate(torch.stack([info for _, info in factored]).tolist()):
+        shift = shifts[at]
+        while failed:
+            shift = 10 * shift
+            factored[at] = _factored(matrices[at], shift)
+            failed = int(factored[at][1])
+    return [torch.cholesky_inverse(factor) for factor, _ in factored]
+
+
+def _factored(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky's factor of M + shift I, and 0 where there is one."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    while int(info) != 0:
-        shift *= 10
-        factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    return torch.cholesky_inverse(factor)
+    return factor, info

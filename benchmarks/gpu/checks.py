@@ -120,6 +120,8 @@ def product_row(name: str, device: torch.device) -> Row:
     }
     if not network.drawn:
         row["CPU"] = relative(product, infinitesimal(on_cpu, v.cpu()))
+    if device.type == "cuda":
+        row["captured"] = relative(imstep.Hessian(network.closure, network.parameters).static() @ v, product)
     try:
         row["double backward"] = relative(product, double_backward(network, v))
     except (RuntimeError, NotImplementedError) as error:

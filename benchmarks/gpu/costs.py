@@ -9,13 +9,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import imstep
 from benchmarks.products.measure import Here, failure
-from benchmarks.products.sides import GRADIENT, OWN, PEERS, missing
+from benchmarks.products.models import Subject
+from benchmarks.products.sides import GRADIENT, OWN, PEERS, Product, Side, missing
 from benchmarks.record_page import Row
 
 MODELS = ("MLP", "ResNet-18", "GPT")
+CAPTURED = "imstep, captured product"
 _WANTED = ("double backward", "double backward, graph kept", "curvlinops, Hessian", "curvlinops, Gauss-Newton")
-SIDES = (GRADIENT, *OWN, *(side for side in PEERS if side.name in _WANTED))
+
+
+def captured_product(subject: Subject) -> Product:
+    """As a replayed one, given to the GPU as a whole."""
+    hessian = imstep.Hessian(subject.closure, subject.model).static()
+    return lambda v: hessian @ v
+
+
+SIDES = (
+    GRADIENT,
+    *OWN,
+    Side(CAPTURED, "torch", captured_product, fresh=False),
+    *(side for side in PEERS if side.name in _WANTED),
+)
 WARM = 3
 
 

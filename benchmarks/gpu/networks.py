@@ -330,7 +330,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "Gaussian process": lambda: _of(_Gaussian(), torch.randn(6, 2), torch.randn(6), loss=_own),
     "variational autoencoder": lambda: _of(_Autoencoder(), torch.randn(5, 6), loss=_own, drawn=True),
     "weight norm": lambda: _layers(parametrizations.weight_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 2)),
-    "orthogonal": lambda: _layers(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2), shape=(5, 6)),
+    "orthogonal": lambda: _layers(parametrizations.orthogonal(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 2)),
     "physics-informed": pinn,
     "CTC loss": ctc,
     "cosine similarity, Huber loss": cosine,

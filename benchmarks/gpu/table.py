@@ -14,6 +14,7 @@ TOLERANCES = {
     "block": 1e-10,
     "asymmetry": 1e-10,
     "CPU": 1e-8,
+    "captured": 1e-10,
     "double backward": 1e-8,
     "parameters": 1e-6,
 }
@@ -57,7 +58,8 @@ def _tolerance(key: str) -> str:
 
 def _costs(rows: list[Row]) -> str:
     """Time of a product, its memory and its error, side by side."""
-    sides = list(dict.fromkeys(key.rpartition(", ")[0] for row in rows for key in row if key.endswith((", ms", "lure"))))
+    measured = [key for row in rows for key in row if key.endswith((", ms", ", failure"))]
+    sides = list(dict.fromkeys(key.rpartition(", ")[0] for key in measured))
     cells = []
     for side in sides:
         line = [side]
@@ -82,8 +84,8 @@ def _trained(rows: list[Row]) -> str:
 def _stream(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        facts = [f"{key} {_number(value)}" for key, value in row.items() if key != "name" and not isinstance(value, list)]
-        lines.append(f"**{row['name']}**: {'; '.join(facts)}.")
+        facts = {key: value for key, value in row.items() if key != "name" and not isinstance(value, list)}
+        lines.append(f"**{row['name']}**: {'; '.join(f'{key} {_number(value)}' for key, value in facts.items())}.")
         lines += [f"- {key}: {'; '.join(value)}" for key, value in row.items() if isinstance(value, list)]
         lines.append("")
     return "\n".join(lines).rstrip()

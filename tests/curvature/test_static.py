@@ -52,7 +52,8 @@ def test_products_of_a_capture_are_those_of_the_operator(name):
     for v, found in zip(vectors, (first, *rest), strict=True):  # the first one is not overwritten by the others
         torch.testing.assert_close(found, H @ v, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(static @ vectors.mT, H @ vectors.mT, rtol=1e-13, atol=1e-15)
-    assert static.parameters is H.parameters and static.products == 6
+    assert static.parameters is H.parameters
+    assert static.products == 6
 
 
 def test_a_jacobian_is_captured_with_its_transpose():
@@ -69,7 +70,7 @@ def test_a_capture_belongs_to_its_point():
     H = imstep.Hessian(network.closure, network.parameters).static(_recorded)
     with torch.no_grad():
         network.parameters[0].add_(1)
-    with pytest.raises(TapeChangedError, match="Build it anew|Evaluate at the new point"):
+    with pytest.raises(TapeChangedError, match=r"Build it anew|Evaluate at the new point"):
         H @ torch.ones(H.size, dtype=torch.float64)
 
 
@@ -80,7 +81,7 @@ def test_refusals():
         H.static()
     with pytest.raises(ValueError, match="are not replays of one record"):
         imstep.Hessian(network.closure, network.parameters, memory_budget=0).static(_recorded)
-    with pytest.raises(RuntimeError, match="a product could not be captured: not permitted. An operator on the way"):
+    with pytest.raises(RuntimeError, match=r"a product could not be captured: not permitted. An operator on the way"):
         H.static(_refusing)
 
 

@@ -32,8 +32,12 @@ def _steps(make, depth: int) -> list[tuple[int, imstep.optim.StepRecord]]:
 def test_reads_are_counted_once_and_methods_put_back():
     t, before = torch.ones(2), torch.Tensor.tolist
     with Reads() as reads:
-        assert float(t.sum()) == 2 and bool(t[0] > 0) and t.tolist() == [1, 1] and t.sum().item() == 2
-    assert reads.count == 4 and torch.Tensor.tolist is before
+        assert float(t.sum()) == 2
+        assert bool(t[0] > 0)
+        assert t.tolist() == [1, 1]
+        assert t.sum().item() == 2
+    assert reads.count == 4
+    assert torch.Tensor.tolist is before
 
 
 @pytest.mark.parametrize("make", [imstep.NewtonKrylov, imstep.NewtonKrylov.for_batches])

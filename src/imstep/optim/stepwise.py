@@ -21,6 +21,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.processes import Processes
+from imstep.optim.arguments import check_device
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
@@ -332,7 +333,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         return loss if attempt.returned is None else attempt.returned
 
     def _vector(self) -> ParameterVector:
-        return ParameterVector((p for group in self.param_groups for p in group["params"]), self._processes)
+        vector = ParameterVector((p for group in self.param_groups for p in group["params"]), self._processes)
+        check_device(vector.device)
+        return vector
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were added, frozen or unfrozen since."""

@@ -136,9 +136,9 @@ _OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
     "NewtonKrylov.for_batches": imstep.NewtonKrylov.for_batches,
     "LeastSquares": imstep.LeastSquares,
 }
-_TRAINED = {
-    "NewtonKrylov": ("Tanh", "batch norm", "GPT", "LSTM, two layers, both ways"),
-    "NewtonKrylov.for_batches": ("Tanh", "residual"),
+_TRAINED = {  # the GPT's full step multiplies rounding by 1e10, on one device alone, too
+    "NewtonKrylov": ("Tanh", "batch norm", "LSTM, two layers, both ways"),
+    "NewtonKrylov.for_batches": ("Tanh", "residual", "GPT"),
     "LeastSquares": ("Tanh", "physics-informed"),
 }
 

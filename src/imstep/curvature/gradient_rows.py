@@ -178,7 +178,7 @@ class StackedRows(GradientRows):
 
 
 def values_of(flags: Sequence[Tensor]) -> list[bool]:
-    """The values of tensors (0-dim), with one synchronisation of the device for all of them."""
+    """The values of flags (0-dim), with one synchronisation of the device for all of them."""
     return torch.stack(list(flags)).tolist() if flags else []
 
 

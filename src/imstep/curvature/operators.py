@@ -60,7 +60,10 @@ class ProductsOperator(LinearOperator):
         given as a whole. Blocks of products go the way they went.
 
         Args:
-            capture: how. :func:`~imstep.curvature.static.cuda_graph` unless you have another device.
+            capture: how; :func:`~imstep.curvature.static.cuda_graph`, or what does the same on another device.
+
+        Returns:
+            An operator on the same vectors, which belongs to the same point.
 
         Raises:
             ValueError: the vectors are not on a GPU, or products are not replays of one record.
@@ -68,6 +71,8 @@ class ProductsOperator(LinearOperator):
 
         Cost: four products, and the memory that one needs, held as long as the operator. Worth it for dozens of
             products at one point, such as those of a spectrum.
+
+        Source: our own, on PyTorch's CUDA graphs. Not tried on a GPU yet.
         """
         forward, transposed = self._captured(capture)
         return ProductsOperator(forward, transposed, self.check)

@@ -84,3 +84,35 @@ def test_compositions(loss, kind):
 def test_projections_take_the_original():
     module, point = _network(proj_size=2)
     _check(lambda q: functional_call(module, q, (X,))[0].pow(2).sum(), point)
+
+
+@pytest.mark.parametrize("h", [None, 1e-20])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_cells_of_a_gpu(kind, bias, h):
+    """The kernels of one step that PyTorch has on GPUs only, as no CPU can run them: against its own on a CPU."""
+    module, point = _network(kind, bias=bias)
+    states = 2 if kind is nn.LSTMCell else 1
+    point |= {f"state {at}": torch.rand(2, 4).double() for at in range(states)}
+    fused = torch.ops.aten._thnn_fused_lstm_cell if states == 2 else torch.ops.aten._thnn_fused_gru_cell
+
+    def f(q, step):
+        found = [q[f"state {at}"] for at in range(states)]
+        for x in X[:2]:
+            found = step(q, x, found)
+        return sum((s.sin() * (at + 2)).sum() for at, s in enumerate(found))
+
+    def on_gpu(q, x, found):
+        gates = x @ q["weight_ih"].T, found[0] @ q["weight_hh"].T
+        return fused(*gates, found[-1], q.get("bias_ih"), q.get("bias_hh"))[:states]
+
+    def on_cpu(q, x, found):
+        weights = {k: t for k, t in q.items() if "state" not in k}
+        made = functional_call(module, weights, (x, tuple(found) if states == 2 else found[0]))
+        return list(made) if states == 2 else [made]
+
+    torch.manual_seed(4)
+    direction = {k: torch.randn_like(t) for k, t in point.items()}
+    found, expected = (imstep.hvp(lambda q, s=s: f(q, s), point, direction, h=h) for s in (on_gpu, on_cpu))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    _check(lambda q: f(q, on_cpu), point, h)

@@ -24,6 +24,7 @@ from imstep.optim import (
     ResidualForcing,
     StepOutcome,
 )
+from imstep.optim.arguments import check_device
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
@@ -181,3 +182,8 @@ def test_numbers_out_of_range(options: dict[str, Any]) -> None:
 def test_strategies_out_of_range(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"got"):
         make()
+
+
+def test_a_device_without_double_precision():
+    with pytest.raises(ValueError, match=r"live on mps, which has no float64.*Move model and data"):
+        check_device(torch.device("mps"))

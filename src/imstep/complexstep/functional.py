@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from imstep.complexstep.arithmetic import Arithmetic
+from imstep.complexstep.generators import Generators
 from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.nesting import is_nested, refuse_lost_graph
 from imstep.complexstep.sight import Threads, refuse_threads, traced
@@ -165,13 +166,11 @@ def _over_branches(evaluate: Callable[[int], tuple[Any, bool]], leaves: list[Ten
     """What an evaluation finds; the mean over its branches, if there are two."""
     if not is_nested():
         return evaluate(1)[0]
-    random = torch.get_rng_state(), {t.device: torch.cuda.get_rng_state(t.device) for t in leaves if t.is_cuda}
+    random = Generators(t.device for t in leaves)
     found, branched = evaluate(1)
     if not branched:
         return found
-    torch.set_rng_state(random[0])
-    for device, state in random[1].items():
-        torch.cuda.set_rng_state(state, device)
+    random.restore()
     mean = lambda a, b: (a + b) / 2 if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) else a
     return tree_map(mean, found, evaluate(-1)[0])
 

@@ -242,6 +242,11 @@ class StackedRows(GradientRows):
         return Form(0, self._entries * len(self._slices))
 
 
+def values_of(flags: Sequence[Tensor]) -> list[bool]:
+    """The values of flags (0-dim), with one synchronisation of the device for all of them."""
+    return torch.stack(list(flags)).tolist() if flags else []
+
+
 def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:
     """The gradient rows of one parameter from what its uses add, in float64.
 
@@ -250,7 +255,8 @@ def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int)
         count: N.
         entries: of the parameter.
     """
-    pieces = [_owned(rows, owner) for rows, owner in pieces]
+    whole = values_of([(owner >= 0).all() for _, owner in pieces])
+    pieces = [piece if all_ else _owned(*piece) for piece, all_ in zip(pieces, whole, strict=True)]
     outer = [(rows.left, rows.right, owner) for rows, owner in pieces if rows.right is not None]
     plain = [(rows.left, owner) for rows, owner in pieces if rows.right is None]
     left, right = _slots(outer, count) if outer else (None, None)
@@ -276,8 +282,6 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 def _owned(rows: Rows, owner: Tensor) -> tuple[Rows, Tensor]:
     """Without the addends that belong to none."""
     live = owner >= 0
-    if bool(live.all()):
-        return rows, owner
     return Rows(rows.left[live], None if rows.right is None else rows.right[live]), owner[live]
 
 

@@ -71,11 +71,12 @@ class KroneckerFactors:
         self._direct = found.direct
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
-        for number, block in found.blocks.items():
-            block = replace(block, inputs=block.inputs / found.rows[number])
-            if not bool(torch.isfinite(block.inputs.sum() + block.outputs.sum())):
-                continue  # products of large numbers overflow before a gradient does
-            self._blocks[number] = _average(self._blocks.get(number), block, keep)
+        sums = [block.inputs.sum() / found.rows[at] + block.outputs.sum() for at, block in found.blocks.items()]
+        finite = torch.stack(sums).isfinite().tolist() if sums else []
+        for (number, block), usable in zip(found.blocks.items(), finite, strict=True):
+            if usable:  # products of large numbers overflow before a gradient does
+                block = replace(block, inputs=block.inputs / found.rows[number])
+                self._blocks[number] = _average(self._blocks.get(number), block, keep)
         for number, square in found.squares.items():
             old = self._diagonals.get(number)
             self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
@@ -211,13 +212,13 @@ class _KroneckerInverse(LinearOperator):
         super().__init__(parameters.size, parameters.dtype, parameters.device)
         self._parameters = parameters
         blocks = disjoint(blocks)
-        typical = _typical_curvature(blocks, diagonals)
+        typical, passed = _typical_curvature(blocks, diagonals)
 
-        def shift(b: Block) -> float:
-            passed = b.inputs.diagonal().any() and b.outputs.diagonal().any()  # else nothing passes through the layer
-            return max(damping[b.weight] + direct.get(b.weight, 0.0), 0.0 if passed else 1e-3 * typical)
+        def shift(b: Block, passes: bool) -> float:
+            return max(damping[b.weight] + direct.get(b.weight, 0.0), 0.0 if passes else 1e-3 * typical)
 
-        self._blocks, self._shifts, self._kind = blocks, [shift(b) for b in blocks], inverses
+        shifts = [shift(b, passes) for b, passes in zip(blocks, passed, strict=True)]
+        self._blocks, self._shifts, self._kind = blocks, shifts, inverses
         # Processes that share out the work come to a product together, not to the loading of a state.
         self._inverses = self._made() if parameters.processes is None else None
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
@@ -252,9 +253,15 @@ class _KroneckerInverse(LinearOperator):
         return self._parameters.flatten(parts)
 
 
-def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> float:
-    """The mean diagonal entry of the approximation, where it is positive."""
-    means = [b.inputs.diagonal().mean() * b.outputs.diagonal().mean() for b in blocks]
-    means += [d[d > 0].mean() for d in diagonals.values() if bool((d > 0).any())]
-    positive = [float(m) for m in means if m > 0]
-    return sum(positive) / len(positive) if positive else 1.0
+def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> tuple[float, list[bool]]:
+    """The mean diagonal entry of the approximation, where it is positive, and whether anything passes through a layer.
+
+    With one synchronisation of the device for all of them.
+    """
+    ends = [(b.inputs.diagonal(), b.outputs.diagonal()) for b in blocks]
+    means = [a.mean() * g.mean() for a, g in ends]
+    means += [d.clamp(min=0).sum() / (d > 0).sum() for d in diagonals.values()]  # nan where none is
+    passed = [a.any() & g.any() for a, g in ends]
+    found = torch.stack([t.double() for t in (*means, *passed)]).tolist() if means else []
+    positive = [m for m in found[: len(means)] if m > 0]
+    return sum(positive) / len(positive) if positive else 1.0, [bool(p) for p in found[len(means) :]]

@@ -190,18 +190,14 @@ class FactoredDamping(LayerInverses):
     """
 
     def work(self, block: Block, damping: float) -> list[Work]:
-        a, g = block.inputs, block.outputs
-        tiny = torch.finfo(torch.float32).tiny
-        mean_a, mean_g = (max(float(m.double().diagonal().mean()), tiny) for m in (a, g))
-        balance = math.sqrt(mean_a / mean_g)
-        shifts = max(balance * math.sqrt(damping), _LEAST * mean_a), max(math.sqrt(damping) / balance, _LEAST * mean_g)
         return [
-            Work(m, (len(m), len(m)), a.dtype, partial(_shifted_inverse, m, shift))
-            for m, shift in zip((a, g), shifts, strict=True)
+            Work(m, (len(m), len(m)), m.dtype, partial(_alone, m, shift))
+            for m, shift in zip((block.inputs, block.outputs), _shifts(block, damping), strict=True)
         ]
 
     def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
-        of_inputs, of_outputs = parts or [work.compute() for work in self.work(block, damping)]
+        factors = block.inputs, block.outputs
+        of_inputs, of_outputs = parts or _shifted_inverses(factors, _shifts(block, damping))
         return partial(_between, of_outputs, of_inputs)
 
 
@@ -285,12 +281,34 @@ def _eigen(matrix: Tensor) -> Tensor:
     return torch.cat([vectors, values[None]])
 
 
-def _shifted_inverse(factor: Tensor, shift: float) -> Tensor:
-    """(M + shift I)⁻¹ of a positive semidefinite M; the shift grows where rounding has made M indefinite."""
-    matrix = factor.double()
+def _shifts(block: Block, damping: float) -> tuple[Tensor, Tensor]:
+    """What is added to the diagonals of both factors; numbers stay on the device, which need not be waited for."""
+    tiny = torch.finfo(torch.float32).tiny
+    mean_a, mean_g = (m.double().diagonal().mean().clamp(min=tiny) for m in (block.inputs, block.outputs))
+    balance, root = (mean_a / mean_g).sqrt(), math.sqrt(damping)
+    return torch.maximum(balance * root, _LEAST * mean_a), torch.maximum(root / balance, _LEAST * mean_g)
+
+
+def _shifted_inverses(factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Tensor]:
+    """(M + shift I)⁻¹ of positive semidefinite M; a shift grows where rounding has made its M indefinite."""
+    matrices = [factor.double() for factor in factors]
+    factored = [_factored(m, shift) for m, shift in zip(matrices, shifts, strict=True)]
+    for at, failed in enumerate(torch.stack([info for _, info in factored]).tolist()):
+        shift = shifts[at]
+        while failed:
+            shift = 10 * shift
+            factored[at] = _factored(matrices[at], shift)
+            failed = int(factored[at][1])
+    found = [torch.cholesky_inverse(factor) for factor, _ in factored]
+    return [m.to(factor.dtype) for m, factor in zip(found, factors, strict=True)]
+
+
+def _alone(factor: Tensor, shift: Tensor) -> Tensor:
+    return _shifted_inverses([factor], [shift])[0]
+
+
+def _factored(matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky's factor of M + shift I, and 0 where there is one."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    triangle, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    while int(info) != 0:
-        shift *= 10
-        triangle, info = torch.linalg.cholesky_ex(matrix + shift * identity)
-    return torch.cholesky_inverse(triangle).to(factor.dtype)
+    factor, info = torch.linalg.cholesky_ex(matrix + shift * identity)
+    return factor, info

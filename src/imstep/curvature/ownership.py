@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.course import KnownCourses
+from imstep.curvature.gradient_rows import values_of
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use_rules import Use
 
@@ -67,7 +68,8 @@ class KnownOwners:
             rows = _spread(residuals, uses, members)
             if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
                 return None
-            if any(bool(part[owner < 0].any()) for part, owner in zip(rows, known, strict=True)):
+            owned = values_of([(owner >= 0).all() for owner in known])
+            if any(bool(part[at < 0].any()) for part, at, all_ in zip(rows, known, owned, strict=True) if not all_):
                 return None
             groups.append(Group(members, rows, known))  # rows that are zero now may well be owned
         return groups or None

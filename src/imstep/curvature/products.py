@@ -31,6 +31,9 @@ class Products(ABC):
     nbytes = 0
     """Bytes that the products keep alive between them, parameters included."""
 
+    fixed = False
+    """Whether each product runs the same operators on the same memory."""
+
     def __init__(self, rows: TensorVector, columns: TensorVector) -> None:
         self.rows, self.columns = rows, columns
 
@@ -58,6 +61,8 @@ class ReplayedProducts(Products):
         tape: from the tensors of ``columns`` to those of ``rows``.
         rows, columns: see :class:`Products`.
     """
+
+    fixed = True
 
     def __init__(self, tape: Tape, rows: TensorVector, columns: TensorVector) -> None:
         super().__init__(rows, columns)
@@ -104,7 +109,7 @@ class ReplayedProducts(Products):
         """How many directions to replay together: as many as the largest intermediate value has room for."""
         if self._tape.exchanges:
             return 1
-        return max(1, _ROOM[self.columns.device.type == "cuda"] // max(self._tape.largest, 1))
+        return max(1, _ROOM[self.columns.device.type != "cpu"] // max(self._tape.largest, 1))
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
         return ReplayedProducts(self._tape.restricted(columns, rows), self.rows.part(rows), self.columns.part(columns))
@@ -135,6 +140,7 @@ class ShiftedProducts(Products):
     def __init__(self, products: Products, diagonal: Tensor) -> None:
         super().__init__(products.rows, products.columns)
         self._products, self._diagonal, self.nbytes = products, diagonal, products.nbytes
+        self.fixed = products.fixed
 
     def one(self, direction: Tensor) -> Tensor:
         return self._products.one(direction).addcmul_(self._diagonal, direction)
@@ -206,7 +212,7 @@ class StackedProducts(Products):
         forms = [form for part in parts for form in part.rows.forms]
         super().__init__(TensorVector(forms, parts[0].rows.dtype, parts[0].rows.device), parts[0].columns)
         self._parts = list(parts)
-        self.nbytes = sum(part.nbytes for part in parts)
+        self.nbytes, self.fixed = sum(part.nbytes for part in parts), all(part.fixed for part in parts)
 
     def one(self, direction: Tensor) -> Tensor:
         return torch.cat([part.one(direction) for part in self._parts])
@@ -234,7 +240,7 @@ class JoinedProducts(Products):
         forms = [form for part in parts for form in part.columns.forms]
         super().__init__(parts[0].rows, TensorVector(forms, parts[0].columns.dtype, parts[0].columns.device))
         self._parts, self._sizes = list(parts), [part.columns.size for part in parts]
-        self.nbytes = sum(part.nbytes for part in parts)
+        self.nbytes, self.fixed = sum(part.nbytes for part in parts), all(part.fixed for part in parts)
 
     def one(self, direction: Tensor) -> Tensor:
         return self.several(direction.unsqueeze(0)).squeeze(0)

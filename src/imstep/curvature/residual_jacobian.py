@@ -68,7 +68,8 @@ class JacobianRows(RowMatrix):
         return JacobianRows(parts, self._sizes, len(index), self.device)
 
     def squared_norm(self) -> float:
-        return sum(float(part.squared_norms.sum()) for part in self._parts if part is not None)
+        sums = [part.squared_norms.sum() for part in self._parts if part is not None]
+        return sum(torch.stack(sums).tolist()) if sums else 0.0
 
     def written_out(self) -> Tensor:
         empty = lambda n: torch.zeros(self.shape[0], n, dtype=F64, device=self.device)

@@ -115,12 +115,12 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         return None
     edges = [GradientEdge(square.node, 0) for square in squares]
     factors = later_grad(loss, edges)
+    if bool(torch.stack([(passed < 0).any() for passed in factors]).any()):
+        return None
     values: list[Tensor] = []
     outputs: list[Output] = []
     start = 0
     for square, passed in zip(squares, factors, strict=True):
-        if bool((passed < 0).any()):
-            return None
         with torch.no_grad():
             z = square.parts[0] - square.parts[1] if len(square.parts) > 1 else square.parts[0].detach()
             scale = (2 * square.share * passed).sqrt().expand(z.shape)

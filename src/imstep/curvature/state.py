@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.generators import Generators
 from imstep.complexstep.registry import signature
 from imstep.curvature.recording import Recording
 
@@ -28,17 +29,13 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._device = device
+        self._torch = Generators([device])
 
     def restore(self) -> None:
         """Put the generators back to this state."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+        self._torch.restore()
 
 
 class Writes:

@@ -76,18 +76,20 @@ class Check:
     def wrong(self, parts: Sequence[GradientRows | None]) -> list[int]:
         """The parameters whose rows, times the factors, do not add up to what autograd says."""
         with unseen():
-            pairs = zip(parts, self.exact, strict=True)
-            return [at for at, (part, g) in enumerate(pairs) if not self._right(part, g)]
-
-    def _right(self, part: GradientRows | None, g: Tensor | None) -> bool:
-        if g is None:
-            return True
-        missed, size = as_reals(g).double().reshape(-1), 0.0
-        if part is not None:
-            missed = missed - part.rmatvec(self.factors.double())
-            size = float(part.squared_norms.sqrt().sum())
+            known = [(at, g) for at, g in enumerate(self.exact) if g is not None]
+            measured = [t for at, g in known for t in self._missed(parts[at], g)]
+            values = torch.stack(measured).view(-1, 2).tolist() if measured else []
+        limit = lambda g: min(_SLACK * torch.finfo(g.dtype).eps, _COARSE)
         # What is not finite is not wrong: the gradient will show it.
-        return not float(missed.norm()) > min(_SLACK * torch.finfo(g.dtype).eps, _COARSE) * size
+        pairs = zip(known, values, strict=True)
+        return [at for (at, g), (missed, size) in pairs if missed > limit(g) * size]
+
+    def _missed(self, part: GradientRows | None, g: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the rows are from a gradient, and the size of what was added up."""
+        exact = as_reals(g).double().reshape(-1)
+        if part is None:
+            return exact.norm(), exact.new_zeros(())
+        return (exact - part.rmatvec(self.factors.double())).norm(), part.squared_norms.sqrt().sum()
 
 
 @dataclass(frozen=True, eq=False)

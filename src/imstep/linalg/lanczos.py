@@ -107,11 +107,11 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
     for step in range(steps):
         basis[step] = vector
         image = operator.matvec(vector)
-        alpha = torch.dot(vector, image).item()
+        along = torch.dot(vector, image)
         known = basis[: step + 1]
         for _ in range(2):
             image = image - known.mT @ (known @ image)
-        beta = image.norm().item()
+        alpha, beta = torch.stack([along, image.norm()]).tolist()
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             break
         alphas.append(alpha)

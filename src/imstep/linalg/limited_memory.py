@@ -49,7 +49,7 @@ class LimitedMemoryPreconditioner(LinearOperator):
             raise ValueError(f"damping must be at least 0, got {damping}.")
         super().__init__(base.size, base.dtype, base.device)
         self._base = base
-        self._updates = [update for p, image in pairs if (update := _update(p, image, damping)) is not None]
+        self._updates = _updates(pairs, damping)
 
     def __len__(self) -> int:
         return len(self._updates)
@@ -65,8 +65,12 @@ class LimitedMemoryPreconditioner(LinearOperator):
         return q
 
 
-def _update(p: Tensor, image: Tensor, damping: float) -> tuple[Tensor, Tensor, float] | None:
-    y = image.add(p, alpha=damping) if damping > 0 else image
-    curvature, p2, y2 = dots((p, y), (p, p), (y, y))
-    safe = math.isfinite(curvature) and curvature > _LEAST_COSINE * math.sqrt(p2 * y2)
-    return (p, y, curvature) if safe else None
+def _updates(pairs: Sequence[tuple[Tensor, Tensor]], damping: float) -> list[tuple[Tensor, Tensor, float]]:
+    """p, y and pᵀy of the pairs whose curvature is safely positive; one synchronisation of the device for all."""
+    damped = [(p, image.add(p, alpha=damping) if damping > 0 else image) for p, image in pairs]
+    numbers = dots(*(ends for p, y in damped for ends in ((p, y), (p, p), (y, y)))) if damped else ()
+    return [
+        (p, y, curvature)
+        for (p, y), curvature, p2, y2 in zip(damped, numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+        if math.isfinite(curvature) and curvature > _LEAST_COSINE * math.sqrt(p2 * y2)
+    ]

@@ -102,3 +102,12 @@ def value_of(fun: Callable[[Tensor], Tensor], by_squares: bool) -> Callable[[Ten
         return found
 
     return value
+
+
+def check_device(device: torch.device) -> None:
+    """Raise where steps cannot be taken on a device."""
+    if device.type == "mps":
+        raise ValueError(
+            "the parameters live on mps, which has no float64, in which a step adds up norms and factors matrices. "
+            "Move model and data to the CPU, or to a GPU of CUDA or ROCm."
+        )

@@ -80,12 +80,13 @@ class StepAttempt(ABC):
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
         loss, gradient = self.start
+        value = float(loss)
         return StepRecord(
             step=self._memory.steps,
             outcome=StepOutcome.ACCEPTED,
             status=None,
-            loss=float(loss),
-            new_loss=float(loss),
+            loss=value,
+            new_loss=value,
             gradient_norm=float(gradient.norm()),
             penalty=self.penalty_now(),
             radius=radius,

@@ -23,6 +23,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.processes import Processes
 from imstep.curvature.sharded import parameter_vector
+from imstep.optim.arguments import check_device
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
 from imstep.optim.examination import Examination
@@ -341,7 +342,9 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         return loss if attempt.returned is None else attempt.returned
 
     def _vector(self) -> ParameterVector:
-        return parameter_vector((p for group in self.param_groups for p in group["params"]), self._processes)
+        vector = parameter_vector((p for group in self.param_groups for p in group["params"]), self._processes)
+        check_device(vector.device)
+        return vector
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were added, frozen or unfrozen since."""

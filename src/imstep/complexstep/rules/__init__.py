@@ -40,6 +40,7 @@ _FAMILIES = (
     "bags",
     "segments",
     "recurrence",
+    "cells",
     "random",
     "quantised",
     "collectives",

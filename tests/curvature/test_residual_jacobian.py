@@ -372,6 +372,37 @@ def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
         assert 19 <= J.backward_passes - (2 if first else 0) <= 22
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_conditions_at_a_single_point_cost_nothing_more(outputs: int) -> None:
+    """A start or a corner: biases, scale and shift of a batch of one are told like those of many."""
+    model = nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, outputs)).double()
+    factor, x, start = nn.Parameter(torch.tensor(0.7, dtype=F64)), normal(9, 2), normal(1, 2, seed=1)
+    params = [*model.parameters(), factor]
+    residuals = lambda: [(1.0, factor * model(x)), (2.0, factor * model(start)[:, -1:])]
+    values, expected = dense((params, residuals))
+    vector, known = ParameterVector(params), KnownOwners()
+    passes = []
+    for _ in range(2):
+        J = jacobian_at(lambda: loss_of(residuals()), vector, known)
+        assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+        assert J.explicit == ()
+        passes.append(J.backward_passes)
+    assert passes[1] == len(known._groups) + 1 <= outputs + 2
+
+
+def test_single_rows_whose_entries_are_residuals_by_themselves() -> None:
+    """A scale met by a batch, and by numbers that it is to have itself: too many residuals in one row to part."""
+    w, x, wanted = nn.Parameter(normal(20)), normal(5, 20), normal(1, 20, seed=1)
+    residuals = lambda: [(1.0, (w * x).sum(1)), (3.0, w - wanted)]
+    values, expected = dense(([w], residuals))
+    vector, known = ParameterVector([w]), KnownOwners()
+    for _ in range(2):
+        J = jacobian_at(lambda: loss_of(residuals()), vector, known)
+        assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+        assert J.explicit == (0,)
+        assert not known.lone
+
+
 def test_one_side_is_enough() -> None:
     """400 residuals and 2 parameters: two products, one pass to check them, and nothing a residual."""
     t, w = torch.linspace(0, 1, 400, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))

@@ -9,12 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 
 import imstep
 from imstep.runs.optimizers import get_optimizer
 from imstep.tasks import TASKS, Condition, PhysicsTask, TaskError, get_task
 from imstep.tasks.equations.burgers import burgers_solution
+from imstep.tasks.equations.cavity import CENTRELINES, cavity_flow
 from imstep.tasks.equations.heat import HeatWithConductivity
 from imstep.tasks.equations.phase_field import allen_cahn_solution
 
@@ -127,6 +129,40 @@ def test_measured_temperatures_are_data_and_equations_see_the_conductivity() -> 
     torch.testing.assert_close(equation.residual(model, x).detach() - faster, 2 * (faster - slower))
 
 
+def test_the_flow_in_a_cavity_is_the_published_one() -> None:
+    """Ghia, Ghia and Shin's values; and the extremes of Botella and Peyret (Comput. Fluids 27, 1998, p. 421)."""
+    flow = get_task("cavity").reference().values.numpy().reshape(33, 33, 2)
+    u, v = (CubicSpline(np.linspace(0, 1, 33), values) for values in (flow[:, 16, 0], flow[16, :, 1]))
+    for name, found in (("u", u), ("v", v)):
+        at, published = np.array(CENTRELINES[name]).T
+        assert abs(found(at) - published).max() < 1e-2
+    fine = np.linspace(0, 1, 1001)
+    extremes = u(fine).min(), v(fine).max(), v(fine).min()
+    np.testing.assert_allclose(extremes, (-0.2140424, 0.1795728, -0.2538030), atol=1e-3)
+    slow = cavity_flow(16, reynolds=0.0)
+    np.testing.assert_allclose(slow[..., 0], slow[:, ::-1, 0], atol=1e-12)  # creeping flow is symmetric
+
+
+def test_the_equations_of_the_cavity() -> None:
+    """At the flow of Kovasznay, which satisfies them, and at another."""
+    equations = get_task("cavity").conditions[0].residual
+    rate = 50 - math.sqrt(50**2 + 4 * PI**2)
+    x = torch.rand(20, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def kovasznay(x: Tensor) -> Tensor:
+        grown, angle = torch.exp(rate * x[:, 0]), 2 * PI * x[:, 1]
+        flow = 1 - grown * torch.cos(angle), rate / (2 * PI) * grown * torch.sin(angle), -(grown**2) / 2
+        return torch.stack(flow, 1)
+
+    assert equations(kovasznay, x).abs().max() < 1e-12
+    linear = lambda x: torch.stack([x[:, 1], 2 * x[:, 0], 3 * x[:, 0] * x[:, 1]], 1)  # (u·∇)u = (v, 2u)
+    expected = torch.stack([2 * x[:, 0] + 3 * x[:, 1], 2 * x[:, 1] + 3 * x[:, 0], 0 * x[:, 0]], 1)
+    torch.testing.assert_close(equations(linear, x), expected)
+    walls = get_task("cavity").conditions[1].residual
+    edge = torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.0, 0.5], [0.5, 0.0]], dtype=F64)
+    torch.testing.assert_close(walls(lambda x: 0 * x, edge)[:, 0], torch.tensor([-1.0, -0.75, 0.0, 0.0], dtype=F64))
+
+
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_points_depend_on_seed_and_step_alone(name: str) -> None:
     problem = get_task(name).build(0, examples=60)
@@ -137,7 +173,7 @@ def test_points_depend_on_seed_and_step_alone(name: str) -> None:
     assert all(not torch.equal(a.of[0], b.of[0]) for a, b in pairwise([*draws, problem.train]))
     for condition, points in zip(problem.conditions, again.of, strict=True):
         assert len(points) == condition.count
-        assert condition.residual(problem.model, points).shape == (len(points), 1)
+        assert condition.residual(problem.model, points).shape[:-1] == (len(points),)
     assert problem.evaluate(problem.heldout).loss > 0
     assert problem.evaluate(problem.train).loss == pytest.approx(problem.closure(problem.train)().item(), rel=1e-5)
     with pytest.raises(TaskError, match="points a step"):
@@ -157,8 +193,11 @@ def test_every_equation_is_trained_by_least_squares(name: str) -> None:
 @pytest.mark.parametrize("redrawn", [True, False])
 def test_training_at_points_that_stay_is_checked_at_others(redrawn: bool) -> None:
     problem = dataclasses.replace(get_task("heat-1d"), redrawn=redrawn).build(0, dtype=F64, examples=40)
-    stepper = get_optimizer("least-squares").create(problem, recall=0.5)
+    stepper = get_optimizer("least-squares").create(problem, recall=0.5, balance=1)
     record = stepper.step(problem, next(problem.batches(0))).record
+    assert len(record["weights"]) == len(problem.conditions)
+    with pytest.raises(ValueError, match="balance is 0 for none"):
+        get_optimizer("least-squares").create(problem, balance=0.5)
     if redrawn:
         assert problem.check() is None
         assert math.isnan(record["new_check_loss"])

@@ -74,8 +74,8 @@ class GradientRows(ABC):
         """The rows at ``index`` (k,)."""
 
     @abstractmethod
-    def over(self, divisor: float) -> GradientRows:
-        """B / divisor."""
+    def over(self, divisor: float | Tensor) -> GradientRows:
+        """B / divisor; of a tensor, (N, 1), an entry for each row."""
 
     @abstractmethod
     def written_out(self) -> Tensor:
@@ -118,7 +118,7 @@ class PlainRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])
 
-    def over(self, divisor: float) -> GradientRows:
+    def over(self, divisor: float | Tensor) -> GradientRows:
         return PlainRows(self._rows / divisor)
 
     def written_out(self) -> Tensor:
@@ -174,7 +174,7 @@ class OuterRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return OuterRows(self._left[:, index], self._right[:, index])
 
-    def over(self, divisor: float) -> GradientRows:
+    def over(self, divisor: float | Tensor) -> GradientRows:
         return OuterRows(self._left / divisor, self._right)
 
     def written_out(self) -> Tensor:
@@ -226,7 +226,7 @@ class StackedRows(GradientRows):
     def select(self, index: Tensor) -> GradientRows:
         return StackedRows([part.select(index) for part in self._slices], self._entries)
 
-    def over(self, divisor: float) -> GradientRows:
+    def over(self, divisor: float | Tensor) -> GradientRows:
         return StackedRows([part.over(divisor) for part in self._slices], self._entries)
 
     def written_out(self) -> Tensor:

@@ -47,6 +47,7 @@ class KnownOwners:
         recorded: whether evaluations are to be recorded, for columns by forward products; None where that is ruled out.
         dependent: whether residuals were found to depend on each other.
         at_once: whether residuals share so many rows of layers that J written out costs less than their groups.
+        lone: whether the row of a batch of one is a row of one residual, as far as is known.
         courses: what was found of earlier evaluations.
     """
 
@@ -55,6 +56,7 @@ class KnownOwners:
         self._groups: list[tuple[Tensor, list[Tensor]]] = []
         self.recorded: bool | None = False
         self.dependent = self.at_once = False
+        self.lone = True
 
     def groups(self, residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
         """The rows with the owners that are remembered; None where there are none for them.
@@ -83,16 +85,18 @@ class KnownOwners:
         self._groups = found
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered: of each group its members and the owners of each use's rows; whether to record; courses.
+        """What is remembered: of each group its members and the owners of each use's rows; whether to record;
+        single rows; courses.
         """
         state = {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
-        return {**state, "at_once": self.at_once, "courses": self.courses.state_dict()}
+        return {**state, "at_once": self.at_once, "lone": self.lone, "courses": self.courses.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._groups = [(members, list(owners)) for members, owners in state["groups"]]
         self.recorded, self.dependent = state["recorded"], state["dependent"]
-        self.at_once = state.get("at_once", False)  # older states have neither this nor courses
+        self.at_once = state.get("at_once", False)  # older states have none of these
+        self.lone = state.get("lone", False)  # their owners are for so many uses
         self.courses.load_state_dict(state.get("courses", {}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 
@@ -17,7 +18,7 @@ from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.staleness import nodes_of
-from imstep.curvature.uses import Rows, Use, Uses, find_uses
+from imstep.curvature.uses import Rows, Use, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import full_precision
@@ -33,6 +34,9 @@ AFFORDABLE = 1000
 _AT_ONCE = 4
 """Uses of parameters, over all groups, for a column or row: with more, J written out is cheaper. Our choice: for a
 system of 108 parameters over 48 times, columns take 0.06 s and groups 2.4 s a step."""
+
+_FEW = 16
+"""Groups of residuals up to which the row of a batch of one is taken for one residual's; our choice."""
 
 
 class JacobianRows(RowMatrix):
@@ -178,6 +182,7 @@ class ResidualJacobian(JacobianRows):
     Attributes:
         loss: f(w), a 0-dim tensor.
         residuals: ρ, (N,), float64.
+        terms: how many of them each term of the loss has, that is, each square that the closure writes, in order.
         evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
         backward_passes: how many it took to build; a forward product counts as one.
         used: whether the residuals depend on each parameter.
@@ -234,10 +239,10 @@ class ResidualJacobian(JacobianRows):
         before = frozen.losses
         evaluation = Evaluation.of(frozen, parameters, known)
         residuals, tensors = evaluation.residuals, parameters.tensors
-        uses = find_uses([o.z for o in residuals.outputs], tensors)
-        parts, wrong, check = _parts(evaluation, uses, tensors, known)
+        parts, wrong, check = _parts(evaluation, tensors, known)
         for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
             parts[at] = part
+        self.terms = residuals.sizes
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
         self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course
@@ -245,15 +250,25 @@ class ResidualJacobian(JacobianRows):
         self.hooked = check is not None and check.hooked
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
+    def weighted(self, weights: Tensor) -> ResidualJacobian:
+        """That of the loss ½ Σ weights_i ρ_i², weights (N,) > 0; kept as compactly, without an evaluation."""
+        factors = weights.sqrt()
+        other = copy.copy(self)
+        other._parts = [None if part is None else part.over(1 / factors[:, None]) for part in self._parts]
+        other.residuals = factors * self.residuals
+        other.loss = (other.residuals.square().sum() / 2).to(self.loss)
+        return other
+
 
 def _parts(
-    evaluation: Evaluation, uses: Uses, tensors: Sequence[Tensor], known: KnownOwners
+    evaluation: Evaluation, tensors: Sequence[Tensor], known: KnownOwners
 ) -> tuple[list[GradientRows | None], list[int], Check | None]:
     """The rows for each parameter, the positions of those whose rows are not known, and what they were checked by."""
     residuals, course = evaluation.residuals, evaluation.course
     none: list[GradientRows | None] = [None] * len(tensors)
     if not len(residuals.values):
         return none, [], None
+    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone)
     if known.dependent or known.at_once:
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
     told = [use for use in uses.known if use.parameter not in uses.unknown]
@@ -276,8 +291,14 @@ def _parts(
     try:
         groups = find_groups(residuals, told, dear)
     except DearGroupsError:
+        if uses.lone:
+            known.lone = False
+            return _parts(evaluation, tensors, known)
         known.at_once = True
         return none, list(range(len(tensors))), check
+    if uses.lone and (groups is None or len(groups) > _FEW):
+        known.lone = False
+        return _parts(evaluation, tensors, known)
     if groups is None:
         if shorter > AFFORDABLE:
             raise NoResidualsError(

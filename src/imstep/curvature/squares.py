@@ -56,11 +56,13 @@ class Residuals:
     Attributes:
         values: ρ, (N,), detached.
         outputs: what they are made of.
+        sizes: how many of them each square of the loss has, in order.
         passes: backward passes made so far.
     """
 
     values: Tensor
     outputs: tuple[Output, ...]
+    sizes: tuple[int, ...]
     passes: int = 0
 
     def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
@@ -128,7 +130,7 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         signed = zip(square.parts, (scale, -scale), strict=False)
         outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
         start += z.numel()
-    return Residuals(torch.cat(values), tuple(outputs))
+    return Residuals(torch.cat(values), tuple(outputs), tuple(map(len, values)))
 
 
 def require_residuals(loss: Tensor) -> Residuals:

@@ -39,6 +39,8 @@ class Use:
         other: the rows (R, l) that they form outer products with; None where they are the addends themselves.
         transposed: whether those outer products are other ⊗ spread rather than spread ⊗ other.
         member: of a stack of layers, whose parameter has one slice for each, which layer it is, and of how many.
+        lone: whether it is a vector that is added to, or multiplies, a batch of one row: that row may be of one
+            residual, as a layer's is at a single point, or its entries of one each.
     """
 
     parameter: int
@@ -47,6 +49,7 @@ class Use:
     other: Callable[[], Tensor] | None = None
     transposed: bool = False
     member: tuple[int, int] = (0, 1)
+    lone: bool = False
 
     def rows(self, spread: Tensor) -> Rows:
         """The addends for the rows of a gradient."""
@@ -209,7 +212,9 @@ def _broadcast(p: Operand, addends: Callable[[Tensor], Tensor]) -> Found:
     """
     if p.stacked:
         return _stacked_rows(p, addends)
-    if p.transposed or math.prod(p.node._input_metadata[0].shape) == p.shape.numel():
+    shape = p.node._input_metadata[0].shape
+    lone = math.prod(shape) == p.shape.numel()
+    if p.transposed or (lone and len(shape) <= len(p.shape)):
         return None
 
     def spread(d: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ def _broadcast(p: Operand, addends: Callable[[Tensor], Tensor]) -> Found:
         own = [i for i, n in enumerate(shape) if n != 1]
         return addends(d).permute(*repeated, *own).reshape(-1, p.shape.numel())
 
-    return Use(p.parameter, p.edge, spread)
+    return Use(p.parameter, p.edge, spread, lone=lone)
 
 
 def _convolution(p: Operand) -> Found:

@@ -23,7 +23,7 @@ __all__ = ["Rows", "Use", "Uses", "find_uses"]
 _REENTRANT = "CheckpointFunctionBackward"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Uses:
     """All uses of the parameters in a graph.
 
@@ -31,31 +31,34 @@ class Uses:
         known: those whose rows can be told. Positions from the number of parameters on are those of ``derived``.
         unknown: positions of parameters that are used in other ways as well.
         derived: what is computed from parameters alone and used in their place, such as a weight that is normalised.
+        lone: whether some of ``known`` are of a batch of one row, whose entries may yet be of one residual each.
     """
 
     known: list[Use]
     unknown: set[int]
     derived: list[Derived]
+    lone: bool = False
 
 
-def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Uses:
+def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: bool = True) -> Uses:
     """The uses of parameters in what ``outputs`` are computed from.
 
     Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
     ensemble), convolutions with one group, the scale and shift of normalisations, and parameters that are added to,
     multiply or divide a larger tensor; so are the uses of what is computed from parameters alone. An output that is a
-    parameter itself counts as unknown.
+    parameter itself counts as unknown. A batch of one row counts with ``lone``, where the parameter meets larger ones
+    as well.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.
     """
-    return _Walk(outputs, parameters).uses
+    return _Walk(outputs, parameters, lone).uses
 
 
 class _Walk:
     """Through a graph, from its outputs to the uses of parameters."""
 
-    def __init__(self, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: bool) -> None:
         self._parameters = parameters
         self._position = {id(p): at for at, p in enumerate(parameters)}
         self._pure = derived_nodes(outputs, self._position)
@@ -76,7 +79,7 @@ class _Walk:
             for at, (parent, number) in enumerate(node.next_functions):
                 if parent is not None and not self._used(node, at, parent, number):
                     waiting.append(parent)
-        self._withdraw(seen)
+        self._withdraw(seen, lone)
 
     def _used(self, node: Any, at: int, parent: Any, number: int) -> bool:
         """Whether an argument of a node is a parameter, or made of some in a way that is known; noted if so."""
@@ -101,15 +104,20 @@ class _Walk:
         self.uses.known.extend(own or [])
         return True
 
-    def _withdraw(self, seen: set[Any]) -> None:
-        """Leave to other means what is a stack in some of its uses only, or is derived and met otherwise as well."""
+    def _withdraw(self, seen: set[Any], lone: bool) -> None:
+        """Leave to other means what is a stack in some of its uses only, or is derived and met otherwise as well, and
+        what meets single rows, unless it meets more elsewhere and ``lone`` is set.
+        """
         uses, count = self.uses, len(self._parameters)
+        met = {use.parameter for use in uses.known if lone and not use.lone}
         members: dict[int, int] = {}
         for use in uses.known:
-            if members.setdefault(use.parameter, use.member[1]) != use.member[1]:
+            doubtful = use.lone and use.parameter not in met
+            if doubtful or members.setdefault(use.parameter, use.member[1]) != use.member[1]:
                 uses.unknown.update(
                     [use.parameter] if use.parameter < count else uses.derived[use.parameter - count].parameters
                 )
+        uses.lone = any(use.lone and use.parameter in met for use in uses.known)
         for derived in uses.derived:
             if derived.node in seen:
                 uses.unknown.update(derived.parameters)

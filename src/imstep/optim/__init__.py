@@ -3,6 +3,7 @@
 from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFirst
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
+from imstep.optim.balancing import Balancing, EqualGradients, EqualTraces
 from imstep.optim.box import Box
 from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
@@ -71,6 +72,7 @@ __all__ = [
     "SR1",
     "AdaHessianRule",
     "AutomaticRate",
+    "Balancing",
     "BestRateForcing",
     "BlendedConjugateGradient",
     "BlockBFGS",
@@ -85,6 +87,8 @@ __all__ = [
     "Direct",
     "Dogleg",
     "EarlierDraws",
+    "EqualGradients",
+    "EqualTraces",
     "ExactHessian",
     "ExponentialAverage",
     "FactoredDamping",

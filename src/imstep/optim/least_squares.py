@@ -19,9 +19,11 @@ from imstep.curvature.shared import SharedBatch
 from imstep.globalization import ContractionDamping, SearchState
 from imstep.linalg import ByShape, Factorisation
 from imstep.optim.averaging import Averaging
+from imstep.optim.balancing import Balancing
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.checking import Check
 from imstep.optim.memory import Memory
+from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.recall import EarlierDraws
 from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
@@ -44,7 +46,7 @@ class LeastSquares(StepwiseOptimizer):
         min over d of ‖ρ(w + d)‖² + λ‖d‖²
 
     λ follows from how fast their corrections shrink; other λ are tried without a new factorisation. There is no
-    learning rate to set, and the loss never rises.
+    learning rate to set, and the loss never rises (with ``balance`` that with weights).
 
     Data, random numbers and buffers are the same for all evaluations of one step. A step that cannot be accepted leaves
     parameters and buffers bit for bit as they were.
@@ -70,6 +72,10 @@ class LeastSquares(StepwiseOptimizer):
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.
         recall: :class:`EarlierDraws`, for points drawn anew each step: a step changes little at the points of those
             before it, without evaluating anything there; J is written out. None for steps that know only their own.
+        balance: :class:`EqualTraces` or :class:`EqualGradients`, for losses of several terms, such as an equation and
+            boundary values: each step lowers a sum with weights chosen so that none is left behind. They take the
+            place of factors that the closure gives, are kept for a step, and told in ``last_step.weights``. What
+            :meth:`step` returns, ``.grad`` and checks are without them. None for the sum as it is.
         tolerance: ‖g‖ at which a point counts as stationary, >= 0.
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
@@ -127,6 +133,7 @@ class LeastSquares(StepwiseOptimizer):
         share: float = 1.0,
         momentum: float = 0.0,
         recall: EarlierDraws | None = None,
+        balance: Balancing | None = None,
         tolerance: float = 1e-12,
         max_trials: int = 30,
         max_refusals: int = 5,
@@ -134,6 +141,11 @@ class LeastSquares(StepwiseOptimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._processes = Processes.of(process_group)
+        if balance is not None and self._processes is not None:
+            raise ValueError(
+                "balance weights the terms of one process's loss, and those of several are not matched up. Leave "
+                "balance out, or write the factors into the loss."
+            )
         self._settings = Settings(
             damping or ContractionDamping(),
             factorisation or ByShape(),
@@ -142,6 +154,7 @@ class LeastSquares(StepwiseOptimizer):
             share,
             momentum,
             recall,
+            balance,
             tolerance,
             max_trials,
         )
@@ -182,6 +195,11 @@ class LeastSquares(StepwiseOptimizer):
                 no meaning here, such as clipping gradients.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
+        if self._settings.balance is not None and MicroBatches.of(closure) is not None:
+            raise ValueError(
+                "balance weights the terms of one loss, and in a batch in pieces each piece has terms of its own. Take "
+                "all in one closure, or leave balance out."
+            )
         with nullcontext() if self._processes is None else self._processes.interrupted_together():
             return self._step(closure) if check is None else self._step_and_check(closure, check)
 
@@ -246,7 +264,8 @@ class LeastSquares(StepwiseOptimizer):
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box, self._processes)
 
     def _chosen(self) -> dict[str, Any]:
-        chosen = {name: getattr(self._settings, name) for name in ("damping", "factorisation", "scaling", "recall")}
+        names = ("damping", "factorisation", "scaling", "recall", "balance")
+        chosen = {name: getattr(self._settings, name) for name in names}
         return {name: strategy for name, strategy in chosen.items() if strategy is not None}
 
     def _parts(self) -> dict[str, Any]:

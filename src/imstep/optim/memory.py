@@ -51,6 +51,7 @@ class Memory:
         reach: the longest ‖t d‖ that may be tried; infinite unless a step was taken back or rejected.
         failed: the shortest ‖t d‖ that failed, if the last step was rejected; else infinite.
         earlier: rows of earlier Jacobians, (m, n), where a strategy keeps them; None where there are none.
+        weights: of the terms of the loss, (m,), where a strategy balances them.
         checks: the loss at other points, where steps are given one.
     """
 
@@ -75,6 +76,7 @@ class Memory:
     reach: float = math.inf
     failed: float = math.inf
     earlier: Tensor | None = None
+    weights: Tensor | None = None
     checks: CheckHistory = field(default_factory=CheckHistory)
 
     def meet(self, gradient_norm: float) -> Memory:

@@ -123,6 +123,9 @@ class StepRecord:
         factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "singular values" of J, its "triangular"
             factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
         rank: how many numbers the step was sought among.
+        weights: of the terms of the loss, where they are balanced. ``slope`` to ``taylor_error`` are then of the loss
+            with these weights, by which the step is judged; all other losses, and ``gradient_norm``, are without.
+        weighted_loss, new_weighted_loss: the former before and after the step, weight decay included.
         cost: evaluations spent.
         seconds: wall-clock time.
     """
@@ -153,6 +156,9 @@ class StepRecord:
     went_back: bool = False
     factorisation: str | None = None
     rank: int = 0
+    weights: tuple[float, ...] = ()
+    weighted_loss: float = math.nan
+    new_weighted_loss: float = math.nan
     check_loss: float = math.nan
     new_check_loss: float = math.nan
     cost: Cost = Cost()

@@ -17,6 +17,7 @@ from imstep.curvature.shared import SharedBatch
 from imstep.curvature.shared_jacobian import SharedJacobian
 from imstep.curvature.staleness import StaleLossError
 from imstep.linalg import DampedLeastSquares
+from imstep.optim.balancing import Balancing, Weighted
 from imstep.optim.box import Box
 from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_relief
 from imstep.optim.ground import Ground, ground_at
@@ -72,6 +73,7 @@ class ResidualAttempt(StepAttempt):
         self._loss: Tensor
         self._gradient: Tensor
         self._trials: ResidualTrials | SharedTrials
+        self._weighted: Weighted | None = None  # where terms are balanced
         self._recall = settings.recall  # None where the points are not known to be new
         self._earlier: Tensor | None = None  # rows of earlier Jacobians, (m, n)
 
@@ -88,6 +90,12 @@ class ResidualAttempt(StepAttempt):
         if record.gradient_norm <= self._settings.tolerance:
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
+        if self._settings.balance is not None:
+            record, memory = self._balance(record, memory, self._settings.balance)
+            jacobian = self._jacobian
+            if float(self._free(self._judged).norm()) <= self._settings.tolerance:
+                self._keep = True
+                return replace(record, outcome=StepOutcome.CONVERGED), memory
         where = self._parameters, self._settings, memory, self._box
         if not new_points(record.loss, memory.loss):
             self._recall = None
@@ -112,14 +120,28 @@ class ResidualAttempt(StepAttempt):
             self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
         self._jacobian = jacobian
         self._loss, self._residuals = jacobian.loss, jacobian.residuals
-        self._gradient = jacobian.gradient.to(self._parameters.dtype)
+        self._gradient = self._judged = jacobian.gradient.to(self._parameters.dtype)
         self._penalty = self._frozen.settle_penalty(jacobian.used)
         if self._penalty is not None:
             w = self._parameters.get()
             self._loss = jacobian.loss + self._penalty.value(w)
-            self._gradient = self._gradient + self._penalty.factors * w
+            self._gradient = self._judged = self._gradient + self._penalty.factors * w
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
         return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
+
+    def _balance(self, record: StepRecord, memory: Memory, rule: Balancing) -> tuple[StepRecord, Memory]:
+        """Weights for the terms of the loss; what is linearised has them from here on."""
+        assert isinstance(self._jacobian, ResidualJacobian)  # refused over processes
+        weights = rule.weights(self._jacobian, memory.weights)
+        self._weighted = weighted = Weighted(weights, self._jacobian, self._settings.corrections + 1)
+        self._jacobian = jacobian = weighted.jacobian
+        self._residuals = jacobian.residuals
+        self._judged = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
+        if self._penalty is not None:
+            self._judged = self._judged + self._penalty.factors * self._parameters.get()
+        loss = float(jacobian.loss) + record.penalty
+        record = replace(record, weights=tuple(weights.tolist()), weighted_loss=loss, new_weighted_loss=loss)
+        return record, replace(memory, weights=weights)
 
     # --- trials -------------------------------------------------------------------------------------------------
 
@@ -184,10 +206,10 @@ class ResidualAttempt(StepAttempt):
             return False
         if not fine:
             return self._trials.finite_at(there)
-        gradient = self._trials.gradient_at(there)
+        gradient = self._trials.gradient_at(there, self._weighted)
         if self._penalty is not None:
             gradient = gradient + self._penalty.factors * self._parameters.get()
-        before, after = (self._free(g) for g in (self._gradient, gradient))
+        before, after = (self._free(g) for g in (self._judged, gradient))
         return ground.size(after, damping) <= _LOWER * ground.size(before, damping)
 
     def _accept(
@@ -211,7 +233,8 @@ class ResidualAttempt(StepAttempt):
         predicted = -slope - curvature / 2
         record = replace(
             record,
-            new_loss=record.loss - left,
+            new_loss=record.loss - (left if self._weighted is None else self._plain_decrease(share)),
+            new_weighted_loss=record.weighted_loss - left,
             trials=self._trials.spent.losses,
             step_length=1.0,
             direction_norm=float(there.norm()),
@@ -256,6 +279,11 @@ class ResidualAttempt(StepAttempt):
         decrease = decrease_of(residuals, self._residuals_at(step)) + self._relief(step)
         return decrease if math.isfinite(decrease) else -math.inf
 
+    def _plain_decrease(self, step: Tensor) -> float:
+        """By how much a step lowers the loss without weights."""
+        assert self._weighted is not None
+        return self._weighted.plain_decrease(step) + self._relief(step)
+
     def _held(self, step: Tensor) -> float:
         """What a step costs at the points of earlier ones."""
         return 0.0 if self._earlier is None else float((self._earlier @ step.double()).square().sum()) / 2
@@ -278,6 +306,7 @@ class ResidualAttempt(StepAttempt):
     def _residuals_at(self, step: Tensor) -> Tensor:
         """ρ(w + d), (N,), and what changes at the points of earlier steps."""
         own = self._trials.residuals_at(step)
+        own = own if self._weighted is None else self._weighted.residuals(step, own)
         return own if self._earlier is None else torch.cat([own, self._earlier @ step.double()])
 
     def _free(self, gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from imstep.globalization import ContractionDamping
 from imstep.linalg import Factorisation
+from imstep.optim.balancing import Balancing
 from imstep.optim.recall import EarlierDraws
 from imstep.optim.scaling import Scaling
 
@@ -22,6 +23,7 @@ class Settings:
     share: float
     momentum: float
     recall: EarlierDraws | None
+    balance: Balancing | None
     tolerance: float
     max_trials: int
 
@@ -31,6 +33,8 @@ class Settings:
                 raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}.")
         if self.recall is not None and not isinstance(self.recall, EarlierDraws):
             raise TypeError(f"recall must be EarlierDraws, or None for nothing, got {self.recall!r}.")
+        if self.balance is not None and not isinstance(self.balance, Balancing):
+            raise TypeError(f"balance must be EqualTraces, EqualGradients, or None for nothing, got {self.balance!r}.")
         if self.corrections < 1 or self.max_trials < 1:
             raise ValueError(
                 f"corrections and max_trials are at least 1, got {self.corrections} and {self.max_trials}."

@@ -14,6 +14,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import require_residuals
 from imstep.curvature.staleness import check_fresh, nodes_of
+from imstep.optim.balancing import Weighted
 from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.record import Cost
 
@@ -57,15 +58,20 @@ class ResidualTrials:
         self.follows = self.follows or not torch.equal(values, self._start)
         return values
 
-    def gradient_at(self, step: Tensor) -> Tensor:
-        """∇f(w + d), (n,), without a penalty; leaves the parameters there."""
+    def gradient_at(self, step: Tensor, weighted: Weighted | None = None) -> Tensor:
+        """∇f(w + d), (n,), without a penalty, of the loss with weights if there are any; leaves the parameters there.
+        """
         if self._there is None or not torch.equal(self._there[0], step):
             self._move(step)
             self.spent += Cost(losses=1)
             self._by_closure(step)
         assert self._there is not None
         self.spent += Cost(jacobian_passes=1)
-        return self._parameters.flatten(later_grad(self._there[1], self._parameters.tensors, whole=True))
+        loss, tensors = self._there[1], self._parameters.tensors
+        if weighted is None:
+            return self._parameters.flatten(later_grad(loss, tensors, whole=True))
+        residuals = require_residuals(loss)
+        return self._parameters.flatten(residuals.pull_back(weighted.cotangent(residuals.values), tensors))
 
     def finite_at(self, step: Tensor) -> bool:
         """Whether the gradient at w + d, where the residuals are, is finite; leaves the parameters there."""

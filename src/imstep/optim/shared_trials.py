@@ -11,6 +11,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.shared import SharedBatch
 from imstep.curvature.shared_jacobian import SharedJacobian
+from imstep.optim.balancing import Weighted
 from imstep.optim.record import Cost
 from imstep.optim.residual_trials import ResidualTrials
 
@@ -51,8 +52,9 @@ class SharedTrials:
         self.follows = self.follows or not torch.equal(values, self._jacobian.residuals)
         return values
 
-    def gradient_at(self, step: Tensor) -> Tensor:
-        """∇f(w + d), (n,), without a penalty; leaves the parameters there."""
+    def gradient_at(self, step: Tensor, weighted: Weighted | None = None) -> Tensor:
+        """∇f(w + d), (n,), without a penalty; leaves the parameters there. Terms are not balanced over processes."""
+        assert weighted is None
         self.spent += Cost(jacobian_passes=1)
 
         def own() -> Tensor | None:

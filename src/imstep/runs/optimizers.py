@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import EarlierDraws, ExponentialAverage, LeastSquares
+from imstep.optim import EarlierDraws, EqualGradients, EqualTraces, ExponentialAverage, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.known_methods import known_methods
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
@@ -41,6 +41,13 @@ def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
     more = shared(LeastSquares, options)
     if options["recall"] != 0:
         more["recall"] = EarlierDraws(options["recall"])
+    if options["balance"] != 0:
+        rule = {1.0: EqualTraces, 2.0: EqualGradients}.get(options["balance"])
+        if rule is None:
+            raise OptimizerError(
+                f"balance is 0 for none, 1 for EqualTraces or 2 for EqualGradients, got {options['balance']:g}."
+            )
+        more["balance"] = rule()
     return CheckedStepper(
         LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
     )
@@ -101,7 +108,13 @@ _ALL = (
         "LeastSquares",
         "Levenberg-Marquardt steps in residual space, for few residuals, as of differential equations.",
         _least_squares,
-        {"damping": ContractionDamping().initial, "corrections": 8, "recall": 0.0, **shared_options(LeastSquares)},
+        {
+            "damping": ContractionDamping().initial,
+            "corrections": 8,
+            "recall": 0.0,
+            "balance": 0.0,
+            **shared_options(LeastSquares),
+        },
         full_batch=True,
     ),
     OptimizerSpec(

@@ -55,7 +55,7 @@ class Reference:
 
     Args:
         points: where, (k, d), float64; for a picture, of a grid that runs along the second axis of `shape` first.
-        values: the solution there, (k, m), float64.
+        values: the solution there, (k, m), float64: the first m components of a network's values.
         relative: whether the error is divided by the solution's norm; else it is a root mean square.
         shape: (rows, columns) of the grid, to draw the first component; None where it is no grid.
         axes: the coordinates that run along columns and rows, and their names.
@@ -146,7 +146,7 @@ class PhysicsProblem(Problem):
         if isinstance(batch, Points):
             with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
                 return Evaluation(float(self._loss(batch).detach()), None, len(batch))
-        missed = self._values(batch) - batch.values
+        missed = self._values(batch)[:, : batch.values.shape[1]] - batch.values
         error = missed.norm() / batch.values.norm() if batch.relative else missed.square().mean().sqrt()
         return Evaluation(float(error), None, len(batch.points))
 

@@ -1,6 +1,6 @@
 """Published physics-informed problems, each with an exact or a spectral solution."""
 
-from imstep.tasks.equations import burgers, heat, phase_field, poisson, transport
+from imstep.tasks.equations import burgers, cavity, heat, phase_field, poisson, transport
 from imstep.tasks.physics import PhysicsTask
 
 __all__ = ["EQUATIONS"]
@@ -11,4 +11,5 @@ EQUATIONS: tuple[PhysicsTask, ...] = (
     *burgers.TASKS,
     *phase_field.TASKS,
     *transport.TASKS,
+    *cavity.TASKS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.strength.averaging import AveragedStepper
+from imstep.bench.averaging import AveragedStepper
 from benchmarks.strength.peers import PEERS, Schedule, constant, cosine
 from imstep.globalization import LevenbergMarquardt
 from imstep.optim import FixedProducts, NewtonKrylov, Recycling

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.strength import record as records
 from benchmarks.strength.__main__ import main
-from benchmarks.strength.averaging import AveragedStepper
+from imstep.bench.averaging import AveragedStepper
 from benchmarks.strength.page import BEGIN, END, write_page
 from benchmarks.strength.peers import cosine
 from benchmarks.strength.record import StrengthRecord

@@ -17,6 +17,8 @@ except ImportError as error:  # pragma: no cover (the test environment has them)
     ) from error
 
 import imstep
+from imstep.cli.benching import bench
+from imstep.cli.claiming import claims
 from imstep.cli.comparing import compare, demo
 from imstep.cli.listing import new, tasks
 from imstep.cli.options import dated, explained
@@ -57,7 +59,7 @@ def _main(
     pass
 
 
-for _command in (demo, train, compare, spectrum, new, tasks):
+for _command in (demo, train, compare, bench, spectrum, claims, new, tasks):
     app.command()(_command)
 
 

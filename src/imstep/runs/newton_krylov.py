@@ -34,13 +34,13 @@ def make_for_batches(problem: Problem, options: Mapping[str, float]) -> Stepper:
 
     Args:
         problem: whose parameters are trained.
-        options: ``decay``, the weight of the past in the average.
+        options: ``decay``, the weight of the past in the average, and ``weight_decay``.
 
     Raises:
         ValueError: a number is out of range.
     """
-    average = ExponentialAverage(options["decay"])
-    return AveragedStepper(NewtonKrylov.for_batches(problem.parameters, average=average))
+    average, decay = ExponentialAverage(options["decay"]), options["weight_decay"]
+    return AveragedStepper(NewtonKrylov.for_batches(problem.parameters, average=average, weight_decay=decay))
 
 
 def make_newton_krylov(problem: Problem, options: Mapping[str, float]) -> Stepper:

@@ -1,0 +1,7 @@
+"""What every run's process has from the start: torch and what its optimizers import when the first one is made."""
+
+import torch._dynamo
+
+import imstep.bench.work
+
+__all__: list[str] = []

@@ -1,0 +1,89 @@
+"""Training: mini-batches that do not contaminate, and how it compares with tuned peers, in both currencies."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from imstep.claims.claim import Figure, at_least, at_most
+from imstep.runs.optimizers import get_optimizer
+from imstep.runs.rows import Clock, EvaluationRow, Limits, Schedule
+from imstep.runs.runner import Trainer
+from imstep.tasks import Task, get_task
+
+__all__ = ["faster", "mini_batches", "outperforms"]
+
+Curve = list[EvaluationRow]
+
+
+def _curve(
+    task: Task, optimizer: str, options: Mapping[str, float], budget: float, batch_size: int | None, seed: int = 0
+) -> Curve:
+    """Evaluations of a run within the budget."""
+    problem = task.build(seed)
+    stepper = get_optimizer(optimizer).create(problem, **options)
+    trainer = Trainer(
+        problem, stepper, batch_size=batch_size, seed=seed, schedule=Schedule(budget / 40, Clock.COST)
+    )
+    rows = trainer.run(Limits(budget=budget))
+    return [row for row in rows if isinstance(row, EvaluationRow) and row.cost <= budget * 1.05]
+
+
+def _best(curve: Curve) -> float:
+    return min((row.train_loss for row in curve if math.isfinite(row.train_loss)), default=math.inf)
+
+
+def _tuned(task: Task, peers: Mapping[str, Sequence[float]], budget: float, batches: Sequence[int | None]) -> Curve:
+    """The run with the lowest training loss, of every peer at every rate in every batch size."""
+    curves = [
+        _curve(task, name, {"lr": rate}, budget, size)
+        for name, rates in peers.items()
+        for rate in rates
+        for size in ((None,) if name == "lbfgs" else batches)
+    ]
+    return min(curves, key=_best)
+
+
+def mini_batches() -> Sequence[Figure]:
+    """Batches of 32 digits: `for_batches` beside the full-batch configuration on the same batches, three seeds."""
+    task, budget = get_task("digits-mlp"), 8.0
+    ours = [_curve(task, "newton-krylov-batches", {}, budget, 32, seed) for seed in range(3)]
+    plain = [_curve(task, "newton-krylov", {}, budget, 32, seed) for seed in range(3)]
+    ends = [curve[-1].heldout_loss for curve in ours]
+    # A held-out loss that goes up from one look to the next is what contamination looks like.
+    rises = max(b.heldout_loss / a.heldout_loss for curve in ours for a, b in zip(curve[4:], curve[5:], strict=False))
+    return [
+        at_most("held-out loss / of plain Newton-Krylov, median", _ratio(ends, [c[-1].heldout_loss for c in plain]), 0.9),
+        at_most("held-out loss at the end / at the start, worst seed", max(ends) / ours[0][0].heldout_loss, 0.15),
+        at_most("largest rise of the held-out loss between looks, factor", rises, 1.3),
+    ]
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(ours) / statistics.median(theirs)
+
+
+def outperforms() -> Sequence[Figure]:
+    """The digits autoencoder: the lowest training loss within 100 gradients beside tuned SGD, Adam and L-BFGS."""
+    task, budget = get_task("digits-autoencoder"), 100.0
+    peers = {"adam": (3e-3, 1e-2), "sgd": (0.3, 1.0), "lbfgs": (1.0,)}
+    best = _tuned(task, peers, budget, (None, 150))
+    ours = _curve(task, "newton-krylov", {}, budget, None)
+    return [at_most("training loss / the best peer's, 100 gradients", _best(ours) / _best(best), 0.8)]
+
+
+def faster() -> Sequence[Figure]:
+    """Poisson's equation at fixed points: cost and seconds to the best loss that any tuned peer reaches."""
+    task, budget = replace(get_task("poisson-2d"), redrawn=False), 400.0  # type: ignore[call-arg]
+    best = _tuned(task, {"adam": (3e-3, 1e-2), "soap": (3e-3, 1e-2), "lbfgs": (1.0,)}, budget, (None,))
+    theirs = min(best, key=lambda row: row.train_loss)
+    ours = _curve(task, "least-squares", {}, budget / 4, None)
+    there = next((row for row in ours if row.train_loss <= theirs.train_loss), None)
+    cost = there.cost if there else math.inf
+    seconds = there.seconds if there else math.inf
+    return [
+        at_least("gradients of the best peer / ours, to its loss", theirs.cost / cost, 10.0),
+        at_least("seconds of the best peer / ours, to its loss", theirs.seconds / seconds, 3.0),
+    ]

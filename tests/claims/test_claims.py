@@ -1,0 +1,92 @@
+"""`imstep claims` measures, says pass or fail, and tells failure by its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import imstep
+from imstep.claims import CLAIMS, Figure, at_least, at_most, derivatives, steps, training
+from imstep.cli import app, claiming
+from imstep.globalization import TaylorMonitor
+
+
+def imstep_command(*words: str) -> Result:
+    return CliRunner().invoke(app, ["claims", *words])
+
+
+def missed(figures: Sequence[Figure]) -> list[str]:
+    return [figure.name for figure in figures if not figure.met]
+
+
+QUICK = [
+    derivatives.accuracy, derivatives.symmetry, derivatives.cost, steps.termination, steps.local_convergence,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
+def test_quick_claims_hold(check: Callable[[], Sequence[Figure]]) -> None:
+    # Seconds mean nothing while others share the core: counts and errors are what this looks at.
+    assert [name for name in missed(check()) if "gradients" not in name and "double backward with" not in name] == []
+
+
+def test_the_models_error_is_of_third_order() -> None:
+    assert steps._error_order(steps.Regression((4, 8, 1), 30, torch.float64), 0) == pytest.approx(3, abs=0.15)
+    cost, _ = steps._down(TaylorMonitor(radius=1e-6))
+    assert cost < 300
+
+
+def test_every_other_check_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "METHODS", {"newton-cg": steps.METHODS["newton-cg"]})
+    assert missed(steps.methods()) == ["methods by name"]
+    monkeypatch.setattr(steps, "_FUNCTIONS", steps._FUNCTIONS[2:3])
+    assert missed(steps.global_convergence()) == []
+
+
+def test_an_order_is_read_at_the_peers_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = lambda losses: [training.EvaluationRow(k, k, 10.0 * k, 2.0 * k, f, f) for k, f in enumerate(losses)]
+    curves = {"least-squares": rows([1.0, 0.01]), "adam": rows([1.0] * 20 + [0.1]), "lbfgs": rows([1.0])}
+    monkeypatch.setattr(training, "_curve", lambda task, name, *rest: curves.get(name, rows([1.0])))
+    assert [figure.value for figure in training.faster()] == [20.0, 20.0]
+    curves["least-squares"] = rows([1.0, 0.5])
+    assert [figure.met for figure in training.faster()] == [False, False]
+
+
+def test_a_wrong_derivative_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = imstep.hvp
+    monkeypatch.setattr(imstep, "hvp", lambda *args, **options: 1.001 * right(*args, **options))
+    assert "worst error, float64" in missed(derivatives.accuracy())
+    result = imstep_command("--only", "accuracy")
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    assert "missed: worst error" in result.output
+
+
+def test_figures_keep_their_bounds() -> None:
+    assert at_most("x", 1.0, 1.0).met and at_least("x", 1.0, 1.0).met
+    assert not at_most("x", float("nan"), 1.0).met
+    assert not at_least("x", float("nan"), 1.0).met
+
+
+def test_an_error_is_a_failure_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Sequence[Figure]:
+        raise RuntimeError("no memory")
+
+    chosen = {"cost": replace(CLAIMS["cost"], check=broken), "symmetry": CLAIMS["symmetry"]}
+    monkeypatch.setattr(claiming, "CLAIMS", chosen)
+    result = imstep_command()
+    assert result.exit_code == 1
+    assert "RuntimeError: no memory" in result.output
+    assert "1 of 2 claims pass; failed: cost" in result.output
+    assert imstep_command("--only", "symmetry").exit_code == 0
+
+
+def test_names() -> None:
+    result = imstep_command("--only", "acuracy")
+    assert result.exit_code == 2
+    assert "Did you mean 'accuracy'" in " ".join(result.output.split())
+    assert "python -m benchmarks.termination" in imstep_command("--list").output

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,18 @@ def test_the_short_form_is_kept_and_not_made_again(tmp_path: Path, monkeypatch: 
     before = files(tmp_path / "b")
     assert sorted(before) == [
         f"digits-mlp/{run}.json"
-        for run in ("imstep/seed-0", "imstep/trial-00", "imstep/trial-01", "muon/seed-0", "muon/trial-00", "muon/trial-01")
+        for run in (f"{side}/{kind}" for side in ("imstep", "muon") for kind in ("seed-0", "trial-00", "trial-01"))
     ]
     for text in before.values():
         record = json.loads(text)
         assert record["about"]["threads"] == "1"
         assert {"PyTorch", "processor", "instructions", "date"} <= set(record["about"])
         costs = [row[0] for row in record["curve"]]
-        assert costs[0] == 0 and costs[-1] >= record["request"]["limits"]["budget"] - 1e-6
+        assert costs[0] == 0
+        assert costs[-1] >= record["request"]["limits"]["budget"] - 1e-6
     page = (tmp_path / "b" / "digits-mlp.html").read_text()
-    assert "Muon" in page and "2 trials of 2 gradient-equivalents" in page
+    assert "Muon" in page
+    assert "2 trials of 2 gradient-equivalents" in page
     assert "digits-mlp.html" in (tmp_path / "b" / "index.html").read_text()
     (summary,) = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert set(summary["duels"]) == {"cost", "seconds"}
@@ -135,7 +138,8 @@ def test_limits_of_ones_own() -> None:
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.label)
 def test_all_that_are_tuned_have_equal_trials_in_their_ranges(entry: Entry) -> None:
     sides = entry.contestants()
-    assert sides[0].name == OWN and len(sides) >= 7
+    assert sides[0].name == OWN
+    assert len(sides) >= 7
     for side in sides:
         ranges, jobs = entry.ranges_of(side), trials_of(entry, side, 8)
         assert ("weight_decay" in ranges) == entry.decay
@@ -149,8 +153,9 @@ def test_all_that_are_tuned_have_equal_trials_in_their_ranges(entry: Entry) -> N
 
 def test_trials_spread_over_a_range() -> None:
     shares = sorted(math.log10(t["lr"]) for t in SIDES["adamw"].trials(8, {"lr": Range(1e-8, 1.0)}))
-    gaps = [b - a for a, b in zip(shares, shares[1:], strict=False)]
-    assert max(gaps) < 2.2 and shares[0] < -6.8 and shares[-1] > -1.2
+    assert max(b - a for a, b in pairwise(shares)) < 2.2
+    assert shares[0] < -6.8
+    assert shares[-1] > -1.2
     with pytest.raises(ValueError, match="range"):
         Range(1.0, 0.1)
     assert side_of("torch.optim:RMSprop").trials(2, side_of("torch.optim:RMSprop").ranges)[0] == {"lr": 0.01}

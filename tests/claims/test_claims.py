@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,19 +19,24 @@ def imstep_command(*words: str) -> Result:
     return CliRunner().invoke(app, ["claims", *words])
 
 
+def once(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    for work in works.values():
+        work()
+    return dict.fromkeys(works, 1.0)
+
+
 def missed(figures: Sequence[Figure]) -> list[str]:
     return [figure.name for figure in figures if not figure.met]
 
 
-QUICK = [
-    derivatives.accuracy, derivatives.symmetry, derivatives.cost, steps.termination, steps.local_convergence,
-]  # fmt: skip
+QUICK = [derivatives.accuracy, derivatives.symmetry, derivatives.cost, steps.termination]
 
 
 @pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
-def test_quick_claims_hold(check: Callable[[], Sequence[Figure]]) -> None:
-    # Seconds mean nothing while others share the core: counts and errors are what this looks at.
-    assert [name for name in missed(check()) if "gradients" not in name and "double backward with" not in name] == []
+def test_quick_claims_hold(check: Callable[[], Sequence[Figure]], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds mean nothing while others share the core: every product is made once, and takes one.
+    monkeypatch.setattr(derivatives, "median_seconds", once)
+    assert missed(check()) == []
 
 
 def test_the_models_error_is_of_third_order() -> None:
@@ -67,7 +72,8 @@ def test_a_wrong_derivative_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figures_keep_their_bounds() -> None:
-    assert at_most("x", 1.0, 1.0).met and at_least("x", 1.0, 1.0).met
+    assert at_most("x", 1.0, 1.0).met
+    assert at_least("x", 1.0, 1.0).met
     assert not at_most("x", float("nan"), 1.0).met
     assert not at_least("x", float("nan"), 1.0).met
 
@@ -76,7 +82,8 @@ def test_an_error_is_a_failure_and_the_rest_is_measured(monkeypatch: pytest.Monk
     def broken() -> Sequence[Figure]:
         raise RuntimeError("no memory")
 
-    chosen = {"cost": replace(CLAIMS["cost"], check=broken), "symmetry": CLAIMS["symmetry"]}
+    good = replace(CLAIMS["symmetry"], check=lambda: [at_most("error", 0.0, 1.0)])
+    chosen = {"cost": replace(CLAIMS["cost"], check=broken), "symmetry": good}
     monkeypatch.setattr(claiming, "CLAIMS", chosen)
     result = imstep_command()
     assert result.exit_code == 1

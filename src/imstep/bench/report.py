@@ -72,8 +72,9 @@ def _file(entry: Entry) -> str:
 
 def _note() -> str:
     return (
-        "Gradient-equivalents and seconds are told to the same level of the measure: the task's target, or the best that "
-        "both imstep and the best peer reach in the median of the seeds. The best peer may differ from column to column."
+        "Gradient-equivalents and seconds are told to the same level of the measure: the task's target, or the best "
+        "that both imstep and the best peer reach in the median of the seeds. The best peer may differ from column to "
+        "column."
     )
 
 
@@ -96,7 +97,8 @@ def _page(request: BenchRequest, summary: Summary, tuning: Results, runs: Result
     entry, task = summary.entry, get_task(summary.entry.task)
     batch = "full batch" if entry.batch_size is None else f"batches of {entry.batch_size}"
     limit = f"{entry.budget:g} gradient-equivalents" if entry.seconds is None else f"{entry.seconds:g} s"
-    lead = f"{task.description} {batch[0].upper()}{batch[1:]}, {limit} a run, {entry.dtype}. Judged by {entry.measure.title}."
+    told = f"{batch[0].upper()}{batch[1:]}, {limit} a run, {entry.dtype}. Judged by {entry.measure.title}."
+    lead = f"{task.description} {told}"
     every = [run for rows in (*tuning.values(), *runs.values()) for run in rows]
     parts = [
         _duels(summary),
@@ -115,7 +117,10 @@ def _duels(summary: Summary) -> str:
 
 def _standings(summary: Summary) -> tuple[Sequence[str], list[Sequence[str]]]:
     measure = summary.entry.measure
-    head = ("contestant", "seeds", measure.title, "reached", "gradient-eq. to it", "seconds to it", "gradient-eq.", "seconds")
+    head = (
+        "contestant", "seeds", measure.title, "reached", "gradient-eq. to it", "seconds to it", "gradient-eq.",
+        "seconds",
+    )  # fmt: skip
     loss = lambda value: short(measure.shown(value))
     count, time = "{:,.0f}".format, "{:,.1f}".format
 
@@ -176,7 +181,7 @@ def _curves(entry: Entry, runs: Results) -> str:
         for column, title in (("train", "Training loss"), ("heldout", "Held-out loss"))
         for clock, word in CLOCKS.items()
     ]
-    if not entry.measure.column.endswith("loss") and entry.measure.column not in ("train", "heldout"):
+    if entry.measure.column not in ("train", "heldout"):
         title = entry.measure.title[0].upper() + entry.measure.title[1:]
         draws += [
             (f"{title} over {word}", partial(_panel, entry, runs, clock, entry.measure.column, f"{title} over {word}"))
@@ -216,4 +221,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[s
             for name, cell in zip(head[1:], row[1:], strict=True)
         )
         body += f"<tr><td>{lead}</td>{cells}</tr>"
-    return f'<div class="scroll"><table class="cards"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="cards"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'

@@ -10,7 +10,7 @@ __all__ = ["CLAIMS"]
 _ALL = (
     Claim("accuracy", "as accurate as the analytic result, whatever h", derivatives.accuracy, "imstep accuracy"),
     Claim("symmetry", "the matrix of second derivatives, all of it", derivatives.symmetry, "pytest tests/curvature"),
-    Claim("cost", "efficient: no matrix is assembled, none inverted", derivatives.cost, "python -m benchmarks.products"),
+    Claim("cost", "efficient: no matrix is made or inverted", derivatives.cost, "python -m benchmarks.products"),
     Claim("methods", "any known second-order method", steps.methods, "python -m benchmarks.methods"),
     Claim(
         "termination", "the Krylov iteration ends as soon as a disturbing direction is found", steps.termination,

@@ -92,7 +92,7 @@ def termination() -> Sequence[Figure]:
 
 
 def taylor_monitor() -> Sequence[Figure]:
-    """The quadratic model's error is of third order in the step; first radii that are wrong by a million do not matter."""
+    """The quadratic model's error is of third order in the step; first radii wrong by a million do not matter."""
     problem = Regression((4, 8, 1), 30, _F64)
     orders = [_error_order(problem, seed) for seed in range(5)]
     costs, rises = [], 0.0
@@ -101,7 +101,7 @@ def taylor_monitor() -> Sequence[Figure]:
         costs.append(cost)
         rises = max(rises, *((r.new_loss - r.loss) / r.loss for r in records))
     return [
-        at_most("distance from 3 of the order of the model's error, 5 directions", max(abs(p - 3) for p in orders), 0.15),
+        at_most("order of the model's error, distance from 3, worst of 5", max(abs(p - 3) for p in orders), 0.15),
         at_most("cost from the worst first radius / from none", max(costs) / costs[0], 3.0),
         at_most("largest relative rise of the loss in a step", rises, 1e-10),
     ]

@@ -51,7 +51,7 @@ def bench(
         Path | None, typer.Option(help="Folder of runs and report; default runs/bench, gone on with if it is there.")
     ] = None,
     short: Annotated[
-        bool, typer.Option("--short", help=f"In small: few examples, {SHORT_TRIALS} trials, one seed; a minute or less.")
+        bool, typer.Option("--short", help=f"In small: few examples, {SHORT_TRIALS} trials, one seed.")
     ] = False,
     show: Annotated[bool, typer.Option("--list", help="Only tell tasks, contestants, ranges and hours.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; write the report of what is there.")] = False,

@@ -36,13 +36,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__(params, {})
         # torch's Muon takes matrices only: they are views of the same storage, and so are their gradients.
         self._matrices = [(p, nn.Parameter(p.detach().flatten(1))) for p in params if p.ndim > 1]
-        rest, options = [p for p in params if p.ndim < 2], {"lr": lr, "weight_decay": weight_decay}
-        views = [view for _, view in self._matrices]
+        rest, views = [p for p in params if p.ndim < 2], [view for _, view in self._matrices]
         self._parts: list[torch.optim.Optimizer] = []
         if views:
-            self._parts.append(torch.optim.Muon(views, **options, adjust_lr_fn="match_rms_adamw"))
+            scale = "match_rms_adamw"
+            self._parts.append(torch.optim.Muon(views, lr=lr, weight_decay=weight_decay, adjust_lr_fn=scale))
         if rest:
-            self._parts.append(torch.optim.AdamW(rest, **options))
+            self._parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay))
         self._params = params
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 

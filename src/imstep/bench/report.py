@@ -143,7 +143,7 @@ def _spread(values: Sequence[float], form: Any) -> str:
 
 
 def _tuning(entry: Entry, tuning: Results) -> tuple[Sequence[str], list[Sequence[str]]]:
-    rows = []
+    rows: list[Sequence[str]] = []
     for side in entry.contestants():
         ranges = "; ".join(f"{name} {chosen}" for name, chosen in entry.ranges_of(side).items())
         tried = [f"{_words(r.options)}: {_shown(entry, r)}" for r in tuning[side.name]]

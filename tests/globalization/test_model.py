@@ -29,7 +29,7 @@ def test_a_small_decrease_of_a_large_loss_is_not_cancelled():
     assert model.taylor_error(Trial(1.0, loss=1e16)) == 1e-3
 
 
-@pytest.mark.parametrize("lacking", (2, 3), ids=("quadratic", "cubic"))
+@pytest.mark.parametrize("lacking", [2, 3], ids=("quadratic", "cubic"))
 def test_the_error_is_exact_where_losses_say_it_and_bounded_by_slopes_where_they_do_not(lacking):
     # f(t) = c - 3 t + 4 t²/2 + E(t) with E(t) = 5 t² or 5 t³, as Gauss-Newton's curvature and a Hessian have it.
     for constant in (2.0, 1e17):  # the losses of the second agree to rounding

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from optim_cases import F64, normal
 from torch import nn
 
-from imstep import Hessian
+from imstep import Hessian, NewtonKrylov
 from imstep.optim import VarianceReduction
 
 X, Y = normal(12, 3, seed=1), normal(12, 2, seed=2)
@@ -42,6 +42,36 @@ def test_gradients_are_those_of_svrg_and_curvature_is_the_batch_s() -> None:
         torch.testing.assert_close(H @ v, plain @ v)
         with torch.no_grad():
             [p.add_(0.1 * normal(*p.shape, seed=number)) for p in net.parameters()]
-    assert reduced.gradients == 2
+    assert reduced.gradients == 7  # 5 of batches, 2 of all data, at half of every
     with pytest.raises(ValueError, match="every"):
         VarianceReduction(parameters, loss, every=0)
+
+
+def test_an_optimizer_counts_its_gradients_saves_its_snapshot_and_follows_frozen_parameters() -> None:
+    def made() -> tuple[nn.Linear, NewtonKrylov]:
+        net = nn.Linear(3, 2).to(F64)
+        with torch.no_grad():
+            [p.zero_() for p in net.parameters()]
+        full = lambda: F.mse_loss(net(X), Y)
+        return net, NewtonKrylov([{"params": net.parameters()}], variance_reduction=VarianceReduction(None, full, 4))
+
+    def steps(net: nn.Linear, optimizer: NewtonKrylov, numbers: range) -> list[int]:
+        spent = []
+        for i in numbers:
+            optimizer.step(lambda: F.mse_loss(net(X[i::4]), Y[i::4]))  # noqa: B023
+            spent.append(optimizer.last_step.cost.gradients)
+        return spent
+
+    net, optimizer = made()
+    assert steps(net, optimizer, range(3)) == [3, 1, 1]
+    other, resumed = made()
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    steps(net, optimizer, range(3, 4)), steps(other, resumed, range(3, 4))
+    assert torch.equal(net.weight, other.weight)
+    net.bias.requires_grad_(False)
+    assert steps(net, optimizer, range(2)) == [3, 1]  # a snapshot of what is left
+    with pytest.raises(TypeError, match="MicroBatches"):
+        optimizer.step([lambda: F.mse_loss(net(X), Y)])
+    with pytest.raises(ValueError, match="no parameters were given"):
+        VarianceReduction(None, lambda: net.weight.sum(), 4)(lambda: net.weight.sum())

@@ -8,6 +8,7 @@ from imstep.linalg.box import box_least_squares
 from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, ScaledOperator, SubmatrixOperator, SumOperator
+from imstep.linalg.conversion import as_operator
 from imstep.linalg.cubic import cubic_regularization, dense_cubic_regularization
 from imstep.linalg.dense import (
     AbsoluteEigenvalues,
@@ -123,6 +124,7 @@ __all__ = [
     "ThinLeastSquares",
     "TriangularLeastSquares",
     "adaptive_nystrom",
+    "as_operator",
     "bfgs_update",
     "blended_conjugate_gradient",
     "box_least_squares",

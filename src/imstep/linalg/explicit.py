@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class DenseOperator(LinearOperator):
-    """A symmetric matrix that is stored, (n, n).
+    """A matrix that is stored, (m, n); symmetric where it is to be solved with.
 
     Raises:
-        ValueError: the matrix is not square.
+        ValueError: the matrix has not two dimensions.
 
     Example:
         >>> DenseOperator(torch.eye(3)).size
@@ -26,9 +26,9 @@ class DenseOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"a DenseOperator needs a square matrix, got shape {tuple(matrix.shape)}.")
-        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        if matrix.ndim != 2:
+            raise ValueError(f"a DenseOperator needs a matrix (m, n), got shape {tuple(matrix.shape)}.")
+        super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
         self.matrix = matrix
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -39,6 +39,9 @@ class DenseOperator(LinearOperator):
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         return self.matrix.mT @ vector
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.matrix.mT @ block
 
 
 class DiagonalOperator(LinearOperator):

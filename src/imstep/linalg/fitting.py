@@ -18,6 +18,11 @@ class Matrix(Protocol):
 
 def check_vectors(operator: Matrix, vectors: object) -> None:
     """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
+    if isinstance(operator, Tensor) or not isinstance(getattr(operator, "dtype", None), torch.dtype):
+        raise TypeError(
+            f"solvers work on operators of imstep, and this is a {type(operator).__name__}. "
+            "Pass imstep.linalg.as_operator(matrix)."
+        )
     if not isinstance(vectors, Tensor):
         raise TypeError(
             f"an operator multiplies torch tensors, not {type(vectors).__name__}. "

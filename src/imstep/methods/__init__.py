@@ -29,7 +29,7 @@ from imstep.methods.hessian import (
 from imstep.methods.kronecker import ekfac, kfac, kl_shampoo, shampoo, soap
 from imstep.methods.quasi_newton import bfgs, block_bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
 from imstep.methods.sketched import nystrom_newton_cg, randomized_subspace_newton
-from imstep.methods.stochastic import sketchy_sgd, stochastic_cubic, subsampled_newton
+from imstep.methods.stochastic import sketchy_sgd, sketchy_svrg, stochastic_cubic, subsampled_newton
 from imstep.methods.third_order import chebyshev, halley, super_halley
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "shampoo",
     "shifted_newton",
     "sketchy_sgd",
+    "sketchy_svrg",
     "soap",
     "sophia",
     "sr1",

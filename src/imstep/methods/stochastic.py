@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from imstep.globalization import AdaptiveCubic, Armijo, FixedStep, LevenbergMarquardt
 from imstep.methods.configured import on_hessian
@@ -12,6 +14,7 @@ from imstep.optim.globalized import CubicRegularization, PreconditionedGradient
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
 from imstep.optim.preconditioning import AutomaticRate, Nystrom
 from imstep.optim.solving import ConjugateGradient
+from imstep.optim.variance_reduction import VarianceReduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +50,7 @@ def stochastic_cubic(params: Iterable[Any], **options: Unpack[NewtonKrylovOption
     """Sub-sampled cubic regularisation, SCR: :func:`cubic_regularization` with gradient and Hessian of a batch.
 
     The gradient's variance is measured every step, for batches that grow: :class:`~imstep.optim.GrowingBatches`. With
-    closures of a :class:`~imstep.optim.VarianceReduction` it is a stochastic variance-reduced cubic method.
+    ``variance_reduction`` it is a stochastic variance-reduced cubic method.
 
     Args:
         params: parameters or parameter groups.
@@ -70,7 +73,7 @@ def sketchy_sgd(
 
         w <- w - η (U Λ Uᵀ + λI)⁻¹ g,   η = 1 / (2 λ_max of the preconditioned Hessian)
 
-    For SketchySVRG give it the closures of a :class:`~imstep.optim.VarianceReduction`.
+    With less variance: :func:`sketchy_svrg`.
 
     Args:
         params: parameters or parameter groups.
@@ -79,8 +82,8 @@ def sketchy_sgd(
 
     Cost: a recorded gradient and a loss; ``rank`` + 10 products every ``every`` steps.
 
-    Source: Frangella, Rathore, Zhao and Udell, SIAM J. Math. Data Sci. 6 (2024), arXiv 2211.08597, Algorithm 3.1, and
-        arXiv 2309.02014 for SVRG; λ = 1e-3 as there, here relative to the curvature along the first gradient, and the
+    Source: Frangella, Rathore, Zhao and Udell, SIAM J. Math. Data Sci. 6 (2024), arXiv 2211.08597, Algorithm 3.1;
+        λ = 1e-3 as there, here relative to the curvature along the first gradient, and the
         Hessian of the batch at hand.
     """
     rho = 1e-3
@@ -91,3 +94,31 @@ def sketchy_sgd(
         "step": FixedStep(),
     }
     return on_hessian(params, method, options)
+
+
+def sketchy_svrg(
+    params: Iterable[Any],
+    full: Callable[[], Tensor],
+    snapshot_every: int = 100,
+    rank: int = 10,
+    every: int = 50,
+    **options: Unpack[NewtonKrylovOptions],
+) -> NewtonKrylov:
+    """SketchySVRG: :func:`sketchy_sgd` with gradients of batches that a snapshot and all data free of variance.
+
+        w <- w - η (U Λ Uᵀ + λI)⁻¹ (∇f_B(w) - ∇f_B(w̃) + ∇f(w̃)),   w̃ a snapshot of w
+
+    Args:
+        params: parameters or parameter groups.
+        full: returns the loss of all data, a mean as that of the batches is.
+        snapshot_every: batches between two snapshots: about those of two epochs.
+        rank: of the approximation.
+        every: steps between two of them.
+
+    Cost: that of :func:`sketchy_sgd`, a gradient of the batch at the snapshot, and one of all data for a new snapshot.
+
+    Source: Frangella, Rathore, Zhao and Udell, PROMISE, J. Machine Learning Research 25 (2024), arXiv 2309.02014,
+        Algorithm 1; the rate, λ and the Hessian of one batch are those of :func:`sketchy_sgd`.
+    """
+    options["variance_reduction"] = VarianceReduction(None, full, snapshot_every)
+    return sketchy_sgd(params, rank, every, **options)

@@ -20,10 +20,12 @@ from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
+from imstep.optim.record import Cost
 from imstep.optim.sharing import shared_batch, state_digest
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
+from imstep.optim.variance_reduction import VarianceReduction
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,6 +50,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     max_refusals: int
     average: Averaging | None
     variance_every: int
+    variance_reduction: VarianceReduction | None
     process_group: ProcessGroup | None
 
 
@@ -85,6 +88,7 @@ class NewtonKrylov(StepwiseOptimizer):
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
+        variance_reduction: of the batches' gradients, by a snapshot and all data, as in SVRG; None for none.
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
@@ -134,9 +138,16 @@ class NewtonKrylov(StepwiseOptimizer):
         max_refusals: int = 5,
         average: Averaging | None = None,
         variance_every: int = 0,
+        variance_reduction: VarianceReduction | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._processes = Processes.of(process_group)
+        if variance_reduction is not None and self._processes is not None:
+            raise ValueError(
+                "variance_reduction is for one process: it would take gradients that other processes do not know of. "
+                "Leave process_group or variance_reduction out."
+            )
+        self._reduction = variance_reduction
         self._strategies = Strategies(
             curvature=curvature or GaussNewtonFirst(),
             solver=solver or ConjugateGradient(),
@@ -160,6 +171,8 @@ class NewtonKrylov(StepwiseOptimizer):
         )
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
+        if variance_reduction is not None:
+            variance_reduction.follow(self._parameters)
 
     @classmethod
     def for_batches(cls, params: Iterable[Any], **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:
@@ -220,9 +233,19 @@ class NewtonKrylov(StepwiseOptimizer):
         """
         together = nullcontext() if self._processes is None else self._processes.interrupted_together()
         with together:
+            closure, spent = self._reduced(closure)
             frozen = self._batch(closure)
             part = None if curvature_closure is None else self._batch(curvature_closure)
-            return self._take(self._attempt(frozen, part))
+            return self._take(self._attempt(frozen, part), spent)
+
+    def _reduced(self, closure: Callable[[], Any]) -> tuple[Callable[[], Any], Cost]:
+        """The closure, with the term that takes variance from its gradient if one is asked for, and what that took."""
+        if self._reduction is None:
+            return closure, Cost()
+        self._follow_parameters()
+        before = self._reduction.gradients
+        reduced = self._reduction(closure)
+        return reduced, Cost(gradients=self._reduction.gradients - before)
 
     def _batch(self, closure: Any) -> FrozenBatch:
         """The closure on its batch: whole, in pieces, or with those of other processes."""
@@ -245,11 +268,18 @@ class NewtonKrylov(StepwiseOptimizer):
         return {name: getattr(self._strategies, name) for name in names} | {"preconditioning": self._preconditioning}
 
     def _parts(self) -> dict[str, Any]:
-        return {"preconditioner": self._preconditioner.state_dict()}
+        parts = {"preconditioner": self._preconditioner.state_dict()}
+        if self._reduction is not None:
+            parts["variance_reduction"] = self._reduction.state_dict()
+        return parts
 
     def _load_parts(self, parts: dict[str, Any]) -> None:
         self._preconditioner.load_state_dict(parts["preconditioner"])
+        if self._reduction is not None:
+            self._reduction.load_state_dict(parts["variance_reduction"])
 
     def _adopt(self, parameters: ParameterVector) -> None:
         super()._adopt(parameters)
         self._preconditioner = self._preconditioning.make(parameters)  # it starts afresh
+        if self._reduction is not None:
+            self._reduction.follow(parameters)

@@ -296,8 +296,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         finally:
             self._stepping = False
 
-    def _take(self, attempt: StepAttempt) -> Tensor:
-        """Run a step; keep it, or leave everything as it was."""
+    def _take(self, attempt: StepAttempt, spent: Cost | None = None) -> Tensor:
+        """Run a step, for which ``spent`` was paid before; keep it, or leave everything as it was."""
         started = time.perf_counter()
         before = self._parts()
         try:
@@ -315,6 +315,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if record.accepted:
             memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
+        record = record if spent is None else replace(record, cost=record.cost + spent)
         self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
         loss, gradient = attempt.of_closure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,17 @@ class VarianceReduction:
     function like any other, every optimizer with a closure can step on it, trials included.
 
     Args:
-        params: the parameters.
+        params: the parameters; None for those of the optimizer that it is given to.
         full: returns the loss of all data, a mean as that of the batches is.
         every: batches between two snapshots, >= 1: about those of two epochs.
 
     Attributes:
-        gradients: full gradients taken so far, which no optimizer's cost counts.
+        gradients: of batches, taken so far; one of all data counts as ``every / 2`` of them, as if ``every`` were the
+            batches of two epochs. An optimizer that was given this as ``variance_reduction`` counts them in its cost.
 
     Raises:
-        ValueError: every is below 1.
+        ValueError: every is below 1; at a call: there are no parameters.
+        TypeError: at a call: no function.
 
     Cost: a gradient of the batch each time, and of all data for a snapshot. Models with dropout or batch statistics
         evaluate other functions there, and are not for it.
@@ -39,34 +42,43 @@ class VarianceReduction:
         >>> from imstep import methods
         >>> w, x = torch.nn.Parameter(torch.zeros(1)), torch.arange(12.0).reshape(4, 3)
         >>> reduced = VarianceReduction([w], full=lambda: (w - x).square().mean(), every=8)
-        >>> optimizer = methods.newton_cg([w])
+        >>> optimizer = methods.newton_cg([w], variance_reduction=reduced)
         >>> for batch in x:
-        ...     loss = optimizer.step(reduced(lambda: (w - batch).square().mean()))
+        ...     loss = optimizer.step(lambda: (w - batch).square().mean())
         >>> w.detach()
         tensor([5.5000])
     """
 
-    def __init__(self, params: Iterable[Tensor], full: Callable[[], Tensor], every: int) -> None:
+    def __init__(self, params: Iterable[Tensor] | None, full: Callable[[], Tensor], every: int) -> None:
         if every < 1:
             raise ValueError(f"every, the batches between two snapshots, is at least 1, got {every}.")
-        self._parameters, self._full, self._every = ParameterVector(params), full, every
+        self._parameters = None if params is None else ParameterVector(params)
+        self._full, self._every = full, every
         self._batches = self.gradients = 0
         self._at: list[Tensor] = []
         self._mean: list[Tensor] = []
 
     def __call__(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The closure of a batch with the term; to be called once for each batch, where the step begins."""
+        if not callable(closure):
+            raise TypeError(
+                f"variance reduction takes the closure of a batch, got a {type(closure).__name__}. "
+                "For a batch in pieces pass MicroBatches(function, batches)."
+            )
         parameters = self._parameters
+        if parameters is None:
+            raise ValueError("no parameters were given. Pass this to an optimizer as variance_reduction, or name them.")
         if self._batches % self._every == 0:
             self._at = parameters.snapshot()
-            self._mean, self.gradients = self._gradient(self._full), self.gradients + 1
-        self._batches += 1
+            self._mean = _gradient(self._full, parameters)
+            self.gradients += max(1, self._every // 2)
         here = parameters.snapshot()
         parameters.restore(self._at)
         try:
-            own = self._gradient(closure)
+            own = _gradient(closure, parameters)
         finally:
             parameters.restore(here)
+        self._batches, self.gradients = self._batches + 1, self.gradients + 1
         terms = [(mean - g, at) for mean, g, at in zip(self._mean, own, self._at, strict=True)]
 
         def reduced() -> Tensor:
@@ -76,6 +88,20 @@ class VarianceReduction:
 
         return reduced
 
-    def _gradient(self, loss: Callable[[], Tensor]) -> list[Tensor]:
-        with torch.enable_grad():
-            return list(torch.autograd.grad(loss(), self._parameters.tensors, materialize_grads=True))
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot and the full gradient there, and what was counted."""
+        return {"batches": self._batches, "gradients": self.gradients, "at": self._at, "mean": self._mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self._batches, self.gradients = state["batches"], state["gradients"]
+        self._at, self._mean = list(state["at"]), list(state["mean"])
+
+    def follow(self, parameters: ParameterVector) -> None:
+        """Be of these parameters, with a snapshot at the next batch."""
+        self._parameters, self._batches = parameters, 0
+
+
+def _gradient(loss: Callable[[], Tensor], parameters: ParameterVector) -> list[Tensor]:
+    with torch.enable_grad():
+        return list(torch.autograd.grad(loss(), parameters.tensors, materialize_grads=True))

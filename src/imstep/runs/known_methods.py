@@ -14,7 +14,7 @@ from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
-__all__ = ["known_methods"]
+__all__ = ["known_methods", "needed"]
 
 RATES = (0.1, 0.3, 1.0, 3.0)
 """What a sweep tries, in units of a method's own rate."""
@@ -63,8 +63,14 @@ def _make(
     options: Mapping[str, float],
 ) -> Stepper:
     own = typed(method, {key: options[key] for key in numbers})
+    own |= needed(method, problem)
     defaults = {**shared_options(constructor), **options}
     return StepwiseStepper(method(problem.parameters, **{**shared(constructor, defaults), **own}))
+
+
+def needed(method: Callable[..., Any], problem: Problem) -> dict[str, Any]:
+    """What a method asks for besides parameters: the loss of all data, where it has to be told."""
+    return {"full": problem.closure(problem.train)} if "full" in inspect.signature(method).parameters else {}
 
 
 def _first_line(method: Callable[..., Any]) -> str:

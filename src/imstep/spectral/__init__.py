@@ -2,6 +2,8 @@
 
     from imstep import spectral
     spectral.eigenpairs(imstep.Hessian(closure, model), k=10).values
+
+The matrix may be all that :func:`imstep.linalg.as_operator` takes: a tensor, an array, an operator of SciPy.
 """
 
 from imstep.spectral.density import SpectralDensity, density

@@ -6,26 +6,27 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, overload
 
-from imstep.linalg import LinearOperator
+from imstep.linalg import as_operator
 
 Result = TypeVar("Result")
 
 
 class PerGroup(Protocol[Result]):
-    """A function of an operator, or of each of its blocks."""
+    """A function of a matrix, or of each of its blocks."""
 
     @overload
-    def __call__(self, operator: LinearOperator, *args: Any, by: None = None, **options: Any) -> Result: ...
+    def __call__(self, operator: Any, *args: Any, by: None = None, **options: Any) -> Result: ...
 
     @overload
-    def __call__(self, operator: LinearOperator, *args: Any, by: str, **options: Any) -> dict[str, Result]: ...
+    def __call__(self, operator: Any, *args: Any, by: str, **options: Any) -> dict[str, Result]: ...
 
 
 def per_group(function: Callable[..., Result]) -> PerGroup[Result]:
-    """The function, which for ``by="layer"`` or ``by="parameter"`` returns its results by name."""
+    """The function, of all that is a matrix; for ``by="layer"`` or ``by="parameter"`` it returns results by name."""
 
     @functools.wraps(function)
-    def asked(operator: LinearOperator, *args: Any, by: str | None = None, **options: Any) -> Any:
+    def asked(operator: Any, *args: Any, by: str | None = None, **options: Any) -> Any:
+        operator = as_operator(operator)
         if by is None:
             return function(operator, *args, **options)
         blocks = operator.diagonal_blocks(by)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from imstep.linalg import LinearOperator, LowRankOperator
+from imstep.linalg import LinearOperator, LowRankOperator, as_operator
 from imstep.spectral.eigenpairs import eigenpairs
 
 
@@ -38,5 +38,6 @@ def low_rank(
         >>> low_rank(DiagonalOperator(torch.tensor([1.0, -5.0, 3.0])), k=2) @ torch.ones(3)
         tensor([ 0., -5.,  3.])
     """
+    operator = as_operator(operator)
     found = eigenpairs(operator, k, "LM", tol, seed=seed, generator=generator, max_products=max_products)
     return LowRankOperator(found.vectors, found.values, space=operator.spaces[1])

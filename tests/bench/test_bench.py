@@ -202,6 +202,26 @@ def test_a_refusal_is_a_result() -> None:
     assert perform(job)["ending"].startswith("refused")
 
 
+def test_an_edited_program_is_another_request(tmp_path: Path) -> None:
+    program, found = tmp_path / "waves.py", []
+    text = (
+        "import torch\nfrom torch import nn\nfrom imstep.tasks import ExampleTask, held_out\n"
+        "x = torch.linspace(-1, 1, 20)[:, None]\n"
+        "load, model = lambda data: held_out(x, x), lambda: nn.Linear(1, 1)\n"
+        "task = ExampleTask('waves', 'A wave', '20 points.', load, model, nn.MSELoss())\n"
+    )
+    for more in ("", "# another\n"):
+        program.write_text(text + more)
+        work._digests.cache_clear()
+        entry = Entry(str(program), budget=2.0, sides=())
+        found.append(Job(entry, OWN, entry.contestants()[0].spec.name, "seed-0", {}, 0, entry.limits))
+        record = perform(found[-1])
+        Store(tmp_path / f"bench{len(found)}").keep(found[-1], record)
+    assert Store(tmp_path / "bench2").find(found[1]) is not None
+    with pytest.raises(RunDirectoryError, match="made with files"):
+        Store(tmp_path / "bench1").find(found[0])
+
+
 def test_muon_moves_weights_by_muon_and_the_rest_by_adamw() -> None:
     torch.manual_seed(0)
     filters, matrix, bias = (torch.nn.Parameter(torch.randn(s)) for s in ((4, 2, 3, 3), (4, 18), (4,)))

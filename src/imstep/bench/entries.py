@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from imstep.bench.sides import USUAL, Range, Side, own_side, side_of
 from imstep.runs.rows import Limits, TrainingError
@@ -106,7 +107,7 @@ class Entry:
 
     def contestants(self) -> list[Side]:
         """Our side first."""
-        named = self.ours or (suited(get_task(self.task))[0] if self.batch_size is None else "newton-krylov-batches")
+        named = self.ours or (_suits(self.task) if self.batch_size is None else "newton-krylov-batches")
         peers = [side_of(name) for name in (*self.sides, *self.extra)]
         return [own_side(named), *(p for p in peers if p.batches is None or p.batches == (self.batch_size is not None))]
 
@@ -136,6 +137,12 @@ class Entry:
             share = 1.0 if self.seconds is None else seconds / self.seconds
             found = replace(found, seconds=seconds, trial=share * (self.trial or self.budget / 2))
         return found if sides is None else replace(found, sides=sides, extra=())
+
+
+@cache
+def _suits(task: str) -> str:
+    """Our configuration for the full batch, by the task's structure; a table is not read again for it."""
+    return suited(get_task(task))[0]
 
 
 def entry_of(name: str) -> Entry:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,14 +22,15 @@ from imstep.runs.environment import environment
 from imstep.runs.records import finite
 from imstep.runs.rows import Clock, EvaluationRow, Limits, Schedule
 from imstep.runs.runner import Trainer
+from imstep.runs.sources import hashes
 from imstep.runs.suitability import REFUSALS
-from imstep.tasks import DataNotFoundError, get_task
+from imstep.tasks import DataNotFoundError, find_task, get_task
 
 __all__ = ["FORMAT", "METHOD", "AbsentError", "DiedError", "Job", "perform", "run_apart"]
 
 FORMAT = "imstep-bench/1"
-METHOD = "forkserver"
-"""How processes begin: from a server that has imported torch and computed nothing."""
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""How processes begin: where there is such a thing, from a server that has imported torch and computed nothing."""
 
 AVERAGE = 0.98
 """Of peers with mini-batches, whose steps are a gradient: about 50 gradients, as are our ten steps."""
@@ -88,7 +90,14 @@ class Job:
             "options": {**side.fixed, **self.options}, "cosine": side.cosine, "seed": self.seed,
             "limits": {k: v for k, v in asdict(self.limits).items() if v is not None},
             "batch_size": entry.batch_size, "examples": entry.examples, "dtype": entry.dtype,
+            "files": _digests(entry.task),
         }  # fmt: skip
+
+
+@cache
+def _digests(task: str) -> list[str]:
+    """Of the files of a task of one's own: runs by an edited program or table do not compare with earlier ones."""
+    return sorted(hashes(find_task(task)).values())
 
 
 def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:

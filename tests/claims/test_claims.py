@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import imstep
-from imstep.claims import CLAIMS, Figure, at_least, at_most, derivatives, steps, training
+from imstep.claims import derivatives, steps, training
+from imstep.claims.claim import Figure, at_least, at_most
+from imstep.claims.registry import CLAIMS
 from imstep.cli import app, claiming
 from imstep.globalization import TaylorMonitor
 

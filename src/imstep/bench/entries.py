@@ -177,3 +177,4 @@ _ALL = (
     Entry("wave", budget=2000, target=1e-4, gradient=0.02),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
+"""The tasks of the bench by name."""

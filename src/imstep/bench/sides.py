@@ -143,6 +143,7 @@ _ALL = (
     Side("hessian-free", HESSIAN_FREE.title, HESSIAN_FREE, {"damping": Range(1e-4, 10.0)}),
 )  # fmt: skip
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}
+"""The usual peers by name."""
 USUAL = tuple(SIDES)
 
 

@@ -11,7 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
-from imstep.claims import CLAIMS, Claim, Figure
+from imstep.claims.claim import Claim, Figure
+from imstep.claims.registry import CLAIMS
 from imstep.cli.options import explained
 from imstep.runs.rows import TrainingError
 

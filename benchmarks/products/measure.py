@@ -7,15 +7,14 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.products.models import build
 from benchmarks.products.sides import BLOCK, GRADIENT, OWN, PEERS, Side, missing, remedy
+from imstep.claims.measuring import peak_of
 
 _TIME_LIMIT = 300.0  # seconds that a process of its own may take for an answer
 
@@ -71,25 +70,6 @@ class Here:
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def peak_of(work: Callable[[], Any], device: torch.device) -> int:
-    """Peak of the bytes held by PyTorch's allocator while ``work`` runs, above those held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def _serve(pipe: Any, side: Side, subject_name: str, device: str, seed: int, threads: int) -> None:

@@ -7,12 +7,14 @@ pip install -c constraints.txt '.[peers]'.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Mapping
 
+from imstep.bench.averaging import cosine
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.runs.steppers import GradientStepper, Stepper
 from imstep.tasks import Problem
+
+__all__ = ["MUON", "PACKAGE", "PEERS", "SOAP", "Schedule", "constant", "cosine", "missing"]
 
 PACKAGE = "pytorch_optimizer"
 
@@ -23,11 +25,6 @@ Schedule = Callable[[float], float]
 def constant(done: float) -> float:
     """1 from start to end."""
     return 1.0
-
-
-def cosine(done: float) -> float:
-    """From 1 at the start to 0 at the end, along half a cosine."""
-    return (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def _muon(problem: Problem, options: Mapping[str, float]) -> Stepper:

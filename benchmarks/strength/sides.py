@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.strength.averaging import AveragedStepper
 from benchmarks.strength.peers import PEERS, Schedule, constant, cosine
+from imstep.bench.averaging import AveragedStepper
 from imstep.globalization import LevenbergMarquardt
 from imstep.optim import FixedProducts, NewtonKrylov, Recycling
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec

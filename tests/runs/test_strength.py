@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.strength import record as records
 from benchmarks.strength.__main__ import main
-from benchmarks.strength.averaging import AveragedStepper
 from benchmarks.strength.page import BEGIN, END, write_page
 from benchmarks.strength.peers import cosine
 from benchmarks.strength.record import StrengthRecord
 from benchmarks.strength.run import KEPT_POINTS, StrengthRun, describe, thinned
 from benchmarks.strength.table import verdicts
 from benchmarks.strength.tasks import TASKS
+from imstep.bench.averaging import AveragedStepper
 from imstep.runs.optimizers import get_optimizer
 from imstep.runs.records import Point
 from imstep.tasks import get_task

@@ -18,6 +18,8 @@ except ImportError as error:  # pragma: no cover (the test environment has them)
     ) from error
 
 import imstep
+from imstep.cli.benching import bench
+from imstep.cli.claiming import claims
 from imstep.cli.comparing import compare, demo
 from imstep.cli.listing import new, tasks
 from imstep.cli.options import dated, explained
@@ -67,7 +69,7 @@ def _main(
             )
 
 
-for _command in (demo, train, compare, spectrum, new, tasks):
+for _command in (demo, train, compare, bench, spectrum, claims, new, tasks):
     app.command()(_command)
 
 

@@ -43,14 +43,16 @@ def make_for_batches(
 
     Args:
         problem: whose parameters are trained.
-        options: ``decay``, the weight of the past in the average.
+        options: ``decay``, the weight of the past in the average, and ``weight_decay``.
         process_group: whose processes share out each batch; None for one process.
 
     Raises:
         ValueError: a number is out of range.
     """
-    average = ExponentialAverage(options["decay"])
-    optimizer = NewtonKrylov.for_batches(problem.parameters, average=average, process_group=process_group)
+    average, decay = ExponentialAverage(options["decay"]), options["weight_decay"]
+    optimizer = NewtonKrylov.for_batches(
+        problem.parameters, average=average, weight_decay=decay, process_group=process_group
+    )
     return AveragedStepper(optimizer, process_group)
 
 

@@ -80,7 +80,8 @@ def _lbfgs(problem: Problem, options: Mapping[str, float]) -> Stepper:
             tolerance_grad=0.0,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
-        )
+        ),
+        options["weight_decay"],
     )
 
 
@@ -99,7 +100,7 @@ _ALL = (
         "NK.for_batches",
         "NewtonKrylov.for_batches, short solves for mini-batches, evaluated at the average of the iterates.",
         make_for_batches,
-        {"decay": ExponentialAverage().decay},
+        {"decay": ExponentialAverage().decay, "weight_decay": 0.0},
         mini_batches=True,
         several=True,
     ),
@@ -130,7 +131,7 @@ _ALL = (
         "L-BFGS",
         "torch's L-BFGS with the strong Wolfe line search; every evaluation inside a step is counted.",
         _lbfgs,
-        {"lr": 1.0, "history": 100, "max_iter": 20},
+        {"lr": 1.0, "history": 100, "max_iter": 20, "weight_decay": 0.0},
         full_batch=True,
     ),
     OptimizerSpec(

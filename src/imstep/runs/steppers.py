@@ -114,10 +114,17 @@ class _NonFiniteStartError(Exception):
 
 
 class LBFGSStepper(Stepper):
-    """torch's L-BFGS: a step is up to `max_iter` iterations; each evaluation of its closure is a gradient."""
+    """torch's L-BFGS: a step is up to `max_iter` iterations; each evaluation of its closure is a gradient.
 
-    def __init__(self, optimizer: torch.optim.LBFGS) -> None:
-        self._optimizer = optimizer
+    Args:
+        optimizer: makes the iterations.
+        weight_decay: λ >= 0 of a penalty ½λ‖w‖² that is added to the loss; torch's has none.
+    """
+
+    def __init__(self, optimizer: torch.optim.LBFGS, weight_decay: float = 0.0) -> None:
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}.")
+        self._optimizer, self._decay = optimizer, weight_decay
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -134,6 +141,8 @@ class LBFGSStepper(Stepper):
                 # torch would go on and write nan into the parameters; its state is untouched up to here.
                 raise _NonFiniteStartError(loss.detach().item())
             calls += 1
+            if self._decay:
+                loss = loss + self._decay / 2 * sum(p.square().sum() for p in problem.parameters)
             loss.backward()
             return loss
 

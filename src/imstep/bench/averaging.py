@@ -1,7 +1,8 @@
-"""Any optimizer, evaluated at the running average of its iterates."""
+"""Any optimizer, evaluated at the running average of its iterates; a learning rate that falls along a cosine."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from imstep.runs.steppers import Stepper, StepResult
-from imstep.tasks import Batch, Problem
+from imstep.tasks import AnyBatch, Problem
+
+__all__ = ["AveragedStepper", "cosine"]
+
+
+def cosine(done: float) -> float:
+    """Factor on a learning rate: from 1 at the start of a run to 0 at its end, along half a cosine.
+
+    >>> [round(cosine(x), 2) for x in (0.0, 0.5, 1.0)]
+    [1.0, 0.5, 0.0]
+    """
+    return (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 class AveragedStepper(Stepper):
@@ -30,7 +42,7 @@ class AveragedStepper(Stepper):
     def optimizer(self) -> torch.optim.Optimizer:
         return self._stepper.optimizer
 
-    def step(self, problem: Problem, batch: Batch) -> StepResult:
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         result = self._stepper.step(problem, batch)
         self._average.update_parameters(self._model)
         return result

@@ -1,0 +1,247 @@
+"""A call of the bench: what is to be made, in which order, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from imstep.bench.entries import Entry
+from imstep.bench.progress import BenchProgress
+from imstep.bench.sides import Options, Side
+from imstep.bench.store import BenchRun, Store
+from imstep.bench.work import AbsentError, DiedError, Job, Tell, run_apart
+from imstep.runs.interrupt import Interrupt
+from imstep.runs.rows import TrainingError
+from imstep.runs.verdict import short
+
+__all__ = ["SEEDS", "TRIALS", "TUNING_SEED", "BenchRequest", "Results", "estimate", "gather", "run_bench", "shortened"]
+
+TRIALS = 8
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 100
+START = 1.5
+"""Seconds until a run's process is ready, roughly."""
+SHORT_BUDGET, SHORT_EXAMPLES = 4.0, 64
+
+Results = Mapping[str, Sequence[BenchRun]]
+"""By side: its runs, or the trials of its tuning."""
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What is asked of the bench.
+
+    Args:
+        entries: what is trained.
+        trials: settings that each contestant with something to tune tries.
+        seeds: of the runs that count.
+    """
+
+    entries: Sequence[Entry]
+    trials: int = TRIALS
+    seeds: Sequence[int] = SEEDS
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise TrainingError("the bench needs at least one trial and one seed, and each seed once.")
+        if TUNING_SEED in self.seeds:
+            raise TrainingError(f"seed {TUNING_SEED} is that of the trials: give others.")
+
+
+def shortened(entry: Entry) -> Entry:
+    """The entry in seconds: few examples, a few gradients; for a look at what the bench does, and for tests."""
+    found = entry.asked(budget=SHORT_BUDGET)
+    return replace(found, examples=SHORT_EXAMPLES, batch_size=None if entry.batch_size is None else SHORT_EXAMPLES // 4)
+
+
+def trials_of(entry: Entry, side: Side, number: int) -> list[Job]:
+    """The jobs of a contestant's tuning; none where there is nothing to tune."""
+    ranges = entry.ranges_of(side)
+    drawn = side.trials(number, ranges) if ranges else []
+    return [_job(entry, side, f"trial-{k:02d}", options, TUNING_SEED) for k, options in enumerate(drawn)]
+
+
+def runs_of(entry: Entry, side: Side, options: Options, seeds: Sequence[int]) -> list[Job]:
+    """The jobs of a contestant's runs with the options that were chosen."""
+    return [_job(entry, side, f"seed-{seed}", options, seed) for seed in seeds]
+
+
+def _job(entry: Entry, side: Side, kind: str, options: Options, seed: int) -> Job:
+    limits = entry.trial_limits if kind.startswith("trial") else entry.limits
+    return Job(entry, side.name, side.spec.name, kind, options, seed, limits)
+
+
+def chosen(entry: Entry, tried: Sequence[BenchRun], jobs: Sequence[Job]) -> Options:
+    """The options of the trial whose measure came lowest; of none if there was nothing to tune."""
+    if not jobs:
+        return {}
+    best = min(range(len(jobs)), key=lambda k: (tried[k].best(entry.measure), k))
+    return jobs[best].options
+
+
+def estimate(entry: Entry, side: Side, job: Job | None = None, trials: int = TRIALS, seeds: int = len(SEEDS)) -> float:
+    """Seconds of a job, or of all of a contestant's: from the time of a gradient, roughly."""
+    of = lambda budget: START + 1.2 * side.pace * entry.gradient * budget
+    run = START + 1.1 * entry.seconds if entry.seconds is not None else of(entry.budget)
+    trial = of(entry.trial_limits.budget or 0.0)
+    if job is not None:
+        return trial if job.trial else run
+    return (trials * trial if entry.ranges_of(side) else 0.0) + seeds * run
+
+
+def gather(request: BenchRequest, entry: Entry, store: Store) -> tuple[Results, Results]:
+    """The finished trials and runs of an entry, as far as there are any."""
+    tuning: dict[str, list[BenchRun]] = {}
+    runs: dict[str, list[BenchRun]] = {}
+    for side in entry.contestants():
+        jobs = trials_of(entry, side, request.trials)
+        tried = [run for job in jobs if (run := store.find(job)) is not None]
+        tuning[side.name] = tried
+        if len(tried) == len(jobs):
+            wanted = runs_of(entry, side, chosen(entry, tried, jobs), request.seeds)
+            runs[side.name] = [run for job in wanted if (run := store.find(job)) is not None]
+    return tuning, runs
+
+
+class _Stop(Exception):
+    """Asked to end after the present run."""
+
+
+@dataclass
+class _Session:
+    """What the runs of one call share."""
+
+    request: BenchRequest
+    store: Store
+    console: Console
+    progress: BenchProgress
+    stop: Callable[[], bool]
+    launch: Callable[[Job, Tell], dict[str, Any]]
+    died: int = 0
+
+    def entry(self, entry: Entry) -> None:
+        """Tune and run all contestants of an entry; what was made before is not made again."""
+        sides = entry.contestants()
+        plans = {side.name: trials_of(entry, side, self.request.trials) for side in sides}
+        try:
+            # In turn, so that all meet the machine in the same moods.
+            for k in range(self.request.trials):
+                for side in sides:
+                    if k < len(plans[side.name]):
+                        self.make(plans[side.name][k], side)
+            final: list[tuple[Side, list[Job]]] = []
+            for side in sides:
+                tried = [self.store.find(job) for job in plans[side.name]]
+                if all(tried):
+                    options = chosen(entry, [run for run in tried if run is not None], plans[side.name])
+                    final.append((side, runs_of(entry, side, options, self.request.seeds)))
+            for k in range(len(self.request.seeds)):
+                for side, jobs in final:
+                    self.make(jobs[k], side)
+        except AbsentError as error:
+            self.console.print(f"[yellow]left out:[/] {escape(entry.label)}: {escape(str(error))}", soft_wrap=True)
+            self.progress.skip(entry.label)
+
+    def make(self, job: Job, side: Side) -> None:
+        """Make a run unless it is there."""
+        if self.store.find(job) is not None:
+            return
+        if self.stop():
+            raise _Stop
+        start = time.monotonic()
+        self.progress.begin(job)
+        try:
+            record = self.launch(job, self.progress.at)
+        except DiedError as error:
+            self.died += 1
+            self.console.print(f"[red]{escape(f'{job.entry.label}, {job.side}, {job.kind}: {error}')}[/]; not kept")
+            return
+        run = self.store.keep(job, record)
+        self.progress.end(job, time.monotonic() - start, _line(job, run))
+
+
+def _line(job: Job, run: BenchRun) -> str:
+    measure = job.entry.measure
+    best = run.best(measure)
+    options = ", ".join(f"{name} {value:g}" for name, value in job.options.items())
+    words = f"{job.entry.label}, {job.side}, {job.kind}{f' ({options})' if job.trial else ''}: {measure.title} "
+    words += short(measure.shown(best)) if math.isfinite(best) else "none"
+    points = run.points
+    spent = f", {points[-1]['cost']:.0f} eq., {points[-1]['seconds']:.1f} s" if points else ""
+    ending = str(run.record["ending"])
+    return words + spent + (f"; {ending}" if ending.startswith(("failed", "refused", "diverged")) else "")
+
+
+def run_bench(
+    request: BenchRequest,
+    out: Path,
+    console: Console,
+    *,
+    make: bool = True,
+    launch: Callable[[Job, Tell], dict[str, Any]] = run_apart,
+) -> bool:
+    """Make all runs that the folder lacks, then the pages and the table from all that it holds.
+
+    Args:
+        request: what is asked for.
+        out: the folder.
+        console: where to print.
+        make: whether to run; otherwise only the pages are written.
+        launch: makes a run.
+
+    Returns:
+        Whether all is there now; False if it was interrupted or a process died.
+
+    Raises:
+        TaskError, OptimizerError, TrainingError: a request that cannot be.
+        RunDirectoryError, RecordError: the folder holds something else.
+    """
+    from imstep.bench.report import write_report  # matplotlib is slow to import: not before it is needed
+
+    store, whole = Store(out), True
+    for entry in request.entries:
+        gather(request, entry, store)  # what differs from the request is told before anything runs
+    if make:
+        whole = _run_all(request, store, console, launch)
+    table = write_report(request, store)
+    if table is None:
+        console.print("No run is finished yet.")
+        return whole
+    console.print(table)
+    console.print(f"report: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+    return whole
+
+
+def _run_all(
+    request: BenchRequest, store: Store, console: Console, launch: Callable[[Job, Tell], dict[str, Any]]
+) -> bool:
+    progress = BenchProgress(console, _lacking(request, store))
+    note = "finishing this run, then the report (Ctrl-C again: stop at once, without this run)"
+    try:
+        with progress, Interrupt(lambda: progress.announce(note)) as interrupt:
+            session = _Session(request, store, console, progress, lambda: interrupt.requested, launch)
+            for entry in request.entries:
+                session.entry(entry)
+    except (_Stop, KeyboardInterrupt):
+        console.print("Interrupted. Finished runs are kept; the same command goes on.")
+        return False
+    return session.died == 0
+
+
+def _lacking(request: BenchRequest, store: Store) -> dict[tuple[str, str, str], float]:
+    """The runs that are not there: (entry, side, kind) -> seconds, roughly."""
+    found = {}
+    for entry in request.entries:
+        for side in entry.contestants():
+            jobs = [*trials_of(entry, side, request.trials), *runs_of(entry, side, {}, request.seeds)]
+            for job in jobs:
+                if not store.path(entry.label, side.name, job.kind).exists():
+                    found[entry.label, side.name, job.kind] = estimate(entry, side, job)
+    return found

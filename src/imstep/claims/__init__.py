@@ -1,0 +1,1 @@
+"""What the paper's abstract claims, each with a measurement of a few seconds that can fail."""

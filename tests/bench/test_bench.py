@@ -1,0 +1,250 @@
+"""The bench in small: its runs are kept and gone on with, its trials are equal, its table says who wins."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from imstep.bench import ENTRIES, Entry, Range, work
+from imstep.bench.entries import ACCURACY, TRAIN
+from imstep.bench.peers import MuonAndAdamW
+from imstep.bench.session import BenchRequest, chosen, gather, run_bench, trials_of
+from imstep.bench.sides import OWN, SIDES, side_of
+from imstep.bench.store import BenchRun, Store
+from imstep.bench.summary import Duel, summarise
+from imstep.bench.work import AbsentError, DiedError, Job, perform
+from imstep.cli import app
+from imstep.runs.rows import TrainingError
+from imstep.runs.rundir import RunDirectoryError
+from imstep.tasks import get_task
+
+SMALL = Entry("digits-mlp", budget=2.0, examples=20, sides=("adamw",))
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What each run would import is there already.
+    import_module("imstep.bench.preload")
+    monkeypatch.setattr(work, "METHOD", "fork")
+    get_task("digits-mlp").build(examples=2)
+
+
+def imstep_command(*words: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *words])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*-*.json")}
+
+
+def test_the_short_form_is_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--short", "--sides", "muon", "--out", str(tmp_path / "b")]
+    result = imstep_command(*words)
+    assert result.exit_code == 0, (result.output, result.exc_info)
+    before = files(tmp_path / "b")
+    assert sorted(before) == [
+        f"digits-mlp/{run}.json"
+        for run in (f"{side}/{kind}" for side in ("imstep", "muon") for kind in ("seed-0", "trial-00", "trial-01"))
+    ]
+    for text in before.values():
+        record = json.loads(text)
+        assert record["about"]["threads"] == "1"
+        assert {"PyTorch", "processor", "instructions", "date"} <= set(record["about"])
+        costs = [row[0] for row in record["curve"]]
+        assert costs[0] == 0
+        assert costs[-1] >= record["request"]["limits"]["budget"] - 1e-6
+    page = (tmp_path / "b" / "digits-mlp.html").read_text()
+    assert "Muon" in page
+    assert "2 trials of 2 gradient-equivalents" in page
+    assert "digits-mlp.html" in (tmp_path / "b" / "index.html").read_text()
+    (summary,) = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert set(summary["duels"]) == {"cost", "seconds"}
+    with monkeypatch.context() as patched:
+        patched.setattr("imstep.bench.report.write_report", lambda request, store: None)
+        assert imstep_command(*words).exit_code == 0
+    assert files(tmp_path / "b") == before
+    other = imstep_command(*words, "--budget", "5")
+    assert other.exit_code == 2
+    assert "Runs are not replaced" in " ".join(other.output.split())
+    assert files(tmp_path / "b") == before
+
+
+def test_an_interrupted_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.bench.report.write_report", lambda request, store: None)
+    made: list[str] = []
+
+    def launch(job: Job, tell: Any) -> dict[str, Any]:
+        made.append(f"{job.side} {job.kind}")
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        if len(made) == 5:
+            raise DiedError("killed")
+        return perform(job, tell)
+
+    request = BenchRequest([SMALL], trials=3, seeds=(0,))
+    console = Console(quiet=True)
+    assert not run_bench(request, tmp_path, console, launch=launch)
+    assert not run_bench(request, tmp_path, console, launch=launch)
+    assert run_bench(request, tmp_path, console, launch=launch)
+    trials = [f"adamw trial-0{k}" for k in range(3)]
+    # The third was lost; then one process died, so that nothing could be chosen for its side.
+    assert made == [*trials, trials[2], "imstep seed-0", "adamw seed-0", "imstep seed-0"]
+    tuning, runs = gather(request, SMALL, Store(tmp_path))
+    best = min(tuning["adamw"], key=lambda run: run.best(TRAIN))
+    assert runs["adamw"][0].options == best.options
+    assert len(tuning[OWN]) == 0
+
+
+def test_absent_data_leaves_a_task_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def launch(job: Job, tell: Any) -> dict[str, Any]:
+        raise AbsentError("apt install it")
+
+    assert run_bench(BenchRequest([SMALL]), tmp_path, Console(), launch=launch)
+    assert "left out" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError, match="other files"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"trials": 0}, {"seeds": ()}, {"seeds": (1, 1)}, {"seeds": (100,)}])
+def test_a_bench_without_trials_or_seeds_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError):
+        BenchRequest([SMALL], **arguments)
+
+
+def test_limits_of_ones_own() -> None:
+    entry = ENTRIES["digits-cnn"]
+    asked = entry.asked(seconds=15.0)
+    assert (asked.limits.seconds, asked.trial_limits.budget) == (15.0, 100.0)
+    assert entry.asked(budget=50.0).trial_limits.budget == 25.0
+    for wrong in ({"budget": 1.0, "seconds": 1.0}, {"budget": -1.0}, {"seconds": math.nan}):
+        with pytest.raises(TrainingError):
+            entry.asked(**wrong)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.label)
+def test_all_that_are_tuned_have_equal_trials_in_their_ranges(entry: Entry) -> None:
+    sides = entry.contestants()
+    assert sides[0].name == OWN
+    assert len(sides) >= 7
+    for side in sides:
+        ranges, jobs = entry.ranges_of(side), trials_of(entry, side, 8)
+        assert ("weight_decay" in ranges) == entry.decay
+        assert len(jobs) == (8 if ranges else 0)
+        assert bool(ranges) or side.name == OWN
+        for job in jobs:
+            for name, value in job.options.items():
+                assert value == 0.0 < ranges[name].none or ranges[name].low <= value <= ranges[name].high
+        assert len({tuple(job.options.values()) for job in jobs}) == len(jobs)
+
+
+def test_trials_spread_over_a_range() -> None:
+    shares = sorted(math.log10(t["lr"]) for t in SIDES["adamw"].trials(8, {"lr": Range(1e-8, 1.0)}))
+    assert max(b - a for a, b in pairwise(shares)) < 2.2
+    assert shares[0] < -6.8
+    assert shares[-1] > -1.2
+    with pytest.raises(ValueError, match="range"):
+        Range(1.0, 0.1)
+    assert side_of("torch.optim:RMSprop").trials(2, side_of("torch.optim:RMSprop").ranges)[0] == {"lr": 0.01}
+
+
+def made_up(side: str, losses: list[float], seconds: float, seed: int = 0) -> BenchRun:
+    """A run with a point every 100 equivalents."""
+    curve = [[100.0 * k, seconds * k, k, k, f, 2 * f, None, 1 - f] for k, f in enumerate(losses)]
+    return BenchRun({"columns": work.COLUMNS, "curve": curve, "request": {"side": side, "seed": seed, "options": {}}})
+
+
+def test_the_table_says_who_wins_by_what_factor() -> None:
+    runs = {
+        "imstep": [made_up("imstep", [1.0, 0.1, 0.01], 5.0)],
+        "adamw": [made_up("adamw", [1.0, 0.7, 0.5, 0.1], 1.0)],
+    }
+    summary = summarise(SMALL, runs)
+    assert summary is not None
+    assert summary.level == 0.1
+    assert summary.duels["cost"] == Duel("AdamW", 100.0, 300.0)
+    assert [duel.words for duel in summary.duels.values()] == ["imstep, 3.0 times", "AdamW, 1.7 times"]
+    assert summary.leader.endswith("1.00e-2")
+    # Accuracy: more is better; the level is the lower of the two best.
+    judged = summarise(replace(SMALL, measure=ACCURACY), runs)
+    assert judged is not None
+    assert judged.level == pytest.approx(-0.9)
+    targeted = summarise(replace(SMALL, target=0.02), runs)
+    assert targeted is not None
+    assert targeted.duels["cost"].words == "imstep; AdamW never"
+    assert summarise(replace(SMALL, target=1e-9), runs).duels["cost"].words == "neither"  # type: ignore[union-attr]
+    assert summarise(SMALL, {}) is None
+
+
+def test_the_best_trial_is_chosen() -> None:
+    entry, side = SMALL, SIDES["adamw"]
+    jobs = trials_of(entry, side, 3)
+    tried = [made_up("adamw", losses, 1.0) for losses in ([1.0, 0.5], [1.0, float("nan")], [1.0, 0.2])]
+    assert chosen(entry, tried, jobs) == jobs[2].options
+
+
+def test_a_refusal_is_a_result() -> None:
+    entry = Entry("digits-mlp", budget=1.0, examples=8, ours="least-squares", sides=())
+    job = Job(entry, OWN, "least-squares", "seed-0", {}, 0, entry.limits)
+    assert perform(job)["ending"].startswith("refused")
+
+
+def test_an_edited_program_is_another_request(tmp_path: Path) -> None:
+    program, found = tmp_path / "waves.py", []
+    text = (
+        "import torch\nfrom torch import nn\nfrom imstep.tasks import ExampleTask, held_out\n"
+        "x = torch.linspace(-1, 1, 20)[:, None]\n"
+        "load, model = lambda data: held_out(x, x), lambda: nn.Linear(1, 1)\n"
+        "task = ExampleTask('waves', 'A wave', '20 points.', load, model, nn.MSELoss())\n"
+    )
+    for more in ("", "# another\n"):
+        program.write_text(text + more)
+        work._digests.cache_clear()
+        entry = Entry(str(program), budget=2.0, sides=())
+        found.append(Job(entry, OWN, entry.contestants()[0].spec.name, "seed-0", {}, 0, entry.limits))
+        record = perform(found[-1])
+        Store(tmp_path / f"bench{len(found)}").keep(found[-1], record)
+    assert Store(tmp_path / "bench2").find(found[1]) is not None
+    with pytest.raises(RunDirectoryError, match="made with files"):
+        Store(tmp_path / "bench1").find(found[0])
+
+
+def test_muon_moves_weights_by_muon_and_the_rest_by_adamw() -> None:
+    torch.manual_seed(0)
+    filters, matrix, bias = (torch.nn.Parameter(torch.randn(s)) for s in ((4, 2, 3, 3), (4, 18), (4,)))
+    with torch.no_grad():
+        matrix.copy_(filters.flatten(1))
+    before = bias.detach().clone()
+    ours = MuonAndAdamW([filters, bias], lr=0.1, weight_decay=0.01)
+    reference = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):
+        ours.zero_grad()
+        filters.sin().sum().backward()
+        (bias * torch.arange(1.0, 5.0)).sum().backward()
+        matrix.grad = matrix.detach().cos()
+        ours.step()
+        reference.step()
+    torch.testing.assert_close(filters.detach().flatten(1), matrix.detach())
+    torch.testing.assert_close(bias.detach(), before * (1 - 1e-3) ** 2 - 0.2, rtol=0, atol=2e-3)
+
+
+def test_the_list_tells_ranges_and_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = imstep_command("digits-autoencoder", "--list")
+    assert result.exit_code == 0
+    assert "hours" in result.output
+    assert "lbfgs: L-BFGS; history 5 to 300" in result.output
+    assert imstep_command("digits-autoencodr", "--list").exit_code == 2

@@ -89,9 +89,9 @@ def collect(command: Sequence[str], limit: float) -> dict[str, Any]:
         if line.startswith("{"):
             rows.append(json.loads(line))
             print(*(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    code, seconds = process.wait(), time.perf_counter() - start
+    code, seconds, late = process.wait(), time.perf_counter() - start, timer.finished.is_set()
     timer.cancel()
-    ended = "finished" if code == 0 else "ran out of time" if seconds >= limit else f"died with exit code {code}"
+    ended = "finished" if code == 0 else "ran out of time" if late else f"died with exit code {code}"
     return {"ended": ended, "seconds": round(seconds, 1), "limit": limit, "rows": rows}
 
 

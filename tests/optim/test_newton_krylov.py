@@ -91,7 +91,7 @@ def test_record_for_files() -> None:
         assert row["status"] is None or row["status"] in {s.name.lower() for s in KrylovStatus}
         assert row["gradient_equivalents"] == optimizer.last_step.cost.gradient_equivalents
         assert row["products"] == optimizer.last_step.products
-        assert all(isinstance(v, (int, float, str, type(None))) for v in row.values())
+        assert all(isinstance(v, (int, float, str, list, type(None))) for v in row.values())
 
 
 def test_no_record_before_the_first_step() -> None:

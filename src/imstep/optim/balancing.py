@@ -75,7 +75,7 @@ class EqualTraces(Balancing):
         >>> w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         >>> J = ResidualJacobian(lambda: (10 * w[0] - 1).square() + (w[1] - 1).square(), [w])
         >>> EqualTraces().weights(J, None)
-        tensor([ 0.5050, 50.4747], dtype=torch.float64)
+        tensor([ 0.5050, 50.4745], dtype=torch.float64)
     """
 
     def sizes(self, jacobian: ResidualJacobian) -> Tensor:

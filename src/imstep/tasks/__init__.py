@@ -2,7 +2,7 @@
 
 >>> from imstep.tasks import TASKS
 >>> sorted(TASKS)[:3]
-['allen-cahn', 'burgers', 'burgers-smooth']
+['abalone', 'addition-150', 'addition-80']
 """
 
 from imstep.tasks.base import AnyBatch, DataNotFoundError, Evaluation, Metric, Problem, Surface, Task, TaskError

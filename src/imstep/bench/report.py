@@ -53,7 +53,7 @@ def write_report(request: BenchRequest, store: Store) -> Table | None:
     rows = [s.cells for s in summaries]
     links = [f'<a href="{_file(s.entry)}">{escape(s.entry.label)}</a>' for s in summaries]
     body = section("Who wins where", _table(HEAD, rows, links), _note())
-    lead = f"{len(rows)} tasks. {_RULES}"
+    lead = f"{len(rows)} task{'s' if len(rows) > 1 else ''}. {_RULES}"
     write_atomically(store.root / "index.html", page("Bench", "imstep bench", lead, body).encode())
     write_json(store.root / "summary.json", finite([_plain(s) for s in summaries]))
     marks = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
@@ -211,15 +211,21 @@ def _panel(entry: Entry, runs: Results, clock: str, column: str, title: str, axe
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[str] | None = None) -> str:
-    """An HTML table; `first` are HTML texts in place of each row's first cell."""
-    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
+    """An HTML table, numbers to the right; `first` are HTML texts in place of each row's first cell."""
+    kinds = ["" if all(map(_numeric, column)) else " class=text" for column in zip(*rows, strict=True)]
+    kinds[0] = ""
+    heads = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     body = ""
     for k, row in enumerate(rows):
         lead = first[k] if first is not None else escape(row[0])
         cells = "".join(
-            f'<td class="text" data-head="{escape(name)}">{escape(cell)}</td>'
-            for name, cell in zip(head[1:], row[1:], strict=True)
+            f'<td{kind} data-head="{escape(name)}">{escape(cell)}</td>'
+            for kind, name, cell in zip(kinds[1:], head[1:], row[1:], strict=True)
         )
         body += f"<tr><td>{lead}</td>{cells}</tr>"
     table = f'<table class="cards"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
+
+
+def _numeric(cell: str) -> bool:
+    return cell in ("never", "") or (cell[0].isdigit() and " or " not in cell and " to " not in cell)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
+from imstep.complexstep.carrier import Carrier
 from imstep.complexstep.errors import COLLECTIVE, DENSE, NESTED, REPORT, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
@@ -20,9 +21,9 @@ from imstep.complexstep.registry import Rule, Signature, exact, lookup, signatur
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
-from imstep.complexstep.steps import EXCHANGES, Reference, Step
+from imstep.complexstep.steps import EXCHANGES
 from imstep.complexstep.tape import LOSS_OPERATORS, Tape
-from imstep.complexstep.tensor import Plane, whole
+from imstep.complexstep.tensor import Plane
 from imstep.complexstep.vanishing import ROOTS, Root, first
 
 rules.load()
@@ -39,7 +40,7 @@ _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is
 _OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
 
-class Dispatch(TorchDispatchMode):
+class Dispatch(Carrier):
     """Carries out the operators of one :class:`~imstep.complexstep.arithmetic.Arithmetic`."""
 
     @classmethod
@@ -56,9 +57,8 @@ class Dispatch(TorchDispatchMode):
         tape: Tape | None,
         before_write: Callable[[Tensor], None] | None,
     ) -> None:
-        super().__init__()
-        self._plane, self._islands, self._ledger = plane, islands, ledger
-        self._h, self._tape, self._before_write = h, tape, before_write
+        super().__init__(plane, islands, tape)
+        self._ledger, self._h, self._before_write = ledger, h, before_write
         self._born = f"_imstep_born_{next(_evaluations)}"
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
@@ -251,57 +251,6 @@ class Dispatch(TorchDispatchMode):
             self._tape.record(step)
         return outputs
 
-    def _step(
-        self, func: OpOverload, push: Any, inputs: list[Any], outputs: Any, target: Reference | None = None
-    ) -> Step:
-        """A step of the tape, with the node of autograd's graph that its operator belongs to."""
-        backward = self._islands.final
-        if backward:
-            current = torch._C._current_autograd_node()
-            node = -1 if current is None else current._sequence_nr()
-        else:  # the node is made before the operator runs, so it has the last number given out
-            node = torch.autograd._get_sequence_nr() - 1
-        return Step(push, inputs, outputs, target, func, node, backward)
-
-    def _imaginary(self, t: Any) -> Any:
-        if isinstance(t, (list, tuple)):
-            return [self._imaginary(u) for u in t]
-        return None if t is None else self._plane.get(t)
-
-    def _store(self, outputs: Any, d_outputs: Any) -> None:
-        """Attach imaginary parts to fresh outputs; one that shares memory with an argument has its own already."""
-        if isinstance(outputs, Tensor):
-            if d_outputs is not None and self._plane.find(outputs) is None:
-                self._plane.put(outputs, d_outputs)
-        elif d_outputs is not None and isinstance(outputs, (list, tuple)):
-            for output, d_output in zip(outputs, d_outputs, strict=True):
-                self._store(output, d_output)
-
-    def reference(self, t: Tensor) -> Reference | None:
-        """The slot on the tape, and the window onto it, that a tensor stands for; None for a constant."""
-        slot = self._plane.find(t)
-        return None if slot is None else self._tape.reference(slot, t)  # type: ignore[union-attr]
-
-    def _references(self, tensors: Sequence[Any], slots: Sequence[Any] | None) -> list[Any]:
-        """As :meth:`reference`, for nested tensors to which slots are attached."""
-        found: list[Any] = []
-        for t, slot in zip(tensors, slots or [None] * len(tensors), strict=True):
-            if type(slot) is int:
-                found.append(self._tape.reference(slot, t))  # type: ignore[union-attr]
-            else:
-                found.append(self._references(t, slot) if isinstance(t, (list, tuple)) else None)
-        return found
-
-    def _define(self, outputs: Any) -> Any:
-        """New slots for fresh outputs that can carry an imaginary part."""
-        if isinstance(outputs, (list, tuple)):
-            return [self._define(t) for t in outputs]
-        if not isinstance(outputs, Tensor) or not (outputs.is_floating_point() or outputs.is_complex()):
-            return None
-        if outputs.layout is not torch.strided:
-            return None
-        return self._plane.named(outputs, self._tape.define)  # type: ignore[union-attr]
-
     def _decompose(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Carry out an operator without a rule through the simpler operators it is defined by."""
         decomposition = rules.decomposition(func)
@@ -376,56 +325,6 @@ class Dispatch(TorchDispatchMode):
         self._overwrite(targets, self._carry_out(sig.functional, known, given, args, kwargs), given)
         alone = len(targets) == 1 and isinstance(targets[0], Tensor)
         return targets[0] if alone else None if not func._schema.returns else tuple(targets)
-
-    def _overwrite(self, targets: Any, results: Any, given: list[Any]) -> None:
-        """Write results over targets, a tensor or a list over each; a result may be one of the tensors given."""
-        given = [u for t in given for u in (t if isinstance(t, (list, tuple)) else [t]) if isinstance(u, Tensor)]
-        kept = {t.untyped_storage()._cdata for t in given if t.layout is torch.strided}
-        if isinstance(results, Tensor):
-            results = [results]
-        elif len(targets) == 1 and isinstance(targets[0], (list, tuple)):
-            targets = targets[0]
-        for target, result in zip(targets, results, strict=True):
-            if target.shape != result.shape:
-                self._resize(torch.ops.aten.resize_.default, (target, result.shape), {})
-            if self._tape is not None:
-                self._tape.protect(target)
-            if result.untyped_storage()._cdata not in kept and self._plane.interchangeable(target, result):
-                target.copy_(result)
-                self._plane.hand_over(result, target)
-            else:
-                self._copy(torch.ops.aten.copy_.default, (target, result), {})
-
-    def _resize(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        """Another window, onto memory that may have grown; what is new of it has no imaginary part."""
-        target = args[0]
-        held, before = self._plane.find(target), whole(target)
-        outputs = func(*args, **kwargs)
-        if held is None or before.numel() == whole(target).numel():
-            return outputs
-        if self._tape is None:
-            self._plane.extend(target, before)
-            return outputs
-        self._plane.name(target, self._tape.define(whole(target)))
-        source, goal = self._tape.reference(held, before), self._tape.reference(self._plane.find(target), before)
-        self._tape.record(self._step(torch.ops.aten.copy_.default, None, [source], None, goal))
-        return outputs
-
-    def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        target, source = args[0], args[1]
-        outputs = func(*args, **kwargs)
-        if not (target.is_floating_point() or target.is_complex()):
-            return outputs
-        if self._tape is None:
-            self._plane.write(target, self._plane.get(source))
-            return outputs
-        read = self.reference(source)
-        if self._plane.find(target) is None:
-            if read is None:
-                return outputs
-            self._plane.name(target, self._tape.define(whole(target)))
-        self._tape.record(self._step(func, None, [read], None, self.reference(target)))
-        return outputs
 
     # --- what existed before ------------------------------------------------------------------------------------
 

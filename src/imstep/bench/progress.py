@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from imstep.bench.work import Job
-from imstep.runs.progress import clock, fitting
+from imstep.runs.progress import Drawn, clock, fitting
 from imstep.runs.verdict import short
 
 __all__ = ["BenchProgress"]
@@ -18,8 +18,8 @@ __all__ = ["BenchProgress"]
 BAR = 12
 
 
-class BenchProgress:
-    """A line that is redrawn on a terminal, below a line for each finished run; use it as a context manager.
+class BenchProgress(Drawn):
+    """A line that is redrawn on a terminal, below a line for each finished run.
 
     Args:
         console: where to draw.
@@ -27,23 +27,12 @@ class BenchProgress:
     """
 
     def __init__(self, console: Console, lacking: dict[tuple[str, str, str], float]) -> None:
-        self._console, self._left, self._total = console, dict(lacking), len(lacking)
         self._live = Live(Text(""), console=console, refresh_per_second=4, transient=True)
+        super().__init__(console, self._live)
+        self._left, self._total = dict(lacking), len(lacking)
         self._measured = self._foreseen = 0.0
         self._job: Job | None = None
         self._began = 0.0
-
-    def __enter__(self) -> BenchProgress:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def announce(self, note: str) -> None:
-        """Print a line."""
-        self._console.print(note, highlight=False)
 
     def skip(self, entry: str) -> None:
         """An entry is left out."""

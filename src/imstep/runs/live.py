@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from imstep.runs.progress import clock, fitting
+from imstep.runs.progress import Drawn, clock, fitting
 from imstep.runs.records import Comparison, Run
 from imstep.runs.verdict import short
 
 __all__ = ["ComparisonProgress", "endings", "result_table"]
 
 
-class ComparisonProgress:
+class ComparisonProgress(Drawn):
     """A listener for `compare` that draws a line for each optimizer; use it as a context manager.
 
     Args:
@@ -25,7 +25,6 @@ class ComparisonProgress:
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
         self._bar = 4 if console.width < 80 else 8
         self._bars = Progress(
             TextColumn("{task.fields[name]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -34,24 +33,13 @@ class ComparisonProgress:
             console=console,
             refresh_per_second=8,
         )
+        super().__init__(console, self._bars)
         self._tasks: list[TaskID] = []
         self._names: list[str] = []
         self._settings: list[int] = []
         self._budget = 0.0
         self._number, self._setting, self._began = 0, "", 0.0
         self._best: float | None = None
-
-    def __enter__(self) -> ComparisonProgress:
-        if self._console.is_terminal:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def announce(self, note: str) -> None:
-        """Print a line above the bars."""
-        self._bars.console.print(note, highlight=False)
 
     def begin(self, names: Sequence[str], settings: Sequence[int], budget: float) -> None:
         self._names, self._settings, self._budget = list(names), list(settings), budget

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress
 from rich.text import Text
 
 from imstep.runs.rows import EvaluationRow, Limits, LogRow, StepRow
 from imstep.runs.runner import Trainer
 from imstep.runs.verdict import short
 
-__all__ = ["LastStep", "TrainingProgress", "clock", "fitting"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Drawn", "LastStep", "TrainingProgress", "clock", "fitting"]
 
 LINE_INTERVAL = 5.0
 """Seconds between lines when there is no terminal to redraw."""
 BAR = 12
 
 
-class TrainingProgress:
+class Drawn:
+    """Something that is redrawn in place while work goes on, on a terminal only; a context manager.
+
+    Args:
+        console: where to draw.
+        live: what is drawn.
+    """
+
+    def __init__(self, console: Console, live: Live | Progress) -> None:
+        self._console, self._drawn = console, live
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._drawn.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._drawn.stop()
+
+    def announce(self, note: str) -> None:
+        """Print a line above it, for example that a step is being finished."""
+        self._console.print(note, highlight=False)
+
+
+class TrainingProgress(Drawn):
     """An observer that shows in one line how far a run is, its losses and the time left.
 
     Args:
@@ -30,25 +59,13 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, title: str, limits: Limits) -> None:
-        self._console = console
-        self._limits = limits
         self._live = Live(Text(title), console=console, refresh_per_second=8, transient=True)
+        super().__init__(console, self._live)
+        self._limits = limits
         self._start: tuple[float, float] | None = None
         self._heldout: EvaluationRow | None = None
         self._loss: float | None = None
         self._printed = 0.0
-
-    def __enter__(self) -> TrainingProgress:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def announce(self, note: str) -> None:
-        """Print a line, for example that a step is being finished."""
-        self._console.print(note, highlight=False)
 
     def __call__(self, trainer: Trainer, row: LogRow) -> None:
         if isinstance(row, EvaluationRow):

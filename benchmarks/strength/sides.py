@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.strength.peers import PEERS, Schedule, constant, cosine
-from imstep.bench.averaging import AveragedStepper
+from imstep.bench.averaging import EvaluatedAtAverage
 from imstep.globalization import LevenbergMarquardt
 from imstep.optim import FixedProducts, NewtonKrylov, Recycling
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
@@ -54,7 +54,7 @@ def _newton_krylov(problem: Problem, options: Options) -> Stepper:
 def _for_batches(problem: Problem, options: Options) -> Stepper:
     forcing = FixedProducts(int(options["products"]))
     stepper = StepwiseStepper(NewtonKrylov.for_batches(problem.parameters, forcing=forcing))
-    return AveragedStepper(stepper, problem.model)
+    return EvaluatedAtAverage(stepper, problem.model)
 
 
 _IMSTEP = OptimizerSpec(

@@ -17,7 +17,7 @@ from benchmarks.strength.record import StrengthRecord
 from benchmarks.strength.run import KEPT_POINTS, StrengthRun, describe, thinned
 from benchmarks.strength.table import verdicts
 from benchmarks.strength.tasks import TASKS
-from imstep.bench.averaging import AveragedStepper
+from imstep.bench.averaging import EvaluatedAtAverage
 from imstep.runs.optimizers import get_optimizer
 from imstep.runs.records import Point
 from imstep.tasks import get_task
@@ -120,7 +120,7 @@ def test_the_page_keeps_its_text(tmp_path: Path) -> None:
 def test_what_is_evaluated_is_the_average_of_the_iterates() -> None:
     problem = get_task("digits-mlp").build(0, examples=60)
     weight = problem.parameters[0]
-    stepper = AveragedStepper(get_optimizer("sgd").create(problem, lr=0.1), problem.model, decay=0.5)
+    stepper = EvaluatedAtAverage(get_optimizer("sgd").create(problem, lr=0.1), problem.model, decay=0.5)
     iterates = []
     for batch in problem.batches(0, 20):
         stepper.step(problem, batch)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from imstep.runs.steppers import Stepper, StepResult
 from imstep.tasks import AnyBatch, Problem
 
-__all__ = ["AveragedStepper", "cosine"]
+__all__ = ["EvaluatedAtAverage", "cosine"]
 
 
 def cosine(done: float) -> float:
@@ -25,7 +25,7 @@ def cosine(done: float) -> float:
     return (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-class AveragedStepper(Stepper):
+class EvaluatedAtAverage(Stepper):
     """Another stepper's steps; what is evaluated is PyTorch's exponential average of the parameters.
 
     Args:

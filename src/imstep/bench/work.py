@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from imstep.bench.averaging import AveragedStepper, cosine
+from imstep.bench.averaging import EvaluatedAtAverage, cosine
 from imstep.bench.entries import Entry
 from imstep.bench.sides import OWN, Options, Side, own_side, side_of
 from imstep.runs.config import torch_dtype
@@ -118,7 +118,7 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
         stepper = side.spec.create(problem, **{**side.fixed, **job.options})
         groups = [(group, group["lr"]) for group in stepper.optimizer.param_groups if "lr" in group]
         if entry.batch_size is not None and job.side != OWN:
-            stepper = AveragedStepper(stepper, problem.model, AVERAGE)
+            stepper = EvaluatedAtAverage(stepper, problem.model, AVERAGE)
         looks = TRIAL_LOOKS if job.trial else LOOKS
         trainer = Trainer(
             problem, stepper, batch_size=entry.batch_size, seed=job.seed, schedule=_schedule(job.limits, looks)

@@ -26,7 +26,7 @@ def as_operator(matrix: Any) -> LinearOperator:
         TypeError: it is nothing of these, or complex.
         ValueError: it has not two dimensions.
 
-    Cost: no copy of a tensor or array.
+    Cost: no copy of a tensor, nor of an array whose rows lie one after the other.
 
     Example:
         >>> as_operator(np.diag([1, 2])) @ torch.ones(2, dtype=torch.float64)

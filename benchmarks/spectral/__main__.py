@@ -17,9 +17,10 @@ import argparse
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,25 @@ from benchmarks.spectral.sides import SIDES, Pairs, Side  # noqa: E402
 from imstep import spectral  # noqa: E402
 
 SEED = 0
-LIMIT = 4.0
-"""Times imstep's seconds for a question that a peer is given; beyond them no further budget is tried."""
+LIMIT, LEAST_LIMIT = 4.0, 20.0
+"""Times imstep's seconds for a question that a peer is given, and the least seconds: then it is stopped."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked about one model.
+
+    Attributes:
+        rtol: of the trace, with probability 95 %; None where it is not asked, because no side gets there in an hour.
+        probes: with which imstep's density is timed.
+    """
+
+    rtol: float | None
+    probes: int = 10
+
+
+class GivenUpError(Exception):
+    """A side took too long."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +66,25 @@ class Size:
     """What is asked.
 
     Attributes:
-        models: names of `product_models`.
+        models: by the names of `product_models`, what is asked about each.
         k, tol: eigenpairs, and their residuals relative to the largest eigenvalue.
         steps, probes: of the density.
-        peer_probes: of a peer's density, whose seconds are multiplied to ``probes``: all run them one after the other.
-        rtol: of the trace, with probability 95 %.
+        peer_probes: with which a peer's density is timed; seconds are multiplied to ``probes``.
         repeats: seeds on which a trace is judged.
     """
 
-    models: tuple[str, ...] = ("GPT", "MLP", "ResNet-18")
+    models: Mapping[str, Asked] = field(
+        default_factory=lambda: {"GPT": Asked(0.05), "MLP": Asked(0.2), "ResNet-18": Asked(None, probes=1)}
+    )
     k: int = 10
     tol: float = 1e-6
     steps: int = 100
     probes: int = 10
-    peer_probes: int = 2
-    rtol: float = 1e-2
-    repeats: int = 5
+    peer_probes: int = 1
+    repeats: int = 3
 
 
-SHORT = Size(("small",), k=3, tol=1e-5, steps=10, probes=2, peer_probes=1, rtol=0.1, repeats=2)
+SHORT = Size({"small": Asked(0.1, probes=2)}, k=3, tol=1e-5, steps=10, probes=2, repeats=2)
 
 
 def small(device: torch.device) -> Subject:
@@ -76,10 +94,25 @@ def small(device: torch.device) -> Subject:
     return Subject("small", "20-30-5 tanh, batch 64", model, x, y, nn.MSELoss())
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    found = work()
-    return time.perf_counter() - start, found
+def timed(work: Callable[[], Any], limit: float = math.inf) -> tuple[float, Any]:
+    """Seconds and result.
+
+    Raises:
+        GivenUpError: it took longer than ``limit`` seconds.
+    """
+
+    def stop(*_: object) -> None:
+        raise GivenUpError
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.0 if math.isinf(limit) else limit)
+    try:
+        start = time.perf_counter()
+        found = work()
+        return time.perf_counter() - start, found
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def worst_residual(hessian: imstep.Hessian, pairs: Pairs) -> float:
@@ -96,31 +129,30 @@ def ask_pairs(side: Side, hessian: imstep.Hessian, size: Size, limit: float) -> 
     """The time of the first budget whose residuals meet the tolerance; earlier ones do not count."""
     entry: dict[str, Any] = {}
     for budget in side.pair_budgets:
-        seconds, found = timed(lambda b=budget: side.pairs(size.k, size.tol, b, SEED))
+        seconds, found = timed(lambda b=budget: side.pairs(size.k, size.tol, b, SEED), limit)
         residual = worst_residual(hessian, found)
         # Rounding of the products that check is no fault of a side.
         entry = {"seconds": seconds, "residual": residual, "reached": residual <= 1.5 * size.tol, "budget": budget}
-        if entry["reached"] or seconds > limit:
+        if entry["reached"]:
             break
     return entry
 
 
-def ask_density(side: Side, size: Size, own: bool) -> dict[str, Any]:
-    """The time of all probes."""
-    probes = size.probes if own else size.peer_probes
-    seconds = timed(lambda: side.density(size.steps, probes, SEED))[0]
+def ask_density(side: Side, size: Size, probes: int, limit: float) -> dict[str, Any]:
+    """The time of all probes, from that of the first so many."""
+    seconds = timed(lambda: side.density(size.steps, probes, SEED), limit)[0]
     return {"seconds": seconds * size.probes / probes, "reached": True}
 
 
-def ask_trace(side: Side, reference: float, size: Size, limit: float) -> dict[str, Any]:
+def ask_trace(side: Side, reference: float, rtol: float, repeats: int, limit: float) -> dict[str, Any]:
     """The mean time of the first budget whose root mean square error is half of the tolerance: 95 % lie within it."""
     entry: dict[str, Any] = {}
     for budget in side.trace_budgets:
-        runs = [timed(lambda b=budget, s=seed: side.trace(size.rtol, b, s)) for seed in range(size.repeats)]
+        runs = [timed(lambda b=budget, s=seed: side.trace(rtol, b, s), limit) for seed in range(repeats)]
         seconds = sum(seconds for seconds, _ in runs) / len(runs)
         error = (sum((value / reference - 1) ** 2 for _, value in runs) / len(runs)) ** 0.5
-        entry = {"seconds": seconds, "error": error, "reached": error <= size.rtol / 2, "budget": budget}
-        if entry["reached"] or seconds > limit:
+        entry = {"seconds": seconds, "error": error, "reached": error <= rtol / 2, "budget": budget}
+        if entry["reached"]:
             break
     return entry
 
@@ -128,21 +160,26 @@ def ask_trace(side: Side, reference: float, size: Size, limit: float) -> dict[st
 def ask(
     kind: type[Side], subject: Subject, hessian: imstep.Hessian, trace: float, size: Size, own: dict[str, Any]
 ) -> dict[str, Any]:
-    """All three questions to one side; ``own`` are imstep's answers, empty where they are asked for."""
+    """All questions to one side; ``own`` are imstep's answers, empty where they are asked for."""
     try:
         metadata.version(kind.package)
     except metadata.PackageNotFoundError:
         return {"failure": "not installed"}
-    side, entry = kind(subject), {}
-    limit = lambda question: LIMIT * own[question]["seconds"] if own else math.inf
-    questions = {
-        "pairs": lambda: ask_pairs(side, hessian, size, limit("pairs")),
-        "density": lambda: ask_density(side, size, not own),
-        "trace": lambda: ask_trace(side, trace, size, limit("trace")),
+    side, asked = kind(subject), size.models[subject.name]
+    probes = size.peer_probes if own else asked.probes
+    questions: dict[str, Callable[[float], dict[str, Any]]] = {
+        "pairs": lambda limit: ask_pairs(side, hessian, size, limit),
+        "density": lambda limit: ask_density(side, size, probes, limit),
     }
+    if (rtol := asked.rtol) is not None:
+        questions["trace"] = lambda limit: ask_trace(side, trace, rtol, size.repeats, limit)
+    entry: dict[str, Any] = {}
     for name, question in questions.items():
+        limit = max(LIMIT * own[name]["seconds"], LEAST_LIMIT) if own else math.inf
         try:
-            entry[name] = question()
+            entry[name] = question(limit)
+        except GivenUpError:
+            entry[name] = {"failure": f"given up after {limit:.0f}"}
         except Exception as error:
             entry[name] = {"failure": failure(error)}
         print(f"{subject.name}, {kind.name}, {name}: {entry[name]}", flush=True)
@@ -155,7 +192,10 @@ def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], Non
     remedy(subject)
     hessian = imstep.Hessian(subject.closure, subject.model)
     if not entry:
-        reference = spectral.trace(hessian, size.rtol / 4, seed=SEED + 100, max_products=2_000)
+        rtol = size.models[name].rtol
+        # Where it is not asked, a few products show why.
+        products = {"rtol": rtol / 4, "max_products": 2_000} if rtol else {"rtol": 1e-2, "max_products": 24}
+        reference = spectral.trace(hessian, seed=SEED + 100, **products)
         print(f"{subject.name}, the trace to compare with: {reference}", flush=True)
         entry.update(description=subject.description, parameters=hessian.size, trace=asdict(reference))
         entry.update(load_average=0.0, sides={})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from imstep.runs.config import RunConfig
+from imstep.runs.config import RunConfig, TrainingError
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.optimizers import OPTIMIZERS
 from imstep.runs.rows import Row
@@ -95,6 +95,8 @@ def test_a_run_whose_points_grow_resumes(tmp_path: Path) -> None:
     assert points[-1] > 3 * points[0]
     with pytest.raises(TaskError, match="1 to 159 points"):
         config_of("least-squares", None, "heat-1d", first_points=161, examples=160).build()
+    with pytest.raises(TrainingError, match="choose least-squares"):
+        config_of("adam", None, "heat-1d", first_points=8, examples=160).build()
     with pytest.raises(TaskError, match="data, not points"):
         config_of("least-squares", None, "digits-mlp", first_points=8).build()
 

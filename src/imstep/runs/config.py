@@ -153,9 +153,15 @@ class RunConfig:
         )
         if self.first_points is not None:
             problem = problem.beginning_with(self.first_points)
+        stepper = spec.create(problem, peers.group, **options)
+        if self.first_points is not None and not stepper.grows:
+            raise TrainingError(
+                f"first_points={self.first_points}: how many points {self.optimizer} needs does not follow from its "
+                "steps. Leave it out (--first-points), or choose least-squares."
+            )
         return Trainer(
             problem,
-            spec.create(problem, peers.group, **options),
+            stepper,
             batch_size=self.batch_size,
             seed=self.seed,
             schedule=Schedule(self.evaluate_every),

@@ -92,7 +92,7 @@ class Trainer:
         self._non_finite = 0
         self._converged = False
         self._batches: Iterator[AnyBatch] = iter(())
-        self._points = problem.growing()
+        self._points = problem.growing() if stepper.grows else None
         self._random = RandomStream(problem.device, seed)
 
     @property

@@ -199,6 +199,7 @@ class PhysicsTask(Task):
         reference: makes the solution to compare with; None where it is not known.
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
+        first: points of the first steps, as for the problem, for optimizers whose steps tell when more are needed.
 
     Example:
         >>> from imstep import pde
@@ -217,6 +218,7 @@ class PhysicsTask(Task):
     conditions: tuple[Condition, ...]
     reference: Callable[[], Reference] | None = None
     redrawn: bool = True
+    first: int | None = None
 
     @property
     def has_batches(self) -> bool:
@@ -243,7 +245,8 @@ class PhysicsTask(Task):
             conditions = of_all(conditions, examples)
         train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
         heldout = other if self.reference is None else self.reference()
-        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn)
+        first = self.first if examples is None or self.first is None else min(self.first, examples)
+        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn, first)
 
 
 def of_all(conditions: Sequence[Condition], count: int) -> tuple[Condition, ...]:

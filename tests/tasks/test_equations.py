@@ -211,11 +211,14 @@ def test_a_task_begins_with_fewer_points() -> None:
     assert problem.growing() is None
     few = problem.beginning_with(12)
     points = few.growing()
-    assert points is not None and points.count == 12
+    assert points is not None
+    assert points.count == 12
     assert len(few.draw(3, seed=1, count=12)) == 12
     whole = next(problem.batches(3, seed=1))
     drawn = few.draw(3, seed=1, count=len(whole))
     assert all(torch.equal(a, b) for a, b in zip(whole.of, drawn.of, strict=True))
+    for examples, first in ((None, 1075), (60, 15), (1, 1)):
+        assert get_task("burgers-smooth").build(0, examples=examples).growing().count == first
     with pytest.raises(TaskError, match="keeps its points"):
         dataclasses.replace(problem, redrawn=False).beginning_with(12)
 

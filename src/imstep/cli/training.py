@@ -92,7 +92,7 @@ def train(
     examples: Examples = None,
     first_points: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Equations: begin with N points a step, more once steps hold at their own only."),
+        typer.Option(metavar="N", help="Equations: N points a step at first, more once steps hold at their own only."),
     ] = None,
     evaluate_every: Annotated[
         float | None, typer.Option(help="Epochs between evaluations; default 1, full batch 10.")

@@ -245,7 +245,8 @@ class PhysicsTask(Task):
             conditions = of_all(conditions, examples)
         train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
         heldout = other if self.reference is None else self.reference()
-        first = self.first if examples is None or self.first is None else min(self.first, examples)
+        total, own = (sum(c.count for c in of) for of in (conditions, self.conditions))
+        first = None if self.first is None else max(1, self.first * total // own)
         return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn, first)
 
 

@@ -79,7 +79,7 @@ class DampedQR:
     def __init__(self, triangle: Tensor, root: float) -> None:
         size = len(triangle)
         # Transposed, so that what LAPACK takes by columns lies as it wants it.
-        upper, lower = triangle.mT.contiguous(), triangle.new_zeros(size, size)
+        upper, lower = triangle.mT.clone(memory_format=torch.contiguous_format), triangle.new_zeros(size, size)
         lower.diagonal().fill_(root)
         self._panels: list[tuple[int, int, Tensor, Tensor]] = []
         for start in range(0, size, _PANEL):

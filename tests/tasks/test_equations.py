@@ -213,12 +213,13 @@ def test_a_task_begins_with_fewer_points() -> None:
     points = few.growing()
     assert points is not None
     assert points.count == 12
-    assert len(few.draw(3, seed=1, count=12)) == 12
+    assert len(few.drawn(3, seed=1, count=12)) == 12
     whole = next(problem.batches(3, seed=1))
-    drawn = few.draw(3, seed=1, count=len(whole))
+    drawn = few.drawn(3, seed=1, count=len(whole))
     assert all(torch.equal(a, b) for a, b in zip(whole.of, drawn.of, strict=True))
     for examples, first in ((None, 1075), (60, 15), (1, 1)):
         assert get_task("burgers-smooth").build(0, examples=examples).growing().count == first
+    assert dataclasses.replace(get_task("burgers"), redrawn=False).build(0).growing() is None
     with pytest.raises(TaskError, match="keeps its points"):
         dataclasses.replace(problem, redrawn=False).beginning_with(12)
 

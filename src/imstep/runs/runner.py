@@ -141,7 +141,9 @@ class Trainer:
         self._non_finite = state["non_finite"]
         self._converged = state["converged"]
         self._random.load_state_dict(state["random"])
-        if self._points is not None:
+        if state.get("points") is None:
+            self._points = None  # as in runs of earlier versions
+        elif self._points is not None:
             self._points.load_state_dict(state["points"])
 
     def _now(self) -> float:
@@ -165,7 +167,7 @@ class Trainer:
     def _epoch_batches(self, epoch: int) -> Iterator[AnyBatch]:
         if self._points is None:
             return self.problem.batches(epoch, self.batch_size, self.seed)
-        return iter([self.problem.draw(epoch, self.seed, self._points.count)])
+        return iter([self.problem.drawn(epoch, self.seed, self._points.count)])
 
     def _seek(self) -> None:
         """Place the batch iterator at the current step; batches depend on (seed, epoch) and, of points, their number.

@@ -153,7 +153,7 @@ class Problem(ABC):
         """What says how many points a step has, where that changes in a run; a new one. None for always as many."""
         return None
 
-    def draw(self, epoch: int, seed: int, count: int) -> Any:
+    def drawn(self, epoch: int, seed: int, count: int) -> Any:
         """The batch of an epoch with so many points in all, a function of these numbers; where :meth:`growing` is one.
         """
         raise NotImplementedError

@@ -157,9 +157,11 @@ class PhysicsProblem(Problem):
         return replace(self, first=points)
 
     def growing(self) -> GrowingPoints | None:
-        return None if self.first is None else GrowingPoints(self.first, largest=sum(c.count for c in self.conditions))
+        if self.first is None or not self.redrawn:
+            return None
+        return GrowingPoints(self.first, largest=sum(c.count for c in self.conditions))
 
-    def draw(self, epoch: int, seed: int, count: int) -> Points:
+    def drawn(self, epoch: int, seed: int, count: int) -> Points:
         return draw(of_all(self.conditions, count), mix(seed, epoch), self.device, self.dtype)
 
     def evaluate(self, batch: Points | Reference) -> Evaluation:

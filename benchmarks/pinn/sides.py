@@ -14,7 +14,7 @@ from imstep import LeastSquares, methods
 from imstep.optim import EarlierDraws
 from imstep.optim.preconditioning import SelfScaledBroyden
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
-from imstep.runs.steppers import GradientStepper, Stepper, StepwiseStepper
+from imstep.runs.steppers import CheckedStepper, GradientStepper, Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
 INNER = 20
@@ -24,11 +24,11 @@ LARGEST = 8192
 
 
 def _least_squares(problem: Problem, options: Options) -> Stepper:
-    return StepwiseStepper(LeastSquares(problem.parameters))
+    return CheckedStepper(LeastSquares(problem.parameters))
 
 
 def _recalling(problem: Problem, options: Options) -> Stepper:
-    return StepwiseStepper(LeastSquares(problem.parameters, recall=EarlierDraws()))
+    return CheckedStepper(LeastSquares(problem.parameters, recall=EarlierDraws()))
 
 
 def _adam(problem: Problem, options: Options) -> Stepper:

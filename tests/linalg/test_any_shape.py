@@ -20,6 +20,7 @@ from imstep.linalg import (
     TriangularLeastSquares,
     partial_cholesky,
 )
+from imstep.linalg.triangular import DampedQR
 
 F64 = torch.float64
 
@@ -71,6 +72,20 @@ def test_blocks_of_rows_have_the_factors_of_the_whole(rows: tuple[int, ...]) -> 
     torch.testing.assert_close(Q.mT @ Q, torch.eye(12, dtype=F64))
     torch.testing.assert_close(qr.project(v), Q.mT @ v)
     torch.testing.assert_close(qr.lift(u), Q @ u)
+
+
+@pytest.mark.parametrize("size", [1, 64, 150])
+def test_a_damped_triangle_by_panels(size: int) -> None:
+    """R'ᵀR' = RᵀR + λI, Qᵀ takes its columns to those of R', and R stays as it was."""
+    R, root, v, w = graded(size, size, decades=5).triu(), 0.3, normal(size, seed=1), normal(size, seed=2)
+    given = R.mT.contiguous().mT  # as LAPACK returns it
+    damped = DampedQR(given, root)
+    assert torch.equal(given, R)
+    assert torch.equal(damped.triangle, damped.triangle.triu())
+    torch.testing.assert_close(damped.triangle.mT @ damped.triangle, R.mT @ R + root**2 * torch.eye(size, dtype=F64))
+    image = damped.project(R @ v, root * v)
+    torch.testing.assert_close(image, damped.triangle @ v)
+    torch.testing.assert_close(damped.triangle.mT @ damped.project(v, w), R.mT @ v + root * w)
 
 
 def test_triangular_problem_beside_the_normal_equations() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from imstep.globalization import NormTest
-from imstep.optim import GrowingBatches, NewtonKrylov, StepOutcome, StepRecord
+from imstep.optim import GrowingBatches, GrowingPoints, NewtonKrylov, StepOutcome, StepRecord
 
 
 def record(variance: float, norm: float = 1.0) -> StepRecord:
@@ -118,3 +118,35 @@ def test_arguments_are_checked() -> None:
         GrowingBatches(10, 5, window=0)
     with pytest.raises(ValueError, match="variance_every"):
         NewtonKrylov([nn.Parameter(torch.ones(1))], variance_every=-1)
+
+
+def losses(points: GrowingPoints, *pairs: tuple[float, float]) -> list[int]:
+    counts = []
+    for before, after in pairs:
+        points.observe(StepRecord(0, StepOutcome.ACCEPTED, None, before, after, 1.0))
+        counts.append(points.count)
+    return counts
+
+
+def test_points_grow_where_losses_at_new_ones_are_higher() -> None:
+    points = GrowingPoints(10, largest=25, spread=2.4, factor=1.5, window=2)
+    assert losses(points, (1.0, 0.5), (1.0, 0.2)) == [10, 10]  # one pair so far
+    state = points.state_dict()
+    assert losses(points, (0.6, 0.1)) == [15]  # 2 and 3, whose mean is 2.45
+    assert losses(points, (0.1, 0.1), (0.1, 0.01), (0.1, 0.01), (0.1, 0.01)) == [15, 15, 15, 23]
+    assert losses(points, (0.1, 0.01), (0.1, 0.01)) == [23, 25]
+    again = GrowingPoints(10, largest=25, spread=2.4, factor=1.5, window=2)
+    again.load_state_dict(state)
+    assert losses(again, (0.6, 0.1)) == [15]
+
+
+def test_losses_that_are_no_positive_numbers_say_nothing_of_points() -> None:
+    points = GrowingPoints(10, largest=20, window=1)
+    assert losses(points, (1.0, 0.0), (1.0, 0.5), (math.nan, math.nan), (1.0, 0.1), (0.15, 0.1)) == [10] * 5
+    assert losses(points, (1.0, 0.1)) == [20]
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 30}, {"spread": 1.0}, {"factor": math.inf}, {"window": 0}])
+def test_numbers_of_points_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"need 1 <= count|more than 1"):
+        GrowingPoints(**{"count": 10, "largest": 20, **wrong})

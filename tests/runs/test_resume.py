@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from imstep.runs.config import RunConfig
+from imstep.runs.config import RunConfig, TrainingError
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.optimizers import OPTIMIZERS
 from imstep.runs.rows import Row
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.train import train
+from imstep.tasks import TaskError
 
 
 def config_of(optimizer: str, batch_size: int | None, task: str | None = None, **settings: Any) -> RunConfig:
@@ -74,6 +75,30 @@ def test_resumed_equals_uninterrupted(
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert trainer.totals.cost == whole.totals.cost
     assert dict(trainer.totals.statuses) == dict(whole.totals.statuses)
+
+
+def test_a_run_whose_points_grow_resumes(tmp_path: Path) -> None:
+    """With 8 points a step of 160 the loss elsewhere soon leaves that at the points of the steps behind."""
+    settings = {"first_points": 8, "dtype": "float64", "epochs": 14.0, "examples": 160}
+    config = config_of("least-squares", None, "heat-1d", **settings)
+    with RunDirectory.create(tmp_path / "whole", config) as run:
+        go(run, config.build())
+        expected = numbers(run)
+    with RunDirectory.create(tmp_path / "parts", config) as run:
+        go(run, config.build(), 10)
+    with RunDirectory.open(tmp_path / "parts") as run:
+        trainer = run.config.build()
+        run.restore(trainer)
+        go(run, trainer)
+        assert numbers(run) == expected
+    points = [row["step_cost"] for row in expected if "step_cost" in row]
+    assert points[-1] > 3 * points[0]
+    with pytest.raises(TaskError, match="1 to 159 points"):
+        config_of("least-squares", None, "heat-1d", first_points=161, examples=160).build()
+    with pytest.raises(TrainingError, match="choose least-squares"):
+        config_of("adam", None, "heat-1d", first_points=8, examples=160).build()
+    with pytest.raises(TaskError, match="data, not points"):
+        config_of("least-squares", None, "digits-mlp", first_points=8).build()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

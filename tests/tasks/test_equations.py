@@ -206,6 +206,24 @@ def test_training_at_points_that_stay_is_checked_at_others(redrawn: bool) -> Non
         assert not torch.equal(problem.other.of[0], problem.train.of[0])
 
 
+def test_a_task_begins_with_fewer_points() -> None:
+    problem = get_task("heat-1d").build(0, examples=60)
+    assert problem.growing() is None
+    few = problem.beginning_with(12)
+    points = few.growing()
+    assert points is not None
+    assert points.count == 12
+    assert len(few.drawn(3, seed=1, count=12)) == 12
+    whole = next(problem.batches(3, seed=1))
+    drawn = few.drawn(3, seed=1, count=len(whole))
+    assert all(torch.equal(a, b) for a, b in zip(whole.of, drawn.of, strict=True))
+    for examples, first in ((None, 1075), (60, 15), (1, 1)):
+        assert get_task("burgers-smooth").build(0, examples=examples).growing().count == first
+    assert dataclasses.replace(get_task("burgers"), redrawn=False).build(0).growing() is None
+    with pytest.raises(TaskError, match="keeps its points"):
+        dataclasses.replace(problem, redrawn=False).beginning_with(12)
+
+
 def test_surfaces_show_solution_and_network() -> None:
     solution, found = get_task("convection").build(0).surfaces()
     assert len(solution.values) == len(found.values) == 101

@@ -90,6 +90,10 @@ def train(
     ] = None,
     data: Data = None,
     examples: Examples = None,
+    first_points: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Equations: N points a step at first, more once steps hold at their own only."),
+    ] = None,
     evaluate_every: Annotated[
         float | None, typer.Option(help="Epochs between evaluations; default 1, full batch 10.")
     ] = None,
@@ -143,6 +147,7 @@ def train(
             data=None if data is None else str(data),
             examples=examples,
             evaluate_every=evaluate_every or (FULL_BATCH_EVALUATION if size is None else 1.0),
+            first_points=first_points,
             table=None if table is None else table.to_dict(),
         )
         return origin, config

@@ -17,6 +17,8 @@ _FIRST = 48
 _GROWTH = 0.5
 _LEAST = 16
 _MARGIN = 1.15
+_HOPELESS = 1.5
+"""Times the vectors that there may be: where the last block foresees more, those before would be for nothing."""
 LEAST = 4e-14
 """Of the trace: what may be left over at least, since cancellation leaves a quarter of it of a column in float64."""
 
@@ -70,7 +72,7 @@ def grow(
         matrix: K.
         tolerance: for the trace, >= 0; with 0 it goes on to the rank that rounding allows.
         probe: makes a block of up to so many vectors, given the diagonal of what is left (N,) and F so far.
-        most: test vectors at most; it stops before a block that would be more.
+        most: test vectors at most; it stops before a block that would be more, and where many more are to be expected.
 
     Returns:
         F (N, k) with F Fᵀ the approximation, R (p, k) with F = K Ω R, and the trace of K - F Fᵀ.
@@ -97,7 +99,10 @@ def grow(
         before, remainder = remainder, float(left.sum())
         count = max(_FIRST, int(_GROWTH * len(combination)))
         if tolerance < remainder < before:
-            count = max(_LEAST, min(count, _needed(before, remainder, len(root), tolerance)))
+            needed = _needed(before, remainder, len(root), tolerance)
+            if len(combination) + needed > _HOPELESS * most:
+                break
+            count = max(_LEAST, min(count, needed))
     return factor, combination, remainder
 
 

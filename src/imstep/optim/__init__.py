@@ -18,6 +18,7 @@ from imstep.optim.globalized import (
     TwoDimensionalSubspace,
 )
 from imstep.optim.growing import GrowingBatches
+from imstep.optim.growing_points import GrowingPoints
 from imstep.optim.least_squares import LeastSquares
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.minimize import minimize
@@ -98,6 +99,7 @@ __all__ = [
     "GeneralizedLanczos",
     "GradientFactors",
     "GrowingBatches",
+    "GrowingPoints",
     "HessianScaledMomentum",
     "Hutchinson",
     "IntermediateResult",

@@ -97,7 +97,7 @@ class LeastSquares(StepwiseOptimizer):
         JJᵀ, about N p² operations, and a forward pass per correction, for which the closure is called or, where its
         operators are known to do, run again without it; p is a few times the number of eigenvalues of JJᵀ
         above λ. Where that is more than a third of N, or half of the n parameters: with N < n all of JJᵀ, and N³/3
-        operations for each λ, else QR factors of J, 2 N n² operations, and 10 n³/3 for each λ.
+        operations for each λ, else QR factors of J, 2 N n² operations, and 4 n³/3 for each λ.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration

@@ -21,7 +21,7 @@ __all__ = ["RunConfig", "torch_dtype"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LIMITS = ("epochs", "budget", "seconds")
-_LATER: dict[str, Any] = {"table": None, "files": {}}
+_LATER: dict[str, Any] = {"table": None, "files": {}, "first_points": None}
 """Settings that runs of earlier versions do not have, and their values there."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
@@ -64,6 +64,7 @@ class RunConfig:
         data: folder of the data set, or None.
         examples: train on the first so many examples, or None for all.
         evaluate_every: epochs between evaluations.
+        first_points: points of the first steps where points are drawn anew for each; None for as many in all.
         table: how a table becomes a task, as `TableOptions.to_dict` writes it; None for other tasks.
         files: SHA-256 of the files that a task of one's own is made from.
     """
@@ -82,6 +83,7 @@ class RunConfig:
     data: str | None = None
     examples: int | None = None
     evaluate_every: float = 1.0
+    first_points: int | None = None
     table: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
 
@@ -149,9 +151,17 @@ class RunConfig:
         problem = (task or self.origin().task).build(
             self.seed, device=device, dtype=dtype, data=self.data, examples=self.examples
         )
+        if self.first_points is not None:
+            problem = problem.beginning_with(self.first_points)
+        stepper = spec.create(problem, peers.group, **options)
+        if self.first_points is not None and not stepper.grows:
+            raise TrainingError(
+                f"first_points={self.first_points}: how many points {self.optimizer} needs does not follow from its "
+                "steps. Leave it out (--first-points), or choose least-squares."
+            )
         return Trainer(
             problem,
-            spec.create(problem, peers.group, **options),
+            stepper,
             batch_size=self.batch_size,
             seed=self.seed,
             schedule=Schedule(self.evaluate_every),

@@ -92,6 +92,7 @@ class Trainer:
         self._non_finite = 0
         self._converged = False
         self._batches: Iterator[AnyBatch] = iter(())
+        self._points = problem.growing() if stepper.grows else None
         self._random = RandomStream(problem.device, seed)
 
     @property
@@ -122,6 +123,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer: numbers, strings and tensors only."""
         return {
+            "points": None if self._points is None else self._points.state_dict(),
             "totals": asdict(self.totals),
             "evaluated_at": self._evaluated_at,
             "next_evaluation": self._next_evaluation,
@@ -139,6 +141,10 @@ class Trainer:
         self._non_finite = state["non_finite"]
         self._converged = state["converged"]
         self._random.load_state_dict(state["random"])
+        if state.get("points") is None:
+            self._points = None  # as in runs of earlier versions
+        elif self._points is not None:
+            self._points.load_state_dict(state["points"])
 
     def _now(self) -> float:
         now = {Clock.EPOCHS: self.epoch, Clock.COST: self.totals.cost, Clock.SECONDS: self.totals.seconds}
@@ -159,10 +165,13 @@ class Trainer:
         return None
 
     def _epoch_batches(self, epoch: int) -> Iterator[AnyBatch]:
-        return self.problem.batches(epoch, self.batch_size, self.seed)
+        if self._points is None:
+            return self.problem.batches(epoch, self.batch_size, self.seed)
+        return iter([self.problem.drawn(epoch, self.seed, self._points.count)])
 
     def _seek(self) -> None:
-        """Place the batch iterator at the current step; batches depend on (seed, epoch) alone."""
+        """Place the batch iterator at the current step; batches depend on (seed, epoch) and, of points, their number.
+        """
         epoch, done = divmod(self.totals.steps, self._batches_per_epoch)
         self._batches = itertools.islice(self._epoch_batches(epoch), done, None)
 
@@ -181,6 +190,8 @@ class Trainer:
             result = self.stepper.step(self.problem, batch)
         _synchronize(self.problem.device)
         seconds = self.peers.of_first(time.perf_counter() - start)
+        if self._points is not None and result.new_loss is not None:
+            self._points.observe_losses(result.loss, result.new_loss)
         self._non_finite = self._non_finite + 1 if result.loss - result.loss != 0.0 else 0
         # A mini-batch at its own minimum says nothing about the next one.
         self._converged = result.converged and self._batches_per_epoch == 1 and not self.problem.redrawn

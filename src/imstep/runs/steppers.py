@@ -71,6 +71,9 @@ class StepResult:
 class Stepper(ABC):
     """An optimizer bound to a problem's parameters: makes steps, and says what they cost."""
 
+    grows = False
+    """Whether the number of points of a step may follow from how its losses compare with those of others."""
+
     @abstractmethod
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         """Update the parameters once by what `batch` says."""
@@ -215,6 +218,7 @@ class StepwiseStepper(Stepper):
 class CheckedStepper(StepwiseStepper):
     """Least squares, which see at other points whether a step holds there, where all steps have the same points."""
 
+    grows = True
     _optimizer: LeastSquares
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:

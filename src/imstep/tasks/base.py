@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from imstep.optim import MicroBatches
+from imstep.optim import GrowingPoints, MicroBatches
 
 __all__ = [
     "AnyBatch", "DataNotFoundError", "Evaluation", "Metric", "Problem", "Surface", "Task", "TaskError", "mix", "span",
@@ -137,6 +137,26 @@ class Problem(ABC):
     @abstractmethod
     def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Any]:
         """The batches of one epoch, a function of (seed, epoch) alone: a resumed run sees the same ones."""
+
+    def beginning_with(self, points: int) -> Problem:
+        """The same problem with so many points in the first steps, and more as they are needed.
+
+        Raises:
+            TaskError: its steps have no points of their own, or not as many.
+        """
+        raise TaskError(
+            f"{self.task} has data, not points that are drawn anew for each step, so it cannot begin with fewer. Leave "
+            "out --first-points; for mini-batches of examples there is --batch-size."
+        )
+
+    def growing(self) -> GrowingPoints | None:
+        """What says how many points a step has, where that changes in a run; a new one. None for always as many."""
+        return None
+
+    def drawn(self, epoch: int, seed: int, count: int) -> Any:
+        """The batch of an epoch with so many points in all, a function of these numbers; where :meth:`growing` is one.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, batch: Any) -> Evaluation:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from imstep.curvature import SumOverBatches
-from imstep.optim import MicroBatches
+from imstep.optim import GrowingPoints, MicroBatches
 from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
 
 __all__ = ["Condition", "PhysicsProblem", "PhysicsTask", "Points", "Reference"]
@@ -94,6 +94,8 @@ class PhysicsProblem(Problem):
         other: another, which no step sees.
         dtype: of the points.
         redrawn: whether every step has points of its own; else all have those of `train`.
+        first: points of the first steps, in all; they become as many as the conditions say where steps come to hold at
+            their own points only (`imstep.optim.GrowingPoints`). None for as many in all steps.
         metric: None.
     """
 
@@ -105,6 +107,7 @@ class PhysicsProblem(Problem):
     other: Points
     dtype: torch.dtype
     redrawn: bool = True
+    first: int | None = None
     metric: Metric | None = None
 
     @property
@@ -141,6 +144,25 @@ class PhysicsProblem(Problem):
     def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Points]:
         self.batch_count(batch_size)
         yield draw(self.conditions, mix(seed, epoch), self.device, self.dtype) if self.redrawn else self.train
+
+    def beginning_with(self, points: int) -> PhysicsProblem:
+        total = sum(c.count for c in self.conditions)
+        if not self.redrawn:
+            raise TaskError(
+                f"{self.task} keeps its points in all steps, so there can be no more later. Let them be redrawn, or "
+                "leave out the points to begin with."
+            )
+        if not 1 <= points <= total:
+            raise TaskError(f"{self.task} can begin with 1 to {total} points, which it has in the end, got {points}.")
+        return replace(self, first=points)
+
+    def growing(self) -> GrowingPoints | None:
+        if self.first is None or not self.redrawn:
+            return None
+        return GrowingPoints(self.first, largest=sum(c.count for c in self.conditions))
+
+    def drawn(self, epoch: int, seed: int, count: int) -> Points:
+        return draw(of_all(self.conditions, count), mix(seed, epoch), self.device, self.dtype)
 
     def evaluate(self, batch: Points | Reference) -> Evaluation:
         if isinstance(batch, Points):
@@ -179,6 +201,7 @@ class PhysicsTask(Task):
         reference: makes the solution to compare with; None where it is not known.
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
+        first: points of the first steps, as for the problem, for optimizers whose steps tell when more are needed.
 
     Example:
         >>> from imstep import pde
@@ -197,6 +220,7 @@ class PhysicsTask(Task):
     conditions: tuple[Condition, ...]
     reference: Callable[[], Reference] | None = None
     redrawn: bool = True
+    first: int | None = None
 
     @property
     def has_batches(self) -> bool:
@@ -220,11 +244,18 @@ class PhysicsTask(Task):
     ) -> PhysicsProblem:
         conditions = self.conditions
         if examples is not None:
-            share = examples / sum(c.count for c in conditions)
-            conditions = tuple(replace(c, count=max(1, round(share * c.count))) for c in conditions)
+            conditions = of_all(conditions, examples)
         train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
         heldout = other if self.reference is None else self.reference()
-        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn)
+        total, own = (sum(c.count for c in of) for of in (conditions, self.conditions))
+        first = None if self.first is None else max(1, self.first * total // own)
+        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn, first)
+
+
+def of_all(conditions: Sequence[Condition], count: int) -> tuple[Condition, ...]:
+    """Conditions with so many points in all, in the same proportion; each has one at least."""
+    share = count / sum(c.count for c in conditions)
+    return tuple(replace(c, count=max(1, round(share * c.count))) for c in conditions)
 
 
 def draw(conditions: Sequence[Condition], seed: int, device: torch.device, dtype: torch.dtype) -> Points:

@@ -71,6 +71,7 @@ TASKS = (
             Condition("boundary", lambda u, x: u(x), boundary(SIDES, [0]), 300),
         ),
         partial(_reference, SHARP),
+        first=1150,
     ),
     PhysicsTask(
         "burgers-smooth",
@@ -83,5 +84,6 @@ TASKS = (
             Condition("initial", _initial, face(SIDES, 1, 0.0), 300),
         ),
         partial(_reference, 0.01),
+        first=1075,
     ),
 )

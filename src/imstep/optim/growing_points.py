@@ -35,7 +35,7 @@ class GrowingPoints:
 
     Cost: none.
 
-    Source: our own; the defaults are what ``benchmarks/redrawn_points`` measures.
+    Source: our own; docs/redrawn-points.md says what it came to.
 
     Example:
         >>> import torch

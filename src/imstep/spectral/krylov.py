@@ -58,7 +58,7 @@ class KrylovSpace:
     def expand(self) -> None:
         """One vector more, by one product."""
         m = self.size
-        image, column, norm = self._outside(self._operator.matvec(self._basis[m]), m + 1)
+        image, column, norm = self._following(self._operator.matvec(self._basis[m]))
         self.products += 1
         if not math.isfinite(norm) or not bool(torch.isfinite(column).all()):
             self.broken = True
@@ -141,16 +141,28 @@ class KrylovSpace:
         self._projected[:kept, :kept] = torch.diag(values)
         self.size = kept
 
+    def _following(self, image: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The part of A v orthogonal to V and v, its coordinates in them (m + 1,), and its norm.
+
+        What symmetry foretells, which is of a few vectors as a rule, is taken away first: then one pass over all will do.
+        """
+        foretold = torch.cat([self._couplings, inner(image[None], self._basis[self.size, None])[0].cpu()])
+        rest = image.clone()
+        for at in foretold.nonzero()[:, 0].tolist():
+            rest.sub_(self._basis[at], alpha=float(foretold[at]))
+        rest, column, norm = self._outside(rest, self.size + 1)
+        return rest, foretold + column, norm
+
     def _outside(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
         """The part of a vector orthogonal to the first ``count`` ones, its coordinates in them, and its norm."""
         known, rows = self._basis[:count], vector[None]
         before, coordinates = float(norms(rows)), inner(rows, known)
-        rows = rows - coordinates.to(rows) @ known
+        rows = rows.addmm(coordinates.to(rows), known, alpha=-1)
         norm = float(norms(rows))
         # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
         if not norm > 0.7 * before:
             again = inner(rows, known)
-            rows, coordinates = rows - again.to(rows) @ known, coordinates + again
+            rows, coordinates = rows.addmm(again.to(rows), known, alpha=-1), coordinates + again
             norm = float(norms(rows))
         return rows[0], coordinates[0].cpu(), norm
 

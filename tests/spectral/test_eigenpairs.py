@@ -234,7 +234,7 @@ def test_misuse_is_explained(arguments, message):
 def test_the_number_of_pairs_is_a_whole_number():
     for k in (torch.tensor(2), np.int64(2)):
         assert len(spectral.eigenpairs(DiagonalOperator(torch.ones(300)), k).values) == 2
-    with pytest.raises(TypeError, match="whole number, got 2.0"):
+    with pytest.raises(TypeError, match=r"whole number, got 2\.0"):
         spectral.eigenpairs(DiagonalOperator(torch.ones(300)), 2.0)
 
 

@@ -21,9 +21,13 @@ class _Kept(TorchFunctionMode):
         self.roots: list[Root] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func not in BACKWARD:
-            return func(*args, **(kwargs or {}))
-        self.roots += parsed(*args, **(kwargs or {}))[0]
+            return func(*args, **kwargs)
+        roots, _, inputs = parsed(*args, **kwargs)
+        if inputs is not None:  # gradients of something else
+            return func(*args, **kwargs)
+        self.roots += roots
         return None
 
 

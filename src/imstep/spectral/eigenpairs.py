@@ -36,7 +36,7 @@ _INNER = 0.3
 the rest."""
 
 _ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
-"""Residuals, relative to the largest eigenvalue, that rounding of products may leave: some ten units of it."""
+"""Residuals, relative to the largest eigenvalue, that rounding of products may leave."""
 
 _WHOLE = 1024
 """Rows of a matrix that is decomposed where as many products have not been enough."""
@@ -141,7 +141,7 @@ def eigenpairs(
         (tensor([-5.,  3.], dtype=torch.float64), True)
     """
     size = operator.size
-    k = _whole(k) if by is None else min(_whole(k), size)
+    k = _whole_number(k) if by is None else min(_whole_number(k), size)
     _check(size, k, which, tol)
     tol = max(tol, _ROUNDING.get(operator.dtype, 8 * torch.finfo(operator.dtype).eps))
     capacity = max(2 * k + 8, min(max(40, 4 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
@@ -274,7 +274,7 @@ def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -
     return Eigenpairs(values, rounded.to(operator.device), residuals, size, good)
 
 
-def _whole(k: Any) -> int:
+def _whole_number(k: Any) -> int:
     """k, if it is a whole number."""
     try:
         return index(k)

@@ -20,7 +20,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,12 @@ class Asked:
     Attributes:
         rtol: of the trace, with probability 95 %; None where it is not asked, because no side gets there in an hour.
         probes: with which imstep's density is timed.
+        examples: so many of the batch; None for all.
     """
 
     rtol: float | None
     probes: int = 10
+    examples: int | None = None
 
 
 class GivenUpError(Exception):
@@ -74,7 +76,7 @@ class Size:
     """
 
     models: Mapping[str, Asked] = field(
-        default_factory=lambda: {"GPT": Asked(0.05), "MLP": Asked(0.2), "ResNet-18": Asked(None, probes=1)}
+        default_factory=lambda: {"GPT": Asked(0.05), "MLP": Asked(0.2), "ResNet-18": Asked(None, probes=1, examples=4)}
     )
     k: int = 10
     tol: float = 1e-6
@@ -188,7 +190,11 @@ def ask(
 
 def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], None]) -> None:
     """All sides on one model, one after the other, into the model's part of the record."""
-    subject = build(name, torch.device("cpu"), SEED)
+    subject, count = build(name, torch.device("cpu"), SEED), size.models[name].examples
+    if count is not None:
+        described = f"{subject.description}; the first {count} examples"
+        batch = {"inputs": subject.inputs[:count], "targets": subject.targets[:count]}
+        subject = replace(subject, description=described, **batch)
     remedy(subject)
     hessian = imstep.Hessian(subject.closure, subject.model)
     if not entry:

@@ -205,6 +205,7 @@ def test_bad_input_is_explained(tmp_path: Path, case: str) -> None:
 
 def test_other_refusals(tmp_path: Path) -> None:
     assert "holds no run (no config.json)" in refused("spectrum", tmp_path)
+    assert "there is no folder" in refused("spectrum", tmp_path / "run")
     words = refused("spectrum", "poisson-5d", "--of", "fisher", "--out", tmp_path / "s")
     assert "no outputs that a distribution" in words
     for option in ("--watch-curvature", "--keep"):

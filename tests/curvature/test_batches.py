@@ -112,6 +112,15 @@ class Noisy(nn.Module):
         return self.body(x)
 
 
+def test_a_loss_that_is_a_sum_adds_batches_up() -> None:
+    model, loss = network(), nn.CrossEntropyLoss(reduction="sum")
+    closure = lambda b: (model(b[0]), b[1])
+    whole = imstep.GaussNewton(lambda: closure((X, LABELS)), model, loss)
+    summed = imstep.GaussNewton.over(BATCHES, closure, model, loss)
+    v = normal(whole.size)
+    assert relative_error(summed @ v, whole @ v) < 1e-12
+
+
 @pytest.mark.parametrize("make", [hessian, gauss_newton, monte_carlo])
 def test_randomness_is_frozen_batch_by_batch(make: Make) -> None:
     with torch.random.fork_rng():

@@ -180,6 +180,8 @@ def test_laplace_refuses_what_it_cannot_say() -> None:
     for cases, precision in ((0, 1.0), (30, 0.0), (30, math.inf)):
         with pytest.raises(ValueError, match="infinitely wide"):
             insight.Laplace(F_, cases, precision)
+    with pytest.raises(ValueError, match="one number for all weights, got 3"):
+        insight.Laplace(F_, 30, torch.ones(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the prior does not outweigh"):
         insight.Laplace(-1.0 * F_, cases=30, prior_precision=1e-3)
     insight.Laplace(-1.0 * F_, cases=30, prior_precision=1e3)

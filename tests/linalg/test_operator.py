@@ -55,6 +55,7 @@ OPERATORS = {
     "sum": lambda A: (DenseOperator(A) + DiagonalOperator(A[0]), A + torch.diag(A[0])),
     "difference": lambda A: (DenseOperator(A) - ByVectors(2 * A), -A),
     "multiple": lambda A: (-3 * DenseOperator(A) * 2, -6 * A),
+    "numbers of other kinds": lambda A: (np.float32(3) * DenseOperator(A) * torch.tensor(2) / np.int64(3), 2 * A),
     "negative": lambda A: (-DenseOperator(A), -A),
     "shift": lambda A: (
         DenseOperator(A) + 0.1 * IdentityOperator.like(DenseOperator(A)),

@@ -75,3 +75,25 @@ def test_an_optimizer_counts_its_gradients_saves_its_snapshot_and_follows_frozen
         optimizer.step([lambda: F.mse_loss(net(X), Y)])
     with pytest.raises(ValueError, match="no parameters were given"):
         VarianceReduction(None, lambda: net.weight.sum(), 4)(lambda: net.weight.sum())
+
+
+def test_closures_that_call_backward_are_reduced_as_well() -> None:
+    ends = []
+    for backward in (False, True):
+        net = nn.Linear(3, 2).to(F64)
+        with torch.no_grad():
+            [p.zero_() for p in net.parameters()]
+
+        def closure(i: int, net: nn.Linear = net, backward: bool = backward) -> torch.Tensor:
+            net.zero_grad()
+            loss = F.mse_loss(net(X[i::4]), Y[i::4])
+            if backward:
+                loss.backward()
+            return loss
+
+        full = lambda net=net: F.mse_loss(net(X), Y)
+        optimizer = NewtonKrylov(net.parameters(), variance_reduction=VarianceReduction(None, full, 3))
+        for i in range(4):
+            optimizer.step(lambda: closure(i))  # noqa: B023
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*ends)

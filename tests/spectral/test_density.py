@@ -65,6 +65,44 @@ def test_multiples_of_the_identity_and_zero_end_early():
         assert found.grid[found.values.argmax()] == pytest.approx(factor, abs=found.width)
 
 
+CLUSTERED = {
+    "the identity": torch.ones(700),
+    "two": torch.cat([torch.ones(300), torch.zeros(400)]),
+    "three": torch.tensor([-1.0, 0.0, 1.0]).repeat(234)[:700],
+    "far out": torch.cat([torch.tensor([1e4, 1e3]), torch.linspace(0, 1, 698)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_what_rounding_leaves_of_few_clusters_is_no_asymmetry(name, dtype):
+    """A Lanczos process has its space after a few steps there, and what follows is rounding, of no direction."""
+    values = CLUSTERED[name].double()
+    width = 0.01 if name == "the identity" else None  # which has no range
+    found = spectral.density(DenseOperator(planted(values).to(dtype)), steps=30, probes=4, width=width)
+    true = smoothed(values, found.grid, found.width)
+    assert float(torch.trapezoid(found.values, found.grid)) == pytest.approx(1, abs=1e-4)
+    assert ((found.values - true).abs() <= found.error + 1e-3 * true.max()).double().mean() > 0.95
+
+
+def test_outliers_of_a_large_matrix_are_no_asymmetry():
+    """As networks have them, in float32."""
+    values = torch.cat([torch.tensor([1e4, 1e3, 8.0]), 1 + torch.randn(300_000, generator=seeded()) / 4])
+    found = spectral.density(DiagonalOperator(values), steps=12, probes=2)
+    assert found.grid[-1] == pytest.approx(1e4 + 5 * found.width, rel=1e-4)
+
+
+def test_entries_whose_squares_leave_the_range_of_float32():
+    values = torch.linspace(1, 2, 300, dtype=F64)
+    widths, values_of = [], []
+    for scale in (1.0, 1e-25, 1e25):
+        A = DenseOperator((planted(values) * scale).float())
+        widths.append(spectral.density(A, steps=10, probes=2).width / scale)
+        values_of.append(spectral.eigenpairs(A, 2).values / scale)
+    assert widths == pytest.approx([widths[0]] * 3, rel=1e-3)
+    torch.testing.assert_close(torch.stack(values_of[1:]), values_of[0].expand(2, 2), rtol=1e-5, atol=0)
+
+
 def test_one_probe_knows_no_error():
     found = spectral.density(DenseOperator(planted(VALUES)), steps=10, probes=1)
     assert found.error.isinf().all()
@@ -139,6 +177,8 @@ def test_condition_numbers(n):
     assert spectral.condition_number(DenseOperator(planted(singular)), tol=1e-6).value == math.inf
     with pytest.raises(ValueError, match="eigenvalue -1"):
         spectral.condition_number(DenseOperator(planted(singular - 1)))
+    bad = DenseOperator(planted(torch.logspace(0, -8, n, dtype=F64)))
+    assert spectral.condition_number(bad).value == pytest.approx(1e8, rel=1e-3)
 
 
 def test_by_layer():

@@ -3,6 +3,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -219,13 +220,41 @@ def test_matrices_that_are_not_symmetric_are_noticed(n):
         ({"k": 301}, "between 1 and the size 300"),
         ({"which": "SM"}, "A.inverse"),
         ({"which": "largest"}, "'LM'"),
-        ({"tol": 0.0}, "tol"),
+        ({"which": "BE"}, "'LA' and for 'SA'"),
+        ({"tol": -1.0}, "tol"),
+        ({"tol": 1.0}, "tol"),
         ({"k": 5, "max_products": 10}, "at least 3 k = 15"),
     ],
 )
 def test_misuse_is_explained(arguments, message):
     with pytest.raises(ValueError, match=message):
         spectral.eigenpairs(DiagonalOperator(torch.ones(300)), **arguments)
+
+
+def test_the_number_of_pairs_is_a_whole_number():
+    for k in (torch.tensor(2), np.int64(2)):
+        assert len(spectral.eigenpairs(DiagonalOperator(torch.ones(300)), k).values) == 2
+    with pytest.raises(TypeError, match=r"whole number, got 2\.0"):
+        spectral.eigenpairs(DiagonalOperator(torch.ones(300)), 2.0)
+
+
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 1e-6), (F64, 1e-14)])
+def test_less_than_rounding_is_not_waited_for(dtype, left):
+    A = Counted(planted(spectrum()).to(dtype))
+    found = spectral.eigenpairs(A, 3, tol=0.0)
+    assert found.converged
+    assert A.products < 150
+    assert found.residual_norms.max() <= left * spectrum().abs().max()
+
+
+def test_a_small_matrix_is_decomposed_where_a_search_is_long():
+    """The wanted end is a cluster, next to eigenvalues of all sizes."""
+    values = torch.logspace(0, -12, 250, dtype=F64)
+    A = Counted(planted(values))
+    found = spectral.eigenpairs(A, 6, "SA", 1e-10)
+    assert found.converged
+    assert found.products == A.products <= 2 * 250
+    torch.testing.assert_close(found.values, values.flip(0)[:6], rtol=0, atol=1e-13)
 
 
 def test_a_million_unknowns_in_float32():

@@ -91,6 +91,8 @@ def test_what_does_not_converge_says_so():
     assert found.products == A.products <= 60
     assert abs(found.value - float(A.matrix.trace())) < 2 * found.error
     assert spectral.trace(A, rtol=0.0, atol=30.0).converged
+    one = spectral.trace(A, max_products=1)
+    assert (one.converged, one.error, one.products) == (False, math.inf, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

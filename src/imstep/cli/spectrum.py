@@ -85,6 +85,8 @@ def spectrum(
             _refuse(ctx)
             request = SpectrumRequest(questions, run=Path(subject), at=at, words=words)
         else:
+            if "/" in subject and not Path(subject).suffix:
+                raise TrainingError(f"there is no folder {subject}. Give a run directory, which imstep train writes.")
             table = table_options(target, kind, drop, impute, hidden)
             config = RunConfig(
                 task=find_task(subject, table).name,

@@ -21,7 +21,7 @@ from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import plain, unseen
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
-_BACKWARD = (Tensor.backward, torch.autograd.backward)
+BACKWARD = (Tensor.backward, torch.autograd.backward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,12 @@ class BackwardCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _BACKWARD:
+        if func in BACKWARD:
             return self._backward(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
-        roots, create_graph, inputs = _parsed(*args, **kwargs)
+        roots, create_graph, inputs = parsed(*args, **kwargs)
         own = {id(p) for p in self._parameters}
         if inputs is not None and own.isdisjoint(map(id, inputs)):
             return func(*args, **kwargs)
@@ -206,7 +206,7 @@ _ACCUMULATED = (
 )
 
 
-def _parsed(
+def parsed(
     roots: Any,
     weights: Any = None,
     retain_graph: Any = None,

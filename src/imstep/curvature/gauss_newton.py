@@ -21,7 +21,7 @@ from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
-from imstep.curvature.reduction import Reduction
+from imstep.curvature.reduction import Reduction, SumOverBatches
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,8 +88,12 @@ class GaussNewton(PointOperator):
         Args:
             closure: called with a batch, returns ``(outputs, targets)``.
             loss: as for :class:`GaussNewton`.
+            reduction: as for :meth:`Hessian.over`; the default is ``SumOverBatches()`` for a loss whose ``reduction``
+                is "sum".
         """
         evaluate = loss or nn.MSELoss()
+        if reduction is None and getattr(evaluate, "reduction", None) == "sum":
+            reduction = SumOverBatches()
         kind = lambda f, vector, number: BatchGaussNewton(LossOfOutputs(f, evaluate), vector)
         parameters = ParameterVector(params, Processes.of(process_group))
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)

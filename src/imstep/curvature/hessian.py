@@ -89,7 +89,8 @@ class Hessian(PointOperator):
             closure: called with a batch, returns its loss.
             params: as for :class:`Hessian`.
             reduction: how losses of batches make up the whole: ``MeanOverSamples()``, the default, or
-                ``SumOverBatches()``.
+                ``SumOverBatches()``. A mean that is not over samples, such as one with class weights or ignored
+                labels, needs to be told what it is over: ``MeanOverSamples(count=...)``.
             memory_budget: bytes that the records of all batches may take together; None for no limit.
             progress: called after each batch with the number of batches done and of all (None if not known), while the
                 operator is built and while a product goes through the batches.

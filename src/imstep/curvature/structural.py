@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imstep.curvature.added import with_term
+
 
 class StructuralDamping:
     """Adds a term to a loss that is zero with a gradient of zero at every point, and whose curvature is μ JᵀJ/N.
@@ -49,35 +51,33 @@ class StructuralDamping:
         if not callable(weight):
             _checked(weight)
 
-    def __call__(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The closure with the term; it must evaluate a module and return the loss, without ``backward()``.
+    def __call__(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure with the term; it must evaluate a module, and return the loss or call ``backward()`` on it.
 
         Raises:
-            ValueError: when it is evaluated: it has evaluated no module, or returned no loss with a graph.
+            ValueError: when it is evaluated: it has evaluated no module.
         """
 
-        def damped() -> Tensor:
+        def damped() -> Any:
             states: list[Tensor] = []
             hooks = [module.register_forward_hook(_taking(states)) for module in self._modules]
             try:
-                loss = closure()
+                return with_term(closure, lambda: self._term(states)) if torch.is_grad_enabled() else closure()
             finally:
                 for hook in hooks:
                     hook.remove()
-            if not torch.is_grad_enabled():
-                return loss
-            if not states:
-                raise ValueError(
-                    "structural damping is of the states of modules that the closure has not evaluated, or with no "
-                    "parameter that requires gradients. Name the modules that the model does evaluate."
-                )
-            if not (isinstance(loss, Tensor) and loss.requires_grad):
-                raise ValueError("structural damping adds to the loss: the closure must return it, with its graph.")
-            whole = torch.cat([state.flatten() for state in states])
-            weight = _checked(self._weight() if callable(self._weight) else self._weight)
-            return loss + weight / 2 * F.mse_loss(whole, whole.detach())
 
         return damped
+
+    def _term(self, states: list[Tensor]) -> Tensor:
+        if not states:
+            raise ValueError(
+                "structural damping is of the states of modules that the closure has not evaluated, or with no "
+                "parameter that requires gradients. Name the modules that the model does evaluate."
+            )
+        whole = torch.cat([state.flatten() for state in states])
+        weight = _checked(self._weight() if callable(self._weight) else self._weight)
+        return weight / 2 * F.mse_loss(whole, whole.detach())
 
 
 def _taking(states: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:

@@ -83,6 +83,12 @@ class Laplace:
     def __init__(
         self, curvature: LinearOperator, cases: int, prior_precision: float, *, rtol: float | None = None
     ) -> None:
+        if torch.is_tensor(prior_precision) and prior_precision.numel() != 1:
+            raise ValueError(
+                f"prior_precision is one number for all weights, got {prior_precision.numel()}. Scale the weights by "
+                "layer, or take the Laplace approximation of one layer."
+            )
+        prior_precision = float(prior_precision)
         if cases < 1 or not 0 < prior_precision < math.inf:
             raise ValueError(
                 f"cases is at least 1 and prior_precision positive, got {cases} and {prior_precision}. Without a prior "

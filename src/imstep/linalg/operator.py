@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -170,14 +171,17 @@ class LinearOperator(ABC):
             return NotImplemented
         return self + -1.0 * other
 
-    def __mul__(self, factor: float) -> LinearOperator:
-        if not isinstance(factor, (int, float)):
+    def __mul__(self, factor: float | Tensor) -> LinearOperator:
+        if not _is_number(factor):
             return NotImplemented
         from imstep.linalg.composed import ScaledOperator
 
         return ScaledOperator(float(factor), self)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> LinearOperator:
+        return self * (1 / float(divisor)) if _is_number(divisor) else NotImplemented
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
@@ -299,3 +303,8 @@ class LinearOperator(ABC):
     def direct_solver(self, damping: float, rtol: float | None, max_iterations: int) -> DirectSolver | None:
         """What `inverse` solves with where the operator's form allows it; None to choose by size."""
         return None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a real number of Python's, NumPy's or PyTorch's."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)

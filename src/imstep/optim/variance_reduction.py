@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.curvature.added import function_of, with_term
 from imstep.curvature.parameters import ParameterVector
 
 
@@ -58,7 +59,7 @@ class VarianceReduction:
         self._at: list[Tensor] = []
         self._mean: list[Tensor] = []
 
-    def __call__(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of a batch with the term; to be called once for each batch, where the step begins."""
         if not callable(closure):
             raise TypeError(
@@ -81,12 +82,11 @@ class VarianceReduction:
         self._batches, self.gradients = self._batches + 1, self.gradients + 1
         terms = [(mean - g, at) for mean, g, at in zip(self._mean, own, self._at, strict=True)]
 
-        def reduced() -> Tensor:
-            loss = closure()
+        def term() -> Tensor:
             moved = zip(terms, parameters.tensors, strict=True)
-            return loss + torch.stack([(slope * (p - at)).sum() for (slope, at), p in moved]).sum()
+            return torch.stack([(slope * (p - at)).sum() for (slope, at), p in moved]).sum()
 
-        return reduced
+        return lambda: with_term(closure, term)
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshot and the full gradient there, and what was counted."""
@@ -102,6 +102,6 @@ class VarianceReduction:
         self._parameters, self._batches = parameters, 0
 
 
-def _gradient(loss: Callable[[], Tensor], parameters: ParameterVector) -> list[Tensor]:
+def _gradient(closure: Callable[[], Any], parameters: ParameterVector) -> list[Tensor]:
     with torch.enable_grad():
-        return list(torch.autograd.grad(loss(), parameters.tensors, materialize_grads=True))
+        return list(torch.autograd.grad(function_of(closure), parameters.tensors, materialize_grads=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
     "SA": lambda values: -values,
 }
 
+_REMEDIES = {
+    "SM": " For eigenvalues next to zero take those of A.inverse(damping).",
+    "BE": " For both ends ask for 'LA' and for 'SA'.",
+}
+
 _ROOM = 2**31
 """Bytes that the basis may fill, unless so few vectors would not do."""
 
@@ -29,8 +35,11 @@ _INNER = 0.3
 """Part of the tolerance that recurrences must reach; rounding and what is left out when a search begins anew may have
 the rest."""
 
-_ROUNDING = 8.0
-"""Units of rounding that a residual may have, relative to the largest eigenvalue: in float32 about 1e-6."""
+_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""Residuals, relative to the largest eigenvalue, that rounding of products may leave."""
+
+_WHOLE = 1024
+"""Rows of a matrix that is decomposed where as many products have not been enough."""
 
 _FEWEST = 5
 """Steps from a random vector before anything can be said."""
@@ -103,7 +112,7 @@ def eigenpairs(
         operator: A, self-adjoint, of size n.
         k: how many, in [1, n].
         which: "LM" for the largest magnitudes, "LA" for the largest, "SA" for the smallest.
-        tol: in (0, 1). In float32 rounding leaves some 1e-7, and less than 1e-6 need not be reached.
+        tol: in [0, 1); at least what rounding leaves, 1e-6 in float32 and 1e-14 in float64, counts.
         seed: of the start vector; or pass a ``generator``.
         max_products: ends there, unconverged; at least 3 k. Default 1000 + 100 k.
         progress: called after each product.
@@ -119,8 +128,8 @@ def eigenpairs(
         ValueError: an argument out of range; A is not symmetric, as far as its products show it.
 
     Cost: some ten products for each well separated pair, more where eigenvalues crowd; k for the residuals, and k more
-    where rounding has to be taken out of them. n products where that is not more. max(40, 4 k) + 1 vectors, fewer where
-    they would fill 2 GiB, but at least 2 k + 9.
+    where rounding has to be taken out of them. n products where that is not more, and n more where n <= 1024 products
+    have not been enough. max(40, 4 k) + 1 vectors, fewer where they would fill 2 GiB, but at least 2 k + 9.
 
     Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
     choice; for the chance to miss a pair see Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992).
@@ -132,8 +141,9 @@ def eigenpairs(
         (tensor([-5.,  3.], dtype=torch.float64), True)
     """
     size = operator.size
-    k = k if by is None else min(k, size)
+    k = _whole_number(k) if by is None else min(_whole_number(k), size)
     _check(size, k, which, tol)
+    tol = max(tol, _ROUNDING.get(operator.dtype, 8 * torch.finfo(operator.dtype).eps))
     capacity = max(2 * k + 8, min(max(40, 4 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
     if size <= 2 * capacity:
         return _by_all_products(operator, k, which, tol)
@@ -143,7 +153,12 @@ def eigenpairs(
     search = _Search(KrylovSpace(operator, capacity, generator_of(seed, generator)), k, which, tol, progress)
     if resume is not None:
         search.load_state_dict(resume)
-    found = search.run(limit - k)
+    # A small matrix is decomposed rather than searched for long, if the products that are left suffice for it.
+    patience = min(size, limit - size) if size <= _WHOLE and 2 * limit >= 3 * size else limit - k
+    found = search.run(patience)
+    if patience < limit - k and not (found or search.space.broken):
+        whole = _by_all_products(operator, k, which, tol)
+        return replace(whole, products=search.space.products + whole.products)
     state = None if found or search.space.broken else search.state_dict()
     return _certified(operator, search, found, state)
 
@@ -238,8 +253,7 @@ def _certified(
     coordinates = torch.eye(space.size, dtype=F64) if found else search.wanted()[1]
     aim = search.tol * space.scale if found else math.inf
     pairs, residuals, spent = certified(operator, space.vectors(coordinates[:, :k]), search.key, aim)
-    level = max(search.tol, _ROUNDING * torch.finfo(operator.dtype).eps) * space.scale
-    good = found and bool((residuals <= level).all())
+    good = found and bool((residuals <= search.tol * space.scale).all())
     return Eigenpairs(pairs.values, pairs.vectors.mT, residuals, space.products + spent, good, state)
 
 
@@ -256,8 +270,16 @@ def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -
     largest = float(values.abs().max())
     values, rounded = values[order], vectors[:, order].to(operator.dtype)
     residuals = (matrix @ rounded.to(F64) - rounded.to(F64) * values).norm(dim=0)
-    good = bool((residuals <= max(tol, _ROUNDING * torch.finfo(operator.dtype).eps) * largest).all())
+    good = bool((residuals <= tol * largest).all())
     return Eigenpairs(values, rounded.to(operator.device), residuals, size, good)
+
+
+def _whole_number(k: Any) -> int:
+    """k, if it is a whole number."""
+    try:
+        return index(k)
+    except TypeError:
+        raise TypeError(f"k, the number of eigenpairs, is a whole number, got {k!r}.") from None
 
 
 def _check(size: int, k: int, which: str, tol: float) -> None:
@@ -266,7 +288,7 @@ def _check(size: int, k: int, which: str, tol: float) -> None:
     if which not in _KEYS:
         raise ValueError(
             f"which is one of 'LM' (largest magnitude), 'LA' (largest) and 'SA' (smallest), got {which!r}."
-            + (" For eigenvalues next to zero take those of A.inverse(damping)." if which == "SM" else "")
+            + _REMEDIES.get(which, "")
         )
-    if not 0 < tol < 1:
-        raise ValueError(f"tol, a residual relative to the largest eigenvalue, lies in (0, 1), got {tol}.")
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol, a residual relative to the largest eigenvalue, lies in [0, 1), got {tol}.")

@@ -19,6 +19,9 @@ _FIRST = 8
 _TRIED = 32
 """Directions that are taken out before growth must have paid: a spectrum may fall only beyond the first few."""
 
+_BEYOND = 1e9
+"""Times the error asked for above which how much is missing does not matter."""
+
 _ROOM = 2**30
 """Bytes that the directions taken out may fill."""
 
@@ -254,7 +257,8 @@ class Adaptive:
             return 0
         if not math.isfinite(value):
             return math.nan
-        return math.inf if target == 0 else math.ceil(self._rest.count * ((error / target) ** 2 - 1))
+        excess = error / target if target > 0 else math.inf
+        return math.ceil(self._rest.count * (excess**2 - 1)) if excess < _BEYOND else math.inf
 
     def _sample(self, count: int) -> None:
         """Probes of what is not known; their products are kept as far as a basis twice as large would need them."""

@@ -131,7 +131,9 @@ def condition_number(
     Args:
         operator: A, self-adjoint, of size n.
         damping: λ >= 0.
-        tol, seed, generator, max_products: as for :func:`~imstep.spectral.eigenpairs`, for each of the two.
+        tol: as for :func:`~imstep.spectral.eigenpairs`, for each of the two; where the smallest cannot be told from
+            zero by it, that is looked for once more, as far as rounding lets.
+        seed, generator, max_products: as for :func:`~imstep.spectral.eigenpairs`.
         by: "layer" or "parameter" for those of the diagonal blocks of an operator over a model, a dictionary.
 
     Returns:
@@ -150,13 +152,18 @@ def condition_number(
     """
     check_not_negative(damping=damping)
     generator = generator_of(seed, generator)
-    end = lambda which: eigenpairs(operator, 1, which, tol, generator=generator, max_products=max_products)
+    end = lambda which, tol=tol: eigenpairs(operator, 1, which, tol, generator=generator, max_products=max_products)
     ends = [end("LA"), end("SA")]
-    (largest, smallest), products = (float(end.values[0]) + damping for end in ends), sum(e.products for e in ends)
+    products = sum(end.products for end in ends)
+    rounding = torch.finfo(operator.dtype).eps * (abs(float(ends[0].values[0])) + damping)
+    away = lambda end: float(end.residual_norms[0]) + rounding
+    if abs(float(ends[1].values[0]) + damping) <= away(ends[1]):
+        ends[1] = end("SA", 0.0)
+        products += ends[1].products
+    largest, smallest = (float(end.values[0]) + damping for end in ends)
     if not math.isfinite(largest + smallest):
         return Estimate(math.nan, math.inf, products, False)
-    rounding = torch.finfo(operator.dtype).eps * largest
-    off = [float(end.residual_norms[0]) + rounding for end in ends]
+    off = [away(end) for end in ends]
     if smallest < -off[1]:
         raise ValueError(
             f"condition_number is for positive semidefinite matrices, and A + damping I has the eigenvalue "

@@ -49,7 +49,14 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
 
 def norms(rows: Tensor) -> Tensor:
     """Norms of rows (k,), float64."""
-    return row_dots(rows, rows).sqrt()
+    squares = row_dots(rows, rows)
+    tiny = torch.finfo(rows.dtype).tiny
+    if bool(((squares > tiny / torch.finfo(rows.dtype).eps) & torch.isfinite(squares)).all()):
+        return squares.sqrt()
+    # Squares may leave the range of the dtype where the entries do not.
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=tiny) if rows.shape[1] else rows.new_ones(len(rows), 1)
+    scaled = rows / largest
+    return row_dots(scaled, scaled).sqrt() * largest[:, 0].double()
 
 
 def outside(rows: Tensor, basis: Tensor) -> Tensor:

@@ -96,13 +96,20 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
     for step in range(steps):
         following = images(operator, vectors)
         products += len(vectors)
-        _check_symmetry(row_dots(before, following).cpu(), betas, scale, vectors.dtype)
-        following = torch.addcmul(following, betas.to(vectors)[:, None], before, value=-1)
+        back = row_dots(before, following).cpu()
+        _check_symmetry(back, betas, scale, vectors.dtype)
+        following = torch.addcmul(following, back.to(vectors)[:, None], before, value=-1)
         alphas = row_dots(vectors, following).cpu()
         following.addcmul_(alphas.to(vectors)[:, None], vectors, value=-1)
         betas = norms(following).cpu()
         made[running, step, step] = alphas
         scale = torch.maximum(scale, alphas.abs() + betas)
+        if bool((betas < eps**0.25 * scale).any()):
+            # What is left holds the rounding of what was taken away, along the last two vectors as well; two such steps
+            # together leave eps (scale / β)² of it, which may look like asymmetry. So take that away, too.
+            for known in (before, vectors):
+                following.addcmul_(row_dots(known, following).to(vectors)[:, None], known, value=-1)
+            betas = norms(following).cpu()
         ended = ~(betas > 10 * eps * scale) | ~torch.isfinite(betas)
         lengths[running[ended]] = step + 1
         if step + 1 == steps or bool(ended.all()):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,6 +178,29 @@ def test_simulated_systems_answer_as_their_equations_say() -> None:
     assert float(cis) > float(trans)
     turned = torch.linalg.qr(torch.randn(3, 3, dtype=F64))[0]
     torch.testing.assert_close(molecules.butane_energy(flat @ turned + 2), trans)
+
+
+def test_models_of_systems_begin_as_the_best_linear_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit finds a linear system's poles from answers with an error that is coloured and depends on inputs."""
+    signal = pytest.importorskip("scipy.signal")
+    inputs = torch.randn(20, 100, generator=torch.Generator().manual_seed(0), dtype=F64)
+    (b, a), bent = signal.butter(2, 0.2), inputs.square() - 1
+    answers, error = (torch.from_numpy(signal.lfilter(b, a, of.numpy(), axis=1).copy()) for of in (inputs, bent))
+    A, B, C, D, e = identification.linear_fit(inputs, answers + 3, 2)
+    assert float(e) == pytest.approx(3)
+    assert sorted(torch.linalg.eigvals(A).imag.tolist()) == pytest.approx(sorted(np.roots(a).imag), abs=1e-8)
+    moments = [D[0, 0], *(C @ torch.linalg.matrix_power(A, k) @ B for k in range(9))]
+    impulse = signal.lfilter(b, a, np.eye(1, 10)[0])
+    assert [float(m) for m in moments] == pytest.approx(impulse, abs=1e-8)
+    A, *_ = identification.linear_fit(inputs, answers + 0.1 * error, 2)
+    assert torch.linalg.eigvals(A).abs().tolist() == pytest.approx(abs(np.roots(a)), abs=0.02)
+    for name in ("SAMPLES", "TRAIN"):
+        monkeypatch.setattr(identification, name, 128 if name == "SAMPLES" else 12)
+    for name in ("silverbox", "wiener-hammerstein"):
+        problem = TASKS[name].build(3, dtype=F64)
+        found = problem.evaluate(problem.train).metric
+        assert found is not None
+        assert found < 35, name  # of 100 for a model that answers nothing
 
 
 def test_pictures_and_densities_are_drawn() -> None:

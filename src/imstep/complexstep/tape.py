@@ -202,10 +202,15 @@ class Tape:
         return sum(storages.values())
 
     @property
-    def largest(self) -> int:
-        """Bytes of the largest imaginary part that a replay computes."""
+    def room(self) -> int:
+        """Bytes that a direction among several takes at a time: of the mean imaginary part, or a sixteenth of the largest.
+
+        What replays of many small parts take is time for each, which directions together share, however large the
+        one is that a loop has gathered.
+        """
         written = {slot for step in self._steps for slot in step.writes()}
-        return max((self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written), default=0)
+        sizes = [self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written]
+        return max(sum(sizes) // len(sizes), max(sizes) // 16) if sizes else 0
 
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if a tensor that the tape holds was overwritten since."""

@@ -106,10 +106,10 @@ class ReplayedProducts(Products):
                 parts[number].copy_(as_reals(change))
 
     def _at_once(self) -> int:
-        """How many directions to replay together: as many as the largest intermediate value has room for."""
+        """How many directions to replay together: as many as an intermediate value has room for."""
         if self._tape.exchanges:
             return 1
-        return max(1, _ROOM[self.columns.device.type != "cpu"] // max(self._tape.largest, 1))
+        return max(1, _ROOM[self.columns.device.type != "cpu"] // max(self._tape.room, 1))
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
         return ReplayedProducts(self._tape.restricted(columns, rows), self.rows.part(rows), self.columns.part(columns))

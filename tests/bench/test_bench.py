@@ -25,6 +25,7 @@ from imstep.bench.summary import Duel, summarise
 from imstep.bench.sweep import sweeps
 from imstep.bench.work import AbsentError, DiedError, Job, perform
 from imstep.cli import app
+from imstep.runs.optimizers import OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
 from imstep.tasks import TaskError, get_task
@@ -255,6 +256,22 @@ def test_adam_comes_before_lbfgs() -> None:
     p.grad = torch.tensor([30.0, 40.0])
     clipped.step()
     torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_recurrent_networks_begin_otherwise_or_have_other_cells() -> None:
+    one, two = (get_task("memory-5bit-200").build(seed) for seed in (0, 1))
+    before = one.model.layer.weight_ih_l0.clone()
+    SIDES["adam-orthogonal"].spec.create(one)
+    weight = one.model.layer.weight_hh_l0.detach()
+    torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert torch.equal(one.model.layer.weight_ih_l0, before)
+    lstm = SIDES["lstm-adam"].spec.create(two)
+    assert type(two.model.layer).__name__ == "LSTM"
+    sizes = [p.shape for group in lstm.optimizer.param_groups for p in group["params"]]
+    assert sizes == [p.shape for p in two.parameters]
+    assert two.evaluate(two.heldout.take(slice(0, 2))).loss > 0
+    with pytest.raises(OptimizerError, match="no recurrent tanh layer"):
+        SIDES["lstm-adam"].spec.create(get_task("digits-mlp").build(examples=2))
 
 
 def test_the_best_trial_is_chosen() -> None:

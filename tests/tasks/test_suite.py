@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import imstep
 from imstep.curvature import StructuralDamping
 from imstep.runs.optimizers import OptimizerError, get_optimizer
+from imstep.runs.suitability import suited
 from imstep.tasks import TASKS, DataNotFoundError, ExampleProblem, ExampleTask, TaskError
 from imstep.tasks.mnist import read_pickle
 from imstep.tasks.suite import SUITE, densities, identification, molecules, pictures, recurrent, transformers
@@ -240,3 +241,4 @@ def test_what_is_missing_is_told_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="all its examples together"):
         whole.batch_count(10)
     assert TASKS["gaussian-process"].has_batches is False
+    assert suited(TASKS["gaussian-process"])[0] == "newton-krylov"

@@ -12,12 +12,14 @@ from torch import nn
 
 from imstep import methods
 from imstep.globalization import LevenbergMarquardt
-from imstep.runs.specs import OptimizerSpec
 from imstep.runs.optimizers import OPTIMIZERS
+from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import GradientStepper, Stepper, StepResult, StepwiseStepper
 from imstep.tasks import AnyBatch, Problem
 
-__all__ = ["ADAM_CLIPPED", "ADAM_LBFGS", "HESSIAN_FREE", "KFAC", "MUON", "AdamThenLBFGS", "MuonAndAdamW"]
+__all__ = [
+    "ADAM_CLIPPED", "ADAM_LBFGS", "HESSIAN_FREE", "KFAC", "MUON", "AdamThenLBFGS", "MuonAndAdamW", "clipped_adam",
+]  # fmt: skip
 
 LONGEST = 1.0
 """Norm to which gradients are clipped, as is usual for recurrent networks (Pascanu et al. 2013)."""
@@ -90,12 +92,13 @@ class AdamThenLBFGS(Stepper):
 class _ClippedAdam(torch.optim.Adam):
     """Adam with gradients no longer than 1."""
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], LONGEST)
         return super().step(closure)
 
 
-def _clipped(problem: Problem, options: Mapping[str, float]) -> Stepper:
+def clipped_adam(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    """Adam with clipped gradients, of the option `lr`."""
     return GradientStepper(_ClippedAdam(problem.parameters, lr=options["lr"]))
 
 
@@ -126,5 +129,5 @@ ADAM_LBFGS = OptimizerSpec(
     lambda problem, options: AdamThenLBFGS(problem, options["lr"], options["first"]), {"lr": 3e-3, "first": 300.0},
 )  # fmt: skip
 ADAM_CLIPPED = OptimizerSpec(
-    "adam-clipped", "Adam, clipped", f"Adam with gradients clipped to a norm of {LONGEST:g}.", _clipped, {"lr": 1e-3}
+    "adam-clipped", "Adam, clipped", "Adam with gradients clipped to a norm of 1.", clipped_adam, {"lr": 1e-3}
 )

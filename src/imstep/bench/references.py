@@ -13,7 +13,7 @@ from torch import Tensor
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepResult
-from imstep.tasks import AnyBatch, Problem
+from imstep.tasks import AnyBatch, Batch, Problem
 
 __all__ = ["BOOSTING", "MLP", "Fitted"]
 
@@ -37,6 +37,7 @@ class Fitted(Stepper):
         return self._optimizer
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
+        assert isinstance(batch, Batch)
         self._regressor.fit(batch.inputs.numpy(), batch.targets[:, 0].numpy())
         self._fitted = True
         return StepResult(float("nan"), 0.0, converged=True)

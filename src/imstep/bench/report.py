@@ -57,16 +57,13 @@ def write_report(request: BenchRequest, store: Store) -> Table | None:
     links = [f'<a href="{_file(s.entry)}">{escape(s.entry.label)}</a>' for s in summaries]
     swept = sweeps(request.entries, every)
     parts = [section("Who wins where", _table(HEAD, rows, links), _note())]
-    parts += [
-        section(f"{s.name} by batch size, to a {s.measure} of {short(s.level)}", _table(SWEEP_HEAD, s.rows), s.words)
-        for s in swept
-    ]
+    parts += [section(s.title, _table(SWEEP_HEAD, s.rows), s.words) for s in swept]
     body = "\n".join(parts)
     lead = f"{len(rows)} task{'s' if len(rows) > 1 else ''}. {_RULES}"
     write_atomically(store.root / "index.html", page("Bench", "imstep bench", lead, body).encode())
     write_json(store.root / "summary.json", finite([_plain(s) for s in summaries]))
     texts = [_marked(HEAD, rows)]
-    texts += [f"{s.name}, to a {s.measure} of {short(s.level)}. {s.words}\n\n{_marked(SWEEP_HEAD, s.rows)}" for s in swept]
+    texts += [f"{s.title}. {s.words}\n\n{_marked(SWEEP_HEAD, s.rows)}" for s in swept]
     write_atomically(store.root / "summary.md", "\n".join(texts).encode())
     table = Table(title="Who wins where", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     for name in HEAD:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from imstep.bench.peers import ADAM_CLIPPED, ADAM_LBFGS, HESSIAN_FREE, KFAC, MUON
+from imstep.bench.recurrent import LSTM, ORTHOGONAL
 from imstep.bench.references import BOOSTING, MLP
 from imstep.runs.optimizers import METHODS, OptimizerSpec, get_optimizer
 
@@ -147,6 +148,8 @@ _USUAL = (
 )  # fmt: skip
 _OTHERS = (
     Side("adam-clipped", ADAM_CLIPPED.title, ADAM_CLIPPED, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=1.1),
+    Side("adam-orthogonal", ORTHOGONAL.title, ORTHOGONAL, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=1.1),
+    Side("lstm-adam", LSTM.title, LSTM, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=4.0, reference=True),
     Side(
         "adam-lbfgs", ADAM_LBFGS.title, ADAM_LBFGS, {"lr": _RATE, "first": Range(50, 500, whole=True)}, batches=False,
         pace=1.2,

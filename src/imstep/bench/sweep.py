@@ -1,4 +1,4 @@
-"""A task by batches of many sizes: steps, seconds and ideal parallel time to one loss, and from which size on we lead."""
+"""A task by batches of many sizes: steps, seconds and ideal parallel time to one loss, and from which on we lead."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from imstep.bench.entries import Entry
 from imstep.bench.sides import OWN
 from imstep.bench.store import BenchRun
+from imstep.runs.verdict import short
 
 __all__ = ["CURRENCIES", "Cell", "Sweep", "sweeps"]
 
@@ -69,6 +70,11 @@ class Sweep:
                 break
             found = size
         return found
+
+    @property
+    def title(self) -> str:
+        """What the table is of."""
+        return f"{self.name} by batch size, to a {self.measure} of {short(self.level)}"
 
     @property
     def words(self) -> str:

@@ -31,8 +31,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[TASK]...", autocompletion=_complete, show_default=False,
-            help="Those that --list tells, also by a pattern such as 'fashion-*'; any task of `imstep tasks`, or a file "
-            "of your own. Default: all of the list.",
+            help="Those that --list tells, also by a pattern such as 'fashion-*'; any task of `imstep tasks`, or a "
+            "file of your own. Default: all of the list.",
         ),
     ] = None,
     budget: Annotated[

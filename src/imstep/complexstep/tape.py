@@ -203,10 +203,10 @@ class Tape:
 
     @property
     def room(self) -> int:
-        """Bytes that a direction among several takes at a time: of the mean imaginary part, or a sixteenth of the largest.
+        """Bytes to reckon for a direction among several: of the mean imaginary part, or a sixteenth of the largest.
 
-        What replays of many small parts take is time for each, which directions together share, however large the
-        one is that a loop has gathered.
+        Replays of many small parts take their time for each of them, which directions together share, however large
+        the one is that a loop has gathered.
         """
         written = {slot for step in self._steps for slot in step.writes()}
         sizes = [self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written]

@@ -256,7 +256,9 @@ class ExampleTask(Task):
 
     @property
     def squares(self) -> bool | None:
-        return True if isinstance(self.loss, nn.MSELoss) else False if isinstance(self.loss, _NO_SQUARES) else None
+        if isinstance(self.loss, nn.MSELoss):
+            return True
+        return False if self.whole or isinstance(self.loss, _NO_SQUARES) else None
 
     def _model(self) -> nn.Module:
         return self.model()

@@ -1,7 +1,7 @@
 """System identification: models with a state, fitted to what simulated systems answer, up to a known noise.
 
-Models begin as the best linear system (Schoukens 2021, arXiv 2103.14516), as practitioners have it: from random dynamics
-every method stays long at a loss of about 1.
+Models begin as the best linear system, as practitioners have it (Schoukens 2021, arXiv 2103.14516): from random
+dynamics a method spends most of its steps on finding a frequency.
 
 Sources: Wigren and Schoukens, European Control Conference 2013 (Silverbox); Schoukens, Suykens and Ljung, SYSID 2009
 (Wiener-Hammerstein benchmark). The measured records are not shipped: their published equations are simulated.
@@ -80,7 +80,7 @@ class StateSpace(nn.Module):
         self.readout.weight.copy_(torch.cat([C, D], 1))
         self.readout.bias.copy_(e)
         if self.cell.bend is not None:
-            self.cell.bend[-1].weight.zero_()
+            list(self.cell.bend.parameters())[-2].zero_()
 
 
 class LinearSystem(StateSpace):
@@ -91,8 +91,9 @@ class LinearSystem(StateSpace):
 
 
 def linear_fit(inputs: Tensor, answers: Tensor, order: int) -> tuple[Tensor, ...]:
-    """A, B, C, D, e of x⁺ = A x + B u, y = C x + D u + e from x = 0, the best for inputs and answers (k, T); states have a
-    covariance of 1.
+    """A, B, C, D, e of x⁺ = A x + B u, y = C x + D u + e from x = 0, the best for inputs and answers (k, T).
+
+    States have a covariance of 1.
 
     Source: Young and Jakeman, International Journal of Control 29 (1979), 1-30, refined instrumental variables in their
     simple form: what a system answers beyond the best linear one is no function of the inputs' past that is linear.

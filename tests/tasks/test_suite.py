@@ -64,7 +64,8 @@ def _files(folder: Path) -> None:
 
 def _tiny() -> list[ExampleTask]:
     """The suite, with what differs from another in size alone left out, or smaller."""
-    alike = ("mnist-deep", "fashion-deep", "fashion-resnet20", "addition", "multiplication", "temporal", "memory")
+    networks = ("mnist-deep", "fashion-deep", "fashion-resnet20", "shakespeare-small")
+    alike = (*networks, "addition", "multiplication", "temporal", "memory")
     narrow = {
         "curves-autoencoder": partial(deep_autoencoder, (784, 30, 6)),
         "fashion-mixer": partial(Mixer, 28, 8, 1),

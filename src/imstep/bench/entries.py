@@ -189,7 +189,7 @@ _SWEEP = ("adamw", "muon", "soap")
 def _recurrent(task: str, gradient: float, batch_size: int | None = 100) -> Entry:
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
-        task, budget=1500, trial=300, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
+        task, budget=600, trial=150, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
         gradient=gradient,
     )  # fmt: skip
 

@@ -217,6 +217,21 @@ def test_a_sweep_tells_from_which_batch_size_on_we_lead() -> None:
     assert sweeps(entries, {}) == []
 
 
+def test_a_report_has_a_table_of_batch_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.bench.report._page", lambda *arguments: "")
+    entries = [replace(SMALL, name=f"s-{size}", batch_size=size, target=0.05, sweep="s") for size in (5, 10)]
+
+    def launch(job: Job, tell: Any) -> dict[str, Any]:
+        curve = [[float(k), k, k, k, 1.0 / 9**k, 1.0, None, 0.5] for k in range(3)]
+        return {"format": work.FORMAT, "columns": work.COLUMNS, "curve": curve, "request": job.request, "ending": ""}
+
+    assert run_bench(BenchRequest(entries, trials=1, seeds=(0,)), tmp_path / "b", Console(quiet=True), launch=launch)
+    for text in ((tmp_path / "b" / name).read_text() for name in ("index.html", "summary.md")):
+        assert "s by batch size, to a training loss of 5.00e-2" in text
+        assert "imstep is first in steps: from batches of 5 on" in text
+    assert "| 10 | AdamW | 1/1 | 2 | 2 | 2 |" in text
+
+
 def test_entries_are_asked_for_by_pattern() -> None:
     assert [entry.batch_size for entry in entries_of("shakespeare-gpt-*")] == [16, 64, 256, 1024, 4096]
     assert entries_of("wave") == [ENTRIES["wave"]]

@@ -202,15 +202,11 @@ class Tape:
         return sum(storages.values())
 
     @property
-    def room(self) -> int:
-        """Bytes to reckon for a direction among several: of the mean imaginary part, or a sixteenth of the largest.
-
-        Replays of many small parts take their time for each of them, which directions together share, however large
-        the one is that a loop has gathered.
-        """
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the mean and of the largest imaginary part that a replay computes."""
         written = {slot for step in self._steps for slot in step.writes()}
         sizes = [self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written]
-        return max(sum(sizes) // len(sizes), max(sizes) // 16) if sizes else 0
+        return (sum(sizes) // len(sizes), max(sizes)) if sizes else (0, 0)
 
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if a tensor that the tape holds was overwritten since."""

@@ -19,6 +19,7 @@ from imstep.tasks import AnyBatch, Problem
 
 __all__ = [
     "ADAM_CLIPPED", "ADAM_LBFGS", "HESSIAN_FREE", "KFAC", "MUON", "AdamThenLBFGS", "MuonAndAdamW", "clipped_adam",
+    "seed_of",
 ]  # fmt: skip
 
 LONGEST = 1.0
@@ -95,6 +96,11 @@ class _ClippedAdam(torch.optim.Adam):
     def step(self, closure: Any = None) -> Any:
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], LONGEST)
         return super().step(closure)
+
+
+def seed_of(problem: Problem) -> int:
+    """A number that follows from the initial weights, which follow from the run's seed."""
+    return int(sum(p.detach().double().abs().sum() for p in problem.parameters) * 1e6) % 2**32
 
 
 def clipped_adam(problem: Problem, options: Mapping[str, float]) -> Stepper:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from imstep.bench.peers import clipped_adam
+from imstep.bench.peers import clipped_adam, seed_of
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper
@@ -29,7 +29,7 @@ def _layer(problem: Problem) -> nn.RNN:
 def _orthogonal(problem: Problem, options: Mapping[str, float]) -> Stepper:
     layer = _layer(problem)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(layer))
+        torch.manual_seed(seed_of(problem))
         _recurrent(layer).copy_(nn.init.orthogonal_(torch.empty(layer.hidden_size, layer.hidden_size)))
     return clipped_adam(problem, options)
 
@@ -37,7 +37,7 @@ def _orthogonal(problem: Problem, options: Mapping[str, float]) -> Stepper:
 def _lstm(problem: Problem, options: Mapping[str, float]) -> Stepper:
     old = _layer(problem)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(old))
+        torch.manual_seed(seed_of(problem))
         layer = nn.LSTM(old.input_size, old.hidden_size, batch_first=True)
         gates = dict(layer.named_parameters())["bias_hh_l0"]
         gates[old.hidden_size : 2 * old.hidden_size] = 1  # those that forget, forget nothing at first
@@ -47,11 +47,6 @@ def _lstm(problem: Problem, options: Mapping[str, float]) -> Stepper:
 
 def _recurrent(layer: nn.RNN) -> Tensor:
     return dict(layer.named_parameters())["weight_hh_l0"]
-
-
-def _seed(layer: nn.RNN) -> int:
-    """A number that follows from the weights, which follow from the run's seed."""
-    return int(_recurrent(layer).detach().double().abs().sum() * 1e6)
 
 
 ORTHOGONAL = OptimizerSpec(

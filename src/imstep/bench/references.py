@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.bench.peers import seed_of
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepResult
@@ -62,7 +63,7 @@ def _mlp(problem: Problem, options: Mapping[str, float]) -> Any:
 
     return MLPRegressor(
         (64, 64), alpha=options["weight_decay"], learning_rate_init=options["lr"], early_stopping=True, max_iter=500,
-        n_iter_no_change=20, random_state=torch.initial_seed() % 2**32,
+        n_iter_no_change=20, random_state=seed_of(problem),
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def _boosting(problem: Problem, options: Mapping[str, float]) -> Any:
 
     return HistGradientBoostingRegressor(
         learning_rate=options["lr"], l2_regularization=options["weight_decay"], early_stopping=True, max_iter=1000,
-        n_iter_no_change=20, random_state=torch.initial_seed() % 2**32,
+        n_iter_no_change=20, random_state=seed_of(problem),
     )  # fmt: skip
 
 

@@ -137,8 +137,8 @@ def _standings(summary: Summary) -> tuple[Sequence[str], list[Sequence[str]]]:
     count, time = "{:,.0f}".format, "{:,.1f}".format
 
     def row(s: Standing) -> Sequence[str]:
-        of_cost = lambda values: "-" if s.reference else _spread(values, count)
         cost, seconds = ([end[k] for end in s.ends] for k in (0, 1))
+        of_cost = lambda values: _spread(values, count) if any(cost) else "-"
         return (
             s.title, str(len(s.best)), _spread(s.best, loss), f"{s.solved}/{len(s.best)}", of_cost(s.cost),
             _spread(s.seconds, time), of_cost(cost), _spread(seconds, count),

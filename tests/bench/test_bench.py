@@ -15,18 +15,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from imstep.bench import ENTRIES, Entry, Range, work
-from imstep.bench.entries import ACCURACY, TRAIN
+from imstep.bench import ENTRIES, Entry, Range, peers, work
+from imstep.bench.entries import ACCURACY, TRAIN, entries_of
 from imstep.bench.peers import MuonAndAdamW
 from imstep.bench.session import BenchRequest, chosen, gather, run_bench, trials_of
 from imstep.bench.sides import OWN, SIDES, side_of
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import Duel, summarise
+from imstep.bench.sweep import sweeps
 from imstep.bench.work import AbsentError, DiedError, Job, perform
 from imstep.cli import app
+from imstep.runs.optimizers import OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
-from imstep.tasks import get_task
+from imstep.tasks import TaskError, get_task
 
 SMALL = Entry("digits-mlp", budget=2.0, examples=20, sides=("adamw",))
 
@@ -139,7 +141,7 @@ def test_limits_of_ones_own() -> None:
 def test_all_that_are_tuned_have_equal_trials_in_their_ranges(entry: Entry) -> None:
     sides = entry.contestants()
     assert sides[0].name == OWN
-    assert len(sides) >= 7
+    assert len(sides) >= 4
     for side in sides:
         ranges, jobs = entry.ranges_of(side), trials_of(entry, side, 8)
         assert ("weight_decay" in ranges) == entry.decay
@@ -187,6 +189,104 @@ def test_the_table_says_who_wins_by_what_factor() -> None:
     assert targeted.duels["cost"].words == "imstep; AdamW never"
     assert summarise(replace(SMALL, target=1e-9), runs).duels["cost"].words == "neither"  # type: ignore[union-attr]
     assert summarise(SMALL, {}) is None
+
+
+def test_a_sweep_tells_from_which_batch_size_on_we_lead() -> None:
+    """A run whose measure falls by a tenth at a step; an epoch has 8 steps of the smallest batches, 2 of the larger."""
+    entries = [
+        replace(SMALL, name=f"s-{size}", batch_size=size, target=0.05, sweep="s", sides=("adamw",)) for size in (16, 64)
+    ]
+
+    def run(steps: int, evaluations: float, in_epoch: int) -> BenchRun:
+        curve = [
+            [k * evaluations / in_epoch, 2.0 * k, k, k / in_epoch, 1.0 if k < steps else 0.04, None, None, None]
+            for k in range(steps + 2)
+        ]
+        return BenchRun({"columns": work.COLUMNS, "curve": curve})
+
+    runs = {
+        "s-16": {"imstep": [run(50, 5.0, 8)], "adamw": [run(60, 1.0, 8)]},
+        "s-64": {"imstep": [run(7, 5.0, 2)], "adamw": [run(40, 1.0, 2)]},
+    }
+    (found,) = sweeps([SMALL, *entries], runs)
+    assert [(c.batch_size, c.side, c.steps, c.depth, c.seconds) for c in found.cells] == [
+        (16, "imstep", 50, 250, 100), (16, "adamw", 60, 60, 120), (64, "imstep", 7, 35, 14), (64, "adamw", 40, 40, 80),
+    ]  # fmt: skip
+    assert [found.leads_from(of) for of in ("steps", "depth", "seconds")] == [16, 64, 16]
+    assert found.rows[2] == ("64", "imstep (NK.for_batches)", "1/1", "7", "35", "14")
+    assert sweeps(entries, {}) == []
+
+
+def test_a_report_has_a_table_of_batch_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.bench.report._page", lambda *arguments: "")
+    entries = [replace(SMALL, name=f"s-{size}", batch_size=size, target=0.05, sweep="s") for size in (5, 10)]
+
+    def launch(job: Job, tell: Any) -> dict[str, Any]:
+        curve = [[float(k), k, k, k, 1.0 / 9**k, 1.0, None, 0.5] for k in range(3)]
+        return {"format": work.FORMAT, "columns": work.COLUMNS, "curve": curve, "request": job.request, "ending": ""}
+
+    assert run_bench(BenchRequest(entries, trials=1, seeds=(0,)), tmp_path / "b", Console(quiet=True), launch=launch)
+    for text in ((tmp_path / "b" / name).read_text() for name in ("index.html", "summary.md")):
+        assert "s by batch size, to a training loss of 5.00e-2" in text
+        assert "imstep is first in steps: from batches of 5 on" in text
+    assert "| 10 | AdamW | 1/1 | 2 | 2 | 2 |" in text
+
+
+def test_entries_are_asked_for_by_pattern() -> None:
+    assert [entry.batch_size for entry in entries_of("shakespeare-gpt-*")] == [16, 64, 256, 1024, 4096]
+    assert entries_of("wave") == [ENTRIES["wave"]]
+    with pytest.raises(TaskError, match="no entry of the bench fits"):
+        entries_of("wafe*")
+
+
+def test_other_regressors_give_figures_and_take_part_in_no_duel(tmp_path: Path) -> None:
+    program = tmp_path / "line.py"
+    program.write_text(
+        "import torch\nfrom torch import nn\nfrom imstep.tasks import ExampleTask, held_out\n"
+        "x = torch.linspace(-1, 1, 200)[:, None]\n"
+        "load, model = lambda data: held_out(x, 3 * x.sign()), lambda: nn.Linear(1, 1)\n"
+        "task = ExampleTask('line', 'A line', '200 points.', load, model, nn.MSELoss())\n"
+    )
+    entry = Entry(str(program), budget=2.0, sides=("adamw", "sklearn-boosting"))
+    runs: dict[str, list[BenchRun]] = {}
+    for side in entry.contestants():
+        job = Job(entry, side.name, side.spec.name, "seed-0", {}, 0, entry.limits)
+        runs[side.name] = [BenchRun(perform(job))]
+    record = runs["sklearn-boosting"][0].record
+    assert record["curve"][-1][5] < 0.01 < record["curve"][0][5]  # the held-out loss of a step
+    summary = summarise(entry, dict(runs))
+    assert summary is not None
+    assert summary.duels["cost"].peer == "AdamW"
+    assert summary.leader.startswith("gradient boosting")
+
+
+def test_adam_comes_before_lbfgs() -> None:
+    entry = Entry("digits-mlp", budget=4.0, examples=20, sides=("adam-lbfgs",))
+    job = Job(entry, "adam-lbfgs", "adam-lbfgs", "seed-0", {"first": 2.0, "lr": 1e-3}, 0, entry.limits)
+    record = perform(job)
+    assert record["steps"] == 3
+    assert record["curve"][-1][0] > 4  # the third is many evaluations
+    clipped = peers._ClippedAdam([torch.nn.Parameter(torch.zeros(2))])
+    (p,) = clipped.param_groups[0]["params"]
+    p.grad = torch.tensor([30.0, 40.0])
+    clipped.step()
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_recurrent_networks_begin_otherwise_or_have_other_cells() -> None:
+    one, two = (get_task("memory-5bit-200").build(seed) for seed in (0, 1))
+    before = one.model.layer.weight_ih_l0.clone()
+    SIDES["adam-orthogonal"].spec.create(one)
+    weight = one.model.layer.weight_hh_l0.detach()
+    torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert torch.equal(one.model.layer.weight_ih_l0, before)
+    lstm = SIDES["lstm-adam"].spec.create(two)
+    assert type(two.model.layer).__name__ == "LSTM"
+    sizes = [p.shape for group in lstm.optimizer.param_groups for p in group["params"]]
+    assert sizes == [p.shape for p in two.parameters]
+    assert two.evaluate(two.heldout.take(slice(0, 2))).loss > 0
+    with pytest.raises(OptimizerError, match="no recurrent tanh layer"):
+        SIDES["lstm-adam"].spec.create(get_task("digits-mlp").build(examples=2))
 
 
 def test_the_best_trial_is_chosen() -> None:

@@ -87,6 +87,36 @@ def test_steps_of_other_parameters_are_left_out() -> None:
     assert H.block(model).nbytes == H.nbytes
 
 
+def test_directions_of_many_small_steps_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loop has gathered is large; what it takes is time for each of its small parts."""
+    w, blocks, vmap = nn.Parameter(normal(60)), [], torch.vmap
+
+    def closure() -> torch.Tensor:
+        state, seen = w.new_zeros(60), []
+        for _ in range(100):
+            state = (state + 0.1 * w).tanh()
+            seen.append(state)
+        return torch.stack(seen).square().sum()
+
+    def counted(function: object) -> object:
+        return lambda given, into: (blocks.append(len(given)), vmap(function)(given, into))
+
+    H = imstep.Hessian(closure, [w])
+    monkeypatch.setattr(torch, "vmap", counted)
+    whole = H @ torch.eye(60, dtype=w.dtype)
+    assert blocks == [60]
+    expected = torch.autograd.functional.hessian(_unrolled, w.detach())
+    assert relative_error(whole, expected) < 1e-12
+
+
+def _unrolled(w: torch.Tensor) -> torch.Tensor:
+    total, state = w.new_zeros(()), w.new_zeros(60)
+    for _ in range(100):
+        state = (state + 0.1 * w).tanh()
+        total = total + state.square().sum()
+    return total
+
+
 def test_parameters_in_one_storage() -> None:
     memory = normal(9)
     a, b = nn.Parameter(memory[1:4]), nn.Parameter(memory[4:8].view(2, 2))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import imstep
 from imstep.curvature import StructuralDamping
 from imstep.runs.optimizers import OptimizerError, get_optimizer
+from imstep.runs.suitability import suited
 from imstep.tasks import TASKS, DataNotFoundError, ExampleProblem, ExampleTask, TaskError
 from imstep.tasks.mnist import read_pickle
 from imstep.tasks.suite import SUITE, densities, identification, molecules, pictures, recurrent, transformers
@@ -62,7 +64,8 @@ def _files(folder: Path) -> None:
 
 def _tiny() -> list[ExampleTask]:
     """The suite, with what differs from another in size alone left out, or smaller."""
-    alike = ("mnist-deep", "fashion-deep", "fashion-resnet20", "addition", "multiplication", "temporal", "memory")
+    networks = ("mnist-deep", "fashion-deep", "fashion-resnet20", "shakespeare-small")
+    alike = (*networks, "addition", "multiplication", "temporal", "memory")
     narrow = {
         "curves-autoencoder": partial(deep_autoencoder, (784, 30, 6)),
         "fashion-mixer": partial(Mixer, 28, 8, 1),
@@ -179,6 +182,29 @@ def test_simulated_systems_answer_as_their_equations_say() -> None:
     torch.testing.assert_close(molecules.butane_energy(flat @ turned + 2), trans)
 
 
+def test_models_of_systems_begin_as_the_best_linear_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit finds a linear system's poles from answers with an error that is coloured and depends on inputs."""
+    signal = pytest.importorskip("scipy.signal")
+    inputs = torch.randn(20, 100, generator=torch.Generator().manual_seed(0), dtype=F64)
+    (b, a), bent = signal.butter(2, 0.2), inputs.square() - 1
+    answers, error = (torch.from_numpy(signal.lfilter(b, a, of.numpy(), axis=1).copy()) for of in (inputs, bent))
+    A, B, C, D, e = identification.linear_fit(inputs, answers + 3, 2)
+    assert float(e) == pytest.approx(3)
+    assert sorted(torch.linalg.eigvals(A).imag.tolist()) == pytest.approx(sorted(np.roots(a).imag), abs=1e-8)
+    moments = [D[0, 0], *(C @ torch.linalg.matrix_power(A, k) @ B for k in range(9))]
+    impulse = signal.lfilter(b, a, np.eye(1, 10)[0])
+    assert [float(m) for m in moments] == pytest.approx(impulse, abs=1e-8)
+    A, *_ = identification.linear_fit(inputs, answers + 0.1 * error, 2)
+    assert torch.linalg.eigvals(A).abs().tolist() == pytest.approx(abs(np.roots(a)), abs=0.02)
+    for name in ("SAMPLES", "TRAIN"):
+        monkeypatch.setattr(identification, name, 128 if name == "SAMPLES" else 12)
+    for name in ("silverbox", "wiener-hammerstein"):
+        problem = TASKS[name].build(3, dtype=F64)
+        found = problem.evaluate(problem.train).metric
+        assert found is not None
+        assert found < 35, name  # of 100 for a model that answers nothing
+
+
 def test_pictures_and_densities_are_drawn() -> None:
     solution, made = TASKS["picture-fourier"].build(0).surfaces()
     assert (solution.colors, len(solution.values), len(made.values[0])) == ("gray", 128, 128)
@@ -216,3 +242,4 @@ def test_what_is_missing_is_told_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="all its examples together"):
         whole.batch_count(10)
     assert TASKS["gaussian-process"].has_batches is False
+    assert suited(TASKS["gaussian-process"])[0] == "newton-krylov"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 
 from imstep.bench.sides import USUAL, Range, Side, own_side, side_of
 from imstep.runs.rows import Limits, TrainingError
 from imstep.runs.suitability import suited
-from imstep.tasks import get_task
+from imstep.tasks import TaskError, get_task
 
-__all__ = ["ACCURACY", "ENTRIES", "HELDOUT", "TRAIN", "Entry", "Measure", "entry_of"]
+__all__ = [
+    "ACCURACY", "ENTRIES", "EXPLAINED", "HELDOUT", "PSNR", "TRAIN", "WRONG", "Entry", "Measure", "entries_of",
+    "entry_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Measure:
 TRAIN = Measure("train", "training loss")
 HELDOUT = Measure("heldout", "held-out loss")
 ACCURACY = Measure("heldout_metric", "held-out accuracy", larger=True)
+PSNR = Measure("heldout_metric", "held-out PSNR", larger=True)
+EXPLAINED = Measure("heldout_metric", "held-out explained variance", larger=True)
+WRONG = Measure("heldout_metric", "wrong answers")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Entry:
         examples: train on the first so many.
         dtype: float32 or float64.
         gradient: seconds of a gradient on one thread, roughly; for estimates alone.
+        sweep: the name of a table that sets this entry beside others of other batch sizes; "" for none.
 
     Example:
         >>> Entry("digits-mlp", batch_size=128, measure=ACCURACY, decay=True, seconds=20, trial=30).label
@@ -89,6 +97,7 @@ class Entry:
     examples: int | None = None
     dtype: str = "float32"
     gradient: float = 0.01
+    sweep: str = ""
 
     @property
     def label(self) -> str:
@@ -157,7 +166,51 @@ def entry_of(name: str) -> Entry:
     return Entry(name)
 
 
+def entries_of(name: str) -> list[Entry]:
+    """The entry of that name, or those that a pattern such as `shakespeare-gpt-*` fits.
+
+    Raises:
+        TaskError: there is none.
+    """
+    if "*" not in name:
+        return [entry_of(name)]
+    found = [entry for label, entry in ENTRIES.items() if fnmatchcase(label, name)]
+    if not found:
+        raise TaskError(f"no entry of the bench fits {name!r}. `imstep bench --list` names them.")
+    return found
+
+
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
+_SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
+_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
+_SWEEP = ("adamw", "muon", "soap")
+
+
+def _recurrent(task: str, gradient: float, batch_size: int | None = 100) -> Entry:
+    """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
+    return Entry(
+        task, budget=600, trial=150, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
+        gradient=gradient,
+    )  # fmt: skip
+
+
+def _table(task: str, gradient: float) -> Entry:
+    """Judged by what is held out."""
+    others = ("sklearn-mlp", "sklearn-boosting")
+    return Entry(task, budget=500, measure=EXPLAINED, decay=True, extra=others, gradient=gradient)
+
+
+def _sweep(task: str, sizes: tuple[int, ...], target: float, gradient: float, epochs: float) -> list[Entry]:
+    """A task by batches of many sizes, to one loss; all sizes see as many examples for each gradient-equivalent."""
+    return [
+        Entry(
+            task, f"{task}-{size}", budget=epochs, trial=epochs / 2, batch_size=size, measure=HELDOUT, target=target,
+            sides=_SWEEP, gradient=gradient, sweep=task,
+        )
+        for size in sizes
+    ]  # fmt: skip
+
+
 _ALL = (
     Entry("digits-autoencoder", budget=600, gradient=0.006),
     Entry("fashion-autoencoder", budget=1500, trial=600, examples=2000, gradient=0.045),
@@ -175,6 +228,36 @@ _ALL = (
     Entry("poisson-2d", budget=1000, target=1e-6, gradient=0.01),
     Entry("burgers", budget=1000, target=1e-5, gradient=0.02),
     Entry("wave", budget=2000, target=1e-4, gradient=0.02),
+    Entry("curves-autoencoder", budget=100, batch_size=2000, gradient=2.5),
+    Entry("curves-autoencoder", "curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
+    *(_recurrent(task, 0.3) for task in ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")),
+    *(_recurrent(task, 0.6) for task in ("addition-150", "multiplication-150")),
+    _recurrent("memory-5bit-200", 0.06, None),
+    Entry(
+        "silverbox", budget=1500, trial=500, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
+        gradient=0.06,
+    ),
+    Entry(
+        "wiener-hammerstein", budget=1500, trial=500, ours="least-squares", target=1.5e-4, dtype="float64",
+        sides=_SYSTEMS, gradient=0.045,
+    ),
+    Entry("picture-sines", seconds=120, trial=150, measure=PSNR, gradient=0.2),
+    Entry("picture-fourier", seconds=120, trial=150, measure=PSNR, gradient=0.2),
+    Entry(
+        "modular-addition-97", budget=3000, trial=1500, measure=ACCURACY, target=0.99, decay=True, sides=_SWEEP,
+        gradient=0.25,
+    ),
+    *_sweep("shakespeare-gpt", (16, 64, 256, 1024, 4096), 1.9, 40.0, 8),
+    *_sweep("shakespeare-small", (16, 128, 1024), 2.4, 1.2, 12),
+    Entry("fashion-resnet8", seconds=300, trial=1, batch_size=128, measure=ACCURACY, decay=True, gradient=120.0),
+    Entry("fashion-resnet20", seconds=600, trial=1, batch_size=128, measure=ACCURACY, decay=True, gradient=400.0),
+    Entry("fashion-mixer", seconds=200, trial=2, batch_size=128, measure=ACCURACY, decay=True, gradient=120.0),
+    _table("census-house", 0.02),
+    _table("kin32fm", 0.004),
+    _table("abalone", 0.004),
+    Entry("moons-flow", budget=1000, trial=300, gradient=0.011),
+    Entry("gaussian-process", budget=500, trial=200, gradient=0.04),
+    Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The tasks of the bench by name."""
+"""The entries of the bench by name."""

@@ -1,4 +1,5 @@
-"""Rivals that no command has by name: Muon with AdamW beside it, and methods of `imstep.methods` by their damping."""
+"""Rivals that no command has by name: Muon with AdamW beside it, Adam with clipped gradients and before L-BFGS, and
+methods of `imstep.methods` by their damping."""
 
 from __future__ import annotations
 
@@ -11,11 +12,18 @@ from torch import nn
 
 from imstep import methods
 from imstep.globalization import LevenbergMarquardt
+from imstep.runs.optimizers import OPTIMIZERS
 from imstep.runs.specs import OptimizerSpec
-from imstep.runs.steppers import GradientStepper, Stepper, StepwiseStepper
-from imstep.tasks import Problem
+from imstep.runs.steppers import GradientStepper, Stepper, StepResult, StepwiseStepper
+from imstep.tasks import AnyBatch, Problem
 
-__all__ = ["HESSIAN_FREE", "KFAC", "MUON", "MuonAndAdamW"]
+__all__ = [
+    "ADAM_CLIPPED", "ADAM_LBFGS", "HESSIAN_FREE", "KFAC", "MUON", "AdamThenLBFGS", "MuonAndAdamW", "clipped_adam",
+    "seed_of",
+]  # fmt: skip
+
+LONGEST = 1.0
+"""Norm to which gradients are clipped, as is usual for recurrent networks (Pascanu et al. 2013)."""
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -59,6 +67,47 @@ class MuonAndAdamW(torch.optim.Optimizer):
             part.step()
 
 
+class AdamThenLBFGS(Stepper):
+    """Adam for the first steps, then torch's L-BFGS from where it came to.
+
+    Args:
+        problem: whose parameters are trained.
+        lr: Adam's rate.
+        first: steps of Adam.
+    """
+
+    def __init__(self, problem: Problem, lr: float, first: float) -> None:
+        self._adam = GradientStepper(torch.optim.Adam(problem.parameters, lr=lr))
+        self._lbfgs = OPTIMIZERS["lbfgs"].create(problem)
+        self._left = first
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return (self._adam if self._left > 0 else self._lbfgs).optimizer
+
+    def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
+        self._left -= 1
+        return (self._adam if self._left >= 0 else self._lbfgs).step(problem, batch)
+
+
+class _ClippedAdam(torch.optim.Adam):
+    """Adam with gradients no longer than 1."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], LONGEST)
+        return super().step(closure)
+
+
+def seed_of(problem: Problem) -> int:
+    """A number that follows from the initial weights, which follow from the run's seed."""
+    return int(sum(p.detach().double().abs().sum() for p in problem.parameters) * 1e6) % 2**32
+
+
+def clipped_adam(problem: Problem, options: Mapping[str, float]) -> Stepper:
+    """Adam with clipped gradients, of the option `lr`."""
+    return GradientStepper(_ClippedAdam(problem.parameters, lr=options["lr"]))
+
+
 def _muon(problem: Problem, options: Mapping[str, float]) -> Stepper:
     return GradientStepper(MuonAndAdamW(problem.parameters, options["lr"], options["weight_decay"]))
 
@@ -81,3 +130,10 @@ HESSIAN_FREE = OptimizerSpec(
     "hessian-free", "Hessian-free (imstep.methods)", "Martens 2010.",
     partial(_damped, methods.hessian_free, 1.5), {"damping": 1e-2, "weight_decay": 0.0},
 )  # fmt: skip
+ADAM_LBFGS = OptimizerSpec(
+    "adam-lbfgs", "Adam, then L-BFGS", "Some steps of Adam, then torch's L-BFGS with the strong Wolfe search.",
+    lambda problem, options: AdamThenLBFGS(problem, options["lr"], options["first"]), {"lr": 3e-3, "first": 300.0},
+)  # fmt: skip
+ADAM_CLIPPED = OptimizerSpec(
+    "adam-clipped", "Adam, clipped", "Adam with gradients clipped to a norm of 1.", clipped_adam, {"lr": 1e-3}
+)

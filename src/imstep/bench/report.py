@@ -16,6 +16,8 @@ from rich.table import Table
 from imstep.bench.entries import Entry
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import CLOCKS, HEAD, Standing, Summary, summarise
+from imstep.bench.sweep import HEAD as SWEEP_HEAD
+from imstep.bench.sweep import sweeps
 from imstep.runs.files import write_atomically, write_json
 from imstep.runs.page import legend, page, panels, section
 from imstep.runs.records import finite
@@ -40,9 +42,10 @@ def write_report(request: BenchRequest, store: Store) -> Table | None:
     """Write `index.html`, `summary.json`, `summary.md` and a page for each task; the table, or None without runs."""
     from imstep.bench.session import gather
 
-    summaries = []
+    summaries, every = [], {}
     for entry in request.entries:
         tuning, runs = gather(request, entry, store)
+        every[entry.label] = runs
         if (summary := summarise(entry, dict(runs))) is None:
             continue
         summaries.append(summary)
@@ -52,18 +55,27 @@ def write_report(request: BenchRequest, store: Store) -> Table | None:
         return None
     rows = [s.cells for s in summaries]
     links = [f'<a href="{_file(s.entry)}">{escape(s.entry.label)}</a>' for s in summaries]
-    body = section("Who wins where", _table(HEAD, rows, links), _note())
+    swept = sweeps(request.entries, every)
+    parts = [section("Who wins where", _table(HEAD, rows, links), _note())]
+    parts += [section(s.title, _table(SWEEP_HEAD, s.rows), s.words) for s in swept]
+    body = "\n".join(parts)
     lead = f"{len(rows)} task{'s' if len(rows) > 1 else ''}. {_RULES}"
     write_atomically(store.root / "index.html", page("Bench", "imstep bench", lead, body).encode())
     write_json(store.root / "summary.json", finite([_plain(s) for s in summaries]))
-    marks = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
-    write_atomically(store.root / "summary.md", ("\n".join(marks) + "\n").encode())
+    texts = [_marked(HEAD, rows)]
+    texts += [f"{s.title}. {s.words}\n\n{_marked(SWEEP_HEAD, s.rows)}" for s in swept]
+    write_atomically(store.root / "summary.md", "\n".join(texts).encode())
     table = Table(title="Who wins where", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     for name in HEAD:
         table.add_column(name)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _marked(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def _file(entry: Entry) -> str:
@@ -125,10 +137,11 @@ def _standings(summary: Summary) -> tuple[Sequence[str], list[Sequence[str]]]:
     count, time = "{:,.0f}".format, "{:,.1f}".format
 
     def row(s: Standing) -> Sequence[str]:
-        ends = [_spread([end[k] for end in s.ends], count) for k in (0, 1)]
+        cost, seconds = ([end[k] for end in s.ends] for k in (0, 1))
+        of_cost = lambda values: _spread(values, count) if any(cost) else "-"
         return (
-            s.title, str(len(s.best)), _spread(s.best, loss), f"{s.solved}/{len(s.best)}", _spread(s.cost, count),
-            _spread(s.seconds, time), *ends,
+            s.title, str(len(s.best)), _spread(s.best, loss), f"{s.solved}/{len(s.best)}", of_cost(s.cost),
+            _spread(s.seconds, time), of_cost(cost), _spread(seconds, count),
         )  # fmt: skip
 
     return head, [row(s) for s in summary.standings]
@@ -228,4 +241,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[s
 
 
 def _numeric(cell: str) -> bool:
-    return cell in ("never", "") or (cell[0].isdigit() and " or " not in cell and " to " not in cell)
+    return cell in ("never", "", "-") or (cell[0].isdigit() and " or " not in cell and " to " not in cell)

@@ -58,7 +58,8 @@ class BenchRequest:
 def shortened(entry: Entry) -> Entry:
     """The entry in seconds: few examples, a few gradients; for a look at what the bench does, and for tests."""
     found = entry.asked(budget=SHORT_BUDGET)
-    return replace(found, examples=SHORT_EXAMPLES, batch_size=None if entry.batch_size is None else SHORT_EXAMPLES // 4)
+    size = None if entry.batch_size is None else SHORT_EXAMPLES // 4
+    return replace(found, examples=SHORT_EXAMPLES, batch_size=size, sweep="")
 
 
 def trials_of(entry: Entry, side: Side, number: int) -> list[Job]:

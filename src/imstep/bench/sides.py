@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imstep.bench.peers import HESSIAN_FREE, KFAC, MUON
+from imstep.bench.peers import ADAM_CLIPPED, ADAM_LBFGS, HESSIAN_FREE, KFAC, MUON
+from imstep.bench.recurrent import LSTM, ORTHOGONAL
+from imstep.bench.references import BOOSTING, MLP
 from imstep.runs.optimizers import METHODS, OptimizerSpec, get_optimizer
 
 __all__ = ["FIRST_ORDER_DECAY", "OWN", "PENALTY", "SIDES", "USUAL", "Options", "Range", "Side", "own_side", "side_of"]
@@ -75,6 +77,7 @@ class Side:
         cosine: whether the learning rate falls to 0 along a cosine.
         batches: True to take part with mini-batches only, False with the full batch only, None with both.
         pace: seconds of a gradient-equivalent in those of a gradient, roughly; for estimates alone.
+        reference: whether it trains something else, whose figure is to be held beside the others'; in no duel.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Side:
     cosine: bool = False
     batches: bool | None = None
     pace: float = 1.5
+    reference: bool = False
 
     @property
     def spec(self) -> OptimizerSpec:
@@ -121,7 +125,7 @@ def own_side(optimizer: str) -> Side:
 
 
 _RATE = Range(3e-4, 3e-2)
-_ALL = (
+_USUAL = (
     Side(
         "sgd", "SGD, momentum", "torch.optim:SGD", {"lr": Range(3e-3, 10.0)}, PENALTY,
         {"momentum": 0.9, "nesterov": 1}, cosine=True, pace=1.0,
@@ -142,9 +146,24 @@ _ALL = (
     Side("kfac", KFAC.title, KFAC, {"damping": Range(1e-3, 30.0)}),
     Side("hessian-free", HESSIAN_FREE.title, HESSIAN_FREE, {"damping": Range(1e-4, 10.0)}),
 )  # fmt: skip
-SIDES: dict[str, Side] = {side.name: side for side in _ALL}
-"""The usual peers by name."""
-USUAL = tuple(SIDES)
+_OTHERS = (
+    Side("adam-clipped", ADAM_CLIPPED.title, ADAM_CLIPPED, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=1.1),
+    Side("adam-orthogonal", ORTHOGONAL.title, ORTHOGONAL, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=1.1),
+    Side("lstm-adam", LSTM.title, LSTM, {"lr": Range(1e-4, 1e-2)}, cosine=True, pace=4.0, reference=True),
+    Side(
+        "adam-lbfgs", ADAM_LBFGS.title, ADAM_LBFGS, {"lr": _RATE, "first": Range(50, 500, whole=True)}, batches=False,
+        pace=1.2,
+    ),
+    Side("sklearn-mlp", MLP.title, MLP, {"lr": Range(3e-4, 1e-2)}, Range(1e-5, 10.0, none=0.25), reference=True),
+    Side(
+        "sklearn-boosting", BOOSTING.title, BOOSTING, {"lr": Range(1e-2, 0.3)}, Range(1e-3, 100.0, none=0.25),
+        reference=True,
+    ),
+)  # fmt: skip
+SIDES: dict[str, Side] = {side.name: side for side in (*_USUAL, *_OTHERS)}
+"""Peers by name."""
+USUAL = tuple(side.name for side in _USUAL)
+"""Who takes part where nobody else is named."""
 
 
 def side_of(name: str) -> Side:

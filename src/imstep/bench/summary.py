@@ -26,6 +26,7 @@ class Standing:
         best: the measure's best in each run, by seed.
         cost, seconds: of each run until the level.
         ends: (cost, seconds) of each run at its end.
+        reference: whether it trains something else; in no duel.
     """
 
     side: str
@@ -34,6 +35,7 @@ class Standing:
     cost: tuple[float, ...]
     seconds: tuple[float, ...]
     ends: tuple[tuple[float, float], ...]
+    reference: bool = False
 
     @property
     def solved(self) -> int:
@@ -135,7 +137,7 @@ def summarise(entry: Entry, runs: dict[str, Sequence[BenchRun]]) -> Summary | No
         return None
     measure = entry.measure
     bests = {side.name: statistics.median_high(run.best(measure) for run in rows) for side, rows in found}
-    peers = [best for name, best in bests.items() if name != OWN]
+    peers = [bests[side.name] for side, _ in found if side.name != OWN and not side.reference]
     if entry.target is not None:
         level = -entry.target if measure.larger else entry.target
     else:
@@ -148,6 +150,7 @@ def summarise(entry: Entry, runs: dict[str, Sequence[BenchRun]]) -> Summary | No
             tuple(run.to_reach(measure, level, "cost") for run in rows),
             tuple(run.to_reach(measure, level, "seconds") for run in rows),
             tuple((p[-1]["cost"], p[-1]["seconds"]) if (p := run.points) else (0.0, 0.0) for run in rows),
+            side.reference,
         )
         for side, rows in found
     ]
@@ -157,7 +160,7 @@ def summarise(entry: Entry, runs: dict[str, Sequence[BenchRun]]) -> Summary | No
 
 def _duels(standings: Sequence[Standing]) -> dict[str, Duel]:
     ours = next((s for s in standings if s.side == OWN), None)
-    peers = [s for s in standings if s.side != OWN]
+    peers = [s for s in standings if s.side != OWN and not s.reference]
     if ours is None or not peers:
         return {}
     found = {}

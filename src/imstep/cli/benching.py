@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from imstep.bench.entries import ENTRIES, Entry, entry_of
+from imstep.bench.entries import ENTRIES, Entry, entries_of
 from imstep.bench.session import SEEDS, TRIALS, BenchRequest, estimate, run_bench, shortened
 from imstep.bench.sides import OWN, SIDES
 from imstep.cli.options import complete_task, explained
@@ -31,7 +31,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[TASK]...", autocompletion=_complete, show_default=False,
-            help=f"{', '.join(ENTRIES)}; any task of `imstep tasks`, or a file of your own. Default: all named here.",
+            help="Those that --list tells, also by a pattern such as 'fashion-*'; any task of `imstep tasks`, or a "
+            "file of your own. Default: all of the list.",
         ),
     ] = None,
     budget: Annotated[
@@ -62,7 +63,7 @@ def bench(
     with explained():
         named = tasks or ([SHORT_TASK] if short else list(ENTRIES))
         peers = None if sides is None else tuple(w for word in sides.split(",") if (w := word.strip()) and w != OWN)
-        entries = [entry_of(name) for name in dict.fromkeys(named)]
+        entries = list({entry.label: entry for name in named for entry in entries_of(name)}.values())
         entries = [shortened(entry) for entry in entries] if short else entries
         entries = [entry.asked(budget=budget, seconds=seconds, sides=peers) for entry in entries]
         request = BenchRequest(

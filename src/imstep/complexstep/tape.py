@@ -202,10 +202,11 @@ class Tape:
         return sum(storages.values())
 
     @property
-    def largest(self) -> int:
-        """Bytes of the largest imaginary part that a replay computes."""
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the mean and of the largest imaginary part that a replay computes."""
         written = {slot for step in self._steps for slot in step.writes()}
-        return max((self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written), default=0)
+        sizes = [self._slots[slot].entries * self._slots[slot].window.dtype.itemsize for slot in written]
+        return (sum(sizes) // len(sizes), max(sizes)) if sizes else (0, 0)
 
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if a tensor that the tape holds was overwritten since."""

@@ -15,9 +15,13 @@ from imstep.curvature.parameters import TensorVector, as_reals
 _ROOM = {False: 2**21, True: 2**28}
 """Bytes, on CPU and GPU, within which k directions together are faster than one by one.
 
-Measured on CPU: beyond the caches a block gains nothing and takes k times the memory. A GPU gains as long as it is not
-filled.
+Of the mean intermediate value: replays of many small ones take their time for each, which directions together share,
+however large the one is that a loop has gathered. Measured on CPU: beyond the caches a block gains nothing and takes k
+times the memory. A GPU gains as long as it is not filled.
 """
+
+_MOST = {False: 2**25, True: 2**30}
+"""Bytes for the largest."""
 
 
 class Products(ABC):
@@ -106,10 +110,12 @@ class ReplayedProducts(Products):
                 parts[number].copy_(as_reals(change))
 
     def _at_once(self) -> int:
-        """How many directions to replay together: as many as the largest intermediate value has room for."""
+        """How many directions to replay together: as many as intermediate values have room for."""
         if self._tape.exchanges:
             return 1
-        return max(1, _ROOM[self.columns.device.type != "cpu"] // max(self._tape.largest, 1))
+        there = self.columns.device.type != "cpu"
+        mean, largest = self._tape.sizes
+        return max(1, min(_ROOM[there] // max(mean, 1), _MOST[there] // max(largest, 1)))
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
         return ReplayedProducts(self._tape.restricted(columns, rows), self.rows.part(rows), self.columns.part(columns))

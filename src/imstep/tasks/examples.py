@@ -233,6 +233,8 @@ class ExampleTask(Task):
             damping; or None.
         chunk: examples that an evaluation takes at once, where 8,192 take too much memory.
         budget: gradient-equivalents that a run is given where none are asked for; None for the command's own.
+        start: `start(model, train)` sets initial weights that follow from the examples to train on, which are as `load`
+            gives them; None for none.
     """
 
     load: Callable[[Path | None], tuple[Batch, Batch]]
@@ -247,6 +249,7 @@ class ExampleTask(Task):
     hidden: Callable[[Any], tuple[nn.Module, ...]] | None = None
     chunk: int | None = None
     budget: float | None = None
+    start: Callable[[Any, Batch], None] | None = None
 
     @property
     def has_batches(self) -> bool:
@@ -254,7 +257,9 @@ class ExampleTask(Task):
 
     @property
     def squares(self) -> bool | None:
-        return True if isinstance(self.loss, nn.MSELoss) else False if isinstance(self.loss, _NO_SQUARES) else None
+        if isinstance(self.loss, nn.MSELoss):
+            return True
+        return False if self.whole or isinstance(self.loss, _NO_SQUARES) else None
 
     def _model(self) -> nn.Module:
         return self.model()
@@ -268,8 +273,11 @@ class ExampleTask(Task):
         data: Path | None,
         examples: int | None,
     ) -> ExampleProblem:
-        train, heldout = (batch.to(device, dtype) for batch in self.load(data))
+        train, heldout = self.load(data)
         train = train.take(slice(0, examples))
+        if self.start is not None:
+            self.start(model, train)
+        train, heldout = (batch.to(device, dtype) for batch in (train, heldout))
         redraw, count = self.redraw, len(train)
         return ExampleProblem(
             self.name, model, train, heldout, self.loss, self.metric, self.image_shape, self.unit,

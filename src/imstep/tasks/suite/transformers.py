@@ -23,6 +23,8 @@ SHARE = 0.5
 """Of all pairs to train on, as in Power et al."""
 WINDOW = 64
 WINDOWS, HELDOUT_WINDOWS = 16_384, 1024
+SMALL = 4
+"""Times fewer pieces of half the length, for half the width and one block: to be swept through in minutes."""
 BUDGET = 3000.0
 
 
@@ -102,27 +104,33 @@ def _sums(prime: int, data: Path | None) -> tuple[Batch, Batch]:
     return every.take(slice(0, train)), every.take(slice(train, None))
 
 
-def _windows(data: Path | None) -> tuple[Batch, Batch]:
-    """Pieces of 64 characters and the characters that follow each; held out are the last pieces."""
-    wanted = (WINDOWS + HELDOUT_WINDOWS) * WINDOW + 1
-    codes = encode(shakespeare(data, wanted))
-    every = Batch(codes[:-1].view(-1, WINDOW), codes[1:].view(-1, WINDOW))
-    return every.take(slice(0, len(every) - HELDOUT_WINDOWS)), every.take(slice(len(every) - HELDOUT_WINDOWS, None))
+def _windows(share: int, window: int, data: Path | None) -> tuple[Batch, Batch]:
+    """Pieces of so many characters and the characters that follow each; held out are the last pieces."""
+    train, aside = WINDOWS // share, HELDOUT_WINDOWS // share
+    codes = encode(shakespeare(data, (train + aside) * window + 1))
+    every = Batch(codes[:-1].view(-1, window), codes[1:].view(-1, window))
+    return every.take(slice(0, train)), every.take(slice(train, None))
 
 
-TASKS = (
-    modular_addition(97),
-    ExampleTask(
-        "shakespeare-gpt",
+def _shakespeare(name: str, share: int, window: int, width: int, blocks: int) -> ExampleTask:
+    layers = f"{blocks} block{'s' if blocks > 1 else ''} of width {width}"
+    return ExampleTask(
+        name,
         "Shakespeare, language model of characters",
-        f"{WINDOWS:,} pieces of 64 characters of Shakespeare's plays; two blocks of width 64 with 4 heads; cross "
+        f"{WINDOWS // share:,} pieces of {window} characters of Shakespeare's plays; {layers} with 4 heads; cross "
         "entropy of the next character. Metric: share of characters that are guessed right.",
-        _windows,
-        partial(Transformer, len(CHARACTERS), WINDOW, 64, 4, 2, last=False, normalised=True),
+        partial(_windows, share, window),
+        partial(Transformer, len(CHARACTERS), window, width, 4, blocks, last=False, normalised=True),
         nn.CrossEntropyLoss(),
         Metric("accuracy", lambda outputs, targets: outputs.argmax(1) == targets),
         unit="pieces",
         chunk=1024,
         budget=1000.0,
-    ),
+    )
+
+
+TASKS = (
+    modular_addition(97),
+    _shakespeare("shakespeare-gpt", 1, WINDOW, 64, 2),
+    _shakespeare("shakespeare-small", SMALL, WINDOW // 2, 32, 1),
 )

@@ -230,8 +230,8 @@ def _parsed(
 
 def number(value: Any) -> Tensor | None:
     """A number, or a tensor with one entry, as a detached 0-dim tensor; None for anything else."""
-    if isinstance(value, Tensor) and plain(value).numel() == 1:
-        return plain(value).detach().reshape(())
+    if isinstance(value, Tensor) and (value := plain(value)).numel() == 1:
+        return plain_copy(value).reshape(())
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
 
 
@@ -246,7 +246,7 @@ def scalar(loss: Any) -> Tensor:
         raise ValueError(
             f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.ndim else loss
 
 
 def _remedy(loss: Any) -> str:

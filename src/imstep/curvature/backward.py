@@ -246,7 +246,7 @@ def scalar(loss: Any) -> Tensor:
         raise ValueError(
             f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
         )
-    return loss.reshape(()) if loss.ndim else loss
+    return loss.reshape(())
 
 
 def _remedy(loss: Any) -> str:

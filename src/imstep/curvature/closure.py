@@ -129,8 +129,7 @@ class UserClosure:
 
 @contextmanager
 def graphs_recorded() -> Iterator[None]:
-    """``torch.enable_grad()``; where they are recorded already without a switch, at which arithmetics search the stack.
-    """
+    """As ``torch.enable_grad()``; where it is on already, without a switch, at which arithmetics search the stack."""
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imstep.complexstep import hvp, jvp
-from imstep.curvature import Categorical, Fisher, GaussNewton, Hessian, Jacobian, ResidualJacobian
+from imstep.curvature import (
+    Categorical,
+    Fisher,
+    FrozenClosure,
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    ParameterVector,
+    ResidualJacobian,
+)
 from imstep.linalg import DenseOperator, conjugate_gradient, minres
 from imstep.optim import LeastSquares, NewtonKrylov, minimize
 
@@ -37,6 +48,57 @@ def reference(model: nn.Module, v: Tensor) -> Tensor:
     flat = lambda ts: torch.cat([t.reshape(-1) for t in ts])
     g = flat(torch.autograd.grad(F.mse_loss(model(X.to(v)), Y.to(v)), params, create_graph=True))
     return flat(torch.autograd.grad(g @ v, params))
+
+
+# --- what is kept alive, and grad mode ------------------------------------------------------------------------------
+
+
+def held(model: nn.Module, use: Callable[[Callable[[], Tensor]], object]) -> weakref.ref[Tensor]:
+    """A batch that ``use`` has evaluated a closure on, and nobody else holds."""
+    inputs = X.clone()
+    use(lambda: F.mse_loss(model(inputs), Y))
+    return weakref.ref(inputs)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m: lambda f: Hessian(f, m),
+        lambda m: lambda f: Hessian(f, m, memory_budget=0) @ torch.ones(44),
+        lambda m: lambda f: ResidualJacobian(f, m),
+        lambda m: NewtonKrylov.for_batches(m.parameters()).step,
+        lambda m: LeastSquares(m.parameters()).step,
+    ],
+)
+def test_a_batch_is_released_with_its_record(build: Callable[..., Any]) -> None:
+    """By itself: until Python looks for cycles, each evaluation would take fresh memory from the system."""
+    model = net()
+    gc.disable()
+    try:
+        assert held(model, build(model))() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_closure_that_leaves_gradients_off(within: bool) -> None:
+    model = net(torch.float64)
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        loss = F.mse_loss(model(X.double()), Y.double())
+        entries = loss.reshape(1)
+        torch.set_grad_enabled(False)
+        return entries
+
+    v = normal(44, seed=2).double()
+    with torch.set_grad_enabled(within):
+        H = Hessian(closure, model)
+        assert torch.is_grad_enabled() is within
+    torch.testing.assert_close(H @ v, reference(model, v), rtol=1e-12, atol=1e-12)
+    point = FrozenClosure(closure, ParameterVector(model))
+    torch.testing.assert_close(point.gradient()[1], H.gradient, rtol=1e-12, atol=1e-12)
+    assert torch.is_grad_enabled()
 
 
 # --- autocast -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Arithmetic:
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self.ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write)
-        self._islands.at_last = self._dispatch.settle_jumps
+        self._islands.at_last = WeakMethod(self._dispatch.settle_jumps)  # a cycle would keep tapes alive
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:
@@ -105,7 +106,8 @@ class Arithmetic:
         known = self._plane.find(t)
         if self._tape is not None:
             slot = self._tape.input(t)
-            if known is None and whole(t).numel() == t.numel() and not (t.is_conj() or t.is_neg()):
+            filled = t.untyped_storage().nbytes() // t.element_size() == t.numel()
+            if known is None and filled and not (t.is_conj() or t.is_neg()):
                 self._plane.name(t, slot)
                 return
             if known is None:

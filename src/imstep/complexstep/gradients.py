@@ -100,7 +100,11 @@ def _exchange(modes: list[TorchFunctionMode], others: list[TorchFunctionMode]) -
 
 
 def gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor] | None = None, keep: bool = False
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    keep: bool = False,
+    functions: bool | None = None,
 ) -> list[Tensor | None]:
     """The gradients of outputs with respect to leaves; None for one that they do not depend on.
 
@@ -110,8 +114,9 @@ def gradients(
     Args:
         weights: of the outputs; None where they are scalars.
         keep: whether the graph is kept.
+        functions: what :func:`runs_functions` says of the outputs; None to ask.
     """
-    if not runs_functions(outputs):
+    if not (runs_functions(outputs) if functions is None else functions):
         return list(grad(outputs, inputs, weights, retain_graph=keep, allow_unused=True))
     touched = {id(t): t for t in (*leaves(outputs), *inputs)}
     before = [t.grad for t in touched.values()]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Islands(TorchFunctionMode):
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
-        self.at_last: Callable[[Sequence[Any]], None]  # told where that begins
+        self.at_last: WeakMethod[Callable[[Sequence[Any]], None]]  # told where that begins
         self._stack = ExitStack()
 
     @property
@@ -210,9 +211,10 @@ class Islands(TorchFunctionMode):
         self, outputs: Sequence[Tensor], inputs: list[Tensor], weights: Sequence[Tensor] | None = None
     ) -> list[Tensor | None]:
         """The gradient that is to be differentiated; None for an input that ``outputs`` do not depend on."""
-        seen = gradients.in_sight_of(Islands) if self._runs_code(outputs) else unseen()
+        functions = gradients.runs_functions(outputs)
+        seen = gradients.in_sight_of(Islands) if functions or self.hooked else unseen()
         with self._final_pass(outputs), seen:
-            return gradients.gradients(outputs, inputs, weights, self._keep_graph)
+            return gradients.gradients(outputs, inputs, weights, self._keep_graph, functions)
 
     def follow(self, forward: Islands) -> None:
         """Take over from the evaluation whose backward pass is to come."""
@@ -224,7 +226,9 @@ class Islands(TorchFunctionMode):
 
     @contextmanager
     def _final_pass(self, outputs: Sequence[Any]) -> Iterator[None]:
-        self.at_last(outputs)
+        settle = self.at_last()
+        assert settle is not None
+        settle(outputs)
         before, self.final = self.final, True
         try:
             with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes

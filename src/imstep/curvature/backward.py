@@ -230,8 +230,8 @@ def parsed(
 
 def number(value: Any) -> Tensor | None:
     """A number, or a tensor with one entry, as a detached 0-dim tensor; None for anything else."""
-    if isinstance(value, Tensor) and plain(value).numel() == 1:
-        return plain(value).detach().reshape(())
+    if isinstance(value, Tensor) and (value := plain(value)).numel() == 1:
+        return plain_copy(value).reshape(())
     return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else None
 
 

@@ -62,9 +62,9 @@ class UserClosure:
             stale=self._stale and not self._known,
             hidden=self._hidden,
         )
-        with torch.enable_grad():
-            with called:
-                returned = self.call()
+        with graphs_recorded(), called:
+            returned = self.call()
+        with graphs_recorded():  # whatever the closure has left
             loss = called.loss(returned)
         if not self._known:
             self._note(called, returned, loss)
@@ -125,6 +125,20 @@ class UserClosure:
         if factors is not None:
             whole = zip(factors, self._parameters.tensors, strict=True)
             self.hook_factors = self._parameters.flatten([torch.ones_like(p) if f is None else f for f, p in whole])
+
+
+@contextmanager
+def graphs_recorded() -> Iterator[None]:
+    """As ``torch.enable_grad()``; where it is on already, without a switch, at which arithmetics search the stack."""
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            yield
+        return
+    try:
+        yield
+    finally:
+        if not torch.is_grad_enabled():  # the closure has left it so
+            torch.set_grad_enabled(True)
 
 
 def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -285,7 +285,7 @@ class FrozenClosure:
         for p, direction in zip(inputs, directions, strict=False):
             arithmetic.attach(p, direction, lent=True)
         try:
-            with self._same_state(), self.user.own_gradients(), arithmetic, torch.enable_grad():
+            with self._same_state(), self.user.own_gradients(), torch.enable_grad(), arithmetic:
                 yield
         finally:
             for p in inputs:

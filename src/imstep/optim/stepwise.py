@@ -121,6 +121,11 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self.cost = Cost()
         self._mark()
 
+    @property
+    def processes(self) -> int:
+        """How many processes share the batches of steps: those of ``process_group``, or 1."""
+        return 1 if self._processes is None else self._processes.size
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters.
 

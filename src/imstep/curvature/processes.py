@@ -313,8 +313,8 @@ def check_forms(forms: Sequence[tuple[int, int]]) -> None:
         if own != forms[0]:
             raise ValueError(
                 f"process {rank} trains {own[0]} tensors with {own[1]:,} entries, process 0 {forms[0][0]} with "
-                f"{forms[0][1]:,}. Build the same model in every process, and freeze the same parameters: one that some "
-                "processes do not use counts there with a gradient of zero."
+                f"{forms[0][1]:,}. Build the same model in every process, and freeze the same parameters: one that a "
+                "process does not use counts there with a gradient of zero."
             )
 
 
@@ -323,8 +323,8 @@ def check_parameters(digests: Sequence[int], kind: str = "") -> None:
     for rank, own in enumerate(digests):
         if own != digests[0]:
             raise ValueError(
-                f"the {kind}parameters of process {rank} differ from those of process 0, where all are to hold the same. "
-                "Build the model from the same seed in every process, or send one's to all first: for p in "
+                f"the {kind}parameters of process {rank} differ from those of process 0, where all are to hold the "
+                "same. Build the model from the same seed in every process, or send one's to all first: for p in "
                 "model.parameters(): torch.distributed.broadcast(p.data, 0). If they were the same before, something "
                 "moved them since, or the processes run on machines that round differently."
             )

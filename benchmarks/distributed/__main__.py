@@ -23,13 +23,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.record_page import Row, complete, load, show, table
-from imstep import MicroBatches, NewtonKrylov
+from imstep import LeastSquares, MicroBatches, NewtonKrylov
 from imstep.curvature import MeanOverSamples
 from imstep.tasks import get_task
 from imstep.tasks.examples import Batch
 
 NAME = "distributed"
 TASKS = ("digits-autoencoder", "digits-cnn")
+SQUARES = {"heat-1d": 1020, "convection": 400}
+"""Points a step: more residuals than parameters, and fewer."""
+
 PROCESSES = (1, 2, 4)
 STEPS = 6
 
@@ -46,6 +49,7 @@ class Counted:
         self.sent: Counter[str] = Counter()
         self._delay = delay
         dist.all_reduce = self._counting("sums", dist.all_reduce, 0)
+        dist.all_gather_into_tensor = self._counting("gathers", dist.all_gather_into_tensor, 1)
         module = dist.distributed_c10d  # where objects are exchanged by this
         module.all_gather = self._counting("exchanges", module.all_gather, 1)
 
@@ -92,10 +96,40 @@ def worker(task: str) -> None:
     dist.destroy_process_group()
 
 
-def run(task: str, processes: int) -> Row:
-    """What the first of so many processes counts."""
+def squares(task: str, points: int) -> None:
+    """As :func:`worker`, for least squares with about so many points, which all processes draw anew for each step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    counted, problem = Counted(), get_task(task).build(seed=0, dtype=torch.float64, examples=points)
+    optimizer, trials = LeastSquares(problem.parameters, process_group=dist.group.WORLD), 0
+    for step in range(STEPS):
+        optimizer.step(problem.share(next(problem.batches(step)), rank, size))
+        trials += optimizer.last_step.trials
+    gathered, summed = counted.sent["gathers"], counted.sent["sums"]
+    found = {
+        "task": task,
+        "processes": size,
+        "parameters": problem.size,
+        "points": len(problem.train),
+        "factorisation": optimizer.last_step.factorisation,
+        "trials": trials / STEPS,
+        "sums": (counted.calls["sums"] + counted.calls["gathers"]) / STEPS,
+        "exchanges": counted.calls["exchanges"] / STEPS,
+        "MB in sums": (summed + gathered) / STEPS / 1e6,
+        "kB in exchanges": counted.sent["exchanges"] / STEPS / 1e3,
+        "loss": optimizer.last_step.new_loss,
+    }
+    if rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def run(task: str, processes: int, points: int = 0) -> Row:
+    """What the first of so many processes counts; by least squares where there are points."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    ended = subprocess.run([*start, "-m", "benchmarks.distributed", "--worker", task], capture_output=True, text=True)
+    words = ["-m", "benchmarks.distributed", "--worker", task, "--points", str(points)]
+    ended = subprocess.run([*start, *words], capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"{processes} processes on {task} failed: {ended.stderr}")
     found: Row = json.loads(ended.stdout.splitlines()[-1])
@@ -103,26 +137,45 @@ def run(task: str, processes: int) -> Row:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """The table of the page."""
-    numbers = {"products": ".1f", "trials": ".1f", "sums": ".1f", "MB in sums": ".2f", "kB in exchanges": ".1f"}
-    rows = [
-        [r["task"], f"{r['parameters']:,}", str(r["processes"])]
-        + [format(float(r[name]), digits) for name, digits in numbers.items()]
-        + [f"{float(r['loss']):.4g}"]
-        for r in record["runs"].values()
-    ]
-    return table(["task", "n", "processes", *numbers, f"loss after {record['steps']} steps"], rows)
+    """The tables of the page."""
+    sent = {"trials": ".1f", "sums": ".1f", "MB in sums": ".2f", "kB in exchanges": ".1f"}
+    last = f"loss after {record['steps']} steps"
+
+    def rows(runs: list[Row], names: tuple[str, ...], numbers: dict[str, str]) -> list[list[str]]:
+        return [
+            [r["task"], f"{r['parameters']:,}", *(f"{r[name]:,}" for name in names), str(r["processes"])]
+            + [format(r[name], digits) for name, digits in numbers.items()]
+            + [f"{float(r['loss']):.4g}"]
+            for r in runs
+        ]
+
+    runs = record["runs"].values()
+    newton = rows([r for r in runs if "points" not in r], (), {"products": ".1f", **sent})
+    fits = rows([r for r in runs if "points" in r], ("points",), {"factorisation": "", **sent})
+    return "\n\n".join(
+        [
+            table(["task", "n", "processes", "products", *sent, last], newton),
+            "By `LeastSquares`, in float64, at points that are drawn anew for each step; gathers are counted as sums:",
+            table(["task", "n", "points", "processes", "factorisation", *sent, last], fits),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="write the page from the record")
     parser.add_argument("--worker", metavar="TASK", help=argparse.SUPPRESS)
+    parser.add_argument("--points", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker and arguments.points:
+        squares(arguments.worker, arguments.points)
+        return
     if arguments.worker:
         worker(arguments.worker)
         return
     runs = {f"{task}; {size}": partial(run, task, size) for task, size in itertools.product(TASKS, PROCESSES)}
+    for (task, points), size in itertools.product(SQUARES.items(), PROCESSES):
+        runs[f"{task}, {points} points; {size}"] = partial(run, task, size, points)
     show(NAME, "tutorial-processes", text_of(load(NAME) if arguments.table else complete(NAME, {"steps": STEPS}, runs)))
 
 

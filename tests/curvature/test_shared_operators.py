@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from imstep.complexstep.tape import TapeChangedError
 from imstep.curvature import Categorical, Fisher, GaussNewton, Hessian, Jacobian, MonteCarlo, SumOverBatches
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
+from imstep.insight import influence
 from imstep.spectral import trace
 from tests.launching import Outcomes, outcomes
 
@@ -87,6 +88,24 @@ def jacobians(rank: int) -> None:
         torch.testing.assert_close(ours.block(model[0]) @ V[:12], alone.block(model[0]) @ V[:12])
 
 
+def influences(rank: int) -> None:
+    """Of the examples of all, or of one's own with the weight that they have among all."""
+    model, group = network(), dist.group.WORLD
+    own = (BATCHES[:1], BATCHES[1:])[rank]
+    outputs = lambda b: (model(b[0]), b[1])
+    each = lambda b: F.cross_entropy(model(b[0]), b[1], reduction="none")
+    ours = GaussNewton.over(own, outputs, model, F.cross_entropy, process_group=group)
+    found = influence(ours, Jacobian.over(own, each, model, process_group=group), lambda: model(X[0])[0], damping=0.1)
+    alone = GaussNewton.over(BATCHES, outputs, model, F.cross_entropy)
+    wanted = influence(alone, Jacobian.over(BATCHES, each, model), lambda: model(X[0])[0], damping=0.1)
+    torch.testing.assert_close(found, wanted)
+    mine = lambda: torch.cat([each(b) for b in own])
+    with pytest.raises(ValueError, match="Pass weight=1/N with their number"):
+        influence(ours, mine, lambda: model(X[0])[0], damping=0.1)
+    found = influence(ours, mine, lambda: model(X[0])[0], damping=0.1, weight=1 / 9)
+    torch.testing.assert_close(found, (wanted[:4], wanted[4:])[rank])
+
+
 def faults(rank: int) -> None:
     model, group = network(), dist.group.WORLD
 
@@ -128,7 +147,7 @@ def data_parallel(rank: int) -> None:
         Hessian(lambda: loss(wrapped)(BATCHES[0]), model)
 
 
-CHECKS = [matrices, random_targets, jacobians, faults, data_parallel]
+CHECKS = [matrices, random_targets, jacobians, influences, faults, data_parallel]
 
 
 two = outcomes(2, CHECKS)

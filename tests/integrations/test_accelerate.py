@@ -83,7 +83,7 @@ def test_accumulated_batches_are_one_batch() -> None:
     ("attributes", "words"), [({"scaler": object()}, "bf16"), ({"num_processes": 2}, "num_processes 1")]
 )
 def test_refused(attributes: dict[str, Any], words: str) -> None:
-    """`ClosureStep` refuses `mixed_precision="fp16"` and several processes"""
+    """`ClosureStep` refuses `mixed_precision="fp16"`, and several processes without `process_group=`"""
     from types import SimpleNamespace
 
     one = SimpleNamespace(**{"scaler": None, "num_processes": 1, "mixed_precision": "fp16", **attributes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import imstep  # noqa: E402
 from imstep.integrations.lightning import StepMonitor  # noqa: E402
+from tests.launching import launch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 X = torch.linspace(-1, 1, 32)[:, None]
@@ -41,7 +43,7 @@ class Module(lightning.LightningModule):
         self.losses += [] if step is None else [step.loss]
 
     def configure_optimizers(self) -> Any:
-        optimizer = imstep.NewtonKrylov(self.parameters())
+        optimizer = imstep.NewtonKrylov(self.parameters(), process_group=torch.distributed.group.WORLD)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)]
 
 
@@ -135,13 +137,26 @@ def test_refused_without_the_monitor(options: dict[str, Any]) -> None:
 
 
 def test_scalers_and_strategies_are_refused() -> None:
-    """and `precision="16-mixed"` on a GPU, and `strategy="ddp"`"""
+    """and `precision="16-mixed"` on a GPU, and `strategy="ddp"` without `process_group=`"""
     monitor = StepMonitor()
     optimizer = imstep.NewtonKrylov(Module().parameters())
     scaled = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     scaled.precision_plugin.scaler = object()  # Lightning makes one on GPUs only
-    spread = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, strategy="ddp", devices=1)
-    for trainer, words in ((scaled, "bf16-mixed"), (spread, "devices=1")):
+    spread = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, strategy="ddp", devices=2)
+    for trainer, words in ((scaled, "bf16-mixed"), (spread, "process_group=torch.distributed.group.WORLD")):
         trainer.strategy.optimizers = [optimizer]
         with pytest.raises(ValueError, match=words):
             monitor.on_train_start(trainer, Module())
+
+
+def test_several_processes() -> None:
+    """`strategy="ddp"` with `process_group=`: steps equal those of one process"""
+
+    def losses(rank: int) -> list[float]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+        os.environ.update(TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        return fit(size=16, strategy="ddp", devices=2, callbacks=[StepMonitor()])[1].losses
+
+    first, second = launch(2, losses, timeout=60.0)["losses"]
+    assert first == second
+    assert first == pytest.approx(fit()[1].losses, rel=1e-3)

@@ -188,13 +188,13 @@ class Plain:
 
 
 def test_a_module_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    single = type("SingleDeviceStrategy", (), {})
+    single, several = type("SingleDeviceStrategy", (), {}), type("DDPStrategy", (), {})
     monitor = fake(
         monkeypatch,
         "lightning",
         lightning={},
         lightning__pytorch={"Callback": Plain},
-        lightning__pytorch__strategies={"SingleDeviceStrategy": single},
+        lightning__pytorch__strategies={"SingleDeviceStrategy": single, "DDPStrategy": several},
     ).StepMonitor()
     logged: list[str] = []
     module: Any = SimpleNamespace(log=lambda name, value: logged.append(name), log_dict=lambda d, **_: logged.extend(d))
@@ -217,6 +217,14 @@ def test_a_module_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor.teardown(trainer, module, "fit")
     assert logged.count("loss") == 2
     assert logged.count("step/new_loss") == 2
-    for change in ({"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}, {"strategy": object()}):
-        with pytest.raises(ValueError, match=r"Leave it out|devices=1"):
+    for change in (
+        {"gradient_clip_val": 1.0},
+        {"accumulate_grad_batches": 2},
+        {"strategy": object()},
+        {
+            "strategy": several(),
+            "world_size": 2,
+        },
+    ):
+        with pytest.raises(ValueError, match=r"Leave it out|process_group=torch.distributed.group.WORLD"):
             monitor.on_train_start(SimpleNamespace(optimizers=[optimizer], **{**settings, **change}), module)

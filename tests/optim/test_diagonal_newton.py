@@ -12,7 +12,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep import methods
-from imstep.curvature.sampling import sampled_diagonal
+from imstep.curvature.sampled_diagonal import sampled_diagonal
 from imstep.optim import AdaHessianRule, DiagonalNewton, HessianScaledMomentum, Kronecker, SophiaG, SophiaH, StepOutcome
 
 ROOT = normal(6, 6)

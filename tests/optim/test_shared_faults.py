@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from shared_cases import X, Y, all_are_told, flat, grouped, mlp, parts, said, squares, succeeded
 from torch import Tensor
 
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.linalg import NoiseTest
-from imstep.optim import ConjugateGradient, MicroBatches
+from imstep.optim import ConjugateGradient, MicroBatches, NewtonKrylov
 from tests.launching import Outcomes, launch, outcomes
 
 
@@ -112,6 +113,15 @@ def refused(rank: int) -> dict[str, str]:
     handle = model[0].weight.register_hook(lambda g: 0 * g)
     found["hooks"] = told(lambda: grouped(model).step(closure))
     handle.remove()
+    fixed = model[2].weight.requires_grad_(False)
+    fixed += rank
+    found["frozen"] = told(lambda: grouped(model).step(closure))
+    fixed -= rank
+    fixed.requires_grad_(rank == 0)
+    found["frozen in one"] = told(lambda: grouped(model).step(closure))
+    fixed.requires_grad_()
+    alone = [dist.new_group([of]) for of in range(2)][1 - rank]
+    found["outside"] = told(lambda: NewtonKrylov(model.parameters(), process_group=alone))
     with torch.no_grad():
         model[0].bias += rank
     found["parameters"] = told(lambda: grouped(model).step(closure))
@@ -166,6 +176,9 @@ def test_what_processes_are_told(two: Outcomes) -> None:
         "examined": "one process alone",
         "copy": "Save optimizer.state_dict",
         "hooks": "a hook changes the gradient",
+        "frozen": "the frozen parameters of process 1 differ from those of process 0",
+        "frozen in one": "process 1 trains 3 tensors with 32 entries, process 0 4 with 44",
+        "outside": "this process is not in the process_group",
         "parameters": "the parameters of process 1 differ from those of process 0",
     }
     all_are_told([refusals, also], words)

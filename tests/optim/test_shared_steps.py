@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.utils.data import DataLoader, TensorDataset
 
+from imstep import methods
 from imstep.curvature import Empirical, MonteCarlo, SumOverBatches
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, TikhonovDamping, Work
 from imstep.linalg import KrylovStatus, NoiseTest
@@ -33,6 +34,7 @@ from imstep.optim import (
     MicroBatches,
     NewtonKrylov,
     NoPreconditioning,
+    SophiaG,
 )
 from tests.launching import Outcomes, launch, outcomes
 
@@ -138,6 +140,25 @@ def other_configurations(rank: int) -> list[bytes]:
         same_steps(rank, mlp, squares, preconditioning=LimitedMemoryBFGS()),
         same_steps(rank, mlp, squares, preconditioning=KroneckerEigenbasis(every=1, basis_every=2)),
     ]
+
+
+def fixed_rates(rank: int) -> list[bytes]:
+    """Diagonals of curvature, and factors of gradients; by targets that are those of one process."""
+    labels = X, LABELS % 2
+    entropy = lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    ends = [
+        same_steps(rank, mlp, squares, steps=2, kind=methods.adahessian, weight_decay=0.1),
+        same_steps(rank, mlp, entropy, labels, steps=2, kind=methods.sophia, rule=SophiaG(every=1)),
+        same_steps(rank, mlp, squares, steps=2, kind=methods.kl_shampoo, average=ExponentialAverage()),
+        same_steps(rank, mlp, squares, steps=2, kind=methods.shampoo),
+    ]
+    ours, alone = mlp(), mlp()
+    optimizer, reference = grouped(ours, methods.sophia), methods.sophia(alone.parameters())
+    for _ in range(2):  # of several pieces in one process, and none in the other
+        optimizer.step(MicroBatches(lambda b: squares(ours, b), parts((X, Y)) if rank else []))
+        reference.step(MicroBatches(lambda b: squares(alone, b), parts((X, Y))))
+        torch.testing.assert_close(flat(ours), flat(alone), rtol=1e-10, atol=1e-10)
+    return [*ends, flat(ours).numpy().tobytes()]
 
 
 def shared_inverses(rank: int) -> tuple[bytes, list[int]]:
@@ -317,6 +338,7 @@ CHECKS = [
     transformer,
     physics_informed,
     other_configurations,
+    fixed_rates,
     shared_inverses,
     growing_batches,
     natural_gradients,

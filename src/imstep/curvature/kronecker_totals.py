@@ -70,13 +70,21 @@ def found_together(
     """
     processes = parameters.processes
     assert processes is not None
-    places = _places(processes.gather(lambda: _shapes(point)), processes.rank)
+    places = places_of(point, processes)
     if places is None:
         own = processes.own_generator(generator)
         return _summed(processes, parameters, generator, lambda: find(own, None))
     found = _summed(processes, parameters, generator, lambda: find(generator, places))
     squares = {at: gradient.square() for at, gradient in found.squares.items()}
     return replace(found, squares=squares)
+
+
+def places_of(point: Linearised, processes: Processes) -> list[Place] | None:
+    """Of what the outputs of this process are a part, one for each; None where each process draws for itself.
+
+    All call this together.
+    """
+    return _places(processes.gather(lambda: _shapes(point)), processes.rank)
 
 
 def _shapes(point: Linearised) -> list[tuple[bool, tuple[int, ...]]] | None:

@@ -60,17 +60,19 @@ class Processes:
     """
 
     def __init__(self, group: Any) -> None:
-        if not isinstance(group, dist.ProcessGroup):
+        outside = group is dist.GroupMember.NON_GROUP_MEMBER  # what new_group() gives to processes that it leaves out
+        if not isinstance(group, dist.ProcessGroup) and not outside:
             raise TypeError(
                 f"process_group must be a process group of torch.distributed, got {type(group).__name__}. Call "
                 "torch.distributed.init_process_group() first, and pass torch.distributed.group.WORLD."
             )
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = -1 if outside else dist.get_rank(group)
         if self.rank < 0:
             raise ValueError(
                 "this process is not in the process_group that it was given. Build the optimizer or the operator in "
                 "the processes of the group only."
             )
+        self.size = dist.get_world_size(group)
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._lost: str | None = None
@@ -179,7 +181,9 @@ class Processes:
             self._lose(
                 "the processes are not at the same place: what they multiply or evaluate next differs. They must build "
                 "the same model, take the same steps with the same options, multiply the same vectors and hold the "
-                "same state; a random vector must come from a generator of the same seed."
+                "same state; a random vector must come from a generator of the same seed. On CPUs they must compute "
+                "with the same number of threads (torch.set_num_threads), on processors of one kind: else they round "
+                "differently."
             )
         if failed:
             self._leave(error)
@@ -303,13 +307,24 @@ def digest(tensors: Sequence[Tensor]) -> int:
     return 0 if not tensors else zlib.crc32(sums_of_words(tensors).cpu().numpy().tobytes())
 
 
-def check_parameters(digests: Sequence[int]) -> None:
+def check_forms(forms: Sequence[tuple[int, int]]) -> None:
+    """Raise where a process trains other numbers of tensors and of entries than the first."""
+    for rank, own in enumerate(forms):
+        if own != forms[0]:
+            raise ValueError(
+                f"process {rank} trains {own[0]} tensors with {own[1]:,} entries, process 0 {forms[0][0]} with "
+                f"{forms[0][1]:,}. Build the same model in every process, and freeze the same parameters: one that a "
+                "process does not use counts there with a gradient of zero."
+            )
+
+
+def check_parameters(digests: Sequence[int], kind: str = "") -> None:
     """Raise where the parameters of a process, by their :func:`digest`, are not those of the first."""
     for rank, own in enumerate(digests):
         if own != digests[0]:
             raise ValueError(
-                f"the parameters of process {rank} differ from those of process 0, where all are to hold the same. "
-                "Build the model from the same seed in every process, or send one's to all first: for p in "
+                f"the {kind}parameters of process {rank} differ from those of process 0, where all are to hold the "
+                "same. Build the model from the same seed in every process, or send one's to all first: for p in "
                 "model.parameters(): torch.distributed.broadcast(p.data, 0). If they were the same before, something "
                 "moved them since, or the processes run on machines that round differently."
             )

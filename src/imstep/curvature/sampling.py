@@ -16,8 +16,6 @@ from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
-from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.pieces import Linearised
 
 
 @dataclass(frozen=True)
@@ -90,21 +88,3 @@ def drawn_labels(z: Tensor, dim: int, generator: torch.Generator, place: Place |
     labels = (rows / chances).reshape(-1, rows.shape[-1]).argmax(-1, keepdim=True)
     chosen = torch.zeros_like(rows.reshape(-1, rows.shape[-1])).scatter_(1, labels, 1.0)
     return p - chosen.reshape(rows.shape).movedim(-1, dim)
-
-
-def sampled_diagonal(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
-    """(Jᵀu)², (n,), whose expectation is the diagonal of the Gauss-Newton matrix at a convex point with its graph.
-
-    Cost: a backward pass.
-
-    Source: Liu et al., arXiv 2305.14342, Algorithm 2, for cross-entropies: there it is B ĝ² with the gradient ĝ of the
-        mean over B sampled labels.
-    """
-    total = parameters.get().zero_()
-    for weight, at, _ in point.evaluations(None):
-        assert at.split is not None
-        ends = at.split.losses
-        u = sample_output_gradients(at.loss, ends, generator)
-        gradients = later_grad([end.z for end in ends], list(parameters.tensors), u, keep=at.keeps_graph)
-        total += weight * parameters.flatten(gradients).square()
-    return total

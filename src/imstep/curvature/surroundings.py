@@ -62,9 +62,8 @@ def _unwrapped(processes: Processes | None, module: Any, *inputs: Any, **kwargs:
             raise ValueError(
                 f"the closure evaluates a model wrapped in {type(module).__name__}. Gradients, products and losses of "
                 "its processes are not added up here, so their parameters would drift apart. Pass "
-                "process_group=torch.distributed.group.WORLD, or the group that the model was given, to NewtonKrylov, "
-                "to LeastSquares or to an operator's over(). Train in one process, with the plain model, by what takes "
-                "none."
+                "process_group=torch.distributed.group.WORLD, or the group that the model was given, to the optimizer "
+                "or to an operator's over(). Train in one process, with the plain model, by what takes none."
             )
         if module._join_config.enable:
             raise ValueError(

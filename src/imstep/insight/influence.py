@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from imstep.insight.outputs import Outputs, linearised, rows_of
+from imstep.insight.outputs import Outputs, linearised, parameters_of, rows_of
 from imstep.linalg import LinearOperator
 
 
@@ -33,7 +33,8 @@ def influence(
             several; or its Jacobian.
         damping: λ >= 0; for a Hessian that is singular, as those of networks are. It counts as a penalty λ/2 on how far
             the weights move.
-        weight: of an example in the training loss: 1/N, as in a mean, unless given; 1 for a sum.
+        weight: of an example in the training loss: 1/N, as in a mean, unless given; 1 for a sum. To be given where the
+            curvature is of several processes, and the losses are of one.
         preconditioner, rtol: of the solves, as for :meth:`~imstep.linalg.LinearOperator.inverse`.
 
     Returns:
@@ -63,6 +64,13 @@ def influence(
         raise ValueError(
             f"losses has the shape {tuple(examples.outputs.shape)}; it is one loss for each training example, (N,). "
             'Build the loss with reduction="none", and sum over all that belongs to one example.'
+        )
+    several = parameters_of(curvature).processes is not None
+    if weight is None and several and examples.parameters.processes is None:
+        raise ValueError(
+            "the curvature is that of several processes, and losses are of this one alone: how many examples there are "
+            "in all is not known. Pass weight=1/N with their number, or the Jacobian of all losses, by "
+            "Jacobian.over(..., process_group=)."
         )
     share = 1 / len(examples.outputs) if weight is None else weight
     inverse = curvature.inverse(damping, preconditioner, rtol=rtol)

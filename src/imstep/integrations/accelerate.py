@@ -22,7 +22,8 @@ class ClosureStep:
         optimizer: what ``accelerator.prepare`` made of the optimizer.
 
     Raises:
-        ValueError: the accelerator scales losses (``mixed_precision="fp16"``) or runs several processes.
+        ValueError: the accelerator scales losses (``mixed_precision="fp16"``), or runs several processes that are not
+            the optimizer's ``process_group``.
 
     Example:
         Needs accelerate; ``model``, ``optimizer`` and ``loader`` are prepared::
@@ -39,10 +40,11 @@ class ClosureStep:
                 f"mixed_precision={accelerator.mixed_precision!r} scales the loss by a factor that changes from step "
                 "to step. Use Accelerator(mixed_precision='bf16'), which needs no scaling."
             )
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes != getattr(getattr(optimizer, "optimizer", None), "processes", 1):
             raise ValueError(
-                f"Accelerate runs {accelerator.num_processes} processes; losses and products of several are not added "
-                "up. Start one: accelerate launch --num_processes 1."
+                f"Accelerate runs {accelerator.num_processes} processes, and the optimizer does not add up what they "
+                "find. Build it after the Accelerator, with process_group=torch.distributed.group.WORLD, which is None "
+                "in one process; or start one: accelerate launch --num_processes 1."
             )
         self._accelerator, self._optimizer = accelerator, optimizer
         self._parts: list[Callable[[], Tensor]] = []

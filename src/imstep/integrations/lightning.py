@@ -6,10 +6,10 @@ from typing import Any
 
 try:
     import lightning.pytorch as pl
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ImportError:  # the same package under its older name
     import pytorch_lightning as pl
-    from pytorch_lightning.strategies import SingleDeviceStrategy
+    from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from imstep.optim.stepwise import StepwiseOptimizer
 
@@ -24,8 +24,9 @@ class StepMonitor(pl.Callback):
     steps have cost so far.
 
     Raises:
-        ValueError: when training starts: the Trainer is to clip gradients, to accumulate them, to scale the loss, or to
-            run on several devices, none of which fits such optimizers.
+        ValueError: when training starts: the Trainer is to clip gradients, to accumulate them, or to scale the loss,
+            none of which fits such optimizers; or to run on several devices, other than by ``strategy="ddp"`` with an
+            optimizer that has their ``process_group``.
 
     Example:
         Needs lightning; ``module`` is any ``LightningModule`` with ``configure_optimizers`` returning an optimizer of
@@ -101,8 +102,12 @@ def _check(trainer: Any) -> None:
             f"precision={trainer.precision!r} scales the loss by a factor that changes from step to step, and calls "
             "step() without a closure. Use precision='bf16-mixed', which needs no scaling."
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    ours = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, StepwiseOptimizer)]
+    alone, parallel = (isinstance(trainer.strategy, kind) for kind in (SingleDeviceStrategy, DDPStrategy))
+    if not (alone or (parallel and all(optimizer.processes == trainer.world_size for optimizer in ours))):
         raise ValueError(
-            f"strategy {type(trainer.strategy).__name__} spreads a step over processes; losses and products of several "
-            "are not added up. Use Trainer(devices=1, strategy='auto')."
+            f"strategy {type(trainer.strategy).__name__} spreads a step over processes, and the optimizer does not add "
+            "up what they find. Use strategy='ddp', and build it in configure_optimizers with "
+            "process_group=torch.distributed.group.WORLD, which is None in one process; or Trainer(devices=1, "
+            "strategy='auto')."
         )

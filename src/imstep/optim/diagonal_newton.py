@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.shared import SharedBatch
 from imstep.optim.averaging import Averaging
 from imstep.optim.diagonal_rules import DiagonalRule
 from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
@@ -18,6 +19,9 @@ from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DiagonalNewton(FixedRateOptimizer):
@@ -35,7 +39,7 @@ class DiagonalNewton(FixedRateOptimizer):
         max_step_norm: the longest step, > 0; None for no bound.
         seed: of the probes; they do not touch the global random state.
         max_refusals: see :class:`~imstep.NewtonKrylov`.
-        average: see :class:`~imstep.NewtonKrylov`.
+        average, process_group: see :class:`~imstep.NewtonKrylov`; parameters are not sharded.
 
     Raises:
         ValueError, TypeError: as of :class:`~imstep.NewtonKrylov`.
@@ -66,6 +70,7 @@ class DiagonalNewton(FixedRateOptimizer):
         seed: int = 0,
         max_refusals: int = 5,
         average: Averaging | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(rule, DiagonalRule):
             raise TypeError(f"rule must be a DiagonalRule, got {rule!r}. Pass AdaHessianRule() or SophiaG().")
@@ -77,12 +82,13 @@ class DiagonalNewton(FixedRateOptimizer):
             max_step_norm=max_step_norm,
             max_refusals=max_refusals,
             average=average,
+            process_group=process_group,
         )
 
     def _begun(self, parameters: ParameterVector) -> _Means:
         return _Means(parameters, self._seed)
 
-    def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
+    def _attempt(self, frozen: FrozenClosure | SharedBatch) -> StepAttempt:
         made = self._rule, self._means, self._decay()
         return _DiagonalAttempt(*made, self._memory, self._parameters, frozen, self._pace())
 
@@ -118,7 +124,7 @@ class _DiagonalAttempt(FixedRateAttempt):
         decay: Tensor,
         memory: Memory,
         parameters: ParameterVector,
-        frozen: FrozenClosure,
+        frozen: FrozenClosure | SharedBatch,
         pace: Pace,
     ) -> None:
         super().__init__(memory, parameters, frozen, pace)

@@ -11,7 +11,7 @@ from torch import Tensor
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import sampled_diagonal
+from imstep.curvature.sampled_diagonal import sampled_diagonal
 from imstep.optim.record import Cost
 
 

@@ -6,14 +6,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.fully_sharded import refuse_sharded
 from imstep.curvature.hooks import mask_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
+from imstep.curvature.processes import Processes
+from imstep.curvature.shared import SharedBatch
 from imstep.globalization import SearchState
 from imstep.optim.averaging import Averaging
 from imstep.optim.memory import Memory
@@ -22,12 +25,18 @@ from imstep.optim.record import StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.stepwise import StepwiseOptimizer
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class FixedRateOptimizer(StepwiseOptimizer):
     """The shell around steps with a fixed rate; weight decay is apart from the loss.
 
     Args:
-        params, lr, weight_decay, max_step_norm, max_refusals, average: as of the optimizers.
+        params, lr, weight_decay, max_step_norm, max_refusals, average, process_group: as of the optimizers.
+
+    Raises:
+        ValueError: parameters are sharded over processes.
     """
 
     def __init__(
@@ -39,7 +48,9 @@ class FixedRateOptimizer(StepwiseOptimizer):
         max_step_norm: float | None,
         max_refusals: int,
         average: Averaging | None,
+        process_group: ProcessGroup | None,
     ) -> None:
+        self._processes = Processes.of(process_group)
         super().__init__(
             params,
             Memory(search=SearchState(), damping=0.0),
@@ -48,6 +59,7 @@ class FixedRateOptimizer(StepwiseOptimizer):
             max_refusals=max_refusals,
             average=average,
         )
+        refuse_sharded(self._parameters.tensors)
         self._means = self._begun(self._parameters)
 
     @abstractmethod
@@ -75,7 +87,7 @@ class FixedRateOptimizer(StepwiseOptimizer):
 class FixedRateAttempt(StepAttempt):
     """A step of a method with a fixed rate; :meth:`run` sets ``_at``, loss and gradient at its start."""
 
-    _frozen: FrozenClosure
+    _frozen: FrozenClosure | SharedBatch
     _at: tuple[Tensor, Tensor]
 
     @property

@@ -29,7 +29,7 @@ from imstep.optim.record import Cost
 from imstep.optim.residual_attempt import ResidualAttempt
 from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
-from imstep.optim.sharing import shared_batch, shared_loss, state_digest
+from imstep.optim.sharing import shared_loss
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 
@@ -242,13 +242,6 @@ class LeastSquares(StepwiseOptimizer):
         loss = elsewhere()
         self._memory = replace(self._memory, checks=replace(checks, last=loss, size=size))
         return loss, True
-
-    def _batch(self, closure: Any) -> FrozenClosure | SharedBatch:
-        """The closure on its batch, alone or with those of other processes."""
-        if self._processes is None:
-            return self._frozen(closure)
-        state = lambda: state_digest(repr(self), self._memory)
-        return shared_batch(self._processes, closure, self._where, state, whole=True)
 
     def _attempt(self, frozen: FrozenClosure | SharedBatch) -> StepAttempt:
         if self._box is not None and frozen.penalty is not None:

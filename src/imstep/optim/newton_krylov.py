@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
@@ -22,7 +21,6 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost
-from imstep.optim.sharing import shared_batch, state_digest
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
 from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
 from imstep.optim.strategies import Strategies
@@ -251,22 +249,10 @@ class NewtonKrylov(StepwiseOptimizer):
         reduced = self._reduction(closure)
         return reduced, Cost(gradients=self._reduction.gradients - before)
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """A context for a step of all processes; of one alone it is none."""
-        if self._processes is None:
-            yield
-            return
-        self._follow_parameters()
-        with self._processes.interrupted_together(), self._parameters.shown():
-            yield
-
     def _batch(self, closure: Any) -> FrozenBatch:
         """The closure on its batch: whole, in pieces, or with those of other processes."""
         if self._processes is not None:
-            return shared_batch(
-                self._processes, closure, self._where, lambda: state_digest(repr(self), self._memory)
-            )
+            return self._shared(closure, whole=False)
         pieces = MicroBatches.of(closure)
         if pieces is None:
             return self._frozen(closure)

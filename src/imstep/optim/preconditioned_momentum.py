@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.shared import SharedBatch
 from imstep.optim.averaging import Averaging
 from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
@@ -17,6 +18,9 @@ from imstep.optim.pace import Pace
 from imstep.optim.preconditioning.gradient_factors import GradientFactors, GradientPreconditioner
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.step_attempt import StepAttempt
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PreconditionedMomentum(FixedRateOptimizer):
@@ -34,7 +38,8 @@ class PreconditionedMomentum(FixedRateOptimizer):
         lr: >= 0; for schedules, too.
         momentum: β, in [0, 1).
         weight_decay: λ >= 0, apart from the loss.
-        max_step_norm, max_refusals, average: see :class:`~imstep.NewtonKrylov`.
+        max_step_norm, max_refusals, average, process_group: see :class:`~imstep.NewtonKrylov`; parameters are not
+            sharded.
 
     Raises:
         ValueError, TypeError: as of :class:`~imstep.NewtonKrylov`.
@@ -65,6 +70,7 @@ class PreconditionedMomentum(FixedRateOptimizer):
         max_step_norm: float | None = None,
         max_refusals: int = 5,
         average: Averaging | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(preconditioning, GradientFactors):
             raise TypeError(
@@ -81,12 +87,13 @@ class PreconditionedMomentum(FixedRateOptimizer):
             max_step_norm=max_step_norm,
             max_refusals=max_refusals,
             average=average,
+            process_group=process_group,
         )
 
     def _begun(self, parameters: ParameterVector) -> _Means:
         return _Means(parameters, self._preconditioning)
 
-    def _attempt(self, frozen: FrozenClosure) -> StepAttempt:
+    def _attempt(self, frozen: FrozenClosure | SharedBatch) -> StepAttempt:
         made = self._means, self._beta, self._decay()
         return _Attempt(*made, self._memory, self._parameters, frozen, self._pace())
 
@@ -119,7 +126,7 @@ class _Attempt(FixedRateAttempt):
         decay: Tensor,
         memory: Memory,
         parameters: ParameterVector,
-        frozen: FrozenClosure,
+        frozen: FrozenClosure | SharedBatch,
         pace: Pace,
     ) -> None:
         super().__init__(memory, parameters, frozen, pace)

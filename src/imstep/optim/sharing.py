@@ -15,7 +15,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.pieces import FrozenPieces
-from imstep.curvature.processes import Processes, check_parameters, digest
+from imstep.curvature.processes import Processes, check_forms, check_parameters, digest
 from imstep.curvature.reduction import shares
 from imstep.curvature.shared import SharedBatch
 from imstep.optim.memory import Memory
@@ -30,14 +30,18 @@ class _Part:
         kind: of closure.
         count: its weight before scaling; 0 for no part.
         pieces: how many it evaluates one by one.
-        parameters, state: digests of the parameters, and of options and memory of the optimizer.
+        form: numbers of tensors and of entries that are trained.
+        parameters, fixed, state: digests of the parameters, of those of the optimizer that are frozen, and of options
+            and memory.
         loss: of a part that was evaluated.
     """
 
     kind: str
     count: float
     pieces: int = 1
+    form: tuple[int, int] = (0, 0)
     parameters: int = 0
+    fixed: int = 0
     state: int = 0
     loss: float = 0.0
 
@@ -46,7 +50,7 @@ def shared_batch(
     processes: Processes,
     closure: Any,
     begin: Callable[[], tuple[ParameterVector, bool, Penalty | None]],
-    state: Callable[[], int],
+    state: Callable[[], tuple[int, int]],
     whole: bool = False,
 ) -> SharedBatch:
     """The batch of a step, of which this process evaluates ``closure``; all processes call this together.
@@ -54,7 +58,7 @@ def shared_batch(
     Args:
         closure: of this process; a :class:`MicroBatches` or a list of closures likewise.
         begin: parameters, whether ``.grad`` holds gradients, and the penalty; may fail.
-        state: a digest of the optimizer's options and memory.
+        state: digests of frozen parameters, and of the optimizer's options and memory.
         whole: whether the pieces of a process are evaluated at once.
 
     Raises:
@@ -67,7 +71,8 @@ def shared_batch(
         parameters, stale, penalty = begin()
         pieces = MicroBatches.of(closure)
         own[:] = [parameters, stale, penalty, pieces]
-        return _Part(*_kind(pieces), digest(parameters.replicated), state())
+        form = len(parameters.tensors), parameters.size
+        return _Part(*_kind(pieces), form, digest(parameters.replicated), *state())
 
     parts = processes.gather(part)
     _check(parts)
@@ -145,7 +150,9 @@ def _check(parts: list[_Part]) -> None:
     """Raise where processes differ from the first; all do so alike."""
     first = parts[0]
     if all(part.kind == first.kind for part in parts):
+        check_forms([part.form for part in parts])
         check_parameters([part.parameters for part in parts])
+        check_parameters([part.fixed for part in parts], "frozen ")
     for rank, part in enumerate(parts):
         if part.kind != first.kind:
             raise ValueError(

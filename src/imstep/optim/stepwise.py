@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from imstep.curvature.frozen import FrozenClosure
-from imstep.curvature.fully_sharded import local_part
+from imstep.curvature.fully_sharded import is_sharded, local_part
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
-from imstep.curvature.processes import Processes
+from imstep.curvature.processes import Processes, digest
 from imstep.curvature.sharded import parameter_vector
+from imstep.curvature.shared import SharedBatch
 from imstep.optim.arguments import check_device
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
@@ -32,6 +33,7 @@ from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.pace import Pace, option_of, options_of
 from imstep.optim.record import Cost, StepOutcome, StepRecord
 from imstep.optim.saving import SavedOptimizer
+from imstep.optim.sharing import shared_batch, state_digest
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.step_attempt import StepAttempt
 from imstep.optim.strategies import short
@@ -118,6 +120,11 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         self.last_step: StepRecord = None  # type: ignore[assignment]  # so that nobody need ask for it after a step
         self.cost = Cost()
         self._mark()
+
+    @property
+    def processes(self) -> int:
+        """How many processes share the batches of steps: those of ``process_group``, or 1."""
+        return 1 if self._processes is None else self._processes.size
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters.
@@ -206,7 +213,18 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
                 no meaning here, such as clipping gradients; see docs/closures.md.
             NonFiniteLossError: too many steps in a row met a loss or gradient that is not finite.
         """
-        return self._take(self._attempt(self._frozen(closure)))
+        with self._together():
+            return self._take(self._attempt(self._batch(closure)))
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A context for a step of all processes; of one alone it is none."""
+        if self._processes is None:
+            yield
+            return
+        self._follow_parameters()
+        with self._processes.interrupted_together(), self._parameters.shown():
+            yield
 
     @contextmanager
     def averaged(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -261,6 +279,22 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         pieces = MicroBatches.of(closure)
         whole = closure if pieces is None else pieces.checked()
         return FrozenClosure(whole, *where)
+
+    def _batch(self, closure: Any) -> Any:
+        """The closure on its batch, alone or with those of other processes."""
+        return self._frozen(closure) if self._processes is None else self._shared(closure)
+
+    def _shared(self, closure: Any, whole: bool = True) -> SharedBatch:
+        """The closure as a part of the batch of all processes; ``whole``: its pieces are evaluated at once."""
+        assert self._processes is not None
+        state = lambda: (digest(self._fixed()), state_digest(repr(self), self._memory))
+        return shared_batch(self._processes, closure, self._where, state, whole)
+
+    def _fixed(self) -> list[Tensor]:
+        """Frozen parameters that all processes hold alike, on the device of the others."""
+        every = (p for group in self.param_groups for p in group["params"] if not p.requires_grad)
+        here = (p for p in every if p.device == self._parameters.device and p.layout is torch.strided)
+        return [p for p in here if not is_sharded(p)]
 
     def _where(self) -> tuple[ParameterVector, bool, Penalty | None]:
         """The parameters as they are now, whether they hold gradients, and the penalty; unless no step can be taken."""

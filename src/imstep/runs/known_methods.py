@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from imstep import methods
-from imstep.optim import NewtonKrylov
 from imstep.runs.passing import shared, shared_options, typed
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepwiseStepper
@@ -56,7 +55,7 @@ def _spec(name: str, method: Callable[..., Any]) -> OptimizerSpec:
         learning_rates=() if rate is None else tuple(float(f"{factor * rate:.2g}") for factor in RATES),
         full_batch=rate is None and not stochastic,
         mini_batches=stochastic,
-        several=constructor is NewtonKrylov,
+        several="process_group" in inspect.signature(constructor).parameters,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from imstep.runs.steppers import (
 )
 from imstep.tasks import Problem
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = [
     "LOSS_COST",
     "METHODS",
@@ -36,7 +40,9 @@ __all__ = [
 ]
 
 
-def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
+def _least_squares(
+    problem: Problem, options: Mapping[str, float], process_group: ProcessGroup | None = None
+) -> Stepper:
     damping = ContractionDamping(initial=options["damping"])
     more = shared(LeastSquares, options)
     if options["recall"] != 0:
@@ -48,9 +54,8 @@ def _least_squares(problem: Problem, options: Mapping[str, float]) -> Stepper:
                 f"balance is 0 for none, 1 for EqualTraces or 2 for EqualGradients, got {options['balance']:g}."
             )
         more["balance"] = rule()
-    return CheckedStepper(
-        LeastSquares(problem.parameters, damping=damping, corrections=int(options["corrections"]), **more)
-    )
+    more |= {"damping": damping, "corrections": int(options["corrections"]), "process_group": process_group}
+    return CheckedStepper(LeastSquares(problem.parameters, **more), process_group)
 
 
 def _adam(problem: Problem, options: Mapping[str, float]) -> Stepper:
@@ -117,6 +122,7 @@ _ALL = (
             **shared_options(LeastSquares),
         },
         full_batch=True,
+        several=True,
     ),
     OptimizerSpec(
         "adam",

@@ -66,8 +66,8 @@ class OptimizerSpec:
         if process_group is not None:
             if not self.several:
                 raise OptimizerError(
-                    f"{self.name} trains in one process, and torchrun has started several. Take newton-krylov or "
-                    "newton-krylov-batches, which share out each batch; or start it without torchrun."
+                    f"{self.name} trains in one process, and torchrun has started several. Take newton-krylov, "
+                    "newton-krylov-batches or least-squares, which share out each batch; or start it without torchrun."
                 )
             more["process_group"] = process_group
         try:

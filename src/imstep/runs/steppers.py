@@ -205,14 +205,16 @@ class StepwiseStepper(Stepper):
         )
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:
-        if self._group is not None:
-            rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
-            self._optimizer.step(problem.share(batch, rank, size))
-            return
-        closure = problem.closure(batch)
+        closure = self._part(problem, batch)
         if self._structural > 0:
             closure = StructuralDamping(*problem.states, weight=self._structural)(closure)
         self._optimizer.step(closure)
+
+    def _part(self, problem: Problem, batch: Any) -> Any:
+        """What this process evaluates of a batch."""
+        if self._group is None:
+            return problem.closure(batch)
+        return problem.share(batch, dist.get_rank(self._group), dist.get_world_size(self._group))
 
 
 class CheckedStepper(StepwiseStepper):
@@ -222,7 +224,9 @@ class CheckedStepper(StepwiseStepper):
     _optimizer: LeastSquares
 
     def _move(self, problem: Problem, batch: AnyBatch) -> None:
-        self._optimizer.step(problem.closure(batch), check=problem.check())
+        elsewhere = problem.elsewhere
+        check = None if elsewhere is None else self._part(problem, elsewhere)
+        self._optimizer.step(self._part(problem, batch), check=check)
 
 
 class AveragedStepper(StepwiseStepper):

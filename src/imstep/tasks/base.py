@@ -162,8 +162,9 @@ class Problem(ABC):
     def evaluate(self, batch: Any) -> Evaluation:
         """Mean loss and metric over `batch`, in evaluation mode, no graph; the model's mode is put back."""
 
-    def check(self) -> Callable[[], torch.Tensor] | None:
-        """A closure of the loss at points of which no step sees any, where all steps have the same ones; else None."""
+    @property
+    def elsewhere(self) -> Any | None:
+        """Points of which no step sees any, to check steps at, where all steps have the same ones; else None."""
         return None
 
     def pictures(self, count: int) -> tuple[Any, Any]:

@@ -124,8 +124,9 @@ class PhysicsProblem(Problem):
         parts = [own] if len(own) else []
         return MicroBatches(lambda part: self._loss(part, shares), parts, reduction=SumOverBatches())
 
-    def check(self) -> Callable[[], Tensor] | None:
-        return None if self.redrawn else self.closure(self.other)
+    @property
+    def elsewhere(self) -> Points | None:
+        return None if self.redrawn else self.other
 
     def _loss(self, batch: Points, shares: Sequence[float] | None = None) -> Tensor:
         """The loss; or what points that are such shares of a batch add to that of the batch."""

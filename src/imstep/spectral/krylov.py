@@ -144,7 +144,7 @@ class KrylovSpace:
     def _following(self, image: Tensor) -> tuple[Tensor, Tensor, float]:
         """The part of A v orthogonal to V and v, its coordinates in them (m + 1,), and its norm.
 
-        What symmetry foretells, which is of a few vectors as a rule, is taken away first: then one pass over all will do.
+        What symmetry foretells, of a few vectors as a rule, is taken away first: then one pass over all will do.
         """
         foretold = torch.cat([self._couplings, inner(image[None], self._basis[self.size, None])[0].cpu()])
         rest = image.clone()

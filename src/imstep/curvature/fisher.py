@@ -23,6 +23,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.processes import Processes
 from imstep.curvature.reduction import Reduction
+from imstep.curvature.sharded import parameter_vector
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,7 +100,7 @@ class Fisher(PointOperator):
         """
         of = (expectation or Exact()).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameter_vector(params, Processes.of(process_group))
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 

@@ -22,6 +22,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
+from imstep.curvature.sharded import parameter_vector
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,7 +92,7 @@ class GaussNewton(PointOperator):
         """
         evaluate = loss or nn.MSELoss()
         kind = lambda f, vector, number: BatchGaussNewton(LossOfOutputs(f, evaluate), vector)
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameter_vector(params, Processes.of(process_group))
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 

@@ -17,6 +17,7 @@ from imstep.curvature.pieces import Linearised
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
+from imstep.curvature.sharded import parameter_vector
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,7 +119,7 @@ class Hessian(PointOperator):
             >>> H.loss, H.to_dense()
             (tensor(1.3333), tensor([[2.6667]]))
         """
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameter_vector(params, Processes.of(process_group))
         series = Series(batches, closure, parameters, lambda f, vector, number: BatchHessian(f, vector))
         return over(series, reduction, memory_budget, progress)
 

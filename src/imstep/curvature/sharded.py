@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imstep.curvature.fully_sharded import FROM_OUTSIDE, Managed, Models, as_shard, is_sharded, local_part, managed
+from imstep.curvature.fully_sharded import (
+    FROM_OUTSIDE,
+    Managed,
+    Models,
+    as_shard,
+    is_sharded,
+    local_part,
+    local_part_as,
+    managed,
+)
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
+from imstep.curvature.products import Products
+from imstep.curvature.unmoved import Unmoved
 from imstep.linalg import LinearOperator
 from imstep.linalg.sharded import ShardedTensor
+from imstep.linalg.space import Space
 
 
 class ShardCut:
@@ -108,12 +120,13 @@ def _chunk(shape: torch.Size, dim: int, rank: int, size: int) -> torch.Size:
     return torch.Size([*shape[:dim], own, *shape[dim + 1 :]])
 
 
-def parameter_vector(params: Iterable[Tensor], processes: Processes | None) -> ParameterVector:
+def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes | None) -> ParameterVector:
     """The vector of parameters, some of which may be sharded over the processes by ``fully_shard``."""
-    tensors = list(params)
-    if processes is not None and any(is_sharded(p) for p in tensors if p.requires_grad):
-        return ShardedParameters(tensors, processes)
-    return ParameterVector(tensors, processes)
+    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+    tensors = params.parameters() if isinstance(params, nn.Module) else params
+    if processes is not None and any(is_sharded(p) for p in tensors if getattr(p, "requires_grad", False)):
+        return ShardedParameters(params, processes)
+    return ParameterVector(params, processes)
 
 
 class ShardedParameters(ParameterVector):
@@ -129,7 +142,7 @@ class ShardedParameters(ParameterVector):
         ValueError: they are sharded in another way, or over other processes.
     """
 
-    def __init__(self, params: Iterable[Tensor], processes: Processes) -> None:
+    def __init__(self, params: nn.Module | Iterable[Tensor], processes: Processes) -> None:
         super().__init__(params, processes)
         self._cut_by: list[Managed | None] = managed(self.tensors, processes)
         self._models = Models([own for own in self._cut_by if own is not None])
@@ -152,7 +165,7 @@ class ShardedParameters(ParameterVector):
             p if own is None else nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
             for p, own in zip(self.tensors, self._cut_by, strict=True)
         ]
-        self._shown = False
+        self._shown = self._keeps = False
         self._fresh = False  # whether what is evaluated holds what the parameters do
 
     # --- what processes hold, and what they evaluate ------------------------------------------------------------
@@ -164,6 +177,17 @@ class ShardedParameters(ParameterVector):
     @property
     def replicated(self) -> list[Tensor]:
         return [p for p, own in zip(self.tensors, self._cut_by, strict=True) if own is None]
+
+    @property
+    def memory(self) -> list[Tensor]:
+        return [local_part(p) for p in self.tensors]
+
+    @property
+    def space(self) -> Space:
+        return ShardedLists(self)
+
+    def keep(self) -> None:
+        self._keeps = True
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -178,9 +202,10 @@ class ShardedParameters(ParameterVector):
                 "Build the optimizer anew with model.parameters()."
             )
         try:
-            self._shown, self._fresh = True, False
+            self._shown, self._fresh = True, self._fresh and self._keeps
             for own, p, shard in kept:
-                p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
+                if not self._keeps:
+                    p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
                 # What a closure must not add to, if it is not emptied: that there is something, in one number.
                 p.grad = None if shard.grad is None else p.new_ones(()).expand(own.shape)
             with self._models.shown([(own, p) for own, p, _ in kept]):
@@ -193,7 +218,9 @@ class ShardedParameters(ParameterVector):
         finally:
             self._shown = False
             for _, p, _ in kept:
-                p.grad, p.data = None, p.new_empty(0)
+                p.grad = None
+                if not self._keeps:
+                    p.data = p.new_empty(0)
 
     def refresh(self) -> None:
         if self._fresh:
@@ -269,13 +296,38 @@ class ShardedParameters(ParameterVector):
         squares = self.own(self.get()).own.double().square().sum()
         return float(self.cut.total(squares).sqrt())
 
-    def _memory(self) -> list[Tensor]:
-        return [local_part(p) for p in self.tensors]
-
     def _moved(self) -> None:
         self._fresh = False
         if not self._shown:
             self._models.reshard()
+
+
+class ShardedLists:
+    """Lists of tensors for vectors: of shards for sharded vectors, of whole tensors for whole ones.
+
+    Args:
+        parameters: that the vectors are of.
+    """
+
+    def __init__(self, parameters: ShardedParameters) -> None:
+        self._parameters = parameters
+
+    def checked(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._parameters.checked(tensors)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        if not any(map(is_sharded, tensors)):
+            return self._parameters.evaluated.flatten(tensors)
+        pairs = zip(tensors, self._parameters.tensors, strict=True)
+        return self._parameters.flatten([None if t is None else local_part_as(t, p) for t, p in pairs])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        if isinstance(vector, ShardedTensor):
+            return self._parameters.gradients(vector)
+        return self._parameters.evaluated.unflatten(vector)
+
+    def places(self, by: str) -> dict[str, Tensor]:
+        return self._parameters.places(by)
 
 
 def between(parameters: ParameterVector, operator: LinearOperator) -> LinearOperator:
@@ -292,3 +344,33 @@ class _Gathered(LinearOperator):
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._parameters.own(self._operator.matvec(self._parameters.whole(vector)))
+
+
+def shown_for(parameters: ParameterVector, products: Products) -> Products:
+    """Products that evaluate a model, with whole parameters gathered for the time of each where they are sharded."""
+    return _ShownProducts(parameters, products) if parameters.evaluated is not parameters else products
+
+
+class _ShownProducts(Products):
+    """Products between which no whole parameters are kept, unless records refer to them."""
+
+    def __init__(self, parameters: ParameterVector, products: Products) -> None:
+        super().__init__(products.rows, products.columns)
+        self._parameters, self._products, self._unmoved = parameters, products, Unmoved(parameters)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self._products.nbytes
+
+    def one(self, direction: Tensor) -> Tensor:
+        with self._shown():
+            return self._products.one(direction)
+
+    def several(self, directions: Tensor) -> Tensor:
+        with self._shown():
+            return self._products.several(directions)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        assert self._parameters.processes is not None
+        self._parameters.processes.gather(self._unmoved)  # what one has changed all would evaluate
+        return self._parameters.shown()

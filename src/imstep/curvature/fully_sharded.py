@@ -135,8 +135,9 @@ def refuse_sharded(tensors: Iterable[Tensor]) -> None:
         raise ValueError(
             "a parameter is sharded over processes (fully_shard, DTensor). Of shards there are steps by "
             "NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD), and operators by "
-            "Hessian.over([batch], loss, model, process_group=...) and likewise; for all else load the weights into a model that is not sharded, with get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict. "
+            "Hessian.over([batch], loss, model, process_group=...) and likewise; for all else load the weights into a "
+            "model that is not sharded, with get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)) of torch.distributed.checkpoint.state_dict. "
             f"{INSTEAD}"
         )
     gathered = {id(getattr(holder, "_unsharded_param", None)) for state in _states() for holder in _holders(state)}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,101 +21,10 @@ from imstep.curvature.fully_sharded import (
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import Products
+from imstep.curvature.shard_cut import ShardCut
 from imstep.curvature.unmoved import Unmoved
-from imstep.linalg import LinearOperator
 from imstep.linalg.sharded import ShardedTensor
 from imstep.linalg.space import Space
-
-
-class ShardCut:
-    """How a vector over tensors is divided among processes: of each tensor the chunks along one dimension.
-
-    Args:
-        shapes: of the tensors, as reals.
-        dims: along which each is cut.
-        processes: process r has the r-th chunk of each.
-
-    Attributes:
-        size: entries of the whole vector.
-        chunks: shapes of the chunks of each process.
-    """
-
-    def __init__(self, shapes: Sequence[torch.Size], dims: Sequence[int], processes: Processes) -> None:
-        self._processes, self._dims, self._shapes = processes, list(dims), list(shapes)
-        self._sizes = [shape.numel() for shape in shapes]
-        self.size = sum(self._sizes)
-        forms = list(zip(shapes, dims, strict=True))
-        self.chunks = [[_chunk(*form, rank, processes.size) for form in forms] for rank in range(processes.size)]
-        self._lengths = [[chunk.numel() for chunk in own] for own in self.chunks]
-        self._width = max(map(sum, self._lengths))
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many entries of each tensor this process holds."""
-        return self._lengths[self._processes.rank]
-
-    def place(self, at: int) -> tuple[int, int]:
-        """Where the chunk of this process begins along the dimension that a tensor is cut along, and its length."""
-        return self._place(at, self._processes.rank)
-
-    def _place(self, at: int, rank: int) -> tuple[int, int]:
-        dim = self._dims[at]
-        return min(rank * self.chunks[0][at][dim], self._shapes[at][dim]), self.chunks[rank][at][dim]
-
-    def own(self, whole: Tensor) -> Tensor:
-        return self._of(whole, self._processes.rank)
-
-    def _of(self, whole: Tensor, rank: int) -> Tensor:
-        """What a process holds of (..., n)."""
-        found = []
-        for at, (part, shape) in enumerate(zip(whole.split(self._sizes, -1), self._shapes, strict=True)):
-            within = part.unflatten(-1, shape).narrow(self._dims[at] - len(shape), *self._place(at, rank))
-            found.append(within.flatten(-len(shape)))
-        return torch.cat(found, -1)
-
-    def join(self, own: Tensor) -> Tensor:
-        vectors = own.reshape(math.prod(own.shape[:-1]), own.shape[-1])
-        rows = vectors.new_zeros(len(vectors), self._width)
-        rows[:, : own.shape[-1]] = vectors
-        every = self._processes.rows(rows.view(-1)).view(self._processes.size, *rows.shape)
-        return torch.stack([self._joined(every[:, at]) for at in range(len(vectors))]).view(*own.shape[:-1], self.size)
-
-    def _joined(self, rows: Tensor) -> Tensor:
-        """The whole vector from what each process holds, (processes, width)."""
-        of_ranks = [row[: sum(own)].split(own) for row, own in zip(rows, self._lengths, strict=True)]
-        parts: list[Tensor] = []
-        for at, dim in enumerate(self._dims):
-            if dim == 0:
-                parts += [of_rank[at] for of_rank in of_ranks]
-            else:
-                own = [of_rank[at].view(chunks[at]) for of_rank, chunks in zip(of_ranks, self.chunks, strict=True)]
-                parts.append(torch.cat(own, dim).reshape(-1))
-        return torch.cat(parts)
-
-    def summed(self, part: Callable[[], Tensor | None], vectors: int, like: Any) -> Tensor:
-        """What this process holds of the sum of vectors (vectors, n) that each finds; None stands for zeros."""
-
-        def rows() -> Tensor | None:
-            found = part()
-            if found is None:
-                return None
-            spread = found.new_zeros(self._processes.size, vectors, self._width)
-            for rank, row in enumerate(spread):
-                row[:, : sum(self._lengths[rank])] = self._of(found, rank)
-            return spread.view(self._processes.size, -1)
-
-        row = self._processes.sum_rows(rows, vectors * self._width, like).view(vectors, self._width)
-        return row[:, : sum(self.lengths)].contiguous()
-
-    def total(self, numbers: Tensor) -> Tensor:
-        return self._processes.total(numbers)
-
-
-def _chunk(shape: torch.Size, dim: int, rank: int, size: int) -> torch.Size:
-    """The shape of a chunk, as of ``torch.chunk``, with empty ones at the end."""
-    length = -(-shape[dim] // size)
-    own = max(0, min(length, shape[dim] - rank * length))
-    return torch.Size([*shape[:dim], own, *shape[dim + 1 :]])
 
 
 def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes | None) -> ParameterVector:
@@ -185,6 +92,11 @@ class ShardedParameters(ParameterVector):
     @property
     def space(self) -> Space:
         return ShardedLists(self)
+
+    def cut_along(self, at: int) -> int | None:
+        """The dimension that a parameter is cut along; None for one that is not sharded."""
+        own = self._cut_by[at]
+        return None if own is None else own.dim
 
     def keep(self) -> None:
         self._keeps = True
@@ -328,22 +240,6 @@ class ShardedLists:
 
     def places(self, by: str) -> dict[str, Tensor]:
         return self._parameters.places(by)
-
-
-def between(parameters: ParameterVector, operator: LinearOperator) -> LinearOperator:
-    """An operator on whole vectors as one on vectors that are kept as ``parameters`` are."""
-    return _Gathered(parameters, operator) if parameters.evaluated is not parameters else operator
-
-
-class _Gathered(LinearOperator):
-    """Every process applies the operator to the whole vector, and keeps its part."""
-
-    def __init__(self, parameters: ParameterVector, operator: LinearOperator) -> None:
-        super().__init__(operator.size, operator.dtype, operator.device)
-        self._parameters, self._operator = parameters, operator
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self._parameters.own(self._operator.matvec(self._parameters.whole(vector)))
 
 
 def shown_for(parameters: ParameterVector, products: Products) -> Products:

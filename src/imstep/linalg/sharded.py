@@ -62,6 +62,11 @@ class ShardedTensor(Tensor):
         """The entries of this process."""
         return self._own
 
+    @property
+    def cut(self) -> Any:
+        """How they are divided."""
+        return self._cut
+
     def whole(self) -> Tensor:
         """All entries, in every process; all call this together."""
         return self._cut.join(self._own.movedim(self._dim, -1)).movedim(-1, self._dim)

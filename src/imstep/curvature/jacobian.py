@@ -27,7 +27,7 @@ from imstep.curvature.products import (
     StackedProducts,
 )
 from imstep.curvature.rows_of_processes import GatheredProducts, ScatteredProducts
-from imstep.curvature.sharded import parameter_vector, shown_for
+from imstep.curvature.sharded import parameters_of, shown_for
 from imstep.curvature.unmoved import Unmoved
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class Jacobian(ProductsOperator):
                 it are kept themselves, and evaluated anew for every product.
             progress: called after each batch with the number of batches done and of all (None if not known).
             process_group: as for :meth:`Hessian.over`; outputs and rows of process 0 come first, then those of 1, ...
+                Of parameters that are sharded products are whole.
 
         Returns:
             An operator as :class:`Jacobian`, with the outputs joined along their first dimension. Buffers are left as
@@ -124,7 +125,7 @@ class Jacobian(ProductsOperator):
                     [0., 1.],
                     [1., 1.]]))
         """
-        parameters = parameter_vector(params, Processes.of(process_group))
+        parameters = parameters_of(params, process_group)
         taken = lambda: _taken(batches, closure, parameters.evaluated, memory_budget, progress)
         if parameters.processes is not None:
             point = _joined_over(parameters.processes, parameters, taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from imstep.curvature.unmoved import Unmoved
 from imstep.linalg.sharded import ShardedTensor
 from imstep.linalg.space import Space
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes | None) -> ParameterVector:
     """The vector of parameters, some of which may be sharded over the processes by ``fully_shard``."""
@@ -34,6 +38,16 @@ def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes 
     if processes is not None and any(is_sharded(p) for p in tensors if getattr(p, "requires_grad", False)):
         return ShardedParameters(params, processes)
     return ParameterVector(params, processes)
+
+
+def parameters_of(params: nn.Module | Iterable[Tensor], group: ProcessGroup | None) -> ParameterVector:
+    """The vector of parameters for a group of processes, also of one alone where they are sharded."""
+    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+    processes = Processes.of(group)
+    tensors = params.parameters() if isinstance(params, nn.Module) else params
+    if group is not None and processes is None and any(map(is_sharded, tensors)):
+        processes = Processes(group)
+    return parameter_vector(params, processes)
 
 
 class ShardedParameters(ParameterVector):

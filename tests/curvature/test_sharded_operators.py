@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from test_shared_operators import BATCHES, loss
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -154,7 +155,16 @@ def faults(rank: int) -> None:
         Hessian.over(BATCHES, loss(model), model, process_group=group) @ V[:, rank]
 
 
-CHECKS = [matrices, lists, spectra, jacobians, faults]
+def one_process(rank: int) -> None:
+    """A group of one process, over which a model is sharded all the same."""
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    model, plain = network(), network()
+    fully_shard(model, mesh=DeviceMesh.from_group(groups[rank], "cpu"))
+    ours = Hessian.over(BATCHES, loss(model), model, process_group=groups[rank])
+    same(ours @ V[:, 0], Hessian.over(BATCHES, loss(plain), plain) @ V[:, 0])
+
+
+CHECKS = [matrices, lists, spectra, jacobians, faults, one_process]
 two = outcomes(2, CHECKS)
 
 

@@ -26,6 +26,7 @@ from imstep.optim import (
     ExponentialAverage,
     GeneralizedLanczos,
     Hutchinson,
+    LeastSquares,
     MicroBatches,
     NewtonKrylov,
 )
@@ -289,6 +290,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no group": (
         lambda model: NewtonKrylov(fully_shard(model).parameters()).step(lambda: squares(model, WHOLE)),
         "NewtonKrylov(model.parameters(), process_group=",
+    ),
+    "least squares": (
+        lambda model: LeastSquares(fully_shard(model).parameters(), process_group=dist.group.WORLD),
+        "LeastSquares works on whole parameters in every process",
     ),
     "operator": (
         lambda model: Hessian(lambda: squares(model, WHOLE), fully_shard(model)),

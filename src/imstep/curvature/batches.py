@@ -19,8 +19,10 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes, check_parameters, digest
 from imstep.curvature.products import Products, SummedProducts
 from imstep.curvature.reduction import MeanOverSamples, Reduction, shares
+from imstep.curvature.sharded import shown_for
 from imstep.curvature.shared import SharedProducts
 from imstep.curvature.state import RandomState
+from imstep.curvature.unmoved import Unmoved
 
 ROOM_FOR_RECORDS = 2**30
 """Bytes that the records of all batches may take by default. Our choice: a share of a small machine's memory."""
@@ -40,9 +42,14 @@ class BatchOperator(PointOperator):
     """
 
     def __init__(
-        self, parameters: ParameterVector, point: Point, batches: int, recorded: int, guarded: bool = True
+        self,
+        parameters: ParameterVector,
+        point: Point,
+        batches: int,
+        recorded: int,
+        guard: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(parameters, point, guarded)
+        super().__init__(parameters, point, guard)
         self.batches, self.recorded = batches, recorded
 
 
@@ -132,40 +139,48 @@ def _over_processes(
 ) -> BatchOperator:
     """The operator of the series of all processes, some of which may have no batches."""
     own: list[BatchOperator] = []
+    parameters, series = series.parameters, replace(series, parameters=series.parameters.evaluated)
 
     def gone_through() -> _Found:
-        tally, sign = _gone_through(series, reduction, memory_budget, progress), digest(series.parameters.tensors)
+        tally, sign = _gone_through(series, reduction, memory_budget, progress), digest(parameters.replicated)
         if not tally.weights:
             return _Found(sign)
-        A = _operator(series, reduction, tally)
+        A = _operator(series, reduction, tally, Unmoved(parameters))
         own.append(A)
         return _Found(sign, sum(tally.weights), A.definite, A.batches, A.recorded, A.recomputes)
 
     def at_point() -> Tensor | None:
         return share * torch.cat([own[0].loss.reshape(1).to(own[0].gradient), own[0].gradient]) if own else None
 
-    every = processes.gather(gone_through)
-    check_parameters([found.parameters for found in every])
-    batches, recorded = sum(found.batches for found in every), sum(found.recorded for found in every)
-    _check_any(batches)
-    share = shares(reduction, [found.weight for found in every])[processes.rank]
-    point = processes.sum(at_point, 1 + series.parameters.size, series.parameters)
-    source = SharedProducts(series.parameters, (lambda: own[0]) if own else None, share)
-    report = own[0].explain if own else lambda: OperatorReport((), note="this process has no batches")
+    with parameters.shown():
+        every = processes.gather(gone_through)
+        check_parameters([found.parameters for found in every])
+        batches, recorded = sum(found.batches for found in every), sum(found.recorded for found in every)
+        _check_any(batches)
+        share = shares(reduction, [found.weight for found in every])[processes.rank]
+        (loss,), (gradient,) = parameters.summed(at_point, 1, 1)
+        if recorded:
+            parameters.keep()
     reason = next((found.recomputes for found in every if found.recomputes is not None), None)
+    source: Products = SharedProducts(parameters, (lambda: own[0]) if own else None, share)
+    source = source if reason is None else shown_for(parameters, source)
+    report = own[0].explain if own else lambda: OperatorReport((), note="this process has no batches")
     definite = all(found.definite for found in every)
-    whole = Point(point[0], point[1:], source, definite, report, reason)
-    return BatchOperator(series.parameters, whole, batches, recorded, guarded=False)
+    whole = Point(loss, gradient, source, definite, report, reason)
+    return BatchOperator(parameters, whole, batches, recorded, guard=lambda: None)
 
 
-def _operator(series: Series, reduction: Reduction, tally: _Tally) -> BatchOperator:
+def _operator(
+    series: Series, reduction: Reduction, tally: _Tally, guard: Callable[[], None] | None = None
+) -> BatchOperator:
     """The operator of the batches of this process."""
     _check_any(len(tally.weights))
     scale = reduction.scale(sum(tally.weights))
     parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
     if tally.visits:
         parts.append((scale, RevisitingProducts(series, tally.start, tally.visits, tally.progress)))
-    return BatchOperator(series.parameters, tally.point(scale, parts), len(tally.weights), len(tally.sources))
+    point = tally.point(scale, parts)
+    return BatchOperator(series.parameters, point, len(tally.weights), len(tally.sources), guard)
 
 
 def _check_any(batches: int) -> None:

@@ -21,8 +21,8 @@ from imstep.curvature.likelihoods import Likelihood
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.processes import Processes
 from imstep.curvature.reduction import Reduction
+from imstep.curvature.sharded import parameters_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,7 +99,7 @@ class Fisher(PointOperator):
         """
         of = (expectation or Exact()).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameters_of(params, process_group)
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 

@@ -58,6 +58,19 @@ def local_part(p: Any) -> Tensor:
         return p.to_local()
 
 
+def local_part_as(t: Any, like: Any) -> Tensor:
+    """What this process holds of a tensor, if that is sharded as another one."""
+    if not is_sharded(like):
+        return t.full_tensor() if is_sharded(t) else t
+    if not is_sharded(t):
+        raise ValueError(
+            "a list to multiply holds shards (DTensors) and a whole tensor in place of another one. Pass shards for "
+            "all parameters that are sharded, such as their .grad, or whole tensors for all."
+        )
+    with torch.no_grad():
+        return t.redistribute(like.device_mesh, like.placements).to_local()
+
+
 def as_shard(part: Tensor, like: Any) -> Tensor:
     """A process's part as a tensor that is sharded as another one."""
     from torch.distributed.tensor import DTensor
@@ -120,10 +133,11 @@ def refuse_sharded(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     if any(is_sharded(p) for p in tensors):
         raise ValueError(
-            "a parameter is sharded over processes (fully_shard, DTensor). Steps on shards are taken by "
-            "NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD) alone; for all else load "
-            "the weights into a model that is not sharded, with get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict. "
+            "a parameter is sharded over processes (fully_shard, DTensor). Of shards there are steps by "
+            "NewtonKrylov(model.parameters(), process_group=torch.distributed.group.WORLD), and operators by "
+            "Hessian.over([batch], loss, model, process_group=...) and likewise; for all else load the weights into a "
+            "model that is not sharded, with get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)) of torch.distributed.checkpoint.state_dict. "
             f"{INSTEAD}"
         )
     gathered = {id(getattr(holder, "_unsharded_param", None)) for state in _states() for holder in _holders(state)}

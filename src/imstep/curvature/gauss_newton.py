@@ -19,9 +19,9 @@ from imstep.curvature.evaluation import BatchCurvature, Point
 from imstep.curvature.frozen import usable
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction, SumOverBatches
+from imstep.curvature.sharded import parameters_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,7 +95,7 @@ class GaussNewton(PointOperator):
         if reduction is None and getattr(evaluate, "reduction", None) == "sum":
             reduction = SumOverBatches()
         kind = lambda f, vector, number: BatchGaussNewton(LossOfOutputs(f, evaluate), vector)
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameters_of(params, process_group)
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
 
 

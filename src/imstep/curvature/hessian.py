@@ -14,9 +14,9 @@ from imstep.curvature.frozen import Closure, Linearisation
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.processes import Processes
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
+from imstep.curvature.sharded import parameters_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,8 +95,9 @@ class Hessian(PointOperator):
             progress: called after each batch with the number of batches done and of all (None if not known), while the
                 operator is built and while a product goes through the batches.
             process_group: of ``torch.distributed``, each of whose processes has ``batches`` of its own, or none; the
-                whole is over those of all. All processes then make the same products with the same vectors. None for
-                one process.
+                whole is over those of all. All processes then make the same products with the same vectors. Parameters
+                may be sharded over them by ``fully_shard``: products of a whole vector (n,) are whole then, and those
+                of a sharded one, such as ``gradient``, are sharded. None for one process.
 
         Returns:
             An operator as :class:`Hessian`, with ``loss`` and ``gradient`` of the whole, ``batches`` and ``recorded``.
@@ -119,7 +120,7 @@ class Hessian(PointOperator):
             >>> H.loss, H.to_dense()
             (tensor(1.3333), tensor([[2.6667]]))
         """
-        parameters = ParameterVector(params, Processes.of(process_group))
+        parameters = parameters_of(params, process_group)
         series = Series(batches, closure, parameters, lambda f, vector, number: BatchHessian(f, vector))
         return over(series, reduction, memory_budget, progress)
 

@@ -27,6 +27,7 @@ from imstep.curvature.products import (
     StackedProducts,
 )
 from imstep.curvature.rows_of_processes import GatheredProducts, ScatteredProducts
+from imstep.curvature.sharded import parameters_of, shown_for
 from imstep.curvature.unmoved import Unmoved
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Jacobian(ProductsOperator):
                 it are kept themselves, and evaluated anew for every product.
             progress: called after each batch with the number of batches done and of all (None if not known).
             process_group: as for :meth:`Hessian.over`; outputs and rows of process 0 come first, then those of 1, ...
+                Of parameters that are sharded products are whole.
 
         Returns:
             An operator as :class:`Jacobian`, with the outputs joined along their first dimension. Buffers are left as
@@ -123,8 +125,8 @@ class Jacobian(ProductsOperator):
                     [0., 1.],
                     [1., 1.]]))
         """
-        parameters = ParameterVector(params, Processes.of(process_group))
-        taken = lambda: _taken(batches, closure, parameters, memory_budget, progress)
+        parameters = parameters_of(params, process_group)
+        taken = lambda: _taken(batches, closure, parameters.evaluated, memory_budget, progress)
         if parameters.processes is not None:
             point = _joined_over(parameters.processes, parameters, taken)
         else:
@@ -207,13 +209,15 @@ def _joined_over(
     own: list[_Outputs] = []
 
     def forms() -> tuple[int, list[tuple[torch.Size, torch.dtype]], str | None]:
-        points, sign = take(), digest(parameters.tensors)
+        points, sign = take(), digest(parameters.replicated)
         if not points:
             return sign, [], None
         own.append(_joined(points))
         return sign, own[0].forward.rows.forms, own[0].recomputes
 
-    every = processes.gather(forms)
+    with parameters.shown():
+        every = processes.gather(forms)
+        parameters.keep()
     check_parameters([sign for sign, _, _ in every])
     whole = [form for _, some, _ in every for form in some]
     if not whole:
@@ -223,12 +227,15 @@ def _joined_over(
     start = sum(rows.sizes[:before])
     place = slice(start, start + (own[0].forward.rows.size if own else 0))
     guard = Unmoved(parameters)
-    forward = GatheredProducts(processes, own[0].forward if own else None, rows, parameters, place, guard)
-    transposed = ScatteredProducts(processes, own[0].transposed if own else None, parameters, rows, place, guard)
-    outputs = forward.placed(lambda: own[0].outputs.reshape(1, -1) if own else None, 1, None)[0]
+    gathered = GatheredProducts(processes, own[0].forward if own else None, rows, parameters, place, guard)
+    scattered = ScatteredProducts(processes, own[0].transposed if own else None, parameters, rows, place, guard)
+    outputs = gathered.placed(lambda: own[0].outputs.reshape(1, -1) if own else None, 1, None)[0]
     alike = all(len(shape) > 0 and shape[1:] == whole[0][0][1:] for shape, _ in whole)
     shaped = outputs.reshape(-1, *whole[0][0][1:]) if alike else outputs
     reason = next((reason for _, _, reason in every if reason is not None), None)
+    forward, transposed = (
+        products if reason is None else shown_for(parameters, products) for products in (gathered, scattered)
+    )
     report = own[0].report if own else OperatorReport((), note="this process has no batches")
     return _Outputs(shaped.to(whole[0][1]), forward, transposed, report, reason, guarded=False)
 

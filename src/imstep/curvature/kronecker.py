@@ -14,14 +14,14 @@ from torch.autograd.graph import GradientEdge
 
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
+from imstep.curvature.dealt import inverse_of, sharing_of
 from imstep.curvature.frozen import Linearisation
-from imstep.curvature.kronecker_blocks import Block, FactoredDamping, Inverse, LayerInverses, disjoint
+from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
 from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import Place, sample_output_gradients
-from imstep.curvature.shared_inverses import inverted
 from imstep.linalg import LinearOperator
 
 
@@ -45,6 +45,7 @@ class KroneckerFactors:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
         self._parameters, self._decay, self._inverses = parameters, decay, inverses or FactoredDamping()
+        self._sharing = sharing_of(parameters)
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
         self._direct: dict[int, float] = {}  # mean curvature of losses of a parameter itself, such as weight decay
@@ -61,34 +62,36 @@ class KroneckerFactors:
         Returns:
             Whether there was any; else nothing has changed.
         """
-        find = lambda generator, places=None: self._found(point, observer, generator, places)
+        find = lambda generator, places=None, later=False: self._found(point, observer, generator, places, later)
         if self._parameters.processes is None:
             found = find(generator)
         else:
-            found = found_together(self._parameters, point, generator, find)
+            found = found_together(self._parameters, point, generator, find, self._sharing)
         if not found.blocks and not found.squares:
             return False
         self._direct = found.direct
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
-        sums = [block.inputs.sum() / found.rows[at] + block.outputs.sum() for at, block in found.blocks.items()]
-        finite = torch.stack(sums).isfinite().tolist() if sums else []
-        for (number, block), usable in zip(found.blocks.items(), finite, strict=True):
-            if usable:  # products of large numbers overflow before a gradient does
-                block = replace(block, inputs=block.inputs / found.rows[number])
-                self._blocks[number] = _average(self._blocks.get(number), block, keep)
+        for number, block in found.finite().items():  # products of large numbers overflow before a gradient does
+            block = replace(block, inputs=block.inputs / found.rows[number])
+            self._blocks[number] = _average(self._blocks.get(number), block, keep)
         for number, square in found.squares.items():
             old = self._diagonals.get(number)
             self._diagonals[number] = square if old is None else keep * old + (1 - keep) * square
         if self._inverses.needs_cases:
-            self._inverses.take(disjoint(self.blocks()), found.seen, keep, self._parameters.processes)
+            self._inverses.take(disjoint(self.blocks()), found.seen, keep, self._sharing)
         return True
 
     def _found(
-        self, point: Linearised, observer: LayerObserver, generator: torch.Generator, places: Sequence[Place] | None
+        self,
+        point: Linearised,
+        observer: LayerObserver,
+        generator: torch.Generator,
+        places: Sequence[Place] | None,
+        later: bool,
     ) -> Totals:
         """What the evaluations of this process tell."""
-        found = Totals()
+        found = Totals(later=later)
         for weight, at, own in point.evaluations(observer):
             if own.uses:
                 self._sample(weight, at, own.uses, generator, found, places)
@@ -109,7 +112,7 @@ class KroneckerFactors:
         Where it is a part of a batch by ``places``, gradients take the place of squares.
         """
         assert point.split is not None
-        ends, tensors = point.split.losses, self._parameters.tensors
+        ends, tensors = point.split.losses, self._parameters.evaluated.tensors
         sample = sample_output_gradients if places is None else partial(sample_output_gradients, places=places)
         u = sample(point.loss, ends, generator)
         rest = self._not_layers(uses)
@@ -139,7 +142,7 @@ class KroneckerFactors:
             return None
         blocks, direct = list(self._blocks.values()), self._direct
         shifts = [damping + rate for rate in decay or [0.0] * len(self._parameters.tensors)]
-        return _KroneckerInverse(self._parameters, blocks, self._diagonals, direct, shifts, self._inverses)
+        return inverse_of(self._sharing, self._parameters, blocks, self._diagonals, direct, shifts, self._inverses)
 
     def blocks(self) -> list[Block]:
         """The factors of each layer."""
@@ -173,10 +176,12 @@ class KroneckerFactors:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._updates = state["updates"]
-        self._blocks = {b["weight"]: Block(**b) for b in state["blocks"]}
-        self._diagonals = {d["parameter"]: d["values"] for d in state["diagonals"]}
+        blocks = [Block(**b) for b in state["blocks"]]
+        self._sharing.deal((b.weight, len(b.inputs), len(b.outputs)) for b in blocks)
+        self._blocks = {b.weight: self._sharing.held(b) for b in blocks}
+        self._diagonals = {d["parameter"]: self._sharing.part(d["parameter"], d["values"]) for d in state["diagonals"]}
         self._direct = {d["parameter"]: d["value"] for d in state["direct"]}
-        self._inverses.load_state_dict(state.get("moments", []))
+        self._inverses.load_state_dict(state.get("moments", []), self._sharing)
 
 
 def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> dict[int, float]:
@@ -195,73 +200,3 @@ def _average(old: Block | None, new: Block, keep: float) -> Block:
         return new
     mix = lambda a, b: keep * a + (1 - keep) * b
     return Block(new.weight, new.bias, mix(old.inputs, new.inputs), mix(old.outputs, new.outputs))
-
-
-class _KroneckerInverse(LinearOperator):
-    """Applies the inverses of layers block by block, and of the diagonal."""
-
-    def __init__(
-        self,
-        parameters: ParameterVector,
-        blocks: list[Block],
-        diagonals: dict[int, Tensor],
-        direct: dict[int, float],
-        damping: Sequence[float],
-        inverses: LayerInverses,
-    ) -> None:
-        super().__init__(parameters.size, parameters.dtype, parameters.device)
-        self._parameters = parameters
-        blocks = disjoint(blocks)
-        typical, passed = _typical_curvature(blocks, diagonals)
-
-        def shift(b: Block, passes: bool) -> float:
-            return max(damping[b.weight] + direct.get(b.weight, 0.0), 0.0 if passes else 1e-3 * typical)
-
-        shifts = [shift(b, passes) for b, passes in zip(blocks, passed, strict=True)]
-        self._blocks, self._shifts, self._kind = blocks, shifts, inverses
-        # Processes that share out the work come to a product together, not to the loading of a state.
-        self._inverses = self._made() if parameters.processes is None else None
-        blocked = {at for b in blocks for at in (b.weight, b.bias)}
-        # A parameter without any sampled curvature is moved on the scale of the others.
-        self._scales = {
-            at: 1 / (torch.where(d > 0, d, typical).clamp(min=1e-3 * typical) + damping[at])
-            for at, d in diagonals.items()
-            if at not in blocked
-        }
-
-    def _made(self) -> list[Inverse]:
-        return inverted(self._parameters, self._blocks, self._shifts, self._kind)
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        if self._inverses is None:
-            self._inverses = self._made()
-        parts: list[Tensor | None] = list(self._parameters.views(vector))
-        for at, scale in self._scales.items():
-            parts[at] = as_reals(parts[at]) * scale  # type: ignore[arg-type]
-        for block, inverse in zip(self._blocks, self._inverses, strict=True):
-            weight = parts[block.weight]
-            bias = None if block.bias is None else parts[block.bias]
-            assert weight is not None
-            matrix = weight.reshape(len(weight), -1)
-            if bias is not None:
-                matrix = torch.cat([matrix, bias[:, None]], dim=1)
-            solved = inverse(matrix)
-            if bias is not None and block.bias is not None:
-                parts[block.bias] = solved[:, -1]
-                solved = solved[:, :-1]
-            parts[block.weight] = solved.reshape(weight.shape)
-        return self._parameters.flatten(parts)
-
-
-def _typical_curvature(blocks: list[Block], diagonals: dict[int, Tensor]) -> tuple[float, list[bool]]:
-    """The mean diagonal entry of the approximation, where it is positive, and whether anything passes through a layer.
-
-    With one synchronisation of the device for all of them.
-    """
-    ends = [(b.inputs.diagonal(), b.outputs.diagonal()) for b in blocks]
-    means = [a.mean() * g.mean() for a, g in ends]
-    means += [d.clamp(min=0).sum() / (d > 0).sum() for d in diagonals.values()]  # nan where none is
-    passed = [a.any() & g.any() for a, g in ends]
-    found = torch.stack([t.double() for t in (*means, *passed)]).tolist() if means else []
-    positive = [m for m in found[: len(means)] if m > 0]
-    return sum(positive) / len(positive) if positive else 1.0, [bool(p) for p in found[len(means) :]]

@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from imstep.curvature.layers import LayerUse
-from imstep.curvature.processes import Processes
+from imstep.linalg.sharded import ShardedTensor, own_entries
+
+if TYPE_CHECKING:
+    from imstep.curvature.kronecker_sharing import Sharing
 
 _CHUNK = 2**24
 """Entries of the gradients of single cases that are formed at once."""
@@ -78,6 +81,9 @@ class EigenBlock:
         return across.square() @ self.values @ along.square().mT
 
 
+AnyBlock = TypeVar("AnyBlock", Block, EigenBlock)
+
+
 def decomposed(block: Block, parts: Sequence[Tensor] | None = None) -> EigenBlock:
     """G ⊗ A in its eigenvectors, by those of its factors, (n + 1, n) each with eigenvalues last."""
     known = parts or [_eigen(m) for m in (block.inputs, block.outputs)]
@@ -88,17 +94,30 @@ def decomposed(block: Block, parts: Sequence[Tensor] | None = None) -> EigenBloc
     return EigenBlock(block.weight, block.bias, *own)
 
 
+def locally(block: AnyBlock) -> AnyBlock:
+    """A block with matrices as plain tensors, where this process has them."""
+    matrices: Any = {name: own_entries(value) for name, value in vars(block).items() if isinstance(value, Tensor)}
+    return replace(block, **matrices)
+
+
 def disjoint(blocks: Sequence[Block]) -> list[Block]:
     """The blocks, a bias that several layers share being part of the first only."""
     taken: set[int] = set()
     disjoint = []
     for b in blocks:
         if b.bias in taken:
-            b = Block(b.weight, None, b.inputs[:-1, :-1], b.outputs)
+            b = Block(b.weight, None, _trimmed(b.inputs), b.outputs)
         if b.bias is not None:
             taken.add(b.bias)
         disjoint.append(b)
     return disjoint
+
+
+def _trimmed(inputs: Tensor) -> Tensor:
+    """Without the last row and column; in the process that has them, if it is one of several."""
+    if not isinstance(inputs, ShardedTensor):
+        return inputs[:-1, :-1]
+    return ShardedTensor(inputs.own[:-1, :-1], inputs.cut.shortened(), 0)
 
 
 def squared_cases(block: EigenBlock, uses: Sequence[tuple[LayerUse, Tensor | None]]) -> Tensor:
@@ -155,6 +174,14 @@ class Work:
     compute: Callable[[], Tensor]
 
 
+def _all_squares(bases: Sequence[EigenBlock], seen: Sequence[Seen]) -> Tensor:
+    return torch.cat([_squares(basis, seen).reshape(-1) for basis in bases])
+
+
+def _basis(block: Block, known: EigenBlock | None) -> EigenBlock:
+    return decomposed(locally(block)) if known is None else locally(known)
+
+
 class LayerInverses(ABC):
     """How the damped matrix of a layer is inverted."""
 
@@ -170,7 +197,7 @@ class LayerInverses(ABC):
         """(block + damping I)⁻¹, or what stands for it; of ``parts``, where :meth:`work` is done."""
 
     def take(  # noqa: B027 (few learn)
-        self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, processes: Processes | None
+        self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, sharing: Sharing
     ) -> None:
         """Learn from what layers have seen in one refresh, in each of several processes; the past counts ``keep``."""
 
@@ -178,7 +205,7 @@ class LayerInverses(ABC):
         """What was learnt."""
         return []
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:  # noqa: B027 (few have learnt)
+    def load_state_dict(self, state: list[dict[str, Any]], sharing: Sharing) -> None:  # noqa: B027 (few have learnt)
         """The inverse of :meth:`state_dict`."""
 
 
@@ -233,29 +260,26 @@ class EigenbasisMoments(LayerInverses):
 
     def inverse(self, block: Block, damping: float, parts: Sequence[Tensor] | None = None) -> Inverse:
         known = self._blocks.get(block.weight)
-        return (decomposed(block) if known is None else known).inverse(damping)
+        return (decomposed(block) if known is None else locally(known)).inverse(damping)
 
-    def take(
-        self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, processes: Processes | None
-    ) -> None:
-        if not blocks:
-            return
-        olds = [self._known(block) for block in blocks]
-        bases = [
-            decomposed(block) if old is None or self._ages[block.weight] >= self._every else old
-            for block, old in zip(blocks, olds, strict=True)
-        ]
-        find = lambda: torch.cat([_squares(basis, seen).reshape(-1) for basis in bases])
-        sizes = [basis.values.numel() for basis in bases]
-        found = find() if processes is None else processes.sum(find, sum(sizes), bases[0].values)
-        for basis, old, squares in zip(bases, olds, found.split(sizes), strict=True):
-            squares = squares.view_as(basis.values)
-            if not bool(squares.sum().isfinite()):
-                continue
-            if old is not None:
-                squares = keep * (old.values if basis is old else old.turned(basis)) + (1 - keep) * squares
-            self._blocks[basis.weight] = replace(basis, values=squares)
-            self._ages[basis.weight] = self._ages[basis.weight] + 1 if basis is old else 1
+    def take(self, blocks: Sequence[Block], seen: Sequence[Seen], keep: float, sharing: Sharing) -> None:
+        for some in sharing.at_once(blocks):
+            olds = [self._known(block) for block in some]
+            fresh = [old is None or self._ages[old.weight] >= self._every for old in olds]
+            bases = [
+                sharing.basis(block, partial(_basis, block, None if new else old))
+                for block, old, new in zip(some, olds, fresh, strict=True)
+            ]
+            sizes = [basis.values.numel() for basis in bases]
+            found = sharing.added(partial(_all_squares, bases, seen), sum(sizes), bases[0].values).split(sizes)
+            for basis, old, new, squares in zip(bases, olds, fresh, found, strict=True):
+                squares = squares.view_as(basis.values)
+                if bool(squares.sum().isfinite()):
+                    if old is not None and sharing.mine(basis.weight):
+                        past = locally(old).turned(basis) if new else basis.values
+                        squares = keep * past + (1 - keep) * squares
+                    self._blocks[basis.weight] = sharing.held(replace(basis, values=squares))
+                    self._ages[basis.weight] = 1 if new else self._ages[basis.weight] + 1
 
     def _known(self, block: Block) -> EigenBlock | None:
         """What is known of a block, if it has the same form still."""
@@ -265,10 +289,10 @@ class EigenbasisMoments(LayerInverses):
     def state_dict(self) -> list[dict[str, Any]]:
         return [{**vars(b), "age": self._ages[at]} for at, b in self._blocks.items()]
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]], sharing: Sharing) -> None:
         self._ages = {saved["weight"]: saved["age"] for saved in state}
         whole = [{name: value for name, value in saved.items() if name != "age"} for saved in state]
-        self._blocks = {saved["weight"]: EigenBlock(**saved) for saved in whole}
+        self._blocks = {saved["weight"]: sharing.held(EigenBlock(**saved)) for saved in whole}
 
 
 def _between(outputs: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class ProductsOperator(LinearOperator):
 
     @property
     def spaces(self) -> tuple[Space | None, Space | None]:
-        return self._forward.rows, self._forward.columns
+        return self._forward.rows.space, self._forward.columns.space
 
     @property
     def nbytes(self) -> int:
@@ -197,7 +197,7 @@ class PointOperator(SymmetricOperator):
     Args:
         parameters: the vector that it multiplies.
         point: what the evaluation has shown.
-        guarded: whether a product looks first if the parameters have moved; if not, ``point.source`` does.
+        guard: raises where a product would be out of date; None to look if the parameters have moved.
 
     Attributes:
         loss: f(w), a 0-dim tensor.
@@ -207,9 +207,8 @@ class PointOperator(SymmetricOperator):
         products: how many products were made, a block of k counting k.
     """
 
-    def __init__(self, parameters: ParameterVector, point: Point, guarded: bool = True) -> None:
-        guard = Unmoved(parameters) if guarded else lambda: None
-        super().__init__(parameters, point.source, point.definite, guard)
+    def __init__(self, parameters: ParameterVector, point: Point, guard: Callable[[], None] | None = None) -> None:
+        super().__init__(parameters, point.source, point.definite, guard or Unmoved(parameters))
         self.loss, self.gradient, self.recomputes = point.loss, point.gradient, point.recomputes
         self._report = point.report
 

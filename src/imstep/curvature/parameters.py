@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.islands import unseen
+from imstep.linalg.space import Space
 
 if TYPE_CHECKING:
     from imstep.curvature.processes import Processes
@@ -87,6 +88,11 @@ class TensorVector:
         """Where the entries of some of the tensors are, in the order of :meth:`part`."""
         places = torch.arange(self.size, device=self.device).split(self.sizes)
         return torch.cat([places[at] for at in positions])
+
+    @property
+    def space(self) -> Space:
+        """What operators take lists of tensors by."""
+        return self
 
     def places(self, by: str) -> dict[str, Tensor]:
         """The entries of each layer's or parameter's tensors, by name."""
@@ -213,9 +219,17 @@ class ParameterVector(TensorVector):
         """Those that all processes hold alike."""
         return self.tensors
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """What of each parameter is held here."""
+        return self.tensors
+
     def shown(self) -> AbstractContextManager[None]:
         """A context in which :attr:`evaluated` has memory, and modules hold it; all processes enter it together."""
         return nullcontext()
+
+    def keep(self) -> None:
+        """Leave :attr:`evaluated` its memory after :meth:`shown`, for records that refer to it."""
 
     def refresh(self) -> None:
         """Have :attr:`evaluated` hold what the parameters do now; all processes call this together."""
@@ -249,17 +263,17 @@ class ParameterVector(TensorVector):
 
     def get(self) -> Tensor:
         """A copy of the parameters as a vector (n,)."""
-        return self.flatten(self._memory())
+        return self.flatten(self.memory)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the parameters in their own dtypes, to restore them bit for bit."""
-        return [p.detach().clone() for p in self._memory()]
+        return [p.detach().clone() for p in self.memory]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Set the parameters to a snapshot."""
         torch.clear_autocast_cache()  # copies of other values, also after an exception
         with torch.no_grad():
-            for p, saved in zip(self._memory(), snapshot, strict=True):
+            for p, saved in zip(self.memory, snapshot, strict=True):
                 p.copy_(saved)
         self._moved()
 
@@ -277,13 +291,9 @@ class ParameterVector(TensorVector):
         """Set the parameters to snapshot + step_length * direction, with ``direction`` (n,)."""
         torch.clear_autocast_cache()
         with torch.no_grad():
-            for p, saved, d in zip(self._memory(), snapshot, self.unflatten(direction), strict=True):
+            for p, saved, d in zip(self.memory, snapshot, self.unflatten(direction), strict=True):
                 torch.add(saved, d, alpha=step_length, out=p)
         self._moved()
-
-    def _memory(self) -> list[Tensor]:
-        """What of each parameter is held here."""
-        return self.tensors
 
     def _moved(self) -> None:
         """The parameters have other values."""

@@ -24,6 +24,10 @@ from imstep.curvature.unmoved import sums_of_words
 
 _T = TypeVar("_T")
 
+# Other names from PyTorch 2.13 on, where those before warn at every call.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 DIGITS = 8
 """How many numbers below 64 tell whether processes are at the same place: a difference goes unseen once in 2⁴⁸."""
 
@@ -149,7 +153,7 @@ class Processes:
         error = self._fill(buffer, part)
         row = buffer.new_empty(HEADER + width)
         # What heads the rows are whole numbers, whose sums are the same in whatever order they are formed.
-        self._carry_out(lambda: dist.reduce_scatter_tensor(row, buffer.view(-1), group=self._group))
+        self._carry_out(lambda: _reduce_scatter(row, buffer.view(-1), group=self._group))
         self._look(row[:HEADER], error)
         return row[HEADER:]
 
@@ -192,8 +196,16 @@ class Processes:
         """A vector (width,) of each process, (processes, width); one all-gather."""
         self._calls += 1
         every = own.new_empty(self.size, len(own))
-        self._carry_out(lambda: dist.all_gather_into_tensor(every.view(-1), own.contiguous(), group=self._group))
+        self._carry_out(lambda: _all_gather(every.view(-1), own.contiguous(), group=self._group))
         return every
+
+    def exchanged(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """What each process has sent to this one, of the given lengths, for a vector to each; one all-to-all."""
+        self._calls += 1
+        got, given = sent[0].new_empty(sum(lengths)), torch.cat(list(sent))
+        sizes = [len(t) for t in sent]
+        self._carry_out(lambda: dist.all_to_all_single(got, given, list(lengths), sizes, group=self._group))
+        return list(got.split(list(lengths)))
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum of numbers of which none can fail to be there."""

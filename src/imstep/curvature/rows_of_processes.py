@@ -9,6 +9,7 @@ from torch import Tensor
 from imstep.curvature.parameters import TensorVector
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import Products
+from imstep.linalg.sharded import in_whole
 
 
 class _OfProcesses(Products):
@@ -50,6 +51,8 @@ class GatheredProducts(_OfProcesses):
     """Products with the matrix: each process adds its entries."""
 
     def several(self, directions: Tensor) -> Tensor:
+        directions = in_whole(directions)
+
         def own() -> Tensor | None:
             products = self._checked()
             return None if products is None else products.several(directions)

@@ -2,118 +2,52 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from imstep.curvature.fully_sharded import FROM_OUTSIDE, Managed, Models, as_shard, is_sharded, local_part, managed
+from imstep.curvature.fully_sharded import (
+    FROM_OUTSIDE,
+    Managed,
+    Models,
+    as_shard,
+    is_sharded,
+    local_part,
+    local_part_as,
+    managed,
+)
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
-from imstep.linalg import LinearOperator
+from imstep.curvature.products import Products
+from imstep.curvature.shard_cut import ShardCut
+from imstep.curvature.unmoved import Unmoved
 from imstep.linalg.sharded import ShardedTensor
+from imstep.linalg.space import Space
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class ShardCut:
-    """How a vector over tensors is divided among processes: of each tensor the chunks along one dimension.
-
-    Args:
-        shapes: of the tensors, as reals.
-        dims: along which each is cut.
-        processes: process r has the r-th chunk of each.
-
-    Attributes:
-        size: entries of the whole vector.
-        chunks: shapes of the chunks of each process.
-    """
-
-    def __init__(self, shapes: Sequence[torch.Size], dims: Sequence[int], processes: Processes) -> None:
-        self._processes, self._dims, self._shapes = processes, list(dims), list(shapes)
-        self._sizes = [shape.numel() for shape in shapes]
-        self.size = sum(self._sizes)
-        forms = list(zip(shapes, dims, strict=True))
-        self.chunks = [[_chunk(*form, rank, processes.size) for form in forms] for rank in range(processes.size)]
-        self._lengths = [[chunk.numel() for chunk in own] for own in self.chunks]
-        self._width = max(map(sum, self._lengths))
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many entries of each tensor this process holds."""
-        return self._lengths[self._processes.rank]
-
-    def place(self, at: int) -> tuple[int, int]:
-        """Where the chunk of this process begins along the dimension that a tensor is cut along, and its length."""
-        return self._place(at, self._processes.rank)
-
-    def _place(self, at: int, rank: int) -> tuple[int, int]:
-        dim = self._dims[at]
-        return min(rank * self.chunks[0][at][dim], self._shapes[at][dim]), self.chunks[rank][at][dim]
-
-    def own(self, whole: Tensor) -> Tensor:
-        return self._of(whole, self._processes.rank)
-
-    def _of(self, whole: Tensor, rank: int) -> Tensor:
-        """What a process holds of (..., n)."""
-        found = []
-        for at, (part, shape) in enumerate(zip(whole.split(self._sizes, -1), self._shapes, strict=True)):
-            within = part.unflatten(-1, shape).narrow(self._dims[at] - len(shape), *self._place(at, rank))
-            found.append(within.flatten(-len(shape)))
-        return torch.cat(found, -1)
-
-    def join(self, own: Tensor) -> Tensor:
-        vectors = own.reshape(math.prod(own.shape[:-1]), own.shape[-1])
-        rows = vectors.new_zeros(len(vectors), self._width)
-        rows[:, : own.shape[-1]] = vectors
-        every = self._processes.rows(rows.view(-1)).view(self._processes.size, *rows.shape)
-        return torch.stack([self._joined(every[:, at]) for at in range(len(vectors))]).view(*own.shape[:-1], self.size)
-
-    def _joined(self, rows: Tensor) -> Tensor:
-        """The whole vector from what each process holds, (processes, width)."""
-        of_ranks = [row[: sum(own)].split(own) for row, own in zip(rows, self._lengths, strict=True)]
-        parts: list[Tensor] = []
-        for at, dim in enumerate(self._dims):
-            if dim == 0:
-                parts += [of_rank[at] for of_rank in of_ranks]
-            else:
-                own = [of_rank[at].view(chunks[at]) for of_rank, chunks in zip(of_ranks, self.chunks, strict=True)]
-                parts.append(torch.cat(own, dim).reshape(-1))
-        return torch.cat(parts)
-
-    def summed(self, part: Callable[[], Tensor | None], vectors: int, like: Any) -> Tensor:
-        """What this process holds of the sum of vectors (vectors, n) that each finds; None stands for zeros."""
-
-        def rows() -> Tensor | None:
-            found = part()
-            if found is None:
-                return None
-            spread = found.new_zeros(self._processes.size, vectors, self._width)
-            for rank, row in enumerate(spread):
-                row[:, : sum(self._lengths[rank])] = self._of(found, rank)
-            return spread.view(self._processes.size, -1)
-
-        row = self._processes.sum_rows(rows, vectors * self._width, like).view(vectors, self._width)
-        return row[:, : sum(self.lengths)].contiguous()
-
-    def total(self, numbers: Tensor) -> Tensor:
-        return self._processes.total(numbers)
-
-
-def _chunk(shape: torch.Size, dim: int, rank: int, size: int) -> torch.Size:
-    """The shape of a chunk, as of ``torch.chunk``, with empty ones at the end."""
-    length = -(-shape[dim] // size)
-    own = max(0, min(length, shape[dim] - rank * length))
-    return torch.Size([*shape[:dim], own, *shape[dim + 1 :]])
-
-
-def parameter_vector(params: Iterable[Tensor], processes: Processes | None) -> ParameterVector:
+def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes | None) -> ParameterVector:
     """The vector of parameters, some of which may be sharded over the processes by ``fully_shard``."""
-    tensors = list(params)
-    if processes is not None and any(is_sharded(p) for p in tensors if p.requires_grad):
-        return ShardedParameters(tensors, processes)
-    return ParameterVector(tensors, processes)
+    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+    tensors = params.parameters() if isinstance(params, nn.Module) else params
+    if processes is not None and any(is_sharded(p) for p in tensors if getattr(p, "requires_grad", False)):
+        return ShardedParameters(params, processes)
+    return ParameterVector(params, processes)
+
+
+def parameters_of(params: nn.Module | Iterable[Tensor], group: ProcessGroup | None) -> ParameterVector:
+    """The vector of parameters for a group of processes, also of one alone where they are sharded."""
+    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+    processes = Processes.of(group)
+    tensors = params.parameters() if isinstance(params, nn.Module) else params
+    if group is not None and processes is None and any(map(is_sharded, tensors)):
+        processes = Processes(group)
+    return parameter_vector(params, processes)
 
 
 class ShardedParameters(ParameterVector):
@@ -129,7 +63,7 @@ class ShardedParameters(ParameterVector):
         ValueError: they are sharded in another way, or over other processes.
     """
 
-    def __init__(self, params: Iterable[Tensor], processes: Processes) -> None:
+    def __init__(self, params: nn.Module | Iterable[Tensor], processes: Processes) -> None:
         super().__init__(params, processes)
         self._cut_by: list[Managed | None] = managed(self.tensors, processes)
         self._models = Models([own for own in self._cut_by if own is not None])
@@ -152,7 +86,7 @@ class ShardedParameters(ParameterVector):
             p if own is None else nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
             for p, own in zip(self.tensors, self._cut_by, strict=True)
         ]
-        self._shown = False
+        self._shown = self._keeps = False
         self._fresh = False  # whether what is evaluated holds what the parameters do
 
     # --- what processes hold, and what they evaluate ------------------------------------------------------------
@@ -164,6 +98,22 @@ class ShardedParameters(ParameterVector):
     @property
     def replicated(self) -> list[Tensor]:
         return [p for p, own in zip(self.tensors, self._cut_by, strict=True) if own is None]
+
+    @property
+    def memory(self) -> list[Tensor]:
+        return [local_part(p) for p in self.tensors]
+
+    @property
+    def space(self) -> Space:
+        return ShardedLists(self)
+
+    def cut_along(self, at: int) -> int | None:
+        """The dimension that a parameter is cut along; None for one that is not sharded."""
+        own = self._cut_by[at]
+        return None if own is None else own.dim
+
+    def keep(self) -> None:
+        self._keeps = True
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -178,9 +128,10 @@ class ShardedParameters(ParameterVector):
                 "Build the optimizer anew with model.parameters()."
             )
         try:
-            self._shown, self._fresh = True, False
+            self._shown, self._fresh = True, self._fresh and self._keeps
             for own, p, shard in kept:
-                p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
+                if not self._keeps:
+                    p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
                 # What a closure must not add to, if it is not emptied: that there is something, in one number.
                 p.grad = None if shard.grad is None else p.new_ones(()).expand(own.shape)
             with self._models.shown([(own, p) for own, p, _ in kept]):
@@ -193,7 +144,9 @@ class ShardedParameters(ParameterVector):
         finally:
             self._shown = False
             for _, p, _ in kept:
-                p.grad, p.data = None, p.new_empty(0)
+                p.grad = None
+                if not self._keeps:
+                    p.data = p.new_empty(0)
 
     def refresh(self) -> None:
         if self._fresh:
@@ -269,26 +222,65 @@ class ShardedParameters(ParameterVector):
         squares = self.own(self.get()).own.double().square().sum()
         return float(self.cut.total(squares).sqrt())
 
-    def _memory(self) -> list[Tensor]:
-        return [local_part(p) for p in self.tensors]
-
     def _moved(self) -> None:
         self._fresh = False
         if not self._shown:
             self._models.reshard()
 
 
-def between(parameters: ParameterVector, operator: LinearOperator) -> LinearOperator:
-    """An operator on whole vectors as one on vectors that are kept as ``parameters`` are."""
-    return _Gathered(parameters, operator) if parameters.evaluated is not parameters else operator
+class ShardedLists:
+    """Lists of tensors for vectors: of shards for sharded vectors, of whole tensors for whole ones.
+
+    Args:
+        parameters: that the vectors are of.
+    """
+
+    def __init__(self, parameters: ShardedParameters) -> None:
+        self._parameters = parameters
+
+    def checked(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._parameters.checked(tensors)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        if not any(map(is_sharded, tensors)):
+            return self._parameters.evaluated.flatten(tensors)
+        pairs = zip(tensors, self._parameters.tensors, strict=True)
+        return self._parameters.flatten([None if t is None else local_part_as(t, p) for t, p in pairs])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        if isinstance(vector, ShardedTensor):
+            return self._parameters.gradients(vector)
+        return self._parameters.evaluated.unflatten(vector)
+
+    def places(self, by: str) -> dict[str, Tensor]:
+        return self._parameters.places(by)
 
 
-class _Gathered(LinearOperator):
-    """Every process applies the operator to the whole vector, and keeps its part."""
+def shown_for(parameters: ParameterVector, products: Products) -> Products:
+    """Products that evaluate a model, with whole parameters gathered for the time of each where they are sharded."""
+    return _ShownProducts(parameters, products) if parameters.evaluated is not parameters else products
 
-    def __init__(self, parameters: ParameterVector, operator: LinearOperator) -> None:
-        super().__init__(operator.size, operator.dtype, operator.device)
-        self._parameters, self._operator = parameters, operator
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self._parameters.own(self._operator.matvec(self._parameters.whole(vector)))
+class _ShownProducts(Products):
+    """Products between which no whole parameters are kept, unless records refer to them."""
+
+    def __init__(self, parameters: ParameterVector, products: Products) -> None:
+        super().__init__(products.rows, products.columns)
+        self._parameters, self._products, self._unmoved = parameters, products, Unmoved(parameters)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self._products.nbytes
+
+    def one(self, direction: Tensor) -> Tensor:
+        with self._shown():
+            return self._products.one(direction)
+
+    def several(self, directions: Tensor) -> Tensor:
+        with self._shown():
+            return self._products.several(directions)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        assert self._parameters.processes is not None
+        self._parameters.processes.gather(self._unmoved)  # what one has changed all would evaluate
+        return self._parameters.shown()

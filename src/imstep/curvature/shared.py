@@ -230,7 +230,9 @@ class SharedProducts(Products):
             return self._share * multiply(self._built, whole).reshape(-1)
 
         count = len(directions) if directions.ndim == 2 else 1
-        return self._parameters.summed(part, 0, count, directions)[1]
+        # Of whole vectors the products are whole, of sharded ones sharded.
+        kept = self._parameters.evaluated if directions is whole else self._parameters
+        return kept.summed(part, 0, count, directions)[1]
 
 
 class SharedOperator(SymmetricOperator):

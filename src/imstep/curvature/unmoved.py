@@ -22,7 +22,7 @@ class Unmoved:
     """
 
     def __init__(self, parameters: ParameterVector) -> None:
-        self._parameters = [p.detach() for p in parameters.tensors]
+        self._parameters = [p.detach() for p in parameters.memory]
         size = sum(p.nbytes for p in self._parameters)
         self._few = parameters.device.type == "cpu" and size <= _LITTLE
         self._then = [words.clone() for words in self._now()]

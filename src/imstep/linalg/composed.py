@@ -47,6 +47,9 @@ class SumOperator(LinearOperator):
         (rows, columns), (others, more) = self.first.spaces, self.second.spaces
         return rows or others, columns or more
 
+    def held(self, vector: Tensor) -> Tensor:
+        return self.second.held(self.first.held(vector))
+
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         places = known(self.spaces[1], self).places(by)
         # What belongs to no model, a multiple of the identity for instance, takes its layers from the other.
@@ -87,6 +90,9 @@ class ScaledOperator(LinearOperator):
     @property
     def spaces(self) -> tuple[Space | None, Space | None]:
         return self.operator.spaces
+
+    def held(self, vector: Tensor) -> Tensor:
+        return self.operator.held(vector)
 
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         return {name: self.factor * block for name, block in self.operator.diagonal_blocks(by).items()}

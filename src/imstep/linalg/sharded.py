@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -61,6 +62,11 @@ class ShardedTensor(Tensor):
         """The entries of this process."""
         return self._own
 
+    @property
+    def cut(self) -> Any:
+        """How they are divided."""
+        return self._cut
+
     def whole(self) -> Tensor:
         """All entries, in every process; all call this together."""
         return self._cut.join(self._own.movedim(self._dim, -1)).movedim(-1, self._dim)
@@ -96,6 +102,24 @@ def _matched(t: Tensor, like: ShardedTensor) -> Tensor:
     return t._own if isinstance(t, ShardedTensor) else like._cut.own(t)
 
 
+def own_entries(t: Tensor) -> Tensor:
+    """What of a tensor is held here, in the same memory."""
+    return t._own if isinstance(t, ShardedTensor) else t
+
+
+def in_whole(t: Tensor) -> Tensor:
+    """All entries, in every process; all call this together."""
+    return t.whole() if isinstance(t, ShardedTensor) else t
+
+
+def summed_over_rows(first: Tensor, second: Tensor, local: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What ``local`` adds up over the entries of rows (k, n) and (m, n), in stretches of its own."""
+    known = next((t for t in (first, second) if isinstance(t, ShardedTensor)), None)
+    if known is None:
+        return local(first, second)
+    return known._cut.total(local(_matched(first, known), _matched(second, known)))
+
+
 _RULES: dict[Any, Callable[..., Any]] = {}
 
 
@@ -112,7 +136,7 @@ def _rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @_rule(aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.detach.default, aten.clone.default)
 @_rule(aten.alias.default, aten._to_copy.default, aten.zeros_like.default, aten.ones_like.default)
-@_rule(aten.empty_like.default)
+@_rule(aten.empty_like.default, aten.full_like.default)
 def _entrywise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What works on each entry alone, with dimensions aligned from the last one as in broadcasting."""
     found = [t for t in _tensors([*args, *kwargs.values()]) if isinstance(t, ShardedTensor)]
@@ -181,6 +205,14 @@ def _select(func: Any, t: ShardedTensor, dim: int, *index: int) -> Any:
     return ShardedTensor(func(t._own, dim, *index), t._cut, t._dim - (dim < t._dim and not kept))
 
 
+@_rule(aten.index.Tensor)
+def _picked(func: Any, t: Tensor, index: Sequence[Tensor | None]) -> Any:
+    """Rows of a block by their numbers."""
+    if not isinstance(t, ShardedTensor) or any(i is not None for i in index[1:]) or t._dim == 0:
+        return NotImplemented
+    return ShardedTensor(func(t._own, index), t._cut, t._dim + (index[0].ndim - 1 if index[0] is not None else 0))
+
+
 @_rule(aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def _along(func: Any, t: ShardedTensor, *args: Any, **kwargs: Any) -> Any:
     """Parts of a block, each with all of the entries of its vectors."""
@@ -231,6 +263,11 @@ def _product(func: Any, first: Tensor, second: Tensor) -> Any:
     return ShardedTensor(func(*own), cut, 0 if across[0] is first else -1)
 
 
+@_rule(aten.addmm.default)
+def _added(func: Any, t: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * t + alpha * (first @ second)
+
+
 @_rule(aten.sum.default)
 def _sum(func: Any, t: ShardedTensor, **kwargs: Any) -> Tensor:
     return t._cut.total(func(t._own, **kwargs))
@@ -247,6 +284,12 @@ def _sum_along(func: Any, t: ShardedTensor, dim: Any, keepdim: bool = False, **k
     if keepdim:
         return NotImplemented
     return _reduced(t, func(t._own, dims, False, **kwargs), dims)
+
+
+@_rule(aten.mean.dim)
+def _mean_along(func: Any, t: ShardedTensor, dim: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    summed = _sum_along(aten.sum.dim_IntList, t, dim, keepdim, **kwargs)
+    return summed if summed is NotImplemented else summed / math.prod(t.shape[d] for d in dim or range(t.ndim))
 
 
 def _reduced(t: ShardedTensor, local: Tensor, dims: Sequence[int]) -> Tensor:

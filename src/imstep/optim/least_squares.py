@@ -254,6 +254,12 @@ class LeastSquares(StepwiseOptimizer):
 
     def _vector(self) -> ParameterVector:
         vector = super()._vector()
+        if vector.evaluated is not vector:
+            raise ValueError(
+                "LeastSquares works on whole parameters in every process, and a parameter is sharded (fully_shard, "
+                "DTensor). Leave fully_shard out and pass process_group= all the same: each process then has its part "
+                "of the residuals; or take NewtonKrylov, which steps on shards."
+            )
         return vector if self._box is None else BoxedParameters(vector.tensors, self._box, self._processes)
 
     def _chosen(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from imstep.linalg import LinearOperator
 from imstep.linalg.symmetry import symmetric_part
 from imstep.spectral.groups import per_group
 from imstep.spectral.krylov import F64, KrylovSpace, certified
-from imstep.spectral.probes import generator_of, images
+from imstep.spectral.probes import generator_of, images, no_rows
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
     "LM": lambda values: values.abs(),
@@ -247,7 +247,7 @@ def _certified(
     space, k = search.space, search.k
     if space.size < k:
         nowhere = torch.full((k,), torch.nan, dtype=F64)
-        vectors = torch.full((k, operator.size), torch.nan, dtype=operator.dtype, device=operator.device)
+        vectors = no_rows(operator).new_empty(k, operator.size).fill_(torch.nan)
         return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), space.products, False, state)
     # Pairs that are found come first in the basis; a Ritz vector might mix the last one with another of its eigenvalue.
     coordinates = torch.eye(space.size, dtype=F64) if found else search.wanted()[1]
@@ -263,15 +263,15 @@ def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -
     matrix = images(operator, torch.eye(size, dtype=operator.dtype, device=operator.device)).to(F64).cpu()
     if not bool(torch.isfinite(matrix).all()):
         nowhere = torch.full((k,), torch.nan, dtype=F64)
-        vectors = torch.full((size, k), torch.nan, dtype=operator.dtype, device=operator.device)
-        return Eigenpairs(nowhere, vectors, torch.full_like(nowhere, torch.inf), size, False)
+        vectors = no_rows(operator).new_empty(k, size).fill_(torch.nan)
+        return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), size, False)
     values, vectors = torch.linalg.eigh(symmetric_part(matrix, operator.dtype))
     order = _KEYS[which](values).argsort(descending=True, stable=True)[:k]
     largest = float(values.abs().max())
     values, rounded = values[order], vectors[:, order].to(operator.dtype)
     residuals = (matrix @ rounded.to(F64) - rounded.to(F64) * values).norm(dim=0)
     good = bool((residuals <= tol * largest).all())
-    return Eigenpairs(values, rounded.to(operator.device), residuals, size, good)
+    return Eigenpairs(values, operator.held(rounded.to(operator.device).mT).mT, residuals, size, good)
 
 
 def _whole_number(k: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.spectral.groups import per_group
-from imstep.spectral.probes import Samples, generator_of, images, orthonormal, outside, signs
+from imstep.spectral.probes import Samples, generator_of, images, no_rows, orthonormal, outside, signs
 
 _FIRST = 8
 """Probes before anything is decided; fewer would not tell their own spread."""
@@ -216,7 +216,7 @@ class Adaptive:
 
     def __init__(self, operator: LinearOperator, functional: Functional, generator: torch.Generator) -> None:
         self._operator, self._functional, self._generator = operator, functional, generator
-        self._basis = self._sketch = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+        self._basis = self._sketch = no_rows(operator)
         self._known, self._rest, self._products = torch.zeros((), device=operator.device), Samples(), 0
         self._most = max(_FIRST, _ROOM // max(1, operator.size * operator.dtype.itemsize))
 
@@ -291,6 +291,7 @@ class Adaptive:
             units = torch.zeros(count, size, dtype=operator.dtype, device=operator.device)
             units.diagonal(start).fill_(1)
             entries[start : start + count] = images(operator, units).diagonal(start)
+        entries = operator.held(entries)
         rounding = 10 * torch.finfo(operator.dtype).eps * entries.abs()
         value, error = self._functional.of_diagonal(entries), self._functional.of_diagonal(rounding)
         return _Mean(value, error, self._products + size, bool(torch.isfinite(value).all()))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.sharded import in_whole, own_entries
 from imstep.linalg.symmetry import asymmetric, tolerance
-from imstep.spectral.probes import images, inner, norms, orthonormal
+from imstep.spectral.probes import images, inner, no_rows, norms, orthonormal
 
 F64 = torch.float64
 
@@ -38,7 +39,7 @@ class KrylovSpace:
 
     def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
         self._operator, self._generator = operator, generator
-        self._basis = torch.empty(capacity + 1, operator.size, dtype=operator.dtype, device=operator.device)
+        self._basis = no_rows(operator).new_empty(capacity + 1, operator.size)
         self._projected = torch.zeros(capacity, capacity, dtype=F64)
         self.size, self.products, self.scale, self.broken = 0, 0, 0.0, False
         self._beta, self._lost = 0.0, 0.0
@@ -105,7 +106,7 @@ class KrylovSpace:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as tensors and numbers."""
         return {
-            "basis": self._basis[: self.size + 1].clone(),
+            "basis": in_whole(self._basis[: self.size + 1].clone()),
             "projected": self._projected.clone(),
             "couplings": self._couplings.clone(),
             "generator": self._generator.get_state(),
@@ -126,7 +127,7 @@ class KrylovSpace:
                 f"the state is of vectors of size {basis.shape[1]}, up to {len(projected)} of them, the solve of size "
                 f"{self._basis.shape[1]}, up to {len(self._projected)}. Resume with the operator and k of the start."
             )
-        self._basis[: len(basis)] = basis.to(self._basis)
+        self._basis[: len(basis)] = self._operator.held(basis.to(self._basis))
         self._projected, self._couplings = projected.clone(), state["couplings"].clone()
         self.size, self.products = state["size"], state["products"]
         self.scale, self._beta, self._lost = state["numbers"]
@@ -135,7 +136,7 @@ class KrylovSpace:
     def _shrink(self, values: Tensor, coordinates: Tensor) -> None:
         """V becomes combinations of itself, a stretch at a time: without a copy of the whole."""
         weights, kept = coordinates.mT.to(self._basis), len(values)
-        for stretch in self._basis.split(2**16, dim=1):
+        for stretch in own_entries(self._basis).split(2**16, dim=1):
             stretch[:kept] = weights @ stretch[: self.size]
         self._projected.zero_()
         self._projected[:kept, :kept] = torch.diag(values)
@@ -171,7 +172,7 @@ class KrylovSpace:
         drawn = torch.randn(
             self._basis.shape[1], generator=self._generator, device=self._generator.device, dtype=self._basis.dtype
         )
-        vector, _, norm = self._outside(drawn.to(self._basis.device), self.size)
+        vector, _, norm = self._outside(self._operator.held(drawn.to(self._basis.device)), self.size)
         self._basis[self.size] = vector / norm
         self._beta, self._couplings = 0.0, torch.zeros(self.size, dtype=F64)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.linalg.dots import row_dots
+from imstep.linalg.sharded import summed_over_rows
 
 _STRETCH = 2**13
 """Entries whose products are added up in the dtype of the vectors."""
@@ -28,7 +29,12 @@ def generator_of(seed: int, generator: torch.Generator | None) -> torch.Generato
 def signs(operator: LinearOperator, count: int, generator: torch.Generator) -> Tensor:
     """Random signs, (count, n)."""
     drawn = torch.empty(count, operator.size, dtype=operator.dtype, device=generator.device)
-    return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(operator.device)
+    return operator.held(drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(operator.device))
+
+
+def no_rows(operator: LinearOperator) -> Tensor:
+    """A block (0, n), to make others like it."""
+    return operator.held(torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device))
 
 
 def images(operator: LinearOperator, rows: Tensor) -> Tensor:
@@ -41,6 +47,10 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
 
     A product of matrices adds up a million float32 terms one after the other, to four digits: so a stretch at a time.
     """
+    return summed_over_rows(first, second, _inner)
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
     total = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
     for a, b in zip(first.split(_STRETCH, 1), second.split(_STRETCH, 1), strict=True):
         total += (a @ b.mT).double()

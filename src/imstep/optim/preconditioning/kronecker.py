@@ -12,7 +12,6 @@ from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.kronecker_blocks import EigenbasisMoments, FactoredDamping, LayerInverses, TikhonovDamping
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.sharded import between
 from imstep.linalg import LinearOperator
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
@@ -105,9 +104,8 @@ class _KroneckerPreconditioner(Preconditioner):
     def __init__(
         self, kind: Kronecker | KroneckerEigenbasis, parameters: ParameterVector, inverses: LayerInverses
     ) -> None:
-        self._kind, self._parameters, self._inverses = kind, parameters.evaluated, inverses
-        self._held = parameters
-        self._factors = KroneckerFactors(parameters.evaluated, kind.decay, inverses)
+        self._kind, self._parameters, self._inverses = kind, parameters, inverses
+        self._factors = KroneckerFactors(parameters, kind.decay, inverses)
         self._generator = torch.Generator(device=parameters.device).manual_seed(kind.seed)
         self._steps = self._due = 0
         self._decay: tuple[float, ...] | None = None  # of each parameter
@@ -120,7 +118,7 @@ class _KroneckerPreconditioner(Preconditioner):
         if due:
             self._due = self._steps + min(self._kind.every, max(2, self._steps // YOUNG))
         self._steps += 1
-        return LayerObserver(self._parameters.tensors, self._kind.largest) if due else None
+        return LayerObserver(self._parameters.evaluated.tensors, self._kind.largest) if due else None
 
     def refresh(self, evidence: Evidence) -> Cost:
         point, observer = evidence.point, evidence.observer
@@ -137,7 +135,7 @@ class _KroneckerPreconditioner(Preconditioner):
         if self._inverse_damping == 0 or not near:
             self._inverse_damping, self._inverse_decay = damping, self._decay
             self._inverse = self._factors.preconditioner(damping, self._decay)
-        return None if self._inverse is None else between(self._held, self._inverse)
+        return self._inverse
 
     def _shifts(self, damping: float, decay: Sequence[float] | None) -> list[float]:
         """What is added to the curvature of each parameter."""

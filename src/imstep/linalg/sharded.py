@@ -265,7 +265,7 @@ def _product(func: Any, first: Tensor, second: Tensor) -> Any:
 
 @_rule(aten.addmm.default)
 def _added(func: Any, t: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return beta * t + alpha * (first @ second)
+    return beta * t + alpha * torch.mm(first, second)
 
 
 @_rule(aten.sum.default)

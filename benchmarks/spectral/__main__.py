@@ -146,7 +146,7 @@ def ask_pairs(side: Side, hessian: imstep.Hessian, size: Size, limit: float) -> 
 
 def ask_density(side: Side, size: Size, probes: int, limit: float) -> dict[str, Any]:
     """The time of all probes, from that of the first so many."""
-    seconds = timed(lambda: side.density(size.steps, probes, SEED), limit)[0]
+    seconds = timed(lambda: side.density(size.steps, probes, SEED), limit * probes / size.probes)[0]
     return {"seconds": seconds * size.probes / probes, "reached": True}
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from benchmarks.record_page import Row, complete, load, show, table
 from imstep import LeastSquares, MicroBatches, NewtonKrylov
-from imstep.curvature import MeanOverSamples
+from imstep.curvature import MeanOverSamples, processes
 from imstep.tasks import get_task
 from imstep.tasks.examples import Batch
 
@@ -49,7 +49,8 @@ class Counted:
         self.sent: Counter[str] = Counter()
         self._delay = delay
         dist.all_reduce = self._counting("sums", dist.all_reduce, 0)
-        dist.all_gather_into_tensor = self._counting("gathers", dist.all_gather_into_tensor, 1)
+        # By another name of torch.distributed in each of its versions.
+        processes._all_gather = self._counting("gathers", processes._all_gather, 1)
         module = dist.distributed_c10d  # where objects are exchanged by this
         module.all_gather = self._counting("exchanges", module.all_gather, 1)
 

@@ -41,8 +41,8 @@ from imstep import spectral  # noqa: E402
 
 SEED = 0
 LIMIT, LEAST_LIMIT = 3.0, 20.0
-"""Times imstep's seconds for a question that a peer is given, all budgets together, and the least: then it is
-stopped."""
+"""Times imstep's seconds after which a peer is stopped, and the least: for eigenpairs all budgets together, for a trace
+each run."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def main() -> None:
             now = json.loads(json.dumps(record))
             if any(earlier[key] != now[key] for key in ("versions", "cpu", "threads", "size")):
                 parser.error(f"{path} has other versions, machine or questions: delete it to begin anew.")
-            record["models"] = earlier["models"]
+            record |= {"models": earlier["models"], "notes": earlier.get("notes", [])}
         # What is measured stays, should a later side fail.
         keep = lambda: None if options.short else path.write_text(json.dumps(record, indent=1) + "\n")
         for name in options.models or size.models:

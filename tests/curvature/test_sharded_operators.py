@@ -19,6 +19,7 @@ from imstep.curvature import Categorical, Fisher, GaussNewton, Hessian, Jacobian
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
 from imstep.linalg.sharded import ShardedTensor
 from imstep.spectral import density, diagonal, eigenpairs, trace
+from imstep.spectral.probes import norms
 from tests.launching import Outcomes, outcomes
 
 V = torch.randn(155, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -111,6 +112,8 @@ def spectra(rank: int) -> None:
     args = {"steps": 4, "probes": 3, "width": 0.01}
     same(density(ours, **args).values, density(alone, **args).values)
     same((-ours + 0.5 * ours) @ V[:, 0], -0.5 * alone @ V[:, 0])
+    assert eigenpairs(0.0 * ours, 1).values.tolist() == [0.0]
+    assert norms(ours.held(1e-200 * V[None, :, 0])).item() == pytest.approx(1e-200 * float(V[:, 0].norm()))
     assert isinstance((0.5 * ours + ours).held(V[:, 0]), ShardedTensor)
 
 

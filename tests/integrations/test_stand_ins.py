@@ -221,10 +221,7 @@ def test_a_module_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         {"gradient_clip_val": 1.0},
         {"accumulate_grad_batches": 2},
         {"strategy": object()},
-        {
-            "strategy": several(),
-            "world_size": 2,
-        },
+        {"strategy": several(), "world_size": 2},
     ):
         with pytest.raises(ValueError, match=r"Leave it out|process_group=torch.distributed.group.WORLD"):
             monitor.on_train_start(SimpleNamespace(optimizers=[optimizer], **{**settings, **change}), module)

@@ -42,6 +42,20 @@ def numbers(run: RunDirectory) -> list[dict[str, Any]]:
     return rows
 
 
+def in_two_parts(folder: Path, config: RunConfig, stop: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a run that was stopped and gone on with, and of one that was not."""
+    with RunDirectory.create(folder / "whole", config) as run:
+        go(run, config.build())
+        expected = numbers(run)
+    with RunDirectory.create(folder / "parts", config) as run:
+        go(run, config.build(), stop)
+    with RunDirectory.open(folder / "parts") as run:
+        trainer = run.config.build()
+        run.restore(trainer)
+        go(run, trainer)
+        return numbers(run), expected
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return trainer.problem.model.state_dict()
 
@@ -80,17 +94,8 @@ def test_resumed_equals_uninterrupted(
 def test_a_run_whose_points_grow_resumes(tmp_path: Path) -> None:
     """With 8 points a step of 160 the loss elsewhere soon leaves that at the points of the steps behind."""
     settings = {"first_points": 8, "dtype": "float64", "epochs": 14.0, "examples": 160}
-    config = config_of("least-squares", None, "heat-1d", **settings)
-    with RunDirectory.create(tmp_path / "whole", config) as run:
-        go(run, config.build())
-        expected = numbers(run)
-    with RunDirectory.create(tmp_path / "parts", config) as run:
-        go(run, config.build(), 10)
-    with RunDirectory.open(tmp_path / "parts") as run:
-        trainer = run.config.build()
-        run.restore(trainer)
-        go(run, trainer)
-        assert numbers(run) == expected
+    found, expected = in_two_parts(tmp_path, config_of("least-squares", None, "heat-1d", **settings), stop=10)
+    assert found == expected
     points = [row["step_cost"] for row in expected if "step_cost" in row]
     assert points[-1] > 3 * points[0]
     with pytest.raises(TaskError, match="1 to 159 points"):
@@ -104,17 +109,8 @@ def test_a_run_whose_points_grow_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"least-squares"}))
 def test_a_convolutional_net_resumes_in_either_type(tmp_path: Path, optimizer: str, dtype: str) -> None:
-    config = config_of(optimizer, None, "digits-cnn", epochs=3.0, dtype=dtype)
-    with RunDirectory.create(tmp_path / "whole", config) as run:
-        go(run, config.build())
-        expected = numbers(run)
-    with RunDirectory.create(tmp_path / "parts", config) as run:
-        go(run, config.build(), 2)
-    with RunDirectory.open(tmp_path / "parts") as run:
-        trainer = run.config.build()
-        run.restore(trainer)
-        go(run, trainer)
-        assert numbers(run) == expected
+    found, expected = in_two_parts(tmp_path, config_of(optimizer, None, "digits-cnn", epochs=3.0, dtype=dtype), stop=2)
+    assert found == expected
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -105,6 +105,11 @@ class Entry:
         return self.name or self.task
 
     @property
+    def level(self) -> float | None:
+        """The target as `Measure.value` would give it, so that less is better; None without one."""
+        return None if self.target is None else self.measure.shown(self.target)
+
+    @property
     def limits(self) -> Limits:
         """Of a run."""
         return Limits(budget=self.budget) if self.seconds is None else Limits(seconds=self.seconds)

@@ -138,9 +138,8 @@ def summarise(entry: Entry, runs: dict[str, Sequence[BenchRun]]) -> Summary | No
     measure = entry.measure
     bests = {side.name: statistics.median_high(run.best(measure) for run in rows) for side, rows in found}
     peers = [bests[side.name] for side, _ in found if side.name != OWN and not side.reference]
-    if entry.target is not None:
-        level = -entry.target if measure.larger else entry.target
-    else:
+    level = entry.level
+    if level is None:
         level = max([*([bests[OWN]] if OWN in bests else []), *([min(peers)] if peers else [])])
     standings = [
         Standing(

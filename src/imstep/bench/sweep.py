@@ -82,7 +82,7 @@ class Sweep:
         told = []
         for currency, title in CURRENCIES.items():
             size = self.leads_from(currency)
-            told.append(f"{title}: " + ("at no largest batch" if size is None else f"from batches of {size:,} on"))
+            told.append(f"{title}: " + ("not at the largest batch" if size is None else f"from batches of {size:,} on"))
         return f"imstep is first in {'; '.join(told)}."
 
     @property
@@ -123,9 +123,9 @@ def sweeps(entries: Sequence[Entry], runs: Mapping[str, Mapping[str, Sequence[Be
 
 
 def _cell(entry: Entry, side: str, title: str, rows: Sequence[BenchRun]) -> Cell:
+    level = entry.level
     assert entry.batch_size is not None
-    assert entry.target is not None
-    level = -entry.target if entry.measure.larger else entry.target
+    assert level is not None
     reached = [next((p for p in run.points if entry.measure.value(p) <= level), None) for run in rows]
     of = lambda find: statistics.median_high(math.inf if p is None else float(find(p)) for p in reached)
     return Cell(

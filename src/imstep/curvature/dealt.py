@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.curvature.kronecker_blocks import AnyBlock, Block, EigenBlock, Inverse, LayerInverses, disjoint, locally
+from imstep.curvature.kronecker_blocks import AnyBlock, Block, EigenBlock, Inverse, locally
 from imstep.curvature.kronecker_inverse import (
+    DampedFactors,
     KroneckerInverse,
     apply_blocks,
     curvature_facts,
     scales,
-    typical_curvature,
 )
 from imstep.curvature.kronecker_sharing import Sharing
 from imstep.curvature.parameters import ParameterVector
@@ -66,11 +66,12 @@ class Dealt(Sharing):
         parameters: of the model.
     """
 
+    most = TOGETHER
+
     def __init__(self, parameters: ShardedParameters) -> None:
         assert parameters.processes is not None
         super().__init__(parameters.processes)
         self.parameters, self.group = parameters, parameters.processes
-        self.most = TOGETHER
         self._owner: dict[int, int] = {}
         self._load = [0] * self.group.size
 
@@ -135,18 +136,9 @@ def sharing_of(parameters: ParameterVector) -> Sharing:
     return Dealt(parameters) if isinstance(parameters, ShardedParameters) else Sharing(parameters.processes)
 
 
-def inverse_of(
-    sharing: Sharing,
-    parameters: ParameterVector,
-    blocks: Sequence[Block],
-    diagonals: dict[int, Tensor],
-    direct: dict[int, float],
-    damping: Sequence[float],
-    inverses: LayerInverses,
-) -> LinearOperator:
-    """The damped inverse of layers and diagonals."""
-    of = disjoint(blocks), diagonals, direct, damping, inverses
-    return DealtInverse(sharing, *of) if isinstance(sharing, Dealt) else KroneckerInverse(parameters, *of)
+def inverse_of(sharing: Sharing, parameters: ParameterVector, factors: DampedFactors) -> LinearOperator:
+    """The inverse of damped factors."""
+    return DealtInverse(sharing, factors) if isinstance(sharing, Dealt) else KroneckerInverse(parameters, factors)
 
 
 class DealtInverse(LinearOperator):
@@ -154,27 +146,16 @@ class DealtInverse(LinearOperator):
 
     Args:
         dealing: who has what.
-        blocks: disjoint.
-        diagonals, direct, damping: of each parameter.
-        inverses: how layers are inverted.
+        factors: what is inverted.
 
     Cost: two all-to-all of n numbers over W, and 1/W of the multiplications.
     """
 
-    def __init__(
-        self,
-        dealing: Dealt,
-        blocks: Sequence[Block],
-        diagonals: dict[int, Tensor],
-        direct: dict[int, float],
-        damping: Sequence[float],
-        inverses: LayerInverses,
-    ) -> None:
+    def __init__(self, dealing: Dealt, factors: DampedFactors) -> None:
         parameters = dealing.parameters
         super().__init__(parameters.size, parameters.dtype, parameters.device)
-        self._dealing, self._parameters, self._kind = dealing, parameters, inverses
-        self._blocks, self._diagonals, self._direct, self._damping = blocks, diagonals, direct, damping
-        owners = {at: dealing.owner(b.weight) for b in blocks for at in (b.weight, b.bias) if at is not None}
+        self._dealing, self._parameters, self._factors = dealing, parameters, factors
+        owners = {at: dealing.owner(b.weight) for b in factors.blocks for at in (b.weight, b.bias) if at is not None}
         self._owners = [owners.get(at) for at in range(len(parameters.tensors))]
 
     @cached_property
@@ -183,24 +164,25 @@ class DealtInverse(LinearOperator):
 
         At the first product, to which all processes come together, and not at the loading of a state.
         """
-        processes, mine = self._dealing.group, [self._dealing.mine(b.weight) for b in self._blocks]
+        processes, blocks = self._dealing.group, self._factors.blocks
+        mine = [self._dealing.mine(b.weight) for b in blocks]
         facts = curvature_facts(
-            [locally(b) if own else None for b, own in zip(self._blocks, mine, strict=True)],
+            [locally(b) if own else None for b, own in zip(blocks, mine, strict=True)],
             # What is whole in all processes counts once.
             [
                 own_entries(d) if isinstance(d, ShardedTensor) or processes.rank == 0 else None
-                for d in self._diagonals.values()
+                for d in self._factors.diagonals.values()
             ],
             self.device,
         )
-        typical, shifts = typical_curvature(processes.total(facts), self._blocks, self._direct, self._damping)
+        typical, shifts = self._factors.typical(processes.total(facts))
         made: list[tuple[Block, Inverse]] = []
 
         def invert() -> None:
-            for block, shift, own in zip(self._blocks, shifts, mine, strict=True):
+            for block, shift, own in zip(blocks, shifts, mine, strict=True):
                 if own:
                     block = locally(block)
-                    made.append((block, self._kind.inverse(block, shift)))
+                    made.append((block, self._factors.inverses.inverse(block, shift)))
 
         processes.sum(invert, 0, self._parameters)
         return made, self._scales(typical)
@@ -208,13 +190,13 @@ class DealtInverse(LinearOperator):
     def _scales(self, typical: float) -> Tensor:
         pieces = []
         for at, (length, owner) in enumerate(zip(self._parameters.cut.lengths, self._owners, strict=True)):
-            d = self._diagonals.get(at)
+            d = self._factors.diagonals.get(at)
             if d is None or owner is not None:
                 pieces.append(torch.ones(length, dtype=self.dtype, device=self.device))
                 continue
             own = own_entries(d).reshape(-1)
             own = own if isinstance(d, ShardedTensor) else own.narrow(0, *self._parameters.cut.place(at))
-            pieces.append(scales(own, typical, self._damping[at]))
+            pieces.append(scales(own, typical, self._factors.damping[at]))
         return torch.cat(pieces)
 
     def matvec(self, vector: Tensor) -> Tensor:

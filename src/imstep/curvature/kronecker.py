@@ -17,6 +17,7 @@ from imstep.complexstep.later import later_grad
 from imstep.curvature.dealt import inverse_of, sharing_of
 from imstep.curvature.frozen import Linearisation
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
+from imstep.curvature.kronecker_inverse import DampedFactors
 from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.parameters import ParameterVector, as_reals
@@ -140,9 +141,10 @@ class KroneckerFactors:
         """(approximation + damping I)⁻¹, None before the first update; ``decay`` is added for each parameter."""
         if not self._blocks and not self._diagonals:
             return None
-        blocks, direct = list(self._blocks.values()), self._direct
+        blocks = disjoint(list(self._blocks.values()))
         shifts = [damping + rate for rate in decay or [0.0] * len(self._parameters.tensors)]
-        return inverse_of(self._sharing, self._parameters, blocks, self._diagonals, direct, shifts, self._inverses)
+        factors = DampedFactors(blocks, self._diagonals, self._direct, shifts, self._inverses)
+        return inverse_of(self._sharing, self._parameters, factors)
 
     def blocks(self) -> list[Block]:
         """The factors of each layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,37 +14,60 @@ from imstep.curvature.shared_inverses import inverted
 from imstep.linalg import LinearOperator
 
 
+@dataclass(frozen=True, eq=False)
+class DampedFactors:
+    """The approximation of curvature that is inverted.
+
+    Attributes:
+        blocks: of layers, disjoint.
+        diagonals: of other parameters, by position.
+        direct: mean curvature of losses of a parameter itself, by position.
+        damping: of each parameter.
+        inverses: how layers are inverted.
+    """
+
+    blocks: Sequence[Block]
+    diagonals: dict[int, Tensor]
+    direct: dict[int, float]
+    damping: Sequence[float]
+    inverses: LayerInverses
+
+    def typical(self, facts: Tensor) -> tuple[float, list[float]]:
+        """The mean diagonal entry, where it is positive, and what is added to that of each block; by what
+        :func:`curvature_facts` says.
+
+        With one synchronisation of the device for all of them.
+        """
+        found, count = facts.tolist(), len(self.blocks)
+        means = [mean for mean, _ in found[:count]] + [s / n for s, n in found[count:] if n]
+        positive = [mean for mean in means if mean > 0]
+        typical = sum(positive) / len(positive) if positive else 1.0
+        # Nothing passes through a layer that is not known yet: it is moved on the scale of the others.
+        least = [0.0 if passes else 1e-3 * typical for _, passes in found[:count]]
+        shifts = [self.damping[b.weight] + self.direct.get(b.weight, 0.0) for b in self.blocks]
+        return typical, [max(pair) for pair in zip(shifts, least, strict=True)]
+
+
 class KroneckerInverse(LinearOperator):
     """Applies the inverses of layers block by block, and of the diagonal.
 
     Args:
         parameters: the vector that it multiplies.
-        blocks: disjoint.
-        diagonals, direct, damping: of each parameter.
-        inverses: how layers are inverted.
+        factors: what is inverted.
     """
 
-    def __init__(
-        self,
-        parameters: ParameterVector,
-        blocks: Sequence[Block],
-        diagonals: dict[int, Tensor],
-        direct: dict[int, float],
-        damping: Sequence[float],
-        inverses: LayerInverses,
-    ) -> None:
+    def __init__(self, parameters: ParameterVector, factors: DampedFactors) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
-        self._parameters = parameters
-        facts = curvature_facts(blocks, list(diagonals.values()), self.device)
-        typical, self._shifts = typical_curvature(facts, blocks, direct, damping)
-        self._blocks, self._kind = blocks, inverses
+        self._parameters, self._factors = parameters, factors
+        blocks, diagonals = factors.blocks, factors.diagonals
+        typical, self._shifts = factors.typical(curvature_facts(blocks, list(diagonals.values()), self.device))
         # Processes that share out the work come to a product together, not to the loading of a state.
         self._inverses = self._made() if parameters.processes is None else None
         blocked = {at for b in blocks for at in (b.weight, b.bias)}
-        self._scales = {at: scales(d, typical, damping[at]) for at, d in diagonals.items() if at not in blocked}
+        self._scales = {at: scales(d, typical, factors.damping[at]) for at, d in diagonals.items() if at not in blocked}
 
     def _made(self) -> list[Inverse]:
-        return inverted(self._parameters, self._blocks, self._shifts, self._kind)
+        return inverted(self._parameters, self._factors.blocks, self._shifts, self._factors.inverses)
 
     def matvec(self, vector: Tensor) -> Tensor:
         if self._inverses is None:
@@ -51,7 +75,7 @@ class KroneckerInverse(LinearOperator):
         parts = dict(enumerate(self._parameters.views(vector)))
         for at, scale in self._scales.items():
             parts[at] = parts[at] * scale
-        apply_blocks(list(zip(self._blocks, self._inverses, strict=True)), parts)
+        apply_blocks(list(zip(self._factors.blocks, self._inverses, strict=True)), parts)
         return self._parameters.flatten([parts[at] for at in range(len(parts))])
 
 
@@ -80,32 +104,12 @@ def curvature_facts(
     """Of each block the mean of its diagonal and whether anything passes through the layer; of each diagonal the sum
     of what is positive, and how many are. Zeros for None: facts of several processes add up.
     """
-    none = torch.zeros(2, dtype=torch.float64, device=device)
-    facts = [none]
-    for b in blocks:
+    facts = torch.zeros(len(blocks) + len(diagonals), 2, dtype=torch.float64, device=device)
+    for fact, b in zip(facts, blocks, strict=False):
         if b is not None:
             a, g = b.inputs.diagonal(), b.outputs.diagonal()
-            facts.append(torch.stack([(a.mean() * g.mean()).double(), (a.any() & g.any()).double()]))
-        else:
-            facts.append(none)
-    for d in diagonals:
-        found = none if d is None else torch.stack([d.clamp(min=0).sum().double(), (d > 0).sum().double()])
-        facts.append(found)
-    return torch.stack(facts[1:]) if facts[1:] else none[None][:0]
-
-
-def typical_curvature(
-    facts: Tensor, blocks: Sequence[Block], direct: dict[int, float], damping: Sequence[float]
-) -> tuple[float, list[float]]:
-    """The mean diagonal entry of the approximation, where it is positive, and what is added to that of each block.
-
-    With one synchronisation of the device for all of them.
-    """
-    found = facts.tolist()
-    means = [mean for mean, _ in found[: len(blocks)]] + [s / n for s, n in found[len(blocks) :] if n]
-    positive = [mean for mean in means if mean > 0]
-    typical = sum(positive) / len(positive) if positive else 1.0
-    # Nothing passes through a layer that is not known yet: it is moved on the scale of the others.
-    least = [0.0 if passes else 1e-3 * typical for _, passes in found[: len(blocks)]]
-    shifts = [damping[b.weight] + direct.get(b.weight, 0.0) for b in blocks]
-    return typical, [max(pair) for pair in zip(shifts, least, strict=True)]
+            fact[0], fact[1] = a.mean() * g.mean(), a.any() & g.any()
+    for fact, d in zip(facts[len(blocks) :], diagonals, strict=True):
+        if d is not None:
+            fact[0], fact[1] = d.clamp(min=0).sum(), (d > 0).sum()
+    return facts

@@ -18,11 +18,11 @@ class Sharing:
         processes: that add up what they find; None for one alone.
     """
 
+    most: float = math.inf
+    """Numbers of factors that are summed over processes at once."""
+
     def __init__(self, processes: Processes | None) -> None:
         self.processes = processes
-
-    most = math.inf
-    """Numbers of factors that are summed over processes at once."""
 
     def at_once(self, blocks: Sequence[Block]) -> list[Sequence[Block]]:
         """The layers that are dealt with together."""

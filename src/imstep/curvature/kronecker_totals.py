@@ -101,7 +101,8 @@ def found_together(
     find: Callable[[torch.Generator, Sequence[Place] | None, bool], Totals],
     sharing: Sharing,
 ) -> Totals:
-    """The sums over processes of what each finds, by one all-reduce, after an exchange of what there is.
+    """The sums over processes of what each finds, by all-reduces of ``sharing.most`` numbers, after an exchange of what
+    there is.
 
     Targets are those of one process on the whole batch, for which every process draws all random numbers, unless these
     are many or the batch is in pieces: then each process draws its own.

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes | None) -> ParameterVector:
     """The vector of parameters, some of which may be sharded over the processes by ``fully_shard``."""
-    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
-    tensors = params.parameters() if isinstance(params, nn.Module) else params
+    params, tensors = _listed(params)
     if processes is not None and any(is_sharded(p) for p in tensors if getattr(p, "requires_grad", False)):
         return ShardedParameters(params, processes)
     return ParameterVector(params, processes)
@@ -42,12 +41,19 @@ def parameter_vector(params: nn.Module | Iterable[Tensor], processes: Processes 
 
 def parameters_of(params: nn.Module | Iterable[Tensor], group: ProcessGroup | None) -> ParameterVector:
     """The vector of parameters for a group of processes, also of one alone where they are sharded."""
-    params = params if isinstance(params, (nn.Module, Tensor)) else list(params)
+    params, tensors = _listed(params)
     processes = Processes.of(group)
-    tensors = params.parameters() if isinstance(params, nn.Module) else params
     if group is not None and processes is None and any(map(is_sharded, tensors)):
         processes = Processes(group)
     return parameter_vector(params, processes)
+
+
+def _listed(params: nn.Module | Iterable[Tensor]) -> tuple[nn.Module | Iterable[Tensor], list[Tensor]]:
+    """Parameters that may be gone through again, and their tensors; one tensor in place of several is refused later."""
+    if isinstance(params, Tensor):
+        return params, [params]
+    tensors = list(params.parameters() if isinstance(params, nn.Module) else params)
+    return params if isinstance(params, nn.Module) else tensors, tensors
 
 
 class ShardedParameters(ParameterVector):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from imstep.optim.averaging import Averaging
 from imstep.optim.balancing import Balancing
 from imstep.optim.box import Box, BoxedParameters
 from imstep.optim.checking import Check
+from imstep.optim.closure_needed import needs_closure
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.recall import EarlierDraws
@@ -31,7 +31,7 @@ from imstep.optim.residual_settings import Settings
 from imstep.optim.scaling import Scaling, Unscaled
 from imstep.optim.sharing import shared_loss
 from imstep.optim.step_attempt import StepAttempt
-from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
+from imstep.optim.stepwise import StepwiseOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -200,7 +200,7 @@ class LeastSquares(StepwiseOptimizer):
                 "balance weights the terms of one loss, and in a batch in pieces each piece has terms of its own. Take "
                 "all in one closure, or leave balance out."
             )
-        with nullcontext() if self._processes is None else self._processes.interrupted_together():
+        with self._together():
             return self._step(closure) if check is None else self._step_and_check(closure, check)
 
     def _step(self, closure: Callable[[], Any]) -> Tensor:

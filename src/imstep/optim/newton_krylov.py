@@ -15,6 +15,7 @@ from imstep.curvature.processes import Processes
 from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.averaging import Averaging
+from imstep.optim.closure_needed import needs_closure
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
@@ -22,7 +23,7 @@ from imstep.optim.preconditioning import Kronecker, Preconditioning
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
-from imstep.optim.stepwise import StepwiseOptimizer, needs_closure
+from imstep.optim.stepwise import StepwiseOptimizer
 from imstep.optim.strategies import Strategies
 from imstep.optim.variance_reduction import VarianceReduction
 

@@ -126,3 +126,27 @@ def _unpacked(packed: Sequence[Tensor]) -> dict[str, Any]:
     put_back = lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d
     found: dict[str, Any] = json.loads(bytes(text.tolist()), object_hook=put_back)
     return found
+
+
+def saved_forms(parameters: ParameterVector) -> dict[str, Any]:
+    """What an entry says of the parameters that it belongs to."""
+    tensors = parameters.tensors
+    return {"shapes": [list(p.shape) for p in tensors], "dtypes": [str(p.dtype) for p in tensors]}
+
+
+def check_saved_forms(entry: dict[str, Any], parameters: ParameterVector) -> None:
+    """Raise where an entry belongs to parameters of other shapes or dtypes."""
+    shapes, dtypes = saved_forms(parameters).values()
+    if entry.get("shapes") != shapes:
+        raise ValueError(
+            f"this state belongs to parameters of shapes {entry.get('shapes')}, the optimizer has {shapes}. "
+            "Load it into an optimizer of the same model, with the same parameters frozen."
+        )
+    saved = entry.get("dtypes", dtypes)
+    if saved != dtypes:
+        at = next(i for i, kinds in enumerate(zip(saved, dtypes, strict=True)) if kinds[0] != kinds[1])
+        raise ValueError(
+            f"this state belongs to parameters of other dtypes: number {at} was {saved[at]} and is {dtypes[at]}. "
+            "Convert the model to what it was, for instance with model.double(), before the optimizer is built, or "
+            "begin with a fresh optimizer."
+        )

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,13 @@ from imstep.curvature.shared import SharedBatch
 from imstep.optim.arguments import check_device
 from imstep.optim.averaging import Average, Averaging
 from imstep.optim.box import Box
+from imstep.optim.closure_needed import needs_closure
 from imstep.optim.examination import Examination
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
 from imstep.optim.pace import Pace, option_of, options_of
 from imstep.optim.record import Cost, StepOutcome, StepRecord
-from imstep.optim.saving import SavedOptimizer
+from imstep.optim.saving import SavedOptimizer, check_saved_forms, saved_forms
 from imstep.optim.sharing import shared_batch, state_digest
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.step_attempt import StepAttempt
@@ -40,29 +41,6 @@ from imstep.optim.strategies import short
 
 _OF_OTHERS = ("name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 """Options of groups that schedulers and loggers write for themselves."""
-
-_Step = TypeVar("_Step", bound=Callable[..., Any])
-
-
-def needs_closure(step: _Step) -> _Step:
-    """A step that says what it needs where it is called without its closure."""
-
-    @functools.wraps(step)
-    def checked(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        closure = args[0] if args else kwargs.get("closure")
-        # A list holds the pieces of a batch; what is in it is looked at where it is taken apart.
-        if not callable(closure) and not isinstance(closure, (list, tuple)):
-            name, got = type(self).__name__, "nothing" if closure is None else f"a {type(closure).__name__}"
-            raise TypeError(
-                f"{name}.step needs a closure that evaluates the model and returns the loss, since a step evaluates "
-                f"it several times; got {got}. Call optimizer.step(closure) with such a function, as for "
-                "torch.optim.LBFGS. For Hugging Face's Trainer and PyTorch-Ignite imstep.integrations does so. A "
-                "torch.amp.GradScaler cannot pass one on: use autocast without it, with bfloat16."
-            )
-        return step(self, *args, **kwargs)
-
-    return checked  # type: ignore[return-value]
-
 
 @functools.cache
 def _arguments(kind: type) -> frozenset[str]:
@@ -390,8 +368,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         entry = {
             "memory": self._memory.to_dict(),
             "cost": asdict(self.cost),
-            "shapes": [list(p.shape) for p in self._parameters.tensors],
-            "dtypes": [str(p.dtype) for p in self._parameters.tensors],
+            **saved_forms(self._parameters),
             **self._parts(),
         }
         if self._average is not None:
@@ -400,20 +377,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
 
     def _load_entry(self, entry: dict[str, Any]) -> None:
         self._follow_parameters()
-        shapes, dtypes = zip(*((list(p.shape), str(p.dtype)) for p in self._parameters.tensors), strict=True)
-        if entry.get("shapes") != list(shapes):
-            raise ValueError(
-                f"this state belongs to parameters of shapes {entry.get('shapes')}, the optimizer has {list(shapes)}. "
-                "Load it into an optimizer of the same model, with the same parameters frozen."
-            )
-        saved = entry.get("dtypes", list(dtypes))
-        if saved != list(dtypes):
-            at = next(i for i, kinds in enumerate(zip(saved, dtypes, strict=True)) if kinds[0] != kinds[1])
-            raise ValueError(
-                f"this state belongs to parameters of other dtypes: number {at} was {saved[at]} and is {dtypes[at]}. "
-                "Convert the model to what it was, for instance with model.double(), before the optimizer is built, or "
-                "begin with a fresh optimizer."
-            )
+        check_saved_forms(entry, self._parameters)
         try:
             memory, cost = Memory.from_dict(entry["memory"]), Cost(**entry["cost"])
             parts = {name: entry[name] for name in self._parts()}

@@ -64,9 +64,9 @@ def norms(rows: Tensor) -> Tensor:
     if bool(((squares > tiny / torch.finfo(rows.dtype).eps) & torch.isfinite(squares)).all()):
         return squares.sqrt()
     # Squares may leave the range of the dtype where the entries do not.
-    largest = rows.abs().amax(1, keepdim=True).clamp(min=tiny) if rows.shape[1] else rows.new_ones(len(rows), 1)
-    scaled = rows / largest
-    return row_dots(scaled, scaled).sqrt() * largest[:, 0].double()
+    scale = rows.abs().double().sum(1).clamp(min=tiny)
+    scaled = rows.double() / scale[:, None]
+    return row_dots(scaled, scaled).sqrt() * scale
 
 
 def outside(rows: Tensor, basis: Tensor) -> Tensor:

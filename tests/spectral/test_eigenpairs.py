@@ -141,7 +141,7 @@ def test_an_interrupted_search_goes_on_where_it_was():
         rounds += 1
         A = Counted(matrix)
         part = spectral.eigenpairs(
-            A, 6, tol=1e-8, max_products=20 + 7 * rounds, resume=torch.load(file, weights_only=True)
+            A, 6, tol=1e-8, max_products=20 + 5 * rounds, resume=torch.load(file, weights_only=True)
         )
         spent += A.products
     assert rounds > 2

@@ -44,6 +44,15 @@ _WHOLE = 1024
 _FEWEST = 5
 """Steps from a random vector before anything can be said."""
 
+_AGAIN = 20
+"""Vectors that there is to be room for when a search begins anew."""
+
+_STARTS = 3
+"""Random vectors whose Krylov spaces are told apart; when a further one is begun with, only what is found is kept."""
+
+_UNSEEN = 0.1
+"""Times 1/√n: a smaller part of a random vector may escape. A part is as small in less than 8 % of cases."""
+
 _APART = 0.01
 """Part of the range of eigenvalues: a pair that was missed and stands out by less may stay so."""
 
@@ -170,7 +179,7 @@ class _Search:
         self, space: KrylovSpace, k: int, which: str, tol: float, progress: Callable[[EigenProgress], None] | None
     ) -> None:
         self.space, self.k, self.tol, self._progress = space, k, tol, progress
-        self.key = _KEYS[which]
+        self.key, self._which = _KEYS[which], which
         self._worst: float | None = None  # key of the last pair, while the search looks for what it missed
         self._since = 0
 
@@ -179,12 +188,17 @@ class _Search:
         while self.space.products < limit:
             if self.space.full:
                 self._restart()
-            self.space.expand()
+            self.space.expand(self._towards())
             if self.space.broken:
                 return False
             if self._step():
                 return True
         return False
+
+    @property
+    def _level(self) -> float:
+        """What residuals by the recurrence must reach."""
+        return _INNER * self.tol * self.space.scale
 
     def wanted(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values, coordinates and residual norms of all Ritz pairs, the most wanted first."""
@@ -202,7 +216,7 @@ class _Search:
     def _step(self) -> bool:
         """What the last product has shown; whether the search is over."""
         values, coordinates, residuals = self.wanted()
-        level = _INNER * self.tol * self.space.scale
+        level = self._level
         converged = int((residuals[: self.k] <= level).sum())
         if self._progress is not None:
             self._progress(EigenProgress(self.space.products, converged, values[: self.k], residuals[: self.k]))
@@ -215,25 +229,41 @@ class _Search:
         if self._worst is None:
             if converged == self.k:
                 self._worst, self._since = float(keys[self.k - 1]), 0
-                self.space.begin_anew(values[: self.k], coordinates[:, : self.k])
+                self._look_again(values, coordinates, level)
             return False
-        return self.space.full or self._since >= max(_FEWEST, self._enough(keys, residuals))
+        return self.space.full or (self._since >= _FEWEST and self._nothing_missed(self._worst))
 
-    def _enough(self, keys: Tensor, residuals: Tensor) -> float:
-        """Steps after which a missed pair would have shown itself, were it as wanted as the last one.
+    def _look_again(self, values: Tensor, coordinates: Tensor, level: float) -> None:
+        """Begin with a random vector, beside all that is known: that leaves little to search through."""
+        crowded = self.space.starts == _STARTS
+        kept = self.k if crowded else max(self.k, min(len(values), self.space.capacity - _AGAIN))
+        self.space.restart(values[:kept], coordinates[:, :kept])
+        self.space.begin_anew(level)
 
-        A random vector has about 1/√n of an eigenvector. A polynomial of degree j, bounded by 1 on the other
-        eigenvalues, magnifies it by cosh(j acosh x), x being where it lies if the others lie in [-1, 1].
+    def _nothing_missed(self, worst: float) -> bool:
+        """Whether the steps since would have shown a missed pair, were it as wanted as the last one.
+
+        They have made a polynomial p, monic with the Ritz values as zeros, of A at the random unit vector w, and found
+        ‖p(A) w‖ = Π β. An eigenvector of which w has a part c contributes |c p(θ)|, so that |c| <= Π β / |p(θ)|; and
+        |c| < δ/√n has a probability below 0.8 δ.
         """
-        if len(keys) <= self.k or self._worst is None:
-            return math.inf
-        others = float(keys[self.k] + residuals[self.k])
-        least = -others if self.key is _KEYS["LM"] else float(keys[-1])
-        spread = (others - least) / 2
-        beyond = max(self._worst - others, _APART * 2 * spread)
-        if spread <= 0 or beyond <= 0:
-            return 0.0
-        return (1 + math.log(2 * self.space.dimension**0.5)) / math.acosh(1 + beyond / spread)
+        projected, length = self.space.tail(self._since)
+        if length == -math.inf:
+            return True
+        values = torch.linalg.eigvalsh(projected)
+        others, both = float(self.key(values).max()), self.key is _KEYS["LM"]
+        spread = 2 * others if both else float(values[-1] - values[0])
+        at = max(worst, others + _APART * spread)
+        places = {"LM": (at, -at), "LA": (at,), "SA": (-at,)}[self._which]
+        magnified = min(float((place - values).abs().log().sum()) for place in places)
+        return length - magnified < math.log(_UNSEEN / self.space.dimension**0.5)
+
+    def _towards(self) -> int:
+        """Which vector ahead to go on with: the last, the random one, of a search; else what is in the way most."""
+        if self._worst is not None or self.space.starts == 1:
+            return -1
+        _, coordinates, residuals = self.wanted()
+        return self.space.leading(coordinates[:, : self.k] * (residuals[: self.k] > self._level))
 
     def _restart(self) -> None:
         values, coordinates, _ = self.wanted()

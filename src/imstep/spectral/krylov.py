@@ -19,19 +19,19 @@ F64 = torch.float64
 
 
 class KrylovSpace:
-    """Orthonormal vectors V, the rows of a matrix, with T = V A Vᵀ.
+    """Orthonormal vectors V, the rows of a matrix, with T = V A Vᵀ, and a few vectors U to go on with.
 
-        A Vᵀ = Vᵀ T + β v eᵀ,   v the next vector, orthogonal to V
+        A Vᵀ = Vᵀ T + Uᵀ C,   the rows of U orthogonal to each other and to V
 
-    but for the residuals of vectors that were taken as found when a random one was begun with.
+    There is one row in U for each random vector that was begun with, as in a band Lanczos process.
 
     Args:
         operator: A, self-adjoint, of size n.
-        capacity: largest number of vectors, in [2, n).
+        capacity: largest number of vectors in V, in [2, n).
         generator: draws start vectors.
 
     Attributes:
-        size: the number m of vectors.
+        size: the number m of vectors in V.
         products: with A.
         scale: the largest magnitude of a Ritz value so far, which ‖A‖ is at least.
         broken: whether a product was not finite; the space is the one before.
@@ -39,11 +39,12 @@ class KrylovSpace:
 
     def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
         self._operator, self._generator = operator, generator
-        self._basis = no_rows(operator).new_empty(capacity + 1, operator.size)
+        self._basis = no_rows(operator).new_empty(capacity, operator.size)
         self._projected = torch.zeros(capacity, capacity, dtype=F64)
+        self._ahead: list[Tensor] = []  # U
+        self._couplings = torch.zeros(0, 0, dtype=F64)  # C
         self.size, self.products, self.scale, self.broken = 0, 0, 0.0, False
-        self._beta, self._lost = 0.0, 0.0
-        self._couplings = torch.zeros(0, dtype=F64)  # of the next vector with V, by symmetry
+        self._lost = 0.0  # largest entry of C that was left out
         self._begin_randomly()
 
     @property
@@ -52,51 +53,92 @@ class KrylovSpace:
         return self._basis.shape[1]
 
     @property
+    def capacity(self) -> int:
+        """The largest number of vectors in V."""
+        return len(self._projected)
+
+    @property
+    def starts(self) -> int:
+        """The number of vectors in U."""
+        return len(self._ahead)
+
+    @property
     def full(self) -> bool:
         """Whether there is no room for another vector."""
-        return self.size == len(self._projected)
+        return self.size == self.capacity
 
-    def expand(self) -> None:
-        """One vector more, by one product."""
-        m = self.size
-        image, column, norm = self._following(self._operator.matvec(self._basis[m]))
+    def expand(self, which: int = -1) -> None:
+        """One vector of U more in V, by one product; what the product adds takes its place in U."""
+        m, vector = self.size, self._ahead[which]
+        others = [u for u in self._ahead if u is not vector]
+        self._basis[m] = vector
+        image = self._operator.matvec(self._basis[m])
         self.products += 1
-        if not math.isfinite(norm) or not bool(torch.isfinite(column).all()):
+        # What symmetry foretells, of a few vectors as a rule, is taken away first: then one pass over all will do.
+        foretold = torch.cat([self._couplings[which], inner(image[None], self._basis[m, None])[0].cpu()])
+        rest = vector.copy_(image)  # in memory that is there: fresh memory of this size takes as long as three passes
+        for at in foretold.nonzero()[:, 0].tolist():
+            rest.sub_(self._basis[at], alpha=float(foretold[at]))
+        found, norm = self._take_away(rest, m + 1, others)
+        column = foretold + found[: m + 1]
+        if not math.isfinite(norm) or not bool(torch.isfinite(found).all()):
             self.broken = True
             return
         self.scale = max(self.scale, abs(float(column[-1])))
-        self._check_symmetry(column[:m], norm)
+        self._check_symmetry(column[:m], self._couplings[which], norm)
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
-        self.size = m + 1
+        couplings = torch.zeros(len(self._ahead), m + 1, dtype=F64)
+        couplings[:, :m] = self._couplings
+        couplings[[u is not vector for u in self._ahead], m] = found[m + 1 :]
+        couplings[which] = 0.0
+        couplings[which, m] = norm
+        self._couplings, self.size = couplings, m + 1
         # What is left of the product is rounding: the space is invariant, and another one begins.
-        if norm <= 10 * torch.finfo(image.dtype).eps * (float(column.norm()) + self.scale):
+        if norm <= 10 * torch.finfo(rest.dtype).eps * (float(column.norm()) + self.scale):
+            self._drop(self._couplings[:, m] == norm)
             self._begin_randomly()
             return
-        self._beta = norm
-        self._basis[m + 1] = image / norm
-        self._couplings = torch.zeros(m + 1, dtype=F64)
-        self._couplings[m] = norm
+        rest.div_(norm)
+
+    def leading(self, coordinates: Tensor) -> int:
+        """Which vector of U the residuals of Ritz vectors, by their coordinates (m, l), lie along most."""
+        weights = (self._couplings @ coordinates).norm(dim=1)
+        return int(weights.argmax()) if bool(weights.any()) else -1
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (m,) in ascending order, their coordinates (m, m) and residual norms (m,), float64."""
         values, coordinates = torch.linalg.eigh(self._projected[: self.size, : self.size])
         self.scale = max(self.scale, float(values.abs().max()))
-        return values, coordinates, self._beta * coordinates[-1].abs()
+        return values, coordinates, (self._couplings @ coordinates).norm(dim=0)
+
+    def tail(self, steps: int) -> tuple[Tensor, float]:
+        """Of the last ``steps`` vectors, a Lanczos process of their own: their part of T, and the sum of its log β."""
+        at = self.size - steps
+        projected = self._projected[at : self.size, at : self.size]
+        return projected, float(torch.cat([projected.diagonal(1), self._couplings[-1, -1:]]).abs().log().sum())
 
     def restart(self, values: Tensor, coordinates: Tensor) -> None:
-        """Shrink to some Ritz vectors, and go on where the space was.
+        """Shrink to some Ritz vectors, a stretch at a time: without a copy of the whole; and go on where the space was.
 
         Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616: thick restart.
         """
-        following = self._basis[self.size].clone()
-        self._couplings = self._beta * coordinates[-1]
-        self._shrink(values, coordinates)
-        self._basis[self.size] = following
+        weights, kept = coordinates.mT.to(self._basis), len(values)
+        for stretch in own_entries(self._basis).split(2**16, dim=1):
+            stretch[:kept] = weights @ stretch[: self.size]
+        self._projected.zero_()
+        self._projected[:kept, :kept] = torch.diag(values)
+        self._couplings = self._couplings @ coordinates
+        self.size = kept
 
-    def begin_anew(self, values: Tensor, coordinates: Tensor) -> None:
-        """Shrink to some Ritz vectors, take them as found, and go on from a random vector orthogonal to them."""
-        self._lost += self._beta * float(coordinates[-1].abs().max())
-        self._shrink(values, coordinates)
+    def begin_anew(self, negligible: float) -> None:
+        """Go on from a random vector orthogonal to V and U; couplings up to ``negligible`` are left out.
+
+        Its Krylov space is one of A on the orthogonal complement of V and U. There an eigenvector of A has its
+        eigenvalue still, if products with it have not led to V: another one of an eigenvalue that V knows.
+        """
+        largest = self._couplings.abs().amax(dim=1)
+        self._lost += float(largest[largest <= negligible].sum())
+        self._drop(largest <= negligible)
         self._begin_randomly()
 
     def vectors(self, coordinates: Tensor) -> Tensor:
@@ -106,13 +148,14 @@ class KrylovSpace:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as tensors and numbers."""
         return {
-            "basis": in_whole(self._basis[: self.size + 1].clone()),
+            "basis": in_whole(self._basis[: self.size].clone()),
+            "ahead": in_whole(torch.stack(self._ahead)),
             "projected": self._projected.clone(),
             "couplings": self._couplings.clone(),
             "generator": self._generator.get_state(),
             "size": self.size,
             "products": self.products,
-            "numbers": [self.scale, self._beta, self._lost],
+            "numbers": [self.scale, self._lost],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,60 +171,50 @@ class KrylovSpace:
                 f"{self._basis.shape[1]}, up to {len(self._projected)}. Resume with the operator and k of the start."
             )
         self._basis[: len(basis)] = self._operator.held(basis.to(self._basis))
+        self._ahead = list(self._operator.held(state["ahead"].to(self._basis)).clone().unbind())
         self._projected, self._couplings = projected.clone(), state["couplings"].clone()
         self.size, self.products = state["size"], state["products"]
-        self.scale, self._beta, self._lost = state["numbers"]
+        self.scale, self._lost = state["numbers"]
         self._generator.set_state(state["generator"].cpu())
 
-    def _shrink(self, values: Tensor, coordinates: Tensor) -> None:
-        """V becomes combinations of itself, a stretch at a time: without a copy of the whole."""
-        weights, kept = coordinates.mT.to(self._basis), len(values)
-        for stretch in own_entries(self._basis).split(2**16, dim=1):
-            stretch[:kept] = weights @ stretch[: self.size]
-        self._projected.zero_()
-        self._projected[:kept, :kept] = torch.diag(values)
-        self.size = kept
-
-    def _following(self, image: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The part of A v orthogonal to V and v, its coordinates in them (m + 1,), and its norm.
-
-        What symmetry foretells, of a few vectors as a rule, is taken away first: then one pass over all will do.
-        """
-        foretold = torch.cat([self._couplings, inner(image[None], self._basis[self.size, None])[0].cpu()])
-        rest = image.clone()
-        for at in foretold.nonzero()[:, 0].tolist():
-            rest.sub_(self._basis[at], alpha=float(foretold[at]))
-        rest, column, norm = self._outside(rest, self.size + 1)
-        return rest, foretold + column, norm
-
-    def _outside(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-        """The part of a vector orthogonal to the first ``count`` ones, its coordinates in them, and its norm."""
-        known, rows = self._basis[:count], vector[None]
-        before, coordinates = float(norms(rows)), inner(rows, known)
-        rows = rows.addmm(coordinates.to(rows), known, alpha=-1)
-        norm = float(norms(rows))
+    def _take_away(self, vector: Tensor, count: int, others: list[Tensor]) -> tuple[Tensor, float]:
+        """Make a vector orthogonal to the first ``count`` of V and to others; its coordinates in them, what is left."""
+        before = float(norms(vector[None]))
+        found, norm = self._without(vector, count, others)
         # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
         if not norm > 0.7 * before:
-            again = inner(rows, known)
-            rows, coordinates = rows.addmm(again.to(rows), known, alpha=-1), coordinates + again
-            norm = float(norms(rows))
-        return rows[0], coordinates[0].cpu(), norm
+            again, norm = self._without(vector, count, others)
+            found = found + again
+        return found, norm
+
+    def _without(self, vector: Tensor, count: int, others: list[Tensor]) -> tuple[Tensor, float]:
+        rows, known = vector[None], [self._basis[:count], *(u[None] for u in others)]
+        found = [inner(rows, part) for part in known]
+        for coordinates, part in zip(found, known, strict=True):
+            own_entries(rows).addmm_(coordinates.to(rows), own_entries(part), alpha=-1)
+        return torch.cat(found, dim=1)[0].cpu(), float(norms(rows))
+
+    def _drop(self, which: Tensor) -> None:
+        """Leave out some vectors of U."""
+        self._ahead = [u for u, out in zip(self._ahead, which.tolist(), strict=True) if not out]
+        self._couplings = self._couplings[~which]
 
     def _begin_randomly(self) -> None:
-        """The next vector is random, orthogonal to V, and no product has led to it."""
+        """One vector more in U: random, orthogonal to V and the others."""
         drawn = torch.randn(
-            self._basis.shape[1], generator=self._generator, device=self._generator.device, dtype=self._basis.dtype
+            self.dimension, generator=self._generator, device=self._generator.device, dtype=self._basis.dtype
         )
-        vector, _, norm = self._outside(self._operator.held(drawn.to(self._basis.device)), self.size)
-        self._basis[self.size] = vector / norm
-        self._beta, self._couplings = 0.0, torch.zeros(self.size, dtype=F64)
+        vector = self._operator.held(drawn.to(self._basis.device))
+        _, norm = self._take_away(vector, self.size, self._ahead)
+        self._ahead.append(vector.div_(norm))
+        self._couplings = torch.cat([self._couplings, torch.zeros(1, self.size, dtype=F64)])
 
-    def _check_symmetry(self, column: Tensor, norm: float) -> None:
+    def _check_symmetry(self, column: Tensor, foretold: Tensor, norm: float) -> None:
         """Raise where vᵀ(A w) is not wᵀ(A v)."""
         if len(column) == 0:
             return
         size = max(self.scale, norm, float(column.abs().max()))
-        difference = float((column - self._couplings).abs().max())
+        difference = float((column - foretold).abs().max())
         if difference > tolerance(self._basis.dtype) * size + self._lost:
             raise asymmetric(difference / size)
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import TensorVector, as_reals
 
-_ROOM = {False: 2**21, True: 2**28}
+_ROOM = {False: 2**20, True: 2**28}
 """Bytes, on CPU and GPU, within which k directions together are faster than one by one.
 
 Of the mean intermediate value: replays of many small ones take their time for each, which directions together share,
-however large the one is that a loop has gathered. Measured on CPU: beyond the caches a block gains nothing and takes k
-times the memory. A GPU gains as long as it is not filled.
+however large the one is that a loop has gathered. Measured on CPU: beyond the caches a block gains nothing, takes k
+times the memory, and what it drops goes back to the system rather than to the next value. A GPU gains as long as it is
+not filled.
 """
 
 _MOST = {False: 2**25, True: 2**30}
@@ -88,7 +89,7 @@ class ReplayedProducts(Products):
         for given, into in zip(directions.split(at_once), made.split(at_once), strict=True):
             given = given.contiguous()
             if len(given) == 1:
-                into[0] = self.one(given[0])
+                self._into(given[0], into[0])
             else:
                 with warnings.catch_warnings():  # of operators without a batching rule, which no user has called
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)

@@ -92,13 +92,15 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
     made = torch.zeros(count, steps, steps, dtype=F64)
     lengths = torch.full((count,), steps)
     running, before, products = torch.arange(count), torch.zeros_like(vectors), 0
+    spare = torch.empty_like(vectors)  # fresh memory of this size takes as long as three passes over it
     betas, scale = torch.zeros(count, dtype=F64), torch.zeros(count, dtype=F64)
     for step in range(steps):
-        following = images(operator, vectors)
+        product, following = images(operator, vectors), spare[: len(vectors)]
         products += len(vectors)
-        back = row_dots(before, following).cpu()
+        back = row_dots(before, product).cpu()
         _check_symmetry(back, betas, scale, vectors.dtype)
-        following = torch.addcmul(following, back.to(vectors)[:, None], before, value=-1)
+        following.copy_(product).addcmul_(back.to(vectors)[:, None], before, value=-1)
+        del product
         alphas = row_dots(vectors, following).cpu()
         following.addcmul_(alphas.to(vectors)[:, None], vectors, value=-1)
         betas = norms(following).cpu()
@@ -119,7 +121,7 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
             running, betas, scale = running[at], betas[at], scale[at]
             vectors, following = vectors[at.to(vectors.device)], following[at.to(vectors.device)]
         made[running, step, step + 1] = made[running, step + 1, step] = betas
-        before, vectors = vectors, following.div_(betas.to(vectors)[:, None])
+        spare, before, vectors = before, vectors, following.div_(betas.to(vectors)[:, None])
     return [T[:k, :k] for T, k in zip(made, lengths.tolist(), strict=True)], products
 
 

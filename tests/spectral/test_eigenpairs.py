@@ -74,6 +74,24 @@ def test_the_last_pair_may_be_one_of_several(seed):
     assert_eigenpairs(found, planted(values), values, "LA", 3, 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_more_copies_than_are_asked_for(dtype):
+    """Each search brings one more of the first; the last one that is found stays the same."""
+    values = torch.cat([torch.tensor([5.0, 4.0, 3.0, 2.0]).repeat(100), torch.linspace(0, 1, 600)]).double()
+    found = spectral.eigenpairs(DiagonalOperator(values.to(dtype)), 5, "LA", seed=1)
+    assert found.converged
+    torch.testing.assert_close(found.values, values.new_full((5,), 5.0), rtol=0, atol=5e-6)
+
+
+def test_a_search_for_copies_takes_few_products_where_much_is_known():
+    values = torch.linspace(-1, 1, 1000, dtype=F64) * torch.linspace(-1, 1, 1000, dtype=F64).square()
+    A, told = Counted(torch.diag(values)), []
+    found = spectral.eigenpairs(A, 6, progress=told.append)
+    assert_eigenpairs(found, A.matrix, values, "LM", 6, 1e-6)
+    first = next(now.products for now in told if now.converged == 6)
+    assert told[-1].products - first <= 20
+
+
 def test_the_last_layer_of_a_regression_repeats_each_eigenvalue():
     torch.manual_seed(0)
     model, x = torch.nn.Linear(40, 5, bias=False).double(), torch.randn(60, 40).double()

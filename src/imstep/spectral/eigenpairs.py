@@ -224,14 +224,16 @@ class _Search:
             return False
         keys = self.key(values)
         self._since += 1
-        if self._worst is not None and float(keys[self.k - 1]) > self._worst + level:
+        if self._worst is not None:
+            values_since, length = self.space.tail(self._since)
+            if float(self.key(values_since).max()) <= self._worst + level:
+                enough = self._since >= _FEWEST and self._nothing_missed(values_since, length, self._worst)
+                return self.space.full or enough
             self._worst = None  # a pair was missed: it is among the wanted now
-        if self._worst is None:
-            if converged == self.k:
-                self._worst, self._since = float(keys[self.k - 1]), 0
-                self._look_again(values, coordinates, level)
-            return False
-        return self.space.full or (self._since >= _FEWEST and self._nothing_missed(self._worst))
+        if converged == self.k:
+            self._worst, self._since = float(keys[self.k - 1]), 0
+            self._look_again(values, coordinates, level)
+        return False
 
     def _look_again(self, values: Tensor, coordinates: Tensor, level: float) -> None:
         """Begin with a random vector, beside all that is known: that leaves little to search through."""
@@ -240,18 +242,16 @@ class _Search:
         self.space.restart(values[:kept], coordinates[:, :kept])
         self.space.begin_anew(level)
 
-    def _nothing_missed(self, worst: float) -> bool:
+    def _nothing_missed(self, values: Tensor, length: float, worst: float) -> bool:
         """Whether the steps since would have shown a missed pair, were it as wanted as the last one.
 
         They have made a polynomial p, monic with the Ritz values as zeros, of A at the random unit vector w, and found
         ‖p(A) w‖ = Π β. An eigenvector of which w has a part c contributes |c p(θ)|, so that |c| <= Π β / |p(θ)|; and
         |c| < δ/√n has a probability below 0.8 δ.
         """
-        projected, length = self.space.tail(self._since)
         if length == -math.inf:
             return True
-        values = torch.linalg.eigvalsh(projected)
-        others, both = float(self.key(values).max()), self.key is _KEYS["LM"]
+        others, both = float(self.key(values).max()), self._which == "LM"
         spread = 2 * others if both else float(values[-1] - values[0])
         at = max(worst, others + _APART * spread)
         places = {"LM": (at, -at), "LA": (at,), "SA": (-at,)}[self._which]

@@ -17,6 +17,9 @@ from imstep.spectral.probes import images, inner, no_rows, norms, orthonormal
 
 F64 = torch.float64
 
+_ROUNDED = 0.1
+"""Times the rounding error of the dtype: how far vectors may be from orthogonal."""
+
 
 class KrylovSpace:
     """Orthonormal vectors V, the rows of a matrix, with T = V A Vᵀ, and a few vectors U to go on with.
@@ -112,10 +115,10 @@ class KrylovSpace:
         return values, coordinates, (self._couplings @ coordinates).norm(dim=0)
 
     def tail(self, steps: int) -> tuple[Tensor, float]:
-        """Of the last ``steps`` vectors, a Lanczos process of their own: their part of T, and the sum of its log β."""
+        """Ritz values of the last ``steps`` vectors, a Lanczos process of their own, and the sum of the log β there."""
         at = self.size - steps
         projected = self._projected[at : self.size, at : self.size]
-        return projected, float(torch.cat([projected.diagonal(1), self._couplings[-1, -1:]]).abs().log().sum())
+        return torch.linalg.eigvalsh(projected), float(torch.cat([projected.diagonal(1), self._couplings[-1, -1:]]).abs().log().sum())
 
     def restart(self, values: Tensor, coordinates: Tensor) -> None:
         """Shrink to some Ritz vectors, a stretch at a time: without a copy of the whole; and go on where the space was.
@@ -179,20 +182,22 @@ class KrylovSpace:
 
     def _take_away(self, vector: Tensor, count: int, others: list[Tensor]) -> tuple[Tensor, float]:
         """Make a vector orthogonal to the first ``count`` of V and to others; its coordinates in them, what is left."""
-        before = float(norms(vector[None]))
-        found, norm = self._without(vector, count, others)
-        # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
-        if not norm > 0.7 * before:
-            again, norm = self._without(vector, count, others)
-            found = found + again
-        return found, norm
-
-    def _without(self, vector: Tensor, count: int, others: list[Tensor]) -> tuple[Tensor, float]:
         rows, known = vector[None], [self._basis[:count], *(u[None] for u in others)]
-        found = [inner(rows, part) for part in known]
-        for coordinates, part in zip(found, known, strict=True):
-            own_entries(rows).addmm_(coordinates.to(rows), own_entries(part), alpha=-1)
-        return torch.cat(found, dim=1)[0].cpu(), float(norms(rows))
+        before, total = float(norms(rows)), torch.zeros(count + len(others), dtype=F64)
+        for _ in range(2):
+            parts = [inner(rows, part) for part in known]
+            found = torch.cat(parts, dim=1)[0].cpu()
+            # A part as small may stay, which saves a pass over V. Residuals are as the recurrence says all the same.
+            if not bool((found.abs() > _ROUNDED * torch.finfo(vector.dtype).eps * before).any()):
+                return total, before
+            for coordinates, part in zip(parts, known, strict=True):
+                own_entries(rows).addmm_(coordinates.to(rows), own_entries(part), alpha=-1)
+            total, norm = total + found, float(norms(rows))
+            # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
+            if norm > 0.7 * before:
+                break
+            before = norm
+        return total, norm
 
     def _drop(self, which: Tensor) -> None:
         """Leave out some vectors of U."""

@@ -115,10 +115,11 @@ class KrylovSpace:
         return values, coordinates, (self._couplings @ coordinates).norm(dim=0)
 
     def tail(self, steps: int) -> tuple[Tensor, float]:
-        """Ritz values of the last ``steps`` vectors, a Lanczos process of their own, and the sum of the log β there."""
+        """Ritz values of the last ``steps`` vectors, a Lanczos process of their own, and the sum of its log β."""
         at = self.size - steps
         projected = self._projected[at : self.size, at : self.size]
-        return torch.linalg.eigvalsh(projected), float(torch.cat([projected.diagonal(1), self._couplings[-1, -1:]]).abs().log().sum())
+        betas = torch.cat([projected.diagonal(1), self._couplings[-1, -1:]])
+        return torch.linalg.eigvalsh(projected), float(betas.abs().log().sum())
 
     def restart(self, values: Tensor, coordinates: Tensor) -> None:
         """Shrink to some Ritz vectors, a stretch at a time: without a copy of the whole; and go on where the space was.

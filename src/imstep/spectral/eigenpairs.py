@@ -113,9 +113,9 @@ def eigenpairs(
 
         ‖A y - θ y‖ <= tol · max |θ|,   the largest magnitude of all θ seen, which is ‖A‖ or a little less
 
-    Once k pairs are found, the search begins anew from a random vector orthogonal to them, until nothing more wanted
-    turns up: so eigenvalues that are repeated come as often as they occur, unless they are within 1 % of the range of
-    the last one.
+    Once k pairs are found, the search begins anew from a random vector orthogonal to all that it knows, until nothing
+    more wanted turns up: so eigenvalues that are repeated come as often as they occur, unless they are within 1 % of
+    the range of the last one.
 
     Args:
         operator: A, self-adjoint, of size n.
@@ -136,12 +136,14 @@ def eigenpairs(
     Raises:
         ValueError: an argument out of range; A is not symmetric, as far as its products show it.
 
-    Cost: some ten products for each well separated pair, more where eigenvalues crowd; k for the residuals, and k more
-    where rounding has to be taken out of them. n products where that is not more, and n more where n <= 1024 products
-    have not been enough. max(40, 4 k) + 1 vectors, fewer where they would fill 2 GiB, but at least 2 k + 9.
+    Cost: some ten products for each well separated pair, more where eigenvalues crowd; one to two dozen to see that
+    none is missed, for each copy of the most frequent eigenvalue; k for the residuals, and k more where rounding has to
+    be taken out of them. n products where that is not more, and n more where n <= 1024 products have not been enough.
+    max(40, 4 k) + 3 vectors, fewer where they would fill 2 GiB, but at least 2 k + 11.
 
     Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
-    choice; for the chance to miss a pair see Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13 (1992).
+    choice, and so is the bound on what it can have missed, in the manner of Kuczynski and Wozniakowski, SIAM J. Matrix
+    Anal. Appl. 13 (1992), but from the steps that were made.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator

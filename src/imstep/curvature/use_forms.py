@@ -1,0 +1,205 @@
+"""How a parameter comes to the output of an operator, example by example, told by the operator's linear map alone.
+
+Of y = U(p), linear in p, the map shows what U is made of: a row for each row of the output, a factor for each of its
+entries, or which rows of a table it looks up. Each finding is compared with the map on random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from imstep.complexstep.tensor import Window
+
+Draw = Callable[[tuple[int, ...]], Tensor]
+"""Random signs of a shape."""
+
+Map = Callable[[Tensor], Tensor]
+"""From a change of the parameter to that of the output; may be given more columns than the parameter has."""
+
+_ROOM = 2**27
+"""Entries that a form may keep, or that are asked for at once."""
+
+
+class UseForm(ABC):
+    """U of each of N examples: y_i = U_i p.
+
+    Args:
+        output: how the output looks, its first dimension being N times as long as that of an example.
+        examples: N.
+    """
+
+    def __init__(self, output: Window, examples: int) -> None:
+        self.shape, self.examples = torch.Size(output.size), examples
+
+    @abstractmethod
+    def noise(self, draw: Draw) -> Tensor:
+        """n of the output's shape, of every example by itself with mean zero and covariance U_i U_iᵀ."""
+
+    @abstractmethod
+    def squares(self, g: Tensor) -> Tensor:
+        """‖U_iᵀ g_i‖² for g of the output's shape, (N,)."""
+
+    def by_example(self, t: Tensor) -> Tensor:
+        """``t`` of the output's shape, its first dimension in two: examples, and what each has of them."""
+        return t.reshape(self.examples, self.shape[0] // self.examples, *self.shape[1:])
+
+
+class Factors(UseForm):
+    """y = c * p, p broadcast: biases, scales of normalisations.
+
+    Args:
+        factors: c, of the output's shape.
+        aligned: the shape of p among the output's dimensions.
+    """
+
+    def __init__(self, output: Window, examples: int, factors: Tensor, aligned: tuple[int, ...]) -> None:
+        super().__init__(output, examples)
+        self._factors, self._own = self.by_example(factors), (examples, 1, *aligned[1:])
+
+    def noise(self, draw: Draw) -> Tensor:
+        return (self._factors * draw(self._own)).reshape(self.shape)
+
+    def squares(self, g: Tensor) -> Tensor:
+        along = [d for d, n in enumerate(self._own) if n == 1 and d > 0]
+        return (self._factors * self.by_example(g)).sum(along).square().reshape(self.examples, -1).sum(1)
+
+
+class Lookups(UseForm):
+    """y_r = p[k_r]: a table of which an example looks up some rows, perhaps one of them several times.
+
+    Args:
+        rows: k, of the output's shape without the last dimension.
+        length: of the table.
+    """
+
+    def __init__(self, output: Window, examples: int, rows: Tensor, length: int) -> None:
+        super().__init__(output, examples)
+        rows = rows.reshape(examples, -1)
+        rows = rows + length * torch.arange(examples, device=rows.device)[:, None]
+        found, self._where = torch.unique(rows, return_inverse=True)
+        self._example = found // length
+
+    def noise(self, draw: Draw) -> Tensor:
+        return draw((len(self._example), self.shape[-1]))[self._where].reshape(self.shape)
+
+    def squares(self, g: Tensor) -> Tensor:
+        sums = g.new_zeros(len(self._example), self.shape[-1])
+        sums.index_add_(0, self._where.reshape(-1), g.reshape(-1, self.shape[-1]))
+        return g.new_zeros(self.examples).index_add_(0, self._example, sums.square().sum(1))
+
+
+class Products(UseForm):
+    """y = W x for every row x: linear layers, and convolutions with their patches as rows.
+
+    Args:
+        rows: (N, T, k), T rows of each example.
+        channels: dimension of the output that W's rows belong to.
+    """
+
+    def __init__(self, output: Window, examples: int, rows: Tensor, channels: int) -> None:
+        super().__init__(output, examples)
+        self._channels, self._rows = channels, _factor(rows)
+
+    def noise(self, draw: Draw) -> Tensor:
+        count, width = self._rows.shape[-1], self.shape[self._channels]
+        drawn = draw((self.examples, count, width))
+        made = self._rows * drawn if self._rows.shape[1:] == (1, 1) else self._rows @ drawn
+        last = [n for d, n in enumerate(self.shape) if d != self._channels]
+        return made.reshape(*last, width).movedim(-1, self._channels)
+
+    def squares(self, g: Tensor) -> Tensor:
+        rows = g.movedim(self._channels, -1).reshape(self.examples, -1, self.shape[self._channels])
+        return (self._rows.mT @ rows).square().sum((1, 2))
+
+
+def _factor(rows: Tensor) -> Tensor:
+    """F (N, T, m) with F Fᵀ = X Xᵀ for X (N, T, k), m at most T."""
+    if rows.shape[1] == 1:
+        return torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+    if rows.shape[1] < rows.shape[2]:
+        return torch.linalg.qr(rows.mT, mode="r").R.mT
+    return rows
+
+
+def entrywise(change: Map, size: torch.Size) -> bool:
+    """Whether a map between tensors of one size acts on each entry by itself."""
+    sample = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = change(torch.ones(size))
+    return factors.numel() == size.numel() and _same(factors * sample.to(factors), change(sample))
+
+
+def form_of(change: Map, parameter: Window, output: Window, looks_up: bool, examples: int) -> UseForm | None:
+    """How a parameter comes to an output; None where that is not one of the known ways.
+
+    Args:
+        change: the linear map.
+        looks_up: whether the operator is one that looks up rows of a table.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(parameter.size, generator=generator, dtype=torch.float64)
+    for find in (_lookups,) if looks_up else (_factors, _products):
+        try:
+            form = find(change, parameter, output, examples, sample)
+        except RuntimeError:  # sizes that the operator does not take: it is of another kind
+            form = None
+        if form is not None:
+            return form
+    return None
+
+
+def _lookups(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
+    if len(p.size) != 2 or p.size[0] >= 1 / torch.finfo(p.dtype).eps:
+        return None
+    at = change(torch.arange(p.size[0], dtype=p.dtype).unsqueeze(1)).squeeze(-1).long()
+    return Lookups(y, examples, at, p.size[0]) if _same(sample.to(at.device)[at], change(sample)) else None
+
+
+def _factors(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
+    for aligned in _alignments(tuple(p.size), tuple(y.size)):
+        factors = change(torch.ones(p.size)).expand(y.size)
+        if _same(factors * sample.reshape(aligned).to(factors), change(sample).expand(y.size)):
+            return Factors(y, examples, factors, aligned)
+    return None
+
+
+def _alignments(p: tuple[int, ...], y: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of a parameter among the dimensions of an output that it is the same for all examples of."""
+    found = [(1,) * (len(y) - len(p)) + p] if len(p) <= len(y) else []
+    if len(p) == 1 and len(y) > 2:
+        found.append((1, *p, *(1,) * (len(y) - 2)))
+    return [shape for shape in found if shape[:1] == (1,) and all(n in (1, m) for n, m in zip(shape, y, strict=True))]
+
+
+def _products(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
+    dimensions = len(p.size)
+    if dimensions < 2 or len(y.size) != dimensions:
+        return None
+    linear = dimensions == 2
+    k = p.size[0] if linear else math.prod(p.size[1:])
+    rows_of = math.prod(y.size) // max(p.size[1 if linear else 0], 1)
+    if max(k * k, rows_of * k) > _ROOM:
+        return None
+    eye = torch.eye(k)
+    rows = change(eye if linear else eye.view(k, *p.size[1:]))  # one row, or patch, to a column, or channel
+    rows = rows if linear else rows.flatten(2).mT
+    if rows.numel() != rows_of * k:
+        return None
+    weight = (sample if linear else sample.flatten(1).mT).to(rows)
+    expected = change(sample) if linear else change(sample).flatten(2).mT
+    if not _same(rows @ weight, expected):
+        return None
+    return Products(y, examples, rows.reshape(examples, -1, k), 1)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Up to rounding, in the dtype of the second."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    error, size = float((a - b).abs().max()), float(b.abs().max())
+    return error <= 1e-3 * size + torch.finfo(torch.float32).tiny

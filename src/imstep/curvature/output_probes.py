@@ -27,7 +27,7 @@ from imstep.complexstep.seeds import Between, first_output
 from imstep.complexstep.steps import Reference, Step, slot_of
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import Window
-from imstep.curvature.use_forms import Draw, Map, UseForm, entrywise, form_of
+from imstep.curvature.use_forms import Draw, Map, UseForm, entrywise, form_of, signs
 
 _FEW = 32
 """Outputs of an example with which a backward pass for each is worth its time; our own choice."""
@@ -182,15 +182,20 @@ class OutputProbes:
     def _around(self) -> int:
         """A bit for each parameter whose direction reaches its own product past the outputs of its uses."""
         inputs = {slot: 1 << at for at, slot in enumerate(self._tape.inputs)}
+        nodes = {step.node for step in uses(self._tape)}
         reached = dict(inputs)
         for step in self._tape.steps:
-            bits = 0
+            direct = bits = 0
             for slot in step.reads():
-                if step.backward or slot not in inputs:
+                if slot not in inputs:
                     bits |= reached.get(slot, 0)
-            if bits:
-                for slot in step.writes():
-                    reached[slot] = reached.get(slot, 0) | bits
+                elif step.backward:
+                    direct |= inputs[slot]
+            # A parameter that its use is linear in has no part in its own gradient there, only in the input's.
+            fused = isinstance(step.outputs, list) and step.node in nodes
+            for slot in step.writes():
+                if more := bits | (0 if fused and slot != step.outputs[0] else direct):
+                    reached[slot] = reached.get(slot, 0) | more
         found = 0
         for at, ref in enumerate(self._tape.outputs):
             found |= 0 if ref is None else reached.get(slot_of(ref), 0) & (1 << at)
@@ -245,11 +250,7 @@ class OutputProbes:
         return found
 
     def _draw(self, generator: torch.Generator, dtype: torch.dtype) -> Draw:
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            drawn = torch.empty(shape, dtype=dtype, device=generator.device)
-            return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).to(self._device)
-
-        return draw
+        return lambda shape: signs(shape, generator).to(self._device, dtype)
 
     # --- what needs no samples ----------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ class OutputTraceParts(TraceParts):
     def __init__(self, operator: SymmetricOperator, tapes: list[tuple[float, Tape]]) -> None:
         self._operator, self._parameters = operator, operator.parameters
         self._probes = [(weight, OutputProbes(tape, operator.device)) for weight, tape in tapes]
+        self.accuracy = torch.finfo(operator.dtype).eps
         self.parts = sum(probes.examples for _, probes in self._probes)
         self.covered = [all(own) for own in zip(*(probes.covered for _, probes in self._probes), strict=True)]
         self.exact = torch.stack([weight * probes.exact() for weight, probes in self._probes]).sum(0)

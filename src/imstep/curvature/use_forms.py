@@ -25,6 +25,19 @@ _ROOM = 2**27
 """Entries that a form may keep, or that are asked for at once."""
 
 
+_BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).float() * 2 - 1
+"""The signs that a byte stands for."""
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random signs, float32: eight from each byte that is drawn, since a number for each costs more than its product."""
+    count = math.prod(shape)
+    drawn = torch.empty(count // 64 + 1, dtype=torch.int64, device=generator.device)
+    drawn.random_(-(2**63), None, generator=generator)
+    spread = _BITS.to(drawn.device).index_select(0, drawn.view(torch.uint8).int())
+    return spread.view(-1)[:count].view(shape)
+
+
 class UseForm(ABC):
     """U of each of N examples: y_i = U_i p.
 
@@ -97,31 +110,29 @@ class Products(UseForm):
     """y = W x for every row x: linear layers, and convolutions with their patches as rows.
 
     Args:
-        rows: (N, T, k), T rows of each example.
-        channels: dimension of the output that W's rows belong to.
+        rows: (N, G, T, k), T rows of each example for each of G groups of channels, which are dimension 1 of the output.
     """
 
-    def __init__(self, output: Window, examples: int, rows: Tensor, channels: int) -> None:
+    def __init__(self, output: Window, examples: int, rows: Tensor) -> None:
         super().__init__(output, examples)
-        self._channels, self._rows = channels, _factor(rows)
+        self._rows = _factor(rows)
 
     def noise(self, draw: Draw) -> Tensor:
-        count, width = self._rows.shape[-1], self.shape[self._channels]
-        drawn = draw((self.examples, count, width))
-        made = self._rows * drawn if self._rows.shape[1:] == (1, 1) else self._rows @ drawn
-        last = [n for d, n in enumerate(self.shape) if d != self._channels]
-        return made.reshape(*last, width).movedim(-1, self._channels)
+        _, groups, _, count = self._rows.shape
+        drawn = draw((self.examples, groups, count, self.shape[1] // groups))
+        made = self._rows * drawn if self._rows.shape[2:] == (1, 1) else self._rows @ drawn
+        return made.transpose(1, 2).reshape(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
 
     def squares(self, g: Tensor) -> Tensor:
-        rows = g.movedim(self._channels, -1).reshape(self.examples, -1, self.shape[self._channels])
-        return (self._rows.mT @ rows).square().sum((1, 2))
+        rows = g.movedim(1, -1).reshape(self.examples, -1, self._rows.shape[1], self.shape[1] // self._rows.shape[1])
+        return (self._rows.mT @ rows.transpose(1, 2)).square().sum((1, 2, 3))
 
 
 def _factor(rows: Tensor) -> Tensor:
-    """F (N, T, m) with F Fᵀ = X Xᵀ for X (N, T, k), m at most T."""
-    if rows.shape[1] == 1:
-        return torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    if rows.shape[1] < rows.shape[2]:
+    """F (..., T, m) with F Fᵀ = X Xᵀ for X (..., T, k), m at most T."""
+    if rows.shape[-2] == 1:
+        return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    if rows.shape[-2] < rows.shape[-1]:
         return torch.linalg.qr(rows.mT, mode="r").R.mT
     return rows
 
@@ -142,14 +153,19 @@ def form_of(change: Map, parameter: Window, output: Window, looks_up: bool, exam
     """
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(parameter.size, generator=generator, dtype=torch.float64)
-    for find in (_lookups,) if looks_up else (_factors, _products):
-        try:
-            form = find(change, parameter, output, examples, sample)
-        except RuntimeError:  # sizes that the operator does not take: it is of another kind
-            form = None
+    for find in (_lookups,) if looks_up else (_factors, _products, _convolutions):
+        form = find(change, parameter, output, examples, sample)
         if form is not None:
             return form
     return None
+
+
+def _asked(change: Map, of: Tensor) -> Tensor | None:
+    """What a map makes of something else than it was made for; None where it does not take that."""
+    try:
+        return change(of)
+    except RuntimeError:  # sizes do not fit: the operator is of another kind
+        return None
 
 
 def _lookups(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
@@ -176,24 +192,29 @@ def _alignments(p: tuple[int, ...], y: tuple[int, ...]) -> list[tuple[int, ...]]
 
 
 def _products(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
-    dimensions = len(p.size)
-    if dimensions < 2 or len(y.size) != dimensions:
+    if len(p.size) != 2 or len(y.size) != 2 or max(p.size[0], y.size[0]) * p.size[0] > _ROOM:
         return None
-    linear = dimensions == 2
-    k = p.size[0] if linear else math.prod(p.size[1:])
-    rows_of = math.prod(y.size) // max(p.size[1 if linear else 0], 1)
-    if max(k * k, rows_of * k) > _ROOM:
+    rows = _asked(change, torch.eye(p.size[0]))
+    if rows is None or rows.shape != (y.size[0], p.size[0]) or not _same(rows @ sample.to(rows), change(sample)):
         return None
-    eye = torch.eye(k)
-    rows = change(eye if linear else eye.view(k, *p.size[1:]))  # one row, or patch, to a column, or channel
-    rows = rows if linear else rows.flatten(2).mT
-    if rows.numel() != rows_of * k:
+    return Products(y, examples, rows.view(examples, 1, -1, p.size[0]))
+
+
+def _convolutions(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
+    if len(p.size) < 3 or len(y.size) != len(p.size) or p.size[0] != y.size[1]:
         return None
-    weight = (sample if linear else sample.flatten(1).mT).to(rows)
-    expected = change(sample) if linear else change(sample).flatten(2).mT
-    if not _same(rows @ weight, expected):
-        return None
-    return Products(y, examples, rows.reshape(examples, -1, k), 1)
+    k, places = math.prod(p.size[1:]), math.prod(y.size) // max(y.size[1], 1)
+    for groups in [g for g in range(1, p.size[0] + 1) if p.size[0] % g == 0]:
+        if max(k, places) * k * groups > _ROOM:
+            return None
+        made = _asked(change, torch.eye(k).view(k, *p.size[1:]).repeat(groups, *[1] * (len(p.size) - 1)))
+        if made is None or made.shape != (y.size[0], groups * k, *y.size[2:]):
+            continue
+        rows = made.view(y.size[0], groups, k, -1).mT  # of each patch
+        weight = sample.view(groups, -1, k).mT.to(rows)
+        if _same((rows @ weight).mT.reshape(y.size), change(sample)):
+            return Products(y, examples, rows.view(examples, -1, *rows.shape[1:]).transpose(1, 2).flatten(2, 3))
+    return None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

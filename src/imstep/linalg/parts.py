@@ -19,11 +19,13 @@ class TraceParts(ABC):
         parts: M, parts whose samples are independent.
         exact: (parameters,), float64.
         covered: by parameter, whether its block is sampled here.
+        accuracy: relative rounding of the products.
     """
 
     parts: int
     exact: Tensor
     covered: list[bool]
+    accuracy: float
 
     @property
     @abstractmethod

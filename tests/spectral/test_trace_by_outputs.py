@@ -89,7 +89,9 @@ CASES = {
         lambda: nn.Sequential(mlp(), nn.BatchNorm1d(3, track_running_stats=False)), on(X, LABELS), 1, ()
     ),
     "transformer": (lambda: Transformer(), on(TOKENS, TOKENS.flatten()), 4, ()),
-    "positions looked up": (lambda: Transformer(looked_up=True), on(TOKENS, TOKENS.flatten()), 4, ("positions.weight",)),
+    "positions looked up": (
+        lambda: Transformer(looked_up=True), on(TOKENS, TOKENS.flatten()), 4, ("positions.weight",)
+    ),
     "tied": (lambda: Transformer(True), on(TOKENS, TOKENS.flatten()), 4, ("tokens.weight",)),
     "reused": (Reused, on(X, LABELS), 12, ("twice", "doubled")),
     "sliced": (Sliced, on(X, LABELS), 12, ("weight",)),
@@ -157,14 +159,14 @@ def autoencoder(dtype=F64):
 
 def test_errors_cover_the_truth_and_products_are_few():
     model, x = autoencoder()
-    for H in (
-        imstep.Hessian(lambda: F.mse_loss(model(x), x), model),
-        imstep.GaussNewton(lambda: (model(x), x), model),
+    for H, seeds in (
+        (imstep.Hessian(lambda: F.mse_loss(model(x), x), model), 25),
+        (imstep.GaussNewton(lambda: (model(x), x), model), 5),
     ):
         true = float(H.to_dense().diag().sum())
-        found = [spectral.trace(H, rtol=0.02, seed=seed) for seed in range(40)]
+        found = [spectral.trace(H, rtol=0.02, seed=seed) for seed in range(seeds)]
         assert all(one.converged and one.products <= 16 for one in found)
-        assert sum(abs(one.value - true) <= one.error for one in found) >= 35
+        assert sum(abs(one.value - true) <= one.error for one in found) >= 0.88 * seeds
         assert max(abs(one.value - true) for one in found) < 0.05 * true
 
 

@@ -51,7 +51,7 @@ def _apart(steps: list[Step]) -> list[Step]:
 
 def _disjoint(windows: list[Window]) -> bool:
     """Whether no two entries of windows onto one memory are the same."""
-    ends = [1 + w.offset + sum((n - 1) * s for n, s in zip(w.size, w.stride, strict=True)) for w in windows]
+    ends = [1 + int(w.offset) + sum((n - 1) * s for n, s in zip(w.size, w.stride, strict=True)) for w in windows]
     if len(windows) == 1 and math.prod(windows[0].size) == ends[0] - windows[0].offset:
         return 0 not in windows[0].stride
     numbers = torch.arange(max(ends, default=0))
@@ -134,7 +134,7 @@ class OutputProbes:
                 window = self._output(step)
                 own = moved.repeat_interleave(window.size[0] // examples).view(-1, *[1] * (len(window.size) - 1))
                 seeds.append((torch.randn(window.size, generator=generator) * own).to(self._device, window.dtype))
-            for step, change in zip(steps, self._changes(tape, counts, seeds), strict=True):
+            for change in self._changes(tape, counts, seeds):
                 if change is not None:
                     others = change.reshape(examples, -1)[~moved.to(change.device)]
                     if bool((others != 0).any()):
@@ -246,7 +246,7 @@ class OutputProbes:
         for own, change in zip(noise, self._changes(*self._sampling, seeds), strict=True):
             for parameter, n in own:
                 if change is not None:
-                    found[:, parameter] += (n * change).reshape(self.examples, -1).sum(1, dtype=torch.float64)
+                    found[:, parameter] += (n * change).reshape(self.examples, -1).sum(1).double()
         return found
 
     def _draw(self, generator: torch.Generator, dtype: torch.dtype) -> Draw:
@@ -278,10 +278,9 @@ class OutputProbes:
         if not self._steps:
             return None
         end = max(self._steps, key=lambda step: step.number)
-        behind = end.func.overloadpacket.__name__
-        own = behind in _NARROW and all(
-            ref is None or at in _NARROW[behind] or slot_of(ref) in self._tape.inputs for at, ref in enumerate(end.inputs)
-        )
+        anew = _NARROW.get(end.func.overloadpacket.__name__, ())
+        others = [ref for at, ref in enumerate(end.inputs) if at not in anew and ref is not None]
+        own = bool(anew) and all(slot_of(ref) in self._tape.inputs for ref in others)
         few = math.prod(self._output(end).size) <= _FEW * self.examples
         assert self._tape.cotangents is not None
         return end if own and few and len(self._tape.cotangents.met[end.node]) == 1 else None

@@ -30,7 +30,7 @@ _BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).float() * 2 - 1
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random signs, float32: eight from each byte that is drawn, since a number for each costs more than its product."""
+    """Random signs, float32: eight from a byte that is drawn, since a number for each costs more than its product."""
     count = math.prod(shape)
     drawn = torch.empty(count // 64 + 1, dtype=torch.int64, device=generator.device)
     drawn.random_(-(2**63), None, generator=generator)
@@ -110,7 +110,7 @@ class Products(UseForm):
     """y = W x for every row x: linear layers, and convolutions with their patches as rows.
 
     Args:
-        rows: (N, G, T, k), T rows of each example for each of G groups of channels, which are dimension 1 of the output.
+        rows: (N, G, T, k), T rows of each example for each of G groups of channels, dimension 1 of the output.
     """
 
     def __init__(self, output: Window, examples: int, rows: Tensor) -> None:

@@ -127,8 +127,7 @@ def test_samples_have_the_traces_of_all_parameters_as_means(name):
     parts, generator = H.trace_parts(), seeded()
     assert parts.parts == examples
     assert [n for n, covered in zip(H.parameters.names, parts.covered, strict=True) if not covered] == list(others)
-    with torch.no_grad():
-        samples = torch.stack([parts.sample(generator).sum(0) for _ in range(100)])
+    samples = torch.stack([parts.sample(generator).sum(0) for _ in range(100)])
     error = samples.std(0) / math.sqrt(100)
     for at, (own, true) in enumerate(true_traces(model, loss).items()):
         if own not in others:

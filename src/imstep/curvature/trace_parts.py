@@ -37,6 +37,7 @@ class OutputTraceParts(TraceParts):
     def products(self) -> int:
         return math.ceil(sum(probes.products for _, probes in self._probes) / len(self._probes))
 
+    @torch.no_grad()
     def sample(self, generator: torch.Generator) -> Tensor:
         return torch.cat([weight * probes.sample(generator) for weight, probes in self._probes])
 

@@ -32,6 +32,13 @@ def trace(
     The rows of Q span products with earlier probes. More are taken while they save more products than they cost; where
     all n products cost no more, the trace is exact.
 
+    The Hessian or Gauss-Newton matrix of a closure is sampled at the outputs of layers y = W x instead, with noise of
+    its own for each example, so that one pass gives an estimate for every one:
+
+        tr H_WW = Σ_examples E[nᵀ S n],   S the second derivative of the loss in y,   cov(n_i, n_j) = (x_i · x_j) I
+
+    That examples do not influence each other is checked; parameters that are used in another way are left to products.
+
     Args:
         operator: A, square; need not be symmetric.
         rtol: error relative to the trace at which to end, >= 0.
@@ -41,16 +48,18 @@ def trace(
         by: "layer" or "parameter" for the traces of the diagonal blocks of an operator over a model, a dictionary.
 
     Returns:
-        An :class:`Estimate`. Its value is nan if a product was not finite.
+        An :class:`Estimate`. Its value is nan if a product was not finite. Its products count a pass as one.
 
     Raises:
         ValueError: an argument out of range; A is rectangular; ``by`` of an operator that belongs to no model.
 
-    Cost: without a decay of eigenvalues about 8 (‖A‖_F / (rtol tr A))² products; a few dozen where few eigenvalues
-    make up the trace. Memory for Q, at most 1 GiB, and some blocks of 8 vectors.
+    Cost: at outputs of layers about ten passes to begin with, then the fewer the more examples there are. Else, without
+    a decay of eigenvalues, about 8 (‖A‖_F / (rtol tr A))² products; a few dozen where few eigenvalues make up the
+    trace. Memory for Q, at most 1 GiB, and some blocks of 8 vectors.
 
     Source: Meyer, Musco, Musco and Woodruff, SOSA 2021 (arXiv 2010.09649), Hutch++; adaptively, Persson, Cortinovis and
-    Kressner, SIAM J. Matrix Anal. Appl. 43 (2022) (arXiv 2109.10659). The rule by which Q grows is our own.
+    Kressner, SIAM J. Matrix Anal. Appl. 43 (2022) (arXiv 2109.10659). The rule by which Q grows and the noise at
+    outputs are our own.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator

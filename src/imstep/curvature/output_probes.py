@@ -23,30 +23,22 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.cotangents import uses
-from imstep.complexstep.seeds import Between, first_output
+from imstep.complexstep.seeds import Between
 from imstep.complexstep.steps import Reference, Step, slot_of
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import Window
-from imstep.curvature.use_forms import Draw, Map, UseForm, entrywise, form_of, signs
+from imstep.curvature.independence import independent
+from imstep.curvature.output_space import Layout, OutputSpace, Passes
+from imstep.curvature.use_forms import UseForm, form_of, signs
 
 _FEW = 32
 """Outputs of an example with which a backward pass for each is worth its time; our own choice."""
-
-_HALVES = 4
-"""Divisions of the examples on which their independence is checked; of up to 2 to that power, every pair is."""
 
 _LOOKUPS = {"embedding"}
 """Operators that look up rows of a table."""
 
 _NARROW = {"mm": (0, 1), "addmm": (1, 2), "convolution": (0, 1)}
 """Operators whose node makes new gradients of what it was given, and of which arguments."""
-
-
-def _apart(steps: list[Step]) -> list[Step]:
-    """Those that are the only one of their node, and whose first output has slots of its own."""
-    nodes = [step.node for step in steps]
-    own = lambda step: step.outputs[0] if isinstance(step.outputs, list) else step.outputs
-    return [step for step in steps if nodes.count(step.node) == 1 and isinstance(own(step), int)]
 
 
 def _disjoint(windows: list[Window]) -> bool:
@@ -78,80 +70,35 @@ class OutputProbes:
     Attributes:
         examples: N, of which each is sampled by itself; 1 where they influence each other.
         covered: by parameter, whether its block is sampled.
-        products: passes over the tape so far.
     """
 
     def __init__(self, tape: Tape, device: torch.device) -> None:
-        assert tape.cotangents is not None
-        self._tape, self.products = tape, 0
-        self._count, self._device = len(tape.inputs), device
-        self.examples, steps = self._independent(_apart([s for s in uses(tape) if s.node in tape.cotangents.met]))
-        self._uses, self.covered = self._known(steps)
-        self._steps = [step for step in steps if any(use.step is step for use in self._uses)]
+        self._space, self._tape, self._count = OutputSpace(tape, device), tape, len(tape.inputs)
+        self.examples, self._places = independent(self._space)
+        known, self.covered = self._known()
+        self._uses = [(step, [use for use in known if use.step is step]) for step, _ in self._places.values()]
+        self._uses = [(step, own) for step, own in self._uses if own]
+        self._steps = [step for step, _ in self._uses]
         self._end = self._narrow_end()
         self._curvature: Tensor | None = None
-        self._sampling: tuple[Tape, list[int]] | None = None
+        self._sampling: Passes | None = None
 
-    # --- which examples are independent -------------------------------------------------------------------------
-
-    def _independent(self, steps: list[Step]) -> tuple[int, list[Step]]:
-        """Of how many examples no two influence each other, and the steps of which that is so."""
-        lengths = [self._output(step).size[0] for step in steps if self._output(step).size]
-        forward = [step for step in self._tape.steps if not step.backward and step.target is None]
-        sizes = [self._tape.slots[slot].window.size for step in forward for slot in step.writes()]
-        candidates = {size[0] for size in sizes if len(size) and size[0] > 1}
-        share = lambda n: sum(length % n == 0 for length in lengths)
-        for n in sorted((n for n in candidates if 2 * share(n) >= len(steps)), key=lambda n: (-share(n), -n)):
-            own = [step for step in steps if self._divides(step, n)]
-            if self._coupled(own, n):
-                if share(n) < len(steps) or len(own) == 1:
-                    continue
-                own = [step for step in own if not self._coupled([step], n, 1)]
-                if 2 * len(own) < len(steps) or self._coupled(own, n):
-                    continue
-            if own:
-                return n, own
-        return 1, steps
-
-    def _divides(self, step: Step, examples: int) -> bool:
-        """Whether a step's output may be one of examples, and not of a parameter alone."""
-        size = self._output(step).size
-        if not size or size[0] % examples:
-            return False
-        return not any(
-            size == self._tape.window(ref).size and entrywise(self._change(step, at, ref), size)
-            for at, ref in self._taken(step)
-        )
-
-    def _coupled(self, steps: list[Step], examples: int, halves: int = _HALVES) -> bool:
-        """Whether a change at the outputs of some examples changes gradients at those of others."""
-        generator = torch.Generator().manual_seed(0)
-        order, (tape, counts) = torch.randperm(examples, generator=generator), self._between(steps)
-        for bit in range(min(halves, max(1, (examples - 1).bit_length()))):
-            moved = (order >> bit) % 2 == 1
-            seeds = []
-            for step in steps:
-                window = self._output(step)
-                own = moved.repeat_interleave(window.size[0] // examples).view(-1, *[1] * (len(window.size) - 1))
-                seeds.append((torch.randn(window.size, generator=generator) * own).to(self._device, window.dtype))
-            for change in self._changes(tape, counts, seeds):
-                if change is not None:
-                    others = change.reshape(examples, -1)[~moved.to(change.device)]
-                    if bool((others != 0).any()):
-                        return True
-        return False
+    @property
+    def products(self) -> int:
+        """Passes over the tape so far."""
+        return self._space.products
 
     # --- which parameters are known -----------------------------------------------------------------------------
 
-    def _known(self, steps: list[Step]) -> tuple[list[_Use], list[bool]]:
+    def _known(self) -> tuple[list[_Use], list[bool]]:
         """The uses of parameters that are used in known ways only, and which these are."""
         found: dict[int, list[tuple[_Use | None, Window]]] = {at: [] for at in range(self._count)}
         place = {slot: at for at, slot in enumerate(self._tape.inputs)}
         for step in uses(self._tape):
-            taken = self._taken(step)
+            taken = self._space.taken(step)
             for at, ref in taken:
                 parameter, window = place[slot_of(ref)], self._tape.window(ref)
-                form = self._form(step, at, ref) if any(step is own for own in steps) else None
+                form = self._form(step, at, ref) if step.number in self._places else None
                 found[parameter].append((None if form is None else _Use(parameter, step, form), window))
             for slot in set(step.reads()) & place.keys() - {slot_of(ref) for _, ref in taken}:
                 found[place[slot]].append((None, self._tape.slots[slot].window))  # in a list of arguments
@@ -163,21 +110,20 @@ class OutputProbes:
         return [use for at, own in found.items() if covered[at] for use, _ in own if use is not None], covered
 
     def _form(self, step: Step, at: int, ref: Reference) -> UseForm | None:
-        output, parameter = self._output(step), self._tape.window(ref)
+        output, parameter = self._space.output(step), self._tape.window(ref)
         if parameter.dtype.is_complex or output.dtype is not parameter.dtype or not output.size:
             return None
+        layout, change = self._places[step.number][1], self._space.change(step, at, ref)
+
+        def leading(of: Tensor) -> Tensor:
+            made = change(of)
+            if made.ndim < len(output.size):  # what is broadcast
+                made = made.expand(output.size)
+            return layout.leading(made, self.examples)
+
+        size = layout.leading(torch.empty(output.size, device="meta"), self.examples).shape
         looks_up = step.func.overloadpacket.__name__ in _LOOKUPS
-        return form_of(self._change(step, at, ref), parameter, output, looks_up, self.examples)
-
-    def _change(self, step: Step, at: int, ref: Reference) -> Map:
-        """The step's map from one of its arguments to its first output."""
-        dtype, ims = self._tape.window(ref).dtype, [None] * len(step.inputs)
-
-        def change(of: Tensor) -> Tensor:
-            made = step.push(*ims[:at], of.to(self._device, dtype), *ims[at + 1 :])
-            return made[0] if isinstance(made, (list, tuple)) else made
-
-        return change
+        return form_of(leading, parameter, size, looks_up, self.examples)
 
     def _around(self) -> int:
         """A bit for each parameter whose direction reaches its own product past the outputs of its uses."""
@@ -201,76 +147,52 @@ class OutputProbes:
             found |= 0 if ref is None else reached.get(slot_of(ref), 0) & (1 << at)
         return found
 
-    def _taken(self, step: Step) -> list[tuple[int, Reference]]:
-        """Which arguments of a step are parameters."""
-        inputs = set(self._tape.inputs)
-        return [(at, ref) for at, ref in enumerate(step.inputs) if type(ref) in (int, tuple) and slot_of(ref) in inputs]
-
-    def _output(self, step: Step) -> Window:
-        return self._tape.slots[first_output(step)].window
-
-    # --- passes over the tape -----------------------------------------------------------------------------------
-
-    def _between(self, steps: list[Step], without_end: bool = False) -> tuple[Tape, list[int]]:
-        """From additions to the outputs of steps to gradients there, each the sum of so many outputs of the tape."""
-        between = Between(self._tape)
-        for step in steps:
-            between.add_to(step)
-        if without_end:
-            assert self._end is not None
-            between.subtract_from_gradient(self._end, self._curved)
-        counts = [between.read(step) for step in steps]
-        return between.finish(), counts
-
-    def _changes(self, tape: Tape, counts: list[int], seeds: list[Tensor]) -> list[Tensor | None]:
-        """What comes of seeds."""
-        self.products += 1
-        parts, found = iter(tape.replay(seeds)), []
-        for count in counts:
-            terms = [part for _, part in zip(range(count), parts, strict=False) if part is not None]
-            found.append(sum(terms[1:], terms[0]) if terms else None)
-        return found
-
     # --- samples ------------------------------------------------------------------------------------------------
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """One sample of the trace of each example and parameter, without :meth:`exact`, (N, parameters), float64."""
         if self._sampling is None:
-            self._sampling = self._between(self._steps, without_end=self._end is not None)
-        noise: list[list[tuple[int, Tensor]]] = []
-        for step in self._steps:
-            draw = self._draw(generator, self._output(step).dtype)
-            noise.append([(use.parameter, use.form.noise(draw)) for use in self._uses if use.step is step])
-        seeds = [sum((n for _, n in own[1:]), own[0][1]) for own in noise]
-        found = torch.zeros(self.examples, self._count, dtype=torch.float64, device=self._device)
-        for own, change in zip(noise, self._changes(*self._sampling, seeds), strict=True):
-            for parameter, n in own:
+            self._sampling = self._space.passes(self._seeded, self._steps)
+        noise = [self._noise(step, own, generator) for step, own in self._uses]
+        changes = self._sampling([sum(own[1:], own[0]) for own in noise])
+        found = torch.zeros(self.examples, self._count, dtype=torch.float64, device=self._space.device)
+        for (step, uses_of), own, change in zip(self._uses, noise, changes, strict=True):
+            for use, n in zip(uses_of, own, strict=True):
                 if change is not None:
-                    found[:, parameter] += (n * change).reshape(self.examples, -1).sum(1).double()
+                    product = self._places[step.number][1].leading(n * change, self.examples)
+                    found[:, use.parameter] += product.reshape(self.examples, -1).sum(1).double()
         return found
 
-    def _draw(self, generator: torch.Generator, dtype: torch.dtype) -> Draw:
-        return lambda shape: signs(shape, generator).to(self._device, dtype)
+    def _seeded(self, between: Between) -> None:
+        for step in self._steps:
+            between.add_to(step)
+        if self._end is not None:
+            between.subtract_from_gradient(self._end, self._curved)
+
+    def _noise(self, step: Step, own: list[_Use], generator: torch.Generator) -> list[Tensor]:
+        """Of each use in a step."""
+        layout, dtype = self._places[step.number][1], self._space.output(step).dtype
+        draw = lambda shape: signs(shape, generator).to(self._space.device, dtype)
+        return [layout.back(use.form.noise(draw), self.examples) for use in own]
 
     # --- what needs no samples ----------------------------------------------------------------------------------
 
     def exact(self) -> Tensor:
         """The part of the traces that goes through few outputs of each example, (parameters,), float64; else zeros."""
-        found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
-        if self._end is None:
+        found = torch.zeros(self._count, dtype=torch.float64, device=self._space.device)
+        if (end := self._end) is None:
             return found
-        self._curvature = self._at_end()
+        self._curvature = self._at_end(end)
         values, vectors = torch.linalg.eigh(self._curvature.double())
-        between = Between(self._tape)
-        between.add_to_gradient(self._end)
-        counts = [between.read(step) for step in self._steps]
-        tape, output = between.finish(), self._output(self._end)
+        backward = self._space.passes(lambda between: between.add_to_gradient(end), self._steps)
         for k in range(values.shape[1]):
-            seed = vectors[:, :, k].to(output.dtype).reshape(output.size)
-            for step, g in zip(self._steps, self._changes(tape, counts, [seed]), strict=True):
-                for use in self._uses:
-                    if use.step is step and g is not None:
-                        found[use.parameter] += values[:, k] @ use.form.squares(g).double()
+            changes = backward([vectors[:, :, k].to(self._curvature.dtype).reshape(self._space.output(end).size)])
+            for (step, own), g in zip(self._uses, changes, strict=True):
+                if g is None:
+                    continue
+                g = self._places[step.number][1].leading(g, self.examples)
+                for use in own:
+                    found[use.parameter] += values[:, k] @ use.form.squares(g).double()
         return found
 
     def _narrow_end(self) -> Step | None:
@@ -281,20 +203,19 @@ class OutputProbes:
         anew = _NARROW.get(end.func.overloadpacket.__name__, ())
         others = [ref for at, ref in enumerate(end.inputs) if at not in anew and ref is not None]
         own = bool(anew) and all(slot_of(ref) in self._tape.inputs for ref in others)
-        few = math.prod(self._output(end).size) <= _FEW * self.examples
-        assert self._tape.cotangents is not None
-        return end if own and few and len(self._tape.cotangents.met[end.node]) == 1 else None
+        few = math.prod(self._space.output(end).size) <= _FEW * self.examples
+        together = self._places[end.number][1] is Layout.TOGETHER
+        return end if own and few and together and len(self._space.met[end.node]) == 1 else None
 
-    def _at_end(self) -> Tensor:
+    def _at_end(self, end: Step) -> Tensor:
         """The second derivative of the loss in the outputs of each example, (N, B, B)."""
-        assert self._end is not None
-        output, (tape, counts) = self._output(self._end), self._between([self._end])
+        output, passes = self._space.output(end), self._space.between([end])
         width = math.prod(output.size) // self.examples
-        columns = torch.zeros(self.examples, width, width, dtype=output.dtype, device=self._device)
+        columns = torch.zeros(self.examples, width, width, dtype=output.dtype, device=self._space.device)
         for k in range(width):
-            unit = torch.zeros(self.examples, width, dtype=output.dtype, device=self._device)
+            unit = torch.zeros_like(columns[:, 0])
             unit[:, k] = 1
-            (change,) = self._changes(tape, counts, [unit.reshape(output.size)])
+            (change,) = passes([unit.reshape(output.size)])
             if change is not None:
                 columns[:, :, k] = change.reshape(self.examples, width)
         return (columns + columns.mT) / 2

@@ -46,8 +46,8 @@ class UseForm(ABC):
         examples: N.
     """
 
-    def __init__(self, output: Window, examples: int) -> None:
-        self.shape, self.examples = torch.Size(output.size), examples
+    def __init__(self, output: torch.Size, examples: int) -> None:
+        self.shape, self.examples = output, examples
 
     @abstractmethod
     def noise(self, draw: Draw) -> Tensor:
@@ -70,7 +70,7 @@ class Factors(UseForm):
         aligned: the shape of p among the output's dimensions.
     """
 
-    def __init__(self, output: Window, examples: int, factors: Tensor, aligned: tuple[int, ...]) -> None:
+    def __init__(self, output: torch.Size, examples: int, factors: Tensor, aligned: tuple[int, ...]) -> None:
         super().__init__(output, examples)
         self._factors, self._own = self.by_example(factors), (examples, 1, *aligned[1:])
 
@@ -90,7 +90,7 @@ class Lookups(UseForm):
         length: of the table.
     """
 
-    def __init__(self, output: Window, examples: int, rows: Tensor, length: int) -> None:
+    def __init__(self, output: torch.Size, examples: int, rows: Tensor, length: int) -> None:
         super().__init__(output, examples)
         rows = rows.reshape(examples, -1)
         rows = rows + length * torch.arange(examples, device=rows.device)[:, None]
@@ -113,7 +113,7 @@ class Products(UseForm):
         rows: (N, G, T, k), T rows of each example for each of G groups of channels, dimension 1 of the output.
     """
 
-    def __init__(self, output: Window, examples: int, rows: Tensor) -> None:
+    def __init__(self, output: torch.Size, examples: int, rows: Tensor) -> None:
         super().__init__(output, examples)
         self._rows = _factor(rows)
 
@@ -144,7 +144,7 @@ def entrywise(change: Map, size: torch.Size) -> bool:
     return factors.numel() == size.numel() and _same(factors * sample.to(factors), change(sample))
 
 
-def form_of(change: Map, parameter: Window, output: Window, looks_up: bool, examples: int) -> UseForm | None:
+def form_of(change: Map, parameter: Window, output: torch.Size, looks_up: bool, examples: int) -> UseForm | None:
     """How a parameter comes to an output; None where that is not one of the known ways.
 
     Args:
@@ -168,17 +168,17 @@ def _asked(change: Map, of: Tensor) -> Tensor | None:
         return None
 
 
-def _lookups(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
+def _lookups(change: Map, p: Window, y: torch.Size, examples: int, sample: Tensor) -> UseForm | None:
     if len(p.size) != 2 or p.size[0] >= 1 / torch.finfo(p.dtype).eps:
         return None
     at = change(torch.arange(p.size[0], dtype=p.dtype).unsqueeze(1)).squeeze(-1).long()
     return Lookups(y, examples, at, p.size[0]) if _same(sample.to(at.device)[at], change(sample)) else None
 
 
-def _factors(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
-    for aligned in _alignments(tuple(p.size), tuple(y.size)):
-        factors = change(torch.ones(p.size)).expand(y.size)
-        if _same(factors * sample.reshape(aligned).to(factors), change(sample).expand(y.size)):
+def _factors(change: Map, p: Window, y: torch.Size, examples: int, sample: Tensor) -> UseForm | None:
+    for aligned in _alignments(tuple(p.size), tuple(y)):
+        factors = change(torch.ones(p.size)).expand(y)
+        if _same(factors * sample.reshape(aligned).to(factors), change(sample).expand(y)):
             return Factors(y, examples, factors, aligned)
     return None
 
@@ -191,28 +191,28 @@ def _alignments(p: tuple[int, ...], y: tuple[int, ...]) -> list[tuple[int, ...]]
     return [shape for shape in found if shape[:1] == (1,) and all(n in (1, m) for n, m in zip(shape, y, strict=True))]
 
 
-def _products(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
-    if len(p.size) != 2 or len(y.size) != 2 or max(p.size[0], y.size[0]) * p.size[0] > _ROOM:
+def _products(change: Map, p: Window, y: torch.Size, examples: int, sample: Tensor) -> UseForm | None:
+    if len(p.size) != 2 or len(y) != 2 or max(p.size[0], y[0]) * p.size[0] > _ROOM:
         return None
     rows = _asked(change, torch.eye(p.size[0]))
-    if rows is None or rows.shape != (y.size[0], p.size[0]) or not _same(rows @ sample.to(rows), change(sample)):
+    if rows is None or rows.shape != (y[0], p.size[0]) or not _same(rows @ sample.to(rows), change(sample)):
         return None
     return Products(y, examples, rows.view(examples, 1, -1, p.size[0]))
 
 
-def _convolutions(change: Map, p: Window, y: Window, examples: int, sample: Tensor) -> UseForm | None:
-    if len(p.size) < 3 or len(y.size) != len(p.size) or p.size[0] != y.size[1]:
+def _convolutions(change: Map, p: Window, y: torch.Size, examples: int, sample: Tensor) -> UseForm | None:
+    if len(p.size) < 3 or len(y) != len(p.size) or p.size[0] != y[1]:
         return None
-    k, places = math.prod(p.size[1:]), math.prod(y.size) // max(y.size[1], 1)
+    k, places = math.prod(p.size[1:]), math.prod(y) // max(y[1], 1)
     for groups in [g for g in range(1, p.size[0] + 1) if p.size[0] % g == 0]:
         if max(k, places) * k * groups > _ROOM:
             return None
         made = _asked(change, torch.eye(k).view(k, *p.size[1:]).repeat(groups, *[1] * (len(p.size) - 1)))
-        if made is None or made.shape != (y.size[0], groups * k, *y.size[2:]):
+        if made is None or made.shape != (y[0], groups * k, *y[2:]):
             continue
-        rows = made.view(y.size[0], groups, k, -1).mT  # of each patch
+        rows = made.view(y[0], groups, k, -1).mT  # of each patch
         weight = sample.view(groups, -1, k).mT.to(rows)
-        if _same((rows @ weight).mT.reshape(y.size), change(sample)):
+        if _same((rows @ weight).mT.reshape(y), change(sample)):
             return Products(y, examples, rows.view(examples, -1, *rows.shape[1:]).transpose(1, 2).flatten(2, 3))
     return None
 

@@ -44,6 +44,8 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _described(name: str, model: dict[str, Any], asked: dict[str, Any]) -> str:
+    if "beside" not in model:
+        return f"- {name}: {model['description']}; {model['parameters']:,} parameters"
     trace = model["trace"]
     known = f"known to {_error(trace)} after {trace['products']:,} passes of imstep, asked to {asked['rtol']:.0%}"
     beside = f"{model['beside']['products']} products with random vectors agree to {_error(model['beside'], trace)}"

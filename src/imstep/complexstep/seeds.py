@@ -66,6 +66,11 @@ class Between:
             self._outputs.append(self._kept(number, reference) if changed is None else changed)
         return len(found)
 
+    def read_output(self, step: Step) -> int:
+        """The next output, of which there is one, is the change of the output of a step."""
+        self._outputs.append(self._kept(step.number + 1, first_output(step)))
+        return 1
+
     def finish(self) -> Tape:
         """The tape."""
         changed = {node for node, _ in self._instead}

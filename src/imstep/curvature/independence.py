@@ -33,7 +33,7 @@ def independent(space: OutputSpace) -> tuple[int, Places]:
         for places in _arrangements(space, steps, examples):
             if 2 * len(places) < len(steps) or len(places) <= len(best[1]):
                 continue
-            if not any(_coupled(space, places, examples, half) for half in range(_HALVES)):
+            if not _coupled(space, places, examples):
                 best = examples, places
             if len(best[1]) == len(steps):
                 return best
@@ -72,17 +72,15 @@ def _shown(space: OutputSpace, steps: list[Step], start: Step, layout: Layout, e
     return found
 
 
-def _coupled(space: OutputSpace, places: Places, examples: int, half: int) -> bool:
+def _coupled(space: OutputSpace, places: Places, examples: int) -> bool:
     """Whether a change at the outputs of half of the examples changes gradients at those of the others."""
-    if half > 0 and 2**half >= examples:
-        return False  # each pair was apart already
-    moved = _half(examples, half)
     passes = space.between([step for step, _ in places.values()])
-    seeds = [_seed(space, step, layout, moved) for step, layout in places.values()]
-    return any(
-        _reaches(change, layout, moved)
-        for change, (_, layout) in zip(passes(seeds), places.values(), strict=True)
-    )
+    for half in range(min(_HALVES, (examples - 1).bit_length())):
+        moved = _half(examples, half)
+        changes = passes([_seed(space, step, layout, moved) for step, layout in places.values()])
+        if any(_reaches(change, at, moved) for change, (_, at) in zip(changes, places.values(), strict=True)):
+            return True
+    return False
 
 
 def _half(examples: int, at: int) -> Tensor:

@@ -137,7 +137,7 @@ class OutputProbes:
                     bits |= reached.get(slot, 0)
                 elif step.backward:
                     direct |= inputs[slot]
-            # A parameter that its use is linear in has no part in its own gradient there, only in the input's.
+            # A use that is linear in a parameter leaves it no part in its own gradient there, only in the input's.
             fused = isinstance(step.outputs, list) and step.node in nodes
             for slot in step.writes():
                 if more := bits | (0 if fused and slot != step.outputs[0] else direct):
@@ -205,7 +205,8 @@ class OutputProbes:
         own = bool(anew) and all(slot_of(ref) in self._tape.inputs for ref in others)
         few = math.prod(self._space.output(end).size) <= _FEW * self.examples
         together = self._places[end.number][1] is Layout.TOGETHER
-        return end if own and few and together and len(self._space.met[end.node]) == 1 else None
+        usable = own and few and together and len(self._space.met[end.node]) == 1
+        return end if usable and self._space.are_adjoint(self._steps, end) else None
 
     def _at_end(self, end: Step) -> Tensor:
         """The second derivative of the loss in the outputs of each example, (N, B, B)."""

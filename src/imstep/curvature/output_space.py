@@ -42,6 +42,11 @@ class Layout(enum.Enum):
         return self.leading(t, examples)
 
 
+_NORMS = ("native_layer_norm", "native_batch_norm", "cudnn_batch_norm", "native_group_norm", "_fused_rms_norm")
+_LINEAR = {"mm", "addmm", "convolution", "embedding", "add", "sub", "mul", *_NORMS}
+"""Operators that are linear in each of their arguments that may be a parameter; of norms those are the scale and shift.
+Others would add a second derivative of their own."""
+
 _CHANNELS = ("conv", "batch_norm", "group_norm")
 """Parts of the names of operators whose outputs have channels along the second dimension."""
 
@@ -67,8 +72,9 @@ class OutputSpace:
         self._inputs = set(tape.inputs)
 
     def steps(self) -> list[Step]:
-        """Those whose outputs' gradients are known: met, the only ones of their nodes, with memory of their own."""
-        met = [step for step in uses(self.tape) if step.node in self.met]
+        """Those of linear operators whose outputs' gradients are known: met, and the only ones of their nodes."""
+        linear = [step for step in uses(self.tape) if step.func.overloadpacket.__name__ in _LINEAR]
+        met = [step for step in linear if step.node in self.met]
         nodes = [step.node for step in met]
         own = lambda step: step.outputs[0] if isinstance(step.outputs, list) else step.outputs
         return [step for step in met if nodes.count(step.node) == 1 and isinstance(own(step), int)]
@@ -112,6 +118,24 @@ class OutputSpace:
         prepare(between)
         counts = [between.read(step) for step in read]
         return Passes(self, between.finish(), counts)
+
+    def are_adjoint(self, steps: list[Step], end: Step) -> bool:
+        """Whether the backward pass from a step's output to others is the transpose of the way forward.
+
+        It is not where a Function has a backward pass of its own making, such as a rounding that passes gradients on.
+        """
+        forward = Between(self.tape)
+        for step in steps:
+            forward.add_to(step)
+        count, generator = forward.read_output(end), torch.Generator().manual_seed(0)
+        windows = [self.output(step) for step in [*steps, end]]
+        *seeds, weight = [torch.randn(w.size, generator=generator).to(self.device, w.dtype) for w in windows]
+        (output,) = Passes(self, forward.finish(), [count])(seeds)
+        gradients = self.passes(lambda between: between.add_to_gradient(end), steps)([weight])
+        back = sum(float((g * n).sum()) for g, n in zip(gradients, seeds, strict=True) if g is not None)
+        if output is None:
+            return back == 0
+        return abs(float((output * weight).sum()) - back) <= 1e-4 * float(output.norm() * weight.norm())
 
 
 class Passes:

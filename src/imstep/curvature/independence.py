@@ -41,12 +41,15 @@ def independent(space: OutputSpace) -> tuple[int, Places]:
 
 
 def _numbers(space: OutputSpace, steps: list[Step]) -> list[int]:
-    """Numbers of examples that half of the steps may have, those of most steps first, then the largest."""
+    """Numbers of examples that half of the steps may have: first those of most steps, in the usual layout, then large."""
     forward = [step for step in space.tape.steps if not step.backward and step.target is None]
     sizes = [space.tape.slots[slot].window.size for step in forward for slot in step.writes()]
     candidates = {n for size in sizes for n in (*size[:1], *(size[1:2] if len(size) > 2 else ())) if n > 1}
-    share = {n: sum(bool(space.layouts(step, n)) for step in steps) for n in candidates}
-    return sorted((n for n in candidates if 2 * share[n] >= len(steps) > 0), key=lambda n: (-share[n], -n))
+    layouts = {n: [space.layouts(step, n) for step in steps] for n in candidates}
+    share = {n: sum(map(bool, own)) for n, own in layouts.items()}
+    usual = {n: sum(Layout.TOGETHER in some for some in own) for n, own in layouts.items()}
+    fitting = [n for n in candidates if 2 * share[n] >= len(steps) > 0]
+    return sorted(fitting, key=lambda n: (-usual[n], -share[n], -n))
 
 
 def _arrangements(space: OutputSpace, steps: list[Step], examples: int) -> Iterator[Places]:

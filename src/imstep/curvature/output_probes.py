@@ -34,6 +34,9 @@ from imstep.curvature.use_forms import UseForm, form_of, signs
 _FEW = 32
 """Outputs of an example with which a backward pass for each is worth its time; our own choice."""
 
+_DTYPES = (torch.float32, torch.float64)
+"""Of parameters: what tells uses apart takes more digits than half precision has."""
+
 _LOOKUPS = {"embedding"}
 """Operators that look up rows of a table."""
 
@@ -111,7 +114,7 @@ class OutputProbes:
 
     def _form(self, step: Step, at: int, ref: Reference) -> UseForm | None:
         output, parameter = self._space.output(step), self._tape.window(ref)
-        if parameter.dtype.is_complex or output.dtype is not parameter.dtype or not output.size:
+        if parameter.dtype not in _DTYPES or output.dtype is not parameter.dtype or not output.size:
             return None
         layout, change = self._places[step.number][1], self._space.change(step, at, ref)
 

@@ -41,7 +41,7 @@ def independent(space: OutputSpace) -> tuple[int, Places]:
 
 
 def _numbers(space: OutputSpace, steps: list[Step]) -> list[int]:
-    """Numbers of examples that half of the steps may have: first those of most steps, in the usual layout, then large."""
+    """Numbers of examples that half of the steps may have, those that most have in the usual layout first."""
     forward = [step for step in space.tape.steps if not step.backward and step.target is None]
     sizes = [space.tape.slots[slot].window.size for step in forward for slot in step.writes()]
     candidates = {n for size in sizes for n in (*size[:1], *(size[1:2] if len(size) > 2 else ())) if n > 1}

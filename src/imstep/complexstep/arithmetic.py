@@ -68,7 +68,7 @@ class Arithmetic:
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self.ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write)
-        self._islands.at_last = WeakMethod(self._dispatch.settle_jumps)  # a cycle would keep tapes alive
+        self._islands.at_last = WeakMethod(self._dispatch.begin_last)  # a cycle would keep tapes alive
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from imstep.complexstep import rules
 from imstep.complexstep.carrier import Carrier
 from imstep.complexstep.errors import COLLECTIVE, DENSE, NESTED, REPORT, UnsupportedOperatorError
+from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
@@ -181,10 +182,14 @@ class Dispatch(Carrier):
             if watching is not None:
                 watching.settle(results)
 
-    def settle_jumps(self, outputs: Sequence[Any]) -> None:
-        """The backward pass that is to be differentiated begins at ``outputs``."""
+    def begin_last(self, outputs: Sequence[Any]) -> list[Any]:
+        """The backward pass that is to be differentiated begins at ``outputs``; hooks to be removed after it."""
+        tensors = [plain(t) for t in outputs if isinstance(t, Tensor)]
         if self._jumps is not None:
-            self._jumps.settle([plain(t) for t in outputs if isinstance(t, Tensor)])
+            self._jumps.settle(tensors)
+        if self._tape is None or self._tape.cotangents is None:
+            return []
+        return self._tape.cotangents.watch(self._tape, nodes(tensors), self.reference)
 
     def conclude(self, failed: bool = False) -> None:
         """The evaluation is over: warn of what has left something without a derivative, and forget it."""

@@ -134,7 +134,7 @@ def runs_functions(outputs: Iterable[Tensor]) -> bool:
     """Whether the backward pass of outputs runs that of an ``autograd.Function`` of the user's."""
     return any(
         isinstance(node, BackwardCFunction) and node._forward_cls.__module__.split(".")[0] != _LIBRARY  # type: ignore[attr-defined]
-        for node in _nodes(outputs)
+        for node in nodes(outputs)
     )
 
 
@@ -142,13 +142,13 @@ def leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors that autograd would lead back to."""
     tensors = list(tensors)
     yield from (t for t in tensors if t.is_leaf and t.requires_grad)
-    for node in _nodes(tensors):
+    for node in nodes(tensors):
         leaf = getattr(node, "variable", None)  # only nodes that accumulate a gradient have one
         if leaf is not None:
             yield leaf
 
 
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of autograd's graph behind tensors."""
     nodes, seen = [t.grad_fn for t in tensors], set()
     while nodes:

@@ -68,7 +68,7 @@ class Islands(TorchFunctionMode):
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
-        self.at_last: WeakMethod[Callable[[Sequence[Any]], None]]  # told where that begins
+        self.at_last: WeakMethod[Callable[[Sequence[Any]], list[Any]]]  # told where that begins
         self._stack = ExitStack()
 
     @property
@@ -226,15 +226,17 @@ class Islands(TorchFunctionMode):
 
     @contextmanager
     def _final_pass(self, outputs: Sequence[Any]) -> Iterator[None]:
-        settle = self.at_last()
-        assert settle is not None
-        settle(outputs)
+        begin = self.at_last()
+        assert begin is not None
+        handles = begin(outputs)
         before, self.final = self.final, True
         try:
             with torch._C._DisableAutocast():  # as PyTorch asks for, of backward passes
                 yield
         finally:
             self.final = before
+            for handle in handles:
+                handle.remove()
 
     def _backward_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A pass that the user asks for: with ``backward()`` the gradient itself, else part of the loss."""

@@ -31,11 +31,12 @@ class Step:
         result: its output, likewise; else None.
         alpha: factor of the second argument of a sum or difference.
         exchanges: whether other processes wait for it, so that it is to be taken also where it comes to nothing.
+        number: of steps that were recorded before it.
     """
 
     __slots__ = (
-        *("alpha", "args", "backward", "exchanges", "func", "inputs", "node", "outputs", "push", "result", "target"),
-        *("_reads", "_writes"),
+        *("alpha", "args", "backward", "exchanges", "func", "inputs", "node", "number", "outputs", "push", "result"),
+        *("target", "_reads", "_writes"),
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class Step:
         self.args: tuple[Any, ...] = ()
         self.result: Any = None
         self.alpha: Any = 1
+        self.number = 0
         self.exchanges = id(func) in EXCHANGES
         self._reads = _slots(inputs)
         self._writes = _slots([outputs if target is None else target])
@@ -67,7 +69,25 @@ class Step:
 
     def reading(self, inputs: list[Any]) -> Step:
         """The same step with other inputs."""
-        return Step(self.push, inputs, self.outputs, self.target, self.func, self.node, self.backward)
+        return self._like(self.push, inputs)
+
+    def adding(self, seed: int) -> Step:
+        """The same step, with what is in the slot ``seed`` added to its first output."""
+        push, several = self.push, type(self.outputs) is list
+
+        def pushed(*ims: Any) -> Any:
+            *ims, added = ims  # type: ignore[assignment]
+            made = push(*ims) if flat(list(ims)) else None
+            parts = list(made) if several and made is not None else [made]
+            parts[0] = added if parts[0] is None else parts[0] + added
+            return parts + [None] * (len(self.outputs) - len(parts)) if several else parts[0]
+
+        return self._like(pushed, [*self.inputs, seed])
+
+    def _like(self, push: Any, inputs: list[Any]) -> Step:
+        other = Step(push, inputs, self.outputs, self.target, self.func, self.node, self.backward)
+        other.number = self.number
+        return other
 
 
 def _slots(references: list[Any]) -> list[int]:

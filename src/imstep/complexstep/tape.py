@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.captured import captured, exchange
+from imstep.complexstep.cotangents import Cotangents
 from imstep.complexstep.replay import Replay, Slot
 from imstep.complexstep.steps import Reference, Step, slot_of
 from imstep.complexstep.tensor import Window
@@ -51,6 +52,9 @@ class Tape:
 
     Args:
         memory_budget: bytes that its maps may hold, parameters included; None for no limit.
+
+    Attributes:
+        cotangents: where the backward pass meets the outputs of operators on inputs; None where nobody looks.
     """
 
     replays_blocks = True  # maps can be applied to many directions at once, by vmap
@@ -70,6 +74,7 @@ class Tape:
         self._held: list[tuple[Tensor, int | None, Any]] = []  # a tensor, its version, the map that holds it
         self._places: dict[int, list[int]] = {}  # which of these lie in a storage
         self._found = 0  # how many of these were looked for
+        self.cotangents: Cotangents | None = None
 
     # --- recording ----------------------------------------------------------------------------------------------
 
@@ -90,6 +95,7 @@ class Tape:
 
     def record(self, step: Step) -> None:
         """Append a step; remembers the tensors that its map holds, to notice when they are overwritten."""
+        step.number = len(self._steps)
         self._steps.append(step)
         if step.push is None:
             return
@@ -168,9 +174,22 @@ class Tape:
                 live.update(step.writes())
         return self._derived(steps, chosen, [self._outputs[at] for at in outputs])
 
-    def _derived(self, steps: list[Step], inputs: list[int], outputs: Sequence[Reference | None]) -> Tape:
+    def rebuilt(
+        self, slots: list[Slot], steps: list[Step], inputs: list[int], outputs: Sequence[Reference | None]
+    ) -> Tape:
+        """A tape on more memory: slots that begin with those of this one."""
+        return self._derived(steps, inputs, outputs, slots)
+
+    def _derived(
+        self,
+        steps: list[Step],
+        inputs: list[int],
+        outputs: Sequence[Reference | None],
+        slots: list[Slot] | None = None,
+    ) -> Tape:
         other = Tape()
-        other._slots, other._held, other._steps, other._inputs = self._slots, self._held, steps, inputs
+        other._slots, other._held, other._steps, other._inputs = slots or self._slots, self._held, steps, inputs
+        other.cotangents = self.cotangents
         other.finish(outputs)
         return other
 
@@ -189,6 +208,20 @@ class Tape:
     def inputs(self) -> list[int]:
         """The slots of the inputs, in order."""
         return self._inputs
+
+    @property
+    def outputs(self) -> list[Reference | None]:
+        """What replays compute, in order."""
+        return self._outputs
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The memory; read only."""
+        return self._slots
+
+    def window(self, reference: Reference) -> Window:
+        """How a reference looks onto its slot."""
+        return reference[1] if type(reference) is tuple else self._slots[reference].window  # type: ignore[index]
 
     # --- what it holds ------------------------------------------------------------------------------------------
 

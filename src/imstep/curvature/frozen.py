@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep import Arithmetic
+from imstep.complexstep.cotangents import Cotangents
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.graph import Survey, survey
@@ -121,6 +122,7 @@ class FrozenClosure:
         observer: AbstractContextManager[Any] | None = None,
         memory_budget: int | None = None,
         keep_graph: bool = False,
+        cotangents: bool = False,
     ) -> Linearisation:
         """Loss, gradient and tape at the current parameters, from one evaluation.
 
@@ -128,17 +130,21 @@ class FrozenClosure:
             observer: a context entered around the closure; what it has seen can be differentiated further.
             memory_budget: bytes that the tape may hold; None for no limit.
             keep_graph: whether autograd's graph survives the evaluation; it does for an observer.
+            cotangents: whether the tape is to know where outputs of operators on parameters have their gradients.
 
         Raises:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
         tape, asked = Tape(memory_budget), keep_graph
+        tape.cotangents = Cotangents() if cotangents else None
         keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic)
         split = split_loss(tape, arithmetic.reference(loss))
+        if self.hook_factors is not None:  # gradients of parameters are not those at outputs times inputs
+            tape.cotangents = None
         arithmetic.finish(gradients)
         loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
         return Linearisation(loss, gradient, tape, split, arithmetic.ledger.report, self.penalty, asked)

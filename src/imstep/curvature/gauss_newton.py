@@ -144,7 +144,7 @@ class BatchGaussNewton(BatchCurvature):
         self._model = model
 
     def record(self, memory_budget: int | None) -> Point:
-        at = self.frozen.linearise(memory_budget=memory_budget)
+        at = self.frozen.linearise(memory_budget=memory_budget, cotangents=True)
         tape = gauss_newton(at.tape, self._model.nodes)
         source = ReplayedProducts(tape, self.parameters, self.parameters)
         return Point(at.loss, at.gradient, source, self._definite(at.tape, at.split), at.report)

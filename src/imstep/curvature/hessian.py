@@ -129,7 +129,7 @@ class BatchHessian(BatchCurvature):
     """The Hessian of a closure's loss on its batch."""
 
     def record(self, memory_budget: int | None) -> Point:
-        at = self.frozen.linearise(memory_budget=memory_budget)
+        at = self.frozen.linearise(memory_budget=memory_budget, cotangents=True)
         source = ReplayedProducts(at.tape, self.parameters, self.parameters)
         return Point(at.loss, at.gradient, source, False, at.report)
 

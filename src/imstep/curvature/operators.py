@@ -14,8 +14,10 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.products import Products, ReplayedProducts, ShiftedProducts
 from imstep.curvature.static import Capture, StaticProducts, cuda_graph
+from imstep.curvature.trace_parts import parts_of
 from imstep.curvature.unmoved import Unmoved
 from imstep.linalg import BlockDiagonalOperator, LinearOperator
+from imstep.linalg.parts import TraceParts
 from imstep.linalg.space import Space
 
 
@@ -158,6 +160,10 @@ class SymmetricOperator(ProductsOperator):
 
     def diagonal_blocks(self, by: str) -> dict[str, LinearOperator]:
         return {name: self.block(own) for name, own in self.parameters.groups(by).items()}
+
+    def trace_parts(self) -> TraceParts | None:
+        self.check()
+        return parts_of(self, self._forward.tapes())
 
     def block_diagonal(self, by: str = "layer") -> BlockDiagonalOperator:
         """The matrix without what is outside of the diagonal blocks of layers or parameters.

@@ -57,6 +57,10 @@ class Products(ABC):
         """Raise :class:`~imstep.complexstep.tape.TapeChangedError` if what they need was overwritten; else nothing."""
         return None
 
+    def tapes(self) -> list[tuple[float, Tape]] | None:
+        """Weights and tapes whose products add up to these; None where they are something else."""
+        return None
+
 
 class ReplayedProducts(Products):
     """Products by replay of a tape whose inputs and outputs are the tensors.
@@ -119,6 +123,9 @@ class ReplayedProducts(Products):
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
         return ReplayedProducts(self._tape.restricted(columns, rows), self.rows.part(rows), self.columns.part(columns))
+
+    def tapes(self) -> list[tuple[float, Tape]] | None:
+        return [(1.0, self._tape)]
 
     def check(self) -> None:
         self._tape.check()
@@ -201,6 +208,15 @@ class SummedProducts(Products):
 
     def block(self, rows: Sequence[int], columns: Sequence[int]) -> Products:
         return SummedProducts([(weight, part.block(rows, columns)) for weight, part in self._parts])
+
+    def tapes(self) -> list[tuple[float, Tape]] | None:
+        found = []
+        for weight, part in self._parts:
+            own = part.tapes()
+            if own is None:
+                return None
+            found += [(weight * factor, tape) for factor, tape in own]
+        return found
 
     def check(self) -> None:
         for _, part in self._parts:

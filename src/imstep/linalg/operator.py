@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import scipy.sparse.linalg
 
     from imstep.linalg.inverse import DirectSolver, InverseOperator
+    from imstep.linalg.parts import TraceParts
     from imstep.linalg.space import Space
 
 
@@ -269,6 +270,10 @@ class LinearOperator(ABC):
 
         _ = self.size
         return {name: self.submatrix(own) for name, own in known(self.spaces[1], self).places(by).items()}
+
+    def trace_parts(self) -> TraceParts | None:
+        """The trace in parts that can be sampled each by itself, where the operator knows such; else None."""
+        return None
 
     def inverse(
         self,

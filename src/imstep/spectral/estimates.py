@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.spectral.adaptive import Adaptive, Diagonal, Trace
 from imstep.spectral.groups import per_group
-from imstep.spectral.probes import Samples, generator_of, images, no_rows, orthonormal, outside, signs
-
-_FIRST = 8
-"""Probes before anything is decided; fewer would not tell their own spread."""
-
-_TRIED = 32
-"""Directions that are taken out before growth must have paid: a spectrum may fall only beyond the first few."""
-
-_BEYOND = 1e9
-"""Times the error asked for above which how much is missing does not matter."""
-
-_ROOM = 2**30
-"""Bytes that the directions taken out may fill."""
+from imstep.spectral.parts import traces_by_parts
+from imstep.spectral.probes import generator_of
+from imstep.spectral.results import DiagonalEstimate, Estimate
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """An estimated number.
-
-    Attributes:
-        value: the number.
-        error: the true one lies within this of it, with probability 95 %.
-        products: products with A that were spent.
-        converged: whether the error asked for was reached.
-    """
-
-    value: float
-    error: float
-    products: int
-    converged: bool
-
-    def __float__(self) -> float:
-        return self.value
-
-
-@dataclass(frozen=True, eq=False)
-class DiagonalEstimate:
-    """An estimated diagonal.
-
-    Attributes:
-        value: the diagonal, (n,).
-        error: of each entry, (n,): the true one lies within this of it, with probability 95 %.
-        products: products with A that were spent.
-        converged: whether the error asked for was reached.
-    """
-
-    value: Tensor
-    error: Tensor
-    products: int
-    converged: bool
-
-
-@per_group
+@partial(per_group, at_once=traces_by_parts)
 def trace(
     operator: LinearOperator,
     rtol: float = 1e-2,
@@ -81,6 +32,13 @@ def trace(
     The rows of Q span products with earlier probes. More are taken while they save more products than they cost; where
     all n products cost no more, the trace is exact.
 
+    The Hessian or Gauss-Newton matrix of a closure is sampled at the outputs of layers y = W x instead, with noise of
+    its own for each example, so that one pass gives an estimate for every one:
+
+        tr H_WW = Σ_examples E[nᵀ S n],   S the second derivative of the loss in y,   cov(n_i, n_j) = (x_i · x_j) I
+
+    That examples do not influence each other is checked; parameters that are used in another way are left to products.
+
     Args:
         operator: A, square; need not be symmetric.
         rtol: error relative to the trace at which to end, >= 0.
@@ -90,23 +48,25 @@ def trace(
         by: "layer" or "parameter" for the traces of the diagonal blocks of an operator over a model, a dictionary.
 
     Returns:
-        An :class:`Estimate`. Its value is nan if a product was not finite.
+        An :class:`Estimate`. Its value is nan if a product was not finite. Its products count a pass as one.
 
     Raises:
         ValueError: an argument out of range; A is rectangular; ``by`` of an operator that belongs to no model.
 
-    Cost: without a decay of eigenvalues about 8 (‖A‖_F / (rtol tr A))² products; a few dozen where few eigenvalues
-    make up the trace. Memory for Q, at most 1 GiB, and some blocks of 8 vectors.
+    Cost: at outputs of layers about ten passes to begin with, then the fewer the more examples there are. Else, without
+    a decay of eigenvalues, about 8 (‖A‖_F / (rtol tr A))² products; a few dozen where few eigenvalues make up the
+    trace. Memory for Q, at most 1 GiB, and some blocks of 8 vectors.
 
     Source: Meyer, Musco, Musco and Woodruff, SOSA 2021 (arXiv 2010.09649), Hutch++; adaptively, Persson, Cortinovis and
-    Kressner, SIAM J. Matrix Anal. Appl. 43 (2022) (arXiv 2109.10659). The rule by which Q grows is our own.
+    Kressner, SIAM J. Matrix Anal. Appl. 43 (2022) (arXiv 2109.10659). The rule by which Q grows and the noise at
+    outputs are our own.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
         >>> trace(DiagonalOperator(torch.tensor([1.0, 2.0, 4.0]))).value
         7.0
     """
-    mean = Adaptive(operator, _Trace(), generator_of(seed, generator)).to(rtol, atol, max_products)
+    mean = Adaptive(operator, Trace(), generator_of(seed, generator)).to(rtol, atol, max_products)
     return Estimate(float(mean.value), float(mean.error), mean.products, mean.converged)
 
 
@@ -150,148 +110,5 @@ def diagonal(
         >>> diagonal(DenseOperator(torch.tensor([[2.0, 1.0], [1.0, -3.0]]))).value
         tensor([ 2., -3.])
     """
-    mean = Adaptive(operator, _Diagonal(), generator_of(seed, generator)).to(rtol, atol, max_products)
+    mean = Adaptive(operator, Diagonal(), generator_of(seed, generator)).to(rtol, atol, max_products)
     return DiagonalEstimate(mean.value, mean.error, mean.products, mean.converged)
-
-
-class Functional(ABC):
-    """A linear function of a matrix: what is known of it from Q, and a sample of the rest."""
-
-    @abstractmethod
-    def known(self, operator: LinearOperator, directions: Tensor) -> Tensor:
-        """What orthonormal directions (k, n) contribute; k products."""
-
-    @abstractmethod
-    def sample(self, operator: LinearOperator, probes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples of the rest (b, ...) from signs (b, n), and the products (b, n) that were made."""
-
-    @abstractmethod
-    def of_diagonal(self, entries: Tensor) -> Tensor:
-        """The function itself, of the diagonal (n,)."""
-
-
-class _Trace(Functional):
-    def known(self, operator: LinearOperator, directions: Tensor) -> Tensor:
-        return (directions * images(operator, directions)).sum(dtype=torch.float64)
-
-    def sample(self, operator: LinearOperator, probes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        probes = outside(probes, basis)
-        made = images(operator, probes)
-        return (probes * made).sum(1, dtype=torch.float64), made
-
-    def of_diagonal(self, entries: Tensor) -> Tensor:
-        return entries.sum(dtype=torch.float64)
-
-
-class _Diagonal(Functional):
-    def known(self, operator: LinearOperator, directions: Tensor) -> Tensor:
-        return (directions * operator.rmatmat(directions.mT).mT).sum(0)
-
-    def sample(self, operator: LinearOperator, probes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        made = images(operator, probes)
-        return probes * outside(made, basis), made
-
-    def of_diagonal(self, entries: Tensor) -> Tensor:
-        return entries
-
-
-@dataclass(frozen=True, eq=False)
-class _Mean:
-    """What an estimation ended with."""
-
-    value: Tensor
-    error: Tensor
-    products: int
-    converged: bool
-
-
-class Adaptive:
-    """An estimate that gets better as products are spent, where they bring most.
-
-    Args:
-        operator: A, square.
-        functional: what is estimated.
-        generator: draws the probes.
-    """
-
-    def __init__(self, operator: LinearOperator, functional: Functional, generator: torch.Generator) -> None:
-        self._operator, self._functional, self._generator = operator, functional, generator
-        self._basis = self._sketch = no_rows(operator)
-        self._known, self._rest, self._products = torch.zeros((), device=operator.device), Samples(), 0
-        self._most = max(_FIRST, _ROOM // max(1, operator.size * operator.dtype.itemsize))
-
-    def to(self, rtol: float, atol: float, max_products: int) -> _Mean:
-        """The estimate whose error is at most max(atol, rtol · its size), or the best for so many products."""
-        if not (rtol >= 0 and atol >= 0 and max_products >= 1):
-            raise ValueError(
-                f"rtol and atol are at least 0 and max_products at least 1, got {rtol}, {atol} and {max_products}."
-            )
-        size = self._operator.size
-        if size <= 2 * _FIRST:
-            return self._exact()
-        self._sample(min(_FIRST, max_products))
-        pays = True
-        while (missing := self._missing(rtol, atol)) > 0 and self._products < max_products:
-            added = min(max(_FIRST, len(self._basis)), self._most - len(self._basis))
-            growth = 2 * added - len(self._sketch) + _FIRST
-            left = max_products - self._products
-            if missing >= size and 2 * (self._products + growth) >= size and left >= size:
-                return self._exact()
-            if not (pays and added > 0 and min(missing, left) > growth):
-                # What is missing is itself uncertain: at most as many again before it is asked anew.
-                self._sample(int(min(missing, left, max(self._rest.count, _FIRST))))
-            elif len(self._sketch) < added:
-                self._sample(added - len(self._sketch))
-            else:
-                self._grow(added)
-                pays = len(self._basis) < _TRIED or self._missing(rtol, atol) < missing - growth
-        value = self._known + self._rest.mean
-        rounding = 10 * torch.finfo(self._operator.dtype).eps * (self._known.abs() + self._rest.mean.abs())
-        return _Mean(value, self._rest.half_width + rounding, self._products, missing == 0)
-
-    def _missing(self, rtol: float, atol: float) -> float:
-        """How many more samples would reach the error, were they spread as those before; nan if some are not finite."""
-        error, value = float(self._rest.half_width.norm()), float((self._known + self._rest.mean).norm())
-        target = max(atol, rtol * value)
-        if error <= target:
-            return 0
-        if not math.isfinite(value):
-            return math.nan
-        excess = error / target if target > 0 else math.inf
-        return math.ceil(self._rest.count * (excess**2 - 1)) if excess < _BEYOND else math.inf
-
-    def _sample(self, count: int) -> None:
-        """Probes of what is not known; their products are kept as far as a basis twice as large would need them."""
-        for start in range(0, count, _FIRST):
-            probes = signs(self._operator, min(_FIRST, count - start), self._generator)
-            samples, made = self._functional.sample(self._operator, probes, self._basis)
-            self._rest.add(samples)
-            self._products += len(samples)
-            room = max(_FIRST, len(self._basis)) - len(self._sketch)
-            self._sketch = torch.cat([self._sketch, made[:room]])
-            if not bool(torch.isfinite(samples).all()):
-                return
-
-    def _grow(self, added: int) -> None:
-        """Take directions of the last products out, and begin to sample what is left."""
-        directions = orthonormal(self._sketch[:added], self._basis)
-        self._known = self._known + self._functional.known(self._operator, directions)
-        self._products += len(directions)
-        self._basis = torch.cat([self._basis, directions])
-        self._sketch, self._rest = self._sketch[:0], Samples()
-        self._sample(_FIRST)
-
-    def _exact(self) -> _Mean:
-        """By all n products."""
-        size, operator = self._operator.size, self._operator
-        entries = torch.empty(size, dtype=operator.dtype, device=operator.device)
-        block = max(1, min(256, 2**24 // max(size, 1)))
-        for start in range(0, size, block):
-            count = min(block, size - start)
-            units = torch.zeros(count, size, dtype=operator.dtype, device=operator.device)
-            units.diagonal(start).fill_(1)
-            entries[start : start + count] = images(operator, units).diagonal(start)
-        entries = operator.held(entries)
-        rounding = 10 * torch.finfo(operator.dtype).eps * entries.abs()
-        value, error = self._functional.of_diagonal(entries), self._functional.of_diagonal(rounding)
-        return _Mean(value, error, self._products + size, bool(torch.isfinite(value).all()))

@@ -127,7 +127,12 @@ class Samples:
         """Half of the width of the interval that holds the true mean in 95 % of cases; infinite for one sample."""
         if self.count < 2:
             return torch.full_like(self.mean, math.inf)
-        return student(self.count - 1) * (self._squares / (self.count * (self.count - 1))).sqrt()
+        return student(self.count - 1) * (self.variance / self.count).sqrt()
+
+    @property
+    def variance(self) -> Tensor:
+        """Of one sample, by at least two."""
+        return self._squares / (self.count - 1)
 
 
 def student(freedom: int) -> float:

@@ -3,6 +3,7 @@
     python -m venv .venv/peers && .venv/peers/bin/pip install -c constraints.txt '.[peers]' scipy
     .venv/peers/bin/python -m benchmarks.spectral               # everything; writes record.json and page.md here
     .venv/peers/bin/python -m benchmarks.spectral --models GPT  # one of GPT, MLP, ResNet-18
+    .venv/peers/bin/python -m benchmarks.spectral --questions trace  # of pairs, density, trace
     .venv/peers/bin/python -m benchmarks.spectral --short       # one small model, low accuracy; prints, writes nothing
     .venv/peers/bin/python -m benchmarks.spectral --page        # the page again, from the record
 
@@ -19,7 +20,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,9 @@ from benchmarks.spectral.sides import SIDES, Pairs, Side  # noqa: E402
 from imstep import spectral  # noqa: E402
 
 SEED = 0
+QUESTIONS = ("pairs", "density", "trace")
+BESIDE = 100
+"""Products with random vectors that are made to see whether their trace is the same."""
 LIMIT, LEAST_LIMIT = 3.0, 20.0
 """Times imstep's seconds after which a peer is stopped, and the least: for eigenpairs all budgets together, for a trace
 each run."""
@@ -50,12 +54,12 @@ class Asked:
     """What is asked about one model.
 
     Attributes:
-        rtol: of the trace, with probability 95 %; None where it is not asked, because no side gets there in an hour.
+        rtol: of the trace, with probability 95 %.
         probes: with which imstep's density is timed.
         examples: so many of the batch; None for all.
     """
 
-    rtol: float | None
+    rtol: float = 0.01
     probes: int = 10
     examples: int | None = None
 
@@ -77,7 +81,7 @@ class Size:
     """
 
     models: Mapping[str, Asked] = field(
-        default_factory=lambda: {"GPT": Asked(0.05), "MLP": Asked(0.2), "ResNet-18": Asked(None, probes=1, examples=4)}
+        default_factory=lambda: {"GPT": Asked(), "MLP": Asked(), "ResNet-18": Asked(probes=1, examples=4)}
     )
     k: int = 10
     tol: float = 1e-6
@@ -164,23 +168,32 @@ def ask_trace(side: Side, reference: float, rtol: float, repeats: int, limit: fl
 
 
 def ask(
-    kind: type[Side], subject: Subject, hessian: imstep.Hessian, trace: float, size: Size, own: dict[str, Any]
+    kind: type[Side],
+    subject: Subject,
+    hessian: imstep.Hessian,
+    trace: float,
+    size: Size,
+    own: dict[str, Any],
+    entry: dict[str, Any],
+    only: Sequence[str],
 ) -> dict[str, Any]:
-    """All questions to one side; ``own`` are imstep's answers, empty where they are asked for."""
+    """Questions to one side, but those that ``entry`` answers; ``own`` are imstep's answers, empty for its own turn."""
     try:
         metadata.version(kind.package)
     except metadata.PackageNotFoundError:
         return {"failure": "not installed"}
+    entry.pop("failure", None)
     side, asked = kind(subject), size.models[subject.name]
     probes = size.peer_probes if own else asked.probes
     questions: dict[str, Callable[[float], dict[str, Any]]] = {
         "pairs": lambda limit: ask_pairs(side, hessian, size, limit),
         "density": lambda limit: ask_density(side, size, probes, limit),
+        "trace": lambda limit: ask_trace(side, trace, asked.rtol, size.repeats, limit),
     }
-    if (rtol := asked.rtol) is not None:
-        questions["trace"] = lambda limit: ask_trace(side, trace, rtol, size.repeats, limit)
-    entry: dict[str, Any] = {}
-    for name, question in questions.items():
+    for name in only:
+        if name in entry:
+            continue
+        question = questions[name]
         limit = max(LIMIT * own[name]["seconds"], LEAST_LIMIT) if own else math.inf
         try:
             entry[name] = question(limit)
@@ -192,7 +205,15 @@ def ask(
     return entry
 
 
-def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], None]) -> None:
+def references(hessian: imstep.Hessian, rtol: float) -> dict[str, Any]:
+    """The trace to compare with, and what products with whole random vectors, as the peers make them, say of it."""
+    found = spectral.trace(hessian, rtol / 4, seed=SEED + 100)
+    # A multiple is known by its products alone.
+    beside = spectral.trace(1.0 * hessian, rtol, seed=SEED + 200, max_products=BESIDE)
+    return {"trace": asdict(found), "beside": asdict(beside)}
+
+
+def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], None], only: Sequence[str]) -> None:
     """All sides on one model, one after the other, into the model's part of the record."""
     subject, count = build(name, torch.device("cpu"), SEED), size.models[name].examples
     if count is not None:
@@ -202,19 +223,18 @@ def measure(name: str, size: Size, entry: dict[str, Any], keep: Callable[[], Non
     remedy(subject)
     hessian = imstep.Hessian(subject.closure, subject.model)
     if not entry:
-        rtol = size.models[name].rtol
-        # Where it is not asked, a few products show why.
-        products = {"rtol": rtol / 4, "max_products": 2_000} if rtol else {"rtol": 1e-2, "max_products": 24}
-        reference = spectral.trace(hessian, seed=SEED + 100, **products)
-        print(f"{subject.name}, the trace to compare with: {reference}", flush=True)
-        entry.update(description=subject.description, parameters=hessian.size, trace=asdict(reference))
-        entry.update(load_average=0.0, sides={})
+        entry.update(description=subject.description, parameters=hessian.size, load_average=0.0, sides={})
+    if "beside" not in entry:
+        entry.update(references(hessian, size.models[name].rtol))
+        print(f"{subject.name}, the trace to compare with: {entry['trace']}; {entry['beside']}", flush=True)
     for kind in SIDES:
-        if entry["sides"].get(kind.name, {"failure": "not installed"}) == {"failure": "not installed"}:
-            own = entry["sides"].get(SIDES[0].name, {})
-            entry["sides"][kind.name] = ask(kind, subject, hessian, entry["trace"]["value"], size, own)
-            entry["load_average"] = max(entry["load_average"], os.getloadavg()[0])
-            keep()
+        sides, own = entry["sides"], entry["sides"].get(SIDES[0].name, {}) if kind is not SIDES[0] else {}
+        answers = sides.get(kind.name, {})
+        if set(only) <= answers.keys():
+            continue
+        sides[kind.name] = ask(kind, subject, hessian, entry["trace"]["value"], size, own, answers, only)
+        entry["load_average"] = max(entry["load_average"], os.getloadavg()[0])
+        keep()
 
 
 def main() -> None:
@@ -223,6 +243,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=Size().models)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     options = parser.parse_args()
     path, size = HERE / "record.json", SHORT if options.short else Size()
     if not options.page:
@@ -238,7 +259,7 @@ def main() -> None:
         # What is measured stays, should a later side fail.
         keep = lambda: None if options.short else path.write_text(json.dumps(record, indent=1) + "\n")
         for name in options.models or size.models:
-            measure(name, size, record["models"].setdefault(name, {}), keep)
+            measure(name, size, record["models"].setdefault(name, {}), keep, options.questions)
         if options.short:
             print(page(record))
             return

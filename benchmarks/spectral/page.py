@@ -44,10 +44,20 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _described(name: str, model: dict[str, Any], asked: dict[str, Any]) -> str:
+    if "beside" not in model:
+        return f"- {name}: {model['description']}; {model['parameters']:,} parameters"
     trace = model["trace"]
-    known = f"known to {abs(trace['error'] / trace['value']):.1%} after {trace['products']:,} products of imstep"
-    goal = "not asked" if asked["rtol"] is None else f"asked to {asked['rtol']:.0%}"
-    return f"- {name}: {model['description']}; {model['parameters']:,} parameters; trace {known}, {goal}"
+    known = f"known to {_error(trace)} after {trace['products']:,} passes of imstep, asked to {asked['rtol']:.0%}"
+    beside = f"{model['beside']['products']} products with random vectors agree to {_error(model['beside'], trace)}"
+    return f"- {name}: {model['description']}; {model['parameters']:,} parameters; trace {known}; {beside}"
+
+
+def _error(found: dict[str, Any], other: dict[str, Any] | None = None) -> str:
+    """What is known of a trace, or how far it is from another and how far it may be."""
+    size = abs((other or found)["value"])
+    if other is None:
+        return f"{found['error'] / size:.2%}"
+    return f"{abs(found['value'] - other['value']) / size:.1%}, their error being {found['error'] / size:.1%}"
 
 
 def _table(question: str, models: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from imstep.complexstep.memory import keep_at_hand
 from imstep.complexstep.steps import Reference, Step, flat, slot_of
 from imstep.complexstep.tensor import Window
 
@@ -53,7 +52,6 @@ class Replay:
         self, slots: list[Slot], inputs: list[int], steps: list[Step], outputs: list[Reference | None]
     ) -> None:
         self._slots, self._inputs, self._outputs = slots, inputs, outputs
-        keep_at_hand()
         self.steps = _needed(steps, {slot_of(ref) for ref in outputs if ref is not None})
         self._overwritten = {slot_of(step.target) for step in self.steps if step.target is not None}
         self._instructions, self._at_once = self._arrange()

@@ -166,8 +166,10 @@ class KrylovSpace:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of a space of another size.
+            ValueError: the state is of a space of another size, or of an earlier version.
         """
+        if "ahead" not in state:
+            raise ValueError("the state was saved by an earlier version of imstep. Begin anew, without resume.")
         basis, projected = state["basis"], state["projected"]
         if basis.shape[1] != self._basis.shape[1] or projected.shape != self._projected.shape:
             raise ValueError(

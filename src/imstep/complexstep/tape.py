@@ -17,7 +17,7 @@ from torch import Tensor
 from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.replay import Replay, Slot
 from imstep.complexstep.steps import Reference, Step, slot_of
-from imstep.complexstep.tensor import Window
+from imstep.complexstep.tensor import HOLLOW, Window, entries_behind
 
 _aten = torch.ops.aten
 LOSS_OPERATORS = {
@@ -80,8 +80,7 @@ class Tape:
 
     def define(self, t: Tensor) -> int:
         """A slot for the imaginary part of the storage of the fresh tensor ``t``."""
-        entries = t.untyped_storage().nbytes() // t.element_size()
-        self._slots.append(Slot(Window(t), entries))
+        self._slots.append(Slot(Window(t), entries_behind(t)))
         return len(self._slots) - 1
 
     def reference(self, slot: int, t: Tensor) -> Reference:
@@ -239,4 +238,6 @@ class Tape:
 
 def _is_released(t: Tensor) -> bool:
     """Whether the storage of ``t`` has been resized to nothing, as reversible networks do with what they recompute."""
-    return t.layout is torch.strided and t.numel() > 0 and t.untyped_storage().nbytes() == 0
+    if t.layout is not torch.strided or t.numel() == 0:
+        return False
+    return t.untyped_storage().nbytes() == 0 and HOLLOW not in t.untyped_storage().__dict__

@@ -368,7 +368,7 @@ class UnitVector(ParameterVector):
 
     @contextmanager
     def taking_gradients(self) -> Iterator[None]:
-        self._takes = True
+        self._takes = self.gathers
         try:
             yield
         finally:

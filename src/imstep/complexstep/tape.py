@@ -104,7 +104,7 @@ class Tape:
             if t.layout is torch.strided:
                 storage = t.untyped_storage()
                 if storage._cdata not in self._places:
-                    self._bytes += storage.nbytes()
+                    self._bytes += 0 if HOLLOW in storage.__dict__ else storage.nbytes()
                 self._places.setdefault(storage._cdata, []).append(number)
         self._found = len(self._held)
         if self._memory_budget is not None and self._bytes > self._memory_budget:
@@ -196,9 +196,9 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tape keeps alive, parameters included; each storage counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, *_ in self._held}
-        return sum(storages.values())
+        """Bytes of memory that the tape keeps alive, parameters included unless hollow; each storage counted once."""
+        storages = [t.untyped_storage() for t, *_ in self._held]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if HOLLOW not in s.__dict__}.values())
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -108,6 +108,9 @@ class TensorVector:
         """A context in which what is made counts so much; for vectors that are summed as they are made."""
         return nullcontext()
 
+    def weigh_piece(self, weight: float) -> None:
+        """What is made from now on is of a piece of a batch, which counts so much within :meth:`weighing`."""
+
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""
         return TensorVector([self.forms[at] for at in positions], self.dtype, self.device)

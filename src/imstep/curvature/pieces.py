@@ -124,10 +124,11 @@ class FrozenPieces:
             if not again:  # not before its turn: it begins where random numbers are now
                 penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
                 self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
-            with self._parameters.weighing(piece.weight):
-                yield piece, self._frozen[number]
+            self._parameters.weigh_piece(piece.weight)
+            yield piece, self._frozen[number]
             if again:
                 self._frozen[number].leave(accepted=True)
+        self._parameters.weigh_piece(1.0)
 
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""

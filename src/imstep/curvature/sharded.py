@@ -108,7 +108,7 @@ class ShardedParameters(ParameterVector):
         few = len(apart) == 1 and sum(group.size for group in apart[0]) <= units_module.TOGETHER
         for groups in apart:
             positions = sorted(of_group[id(h)] for group in groups for h in group.holders if id(h) in of_group)
-            weights = [(whole[at], local_part(self.tensors[at])) for at in positions]
+            weights = [(whole[at], self.tensors[at]) for at in positions]
             fixed = [pair for group in groups for pair in group.fixed]
             units.append(Unit(positions, self, self.cut.part(positions), weights, fixed, few or groups[0].kept))
         others = [at for at, own in enumerate(self._cut_by) if own is None]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from imstep.complexstep.registry import signature
 from imstep.complexstep.tensor import hollow
+from imstep.curvature.fully_sharded import local_part
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
 from imstep.curvature.shard_cut import ShardCut
@@ -41,8 +42,8 @@ class Unit:
         positions: of those that are trained, among all.
         vector: of all.
         cut: how theirs are divided among processes.
-        weights: hollow tensors that stand for the whole ones, with what this process holds of each; none where every
-            process has the whole.
+        weights: hollow tensors that stand for the whole ones, with the sharded ones; none where every process has the
+            whole.
         fixed: the same for frozen ones, with what gathers each.
         kept: whether weights stay whole as long as the model is shown.
     """
@@ -72,7 +73,8 @@ class Unit:
     def gather_weights(self, wanted: bool) -> None:
         """Fill what stands for weights, if ``wanted`` here; all processes call this together."""
         if self._weights:
-            own = torch.cat([as_reals(part).reshape(-1).to(self.whole.dtype) for _, part in self._weights])
+            parts = [as_reals(local_part(shard)) for _, shard in self._weights]
+            own = torch.cat([part.reshape(-1).to(self.whole.dtype) for part in parts])
             self._fill([t for t, _ in self._weights], self.cut.join(own), wanted)
         for t, gather in self._fixed:
             values = gather()
@@ -136,7 +138,7 @@ class Units(TorchDispatchMode):
         processes: that hold the chunks.
 
     Attributes:
-        weight: what this process's part of a sum is multiplied by.
+        weight, piece: what this process's part of a sum is multiplied by, and what is of a piece of its batch besides.
     """
 
     def __init__(self, units: Sequence[Unit], processes: Processes) -> None:
@@ -151,7 +153,7 @@ class Units(TorchDispatchMode):
         self._sizes = [forms[at] for at in sorted(forms)]
         self._place = {at: (u, k) for u, unit in enumerate(units) for k, at in enumerate(unit.positions)}
         self._direction: list[Tensor] = []
-        self.weight = 1.0
+        self.weight = self.piece = 1.0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -274,7 +276,7 @@ class Units(TorchDispatchMode):
         """Take what this process has found of the parameter at a position; what a unit comes to is summed at once."""
         u, index = self._place[at]
         with _disable_current_modes(), torch.no_grad():
-            if self.units[u].add(index, value, self.weight):
+            if self.units[u].add(index, value, self.weight * self.piece):
                 self._round(2 * len(self.units) + u)
 
     def add_whole(self, found: Tensor | None, vectors: int) -> None:
@@ -397,11 +399,14 @@ class UnitVector(ParameterVector):
     @contextmanager
     def weighing(self, weight: float) -> Iterator[None]:
         before = self._units.weight
-        self._units.weight = before * weight
+        self._units.weight, self._units.piece = before * weight, 1.0
         try:
             yield
         finally:
             self._units.weight = before
+
+    def weigh_piece(self, weight: float) -> None:
+        self._units.piece = weight
 
 
 _WRITTEN = (

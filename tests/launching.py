@@ -7,6 +7,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def launch(size: int, *functions: Callable[[int], Any], timeout: float = 20.0) -
             worker.start()
         for _, sender in pipes:
             sender.close()
-        found = [_received(receiver) for receiver, _ in pipes]
+        with ThreadPoolExecutor(size) as pool:  # at once: a pipe that nobody reads holds its process up
+            found = list(pool.map(_received, (receiver for receiver, _ in pipes)))
         for worker in workers:
             worker.join(timeout)
             worker.kill()

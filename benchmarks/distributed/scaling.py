@@ -1,6 +1,6 @@
 """Seconds of a step on one process and on two of a core each; and what a network adds that is made slow by sleeping.
 
-python -m benchmarks.distributed.scaling --cores 0 1    # on a machine that does nothing else
+python -m benchmarks.distributed.scaling --cores 0 1 --record    # on a machine that does nothing else; some ten minutes
 python -m benchmarks.distributed.scaling --short        # that it runs
 
 Both sides in turn, the median of runs. Strong: the same examples shared out. Weak: as many in each process. The model
@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from benchmarks.distributed.__main__ import Counted
 from benchmarks.distributed.model import BYTES, SMALL, Machine, Steps, efficiency, network_of, seconds, sent
-from benchmarks.record_page import Row, table
+from benchmarks.record_page import DOCS, Row, now, put, table
 from imstep import NewtonKrylov
+from imstep.runs.environment import environment
 from imstep.tasks import get_task
 from imstep.tasks.examples import Batch
 
@@ -142,15 +143,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few steps on few examples, to see that it runs")
     parser.add_argument("--cores", type=int, nargs="*", default=[], help="a core for each process, such as 0 1")
+    parser.add_argument("--record", action="store_true", help="put what was found into docs/tutorial-processes.md")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
         worker(**given.worker)
         return
     copies, steps, repeats = (1, 4, 1) if given.short else (16, 20, 5)
-    text, pair = scaling(copies, steps, given.cores, repeats)
-    print(f"{TASK}, {pair['examples']:,} examples\n\n{text}\n\nA network of 50 ms and 20 Mbit/s:\n")
-    print(slowed(steps, given.cores))
+    efficiency_of, pair = scaling(copies, steps, given.cores, repeats)
+    text = (
+        f"Of `{TASK}`, with {pair['examples']:,} examples, in processes of a core each:\n\n{efficiency_of}\n\n"
+        f"A network of 50 ms and 20 Mbit/s:\n\n{slowed(steps, given.cores)}"
+    )
+    print(text)
+    if given.record and not given.short:
+        versions = ", ".join(f"{key} {value}" for key, value in environment().items())
+        put("scaling", DOCS / "tutorial-processes.md", f"{text}\n\nMeasured {now()}; {versions}.")
 
 
 if __name__ == "__main__":

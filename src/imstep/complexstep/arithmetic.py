@@ -23,7 +23,7 @@ from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
-from imstep.complexstep.tensor import ComplexStepTensor, Plane, whole
+from imstep.complexstep.tensor import ComplexStepTensor, Plane, entries_behind, whole
 
 _TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
 _OF_NO_NODE = -2  # no operator of the user's
@@ -106,7 +106,7 @@ class Arithmetic:
         known = self._plane.find(t)
         if self._tape is not None:
             slot = self._tape.input(t)
-            filled = t.untyped_storage().nbytes() // t.element_size() == t.numel()
+            filled = entries_behind(t) == t.numel()
             if known is None and filled and not (t.is_conj() or t.is_neg()):
                 self._plane.name(t, slot)
                 return
@@ -180,10 +180,16 @@ class Arithmetic:
         backward.finish(gradients)
         return gradients
 
-    def finish(self, outputs: list[Tensor | None]) -> None:
-        """End the recording: ``outputs`` are what the tape computes."""
+    def finish(self, outputs: list[Tensor | None], references: dict[int, Reference | None] | None = None) -> None:
+        """End the recording: ``outputs`` are what the tape computes.
+
+        Args:
+            references: what some of them, by number, were on the tape, where something else stands in their place now.
+        """
         assert self._tape is not None
-        self._tape.finish([None if t is None else self._dispatch.reference(t) for t in outputs])
+        known = references or {}
+        found = [None if t is None else self._dispatch.reference(t) for t in outputs]
+        self._tape.finish([known.get(at, reference) for at, reference in enumerate(found)])
         self.settle(outputs)
         self._dispatch.conclude()
 

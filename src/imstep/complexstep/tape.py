@@ -18,7 +18,7 @@ from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.cotangents import Cotangents
 from imstep.complexstep.replay import Replay, Slot
 from imstep.complexstep.steps import Reference, Step, slot_of
-from imstep.complexstep.tensor import Window
+from imstep.complexstep.tensor import HOLLOW, Window, entries_behind
 
 _aten = torch.ops.aten
 LOSS_OPERATORS = {
@@ -85,8 +85,7 @@ class Tape:
 
     def define(self, t: Tensor) -> int:
         """A slot for the imaginary part of the storage of the fresh tensor ``t``."""
-        entries = t.untyped_storage().nbytes() // t.element_size()
-        self._slots.append(Slot(Window(t), entries))
+        self._slots.append(Slot(Window(t), entries_behind(t)))
         return len(self._slots) - 1
 
     def reference(self, slot: int, t: Tensor) -> Reference:
@@ -111,7 +110,7 @@ class Tape:
             if t.layout is torch.strided:
                 storage = t.untyped_storage()
                 if storage._cdata not in self._places:
-                    self._bytes += storage.nbytes()
+                    self._bytes += 0 if HOLLOW in storage.__dict__ else storage.nbytes()
                 self._places.setdefault(storage._cdata, []).append(number)
         self._found = len(self._held)
         if self._memory_budget is not None and self._bytes > self._memory_budget:
@@ -230,9 +229,9 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tape keeps alive, parameters included; each storage counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t, *_ in self._held}
-        return sum(storages.values())
+        """Bytes of memory that the tape keeps alive, parameters included unless hollow; each storage counted once."""
+        storages = [t.untyped_storage() for t, *_ in self._held]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if HOLLOW not in s.__dict__}.values())
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -272,4 +271,6 @@ class Tape:
 
 def _is_released(t: Tensor) -> bool:
     """Whether the storage of ``t`` has been resized to nothing, as reversible networks do with what they recompute."""
-    return t.layout is torch.strided and t.numel() > 0 and t.untyped_storage().nbytes() == 0
+    if t.layout is not torch.strided or t.numel() == 0:
+        return False
+    return t.untyped_storage().nbytes() == 0 and HOLLOW not in t.untyped_storage().__dict__

@@ -23,6 +23,9 @@ from torch import Tensor
 _points = itertools.count()
 _OWNED = "_imstep_imaginary_of_another"
 
+HOLLOW = "_imstep_hollow"
+"""Beside storages whose memory is given back while nothing looks at it, and filled again: how many bytes they have."""
+
 PLAIN = {Tensor, torch.nn.Parameter}
 """Classes of tensors that add nothing of their own; others are subclasses of the user's."""
 
@@ -102,6 +105,22 @@ class Window:
         if 0 in self.size:
             return int(self.offset)
         return int(self.offset) + 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+
+def hollow(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor whose memory comes and goes, with that of all views of it."""
+    t = torch.empty(shape, dtype=dtype, device=device)
+    storage = t.untyped_storage()
+    storage.__dict__[HOLLOW] = storage.nbytes()
+    storage.resize_(0)
+    return t
+
+
+def entries_behind(t: Tensor) -> int:
+    """How many entries the storage of ``t`` has, or has when it is not hollow."""
+    storage = t.untyped_storage()
+    bytes_: int = storage.nbytes() or storage.__dict__.get(HOLLOW, 0)
+    return bytes_ // t.element_size()
 
 
 class Plane:
@@ -191,7 +210,7 @@ class Plane:
 
     def lend(self, t: Tensor, im: Tensor) -> bool:
         """Attach ``im`` itself, which may be part of a larger vector, to ``t``; False where their layouts differ."""
-        whole_storage = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        whole_storage = t.is_contiguous() and entries_behind(t) == t.numel()
         even = im.storage_offset() % 2 == 0  # as a complex view asks for
         plain = not any(u.is_conj() or u.is_neg() for u in (t, im))
         if not (whole_storage and even and plain and im.is_contiguous() and im.dtype is t.dtype):
@@ -255,5 +274,4 @@ def whole(t: Tensor) -> Tensor:
 
 def mirror(t: Tensor) -> Tensor:
     """Zeroed memory laid out like the whole storage of ``t``, not only the part that ``t`` shows."""
-    entries = t.untyped_storage().nbytes() // t.element_size()
-    return torch.zeros(entries, dtype=t.dtype, device=t.device)
+    return torch.zeros(entries_behind(t), dtype=t.dtype, device=t.device)

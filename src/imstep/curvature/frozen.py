@@ -20,10 +20,12 @@ from imstep.complexstep import Arithmetic
 from imstep.complexstep.cotangents import Cotangents
 from imstep.complexstep.gauss_newton import LossSplit, split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
+from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.kernels import plain_attention
 from imstep.complexstep.report import OperatorReport
+from imstep.complexstep.steps import Reference
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
@@ -112,6 +114,7 @@ class FrozenClosure:
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
         self._settled = False  # whether it is known which parameters the penalty is of
         self.used: list[bool] = []
+        self._taken: list[bool] = []  # gradients of the last evaluation that are summed over processes already
         self.gradients = self.losses = 0
         self.report = OperatorReport(())
 
@@ -140,12 +143,18 @@ class FrozenClosure:
         tape.cotangents = Cotangents() if cotangents else None
         keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
+        references: dict[int, Reference | None] = {}
+
+        def note(at: int, gradient: Tensor) -> None:
+            references[at] = arithmetic.reference(gradient)
+            arithmetic.settle([gradient])
+
         with observer or nullcontext():
-            loss, gradients = self._differentiate(arithmetic)
+            loss, gradients = self._differentiate(arithmetic, note=note)
         split = split_loss(tape, arithmetic.reference(loss))
         if self.hook_factors is not None:  # gradients of parameters are not those at outputs times inputs
             tape.cotangents = None
-        arithmetic.finish(gradients)
+        arithmetic.finish(gradients, references)
         loss, gradient = self._penalised(loss if keep_graph else loss.detach(), gradients)
         return Linearisation(loss, gradient, tape, split, arithmetic.ledger.report, self.penalty, asked)
 
@@ -199,11 +208,12 @@ class FrozenClosure:
         directions: Sequence[Tensor | None] | None = None,
         take: Callable[..., Any] | None = None,
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
+        note: Callable[[int, Tensor], None] = lambda at, g: None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         watching = self.user.watching_hooks() if self._first else nullcontext()
         with watching, self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
             loss, called = self.user.loss(self._numbers)
-            gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part)
+            gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part, note)
             self._check_sight(called.seen, arithmetic)
         return loss, gradients
 
@@ -213,9 +223,11 @@ class FrozenClosure:
         called: BackwardCalls,
         take: Callable[..., Any],
         part: Callable[[Tensor], Tensor | None] = lambda g: g,
+        note: Callable[[int, Tensor], None] = lambda at, g: None,
     ) -> list[Tensor | None]:
         """What ``take`` finds; where the closure has called ``backward()`` itself, ``part`` of what that has found."""
         self.gradients += 1
+        self._taken = []
         inputs = self._parameters.tensors
         if called.called:
             return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
@@ -227,14 +239,17 @@ class FrozenClosure:
             )
         if self._first:
             called.look([loss])
-        return usable(list(take(loss, inputs)))
+        if runs_functions([loss]):  # which may add to .grad, bit by bit
+            return usable(list(take(loss, inputs)))
+        with self._parameters.taken(note) as self._taken:
+            return usable(list(take(loss, inputs)))
 
     def _penalised_loss(self, loss: Tensor) -> Tensor:
         return loss if self.penalty is None else loss + self.penalty.value(self._parameters.get())
 
     def _penalised(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Loss and gradient (n,) of the closure's loss and the penalty together."""
-        gradient = self._parameters.flatten(gradients)
+        gradient = loss.new_empty(0) if any(self._taken) else self._parameters.flatten(gradients)
         penalty = self.settle_penalty([g is not None for g in gradients])
         if penalty is None:
             return loss, gradient
@@ -354,7 +369,7 @@ class FrozenClosure:
             return
         before = self._parameters.snapshot()
         yield
-        if not all_same(self._parameters.tensors, before):
+        if not all_same(self._parameters.memory, before):
             raise ValueError(
                 "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
                 "optimizer may move them between evaluations. Do it outside the closure, after the step."

@@ -8,14 +8,16 @@ is all in this file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.tensor import hollow
 from imstep.curvature.processes import Processes
 
 INSTEAD = (
@@ -167,11 +169,67 @@ def refuse_foreign(module: Any) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What one call of ``fully_shard`` gathers.
+
+    Attributes:
+        holders: of its parameters.
+        frozen: of those that are not trained, with hollow tensors that stand for the whole ones.
+        kept: whether they are to stay whole between forward and backward passes.
+    """
+
+    holders: list[Any]
+    frozen: list[tuple[Any, Tensor]]
+    kept: bool
+
+    @property
+    def size(self) -> int:
+        """How many entries they have."""
+        return sum(holder.sharded_param.numel() for holder in self.holders)
+
+    @property
+    def fixed(self) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+        """What stands for frozen parameters, and what gathers each."""
+        return [(p, partial(_gathered, holder)) for holder, p in self.frozen]
+
+
+def _gathered_together(state: Any, group: Any, ours: set[int]) -> Together:
+    frozen: list[tuple[Any, Tensor]] = []
+    for holder in group.fsdp_params:
+        if id(holder) not in ours:
+            p = holder.sharded_param
+            frozen.append((holder, nn.Parameter(hollow(p.shape, p.dtype, p.device), requires_grad=False)))
+    kept = group.post_forward_mesh_info is None and not state._auto_reshard_after_forward
+    return Together(list(group.fsdp_params), frozen, kept)
+
+
+def together(groups: Sequence[Together], most: int) -> list[list[Together]]:
+    """Groups that follow each other, as many as have up to ``most`` entries; those that are kept apart from others."""
+    found: list[list[Together]] = []
+    for group in groups:
+        last = found[-1] if found else []
+        if last and last[0].kept == group.kept and sum(g.size for g in (*last, group)) <= most:
+            last.append(group)
+        else:
+            found.append([group])
+    return found
+
+
+def _gathered(holder: Any) -> Tensor:
+    with torch.no_grad():
+        whole: Tensor = holder.sharded_param.full_tensor()
+    return whole
+
+
 class Models:
     """The models that parameters belong to.
 
     Args:
         owned: the parameters.
+
+    Attributes:
+        groups: their parameters, as they are gathered.
     """
 
     def __init__(self, owned: Sequence[Managed]) -> None:
@@ -182,8 +240,9 @@ class Models:
         tops = [m for state in states for m in state._modules if not modules.isdisjoint(map(id, m.modules()))]
         inside = {id(m) for top in tops for m in top.modules()}
         self._states = [state for state in states if not inside.isdisjoint(map(id, state._modules))]
-        holders = [holder for state in self._states for holder in _holders(state)]
-        self._fixed = [holder for holder in holders if id(holder) not in ours]
+        self.groups = [
+            _gathered_together(state, group, ours) for state in self._states for group in state._fsdp_param_groups
+        ]
 
     def reshard(self) -> None:
         """Drop what was gathered of the parameters as they were before."""
@@ -195,10 +254,8 @@ class Models:
     def shown(self, whole: Sequence[tuple[Managed, Tensor]]) -> Iterator[None]:
         """A context in which modules hold whole parameters, and gather nothing; all processes enter it together."""
         self.reshard()
-        with torch.no_grad():
-            fixed = [(h, nn.Parameter(h.sharded_param.full_tensor(), requires_grad=False)) for h in self._fixed]
         with ExitStack() as stack:
-            for holder, p in [*((own.holder, p) for own, p in whole), *fixed]:
+            for holder, p in [*((own.holder, p) for own, p in whole), *(f for g in self.groups for f in g.frozen)]:
                 stack.callback(holder._setattr_on_modules, holder.sharded_param)
                 holder._setattr_on_modules(p)
             for state in self._states:

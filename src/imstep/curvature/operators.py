@@ -49,6 +49,11 @@ class ProductsOperator(LinearOperator):
         """Bytes that recorded derivatives keep alive, the parameters included."""
         return sum(source.nbytes for source in self._sources)
 
+    @property
+    def streams(self) -> bool:
+        """See :class:`~imstep.curvature.products.Products`."""
+        return self._forward.streams
+
     def check(self) -> None:
         """Raise :class:`TapeChangedError` if the point is not the one that was recorded any more."""
         for source in self._sources:

@@ -80,6 +80,37 @@ class TensorVector:
             for part, (_, dtype) in zip(self.views(vector), self.forms, strict=True)
         ]
 
+    def assembled(self, parts: Iterable[tuple[int, Tensor | None]], like: Tensor) -> Tensor:
+        """The vector (n,) from its parts, by number, which may come in any order; None stands for zeros.
+
+        Args:
+            like: what they were made of.
+        """
+        parts = iter(parts)
+        # While the first parts come, what they are made of takes the most memory: the vector is made later.
+        early = _until(parts, self.size // 2)
+        vector = like.new_empty(self.size, dtype=self.dtype)
+        self.write(early, vector)
+        early.clear()
+        return self.write(parts, vector)
+
+    def write(self, parts: Iterable[tuple[int, Tensor | None]], vector: Tensor) -> Tensor:
+        """Write parts over those of ``vector`` (n,) as they come, so that none is kept beside it."""
+        views = self.views(vector)
+        for number, part in parts:
+            if part is None:
+                views[number].zero_()
+            else:
+                views[number].copy_(as_reals(part))
+        return vector
+
+    def weighing(self, weight: float) -> AbstractContextManager[None]:
+        """A context in which what is made counts so much; for vectors that are summed as they are made."""
+        return nullcontext()
+
+    def weigh_piece(self, weight: float) -> None:
+        """What is made from now on is of a piece of a batch, which counts so much within :meth:`weighing`."""
+
     def part(self, positions: Sequence[int]) -> TensorVector:
         """The vector of some of the tensors."""
         return TensorVector([self.forms[at] for at in positions], self.dtype, self.device)
@@ -97,6 +128,17 @@ class TensorVector:
     def places(self, by: str) -> dict[str, Tensor]:
         """The entries of each layer's or parameter's tensors, by name."""
         raise ValueError(f"by={by!r} needs the parameters of a model; these vectors are something else.")
+
+
+def _until(parts: Iterable[tuple[int, Tensor | None]], entries: int) -> list[tuple[int, Tensor | None]]:
+    """The first of ``parts``, as many as have ``entries`` together."""
+    found = []
+    for number, part in parts:
+        found.append((number, part))
+        entries -= 0 if part is None else part.numel()
+        if entries < 0:
+            break
+    return found
 
 
 class ParameterVector(TensorVector):
@@ -215,6 +257,11 @@ class ParameterVector(TensorVector):
         return self
 
     @property
+    def blockwise(self) -> bool:
+        """Whether there is room for products with several vectors at once."""
+        return True
+
+    @property
     def replicated(self) -> list[Tensor]:
         """Those that all processes hold alike."""
         return self.tensors
@@ -242,13 +289,42 @@ class ParameterVector(TensorVector):
         """The inverse of :meth:`own`, for :attr:`evaluated`; all processes call this together."""
         return vector
 
+    def along(self, vector: Tensor) -> AbstractContextManager[Tensor]:
+        """A context for products with a vector (..., n), and how :attr:`evaluated` takes it; all enter it together."""
+        return nullcontext(vector)
+
+    def looked_at(self) -> AbstractContextManager[None]:
+        """A context for the user's code."""
+        return nullcontext()
+
+    def taking_gradients(self) -> AbstractContextManager[None]:
+        """A context in which gradients of :attr:`evaluated` are summed over processes as they are made, if they can be.
+        """
+        return nullcontext()
+
+    def taken(self, note: Callable[[int, Tensor], None]) -> AbstractContextManager[list[bool]]:
+        """A context for a backward pass to the parameters, whose gradients are taken away if that is asked for.
+
+        Args:
+            note: called with the number and the gradient of each before.
+
+        Returns:
+            By parameter, whether its gradient was taken; empty where none is.
+        """
+        return nullcontext([])
+
+    def gathered(self, vector: Tensor) -> Tensor:
+        """A vector as it is taken by what works on whole ones, in a process's part of an evaluation."""
+        return vector
+
     def summed(
         self, part: Callable[[], Tensor | None], numbers: int, vectors: int = 0, direction: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The sums over processes of numbers and of vectors, (numbers,) and (vectors, n), of what each finds.
 
         Args:
-            part: what this process adds, (numbers + vectors n,); see :meth:`Processes.sum`.
+            part: what this process adds, (numbers + vectors n,), or numbers alone if vectors are summed as they are
+                made; see :meth:`Processes.sum`.
             direction: what all must have the same of.
         """
         assert self.processes is not None

@@ -124,9 +124,11 @@ class FrozenPieces:
             if not again:  # not before its turn: it begins where random numbers are now
                 penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
                 self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
+            self._parameters.weigh_piece(piece.weight)
             yield piece, self._frozen[number]
             if again:
                 self._frozen[number].leave(accepted=True)
+        self._parameters.weigh_piece(1.0)
 
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""
@@ -237,15 +239,25 @@ class _PieceProducts(Products):
         self._kept = [None if at is None or graph else build(at) for at in point.records]
         self.nbytes = sum(operator.nbytes for operator in self._kept if operator is not None)
 
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        kept = [operator.streams for operator in self._kept if operator is not None]
+        return bool(kept) and all(kept)  # what is built anew is as what is kept
+
     def one(self, direction: Tensor) -> Tensor:
-        return self.several(direction.unsqueeze(0)).squeeze(0)
+        return self._sum(lambda own: own.matvec(direction))
 
     def several(self, directions: Tensor) -> Tensor:
-        total = torch.zeros_like(directions)
+        return self._sum(lambda own: own.matmat(directions.t()).t())
+
+    def _sum(self, multiply: Callable[[SymmetricOperator], Tensor]) -> Tensor:
+        total: Tensor | None = None
         for (piece, frozen), operator in zip(self._point.pieces.each(), self._kept, strict=True):
             own = self._build(self._point.pieces.anew(frozen, graph=self._graph)) if operator is None else operator
-            total += piece.weight * (own @ directions.t()).t()
-            del own  # before the next piece takes its place
+            term = piece.weight * multiply(own)
+            total = term if total is None else total.add_(term)
+            del own, term  # before the next piece takes its place
+        assert total is not None
         return total
 
 

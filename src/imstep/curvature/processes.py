@@ -11,7 +11,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -57,6 +57,7 @@ class Processes:
         rank: number of this process in the group.
         size: how many there are.
         alike: whether each evaluates one closure, which count the same, so that closures may exchange tensors.
+        serving: a context for the part of each, which all processes enter and leave together.
 
     Raises:
         TypeError: no process group.
@@ -83,6 +84,7 @@ class Processes:
         self._interrupted = False
         self._calls = 0
         self.alike = False
+        self.serving: Callable[[], AbstractContextManager[None]] = nullcontext
         self._seen = exchanges()
 
     @classmethod
@@ -141,40 +143,31 @@ class Processes:
         self._look(buffer[0, :HEADER], error)
         return buffer[0, HEADER:]
 
-    def sum_rows(self, part: Callable[[], Tensor | None], width: int, like: Any) -> Tensor:
-        """The row with this process's number of the sum of what each finds, (width,); one reduce-scatter.
-
-        Args:
-            part: what this process adds, (processes, width); else as for :meth:`sum`.
-
-        Raises: as :meth:`sum`.
-        """
-        buffer = torch.zeros(self.size, HEADER + width, dtype=like.dtype, device=like.device)
-        error = self._fill(buffer, part)
-        row = buffer.new_empty(HEADER + width)
-        # What heads the rows are whole numbers, whose sums are the same in whatever order they are formed.
-        self._carry_out(lambda: _reduce_scatter(row, buffer.view(-1), group=self._group))
-        self._look(row[:HEADER], error)
-        return row[HEADER:]
-
     def _fill(
-        self, buffer: Tensor, part: Callable[[], Tensor | None], direction: Tensor | None = None
+        self, buffer: Tensor, part: Callable[[], Tensor | None], direction: Tensor | None
     ) -> BaseException | None:
-        """Write what this process finds beneath a header in each row; the error if it failed."""
-        error = None
-        try:
-            found = part()
-            self._heed()
-            if found is not None:
-                buffer[:, HEADER:] = found
-        except BaseException as caught:  # an interrupt as well
-            error = caught
+        """Write what this process finds behind its header; the error if it failed."""
+        found, error = self._found(part)
+        if error is not None:
             buffer[:, 0] = 1
+        elif found is not None:
+            buffer[:, HEADER:] = found
         self._calls += 1
         within, self._seen = exchanges() - self._seen, exchanges()
         digits = _digits(self._calls + within * 2**20, direction).to(buffer)
         buffer[:, 1 : 1 + DIGITS], buffer[:, 1 + DIGITS : HEADER] = digits, digits * digits
         return error
+
+    def _found(self, part: Callable[[], _T]) -> tuple[_T | None, BaseException | None]:
+        """What this process finds, or the error that it met; others are served until all are done."""
+        found, error = None, None
+        with self.serving():
+            try:
+                found = part()
+                self._heed()
+            except BaseException as caught:  # an interrupt as well
+                error = caught
+        return found, error
 
     def _look(self, header: Tensor, error: BaseException | None) -> None:
         """Raise where the sum of headers tells that processes are apart, or that one has failed."""
@@ -199,6 +192,13 @@ class Processes:
         self._carry_out(lambda: _all_gather(every.view(-1), own.contiguous(), group=self._group))
         return every
 
+    def scattered(self, rows: Tensor) -> Tensor:
+        """The row with this process's number of the sum of rows (processes, width); one reduce-scatter."""
+        self._calls += 1
+        row = torch.empty_like(rows[0])
+        self._carry_out(lambda: _reduce_scatter(row, rows.view(-1), group=self._group))
+        return row
+
     def exchanged(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """What each process has sent to this one, of the given lengths, for a vector to each; one all-to-all."""
         self._calls += 1
@@ -219,12 +219,7 @@ class Processes:
 
         Raises: as :meth:`sum`.
         """
-        found, error = None, None
-        try:
-            found = own()
-            self._heed()
-        except BaseException as caught:
-            error = caught
+        found, error = self._found(own)
         every = self._exchanged((_account(error), found))
         self._raise([account for account, _ in every], error)
         return [value for _, value in every]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from imstep.complexstep.tape import Tape
-from imstep.curvature.parameters import TensorVector, as_reals
+from imstep.curvature.parameters import TensorVector
 
 _ROOM = {False: 2**20, True: 2**28}
 """Bytes, on CPU and GPU, within which k directions together are faster than one by one.
@@ -38,6 +38,10 @@ class Products(ABC):
 
     fixed = False
     """Whether each product runs the same operators on the same memory."""
+
+    streams = False
+    """Whether a product along a sharded vector is summed over processes part by part as it is made, see `UnitVector`.
+    """
 
     def __init__(self, rows: TensorVector, columns: TensorVector) -> None:
         self.rows, self.columns = rows, columns
@@ -71,21 +75,14 @@ class ReplayedProducts(Products):
         rows, columns: see :class:`Products`.
     """
 
-    fixed = True
+    fixed = streams = True
 
     def __init__(self, tape: Tape, rows: TensorVector, columns: TensorVector) -> None:
         super().__init__(rows, columns)
         self._tape, self.nbytes = tape, tape.nbytes
 
     def one(self, direction: Tensor) -> Tensor:
-        changes = self._tape.stream(self.columns.unflatten(direction))
-        # While the first parts come, what they are made of takes the most memory: the vector is made later.
-        early = _until(changes, self.rows.size // 2)
-        product = direction.new_empty(self.rows.size, dtype=self.rows.dtype)
-        self._write(early, product)
-        early.clear()
-        self._write(changes, product)
-        return product
+        return self.rows.assembled(self._tape.stream(self.columns.unflatten(direction)), direction)
 
     def several(self, directions: Tensor) -> Tensor:
         made = directions.new_empty(len(directions), self.rows.size, dtype=self.rows.dtype)
@@ -102,17 +99,7 @@ class ReplayedProducts(Products):
 
     def _into(self, direction: Tensor, product: Tensor) -> Tensor:
         """Write the product over ``product``."""
-        self._write(self._tape.stream(self.columns.unflatten(direction)), product)
-        return product
-
-    def _write(self, changes: Iterable[tuple[int, Tensor | None]], product: Tensor) -> None:
-        """Write parts over those of ``product`` as they come, so that none is kept beside it."""
-        parts = self.rows.views(product)
-        for number, change in changes:
-            if change is None:
-                parts[number].zero_()
-            else:
-                parts[number].copy_(as_reals(change))
+        return self.rows.write(self._tape.stream(self.columns.unflatten(direction)), product)
 
     def _at_once(self) -> int:
         """How many directions to replay together: as many as intermediate values have room for."""
@@ -130,17 +117,6 @@ class ReplayedProducts(Products):
 
     def check(self) -> None:
         self._tape.check()
-
-
-def _until(changes: Iterable[tuple[int, Tensor | None]], entries: int) -> list[tuple[int, Tensor | None]]:
-    """The first of ``changes``, as many as have ``entries`` together."""
-    found = []
-    for number, change in changes:
-        found.append((number, change))
-        entries -= 0 if change is None else change.numel()
-        if entries < 0:
-            break
-    return found
 
 
 class ShiftedProducts(Products):
@@ -194,8 +170,16 @@ class SummedProducts(Products):
         self._parts = list(parts)
         self.nbytes = sum(part.nbytes for _, part in parts)
 
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        return all(part.streams for _, part in self._parts)
+
     def one(self, direction: Tensor) -> Tensor:
-        return self._sum(weight * part.one(direction) for weight, part in self._parts)
+        return self._sum(self._weighed(weight, part, direction) for weight, part in self._parts)
+
+    def _weighed(self, weight: float, part: Products, direction: Tensor) -> Tensor:
+        with self.rows.weighing(weight):
+            return weight * part.one(direction)
 
     def several(self, directions: Tensor) -> Tensor:
         return self._sum(weight * part.several(directions) for weight, part in self._parts)

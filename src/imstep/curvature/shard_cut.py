@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +32,10 @@ class ShardCut:
         self.chunks = [[_chunk(*form, rank, processes.size) for form in forms] for rank in range(processes.size)]
         self._lengths = [[chunk.numel() for chunk in own] for own in self.chunks]
         self._width = max(map(sum, self._lengths))
+
+    def part(self, positions: Sequence[int]) -> ShardCut:
+        """How a vector over some of the tensors is divided in the same way."""
+        return ShardCut([self._shapes[at] for at in positions], [self._dims[at] for at in positions], self._processes)
 
     @property
     def lengths(self) -> list[int]:
@@ -70,20 +73,13 @@ class ShardCut:
         of_ranks = [row[: sum(own)].split(own) for row, own in zip(rows, self._lengths, strict=True)]
         return torch.cat([self._whole(at, [of_rank[at] for of_rank in of_ranks]) for at in range(len(self._dims))])
 
-    def summed(self, part: Callable[[], Tensor | None], vectors: int, like: Any) -> Tensor:
-        """What this process holds of the sum of vectors (vectors, n) that each finds; None stands for zeros."""
-
-        def rows() -> Tensor | None:
-            found = part()
-            if found is None:
-                return None
-            spread = found.new_zeros(self._processes.size, vectors, self._width)
-            for rank, row in enumerate(spread):
-                row[:, : sum(self._lengths[rank])] = self._of(found, rank)
-            return spread.view(self._processes.size, -1)
-
-        row = self._processes.sum_rows(rows, vectors * self._width, like).view(vectors, self._width)
-        return row[:, : sum(self.lengths)].contiguous()
+    def added(self, found: Tensor) -> Tensor:
+        """What this process holds of the sum of vectors (vectors, n) of all."""
+        spread = found.new_zeros(self._processes.size, len(found), self._width)
+        for rank, row in enumerate(spread):
+            row[:, : sum(self._lengths[rank])] = self._of(found, rank)
+        own = self._processes.scattered(spread.view(self._processes.size, -1)).view(len(found), self._width)
+        return own[:, : sum(self.lengths)].contiguous()
 
     def total(self, numbers: Tensor) -> Tensor:
         return self._processes.total(numbers)

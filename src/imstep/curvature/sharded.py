@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.tensor import hollow
+from imstep.curvature import units as units_module
 from imstep.curvature.fully_sharded import (
     FROM_OUTSIDE,
     Managed,
@@ -18,11 +20,13 @@ from imstep.curvature.fully_sharded import (
     local_part,
     local_part_as,
     managed,
+    together,
 )
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import Products
 from imstep.curvature.shard_cut import ShardCut
+from imstep.curvature.units import Unit, Units, UnitVector
 from imstep.curvature.unmoved import Unmoved
 from imstep.linalg.sharded import ShardedTensor
 from imstep.linalg.space import Space
@@ -86,20 +90,41 @@ class ShardedParameters(ParameterVector):
             self.dtype,
             self.device,
         )
-        self._evaluated = self.part(range(len(self.tensors)))
-        self._evaluated.processes = processes
-        self._evaluated.tensors = [
-            p if own is None else nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
+        whole = [
+            p if own is None else nn.Parameter(hollow(own.shape, p.dtype, p.device))
             for p, own in zip(self.tensors, self._cut_by, strict=True)
         ]
+        self._units = Units(self._divided(whole), processes)
+        self._evaluated = UnitVector(self, whole, self._units)
         self._shown = self._keeps = False
-        self._fresh = False  # whether what is evaluated holds what the parameters do
+        self._fresh = False  # whether weights that are kept hold what the parameters do
+
+    def _divided(self, whole: Sequence[Tensor]) -> list[Unit]:
+        """The units of the model, and one of what every process has whole."""
+        assert self.processes is not None
+        of_group = {id(own.holder): at for at, own in enumerate(self._cut_by) if own is not None}
+        units = []
+        apart = together(self._models.groups, units_module.TOGETHER)
+        few = len(apart) == 1 and sum(group.size for group in apart[0]) <= units_module.TOGETHER
+        for groups in apart:
+            positions = sorted(of_group[id(h)] for group in groups for h in group.holders if id(h) in of_group)
+            weights = [(whole[at], self.tensors[at]) for at in positions]
+            fixed = [pair for group in groups for pair in group.fixed]
+            units.append(Unit(positions, self, self.cut.part(positions), weights, fixed, few or groups[0].kept))
+        others = [at for at, own in enumerate(self._cut_by) if own is None]
+        if others:
+            units.append(Unit(others, self, self.cut.part(others), [], [], False))
+        return units
 
     # --- what processes hold, and what they evaluate ------------------------------------------------------------
 
     @property
-    def evaluated(self) -> ParameterVector:
+    def evaluated(self) -> UnitVector:
         return self._evaluated
+
+    @property
+    def blockwise(self) -> bool:
+        return not self._evaluated.gathers
 
     @property
     def replicated(self) -> list[Tensor]:
@@ -126,6 +151,7 @@ class ShardedParameters(ParameterVector):
         if self._shown:  # a step within a step is refused later
             yield
             return
+        assert self.processes is not None
         every = zip(self._cut_by, self._evaluated.tensors, self.tensors, strict=True)
         kept = [(own, p, shard) for own, p, shard in every if own is not None]
         if any(own.holder.sharded_param is not shard for own, _, shard in kept):
@@ -134,12 +160,13 @@ class ShardedParameters(ParameterVector):
                 "Build the optimizer anew with model.parameters()."
             )
         try:
-            self._shown, self._fresh = True, self._fresh and self._keeps
+            self._shown = True
+            if self._evaluated.gathers:
+                self.processes.serving = self._units.serving
             for own, p, shard in kept:
-                if not self._keeps:
-                    p.data = torch.empty(own.shape, dtype=p.dtype, device=p.device)
                 # What a closure must not add to, if it is not emptied: that there is something, in one number.
-                p.grad = None if shard.grad is None else p.new_ones(()).expand(own.shape)
+                one = torch.ones((), dtype=p.dtype, device=p.device)
+                p.grad = None if shard.grad is None else one.expand(own.shape)
             with self._models.shown([(own, p) for own, p, _ in kept]):
                 self.refresh()
                 yield
@@ -151,17 +178,13 @@ class ShardedParameters(ParameterVector):
             self._shown = False
             for _, p, _ in kept:
                 p.grad = None
-                if not self._keeps:
-                    p.data = p.new_empty(0)
+            if not self._keeps:
+                self.processes.serving, self._fresh = nullcontext, False
+                self._units.forget()
 
     def refresh(self) -> None:
-        if self._fresh:
-            return
-        whole = super().unflatten(self.cut.join(self.own(self.get()).own))
-        with torch.no_grad():
-            for p, own, values in zip(self._evaluated.tensors, self._cut_by, whole, strict=True):
-                if own is not None:
-                    p.copy_(values)
+        if not self._fresh:
+            self._units.renew()
         self._fresh = True
 
     def own(self, vector: Tensor) -> ShardedTensor:
@@ -170,28 +193,34 @@ class ShardedParameters(ParameterVector):
     def whole(self, vector: Tensor) -> Tensor:
         return vector.whole() if isinstance(vector, ShardedTensor) else vector
 
+    @contextmanager
+    def along(self, vector: Tensor) -> Iterator[Tensor]:
+        if self._evaluated.gathers:
+            with self._units.along(self.own(vector).own.split(self.cut.lengths)):
+                yield vector
+        else:
+            yield self.whole(vector)
+
     def summed(
         self, part: Callable[[], Tensor | None], numbers: int, vectors: int = 0, direction: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         assert self.processes is not None
-        found: list[Tensor | None] = []
+        found: list[Tensor] = []
 
         def evaluated() -> Tensor | None:
-            found.append(part())
-            return None if found[0] is None else found[0][:numbers]
-
-        head = torch.empty(0, dtype=self.dtype, device=self.device)
-        if numbers or not vectors:  # by itself, since sums must be the same to the last bit in all processes
-            head = self.processes.sum(evaluated, numbers, self)
-            part = lambda: found[0]
-        if not vectors:
-            return head, head.new_empty(0, self.size)
-
-        def rest() -> Tensor | None:
             values = part()
-            return None if values is None else values[numbers:].view(vectors, self.size)
+            if values is None:
+                return None
+            if values.numel() > numbers:
+                found.append(values[numbers:].view(vectors, self.size))
+            return torch.cat([values.new_full((1,), len(found)), values[:numbers]])
 
-        return head, ShardedTensor(self.cut.summed(rest, vectors, self), self.cut)
+        # Numbers by themselves, since these must be the same to the last bit in all processes.
+        self._units.taken(vectors)  # what a sum that failed has left
+        head = self.processes.sum(evaluated, 1 + numbers, self)
+        if head[0] > 0:
+            self._units.add_whole(found[0] if found else None, vectors)
+        return head[1:], ShardedTensor(self._units.taken(vectors), self.cut)
 
     # --- vectors and lists --------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from imstep.curvature.penalty import Penalty
 from imstep.curvature.pieces import FrozenPieces, JointLinearisation, Observer
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.linalg import HalvedOperator
+from imstep.linalg.sharded import ShardedTensor
 
 _Own: TypeAlias = FrozenClosure | FrozenPieces
 
@@ -71,12 +72,19 @@ class SharedBatch:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        loss, gradient = self.total(lambda frozen: frozen.gradient(), 1, 1)
-        return loss[0], gradient[0]
+
+        def evaluate(frozen: _Own) -> tuple[Tensor, Tensor]:
+            with self._parameters.evaluated.taking_gradients():
+                return frozen.gradient()
+
+        (loss,), (gradient,) = self.total(evaluate, 1, 1)
+        return self._penalised(loss, gradient, self.penalty_apart)
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters."""
-        return self.total(lambda frozen: [frozen.loss()], 1)[0][0]
+        loss = self.total(lambda frozen: [frozen.loss()], 1)[0][0]
+        apart = self.penalty_apart
+        return loss if apart is None else loss + apart.value(self._parameters.get())
 
     def total(
         self, evaluate: Callable[[Any], Sequence[Tensor]], numbers: int, vectors: int = 0
@@ -87,7 +95,8 @@ class SharedBatch:
         def part() -> Tensor | None:
             if self.own is None:
                 return None
-            found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self.own)]
+            with self._parameters.evaluated.weighing(self.share):
+                found = [t.reshape(-1).to(self._parameters.dtype) for t in evaluate(self.own)]
             return self.share * torch.cat(found)
 
         return self._parameters.summed(part, numbers, vectors)
@@ -103,7 +112,9 @@ class SharedBatch:
         def part() -> Tensor | None:
             if own is None:
                 return None
-            loss, gradient, convex, repeats = evaluate(own)
+            evaluated = self._parameters.evaluated
+            with evaluated.weighing(self.share), evaluated.taking_gradients():
+                loss, gradient, convex, repeats = evaluate(own)
             value = own.returned
             number = 0.0 if value is None else float(value)
             facts = [not convex, value is None, own.hook_factors is not None, *own.used]
@@ -118,20 +129,32 @@ class SharedBatch:
             refuse_hooks()
         if not self._begun:
             self.returned = None if none else loss.new_tensor(returned)
-            penalty = self.settle_penalty([bool(uses) for uses in numbers.tolist()])
-            if penalty is not None:
-                w = self._parameters.get()
-                loss, gradient = loss + penalty.value(w), torch.addcmul(gradient, penalty.factors, w)
+            loss, gradient = self._penalised(
+                loss, gradient, self.settle_penalty([bool(uses) for uses in numbers.tolist()])
+            )
+        else:
+            loss, gradient = self._penalised(loss, gradient, self.penalty_apart)
         return loss, gradient, not bent, repeats / self._total
+
+    def _penalised(self, loss: Tensor, gradient: Tensor, penalty: Penalty | None) -> tuple[Tensor, Tensor]:
+        if penalty is None:
+            return loss, gradient
+        w = self._parameters.get()
+        return loss + penalty.value(w), torch.addcmul(gradient, penalty.factors, w)
+
+    @property
+    def penalty_apart(self) -> Penalty | None:
+        """The penalty, where no process adds it to what it evaluates: of sharded vectors."""
+        return self.penalty if self._parameters.evaluated is not self._parameters else None
 
     def settle_penalty(self, used: Sequence[bool]) -> Penalty | None:
         """The penalty of the parameters that some process uses; from the second call on what the first found.
 
-        Each process then adds its share of it to what it evaluates.
+        Each process then adds its share of it to what it evaluates, unless vectors are sharded.
         """
         if self.penalty is not None and not self._begun:
             self.penalty = self.penalty.within(used, None)
-            if self.own is not None:
+            if self.own is not None and self.penalty_apart is None:
                 self.own.take_penalty(self.penalty.times(1 / self._total, self._parameters.evaluated))
         self._begun = True
         return self.penalty
@@ -215,24 +238,30 @@ class SharedProducts(Products):
         return 0 if self._built is None else self._built.nbytes
 
     def one(self, direction: Tensor) -> Tensor:
-        return self._sum(lambda own, whole: own.matvec(whole), direction)[0]
+        return self._product(direction)[0]
 
     def several(self, directions: Tensor) -> Tensor:
-        return self._sum(lambda own, whole: own.matmat(whole.t()).t(), directions)
+        if isinstance(directions, ShardedTensor) and not self._parameters.blockwise:
+            return torch.stack([self.one(direction) for direction in directions])
+        return self._product(directions)
 
-    def _sum(self, multiply: Callable[[SymmetricOperator, Tensor], Tensor], directions: Tensor) -> Tensor:
-        whole = self._parameters.whole(directions)
-
-        def part() -> Tensor | None:
-            if self._own is None:
-                return None
-            self._built = self._built or self._own()
-            return self._share * multiply(self._built, whole).reshape(-1)
-
-        count = len(directions) if directions.ndim == 2 else 1
+    def _product(self, directions: Tensor) -> Tensor:
+        """With a vector (n,) or a block (k, n); (k, n)."""
         # Of whole vectors the products are whole, of sharded ones sharded.
-        kept = self._parameters.evaluated if directions is whole else self._parameters
-        return kept.summed(part, 0, count, directions)[1]
+        evaluated = self._parameters.evaluated
+        vector = self._parameters if isinstance(directions, ShardedTensor) else evaluated
+        with vector.along(directions) as given:
+
+            def part() -> Tensor | None:
+                if self._own is None:
+                    return None
+                own = self._built = self._built or self._own()
+                taken = given if own.streams else evaluated.gathered(given)
+                with evaluated.weighing(self._share):
+                    product = own.matvec(taken) if taken.ndim == 1 else own.matmat(taken.t()).t()
+                    return self._share * product.reshape(-1)
+
+            return vector.summed(part, 0, 1 if directions.ndim == 1 else len(directions), directions)[1]
 
 
 class SharedOperator(SymmetricOperator):
@@ -272,16 +301,16 @@ class HalvedSharedOperator(SharedOperator, HalvedOperator):
 
     def measure(self, vector: Tensor) -> tuple[Tensor, float, float]:
         self.products += 1
-        whole = self.parameters.whole(vector)
+        with self.parameters.along(vector) as given:
 
-        def part() -> Tensor | None:
-            if self.own is None or self._point.own is None:
-                return None
-            self._halved = self._halved or HalvedTapeOperator(self.own(), self._point.own)
-            image, *curvatures = self._halved.measure(whole)
-            return self._point.share * torch.cat([image.new_tensor(curvatures), image])
+            def part() -> Tensor | None:
+                if self.own is None or self._point.own is None:
+                    return None
+                self._halved = self._halved or HalvedTapeOperator(self.own(), self._point.own)
+                image, *curvatures = self._halved.measure(self.parameters.evaluated.gathered(given))
+                return self._point.share * torch.cat([image.new_tensor(curvatures), image])
 
-        halves, (image,) = self.parameters.summed(part, 2, 1, vector)
+            halves, (image,) = self.parameters.summed(part, 2, 1, vector)
         penalty = self._point.penalty
         if penalty is not None:  # of no examples
             image, halves = torch.addcmul(image, penalty.factors, vector), halves + vector @ (penalty.factors * vector)

@@ -36,7 +36,7 @@ class Surroundings:
         kinds = {"cpu", parameters.device.type}
         self._autocast = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         self._cached = torch.is_autocast_cache_enabled()
-        self._processes = parameters.processes
+        self._processes, self._looked_at = parameters.processes, parameters.looked_at
         self._parallel = dist.is_available() and dist.is_initialized()
 
     @contextmanager
@@ -52,6 +52,7 @@ class Surroundings:
                 plain = lambda *args, **kwargs: _unwrapped(self._processes, *args, **kwargs)
                 setattr(DistributedDataParallel, "forward", plain)  # noqa: B010 (a method is not assigned to)
                 stack.enter_context(differentiable(self._processes))
+            stack.enter_context(self._looked_at())
             yield
 
 

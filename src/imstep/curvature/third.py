@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imstep.complexstep import Arithmetic
@@ -34,7 +35,9 @@ def _bent_product(
     """H u and its derivative along v."""
     if isinstance(frozen, SharedBatch):  # what is summed over processes are plain numbers
         whole = parameters.evaluated, parameters.whole(first), parameters.whole(second)
-        return tuple(frozen.total(lambda own: _bent_product(own, *whole), 0, 2)[1])
+        product, third = frozen.total(lambda own: _bent_product(own, *whole), 0, 2)[1]
+        apart = frozen.penalty_apart
+        return product if apart is None else torch.addcmul(product, apart.factors, first), third
     arithmetic = Arithmetic()
     for p, d in zip(parameters.tensors, parameters.unflatten(second), strict=True):
         arithmetic.attach(p, d)

@@ -87,6 +87,9 @@ def _check(arguments: Any) -> None:
         )
     if arguments.n_gpu > 1 or arguments.world_size > 1:
         raise ValueError(
-            f"the Trainer would use {max(arguments.n_gpu, arguments.world_size)} devices; losses and products of "
-            "several are not added up. Start one process that sees one device, by CUDA_VISIBLE_DEVICES=0."
+            f"the Trainer would use {max(arguments.n_gpu, arguments.world_size)} devices or processes; losses and "
+            "products of several are not added up. Start one process, without torchrun or accelerate launch, that sees "
+            "one device, by CUDA_VISIBLE_DEVICES=0. To train the model in several, write the loop yourself, with "
+            "NewtonKrylov(..., process_group=torch.distributed.group.WORLD) and MicroBatches; or take Lightning or "
+            "Accelerate, with imstep.integrations of these names."
         )

@@ -22,6 +22,7 @@ from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.kernels import plain_attention
+from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import BackwardCalls
@@ -67,6 +68,11 @@ class Linearisation:
     def convex(self) -> bool:
         """Whether the loss is a convex function of outputs."""
         return self.split is not None
+
+    @property
+    def static(self) -> bool:
+        """Whether the evaluation has repeated the structure of an earlier one."""
+        return self.tape.static
 
     def matrix(
         self,
@@ -133,7 +139,7 @@ class FrozenClosure:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape, asked = Tape(memory_budget), keep_graph
+        tape, asked = Tape(memory_budget, patterns_of(self._parameters.tensors)), keep_graph
         keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
         with observer or nullcontext():
@@ -213,7 +219,9 @@ class FrozenClosure:
         inputs = self._parameters.tensors
         if called.called:
             return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
-        if loss.grad_fn is None:
+        with unseen():
+            constant = loss.grad_fn is None
+        if constant:
             raise ValueError(
                 "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
                 "Return the loss itself, not loss.item() or loss.detach(), or call loss.backward() in the closure; "

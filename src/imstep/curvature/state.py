@@ -73,7 +73,7 @@ class NumpyState:
 
 def _memory_of_numpy() -> bytes | None:
     """What the Mersenne Twister behind NumPy's global generator holds; None for another one."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, _MERSENNE)

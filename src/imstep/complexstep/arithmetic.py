@@ -135,7 +135,7 @@ class Arithmetic:
 
     def gradient(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The gradient of ``loss``, whose imaginary part is the derivative of the gradient; None where independent."""
-        return self._islands.gradient([loss], inputs) if loss.requires_grad else [None] * len(inputs)
+        return self._dispatch.gradient(loss, inputs) if loss.requires_grad else [None] * len(inputs)
 
     def product(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
         """The imaginary part of :meth:`gradient` alone; the real one is dropped part by part as it comes."""

@@ -16,7 +16,10 @@ _PLAIN = {NoneType, bool, int, float, str, OpOverload}  # most of what is held; 
 def captured(function: Any) -> list[Tensor]:
     """The tensors that a function holds in its closure, through nested functions, sequences and dictionaries."""
     found: list[Tensor] = []
-    _collect(function, _DEPTH, found)
+    if type(function) is FunctionType:  # nearly always
+        _collect_from_cells(function, _DEPTH, found)
+    else:
+        _collect(function, _DEPTH, found)
     return found
 
 
@@ -26,16 +29,20 @@ def _collect(held: Any, depth: int, found: list[Tensor]) -> None:
         found.append(held)
     elif kind is FunctionType or kind is MethodType:
         if depth >= 0:
-            for cell in held.__closure__ or ():
-                item = _contents(cell)
-                kind = type(item)
-                if kind is Tensor:
-                    found.append(item)
-                elif kind not in _PLAIN:
-                    _collect(item, depth - 1, found)
+            _collect_from_cells(held, depth, found)
     else:
         for item in _items(held):
             _collect(item, depth, found)
+
+
+def _collect_from_cells(function: Any, depth: int, found: list[Tensor]) -> None:
+    for cell in function.__closure__ or ():
+        item = _contents(cell)
+        kind = type(item)
+        if kind is Tensor:
+            found.append(item)
+        elif kind not in _PLAIN:
+            _collect(item, depth - 1, found)
 
 
 def _contents(cell: Any) -> Any:

@@ -69,13 +69,14 @@ class Carrier(TorchDispatchMode):
         self, func: OpOverload, push: Any, inputs: list[Any], outputs: Any, target: Reference | None = None
     ) -> Step:
         """A step of the tape, with the node of autograd's graph that its operator belongs to."""
-        backward = self._islands.final
-        if backward:
-            current = torch._C._current_autograd_node()
-            node = -1 if current is None else current._sequence_nr()
-        else:  # the node is made before the operator runs, so it has the last number given out
-            node = torch.autograd._get_sequence_nr() - 1
-        return Step(push, inputs, outputs, target, func, node, backward)
+        return Step(push, inputs, outputs, target, func, self._node(), self._islands.final)
+
+    def _node(self) -> int:
+        """The sequence number of the node of autograd's graph that the present operator belongs to."""
+        if not self._islands.final:  # the node is made before the operator runs, so it has the last number given out
+            return torch.autograd._get_sequence_nr() - 1
+        current = torch._C._current_autograd_node()
+        return -1 if current is None else current._sequence_nr()
 
     # --- written over ------------------------------------------------------------------------------------------
 

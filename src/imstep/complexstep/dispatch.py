@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,23 +12,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
-from imstep.complexstep.carrier import Carrier
 from imstep.complexstep.errors import COLLECTIVE, DENSE, NESTED, REPORT, UnsupportedOperatorError
 from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
+from imstep.complexstep.recorder import Recorder
 from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
 from imstep.complexstep.steps import EXCHANGES
-from imstep.complexstep.tape import LOSS_OPERATORS, Tape
+from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import Plane
 from imstep.complexstep.vanishing import ROOTS, Root, first
 
 rules.load()
 
-_evaluations = itertools.count()
 _RESHAPED_IN_PLACE = {
     getattr(torch.ops.aten, name)
     for name in ("transpose_", "t_", "squeeze_", "unsqueeze_", "swapdims_", "swapaxes_", "as_strided_", "set_")
@@ -38,10 +36,9 @@ _seen_by_mode = torch._C._is_torch_function_mode_enabled
 _RESIZED = {torch.ops.aten.resize_, torch.ops.aten.resize_as_}
 _REMEDIES = {"sparse": DENSE, "nested": NESTED}  # by what is in an operator's name
 _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is a complex evaluation
-_OF_LOSSES = {id(op) for op in LOSS_OPERATORS}
 
 
-class Dispatch(Carrier):
+class Dispatch(Recorder):
     """Carries out the operators of one :class:`~imstep.complexstep.arithmetic.Arithmetic`."""
 
     @classmethod
@@ -58,15 +55,11 @@ class Dispatch(Carrier):
         tape: Tape | None,
         before_write: Callable[[Tensor], None] | None,
     ) -> None:
-        super().__init__(plane, islands, tape)
-        self._ledger, self._h, self._before_write = ledger, h, before_write
-        self._born = f"_imstep_born_{next(_evaluations)}"
+        super().__init__(plane, islands, ledger, tape)
+        self._h, self._before_write = h, before_write
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
-        self._roots: Roots | None = None
-        self._jumps: Jumps | None = None
         self.branch, self.branched = 1, False  # see Roots
-        self._given: Any = None  # the arguments of the operator, where they may be of subclasses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -88,6 +81,13 @@ class Dispatch(Carrier):
         sig = signature(func)
         if sig.window and not self._islands.active and isinstance(args[0], Tensor) and not args[0].is_complex():
             return func(*args, **kwargs)  # another window onto the same memory
+        if self._tape is not None:
+            foreseen = self._tape.foreseen
+            if foreseen is not None and foreseen.step.func is func and self._is(foreseen, args, kwargs):
+                outputs = self._as_foreseen(func, foreseen.step, args, kwargs)
+                if self._before_write is not None:
+                    self._mark_born(outputs)
+                return outputs
         tensors = sig.gather(args, kwargs)
         if _any_complex(tensors):
             with torch._C._PreserveDispatchKeyGuard():
@@ -126,7 +126,10 @@ class Dispatch(Carrier):
         attached = self._plane.attached(tensors)
         if attached is None:
             if id(func) not in EXCHANGES or self._islands.active:
-                return func(*args, **kwargs)
+                outputs = func(*args, **kwargs)
+                if self._notes is not None and not sig.view:
+                    self._notes.note(func, args, kwargs, outputs)
+                return outputs
             attached = [None] * len(tensors)
         if self._islands.active:
             return self._constant(func, sig, args, kwargs)
@@ -193,6 +196,7 @@ class Dispatch(Carrier):
 
     def conclude(self, failed: bool = False) -> None:
         """The evaluation is over: warn of what has left something without a derivative, and forget it."""
+        super().conclude(failed)
         watching, self._roots, self._jumps = (self._roots, self._jumps), None, None
         for found in watching:
             if found is not None and not failed:
@@ -242,18 +246,11 @@ class Dispatch(Carrier):
             outputs, d_outputs = rule.finite(func, args, kwargs, self._imaginary(tensors), self._h)
             self._store(outputs, d_outputs)
             return outputs
+        if self._tape is not None:
+            return self._recorded(rule, func, lambda: self._references(tensors, attached), args, kwargs)
         outputs, push = rule.linearize(func, args, kwargs)
-        if push is None:
-            return outputs
-        if self._tape is None:
+        if push is not None:
             self._store(outputs, push(*self._imaginary(tensors)))
-        else:
-            step = self._step(func, push, self._references(tensors, attached), self._define(outputs))
-            if kwargs:
-                step.alpha = kwargs.get("alpha", 1)
-            if id(func) in _OF_LOSSES and not step.backward:
-                step.args, step.result = self._given or args, outputs
-            self._tape.record(step)
         return outputs
 
     def _decompose(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -295,6 +292,8 @@ class Dispatch(Carrier):
     # --- in-place operators -------------------------------------------------------------------------------------
 
     def _mutate(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
+        if self._notes is not None and (sig.functional is None or self._plane.attached(tensors) is None):
+            self._notes.unfit = f"{func} writes to what has no derivative"
         targets = [t for t, (*_, written) in zip(tensors, sig.tensors, strict=True) if written]
         for t in targets:
             if isinstance(t, Tensor) and self._plane.is_constant(t):

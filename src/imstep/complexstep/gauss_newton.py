@@ -13,7 +13,7 @@ matrix itself see Schraudolph, Neural Computation 14 (2002), 1723-1738, section 
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,15 +134,18 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
 
 def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
     """The tape with the second derivatives of the outputs left out; ``nodes`` of autograd's graph are of the loss."""
+    through = [at for at, step in enumerate(tape.steps) if _through_outputs(step, nodes)]
+    return tape.with_inputs(through, lambda: _without_second_derivatives(tape, through))
+
+
+def _without_second_derivatives(tape: Tape, through: Sequence[int]) -> list[list[Any]]:
+    """The inputs of some steps, with constants for the values that depend on the parameters."""
     forward = set(tape.inputs)
     for step in tape.steps:
         if not step.backward:
             forward.update(step.writes())
     constant = lambda ref: None if ref is None or slot_of(ref) in forward else ref
-    steps = [
-        step.reading(_map(constant, step.inputs)) if _through_outputs(step, nodes) else step for step in tape.steps
-    ]
-    return tape.with_steps(steps)
+    return [_map(constant, tape.steps[at].inputs) for at in through]
 
 
 def _through_outputs(step: Step, nodes: Container[int]) -> bool:

@@ -132,10 +132,12 @@ def gradients(
 
 def runs_functions(outputs: Iterable[Tensor]) -> bool:
     """Whether the backward pass of outputs runs that of an ``autograd.Function`` of the user's."""
-    return any(
-        isinstance(node, BackwardCFunction) and node._forward_cls.__module__.split(".")[0] != _LIBRARY  # type: ignore[attr-defined]
-        for node in nodes(outputs)
-    )
+    return any(map(is_users_function, nodes(outputs)))
+
+
+def is_users_function(node: Any) -> bool:
+    """Whether a node of autograd's graph is an ``autograd.Function`` that is not this library's."""
+    return isinstance(node, BackwardCFunction) and node._forward_cls.__module__.split(".")[0] != _LIBRARY  # type: ignore[attr-defined]
 
 
 def leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -150,7 +152,8 @@ def leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of autograd's graph behind tensors."""
-    nodes, seen = [t.grad_fn for t in tensors], set()
+    with torch._C.DisableTorchFunction():
+        nodes, seen = [t.grad_fn for t in tensors], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

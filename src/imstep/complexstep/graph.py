@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _UNNUMBERED = 2**64 - 1  # the node of a leaf
@@ -40,11 +41,12 @@ def survey(outputs: Sequence[Tensor], parameters: Sequence[Tensor], numbers: ran
             a node of another thread shows by a number beyond them, or by one that two nodes have.
     """
     own = {id(p) for p in parameters}
-    leaves = [t for t in outputs if t.grad_fn is None and t.requires_grad]
+    with torch._C.DisableTorchFunction():
+        waiting = [t.grad_fn for t in outputs]
+        leaves = [t for t, node in zip(outputs, waiting, strict=True) if node is None and t.requires_grad]
     seen: set[Any] = set()
     taken: set[int] = set()
     foreign = []
-    waiting = [t.grad_fn for t in outputs]
     while waiting:
         node: Any = waiting.pop()
         if node is None or node in seen:

@@ -32,7 +32,9 @@ from imstep.complexstep.tensor import PLAIN, Plane
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
-_WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *STEERED, *gradients.PASSES}
+_HOOKS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
+_HOOKS.add(getattr(Tensor, "grad_fn").__get__)  # noqa: B009 (its type is that of the attribute)
+_WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *_HOOKS, *STEERED, *gradients.PASSES}
 _WATCHED.add(F.gumbel_softmax)
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _DETACH = torch.ops.aten.detach.default
@@ -68,6 +70,7 @@ class Islands(TorchFunctionMode):
         self.final = False  # whether the backward pass that runs now is the one to differentiate
         self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
+        self.touched = False  # whether code of the user's may run in the backward pass: hooks, or subclasses of Tensor
         self.at_last: WeakMethod[Callable[[Sequence[Any]], list[Any]]]  # told where that begins
         self._stack = ExitStack()
 
@@ -108,6 +111,7 @@ class Islands(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and not PLAIN.issuperset(types):
             self.subclasses = True
+            self.touched |= not all(kind in PLAIN or kind.__module__.startswith("imstep.") for kind in types)
         if _hooks(True) is not None:
             self.hooked = True
             with checked_hooks(self._plane):
@@ -120,6 +124,8 @@ class Islands(TorchFunctionMode):
         elif func in _CUTS:
             with self.cut():
                 return func(*args, **kwargs)
+        elif func in _HOOKS:
+            self.touched = True
         elif func in _EXITS:
             self._refuse_exit(func, args[0])
         elif func is Tensor.detach_ and self._may_cut():

@@ -20,22 +20,36 @@ class Slot(NamedTuple):
     entries: int
 
 
-class _Instruction(NamedTuple):
-    """A step and what to do around it.
+class _Around(NamedTuple):
+    """What to do around a step.
 
     Attributes:
-        step: the step.
         whole: whether its inputs are slots as they were defined.
         copied: whether a result may be an alias of what will be overwritten.
         final: the numbers of the outputs that are complete after it.
         dead: the slots that are not needed after it.
     """
 
-    step: Step
     whole: bool
     copied: bool
     final: Sequence[int]
     dead: Sequence[int]
+
+
+class Arrangement(NamedTuple):
+    """How steps are replayed, whatever their maps.
+
+    Attributes:
+        kept: which of them outputs, or other processes, depend on.
+        around: what to do around each of these.
+        at_once: the outputs that no step has a part in.
+        overwritten: the slots that a step writes into.
+    """
+
+    kept: list[int]
+    around: list[_Around]
+    at_once: list[int]
+    overwritten: frozenset[int]
 
 
 class Replay:
@@ -46,32 +60,22 @@ class Replay:
         inputs: the slots of the inputs.
         steps: in order.
         outputs: what to compute.
+        arrangement: of these steps, where it is known.
     """
 
     def __init__(
-        self, slots: list[Slot], inputs: list[int], steps: list[Step], outputs: list[Reference | None]
+        self,
+        slots: list[Slot],
+        inputs: list[int],
+        steps: list[Step],
+        outputs: list[Reference | None],
+        arrangement: Arrangement | None = None,
     ) -> None:
         self._slots, self._inputs, self._outputs = slots, inputs, outputs
-        self.steps = _needed(steps, {slot_of(ref) for ref in outputs if ref is not None})
-        self._overwritten = {slot_of(step.target) for step in self.steps if step.target is not None}
-        self._instructions, self._at_once = self._arrange()
-
-    def _arrange(self) -> tuple[list[_Instruction], list[int]]:
-        """The instructions, and the outputs that no step has a part in."""
-        pending: dict[int, list[int]] = {}
-        for number, ref in enumerate(self._outputs):
-            pending.setdefault(-1 if ref is None else slot_of(ref), []).append(number)
-        arranged: list[_Instruction] = []
-        later: set[int] = set()
-        for step in reversed(self.steps):
-            reads, writes = step.reads(), step.writes()
-            final = [number for slot in writes for number in pending.pop(slot, ())]
-            dead = [slot for slot in {*reads, *writes} if slot not in later]
-            later.update(dead)
-            whole = not any(type(ref) is list or type(ref) is tuple for ref in step.inputs)
-            copied = not self._overwritten.isdisjoint(reads)
-            arranged.append(_Instruction(step, whole, copied, final or (), dead or ()))
-        return arranged[::-1], [number for numbers in pending.values() for number in numbers]
+        self.arrangement = arrangement = arrangement or arranged(steps, outputs)
+        self.steps = [steps[at] for at in arrangement.kept]
+        self._instructions = list(zip(self.steps, arrangement.around, strict=True))
+        self._at_once, self._overwritten = arrangement.at_once, arrangement.overwritten
 
     def run(self, directions: Iterable[Tensor]) -> Iterator[tuple[int, Tensor | None]]:
         """The number and the imaginary part of each output as soon as it is complete; None where it vanishes."""
@@ -80,7 +84,7 @@ class Replay:
             self._assign(values, slot, direction)
         for number in self._at_once:
             yield number, self._read(values, self._outputs[number])
-        for step, whole, copied, final, dead in self._instructions:
+        for step, (whole, copied, final, dead) in self._instructions:
             ims = [values.get(ref) if whole else self._read(values, ref) for ref in step.inputs]
             if step.target is not None:
                 self._write(values, step.target, ims[0])
@@ -151,12 +155,32 @@ class Replay:
         return shown
 
 
-def _needed(steps: list[Step], slots: set[int]) -> list[Step]:
-    """The steps that ``slots``, or other processes, depend on."""
+def arranged(steps: Sequence[Step], outputs: Sequence[Reference | None]) -> Arrangement:
+    """The arrangement of steps for outputs."""
+    kept = _needed(steps, {slot_of(ref) for ref in outputs if ref is not None})
+    overwritten = frozenset(slot_of(steps[at].target) for at in kept if steps[at].target is not None)  # type: ignore[arg-type]
+    pending: dict[int, list[int]] = {}
+    for number, ref in enumerate(outputs):
+        pending.setdefault(-1 if ref is None else slot_of(ref), []).append(number)
+    around: list[_Around] = []
+    later: set[int] = set()
+    for step in (steps[at] for at in reversed(kept)):
+        reads, writes = step.reads(), step.writes()
+        final = [number for slot in writes for number in pending.pop(slot, ())]
+        dead = [slot for slot in {*reads, *writes} if slot not in later]
+        later.update(dead)
+        whole = not any(type(ref) is list or type(ref) is tuple for ref in step.inputs)
+        around.append(_Around(whole, not overwritten.isdisjoint(reads), final or (), dead or ()))
+    return Arrangement(kept, around[::-1], [n for numbers in pending.values() for n in numbers], overwritten)
+
+
+def _needed(steps: Sequence[Step], slots: set[int]) -> list[int]:
+    """Which of the steps ``slots``, or other processes, depend on."""
     kept = []
-    for step in reversed(steps):
+    for at in reversed(range(len(steps))):
+        step = steps[at]
         if step.exchanges or not slots.isdisjoint(step.writes()):
-            kept.append(step)
+            kept.append(at)
             slots.update(step.reads())
     return kept[::-1]
 

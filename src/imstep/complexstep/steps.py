@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
 from imstep.complexstep.tensor import Window
+
+_aten = torch.ops.aten
 
 Reference = int | tuple[int, Window]
 """What a tensor is on a tape: a slot as it was defined, or a slot seen through another window."""
@@ -14,6 +17,24 @@ Reference = int | tuple[int, Window]
 
 EXCHANGES: set[int] = set()
 """Operators, by identity, that exchange tensors with other processes, which wait for it."""
+
+
+LOSS_OPERATORS = {
+    _aten.mul.Tensor,
+    _aten.mul.Scalar,
+    _aten.div.Tensor,
+    _aten.div.Scalar,
+    _aten.pow.Tensor_Scalar,
+    _aten.mse_loss.default,
+    _aten.huber_loss.default,
+    _aten.smooth_l1_loss.default,
+    _aten.binary_cross_entropy.default,
+    _aten.binary_cross_entropy_with_logits.default,
+    _aten.softplus.default,
+    _aten.exp.default,
+    _aten._log_softmax.default,
+}
+"""Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""
 
 
 class Step:
@@ -66,6 +87,15 @@ class Step:
     def writes(self) -> list[int]:
         """The slots that this step defines or overwrites."""
         return self._writes
+
+    def again(self, push: Any, node: int) -> Step:
+        """The same step of another evaluation, with a map of its own."""
+        other = Step.__new__(Step)
+        other.push, other.inputs, other.outputs, other.target = push, self.inputs, self.outputs, self.target
+        other.func, other.node, other.backward, other.exchanges = self.func, node, self.backward, self.exchanges
+        other.args, other.result, other.alpha, other.number = (), None, 1, self.number
+        other._reads, other._writes = self._reads, self._writes
+        return other
 
     def reading(self, inputs: list[Any]) -> Step:
         """The same step with other inputs."""

@@ -8,36 +8,20 @@ and windows onto them, as in :mod:`imstep.complexstep.tensor`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.cotangents import Cotangents
-from imstep.complexstep.replay import Replay, Slot
+from imstep.complexstep.replay import Arrangement, Replay, Slot
 from imstep.complexstep.steps import Reference, Step, slot_of
 from imstep.complexstep.tensor import HOLLOW, Window, entries_behind
 
-_aten = torch.ops.aten
-LOSS_OPERATORS = {
-    _aten.mul.Tensor,
-    _aten.mul.Scalar,
-    _aten.div.Tensor,
-    _aten.div.Scalar,
-    _aten.pow.Tensor_Scalar,
-    _aten.mse_loss.default,
-    _aten.huber_loss.default,
-    _aten.smooth_l1_loss.default,
-    _aten.binary_cross_entropy.default,
-    _aten.binary_cross_entropy_with_logits.default,
-    _aten.softplus.default,
-    _aten.exp.default,
-    _aten._log_softmax.default,
-}
-"""Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""
-
+if TYPE_CHECKING:
+    from imstep.complexstep.pattern import Foreseen, Pattern, Patterns
 
 class TapeChangedError(RuntimeError):
     """A tensor that the tape holds was overwritten after it was recorded."""
@@ -52,9 +36,11 @@ class Tape:
 
     Args:
         memory_budget: bytes that its maps may hold, parameters included; None for no limit.
+        patterns: those of earlier tapes, of which this one may be another; None for none.
 
     Attributes:
         cotangents: where the backward pass meets the outputs of operators on inputs; None where nobody looks.
+        static: whether the backward pass was run as a list of operators, that of an earlier evaluation.
     """
 
     replays_blocks = True  # maps can be applied to many directions at once, by vmap
@@ -64,8 +50,10 @@ class Tape:
         """Whether replays wait for those of other processes, which therefore take the same directions at once."""
         return any(step.exchanges for step in self._steps)
 
-    def __init__(self, memory_budget: int | None = None) -> None:
+    def __init__(self, memory_budget: int | None = None, patterns: Patterns | None = None) -> None:
         self._memory_budget, self._bytes = memory_budget, 0
+        self._patterns, self.static = patterns, False
+        self._pattern: Pattern | None = None if patterns is None else patterns.first()  # followed so far
         self._slots: list[Slot] = []
         self._steps: list[Step] = []
         self._inputs: list[int] = []
@@ -85,21 +73,64 @@ class Tape:
 
     def define(self, t: Tensor) -> int:
         """A slot for the imaginary part of the storage of the fresh tensor ``t``."""
-        self._slots.append(Slot(Window(t), entries_behind(t)))
-        return len(self._slots) - 1
+        entries, number = entries_behind(t), len(self._slots)
+        slot = None
+        if self._pattern is not None:
+            if not self._pattern.has(number, t, entries):
+                self._go_on(lambda pattern: pattern.has(number, t, entries))
+            slot = None if self._pattern is None else self._pattern.slots[number]
+        self._slots.append(slot or Slot(Window(t), entries))
+        return number
 
     def reference(self, slot: int, t: Tensor) -> Reference:
         """How ``t`` looks onto ``slot``."""
         return slot if self._slots[slot].window.fits(t) else (slot, Window(t))
 
-    def record(self, step: Step) -> None:
-        """Append a step; remembers the tensors that its map holds, to notice when they are overwritten."""
-        step.number = len(self._steps)
-        self._steps.append(step)
-        if step.push is None:
+    @property
+    def foreseen(self) -> Foreseen | None:
+        """The next step, as an earlier tape had it, while all has been as in that one."""
+        number, pattern = len(self._steps), self._pattern
+        return pattern.steps[number] if pattern is not None and number < len(pattern.steps) else None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The structure of an earlier tape, while all has been as in that one."""
+        return self._pattern
+
+    def mark(self) -> tuple[int, int, int, Pattern | None]:
+        """Where the recording is, for :meth:`rewind`."""
+        return len(self._slots), len(self._steps), len(self._held), self._pattern
+
+    def rewind(self, mark: tuple[int, int, int, Pattern | None]) -> None:
+        """Forget what was recorded since."""
+        slots, steps, held, self._pattern = mark
+        del self._slots[slots:], self._steps[steps:], self._held[held:]
+        self._places, self._found, self._bytes = {}, 0, 0
+
+    def _go_on(self, fits: Callable[[Pattern], bool]) -> None:
+        """Follow the pattern on, or another that is like it so far, if it ``fits``; else none any more."""
+        pattern, patterns = self._pattern, self._patterns
+        if pattern is None or patterns is None or fits(pattern):
             return
-        for t in captured(step.push):
-            self._held.append((t, None if t.is_inference() else t._version, step.push))
+        others = patterns.others(pattern, len(self._slots), len(self._steps))
+        self._pattern = next((other for other in others if fits(other)), None)
+
+    def record(self, step: Step, known: bool = False) -> None:
+        """Append a step; remembers the tensors that its map holds, to notice when they are overwritten.
+
+        Args:
+            known: whether it is the one that was foreseen.
+        """
+        number, push = len(self._steps), step.push
+        step.number = number
+        if self._pattern is not None and not known:
+            self._go_on(lambda pattern: pattern.foresees(number, step))
+        self._steps.append(step)
+        if push is None:
+            return
+        held = self._held
+        for t in captured(push):
+            held.append((t, None if t.is_inference() else t._version, push))
         if self._memory_budget is not None:
             self._find_places()
 
@@ -132,14 +163,27 @@ class Tape:
             self._held[n] = copy, copy._version, push
             self._places.setdefault(copy.untyped_storage()._cdata, []).append(n)
 
-    def finish(self, outputs: Sequence[Reference | None]) -> None:
+    def finish(self, outputs: Sequence[Reference | None], arrangement: Arrangement | None = None) -> None:
         """Name the outputs; drops what they do not depend on.
+
+        Args:
+            arrangement: of the steps, where it is known.
 
         Raises:
             TapeChangedError: the evaluation overwrote a tensor that one of its maps still needs.
         """
         self._outputs = list(outputs)
-        self._replay = Replay(self._slots, self._inputs, self._steps, self._outputs)
+        pattern = self._pattern
+        if pattern is not None and not pattern.is_of(len(self._slots), len(self._steps), self._inputs, outputs):
+            pattern = None
+        arrangement = arrangement if pattern is None else pattern.arrangement
+        self._replay = Replay(self._slots, self._inputs, self._steps, self._outputs, arrangement)
+        if self._patterns is not None and pattern is not None:
+            self._patterns.met(pattern)
+        elif self._patterns is not None:
+            structure = self._slots, self._inputs, self._steps, outputs, self._replay.arrangement
+            pattern = self._patterns.missed(*structure)
+        self._pattern = pattern
         self._steps, self._places = self._replay.steps, {}
         for step in self._steps:
             step.args, step.result = (), None  # the arguments of possible losses have served their purpose
@@ -149,9 +193,22 @@ class Tape:
         if any(_is_released(t) for t, *_ in self._held):
             raise TapeChangedError("the memory of a tensor was released after its use was recorded.")
 
-    def with_steps(self, steps: list[Step]) -> Tape:
-        """A tape on the same memory with other steps."""
-        return self._derived(steps, self._inputs, self._outputs)
+    def with_inputs(self, at: Sequence[int], inputs: Callable[[], list[list[Any]]]) -> Tape:
+        """A tape on the same memory some of whose steps, those ``at``, have other inputs.
+
+        Args:
+            inputs: makes them; the same for all tapes of one structure.
+        """
+        known = {} if self._pattern is None else self._pattern.derived
+        found = known.get(tuple(at))
+        exchanged = inputs() if found is None else found[0]
+        steps = list(self._steps)
+        for number, refs in zip(at, exchanged, strict=True):
+            steps[number] = steps[number].reading(refs)
+        other = self._derived(steps, self._inputs, self._outputs, None if found is None else found[1])
+        if found is None:
+            known[tuple(at)] = exchanged, other._replay.arrangement  # type: ignore[union-attr]
+        return other
 
     def watching(self, references: Sequence[Reference]) -> Tape:
         """A tape whose replays return the imaginary parts at ``references`` as well, after the outputs."""
@@ -177,19 +234,20 @@ class Tape:
         self, slots: list[Slot], steps: list[Step], inputs: list[int], outputs: Sequence[Reference | None]
     ) -> Tape:
         """A tape on more memory: slots that begin with those of this one."""
-        return self._derived(steps, inputs, outputs, slots)
+        return self._derived(steps, inputs, outputs, slots=slots)
 
     def _derived(
         self,
         steps: list[Step],
         inputs: list[int],
         outputs: Sequence[Reference | None],
+        arrangement: Arrangement | None = None,
         slots: list[Slot] | None = None,
     ) -> Tape:
         other = Tape()
         other._slots, other._held, other._steps, other._inputs = slots or self._slots, self._held, steps, inputs
         other.cotangents = self.cotangents
-        other.finish(outputs)
+        other.finish(outputs, arrangement)
         return other
 
     def probe(self, device: torch.device) -> list[Tensor]:

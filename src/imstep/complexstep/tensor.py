@@ -55,12 +55,12 @@ class Window:
     def fits(self, t: Tensor) -> bool:
         """Whether ``t`` already is this window onto its own storage."""
         return (
-            t.stride() == self.stride
-            and t.shape == self.size
+            t.shape == self.size
+            and t.stride() == self.stride
             and t.storage_offset() == self.offset
             and t.dtype is self.dtype
-            and t.is_conj() == self.conj
             and t.is_neg() == self.neg
+            and (t.is_conj() if self.dtype.is_complex else False) == self.conj
         )
 
     def same(self, other: Window) -> bool:

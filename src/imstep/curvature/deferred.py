@@ -44,6 +44,11 @@ class DeferredLinearisation:
         return self._record
 
     @property
+    def static(self) -> bool:
+        """Whether a record was made, and its evaluation has repeated the structure of an earlier one."""
+        return self._record is not None and self._record.static
+
+    @property
     def convex(self) -> bool:
         """Whether the loss is a convex function of outputs."""
         return self.recorded.convex

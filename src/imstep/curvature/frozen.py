@@ -24,6 +24,7 @@ from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.kernels import plain_attention
+from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.steps import Reference
 from imstep.complexstep.tape import Tape
@@ -70,6 +71,11 @@ class Linearisation:
     def convex(self) -> bool:
         """Whether the loss is a convex function of outputs."""
         return self.split is not None
+
+    @property
+    def static(self) -> bool:
+        """Whether the evaluation has repeated the structure of an earlier one."""
+        return self.tape.static
 
     def matrix(
         self,
@@ -139,7 +145,8 @@ class FrozenClosure:
             TapeTooLargeError: the tape would not fit the budget.
             TapeChangedError: the closure overwrote what the tape needs.
         """
-        tape, asked = Tape(memory_budget), keep_graph
+        patterns = None if cotangents else patterns_of(self._parameters.tensors)  # both look at the backward pass
+        tape, asked = Tape(memory_budget, patterns), keep_graph
         tape.cotangents = Cotangents() if cotangents else None
         keep_graph = asked or observer is not None
         arithmetic = self.arithmetic(tape=tape, keep_graph=keep_graph)
@@ -231,7 +238,9 @@ class FrozenClosure:
         inputs = self._parameters.tensors
         if called.called:
             return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
-        if loss.grad_fn is None:
+        with unseen():
+            constant = loss.grad_fn is None
+        if constant:
             raise ValueError(
                 "closure returned a loss without a graph (grad_fn is None); a gradient needs it. "
                 "Return the loss itself, not loss.item() or loss.detach(), or call loss.backward() in the closure; "

@@ -81,14 +81,15 @@ class LayerObserver(TorchFunctionMode):
             # Of a view its base, which the layer has computed: a view's own node is replaced when it is overwritten.
             own: Any = output._base if output._is_view() else output
             edge, channels = get_gradient_edge(own), own.ndim - 1 if func is F.linear else 1
-        input = plain(input).detach()
-        rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
-        if rows is None:
-            return
-        rows = rows.reshape(-1, rows.shape[-1])
         at_bias = None if bias is None else self._position.get(id(bias))
-        if at_bias is not None:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        with torch._C._DisableTorchDispatch():  # no part of the evaluation
+            input = plain(input).detach()
+            rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
+            if rows is None:
+                return
+            rows = rows.reshape(-1, rows.shape[-1])
+            if at_bias is not None:
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.uses.append(LayerUse(at, at_bias, rows, edge, channels))
 
 

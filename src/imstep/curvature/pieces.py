@@ -210,6 +210,11 @@ class JointLinearisation:
     penalty: Penalty | None = None
 
     @property
+    def static(self) -> bool:
+        """Whether the evaluations have repeated the structures of earlier ones, as far as records are kept."""
+        return all(at.static for at in self.records if at is not None)
+
+    @property
     def repeats(self) -> float:
         """The share of the batch that every product evaluates anew."""
         return self.records.count(None) / len(self.records)

@@ -19,9 +19,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import PASSES, runs_functions
+from imstep.complexstep.operations import Operation, Reference
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window
-from imstep.curvature.rerun import Operation, Reference, Rerun
+from imstep.curvature.rerun import Rerun
 from imstep.curvature.smooth import Kind, kind_of
 
 _recordings = itertools.count()

@@ -198,6 +198,11 @@ class SharedLinearisation:
     repeats: float
     penalty: Penalty | None = None
 
+    @property
+    def static(self) -> bool:
+        """Whether this process's evaluation has repeated the structure of an earlier one."""
+        return self.own is not None and self.own.static
+
     def matrix(
         self, parameters: ParameterVector, build: Callable[..., Any], definite: bool, graph: bool = False
     ) -> SymmetricOperator:

@@ -104,7 +104,8 @@ class Attempt(StepAttempt):
             if self._part is not None:  # of which products may have evaluated pieces
                 self._part.undo()
         late = 0 if self._deferred is None else self._deferred.made
-        return replace(record, cost=record.cost + Cost(linearisations=point.repeated + late)), memory
+        cost = record.cost + Cost(linearisations=point.repeated + late)
+        return replace(record, cost=cost, static=self.point.static), memory
 
     def _run(self) -> tuple[StepRecord, Memory]:
         record = self._started(self._evaluate)

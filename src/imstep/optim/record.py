@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -126,6 +126,8 @@ class StepRecord:
         weights: of the terms of the loss, where they are balanced. ``slope`` to ``taylor_error`` are then of the loss
             with these weights, by which the step is judged; all other losses, and ``gradient_norm``, are without.
         weighted_loss, new_weighted_loss: the former before and after the step, weight decay included.
+        static: whether the evaluation that curvature is taken from had the structure of an earlier one, so that its
+            backward pass was run as a list of operators; the numbers are the same. See docs/complex-step.md.
         cost: evaluations spent.
         seconds: wall-clock time.
     """
@@ -161,6 +163,7 @@ class StepRecord:
     new_weighted_loss: float = math.nan
     check_loss: float = math.nan
     new_check_loss: float = math.nan
+    static: bool = field(default=False, compare=False)
     cost: Cost = Cost()
     seconds: float = 0.0
 
@@ -187,8 +190,11 @@ class StepRecord:
         return math.log(losses[2] / losses[3]) / math.log(losses[0] / losses[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat dictionary for JSON: enums as lower-case words, the cost's counts and its gradient-equivalents."""
-        row = {k: v for k, v in self.__dict__.items() if k != "cost"}
+        """A flat dictionary for JSON: enums as lower-case words, the cost's counts and its gradient-equivalents.
+
+        Without ``static``, which a run that is resumed says otherwise of its first steps.
+        """
+        row = {k: v for k, v in self.__dict__.items() if k not in ("cost", "static")}
         row["outcome"] = str(self.outcome)
         row["status"] = None if self.status is None else str(self.status)
         row.update(asdict(self.cost), products=self.cost.products)

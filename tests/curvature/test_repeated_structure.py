@@ -278,6 +278,18 @@ def test_batch_sizes_and_modes_come_and_go(static):
     assert not found[CHANGED[0]]
 
 
+def test_buffers_are_put_back_after_a_rejected_step():
+    images, kept = cnn(), []
+    for _ in range(4):
+        before = [b.clone() for b in images.buffers()]
+        batch = frozen.FrozenClosure(classified(images, 5, 1, 8, 8), ParameterVector(images))
+        kept.append(batch.linearise().static)
+        assert not all(map(torch.equal, images.buffers(), before))
+        batch.leave(accepted=False)
+        assert all(map(torch.equal, images.buffers(), before))
+    assert kept == [False, False, True, True]
+
+
 def test_few_structures_are_kept():
     net = nn.Linear(2, 1)
     for size in range(1, 12):

@@ -57,7 +57,7 @@ class Foreseen:
     @staticmethod
     def _tensors(step: Step, slots: Sequence[Slot]) -> list[tuple[int, str, int | None, Window | None]] | None:
         sig, found = signature(step.func), []
-        if sig.mutates or sig.view or id(step.func) in ROOTS or id(step.func) in JUMPS or step.exchanges:
+        if sig.overwritten or sig.view or id(step.func) in ROOTS or id(step.func) in JUMPS or step.exchanges:
             return None
         if len(sig.tensors) != len(step.inputs):
             return None

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from benchmarks.suite.__main__ import pack, page, unpack
 from imstep.bench import ENTRIES, Entry, Range, peers, work
 from imstep.bench.entries import ACCURACY, TRAIN, entries_of
 from imstep.bench.peers import MuonAndAdamW
@@ -302,6 +303,18 @@ def test_a_refusal_is_a_result() -> None:
     assert perform(job)["ending"].startswith("refused")
 
 
+def test_recorded_runs_are_found_again_and_make_the_same_page(tmp_path: Path) -> None:
+    entry, request = SMALL, BenchRequest([SMALL], trials=1, seeds=[0])
+    run_bench(request, tmp_path / "first", Console(quiet=True))
+    pack(entry, Store(tmp_path / "first"), tmp_path / "records")
+    again = Store(tmp_path / "second")
+    unpack(entry, again, tmp_path / "records")
+    assert gather(request, entry, again) == gather(request, entry, Store(tmp_path / "first"))
+    told = page(request, again)
+    assert told.startswith("1 of 1 tasks are recorded with all contestants and 1 seeds.")
+    assert "digits-mlp" in told
+
+
 def test_an_edited_program_is_another_request(tmp_path: Path) -> None:
     program, found = tmp_path / "waves.py", []
     text = (
@@ -316,7 +329,7 @@ def test_an_edited_program_is_another_request(tmp_path: Path) -> None:
         entry = Entry(str(program), budget=2.0, sides=())
         found.append(Job(entry, OWN, entry.contestants()[0].spec.name, "seed-0", {}, 0, entry.limits))
         record = perform(found[-1])
-        Store(tmp_path / f"bench{len(found)}").keep(found[-1], record)
+        Store(tmp_path / f"bench{len(found)}").keep(record)
     assert Store(tmp_path / "bench2").find(found[1]) is not None
     with pytest.raises(RunDirectoryError, match="made with files"):
         Store(tmp_path / "bench1").find(found[0])

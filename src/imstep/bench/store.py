@@ -96,9 +96,9 @@ class Store:
             )
         return run
 
-    def keep(self, job: Job, record: Mapping[str, Any]) -> BenchRun:
+    def keep(self, record: Mapping[str, Any]) -> BenchRun:
         """Write a finished run."""
-        path = self.path(job.entry.label, job.side, job.kind)
+        path = self.path(record["entry"], record["request"]["side"], record["kind"])
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.root / "bench.json").exists():
             write_atomically(self.root / "bench.json", json.dumps({"format": FORMAT}).encode() + b"\n")

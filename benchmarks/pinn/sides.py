@@ -94,7 +94,7 @@ _ALL = (
         "soap-cosine",
         "SOAP, cosine",
         PEERS["soap"],
-        _grid(lr=(1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+        _grid(lr=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
         schedule=cosine,
     ),
     Side(

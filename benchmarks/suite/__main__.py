@@ -59,9 +59,7 @@ def unpack(entry: Entry, store: Store, records: Path = RECORDS) -> None:
     """Put the recorded runs of a task where the bench looks for them; those that are there stay."""
     path = records / f"{entry.label}.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        run = json.loads(line)
-        if not store.path(run["entry"], run["request"]["side"], run["kind"]).exists():
-            store.keep(run)
+        store.take_in(json.loads(line))
 
 
 def pack(entry: Entry, store: Store, records: Path = RECORDS) -> None:

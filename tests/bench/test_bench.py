@@ -329,7 +329,7 @@ def test_an_edited_program_is_another_request(tmp_path: Path) -> None:
         entry = Entry(str(program), budget=2.0, sides=())
         found.append(Job(entry, OWN, entry.contestants()[0].spec.name, "seed-0", {}, 0, entry.limits))
         record = perform(found[-1])
-        Store(tmp_path / f"bench{len(found)}").keep(record)
+        Store(tmp_path / f"bench{len(found)}").keep(found[-1], record)
     assert Store(tmp_path / "bench2").find(found[1]) is not None
     with pytest.raises(RunDirectoryError, match="made with files"):
         Store(tmp_path / "bench1").find(found[0])

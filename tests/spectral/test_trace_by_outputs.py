@@ -12,10 +12,16 @@ from torch.func import functional_call
 
 import imstep
 from imstep import spectral
+from imstep.spectral import parts
 
 X, IMAGES = torch.randn(12, 5, generator=seeded(1), dtype=F64), torch.randn(6, 4, 6, 6, generator=seeded(2), dtype=F64)
 LABELS, TOKENS = torch.arange(12) % 3, torch.randint(7, (4, 5), generator=seeded(3))
 cross = F.cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch):
+    monkeypatch.setattr(parts, "_LEAST", 17)
 
 
 def mlp(activation=nn.Tanh, width=6, ends=(5, 3)):

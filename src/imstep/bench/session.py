@@ -164,7 +164,7 @@ class _Session:
             self.died += 1
             self.console.print(f"[red]{escape(f'{job.entry.label}, {job.side}, {job.kind}: {error}')}[/]; not kept")
             return
-        run = self.store.keep(record)
+        run = self.store.keep(job, record)
         self.progress.end(job, time.monotonic() - start, _line(job, run))
 
 

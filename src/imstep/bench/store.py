@@ -96,9 +96,17 @@ class Store:
             )
         return run
 
-    def keep(self, record: Mapping[str, Any]) -> BenchRun:
+    def keep(self, job: Job, record: Mapping[str, Any]) -> BenchRun:
         """Write a finished run."""
+        return self._write(self.path(job.entry.label, job.side, job.kind), record)
+
+    def take_in(self, record: Mapping[str, Any]) -> None:
+        """Write a run that was made elsewhere, unless it is there."""
         path = self.path(record["entry"], record["request"]["side"], record["kind"])
+        if not path.exists():
+            self._write(path, record)
+
+    def _write(self, path: Path, record: Mapping[str, Any]) -> BenchRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (self.root / "bench.json").exists():
             write_atomically(self.root / "bench.json", json.dumps({"format": FORMAT}).encode() + b"\n")

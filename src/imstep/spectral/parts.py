@@ -15,11 +15,9 @@ from imstep.spectral.results import Estimate
 _FREEDOM = 15
 """Degrees of freedom of an error before anything is decided, as sixteen probes of one number have."""
 
-_SMALL = 16
-"""Rows of a matrix that is multiplied out."""
-
-_LEAST = 100
-"""Products below which no parts are looked for: that may cost as many."""
+_LEAST = 128
+"""Products that may be spent, or rows of the matrix, below which no parts are looked for: that may cost as many, and as
+many multiply such a matrix out."""
 
 
 def traces_by_parts(
@@ -37,7 +35,7 @@ def traces_by_parts(
     products, and so is what no part covers.
     """
     check_limits(rtol, atol, max_products)
-    parts = operator.trace_parts() if max_products >= _LEAST and min(operator.shape) > _SMALL else None
+    parts = operator.trace_parts() if min(max_products, *operator.shape) >= _LEAST else None
     if parts is None:
         return None
     generator = generator_of(seed, generator)

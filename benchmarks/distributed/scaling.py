@@ -1,6 +1,6 @@
 """Seconds of a step on one process and on two of a core each; and what a network adds that is made slow by sleeping.
 
-python -m benchmarks.distributed.scaling --cores 0 1 --record    # on a machine that does nothing else; some ten minutes
+python -m benchmarks.distributed.scaling --cores 0 1 --record    # on a machine that does nothing else; some twelve minutes
 python -m benchmarks.distributed.scaling --short        # that it runs
 
 Both sides in turn, the median of runs. Strong: the same examples shared out. Weak: as many in each process. The model
@@ -149,7 +149,7 @@ def main() -> None:
     if given.worker is not None:
         worker(**given.worker)
         return
-    copies, steps, repeats = (1, 4, 1) if given.short else (16, 20, 5)
+    copies, steps, repeats = (1, 4, 1) if given.short else (16, 20, 3)
     efficiency_of, pair = scaling(copies, steps, given.cores, repeats)
     text = (
         f"Of `{TASK}`, with {pair['examples']:,} examples, in processes of a core each:\n\n{efficiency_of}\n\n"

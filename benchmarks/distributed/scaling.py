@@ -1,6 +1,6 @@
 """Seconds of a step on one process and on two of a core each; and what a network adds that is made slow by sleeping.
 
-python -m benchmarks.distributed.scaling --cores 0 1 --record    # on a machine that does nothing else; some twelve minutes
+python -m benchmarks.distributed.scaling --cores 0 1 --record  # on a machine that does nothing else; twelve minutes
 python -m benchmarks.distributed.scaling --short        # that it runs
 
 Both sides in turn, the median of runs. Strong: the same examples shared out. Weak: as many in each process. The model

@@ -16,10 +16,7 @@ _PLAIN = {NoneType, bool, int, float, str, OpOverload}  # most of what is held; 
 def captured(function: Any) -> list[Tensor]:
     """The tensors that a function holds in its closure, through nested functions, sequences and dictionaries."""
     found: list[Tensor] = []
-    if type(function) is FunctionType:  # nearly always
-        _collect_from_cells(function, _DEPTH, found)
-    else:
-        _collect(function, _DEPTH, found)
+    _collect(function, _DEPTH, found)
     return found
 
 
@@ -29,20 +26,16 @@ def _collect(held: Any, depth: int, found: list[Tensor]) -> None:
         found.append(held)
     elif kind is FunctionType or kind is MethodType:
         if depth >= 0:
-            _collect_from_cells(held, depth, found)
+            for cell in held.__closure__ or ():
+                item = _contents(cell)
+                kind = type(item)
+                if kind is Tensor:
+                    found.append(item)
+                elif kind not in _PLAIN:
+                    _collect(item, depth - 1, found)
     else:
         for item in _items(held):
             _collect(item, depth, found)
-
-
-def _collect_from_cells(function: Any, depth: int, found: list[Tensor]) -> None:
-    for cell in function.__closure__ or ():
-        item = _contents(cell)
-        kind = type(item)
-        if kind is Tensor:
-            found.append(item)
-        elif kind not in _PLAIN:
-            _collect(item, depth - 1, found)
 
 
 def _contents(cell: Any) -> Any:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from imstep.complexstep.jumps import JUMPS
-from imstep.complexstep.operations import Operation, Reference, Values
+from imstep.complexstep.operations import Operation, Reference, Values, entries, tensors_in
 from imstep.complexstep.pattern import Pattern
-from imstep.complexstep.program import UNNUMBERED, Anatomy, Line, Need, Program, flat, flat_tensors, literals
+from imstep.complexstep.program import UNNUMBERED, Anatomy, Line, Need, Program, literals
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.steps import Step
 from imstep.complexstep.tape import Tape
@@ -53,7 +53,7 @@ class Gathering:
             return
         needs = program.needs[number]
         if needs:
-            arguments, results = flat_tensors(sig.gather(args, kwargs)), flat(outputs)
+            arguments, results = tensors_in(sig.gather(args, kwargs)), entries(outputs)
             for need in needs:
                 t = need.of(arguments, results)
                 if t is None or t.is_inference():
@@ -92,10 +92,10 @@ class Notes:
         if number != len(self._literals):
             self.unfit = "a step has escaped notice"
         self._literals.append(literals(args, kwargs))
-        for place, t in enumerate(flat_tensors(sig.gather(args, kwargs))):
+        for place, t in enumerate(tensors_in(sig.gather(args, kwargs))):
             if self._plane.find(t) is None:
                 self._mark(t, (number, place))
-        for place, (t, slot) in enumerate(zip(flat(outputs), flat(defined), strict=True)):
+        for place, (t, slot) in enumerate(zip(entries(outputs), entries(defined), strict=True)):
             if slot is not None:
                 self._origins[slot] = number, ~place, Window(t)
             elif isinstance(t, Tensor) and self._plane.find(t) is None:
@@ -126,11 +126,11 @@ class Notes:
             self.unfit = f"{func} may come to something else"
             return
         operation = Operation(func, [self._leaf(a) for a in args], {k: self._leaf(a) for k, a in kwargs.items()})
-        found = flat(outputs)
+        found = entries(outputs)
         if any(t is not None and (not isinstance(t, Tensor) or t.is_complex()) for t in found):
             self.unfit = f"{func} returns something else than real tensors"
             return
-        slots = [None] * len(found) if step is None else flat(step.outputs)
+        slots = [None] * len(found) if step is None else entries(step.outputs)
         new = lambda t: None if t is None else self._mark(t, None)
         operation.outputs = [new(t) if slot is None else slot for slot, t in zip(slots, found, strict=True)]
         operation.writes = {number for number in operation.outputs if number is not None}
@@ -139,7 +139,7 @@ class Notes:
     def _leaf(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             return self._reference(a)
-        return [self._leaf(t) for t in a] if isinstance(a, (list, tuple)) and flat_tensors(a) else a
+        return [self._leaf(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else a
 
     def _reference(self, t: Tensor) -> Any:
         """Where a tensor is found; a copy of one that is made of a number."""

@@ -69,6 +69,16 @@ def dead_after(operations: list[Operation], needed: set[int]) -> list[list[int]]
     return dead[::-1]
 
 
+def entries(nested: Any) -> list[Any]:
+    """The entries of nested sequences, in order."""
+    return [b for a in nested for b in entries(a)] if isinstance(nested, (list, tuple)) else [nested]
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
+    """The tensors in nested sequences, in order."""
+    return [t for t in entries(nested) if isinstance(t, Tensor)]
+
+
 def _filled(values: Values, a: Any) -> Any:
     if type(a) is Reference:
         return a.read(values)

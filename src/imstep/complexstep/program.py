@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imstep.complexstep.gradients import is_users_function
 from imstep.complexstep.islands import unseen
-from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values, dead_after
+from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values, dead_after, entries
 from imstep.complexstep.registry import lookup
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.tape import Tape
@@ -125,7 +125,7 @@ class Program:
                     outputs = _linearised(operation, tuple(args), kwargs, tape, node, ledger)
                 else:
                     outputs = operation.func(*args, **kwargs)
-                for number, t in zip(operation.outputs, flat(outputs), strict=True):
+                for number, t in zip(operation.outputs, entries(outputs), strict=True):
                     if number is not None:
                         values[number] = t
                 for number in dead:
@@ -146,7 +146,7 @@ def _linearised(operation: Operation, args: Any, kwargs: Any, tape: Tape, node: 
         ledger.leave()
     if push is None:
         raise UnlikeError(f"{func} has no derivative here.")
-    for number, t in zip(operation.outputs, flat(outputs), strict=True):
+    for number, t in zip(operation.outputs, entries(outputs), strict=True):
         if number is not None and number >= 0 and tape.define(t) != number:
             raise UnlikeError(f"{func} has other outputs.")
     if tape.foreseen is not foreseen:
@@ -168,13 +168,3 @@ def _literal(a: Any) -> Any:
         return [_literal(b) for b in a]
     # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
     return (float, a, math.copysign(1.0, a)) if type(a) is float else (type(a), a)
-
-
-def flat(nested: Any) -> list[Any]:
-    """The entries of nested sequences, in order."""
-    return [b for a in nested for b in flat(a)] if isinstance(nested, (list, tuple)) else [nested]
-
-
-def flat_tensors(nested: Any) -> list[Tensor]:
-    """The tensors in nested sequences, in order."""
-    return [t for t in flat(nested) if isinstance(t, Tensor)]

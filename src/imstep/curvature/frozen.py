@@ -32,7 +32,7 @@ from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.fully_sharded import FROM_OUTSIDE, is_sharded
 from imstep.curvature.hooks import all_same
-from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.parameters import CHANGED, ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.recording import Recording
 from imstep.curvature.state import RandomState, Writes, WriteWatch
@@ -379,10 +379,7 @@ class FrozenClosure:
         before = self._parameters.snapshot()
         yield
         if not all_same(self._parameters.memory, before):
-            raise ValueError(
-                "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the "
-                "optimizer may move them between evaluations. Do it outside the closure, after the step."
-            )
+            raise ValueError(CHANGED)
         self._random_after = RandomState(self._parameters.device)
         self._writes.keep()
 

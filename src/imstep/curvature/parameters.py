@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from imstep.curvature.processes import Processes
 
 
+CHANGED = (
+    "closure changed the parameters: an optimizer's step, an average or a constraint in it. Only the optimizer may "
+    "move them between evaluations. Do it outside the closure, after the step."
+)
+"""What is said where that is noticed."""
+
+
 class TensorVector:
     """Tensors of given forms seen as one real vector of shape (n,): concatenated in order, each in row-major order.
 

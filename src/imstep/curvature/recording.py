@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import PASSES, runs_functions
-from imstep.complexstep.operations import Operation, Reference
+from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window
 from imstep.curvature.rerun import Rerun
@@ -78,13 +78,13 @@ class Recording:
         with torch._C.DisableTorchFunction():
             tensors = sig.gather(args, kwargs)
             self._judge(func, sig, tensors, found)
-            self._keep_in_mind(kind, _tensors(tensors))
+            self._keep_in_mind(kind, tensors_in(tensors))
             self.smooth = self.smooth and kind.smooth(args)
             step = Operation(func, [self._leaf(a) for a in args], {k: self._leaf(v) for k, v in kwargs.items()})
             if self.unfit is not None:
                 return
             if sig.mutates:
-                written = _tensors([t for t, (*_, w) in zip(tensors, sig.tensors, strict=True) if w])
+                written = tensors_in([t for t, (*_, w) in zip(tensors, sig.tensors, strict=True) if w])
                 step.writes = {self._slot(t) for t in written}  # type: ignore[misc]
             else:
                 step.outputs = [self._output(t) for t in found]
@@ -110,9 +110,9 @@ class Recording:
             self.unfit = f"{func} looks at a number"
         elif func.namespace not in _LIBRARIES or torch.Tag.nondeterministic_seeded in func.tags:
             self.unfit = f"{func} may come to something else"
-        elif any(type(t) not in PLAIN for t in _tensors([*tensors, *found])):
+        elif any(type(t) not in PLAIN for t in tensors_in([*tensors, *found])):
             self.unfit = "a tensor is of a class of its own"
-        elif any(not self._is_own(t) for i in sig.overwritten for t in _tensors([tensors[i]])):
+        elif any(not self._is_own(t) for i in sig.overwritten for t in tensors_in([tensors[i]])):
             self.unfit = f"{func} writes into a parameter, or into what does not depend on any"
 
     def _keep_in_mind(self, kind: Kind, tensors: list[Tensor]) -> None:
@@ -202,7 +202,7 @@ class Looking(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKS:
             self._recording.unfit = f"{func.__name__} leads past the operators"
-        elif func in PASSES and runs_functions(_tensors([*args[:1], *(kwargs or {}).values()])):
+        elif func in PASSES and runs_functions(tensors_in([*args[:1], *(kwargs or {}).values()])):
             self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
         return func(*args, **(kwargs or {}))
 
@@ -211,13 +211,6 @@ def _constants(nested: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for a in nested:
         found += [a] if isinstance(a, Tensor) else _constants(a) if type(a) is list else []
-    return found
-
-
-def _tensors(nested: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for a in nested:
-        found += [a] if isinstance(a, Tensor) else _tensors(a) if isinstance(a, (list, tuple)) else []
     return found
 
 

@@ -26,7 +26,8 @@ from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.processes import Processes
 from imstep.curvature.products import Products
 from imstep.curvature.shard_cut import ShardCut
-from imstep.curvature.units import Unit, Units, UnitVector
+from imstep.curvature.unit import Unit
+from imstep.curvature.units import Units, UnitVector
 from imstep.curvature.unmoved import Unmoved
 from imstep.linalg.sharded import ShardedTensor
 from imstep.linalg.space import Space

@@ -24,7 +24,6 @@ Map = Callable[[Tensor], Tensor]
 _ROOM = 2**27
 """Entries that a form may keep, or that are asked for at once."""
 
-
 _BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).float() * 2 - 1
 """The signs that a byte stands for."""
 

@@ -6,8 +6,9 @@ python -m benchmarks.pinn --table                          # the tables and the 
 python -m benchmarks.pinn --short --records /some/folder   # a smoke test: one seed, a hundredth of the time
 
 Runs are kept at once, in one file a task; the same command goes on after an interruption, and begins with the hours
-that are left. One thread, on a machine that does nothing else. To measure anew, delete benchmarks/pinn/records/*.json
-or name another folder.
+that are left. One thread, on a machine that does nothing else; or, for a task without a record, by the seconds that the
+processor computes for a run, with --clock processor. To measure anew, delete benchmarks/pinn/records/*.json or name
+another folder.
 
 SOAP: pip install -c constraints.txt '.[peers]'; without it that side is left out.
 """
@@ -29,19 +30,26 @@ from benchmarks.pinn.tasks import TASKS
 from benchmarks.strength.record import load
 from benchmarks.strength.session import QUICK, Session, run_all
 from benchmarks.strength.table import as_table
+from imstep.runs.seconds import Seconds
 
 RECORDS = Path(__file__).resolve().parent / "records"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, make what is missing, show and write the tables."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    session = Session(console, options.records, None, QUICK if options.short else 1.0)
+    session = Session(console, options.records, None, QUICK if options.short else 1.0, Seconds(options.clock))
     tasks, seeds = [TASKS[name] for name in options.tasks or TASKS], options.seeds[: 1 if options.short else None]
     recorded = lambda: [load(options.records, task.name) for task in tasks]
     if not options.table:
+        try:
+            for record in recorded():
+                record.by(session.clock)
+        except ValueError as error:
+            parser.error(str(error))
         left = session.scale * hours(tasks, recorded(), options.sides, seeds)
         console.print(f"{left:.2g} hours of steps are left, and about a tenth more for evaluations.", highlight=False)
     try:
@@ -63,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[], metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records (benchmarks/pinn/records)")
+    clocks = [clock.value for clock in Seconds]
+    parser.add_argument("--clock", choices=clocks, default=clocks[0], help="seconds on the wall, or of the processor")
     parser.add_argument("--short", action="store_true", help="one seed, a hundredth of every limit")
     parser.add_argument("--table", action="store_true", help="run nothing")
     return parser

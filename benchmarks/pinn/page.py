@@ -58,7 +58,7 @@ def _section(task: RaceTask, record: StrengthRecord) -> list[str]:
         "",
         f"`{task.name}`: {task.about} {task.limit:g} s a run, {task.trial_of('').seconds:g} s a trial.",
         "",
-        *made(record.runs),
+        *made(record),
         "",
         f"![Solution, errors and losses of {task.title}](images/{_of(record)})",
         "",

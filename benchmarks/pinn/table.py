@@ -11,6 +11,7 @@ from benchmarks.pinn.tasks import Goal, RaceTask, reached
 from benchmarks.strength.record import StrengthRecord
 from benchmarks.strength.run import StrengthRun
 from benchmarks.strength.table import Cells
+from imstep.runs.seconds import Seconds
 from imstep.runs.verdict import short
 
 SHARE = 1 / 10
@@ -24,6 +25,7 @@ def summary(tasks: Sequence[RaceTask], records: Sequence[StrengthRecord]) -> Cel
     rows = []
     for task, record in zip(tasks, records, strict=True):
         name = f"{task.name}, {'relative' if task.relative else 'RMS'}"
+        name += ", processor seconds" if record.clock is Seconds.PROCESSOR else ""
         goals = "; ".join(map(_goal, task.goals))
         rows.append((name, task.published, goals, _here(task, record.of(task.own)), _ratio(task, record)))
     return Cells(head, tuple(rows))

@@ -9,14 +9,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.strength.record import StrengthRecord
-from benchmarks.strength.run import StrengthRun
 from benchmarks.strength.sides import SIDES
 from benchmarks.strength.table import Cells, results, tuning, verdicts
 from benchmarks.strength.tasks import TASKS, StrengthTask
+from imstep.runs.seconds import Seconds
 from imstep.runs.theme import Theme, linear_axis, log_axis, save_png
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- measured:begin -->\n", "<!-- measured:end -->\n"
+_LOAD = {
+    Seconds.WALL: "above 1, others shared the machine and seconds are too long",
+    Seconds.PROCESSOR: "seconds are those that the processor computed for a run, whatever else it did",
+}
 _MACHINE = ("processor", "cores", "threads", "imstep", "PyTorch", "pytorch_optimizer", "Python")
 
 
@@ -43,7 +47,7 @@ def _section(task: StrengthTask, record: StrengthRecord) -> list[str]:
         "",
         f"{task.about} {batch[0].upper()}{batch[1:]}.",
         "",
-        *made(record.runs),
+        *made(record),
         "",
         f"![Losses of {task.title}](images/{_picture(record)})",
         "",
@@ -61,14 +65,15 @@ def _section(task: StrengthTask, record: StrengthRecord) -> list[str]:
     ]
 
 
-def made(runs: Sequence[StrengthRun]) -> list[str]:
+def made(record: StrengthRecord) -> list[str]:
     """When and on what the runs were made; what differs between them is listed."""
+    runs = record.runs
     dates, loads = sorted(r.about["date"] for r in runs), [float(r.about["load average"]) for r in runs]
     commits = sorted({r.about["commit"] for r in runs})
     machine = "; ".join(f"{key} {' or '.join(sorted({r.about[key] for r in runs}))}" for key in _MACHINE)
     return [
         f"{len(runs)} runs, {dates[0]} to {dates[-1]}; {machine}; commit {', '.join(commits)}; load average when a run "
-        f"began {min(loads):g} to {max(loads):g} (above 1, others shared the machine and seconds are too long)."
+        f"began {min(loads):g} to {max(loads):g} ({_LOAD[record.clock]})."
     ]
 
 

@@ -12,6 +12,7 @@ from benchmarks.strength.run import StrengthRun
 from benchmarks.strength.sides import Options, Side
 from imstep.runs.files import write_atomically
 from imstep.runs.records import Point, Sweep, SweepRow
+from imstep.runs.seconds import Seconds
 
 FORMAT = "imstep-strength/1"
 _COLUMNS = tuple(f.name for f in fields(Point))
@@ -19,11 +20,25 @@ _COLUMNS = tuple(f.name for f in fields(Point))
 
 @dataclass(frozen=True)
 class StrengthRecord:
-    """What is known of a task; `sweeps` and `runs` by side, and by side and seed."""
+    """What is known of a task; `sweeps` and `runs` by side, and by side and seed, all in seconds of one clock."""
 
     task: str
     sweeps: tuple[Sweep, ...] = ()
     runs: tuple[StrengthRun, ...] = ()
+    clock: Seconds = Seconds.WALL
+
+    def by(self, clock: Seconds) -> StrengthRecord:
+        """The record, to which runs by this clock are to be added.
+
+        Raises:
+            ValueError: it holds runs by another.
+        """
+        if self.clock is not clock and (self.sweeps or self.runs):
+            raise ValueError(
+                f"{self.task} is recorded in {self.clock.value} seconds, and {clock.value} seconds do not compare with "
+                f"them: go on with --clock {self.clock.value}, or name another folder by --records."
+            )
+        return replace(self, clock=clock)
 
     def sweep(self, side: Side, task: str, budget: float) -> Sweep | None:
         """The side's tuning, if it was made with these trials and this budget."""
@@ -62,12 +77,13 @@ def load(folder: Path, task: str) -> StrengthRecord:
         Sweep(s["optimizer"], s["budget"], tuple(SweepRow(**{**r, "loss": _number(r["loss"])}) for r in s["rows"]))
         for s in content["tuning"]
     )
-    return StrengthRecord(task, sweeps, tuple(_read(run) for run in content["runs"]))
+    clock = Seconds(content.get("clock", "wall"))  # which earlier records do not name
+    return StrengthRecord(task, sweeps, tuple(_read(run) for run in content["runs"]), clock)
 
 
-def add(folder: Path, task: str, found: Sweep | StrengthRun) -> StrengthRecord:
+def add(folder: Path, task: str, found: Sweep | StrengthRun, clock: Seconds = Seconds.WALL) -> StrengthRecord:
     """Put a sweep or a run in the place of an older one, and write. Reads the file anew: others may have added."""
-    record = load(folder, task)
+    record = load(folder, task).by(clock)
     if isinstance(found, Sweep):
         others = [s for s in record.sweeps if s.optimizer != found.optimizer]
         record = replace(record, sweeps=tuple(sorted([*others, found], key=lambda s: s.optimizer)))
@@ -87,7 +103,8 @@ def _text(record: StrengthRecord) -> str:
         if run["error"] is None:
             del run["error"]
     return (
-        f'{{"format": {json.dumps(FORMAT)}, "task": {json.dumps(record.task)}, "columns": {json.dumps(_COLUMNS)},\n'
+        f'{{"format": {json.dumps(FORMAT)}, "task": {json.dumps(record.task)}, "clock": "{record.clock.value}", '
+        f'"columns": {json.dumps(_COLUMNS)},\n'
         f'"tuning": {listed([asdict(s) for s in record.sweeps])},\n"runs": {listed(runs)}}}\n'
     )
 

@@ -19,6 +19,7 @@ from imstep.runs.environment import environment
 from imstep.runs.records import Point, Sweep, SweepRow
 from imstep.runs.rows import EvaluationRow, Limits, Row
 from imstep.runs.runner import Trainer
+from imstep.runs.seconds import Seconds
 
 KEPT_POINTS = 60
 DIGITS = 5
@@ -98,6 +99,7 @@ def run_side(
     data: Path | None,
     observe: Observer,
     looks: int | None = None,
+    clock: Seconds = Seconds.WALL,
 ) -> StrengthRun:
     """Train until a limit; the learning rate follows the side's schedule. Evaluates `looks` times, or as the task says.
 
@@ -108,7 +110,7 @@ def run_side(
     problem = task.build(seed, data)
     stepper = side.spec.create(problem, **options)
     schedule = task.schedule_of(limits, looks or task.looks)
-    trainer = Trainer(problem, stepper, batch_size=task.batch_size, seed=seed, schedule=schedule)
+    trainer = Trainer(problem, stepper, batch_size=task.batch_size, seed=seed, schedule=schedule, seconds=clock)
     groups = [(group, group.get("lr", 0.0)) for group in stepper.optimizer.param_groups]
     points = []
     try:
@@ -139,12 +141,17 @@ def run_side(
 
 
 def tune(
-    task: StrengthTask, side: Side, scale: float, data: Path | None, observe: Observer
+    task: StrengthTask,
+    side: Side,
+    scale: float,
+    data: Path | None,
+    observe: Observer,
+    clock: Seconds = Seconds.WALL,
 ) -> Sweep:
     """Try the side's settings on a seed of their own."""
     limits, rows = trial_limits(task, side, scale), []
     for options in side.trials_on(task.name):
-        run = run_side(task, side, options, TUNING_SEED, limits, data, observe, TRIAL_LOOKS)
+        run = run_side(task, side, options, TUNING_SEED, limits, data, observe, TRIAL_LOOKS, clock)
         best = run.best_at("cost", float("inf"))
         rows.append(SweepRow(dict(options), _rounded(best.train), _rounded(run.curve[-1].seconds), run.ending))
     return Sweep(side.name, *limit(limits).values(), tuple(rows))

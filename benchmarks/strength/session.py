@@ -15,6 +15,7 @@ from benchmarks.strength.sides import Options, Side
 from benchmarks.strength.tasks import TUNING_SEED, StrengthTask
 from imstep.runs.progress import TrainingProgress
 from imstep.runs.rows import Limits
+from imstep.runs.seconds import Seconds
 from imstep.tasks import DataNotFoundError
 
 QUICK = 0.01
@@ -29,6 +30,7 @@ class Session:
     records: Path
     data: Path | None
     scale: float
+    clock: Seconds = Seconds.WALL
 
     def tuned(self, task: StrengthTask, side: Side) -> Options:
         """The side's setting, tuned now if that was not done yet."""
@@ -38,8 +40,8 @@ class Session:
         sweep = record.sweep(side, task.name, *limit(limits).values())
         if sweep is None:
             with self._progress(f"{task.name}, {side.name}, tuning", limits) as progress:
-                sweep = tune(task, side, self.scale, self.data, progress)
-            add(self.records, task.name, sweep)
+                sweep = tune(task, side, self.scale, self.data, progress, self.clock)
+            add(self.records, task.name, sweep, self.clock)
             tried = ", ".join(f"{row.options} {row.loss:.3g}" for row in sweep.rows)
             self.console.print(f"{task.name}, {side.name}: tuned on seed {TUNING_SEED}: {tried}", highlight=False)
         return sweep.chosen.options
@@ -51,8 +53,8 @@ class Session:
         if record.run(side.name, seed, options, limit(limits)) is not None:
             return
         with self._progress(f"{task.name}, {side.name}, seed {seed}", limits) as progress:
-            run = run_side(task, side, options, seed, limits, self.data, progress)
-        add(self.records, task.name, run)
+            run = run_side(task, side, options, seed, limits, self.data, progress, clock=self.clock)
+        add(self.records, task.name, run, self.clock)
         end = run.curve[-1]
         self.console.print(
             f"{task.name}, {side.name}, seed {seed}: train {end.train:.3e}, held-out {end.heldout:.3e}, "

@@ -2,10 +2,11 @@
 
 python -m benchmarks.suite                    # every task that is not recorded whole, the shortest first
 python -m benchmarks.suite abalone 'memory-*' # some of them
+python -m benchmarks.suite --jobs 2           # two runs at a time, on two cores
 python -m benchmarks.suite --table            # the tables again, from the records
 
 Runs are kept one by one below runs/suite. Ctrl-C finishes the present one; then, as at the end of a task, all that
-there is goes into the records, and the same command goes on. One thread, on a machine that does nothing else.
+there is goes into the records, and the same command goes on. Each run has one thread and is told in processor seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.record_page import DOCS, put, table
-from imstep.bench.entries import ENTRIES, Entry, entries_of
+from imstep.bench.entries import ENTRIES, entries_of
+from imstep.bench.entry import Entry
 from imstep.bench.session import BenchRequest, estimate, gather, run_bench
 from imstep.bench.sides import OWN
 from imstep.bench.store import BenchRun, Store
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="entries of `imstep bench --list`, or patterns")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the runs ({FOLDER})")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that go side by side")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     named = [entry for name in options.tasks for entry in entries_of(name)]
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in ENTRIES.values():
         unpack(entry, store)
     for entry in [] if options.table else named or sorted(ENTRIES.values(), key=_hours):
-        done = run_bench(BenchRequest([entry]), options.folder, Console())
+        done = run_bench(BenchRequest([entry]), options.folder, Console(), jobs=options.jobs)
         pack(entry, store)
         if not done:
             break
@@ -92,7 +95,7 @@ def _made(runs: Iterable[BenchRun]) -> str:
     machine = "; ".join(f"{key} {' or '.join(sorted({a[key] for a in about}))}" for key in _MACHINE)
     return (
         f"{len(about)} runs, {dates[0]} to {dates[-1]}; {machine}; load average when a run began {min(loads):g} to "
-        f"{max(loads):g} (above 1, others shared the machine)."
+        f"{max(loads):g}. Seconds are the processor's."
     )
 
 

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
 
 from benchmarks.suite.__main__ import pack, page, unpack
 from imstep.bench import ENTRIES, Entry, Range, peers, work
-from imstep.bench.entries import ACCURACY, TRAIN, entries_of
+from imstep.bench.entries import FULL, entries_of, entry_of
+from imstep.bench.entry import ACCURACY, TRAIN
 from imstep.bench.peers import MuonAndAdamW
-from imstep.bench.session import BenchRequest, chosen, gather, run_bench, trials_of
-from imstep.bench.sides import OWN, SIDES, side_of
+from imstep.bench.references import Fitted
+from imstep.bench.session import FULL_TRIALS, BenchRequest, chosen, estimate, gather, run_bench, trials_of
+from imstep.bench.sides import OWN, SIDES, Side, side_of
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import Duel, summarise
 from imstep.bench.sweep import sweeps
-from imstep.bench.work import AbsentError, DiedError, Job, perform
+from imstep.bench.work import Apart, Job, perform
 from imstep.cli import app
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
-from imstep.tasks import TaskError, get_task
+from imstep.runs.seconds import Seconds
+from imstep.tasks import Batch, TaskError, get_task
 
 SMALL = Entry("digits-mlp", budget=2.0, examples=20, sides=("adamw",))
 
@@ -44,6 +51,26 @@ def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def imstep_command(*words: str) -> Result:
     return CliRunner().invoke(app, ["bench", *words])
+
+
+def told(job: Job, *messages: tuple[Any, ...]) -> Apart:
+    """A run of which all is told already."""
+    ours, theirs = Pipe(duplex=False)
+    for message in messages:
+        theirs.send(message)
+    theirs.close()
+    return Apart(job, ours)
+
+
+def without_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imstep.bench.report.write_report", lambda request, store: None)
+
+
+def flat_run(job: Job, **others: Any) -> dict[str, Any]:
+    """A run of three points."""
+    curve = [[float(k), k, k, k, 1.0 / 9**k, 1.0, None, 0.5] for k in range(3)]
+    record = {"format": work.FORMAT, "columns": work.COLUMNS, "curve": curve, "request": job.request, "ending": ""}
+    return {**record, "entry": job.entry.label, "kind": job.kind, **others}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -62,6 +89,7 @@ def test_the_short_form_is_kept_and_not_made_again(tmp_path: Path, monkeypatch: 
     for text in before.values():
         record = json.loads(text)
         assert record["about"]["threads"] == "1"
+        assert record["request"]["clock"] == "processor"
         assert {"PyTorch", "processor", "instructions", "date"} <= set(record["about"])
         costs = [row[0] for row in record["curve"]]
         assert costs[0] == 0
@@ -72,27 +100,26 @@ def test_the_short_form_is_kept_and_not_made_again(tmp_path: Path, monkeypatch: 
     assert "digits-mlp.html" in (tmp_path / "b" / "index.html").read_text()
     (summary,) = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert set(summary["duels"]) == {"cost", "seconds"}
-    with monkeypatch.context() as patched:
-        patched.setattr("imstep.bench.report.write_report", lambda request, store: None)
-        assert imstep_command(*words).exit_code == 0
+    assert "processor seconds" in page
+    without_a_report(monkeypatch)
+    assert imstep_command(*words).exit_code == 0
     assert files(tmp_path / "b") == before
-    other = imstep_command(*words, "--budget", "5")
-    assert other.exit_code == 2
-    assert "Runs are not replaced" in " ".join(other.output.split())
+    for more, why in ((("--budget", "5"), "Runs are not replaced"), (("--clock", "wall"), "Seconds of two clocks")):
+        other = imstep_command(*words, *more)
+        assert other.exit_code == 2
+        assert why in " ".join(other.output.split())
     assert files(tmp_path / "b") == before
 
 
 def test_an_interrupted_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imstep.bench.report.write_report", lambda request, store: None)
+    without_a_report(monkeypatch)
     made: list[str] = []
 
-    def launch(job: Job, tell: Any) -> dict[str, Any]:
+    def launch(job: Job) -> Apart:
         made.append(f"{job.side} {job.kind}")
         if len(made) == 3:
             raise KeyboardInterrupt
-        if len(made) == 5:
-            raise DiedError("killed")
-        return perform(job, tell)
+        return told(job) if len(made) == 5 else told(job, ("done", perform(job)))
 
     request = BenchRequest([SMALL], trials=3, seeds=(0,))
     console = Console(quiet=True)
@@ -109,11 +136,107 @@ def test_an_interrupted_bench_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_absent_data_leaves_a_task_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def launch(job: Job, tell: Any) -> dict[str, Any]:
-        raise AbsentError("apt install it")
+    launch = lambda job: told(job, ("absent", "apt install it"))
+    assert run_bench(BenchRequest([SMALL]), tmp_path, Console(), jobs=2, launch=launch)
+    assert capsys.readouterr().out.count("left out") == 1
 
-    assert run_bench(BenchRequest([SMALL]), tmp_path, Console(), launch=launch)
-    assert "left out" in capsys.readouterr().out
+
+def test_runs_go_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two; runs begin when all trials are there; asked to stop, it finishes what runs."""
+    without_a_report(monkeypatch)
+    open_now: list[str] = []
+    most: list[int] = []
+    stop: list[str] = []
+
+    class Watched(Apart):
+        def hear(self, tell: Any) -> dict[str, Any] | None:
+            record = super().hear(tell)
+            if record is not None:
+                open_now.remove(f"{self.job.side} {self.job.kind}")
+            return record
+
+    def launch(job: Job) -> Apart:
+        name = f"{job.side} {job.kind}"
+        assert job.trial or not any("trial" in other for other in open_now)
+        open_now.append(name)
+        most.append(len(open_now))
+        if name in stop:
+            signal.raise_signal(signal.SIGINT)
+        return Watched(job, told(job, ("at", 0.5, 1.0), ("done", flat_run(job))).pipe)
+
+    request = BenchRequest([SMALL], trials=3, seeds=(0, 1))
+    stop.append("imstep seed-0")
+    assert not run_bench(request, tmp_path, Console(quiet=True), jobs=2, launch=launch)
+    assert open_now == []
+    assert sorted(files(tmp_path)) == [f"digits-mlp/adamw/trial-0{k}.json" for k in range(3)] + [
+        "digits-mlp/imstep/seed-0.json"
+    ]
+    stop.clear()
+    assert run_bench(request, tmp_path, Console(quiet=True), jobs=2, launch=launch)
+    assert len(files(tmp_path)) == 7
+    assert max(most) == 2
+
+
+def test_a_second_interruption_kills_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_report(monkeypatch)
+    killed: list[str] = []
+
+    class Watched(Apart):
+        def kill(self) -> None:
+            killed.append(self.job.kind)
+            super().kill()
+
+    def launch(job: Job) -> Apart:
+        if job.kind == "trial-02":
+            raise KeyboardInterrupt
+        return Watched(job, told(job, ("at", 0.5, 1.0), ("at", 0.6, 1.0)).pipe)
+
+    request = BenchRequest([SMALL], trials=3, seeds=(0,))
+    assert not run_bench(request, tmp_path, Console(quiet=True), jobs=3, launch=launch)
+    assert killed == ["trial-00", "trial-01"]
+
+
+def test_other_runs_are_not_measured_on_the_wall(tmp_path: Path) -> None:
+    walled = BenchRequest([SMALL.asked(clock=Seconds.WALL)])
+    for request, jobs in ((walled, 2), (BenchRequest([SMALL]), 0)):
+        with pytest.raises(TrainingError, match="side by side"):
+            run_bench(request, tmp_path, Console(quiet=True), jobs=jobs)
+
+
+def test_runs_that_name_no_clock_were_made_on_the_wall(tmp_path: Path) -> None:
+    store, job = Store(tmp_path), trials_of(SMALL.asked(clock=Seconds.WALL), SIDES["adamw"], 1)[0]
+    former = {key: value for key, value in job.request.items() if key != "clock"}
+    store.keep(job, flat_run(job, request=former))
+    assert store.find(job) is not None
+    with pytest.raises(RunDirectoryError, match="clock=wall, and processor"):
+        store.find(replace(job, entry=SMALL))
+
+
+def test_a_program_that_takes_more_threads_is_told_so(tmp_path: Path) -> None:
+    program = tmp_path / "threads.py"
+    program.write_text(
+        "import torch\nfrom torch import nn\nfrom imstep.tasks import ExampleTask, held_out\n"
+        "def load(data):\n    torch.set_num_threads(2)\n    return held_out(*torch.ones(2, 20, 1))\n"
+        "task = ExampleTask('threads', 'Threads', '20 points.', load, lambda: nn.Linear(1, 1), nn.MSELoss())\n"
+    )
+    entry = Entry(str(program), budget=2.0, sides=())
+    with pytest.raises(TrainingError, match="2 threads compute: ask for wall seconds"):
+        run_bench(BenchRequest([entry]), tmp_path / "b", Console(quiet=True))
+
+
+def test_the_usual_list_is_short_and_the_full_one_is_at_least_as_long() -> None:
+    hours = lambda entry, trials: sum(estimate(entry, side, trials=trials) for side in entry.contestants()) / 3600
+    usual = {name: hours(entry, 4) for name, entry in ENTRIES.items()}
+    assert max(usual.values()) < 1.55
+    assert sum(usual.values()) < 35
+    for name, entry in ENTRIES.items():
+        full = FULL[name]
+        assert hours(full, FULL_TRIALS) >= usual[name]
+        assert [s.name for s in full.contestants()] == [s.name for s in entry.contestants()]
+        assert (full.measure, full.target, full.decay) == (entry.measure, entry.target, entry.decay)
+        assert (full.examples or 10**9) >= (entry.examples or 10**9)
+    assert entry_of("fashion-resnet20") is FULL["fashion-resnet20"]
+    assert entry_of("wave").budget < entry_of("wave", full=True).budget
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
@@ -138,16 +261,21 @@ def test_limits_of_ones_own() -> None:
             entry.asked(**wrong)
 
 
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.label)
-def test_all_that_are_tuned_have_equal_trials_in_their_ranges(entry: Entry) -> None:
-    sides = entry.contestants()
-    assert sides[0].name == OWN
-    assert len(sides) >= 4
-    for side in sides:
-        ranges, jobs = entry.ranges_of(side), trials_of(entry, side, 8)
-        assert ("weight_decay" in ranges) == entry.decay
-        assert len(jobs) == (8 if ranges else 0)
-        assert bool(ranges) or side.name == OWN
+def test_all_that_are_tuned_have_equal_trials_in_their_ranges() -> None:
+    for entry in {**FULL, **ENTRIES}.values():
+        sides = entry.contestants()
+        assert sides[0].name == OWN
+        assert len(sides) >= 4
+        for side in sides:
+            _has_its_trials(entry, side)
+
+
+def _has_its_trials(entry: Entry, side: Side) -> None:
+    for number in (4, 8):
+        ranges, jobs = entry.ranges_of(side), trials_of(entry, side, number)
+        assert ("weight_decay" in ranges) == entry.decay, entry.label
+        assert len(jobs) == (number if ranges else 0), entry.label
+        assert bool(ranges) or side.name == OWN, entry.label
         for job in jobs:
             for name, value in job.options.items():
                 assert value == 0.0 < ranges[name].none or ranges[name].low <= value <= ranges[name].high
@@ -222,10 +350,7 @@ def test_a_report_has_a_table_of_batch_sizes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("imstep.bench.report._page", lambda *arguments: "")
     entries = [replace(SMALL, name=f"s-{size}", batch_size=size, target=0.05, sweep="s") for size in (5, 10)]
 
-    def launch(job: Job, tell: Any) -> dict[str, Any]:
-        curve = [[float(k), k, k, k, 1.0 / 9**k, 1.0, None, 0.5] for k in range(3)]
-        return {"format": work.FORMAT, "columns": work.COLUMNS, "curve": curve, "request": job.request, "ending": ""}
-
+    launch = lambda job: told(job, ("done", flat_run(job)))
     assert run_bench(BenchRequest(entries, trials=1, seeds=(0,)), tmp_path / "b", Console(quiet=True), launch=launch)
     for text in ((tmp_path / "b" / name).read_text() for name in ("index.html", "summary.md")):
         assert "s by batch size, to a training loss of 5.00e-2" in text
@@ -238,6 +363,13 @@ def test_entries_are_asked_for_by_pattern() -> None:
     assert entries_of("wave") == [ENTRIES["wave"]]
     with pytest.raises(TaskError, match="no entry of the bench fits"):
         entries_of("wafe*")
+
+
+class Limited:
+    """A regressor that sees how many threads it may have."""
+
+    def fit(self, inputs: np.ndarray, targets: np.ndarray) -> None:
+        self.threads = {pool["num_threads"] for pool in threadpool_info()}
 
 
 def test_other_regressors_give_figures_and_take_part_in_no_duel(tmp_path: Path) -> None:
@@ -255,6 +387,9 @@ def test_other_regressors_give_figures_and_take_part_in_no_duel(tmp_path: Path) 
         runs[side.name] = [BenchRun(perform(job))]
     record = runs["sklearn-boosting"][0].record
     assert record["curve"][-1][5] < 0.01 < record["curve"][0][5]  # the held-out loss of a step
+    fitted = Fitted(get_task(str(program)).build(), limits := Limited())
+    fitted.step(None, Batch(torch.zeros(2, 1), torch.zeros(2, 1)))  # type: ignore[arg-type]
+    assert limits.threads == {1}
     summary = summarise(entry, dict(runs))
     assert summary is not None
     assert summary.duels["cost"].peer == "AdamW"

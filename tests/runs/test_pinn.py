@@ -17,11 +17,12 @@ from benchmarks.pinn.sides import SIDES
 from benchmarks.pinn.spring import Spring
 from benchmarks.pinn.table import hours, summary
 from benchmarks.pinn.tasks import TASKS, Goal, reached
-from benchmarks.strength.record import StrengthRecord, load
+from benchmarks.strength.record import StrengthRecord, add, load
 from benchmarks.strength.run import StrengthRun, describe, run_side, thinned
 from benchmarks.strength.sides import Side
 from imstep.runs.records import Point
 from imstep.runs.rows import Limits
+from imstep.runs.seconds import Seconds
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import Stepper, StepResult
 from imstep.tasks import PhysicsTask
@@ -53,6 +54,9 @@ def test_a_short_race_is_kept_and_goes_on(tmp_path: Path, capsys: pytest.Capture
     assert "Poisson's equation in the square" in capsys.readouterr().out
     main(arguments)
     assert (tmp_path / "poisson-2d.json").read_bytes() == written
+    with pytest.raises(SystemExit):
+        main([*arguments, "--clock", "processor"])
+    assert "poisson-2d is recorded in wall seconds" in capsys.readouterr().err
     _writes_a_page(tmp_path, record)
 
 
@@ -92,6 +96,18 @@ def test_hours_are_those_of_what_is_missing() -> None:
     left = lambda record: 3600 * hours([TASK], [record], names, (0, 1))
     assert left(StrengthRecord("x")) == pytest.approx(4 * 40 + 4 * 10)
     assert left(StrengthRecord("x", (), runs)) == pytest.approx(3 * 40 + 4 * 10)
+
+
+def test_a_record_has_one_clock(tmp_path: Path) -> None:
+    add(tmp_path, "poisson-2d", made("imstep", 0, [1.0]), Seconds.PROCESSOR)
+    record = load(tmp_path, "poisson-2d")
+    assert record.clock is Seconds.PROCESSOR
+    assert "processor seconds" in summary([TASK], [record]).rows[0][0]
+    with pytest.raises(ValueError, match="--clock processor"):
+        add(tmp_path, "poisson-2d", made("imstep", 1, [1.0]))
+    path = tmp_path / "burgers.json"  # as earlier versions wrote it
+    path.write_text((tmp_path / "poisson-2d.json").read_text().replace('"clock": "processor", ', ""))
+    assert load(tmp_path, "burgers").clock is Seconds.WALL
 
 
 def test_a_curve_keeps_where_its_error_falls() -> None:

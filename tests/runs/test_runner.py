@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from itertools import pairwise
 
 import pytest
@@ -19,6 +20,8 @@ from imstep.runs.runner import (
     Trainer,
     TrainingError,
 )
+from imstep.runs.seconds import Seconds
+from imstep.runs.steppers import Stepper, StepResult
 from imstep.tasks import Batch, ExampleProblem, get_task
 
 
@@ -69,6 +72,38 @@ def test_the_seconds_limit_ends_a_run() -> None:
     list(trainer.run(Limits(seconds=0.02)))
     assert trainer.ending is Ending.SECONDS
     assert trainer.totals.seconds >= 0.02
+
+
+class Waiting(Stepper):
+    """Steps that wait for something else than the processor."""
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+
+    def step(self, problem: object, batch: object) -> StepResult:
+        time.sleep(0.05)
+        return StepResult(1.0, 1.0)
+
+
+def test_processor_seconds_leave_out_what_else_goes_on() -> None:
+    problem = get_task("digits-mlp").build(0, examples=10)
+    spent = {}
+    for clock in Seconds:
+        trainer = Trainer(problem, Waiting(), seconds=clock)
+        list(trainer.run(Limits(epochs=2)))
+        spent[clock] = trainer.totals.seconds
+    assert spent[Seconds.WALL] >= 0.1
+    assert spent[Seconds.PROCESSOR] < 0.02
+    list(Trainer(problem, (sgd := get_optimizer("sgd")).create(problem), seconds=clock).run(Limits(seconds=0.02)))
+    for device, processes, words in (("cuda", 1, "cuda computes"), ("cpu", 2, "2 processes compute together")):
+        with pytest.raises(TrainingError, match=words):
+            Seconds.PROCESSOR.check(torch.device(device), processes)
+        Seconds.WALL.check(torch.device(device), processes)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(TrainingError, match="2 threads compute"):
+            Trainer(problem, sgd.create(problem), seconds=Seconds.PROCESSOR)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -64,7 +64,7 @@ def _files(folder: Path) -> None:
 
 def _tiny() -> list[ExampleTask]:
     """The suite, with what differs from another in size alone left out, or smaller."""
-    networks = ("mnist-deep", "fashion-deep", "fashion-resnet20", "shakespeare-small")
+    networks = ("mnist-deep", "fashion-deep", "fashion-resnet20", "modular-addition-97", "shakespeare-small")
     alike = (*networks, "addition", "multiplication", "temporal", "memory")
     narrow = {
         "curves-autoencoder": partial(deep_autoencoder, (784, 30, 6)),

@@ -1,200 +1,66 @@
-"""What the bench trains: for each task how long, in which batches, what is measured and who takes part."""
+"""What the bench trains: the usual list, and the full one, as published."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
+from typing import Any
 
-from imstep.bench.sides import USUAL, Range, Side, own_side, side_of
-from imstep.runs.rows import Limits, TrainingError
-from imstep.runs.suitability import suited
+from imstep.bench.entry import ACCURACY, EXPLAINED, HELDOUT, PSNR, WRONG, Entry
+from imstep.bench.sides import Range
 from imstep.tasks import TaskError, get_task
 
-__all__ = [
-    "ACCURACY", "ENTRIES", "EXPLAINED", "HELDOUT", "PSNR", "TRAIN", "WRONG", "Entry", "Measure", "entries_of",
-    "entry_of",
-]  # fmt: skip
+__all__ = ["ENTRIES", "FULL", "entries_of", "entry_of"]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What a task is judged by.
-
-    Args:
-        column: of a curve: train, heldout, train_metric or heldout_metric.
-        title: for tables.
-        larger: whether more is better.
-    """
-
-    column: str
-    title: str
-    larger: bool = False
-
-    def value(self, point: Mapping[str, float | None]) -> float:
-        """The figure at a point of a curve so that less is better; infinity where there is none."""
-        value = point[self.column]
-        if value is None or not math.isfinite(value):
-            return math.inf
-        return -value if self.larger else value
-
-    def shown(self, value: float) -> float:
-        """What was measured, of such a figure."""
-        return -value if self.larger else value
-
-
-TRAIN = Measure("train", "training loss")
-HELDOUT = Measure("heldout", "held-out loss")
-ACCURACY = Measure("heldout_metric", "held-out accuracy", larger=True)
-PSNR = Measure("heldout_metric", "held-out PSNR", larger=True)
-EXPLAINED = Measure("heldout_metric", "held-out explained variance", larger=True)
-WRONG = Measure("heldout_metric", "wrong answers")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A task of the bench; but for the task's name everything has a default.
-
-    Args:
-        task: a task of `imstep tasks`, or a file of one's own.
-        name: of the entry, where a task has several; the task's otherwise.
-        budget: gradient-equivalents of a run.
-        seconds: of a run, in place of `budget`.
-        trial: gradient-equivalents of a trial in tuning; half of `budget` by default.
-        batch_size: examples a step; None for the full batch. With mini-batches all are evaluated at averages.
-        measure: what tuning chooses by and tables read.
-        target: of the measure, that counts as solved; None for the best that both our side and a peer reach.
-        decay: whether weight decay is tuned, for all.
-        ours: `newton-krylov`, `least-squares` or `newton-krylov-batches`; None for what the task's structure says.
-        sides: the peers.
-        extra: further contestants, by the names that `imstep train -o` takes.
-        ranges: by contestant, where the usual ranges do not fit.
-        examples: train on the first so many.
-        dtype: float32 or float64.
-        gradient: seconds of a gradient on one thread, roughly; for estimates alone.
-        sweep: the name of a table that sets this entry beside others of other batch sizes; "" for none.
-
-    Example:
-        >>> Entry("digits-mlp", batch_size=128, measure=ACCURACY, decay=True, seconds=20, trial=30).label
-        'digits-mlp'
-    """
-
-    task: str
-    name: str = ""
-    budget: float = 1000.0
-    seconds: float | None = None
-    trial: float | None = None
-    batch_size: int | None = None
-    measure: Measure = TRAIN
-    target: float | None = None
-    decay: bool = False
-    ours: str | None = None
-    sides: tuple[str, ...] = USUAL
-    extra: tuple[str, ...] = ()
-    ranges: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)
-    examples: int | None = None
-    dtype: str = "float32"
-    gradient: float = 0.01
-    sweep: str = ""
-
-    @property
-    def label(self) -> str:
-        """The entry's name."""
-        return self.name or self.task
-
-    @property
-    def level(self) -> float | None:
-        """The target as `Measure.value` would give it, so that less is better; None without one."""
-        return None if self.target is None else self.measure.shown(self.target)
-
-    @property
-    def limits(self) -> Limits:
-        """Of a run."""
-        return Limits(budget=self.budget) if self.seconds is None else Limits(seconds=self.seconds)
-
-    @property
-    def trial_limits(self) -> Limits:
-        """Of a trial: always by cost, so that tuning is the same on every machine."""
-        return Limits(budget=self.trial or self.budget / 2)
-
-    def contestants(self) -> list[Side]:
-        """Our side first."""
-        named = self.ours or (_suits(self.task) if self.batch_size is None else "newton-krylov-batches")
-        peers = [side_of(name) for name in (*self.sides, *self.extra)]
-        return [own_side(named), *(p for p in peers if p.batches is None or p.batches == (self.batch_size is not None))]
-
-    def ranges_of(self, side: Side) -> dict[str, Range]:
-        """What a contestant is tuned over here; empty for no tuning."""
-        found = {**side.ranges, **self.ranges.get(side.name, {})}
-        takes_decay = self.decay and "weight_decay" in side.spec.defaults
-        return {**found, "weight_decay": side.decay} if takes_decay else found
-
-    def asked(
-        self, *, budget: float | None = None, seconds: float | None = None, sides: tuple[str, ...] | None = None
-    ) -> Entry:
-        """With limits or contestants of one's own in place of the entry's; trials shrink or grow alike.
-
-        Raises:
-            TrainingError: both limits, or one that is not above 0.
-        """
-        if budget is not None and seconds is not None:
-            raise TrainingError("a run ends by --budget or by --seconds: give one of them.")
-        for word, number in (("--budget", budget), ("--seconds", seconds)):
-            if number is not None and not 0 < number < math.inf:
-                raise TrainingError(f"{word} {number:g}: give a number above 0.")
-        found = self
-        if budget is not None:
-            found = replace(found, budget=budget, seconds=None, trial=None)
-        if seconds is not None:
-            share = 1.0 if self.seconds is None else seconds / self.seconds
-            found = replace(found, seconds=seconds, trial=share * (self.trial or self.budget / 2))
-        return found if sides is None else replace(found, sides=sides, extra=())
-
-
-@cache
-def _suits(task: str) -> str:
-    """Our configuration for the full batch, by the task's structure; a table is not read again for it."""
-    return suited(get_task(task))[0]
-
-
-def entry_of(name: str) -> Entry:
+def entry_of(name: str, full: bool = False) -> Entry:
     """The entry of that name; or the usual one of any task: the full batch, the training loss, no weight decay.
+
+    Args:
+        name: of an entry or a task.
+        full: whether as published, where an entry is shorter otherwise.
 
     Raises:
         TaskError: there is no such task.
     """
-    if name in ENTRIES:
-        return ENTRIES[name]
+    known = _known(full)
+    if name in known:
+        return known[name]
     get_task(name)
     return Entry(name)
 
 
-def entries_of(name: str) -> list[Entry]:
+def entries_of(name: str, full: bool = False) -> list[Entry]:
     """The entry of that name, or those that a pattern such as `shakespeare-gpt-*` fits.
 
     Raises:
         TaskError: there is none.
     """
     if "*" not in name:
-        return [entry_of(name)]
-    found = [entry for label, entry in ENTRIES.items() if fnmatchcase(label, name)]
+        return [entry_of(name, full)]
+    found = [entry for label, entry in _known(full).items() if fnmatchcase(label, name)]
     if not found:
         raise TaskError(f"no entry of the bench fits {name!r}. `imstep bench --list` names them.")
     return found
+
+
+def _known(full: bool) -> dict[str, Entry]:
+    """Some entries are in the full list alone, and can be named without asking for it."""
+    return FULL if full else {**FULL, **ENTRIES}
 
 
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
 _SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
 _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
 _SWEEP = ("adamw", "muon", "soap")
+_LONG = ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")
+_LONGER = ("addition-150", "multiplication-150")
 
 
-def _recurrent(task: str, gradient: float, batch_size: int | None = 100) -> Entry:
+def _recurrent(task: str, gradient: float, budget: float, batch_size: int | None = 100) -> Entry:
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
-        task, budget=600, trial=150, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
+        task, budget=budget, trial=budget / 4, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
         gradient=gradient,
     )  # fmt: skip
 
@@ -216,9 +82,22 @@ def _sweep(task: str, sizes: tuple[int, ...], target: float, gradient: float, ep
     ]  # fmt: skip
 
 
+def _modular(task: str, budget: float, trial: float, gradient: float) -> Entry:
+    return Entry(
+        task, budget=budget, trial=trial, measure=ACCURACY, target=0.99, decay=True, sides=_SWEEP, gradient=gradient
+    )
+
+
+def _pictures(task: str, seconds: float, trial: float, gradient: float, examples: int | None = 10_000) -> Entry:
+    return Entry(
+        task, seconds=seconds, trial=trial, batch_size=128, measure=ACCURACY, decay=True, examples=examples,
+        gradient=gradient,
+    )  # fmt: skip
+
+
 _ALL = (
     Entry("digits-autoencoder", budget=600, gradient=0.006),
-    Entry("fashion-autoencoder", budget=1500, trial=600, examples=2000, gradient=0.045),
+    Entry("fashion-autoencoder", budget=900, trial=400, examples=2000, gradient=0.045),
     Entry(
         "fashion-autoencoder", "fashion-autoencoder-batches", seconds=60, trial=40, batch_size=512, examples=20_000,
         measure=HELDOUT, decay=True, gradient=0.4,
@@ -232,31 +111,26 @@ _ALL = (
     Entry("convection-sobol", budget=2000, ours="least-squares", ranges=_CONVECTION, target=1e-4, gradient=0.012),
     Entry("poisson-2d", budget=1000, target=1e-6, gradient=0.01),
     Entry("burgers", budget=1000, target=1e-5, gradient=0.02),
-    Entry("wave", budget=2000, target=1e-4, gradient=0.02),
-    Entry("curves-autoencoder", budget=100, batch_size=2000, gradient=2.5),
-    Entry("curves-autoencoder", "curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
-    *(_recurrent(task, 0.3) for task in ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")),
-    *(_recurrent(task, 0.6) for task in ("addition-150", "multiplication-150")),
-    _recurrent("memory-5bit-200", 0.06, None),
+    Entry("wave", budget=1500, target=1e-4, gradient=0.02),
+    Entry("curves-autoencoder", budget=80, trial=20, batch_size=500, examples=5000, gradient=0.6),
+    Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
+    *(_recurrent(task, 0.3, 160) for task in _LONG),
+    *(_recurrent(task, 0.6, 80) for task in _LONGER),
+    _recurrent("memory-5bit-200", 0.06, 600, None),
     Entry(
-        "silverbox", budget=1500, trial=500, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
+        "silverbox", budget=1200, trial=400, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
         gradient=0.06,
     ),
     Entry(
         "wiener-hammerstein", budget=1500, trial=500, ours="least-squares", target=1.5e-4, dtype="float64",
         sides=_SYSTEMS, gradient=0.045,
     ),
-    Entry("picture-sines", seconds=120, trial=150, measure=PSNR, gradient=0.2),
-    Entry("picture-fourier", seconds=120, trial=150, measure=PSNR, gradient=0.2),
-    Entry(
-        "modular-addition-97", budget=3000, trial=1500, measure=ACCURACY, target=0.99, decay=True, sides=_SWEEP,
-        gradient=0.25,
-    ),
-    *_sweep("shakespeare-gpt", (16, 64, 256, 1024, 4096), 1.9, 40.0, 8),
-    *_sweep("shakespeare-small", (16, 128, 1024), 2.4, 1.2, 12),
-    Entry("fashion-resnet8", seconds=300, trial=1, batch_size=128, measure=ACCURACY, decay=True, gradient=120.0),
-    Entry("fashion-resnet20", seconds=600, trial=1, batch_size=128, measure=ACCURACY, decay=True, gradient=400.0),
-    Entry("fashion-mixer", seconds=200, trial=2, batch_size=128, measure=ACCURACY, decay=True, gradient=120.0),
+    Entry("picture-sines", seconds=75, trial=100, measure=PSNR, gradient=0.2),
+    Entry("picture-fourier", seconds=75, trial=100, measure=PSNR, gradient=0.2),
+    _modular("modular-addition-59", 800, 400, 0.094),
+    *_sweep("shakespeare-small", (16, 64, 256, 1024, 4096), 2.4, 1.2, 32),
+    _pictures("fashion-resnet8", 90, 1, 20.0),
+    _pictures("fashion-mixer", 80, 1, 20.0),
     _table("census-house", 0.02),
     _table("kin32fm", 0.004),
     _table("abalone", 0.004),
@@ -265,4 +139,28 @@ _ALL = (
     Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The entries of the bench by name."""
+"""The entries of the bench by name, each an hour and a half at most."""
+
+
+def _longer(label: str, **fields: Any) -> Entry:
+    """The entry as published, or as long as a doubt needs."""
+    return replace(ENTRIES[label], **fields)
+
+
+_AT_LENGTH = (
+    _longer("fashion-autoencoder", budget=1500, trial=600),
+    _longer("wave", budget=2000),
+    _longer("curves-autoencoder", budget=100, trial=50, batch_size=2000, examples=None, gradient=2.5),
+    _longer("curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
+    *(_longer(task, budget=600, trial=150) for task in (*_LONG, *_LONGER)),
+    _longer("silverbox", budget=1500, trial=500),
+    _longer("picture-sines", seconds=120, trial=150),
+    _longer("picture-fourier", seconds=120, trial=150),
+    _modular("modular-addition-97", 3000, 1500, 0.25),
+    *_sweep("shakespeare-gpt", (16, 64, 256, 1024, 4096), 1.9, 40.0, 8),
+    _pictures("fashion-resnet8", 300, 1, 120.0, None),
+    _pictures("fashion-resnet20", 600, 1, 400.0, None),
+    _pictures("fashion-mixer", 200, 2, 120.0, None),
+)
+FULL: dict[str, Entry] = {**ENTRIES, **{entry.label: entry for entry in _AT_LENGTH}}
+"""The same and more by name, as published where an entry is shorter otherwise."""

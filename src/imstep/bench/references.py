@@ -38,8 +38,11 @@ class Fitted(Stepper):
         return self._optimizer
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
+        from threadpoolctl import threadpool_limits  # which comes with scikit-learn
+
         assert isinstance(batch, Batch)
-        self._regressor.fit(batch.inputs.numpy(), batch.targets[:, 0].numpy())
+        with threadpool_limits(1):  # as all have; torch's own limit does not reach scikit-learn
+            self._regressor.fit(batch.inputs.numpy(), batch.targets[:, 0].numpy())
         self._fitted = True
         return StepResult(float("nan"), 0.0, converged=True)
 

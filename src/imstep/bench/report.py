@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from imstep.bench.entries import Entry
+from imstep.bench.entry import Entry
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import CLOCKS, HEAD, Standing, Summary, summarise
 from imstep.bench.sweep import HEAD as SWEEP_HEAD
@@ -21,6 +21,7 @@ from imstep.bench.sweep import sweeps
 from imstep.runs.files import write_atomically, write_json
 from imstep.runs.page import legend, page, panels, section
 from imstep.runs.records import finite
+from imstep.runs.seconds import Seconds
 from imstep.runs.theme import PAGE, Theme, linear_axis, log_axis
 from imstep.runs.verdict import short
 from imstep.tasks import get_task
@@ -34,8 +35,12 @@ _MACHINE = ("processor", "instructions", "cores", "threads", "imstep", "PyTorch"
 _RULES = (
     "Every contestant with something to tune has the same number of trials on a seed of its own, drawn from the ranges "
     "below; the best setting then runs from the other seeds. Contestants run in turn, each run in a process of its own "
-    "with one thread. With mini-batches all are evaluated at averages of their iterates. Seconds are those of steps."
+    "with one thread. With mini-batches all are evaluated at averages of their iterates. Seconds are those of steps"
 )
+_SECONDS = {
+    Seconds.PROCESSOR: ", in which the processor computes for the run: what else the machine does is not in them.",
+    Seconds.WALL: ", that pass on the wall.",
+}
 
 
 def write_report(request: BenchRequest, store: Store) -> Table | None:
@@ -59,7 +64,8 @@ def write_report(request: BenchRequest, store: Store) -> Table | None:
     parts = [section("Who wins where", _table(HEAD, rows, links), _note())]
     parts += [section(s.title, _table(SWEEP_HEAD, s.rows), s.words) for s in swept]
     body = "\n".join(parts)
-    lead = f"{len(rows)} task{'s' if len(rows) > 1 else ''}. {_RULES}"
+    clocks = "".join(words for clock, words in _SECONDS.items() if any(s.entry.clock is clock for s in summaries))
+    lead = f"{len(rows)} task{'s' if len(rows) > 1 else ''}. {_RULES}{clocks}"
     write_atomically(store.root / "index.html", page("Bench", "imstep bench", lead, body).encode())
     write_json(store.root / "summary.json", finite([_plain(s) for s in summaries]))
     texts = [_marked(HEAD, rows)]
@@ -95,6 +101,7 @@ def _plain(summary: Summary) -> dict[str, Any]:
     return {
         "task": summary.entry.label,
         "measure": summary.entry.measure.column,
+        "clock": summary.entry.clock.value,
         "level": shown(summary.level),
         "seeds": summary.seeds,
         "duels": {clock: {**asdict(duel), "factor": duel.factor} for clock, duel in summary.duels.items()},
@@ -117,7 +124,7 @@ def _page(request: BenchRequest, summary: Summary, tuning: Results, runs: Result
         section("Result", _table(*_standings(summary)), f"Median of the seeds (best to worst). {_note()}"),
         _curves(entry, runs),
         section("Tuning", _table(*_tuning(entry, tuning)), _ranges(request, entry)),
-        section("Machine and versions", _made(every)),
+        section("Machine and versions", _made(entry, every)),
     ]
     return page(task.title, f"imstep bench {entry.label}", lead, "\n".join(parts))
 
@@ -178,11 +185,11 @@ def _ranges(request: BenchRequest, entry: Entry) -> str:
     return f"{request.trials} trials of {entry.trial_limits.budget:g} gradient-equivalents each. {decay}"
 
 
-def _made(runs: Sequence[BenchRun]) -> str:
+def _made(entry: Entry, runs: Sequence[BenchRun]) -> str:
     about = [run.record["about"] for run in runs]
     dates, loads = sorted(a["date"] for a in about), [float(a["load average"]) for a in about]
     items = [f"{key}: {' or '.join(sorted({a[key] for a in about}))}" for key in _MACHINE]
-    items += [f"{len(runs)} runs, {dates[0]} to {dates[-1]}"]
+    items += [f"{len(runs)} runs, {dates[0]} to {dates[-1]}; {entry.clock.value} seconds"]
     items += [f"load average when a run began: {min(loads):g} to {max(loads):g} (above 1, others shared the machine)"]
     return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 

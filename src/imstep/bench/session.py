@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from imstep.bench.entries import Entry
+from imstep.bench.entry import Entry
 from imstep.bench.progress import BenchProgress
 from imstep.bench.sides import Options, Side
 from imstep.bench.store import BenchRun, Store
-from imstep.bench.work import AbsentError, DiedError, Job, Tell, run_apart
+from imstep.bench.work import AbsentError, Apart, DiedError, Job, run_apart
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.rows import TrainingError
+from imstep.runs.seconds import Seconds
 from imstep.runs.verdict import short
 
-__all__ = ["SEEDS", "TRIALS", "TUNING_SEED", "BenchRequest", "Results", "estimate", "gather", "run_bench", "shortened"]
+__all__ = [
+    "FULL_TRIALS", "SEEDS", "TRIALS", "TUNING_SEED", "BenchRequest", "Results", "estimate", "gather", "run_bench",
+    "shortened",
+]  # fmt: skip
 
-TRIALS = 8
+TRIALS = 4
+FULL_TRIALS = 8
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 START = 1.5
@@ -112,7 +118,7 @@ def gather(request: BenchRequest, entry: Entry, store: Store) -> tuple[Results, 
 
 
 class _Stop(Exception):
-    """Asked to end after the present run."""
+    """Asked to begin no more runs."""
 
 
 @dataclass
@@ -124,55 +130,99 @@ class _Session:
     console: Console
     progress: BenchProgress
     stop: Callable[[], bool]
-    launch: Callable[[Job, Tell], dict[str, Any]]
+    launch: Callable[[Job], Apart]
+    jobs: int
     died: int = 0
+    running: list[Apart] = field(default_factory=list)
+    absent: set[str] = field(default_factory=set)
+
+    def all(self) -> bool:
+        """Tune and run all contestants of all entries; whether it was not asked to stop before."""
+        whole = False
+        try:
+            with suppress(_Stop):
+                for entry in self.request.entries:
+                    self.entry(entry)
+                whole = True
+            self.finish()
+        finally:
+            for run in self.running:
+                run.kill()
+        return whole
 
     def entry(self, entry: Entry) -> None:
-        """Tune and run all contestants of an entry; what was made before is not made again."""
+        """Tune all contestants of an entry and begin their runs; what was made before is not made again."""
         sides = entry.contestants()
         plans = {side.name: trials_of(entry, side, self.request.trials) for side in sides}
-        try:
-            # In turn, so that all meet the machine in the same moods.
-            for k in range(self.request.trials):
-                for side in sides:
-                    if k < len(plans[side.name]):
-                        self.make(plans[side.name][k], side)
-            final: list[tuple[Side, list[Job]]] = []
+        # In turn, so that all meet the machine in the same moods.
+        for k in range(self.request.trials):
             for side in sides:
-                tried = [self.store.find(job) for job in plans[side.name]]
-                if all(tried):
-                    options = chosen(entry, [run for run in tried if run is not None], plans[side.name])
-                    final.append((side, runs_of(entry, side, options, self.request.seeds)))
-            for k in range(len(self.request.seeds)):
-                for side, jobs in final:
-                    self.make(jobs[k], side)
-        except AbsentError as error:
-            self.console.print(f"[yellow]left out:[/] {escape(entry.label)}: {escape(str(error))}", soft_wrap=True)
-            self.progress.skip(entry.label)
+                if k < len(plans[side.name]):
+                    self.make(plans[side.name][k])
+        self.finish()
+        final: list[list[Job]] = []
+        for side in sides:
+            tried = [self.store.find(job) for job in plans[side.name]]
+            if all(tried):
+                options = chosen(entry, [run for run in tried if run is not None], plans[side.name])
+                final.append(runs_of(entry, side, options, self.request.seeds))
+        for k in range(len(self.request.seeds)):
+            for jobs in final:
+                self.make(jobs[k])
 
-    def make(self, job: Job, side: Side) -> None:
-        """Make a run unless it is there."""
+    def make(self, job: Job) -> None:
+        """Begin a run unless it is there, as soon as fewer run than may."""
         if self.store.find(job) is not None:
+            return
+        while len(self.running) >= self.jobs:
+            self.hear()
+        if job.entry.label in self.absent:
             return
         if self.stop():
             raise _Stop
-        start = time.monotonic()
         self.progress.begin(job)
-        try:
-            record = self.launch(job, self.progress.at)
-        except DiedError as error:
-            self.died += 1
-            self.console.print(f"[red]{escape(f'{job.entry.label}, {job.side}, {job.kind}: {error}')}[/]; not kept")
-            return
-        run = self.store.keep(job, record)
-        self.progress.end(job, time.monotonic() - start, _line(job, run))
+        self.running.append(self.launch(job))
+
+    def finish(self) -> None:
+        """Wait until nothing runs."""
+        while self.running:
+            self.hear()
+
+    def hear(self) -> None:
+        """Wait until some run tells something; keep what is finished."""
+        ready = wait([run.pipe for run in self.running])
+        for run in [run for run in self.running if run.pipe in ready]:
+            job, record = run.job, None
+            try:
+                record = run.hear(partial(self.progress.at, job))
+                if record is None:
+                    continue
+            except DiedError as error:
+                self.died += 1
+                self.console.print(f"[red]{escape(f'{_name(job)}: {error}')}[/]; not kept")
+            except AbsentError as error:
+                self.leave_out(job.entry, str(error))
+            self.running.remove(run)
+            line = "" if record is None else _line(job, self.store.keep(job, record))
+            self.progress.end(job, line)
+
+    def leave_out(self, entry: Entry, why: str) -> None:
+        """An entry whose data is not there."""
+        if entry.label not in self.absent:
+            self.absent.add(entry.label)
+            self.console.print(f"[yellow]left out:[/] {escape(entry.label)}: {escape(why)}", soft_wrap=True)
+            self.progress.skip(entry.label)
+
+
+def _name(job: Job) -> str:
+    return f"{job.entry.label}, {job.side}, {job.kind}"
 
 
 def _line(job: Job, run: BenchRun) -> str:
     measure = job.entry.measure
     best = run.best(measure)
     options = ", ".join(f"{name} {value:g}" for name, value in job.options.items())
-    words = f"{job.entry.label}, {job.side}, {job.kind}{f' ({options})' if job.trial else ''}: {measure.title} "
+    words = f"{_name(job)}{f' ({options})' if job.trial else ''}: {measure.title} "
     words += short(measure.shown(best)) if math.isfinite(best) else "none"
     points = run.points
     spent = f", {points[-1]['cost']:.0f} eq., {points[-1]['seconds']:.1f} s" if points else ""
@@ -186,7 +236,8 @@ def run_bench(
     console: Console,
     *,
     make: bool = True,
-    launch: Callable[[Job, Tell], dict[str, Any]] = run_apart,
+    jobs: int = 1,
+    launch: Callable[[Job], Apart] = run_apart,
 ) -> bool:
     """Make all runs that the folder lacks, then the pages and the table from all that it holds.
 
@@ -195,7 +246,8 @@ def run_bench(
         out: the folder.
         console: where to print.
         make: whether to run; otherwise only the pages are written.
-        launch: makes a run.
+        jobs: how many runs go side by side.
+        launch: begins a run.
 
     Returns:
         Whether all is there now; False if it was interrupted or a process died.
@@ -206,11 +258,16 @@ def run_bench(
     """
     from imstep.bench.report import write_report  # matplotlib is slow to import: not before it is needed
 
+    if jobs < 1 or (jobs > 1 and any(entry.clock is Seconds.WALL for entry in request.entries)):
+        raise TrainingError(
+            f"{jobs} runs side by side: give at least one; and one where seconds pass on the wall, in which other runs "
+            "would be measured, too (more go by processor seconds, the default of --clock)."
+        )
     store, whole = Store(out), True
     for entry in request.entries:
         gather(request, entry, store)  # what differs from the request is told before anything runs
     if make:
-        whole = _run_all(request, store, console, launch)
+        whole = _run_all(request, store, console, jobs, launch)
     table = write_report(request, store)
     if table is None:
         console.print("No run is finished yet.")
@@ -221,19 +278,19 @@ def run_bench(
 
 
 def _run_all(
-    request: BenchRequest, store: Store, console: Console, launch: Callable[[Job, Tell], dict[str, Any]]
+    request: BenchRequest, store: Store, console: Console, jobs: int, launch: Callable[[Job], Apart]
 ) -> bool:
-    progress = BenchProgress(console, _lacking(request, store))
-    note = "finishing this run, then the report (Ctrl-C again: stop at once, without this run)"
+    progress = BenchProgress(console, _lacking(request, store), jobs)
+    note = "finishing what runs, then the report (Ctrl-C again: stop at once, without it)"
     try:
         with progress, Interrupt(lambda: progress.announce(note)) as interrupt:
-            session = _Session(request, store, console, progress, lambda: interrupt.requested, launch)
-            for entry in request.entries:
-                session.entry(entry)
-    except (_Stop, KeyboardInterrupt):
+            session = _Session(request, store, console, progress, lambda: interrupt.requested, launch, jobs)
+            whole = session.all()
+    except KeyboardInterrupt:
+        whole = False
+    if not whole:
         console.print("Interrupted. Finished runs are kept; the same command goes on.")
-        return False
-    return session.died == 0
+    return whole and session.died == 0
 
 
 def _lacking(request: BenchRequest, store: Store) -> dict[tuple[str, str, str], float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imstep.bench.entries import Measure
+from imstep.bench.entry import Measure
 from imstep.bench.work import FORMAT, Job
 from imstep.runs.files import write_atomically
 from imstep.runs.records import RecordError
@@ -87,12 +87,13 @@ class Store:
             return None
         run = read(path)
         wanted = json.loads(json.dumps(job.request))
-        found = run.record["request"]
+        found = {"clock": "wall", **run.record["request"]}  # which earlier runs do not name
         if found != wanted:
             differing = next(key for key in wanted if found.get(key) != wanted[key])
+            why = "Seconds of two clocks do not compare, and runs" if differing == "clock" else "Runs"
             raise RunDirectoryError(
                 f"{path} was made with {differing}={found.get(differing)}, and {wanted[differing]} is asked for now. "
-                "Runs are not replaced: choose another --out, or ask for what was asked for then."
+                f"{why} are not replaced: choose another --out, or ask for what was asked for then."
             )
         return run
 

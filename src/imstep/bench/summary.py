@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imstep.bench.entries import Entry
+from imstep.bench.entry import Entry
 from imstep.bench.sides import OWN
 from imstep.bench.store import BenchRun
 from imstep.runs.verdict import short

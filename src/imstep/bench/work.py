@@ -5,28 +5,29 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
 from imstep.bench.averaging import EvaluatedAtAverage, cosine
-from imstep.bench.entries import Entry
+from imstep.bench.entry import Entry
 from imstep.bench.sides import OWN, Options, Side, own_side, side_of
 from imstep.runs.config import torch_dtype
 from imstep.runs.environment import environment
 from imstep.runs.records import finite
-from imstep.runs.rows import Clock, EvaluationRow, Limits, Schedule
+from imstep.runs.rows import Clock, EvaluationRow, Limits, Schedule, TrainingError
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import hashes
 from imstep.runs.suitability import REFUSALS
 from imstep.tasks import DataNotFoundError, find_task, get_task
 
-__all__ = ["FORMAT", "METHOD", "AbsentError", "DiedError", "Job", "perform", "run_apart"]
+__all__ = ["FORMAT", "METHOD", "AbsentError", "Apart", "DiedError", "Job", "perform", "run_apart"]
 
 FORMAT = "imstep-bench/1"
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -90,7 +91,7 @@ class Job:
             "options": {**side.fixed, **self.options}, "cosine": side.cosine, "seed": self.seed,
             "limits": {k: v for k, v in asdict(self.limits).items() if v is not None},
             "batch_size": entry.batch_size, "examples": entry.examples, "dtype": entry.dtype,
-            "files": _digests(entry.task),
+            "files": _digests(entry.task), "clock": entry.clock.value,
         }  # fmt: skip
 
 
@@ -105,6 +106,7 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
 
     Raises:
         AbsentError: the data is not there.
+        TrainingError: the entry's clock does not fit how the task computes.
     """
     entry, side = job.entry, job.contestant
     about = _about()
@@ -121,8 +123,9 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
             stepper = EvaluatedAtAverage(stepper, problem.model, AVERAGE)
         looks = TRIAL_LOOKS if job.trial else LOOKS
         trainer = Trainer(
-            problem, stepper, batch_size=entry.batch_size, seed=job.seed, schedule=_schedule(job.limits, looks)
-        )
+            problem, stepper, batch_size=entry.batch_size, seed=job.seed, schedule=_schedule(job.limits, looks),
+            seconds=entry.clock,
+        )  # fmt: skip
         for row in trainer.run(job.limits):
             done = _done(trainer, job.limits)
             if isinstance(row, EvaluationRow):
@@ -176,24 +179,75 @@ def _about() -> dict[str, str]:
     }
 
 
+_ERRORS: dict[str, type[Exception]] = {"absent": AbsentError, "unfit": TrainingError}
+"""What a process may end with in place of a record."""
+
+
 def _child(pipe: Connection, job: Job) -> None:
-    """What the process does: messages are ("at", done, loss), then ("done", record), or the name of an error."""
+    """What the process does."""
     # Ctrl-C is for the parent, which ends this process if it must.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         pipe.send(("done", perform(job, lambda done, loss: pipe.send(("at", done, loss)))))
-    except AbsentError as error:
-        pipe.send(("absent", str(error)))
+    except tuple(_ERRORS.values()) as error:
+        pipe.send((next(name for name, kind in _ERRORS.items() if isinstance(error, kind)), str(error)))
 
 
-def run_apart(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
-    """As `perform`, in a process of its own with one thread.
+@dataclass(frozen=True)
+class Apart:
+    """A run that is being made.
 
-    Raises:
-        AbsentError: the data is not there.
-        DiedError: the process ended without a result.
+    Args:
+        job: the run.
+        pipe: what is told of it: ("at", done, loss) now and then; in the end ("done", record), or an error's name and
+            message.
+        process: who makes it, if it is to be waited for.
     """
+
+    job: Job
+    pipe: Connection
+    process: BaseProcess | None = None
+
+    def hear(self, tell: Tell) -> dict[str, Any] | None:
+        """Wait for what is told next: the record if the run is finished, else None.
+
+        Raises:
+            AbsentError: the data is not there.
+            TrainingError: the run cannot be made.
+            DiedError: the process ended without a result.
+        """
+        try:
+            kind, *told = self.pipe.recv()
+        except EOFError:
+            code = self._ended()
+            raise DiedError(f"the process ended without a result (exit code {code})") from None
+        if kind == "at":
+            tell(*told)
+            return None
+        self._ended()
+        if kind in _ERRORS:
+            raise _ERRORS[kind](*told)
+        (record,) = told
+        return dict(record)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self.process is not None:
+            self.process.kill()
+        self._ended()
+
+    def _ended(self) -> int | None:
+        """Wait for the process; its exit code."""
+        self.pipe.close()
+        if self.process is None:
+            return None
+        self.process.join()
+        return self.process.exitcode
+
+
+def run_apart(job: Job) -> Apart:
+    """Begin a run, as `perform` makes it, in a process of its own with one thread."""
     context = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":
         multiprocessing.set_forkserver_preload(["imstep.bench.preload"])
@@ -201,21 +255,4 @@ def run_apart(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
     process = context.Process(target=_child, args=(theirs, job), daemon=True)  # type: ignore[attr-defined]
     process.start()
     theirs.close()
-    try:
-        while True:
-            message: tuple[Any, ...] = ours.recv()
-            if message[0] == "at":
-                tell(message[1], message[2])
-                continue
-            process.join()
-            if message[0] == "absent":
-                raise AbsentError(message[1])
-            found: Mapping[str, Any] = message[1]
-            return dict(found)
-    except EOFError:
-        process.join()
-        raise DiedError(f"the process ended without a result (exit code {process.exitcode})") from None
-    finally:
-        if process.is_alive():
-            process.kill()
-            process.join()
+    return Apart(job, ours, process)

@@ -10,10 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from imstep.bench.entries import ENTRIES, Entry, entries_of
-from imstep.bench.session import SEEDS, TRIALS, BenchRequest, estimate, run_bench, shortened
+from imstep.bench.entries import ENTRIES, FULL, entries_of
+from imstep.bench.entry import Entry
+from imstep.bench.session import FULL_TRIALS, SEEDS, TRIALS, BenchRequest, estimate, run_bench, shortened
 from imstep.bench.sides import OWN, SIDES
 from imstep.cli.options import complete_task, explained
+from imstep.runs.seconds import Seconds
 
 __all__ = ["bench"]
 
@@ -22,7 +24,7 @@ SHORT_TRIALS = 2
 
 
 def _complete(incomplete: str) -> list[str]:
-    names = [name for name in ENTRIES if name.startswith(incomplete)]
+    names = [name for name in FULL if name.startswith(incomplete)]
     return list(dict.fromkeys([*names, *complete_task(incomplete)]))
 
 
@@ -46,11 +48,21 @@ def bench(
             help=f"The peers; {OWN} always takes part. {', '.join(SIDES)}; or any optimizer of imstep train.",
         ),
     ] = None,
-    trials: Annotated[int | None, typer.Option(help=f"Settings that each tries in tuning; {TRIALS}.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(help=f"Settings that each tries in tuning; {TRIALS}, with --full {FULL_TRIALS}.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help=f"How many runs of each, from seed 0 on; {len(SEEDS)}.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of runs and report; default runs/bench, gone on with if it is there.")
     ] = None,
+    jobs: Annotated[int, typer.Option(help="How many runs go side by side, each on one thread.")] = 1,
+    clock: Annotated[
+        Seconds,
+        typer.Option(help="Seconds that the processor computes for a run, or those on the wall, one run at a time."),
+    ] = Seconds.PROCESSOR,
+    full: Annotated[
+        bool, typer.Option("--full", help="As published: all tasks, more examples, longer runs, more trials.")
+    ] = False,
     short: Annotated[
         bool, typer.Option("--short", help=f"In small: few examples, {SHORT_TRIALS} trials, one seed.")
     ] = False,
@@ -58,24 +70,24 @@ def bench(
     report: Annotated[bool, typer.Option("--report", help="Run nothing; write the report of what is there.")] = False,
 ) -> None:
     """Tune many contestants alike on many tasks, run them from several seeds, and tell who wins where. Ctrl-C finishes
-    the present run; the same command goes on."""
+    what runs; the same command goes on."""
     console = Console()
     with explained():
-        named = tasks or ([SHORT_TASK] if short else list(ENTRIES))
+        named = tasks or ([SHORT_TASK] if short else list(FULL if full else ENTRIES))
         peers = None if sides is None else tuple(w for word in sides.split(",") if (w := word.strip()) and w != OWN)
-        entries = list({entry.label: entry for name in named for entry in entries_of(name)}.values())
+        entries = list({entry.label: entry for name in named for entry in entries_of(name, full)}.values())
         entries = [shortened(entry) for entry in entries] if short else entries
-        entries = [entry.asked(budget=budget, seconds=seconds, sides=peers) for entry in entries]
+        entries = [entry.asked(budget=budget, seconds=seconds, sides=peers, clock=clock) for entry in entries]
         request = BenchRequest(
             entries,
-            trials if trials is not None else SHORT_TRIALS if short else TRIALS,
+            trials if trials is not None else SHORT_TRIALS if short else FULL_TRIALS if full else TRIALS,
             range(seeds) if seeds is not None else SEEDS[:1] if short else SEEDS,
         )
         if show:
             _show(request, console)
             return
-        folder = out or Path("runs") / ("bench-short" if short else "bench")
-        done = run_bench(request, folder, console, make=not report)
+        folder = out or Path("runs") / ("bench-short" if short else "bench-full" if full else "bench")
+        done = run_bench(request, folder, console, make=not report, jobs=jobs)
     if not done:
         raise typer.Exit(130)
 
@@ -100,8 +112,8 @@ def _show(request: BenchRequest, console: Console) -> None:
     for entry in request.entries if len(request.entries) == 1 else ():
         _show_sides(entry, console)
     console.print(
-        f"{request.trials} trials for each that is tuned, {len(request.seeds)} seeds. About {total:.1f} hours: one run "
-        "at a time, on one thread, so that the second of two cores stays free for everything else.",
+        f"{request.trials} trials for each that is tuned, {len(request.seeds)} seeds. About {total:.1f} hours of one "
+        "core; --jobs 2 takes half as long on two.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,6 +29,7 @@ from imstep.runs.rows import (
     TrainingError,
     present_status,
 )
+from imstep.runs.seconds import Seconds
 from imstep.tasks import AnyBatch, Evaluation, Problem
 from imstep.tasks.base import mix
 
@@ -63,9 +63,11 @@ class Trainer:
         schedule: when to evaluate.
         peers: the processes that train together; each draws dropout for itself, the first alone evaluates, and its
             clock counts.
+        seconds: the clock of steps, and of a limit in seconds.
 
     Raises:
         TaskError: `batch_size` is below 1.
+        TrainingError: a clock that does not show how long such a run takes.
     """
 
     def __init__(
@@ -77,13 +79,16 @@ class Trainer:
         seed: int = 0,
         schedule: Schedule = EVERY_EPOCH,
         peers: Peers = ALONE,
+        seconds: Seconds = Seconds.WALL,
     ) -> None:
+        seconds.check(problem.device, peers.size)
         self.problem = problem
         self.stepper = stepper
         self.batch_size = batch_size
         self.seed = seed
         self.schedule = schedule
         self.peers = peers
+        self.seconds = seconds
         self.totals = Totals()
         self.ending: Ending | None = None
         self._batches_per_epoch = problem.batch_count(batch_size)
@@ -185,11 +190,11 @@ class Trainer:
     def _step(self) -> StepRow:
         batch = self._next_batch()
         share = len(batch) / len(self.problem.train)
-        start = time.perf_counter()
+        start = self.seconds.now()
         with self._draws():
             result = self.stepper.step(self.problem, batch)
         _synchronize(self.problem.device)
-        seconds = self.peers.of_first(time.perf_counter() - start)
+        seconds = self.peers.of_first(self.seconds.now() - start)
         if self._points is not None and result.new_loss is not None:
             self._points.observe_losses(result.loss, result.new_loss)
         self._non_finite = self._non_finite + 1 if result.loss - result.loss != 0.0 else 0
@@ -227,7 +232,7 @@ class Trainer:
         return RandomStream(self.problem.device, mix(mix(self.seed, self.peers.rank), self.totals.steps))
 
     def _evaluate(self) -> EvaluationRow:
-        start = time.perf_counter()
+        start = self.seconds.now()
         if self.peers.first:
             with self.stepper.evaluating():
                 train, heldout = (
@@ -236,7 +241,7 @@ class Trainer:
                 )
         else:
             train = heldout = Evaluation(math.nan, None, len(self.problem.train))
-        seconds = time.perf_counter() - start
+        seconds = self.seconds.now() - start
         share = (train.examples + heldout.examples) / train.examples
         self.totals = replace(
             self.totals,

@@ -130,6 +130,7 @@ def _shakespeare(name: str, share: int, window: int, width: int, blocks: int) ->
 
 
 TASKS = (
+    modular_addition(59),
     modular_addition(97),
     _shakespeare("shakespeare-gpt", 1, WINDOW, 64, 2),
     _shakespeare("shakespeare-small", SMALL, WINDOW // 2, 32, 1),

@@ -1,8 +1,6 @@
 """A problem of one's own on the command line: a program or a table, from `new` to `resume` and `compare`."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,14 +221,16 @@ def test_the_shell_completes_tasks_files_and_optimizers(
     assert complete_optimizer("") == [*OPTIMIZERS, *METHODS]
 
 
-def test_completion_can_be_installed() -> None:
+def test_completion_can_be_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     shown = imstep_command("--help").output
     assert "--install-completion" in shown
     words = {"_IMSTEP_COMPLETE": "complete_bash", "COMP_WORDS": "imstep train digits-c", "COMP_CWORD": "2"}
-    asked = {**os.environ, **words}
-    code = "import sys; sys.argv = ['imstep']; from imstep.cli import app; app(prog_name='imstep')"
-    done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True)
-    assert done.stdout.split() == ["digits-cnn"]
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["imstep"])
+    with pytest.raises(SystemExit):
+        app(prog_name="imstep")
+    assert capsys.readouterr().out.split() == ["digits-cnn"]
 
 
 class AtOnce(Interrupt):

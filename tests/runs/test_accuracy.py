@@ -68,7 +68,9 @@ def test_point_and_direction_are_exact_in_float32(network) -> None:
         torch.testing.assert_close(tensor.float().double(), tensor, rtol=0, atol=0)
 
 
-def test_complex_step_is_flat_and_differences_are_not(tmp_path) -> None:
+def test_complex_step_is_flat_and_differences_are_not(tmp_path, monkeypatch) -> None:
+    every_other = lambda dtype: (*steps_of(dtype)[:-1:2], steps_of(dtype)[-1])
+    monkeypatch.setattr("imstep.runs.accuracy.steps_of", every_other)
     result = measure_accuracy()
     for curve in result.curves:
         if curve.method == "complex step":

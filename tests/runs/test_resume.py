@@ -1,6 +1,8 @@
 """An interrupted and resumed run gives the numbers of an uninterrupted one, bit for bit."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from imstep.tasks import TaskError
 
 
 def config_of(optimizer: str, batch_size: int | None, task: str | None = None, **settings: Any) -> RunConfig:
-    values = {"epochs": 6.0, "seed": 1, "threads": 1, "examples": 60, **settings}
+    values = {"epochs": 4.0, "seed": 1, "threads": 1, "examples": 60, **settings}
     task = task or ("convection-sobol" if optimizer == "least-squares" else "digits-mlp")
     return RunConfig(task, optimizer, batch_size=batch_size, **values)
 
@@ -60,6 +62,16 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return trainer.problem.model.state_dict()
 
 
+@cache
+def uninterrupted(optimizer: str, batch_size: int | None) -> tuple[Trainer, list[dict[str, Any]]]:
+    """The usual run, made once: where it ends, and its rows."""
+    config = config_of(optimizer, batch_size)
+    whole = config.build()
+    with TemporaryDirectory() as folder, RunDirectory.create(Path(folder) / "whole", config) as run:
+        go(run, whole)
+        return whole, numbers(run)
+
+
 @pytest.mark.parametrize("batch_size", [None, 25], ids=["full", "minibatch"])
 @pytest.mark.parametrize("stops", [(0,), (1, 3)], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -67,10 +79,7 @@ def test_resumed_equals_uninterrupted(
     tmp_path: Path, optimizer: str, stops: tuple[int, ...], batch_size: int | None
 ) -> None:
     config = config_of(optimizer, batch_size)
-    whole = config.build()
-    with RunDirectory.create(tmp_path / "whole", config) as run:
-        go(run, whole)
-        expected = numbers(run)
+    whole, expected = uninterrupted(optimizer, batch_size)
     trainer = config.build()
     with RunDirectory.create(tmp_path / "parts", config) as run:
         go(run, trainer, stops[0])
@@ -117,9 +126,7 @@ def test_a_convolutional_net_resumes_in_either_type(tmp_path: Path, optimizer: s
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, optimizer: str) -> None:
     """Rows that were logged after the last checkpoint are made again, not doubled."""
     config = config_of(optimizer, 25)
-    with RunDirectory.create(tmp_path / "whole", config) as run:
-        go(run, config.build())
-        expected = numbers(run)
+    _, expected = uninterrupted(optimizer, 25)
     trainer = config.build()
     with RunDirectory.create(tmp_path / "killed", config) as run:
         for row in trainer.run(config.limits):

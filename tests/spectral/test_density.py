@@ -22,7 +22,7 @@ def smoothed(values, grid, width):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_band_covers_the_density(dtype):
     covered, off, matrix = [], [], planted(VALUES).to(dtype)
-    for seed in range(30):
+    for seed in range(15):
         A = Counted(matrix)
         found = spectral.density(A, steps=50, probes=6, seed=seed)
         assert found.products == A.products == 300

@@ -61,6 +61,7 @@ def test_the_package_is_the_command_line_too(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().out.startswith(f"imstep {imstep.__version__}")
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.filterwarnings("ignore:.*not recognised")  # a bias that meets a single row of its kind
 @pytest.mark.parametrize("optimizer", ["least-squares", "lbfgs"])  # tests/runs resumes all
 def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
@@ -91,6 +92,7 @@ def test_the_summary_lists_uncharged_evaluations(tmp_path: Path) -> None:
     assert config["batch_size"] is None
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_defaults_follow_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for optimizer, size in (("adam", 128), ("lbfgs", None)):
@@ -100,6 +102,7 @@ def test_defaults_follow_the_optimizer(tmp_path: Path, monkeypatch: pytest.Monke
         assert json.loads((run / "config.json").read_text())["config"]["batch_size"] == size
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -160,6 +163,7 @@ def test_an_unknown_flag_names_the_nearest() -> None:
     assert "--optimizer" in result.output
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_run_directories_are_guarded(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", "digits-mlp", "-o", "adam", "--epochs", "1", *SMALL, "--out", str(run)]
@@ -195,6 +199,7 @@ def wait_for_steps(run: Path, steps: int, seconds: float = 90) -> None:
     raise AssertionError(f"{log} did not reach {steps} lines in {seconds} s")
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_termination_saves_as_ctrl_c_does(tmp_path: Path) -> None:
     def terminate() -> None:
         wait_for_steps(tmp_path / "run", 5)
@@ -213,6 +218,7 @@ def test_termination_saves_as_ctrl_c_does(tmp_path: Path) -> None:
     assert "--resume" in result.output
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interruption_saves_and_prints_the_command_that_resumes(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "my run"
     words = ["train", "digits-mlp", "-o", "adam", "--batch-size", "10", *SMALL]

@@ -73,6 +73,7 @@ def test_new_writes_a_program_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "one of classification, regression" in output("new", "other", "--kind", "gan", code=2)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_run_keeps_its_program_and_goes_on_with_it(program: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     words = ["train", str(program), "-o", "adam", *QUICK]
@@ -91,6 +92,7 @@ def test_a_run_keeps_its_program_and_goes_on_with_it(program: Path, tmp_path: Pa
     assert "are not as this run wrote them" in output("train", "--resume", str(run), code=2)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_run_of_a_module_goes_on_from_any_folder(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_refusal_leaves_no_run_directory(
     assert not Path("runs").exists()
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_compare_races_any_optimizers_on_it(program: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     racers = "least-squares,torch.optim:RMSprop"
@@ -159,6 +162,7 @@ def test_compare_refuses_before_anything_has_run(program: Path, tmp_path: Path) 
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_comparison_says_what_is_done_and_goes_on_on_the_same_files_only(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +252,7 @@ class Twice(Interrupt):
     def requested(self, value: bool) -> None: ...
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_run_says_what_it_did_last(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

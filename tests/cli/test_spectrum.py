@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from imstep import spectral
 from imstep.cli import app
-from imstep.runs import run_report, spectra, spectrum_report
+from imstep.runs import spectra
 from imstep.runs.watch import edge_of_stability
 from imstep.tasks import Problem, get_task
 
@@ -39,13 +39,6 @@ def program(tmp_path: Path) -> Path:
     file = tmp_path / "wave.py"
     file.write_text(PROGRAM)
     return file
-
-
-@pytest.fixture
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the drawing, which takes most of the time."""
-    monkeypatch.setattr(run_report, "save_run_report", lambda path, *_: path / "report.html")
-    monkeypatch.setattr(spectrum_report, "save_spectrum", lambda record, out: (out / "report.html", out / "s.png"))
 
 
 def command(*words: object) -> Result:
@@ -149,7 +142,6 @@ def test_a_run_at_several_steps(program: Path, tmp_path: Path) -> None:
     assert "--dtype cannot be given for a run" in refused("spectrum", run, "--dtype", "float32")
 
 
-@pytest.mark.usefixtures("no_pages")
 @pytest.mark.usefixtures("no_pages")
 def test_tensorboard_has_the_curvature(program: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")

@@ -21,18 +21,20 @@ def imstep_command(*words: str) -> Result:
 QUICK = ["--optimizers", "lbfgs,adam", "--budget", "12", "--examples", "30", "--threads", "1", "--no-tune"]
 
 
-def test_compare_writes_a_report(tmp_path: Path) -> None:
+def test_compare_writes_a_report(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     out = tmp_path / "c"
     result = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out))
     assert result.exit_code == 0, result.output
     assert {path.name for path in out.iterdir()} == {"comparison.json", "report.html", "summary.png"}
     assert "L-BFGS" in result.output
+    request.getfixturevalue("no_pages")
     again = imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out))
     assert again.exit_code == 2
     assert "--overwrite" in again.output
     assert imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out), "--overwrite").exit_code == 0
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_comparison_is_reported_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

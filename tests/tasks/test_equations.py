@@ -182,10 +182,10 @@ def test_points_depend_on_seed_and_step_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_every_equation_is_trained_by_least_squares(name: str) -> None:
-    problem = get_task(name).build(0, dtype=F64, examples=60)
+    problem = get_task(name).build(0, dtype=F64, examples=90)
     optimizer = imstep.LeastSquares(problem.parameters)
     before = problem.evaluate(problem.train).loss
-    for epoch in range(2):
+    for epoch in range(3):
         optimizer.step(problem.closure(next(problem.batches(epoch))))
     assert problem.evaluate(problem.train).loss < before
 

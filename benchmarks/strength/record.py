@@ -36,7 +36,7 @@ class StrengthRecord:
         if self.clock is not clock and (self.sweeps or self.runs):
             raise ValueError(
                 f"{self.task} is recorded in {self.clock.value} seconds, and {clock.value} seconds do not compare with "
-                f"them: go on with --clock {self.clock.value}, or name another folder by --records."
+                f"them: go on with --clock {self.clock.value}, leave it out, or name another folder by --records."
             )
         return replace(self, clock=clock)
 

@@ -6,7 +6,6 @@ import re
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -68,10 +67,10 @@ def test_train_then_extend(tmp_path: Path, optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     task = "convection-sobol" if optimizer == "least-squares" else "digits-mlp"
     train = ["train", task, "-o", optimizer, "--batch-size", "20", *SMALL]
-    assert imstep_command(*train, "--epochs", "4", "--out", str(whole)).exit_code == 0
-    first = imstep_command(*train, "--epochs", "2", "--out", str(parts))
+    assert imstep_command(*train, "--epochs", "2", "--out", str(whole)).exit_code == 0
+    first = imstep_command(*train, "--epochs", "1", "--out", str(parts))
     assert "all epochs done" in first.output
-    second = imstep_command("train", "--resume", str(parts), "--epochs", "4")
+    second = imstep_command("train", "--resume", str(parts), "--epochs", "2")
     assert second.exit_code == 0, second.output
     assert numbers(parts) == numbers(whole)
     assert "nothing left to do" in imstep_command("train", "--resume", str(parts)).output
@@ -177,18 +176,6 @@ def test_run_directories_are_guarded(tmp_path: Path) -> None:
     assert "truncated" in refused("train", "--resume", str(run))
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, so that it can be sent a signal."""
-    code = "import sys; from imstep.cli import main; sys.argv[0] = 'imstep'; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
-
-
 def wait_for_steps(run: Path, steps: int, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     log = run / "steps.jsonl"
@@ -199,37 +186,36 @@ def wait_for_steps(run: Path, steps: int, seconds: float = 90) -> None:
     raise AssertionError(f"{log} did not reach {steps} lines in {seconds} s")
 
 
-@pytest.mark.usefixtures("no_pages")
-def test_termination_saves_as_ctrl_c_does(tmp_path: Path) -> None:
-    def terminate() -> None:
-        wait_for_steps(tmp_path / "run", 5)
-        os.kill(os.getpid(), signal.SIGTERM)
+def interrupted(run: Path, number: signal.Signals, *words: str) -> Result:
+    """The command, to which a signal comes when it has made some steps."""
 
-    former, thread = signal.signal(signal.SIGTERM, lambda *_: None), threading.Thread(target=terminate)
+    def interrupt() -> None:
+        wait_for_steps(run, 30)
+        os.kill(os.getpid(), number)
+
+    # Should the command end before, the signal means nothing.
+    former, thread = signal.signal(number, lambda *_: None), threading.Thread(target=interrupt)
     thread.start()
     try:
-        words = ["train", "digits-mlp", "-o", "adam", *SMALL, "--epochs", "1000000"]
-        result = imstep_command(*words, "--out", str(tmp_path / "run"))
+        return imstep_command(*words, "--out", str(run))
     finally:
         thread.join()
-        signal.signal(signal.SIGTERM, former)
-    assert result.exit_code == 130, result.output
-    assert "finishing this step" in result.output
-    assert "--resume" in result.output
+        signal.signal(number, former)
 
 
 @pytest.mark.usefixtures("no_pages")
-def test_an_interruption_saves_and_prints_the_command_that_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_an_interruption_saves_and_prints_the_command_that_resumes(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     whole, run = tmp_path / "whole", tmp_path / "my run"
     words = ["train", "digits-mlp", "-o", "adam", "--batch-size", "10", *SMALL]
-    process = start(*words, "--epochs", "1000000", "--out", str(run))
-    wait_for_steps(run, 30)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
-    assert "finishing this step" in output
-    command = next(line for line in output.splitlines() if "--resume" in line)
+    result = interrupted(run, number, *words, "--epochs", "1000000")
+    assert result.exit_code == 130, result.output
+    assert "Traceback" not in result.output
+    assert "finishing this step" in result.output
+    command = next(line for line in result.output.splitlines() if "--resume" in line)
     # The printed words are a command that works, here with a nearer end.
     done = max(row["step"] for row in numbers(run))
     epochs = str(-(-done // 4) + 3)

@@ -57,7 +57,7 @@ def test_rosenbrock_and_a_network_are_solved(name: str) -> None:
 
     model = network()
     decay = lambda: 1e-2 * sum((p**2).sum() for p in model.parameters())
-    optimizer = NewtonKrylov(model.parameters(), tolerance=1e-6, **SEARCHES[name])
+    optimizer = NewtonKrylov(model.parameters(), tolerance=1e-4, **SEARCHES[name])
     for _ in range(80):
         optimizer.step(lambda: F.cross_entropy(model(X), LABELS) + decay())
         if optimizer.last_step.outcome is StepOutcome.CONVERGED:

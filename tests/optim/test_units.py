@@ -23,7 +23,7 @@ from imstep.optim import ConjugateGradient, ExactHessian, ExponentialAverage, No
 from tests.launching import launch
 
 WHOLE = X, Y
-LAYERS, WIDTH = 20, 40
+LAYERS, WIDTH = 12, 40
 UNIT = 8 * WIDTH * (WIDTH + 1)
 """Bytes of the weights of a layer, which is a unit."""
 

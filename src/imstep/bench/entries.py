@@ -139,7 +139,7 @@ _ALL = (
     Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The entries of the bench by name, each an hour and a half at most."""
+"""The entries of the bench by name, each about an hour and a half at most."""
 
 
 def _longer(label: str, **fields: Any) -> Entry:

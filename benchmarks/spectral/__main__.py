@@ -81,7 +81,7 @@ class Size:
     """
 
     models: Mapping[str, Asked] = field(
-        default_factory=lambda: {"GPT": Asked(), "MLP": Asked(), "ResNet-18": Asked(probes=1, examples=4)}
+        default_factory=lambda: {"GPT": Asked(), "MLP": Asked(), "ResNet-18": Asked(examples=4)}
     )
     k: int = 10
     tol: float = 1e-6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,19 @@ from torch import Tensor
 from imstep.linalg import LinearOperator
 from imstep.spectral.groups import per_group
 from imstep.spectral.probes import NORMAL, generator_of
-from imstep.spectral.quadrature import quadrature
+from imstep.spectral.quadrature import Rule, quadrature, rule
 
 _REACH = 5.0
 """Widths beyond the extreme eigenvalues that the grid goes: less than 1e-5 of a peak is left there."""
+
+_LOOK, _EVERY = 10, 5
+"""Steps over which a density's change is judged, and from one judgement to the next."""
+
+_LITTLE = 0.2
+"""Of the band: further steps that change a density by less are not taken."""
+
+_LOOKED_AT, _FAINT = 512, 1e-3
+"""Points of the grid on which changes are judged, and how much of its widest place the band has there at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +65,8 @@ def density(
 
     Args:
         operator: A, self-adjoint, of size n.
-        steps: of the Lanczos process of each probe.
+        steps: of the Lanczos process of each probe, at most: they end together where further ones would change no value
+            by more than a fifth of the band.
         probes: random vectors of signs; at least 2 for an error.
         width: of the smoothing. Default: the range of the eigenvalues divided by ``steps``, about the least that so
             many steps resolve; from there on the error is that of the probes.
@@ -69,11 +81,13 @@ def density(
     Raises:
         ValueError: an argument out of range; A is not symmetric, as far as its products show it.
 
-    Cost: ``steps * probes`` products in blocks of ``probes``, or n; 4 ``probes`` vectors.
+    Cost: up to ``steps * probes`` products in blocks of ``probes``, or n; 4 ``probes`` vectors.
 
     Source: Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38 (2017), 1075-1099; of networks, Ghorbani, Krishnan and
     Xiao, ICML 2019 (arXiv 1901.10159). The default width is our own: a normal distribution of standard deviation s
     times half the range has Chebyshev coefficients like exp(-s² j² / 2), and the quadrature is exact up to j = 2 steps.
+    So is the end: what is still to come is estimated as a geometric series from the changes by the last ten steps and
+    by the ten before.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
@@ -84,23 +98,79 @@ def density(
     """
     if points < 2 or (width is not None and not 0 < width < math.inf):
         raise ValueError(f"points is at least 2 and width positive, got {points} and {width}.")
-    spectrum = quadrature(operator, steps, probes, generator_of(seed, generator))
+    settling = _Settling(operator.size, probes, steps, width)
+    spectrum = quadrature(operator, steps, probes, generator_of(seed, generator), settling)
     if not spectrum.finite:
         nothing = torch.full((points,), math.nan, dtype=torch.float64)
         return SpectralDensity(nothing, nothing, torch.full_like(nothing, math.inf), math.nan, spectrum.products)
-    nodes = torch.cat([nodes for nodes, _ in spectrum.rules()])
-    least, largest = float(nodes.min()), float(nodes.max())
-    if width is None:
-        # A multiple of the identity has no range, and its eigenvalues a range of rounding only.
-        size = max(abs(least), abs(largest)) or 1.0
-        width = max((largest - least) / steps, 1e-3 * size / steps)
-    grid = torch.linspace(least - _REACH * width, largest + _REACH * width, points, dtype=torch.float64)
-    height = 1 / (width * math.sqrt(2 * math.pi))
-    kernel = lambda at: height * torch.exp(-(((grid[:, None] - at) / width) ** 2) / 2)
-    values, error = spectrum.mean(kernel)
+    rules = spectrum.rules()
+    smoothing = _Smoothing.over(rules, steps, width, points)
+    values, error = spectrum.mean(smoothing)
     if spectrum.values is None:
-        # The weights of a single eigenvalue are so skewed that a few of them tell too little of their spread; random
-        # signs v spread vᵀf(A)v by 2 tr f(A)² in variance, where eigenvectors are not those of the coordinates.
-        squares, _ = spectrum.mean(lambda at: kernel(at) ** 2)
-        error = torch.maximum(error, NORMAL * (2 * squares / (operator.size * probes)).sqrt())
-    return SpectralDensity(grid, values, error, width, spectrum.products)
+        # The weights of a single eigenvalue are so skewed that a few of them tell too little of their spread.
+        band = smoothing.band(rules, operator.size, probes)
+        error = torch.maximum(error, band) + settling.left * band
+    return SpectralDensity(smoothing.grid, values, error, smoothing.width, spectrum.products)
+
+
+@dataclass(frozen=True, eq=False)
+class _Smoothing:
+    """Normal distributions of a width about nodes, on a grid, (points,)."""
+
+    grid: Tensor
+    width: float
+
+    @classmethod
+    def over(cls, rules: Sequence[Rule], steps: int, width: float | None, points: int) -> _Smoothing:
+        """The grid for all nodes, and the width for so many steps, if none is given."""
+        nodes = torch.cat([nodes for nodes, _ in rules])
+        least, largest = float(nodes.min()), float(nodes.max())
+        if width is None:
+            # A multiple of the identity has no range, and its eigenvalues a range of rounding only.
+            size = max(abs(least), abs(largest)) or 1.0
+            width = max((largest - least) / steps, 1e-3 * size / steps)
+        ends = least - _REACH * width, largest + _REACH * width
+        return cls(torch.linspace(*ends, points, dtype=torch.float64), width)
+
+    def __call__(self, nodes: Tensor) -> Tensor:
+        """(points, k) for nodes (k,)."""
+        height = 1 / (self.width * math.sqrt(2 * math.pi))
+        return height * torch.exp(-(((self.grid[:, None] - nodes) / self.width) ** 2) / 2)
+
+    def mean(self, rules: Sequence[Rule], power: int = 1) -> Tensor:
+        """The mean over rules of a power of the distributions, (points,)."""
+        return torch.stack([self(nodes) ** power @ weights for nodes, weights in rules]).mean(0)
+
+    def band(self, rules: Sequence[Rule], size: int, probes: int) -> Tensor:
+        """What so many probes leave open, (points,): random signs v spread vᵀf(A)v by 2 tr f(A)² in variance, where
+        eigenvectors are not those of the coordinates.
+        """
+        return NORMAL * (2 * self.mean(rules, power=2) / (size * probes)).sqrt()
+
+
+class _Settling:
+    """Whether further steps would change a density by little of its band.
+
+    Attributes:
+        left: by how much of the band, where it ended for that.
+    """
+
+    def __init__(self, size: int, probes: int, steps: int, width: float | None) -> None:
+        self.left = 0.0
+        self._size, self._probes, self._steps, self._width = size, probes, steps, width
+
+    def __call__(self, processes: list[Tensor]) -> bool:
+        step = max(map(len, processes))
+        if step % _EVERY or step <= 2 * _LOOK:
+            return False
+        before, since, now = ([rule(T[:k, :k]) for T in processes] for k in (step - 2 * _LOOK, step - _LOOK, step))
+        smoothing = _Smoothing.over(now, self._steps, self._width, _LOOKED_AT)
+        band = smoothing.band(now, self._size, self._probes)
+        band = band.clamp(min=_FAINT * float(band.max()))
+        densities = [smoothing.mean(rules) for rules in (before, since, now)]
+        former, latter = (float(((b - a) / band).abs().max()) for a, b in itertools.pairwise(densities))
+        left = latter**2 / (former - latter) if latter < former else math.inf
+        if not left <= _LITTLE:
+            return False
+        self.left = max(self.left, left)
+        return True

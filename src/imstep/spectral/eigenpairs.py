@@ -139,7 +139,7 @@ def eigenpairs(
     Cost: some ten products for each well separated pair, more where eigenvalues crowd; one to two dozen to see that
     none is missed, for each copy of the most frequent eigenvalue; k for the residuals, and k more where rounding has to
     be taken out of them. n products where that is not more, and n more where n <= 1024 products have not been enough.
-    max(40, 4 k) + 3 vectors, fewer where they would fill 2 GiB, but at least 2 k + 11.
+    max(50, 5 k) + 3 vectors, fewer where they would fill 2 GiB, but at least 2 k + 11.
 
     Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
     choice, and so is the bound on what it can have missed, in the manner of Kuczynski and Wozniakowski, SIAM J. Matrix
@@ -155,7 +155,7 @@ def eigenpairs(
     k = _whole_number(k) if by is None else min(_whole_number(k), size)
     _check(size, k, which, tol)
     tol = max(tol, _ROUNDING.get(operator.dtype, 8 * torch.finfo(operator.dtype).eps))
-    capacity = max(2 * k + 8, min(max(40, 4 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
+    capacity = max(2 * k + 8, min(max(50, 5 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
     if size <= 2 * capacity:
         return _by_all_products(operator, k, which, tol)
     limit = 1000 + 100 * k if max_products is None else max_products

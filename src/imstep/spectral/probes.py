@@ -14,7 +14,7 @@ from imstep.linalg import LinearOperator
 from imstep.linalg.dots import row_dots
 from imstep.linalg.sharded import summed_over_rows
 
-_STRETCH = 2**13
+_STRETCH = 2**14
 """Entries whose products are added up in the dtype of the vectors."""
 
 NORMAL = 1.959963984540054

@@ -21,6 +21,16 @@ _LARGEST = 2048
 """Rows of a matrix whose eigenvalues are computed, rather than estimated, where that takes no more products."""
 
 
+Rule = tuple[Tensor, Tensor]
+"""Nodes and weights, (k,) each."""
+
+
+def rule(process: Tensor) -> Rule:
+    """The quadrature of a process T (k, k)."""
+    nodes, vectors = torch.linalg.eigh(process)
+    return nodes, vectors[0] ** 2
+
+
 @dataclass(frozen=True, eq=False)
 class Quadrature:
     """For each probe v, ‖v‖ = 1, the matrix T of its Lanczos process: vᵀf(A)v ≈ e₁ᵀf(T)e₁.
@@ -37,16 +47,12 @@ class Quadrature:
     products: int
     finite: bool = True
 
-    def rules(self, part: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    def rules(self, part: float = 1.0) -> list[Rule]:
         """Nodes and weights (k,) for each probe, after a part of the steps; all eigenvalues are a single rule."""
         if self.values is not None:
             return [(self.values, torch.full_like(self.values, 1 / len(self.values)))]
-        rules = []
-        for T in self.processes:
-            k = max(1, round(part * len(T)))
-            nodes, vectors = torch.linalg.eigh(T[:k, :k])
-            rules.append((nodes, vectors[0] ** 2))
-        return rules
+        parts = ((T, max(1, round(part * len(T)))) for T in self.processes)
+        return [rule(T[:k, :k]) for T, k in parts]
 
     def mean(self, function: Callable[[Tensor], Tensor], part: float = 1.0) -> tuple[Tensor, Tensor]:
         """The mean of f over the eigenvalues and half the width of its interval of 95 %.
@@ -59,8 +65,16 @@ class Quadrature:
         return samples.mean, torch.zeros_like(samples.mean) if self.values is not None else samples.half_width
 
 
-def quadrature(operator: LinearOperator, steps: int, probes: int, generator: torch.Generator) -> Quadrature:
+def quadrature(
+    operator: LinearOperator,
+    steps: int,
+    probes: int,
+    generator: torch.Generator,
+    settled: Callable[[list[Tensor]], bool] | None = None,
+) -> Quadrature:
     """The processes of random signs, all probes together, a block of products a step.
+
+    They end before ``steps`` where ``settled`` says so of the matrices T that run together, so far.
 
     The vectors are not kept: what they lose of their orthogonality leaves the quadrature as good as it is, since copies
     of a node share its weight.
@@ -80,13 +94,15 @@ def quadrature(operator: LinearOperator, steps: int, probes: int, generator: tor
     products, finite = 0, True
     for start in range(0, probes, together):
         vectors = signs(operator, min(together, probes - start), generator).div_(size**0.5)
-        made, spent = _lanczos(operator, vectors, min(steps, size))
+        made, spent = _lanczos(operator, vectors, min(steps, size), settled)
         processes, products = processes + made, products + spent
         finite = finite and all(bool(torch.isfinite(T).all()) for T in made)
     return Quadrature(processes, None, products, finite)
 
 
-def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[list[Tensor], int]:
+def _lanczos(
+    operator: LinearOperator, vectors: Tensor, steps: int, settled: Callable[[list[Tensor]], bool] | None
+) -> tuple[list[Tensor], int]:
     """T of each unit vector, (k, n), and the number of products."""
     count, eps = len(vectors), torch.finfo(vectors.dtype).eps
     made = torch.zeros(count, steps, steps, dtype=F64)
@@ -120,9 +136,17 @@ def _lanczos(operator: LinearOperator, vectors: Tensor, steps: int) -> tuple[lis
             at = (~ended).nonzero()[:, 0]
             running, betas, scale = running[at], betas[at], scale[at]
             vectors, following = vectors[at.to(vectors.device)], following[at.to(vectors.device)]
+        if settled is not None and settled(_leading(made, lengths.clamp(max=step + 1))):
+            lengths.clamp_(max=step + 1)
+            break
         made[running, step, step + 1] = made[running, step + 1, step] = betas
         spare, before, vectors = before, vectors, following.div_(betas.to(vectors)[:, None])
-    return [T[:k, :k] for T, k in zip(made, lengths.tolist(), strict=True)], products
+    return _leading(made, lengths), products
+
+
+def _leading(made: Tensor, lengths: Tensor) -> list[Tensor]:
+    """The leading blocks (k, k) of matrices, k from ``lengths``."""
+    return [T[:k, :k] for T, k in zip(made, lengths.tolist(), strict=True)]
 
 
 def _check_symmetry(back: Tensor, betas: Tensor, scale: Tensor, dtype: torch.dtype) -> None:

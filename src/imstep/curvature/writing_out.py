@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
+from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.course import Course
 from imstep.curvature.frozen import FrozenClosure, usable
@@ -128,7 +129,7 @@ class Evaluation:
     @classmethod
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
         """One that is recorded; None where the closure cannot be."""
-        tape = Tape()
+        tape = Tape(patterns=patterns_of(parameters.tensors))
         arithmetic = frozen.arithmetic(tape=tape)
         for p in parameters.tensors:
             arithmetic.attach(p, lent=True)
@@ -185,7 +186,8 @@ def by_columns(evaluation: Evaluation, positions: Sequence[int], parameters: Par
     outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
     products = ReplayedProducts(evaluation.tape, outputs, parameters)
     block = products.block(range(len(residuals.outputs)), positions)
-    made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
+    with unseen():  # no code of the user's runs, and each operator of a replay would pay
+        made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
     rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
     for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
         rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)

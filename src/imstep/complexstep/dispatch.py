@@ -17,7 +17,7 @@ from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.recorder import Recorder
-from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
+from imstep.complexstep.registry import Rule, Signature, any_complex, conjugating, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
@@ -89,13 +89,8 @@ class Dispatch(Recorder):
                     self._mark_born(outputs)
                 return outputs
         tensors = sig.gather(args, kwargs)
-        if _any_complex(tensors):
-            with torch._C._PreserveDispatchKeyGuard():
-                # PyTorch leaves these out below a mode, and kernels that conjugate lazily, such as pinv's, then
-                # compute wrong values.
-                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
-                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
-                return self._observe(func, sig, tensors, args, kwargs)
+        if any_complex(tensors):
+            return conjugating(self._observe, (func, sig, tensors, args, kwargs), {})
         return self._observe(func, sig, tensors, args, kwargs)
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
@@ -349,17 +344,6 @@ class Dispatch(Recorder):
 
 class Follower(Dispatch):
     """Carries imaginary parts of its own through what another one carries out."""
-
-
-def _any_complex(tensors: Sequence[Any]) -> bool:
-    """Whether one of nested tensors is complex."""
-    for t in tensors:
-        if isinstance(t, Tensor):
-            if t.is_complex():
-                return True
-        elif t is not None and _any_complex(t):
-            return True
-    return False
 
 
 def _remedy(func: OpOverload) -> str:

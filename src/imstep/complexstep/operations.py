@@ -49,6 +49,22 @@ class Operation:
         self.reads = {ref.slot for ref in _references([*args, *kwargs.values()])}
         self.writes: set[int] = set()
 
+    def holding(self, constants: Iterable[tuple[tuple[int | str, int | None], Any]]) -> Operation:
+        """The same with other constants, each with the argument that it is, and the entry of it if that is a list."""
+        other = Operation.__new__(Operation)
+        other.func, other.args, other.kwargs = self.func, self.args, self.kwargs
+        other._places, other._nested, other.outputs = self._places, self._nested, self.outputs
+        other.reads, other.writes = self.reads, self.writes
+        for (at, inner), t in constants:
+            if other.args is self.args:
+                other.args, other.kwargs = self.args.copy(), self.kwargs.copy()
+            within: Any = other.args if type(at) is int else other.kwargs
+            if inner is None:
+                within[at] = t
+            else:
+                within[at] = [*within[at][:inner], t, *within[at][inner + 1 :]]
+        return other
+
     def arguments(self, values: Values) -> tuple[list[Any], dict[str, Any]]:
         """The arguments, read off ``values``."""
         if self._nested:

@@ -18,7 +18,6 @@ from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, Stacke
 from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
-from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
@@ -246,7 +245,7 @@ class ResidualJacobian(JacobianRows):
         self.terms = residuals.sizes
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
-        self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course
+        self.course = evaluation.course
         self.used = [part is not None for part in parts]
         self.hooked = check is not None and check.hooked
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)

@@ -115,7 +115,7 @@ class Evaluation:
         recorded = cls.recorded(frozen, parameters, known) if known.recorded else None
         if recorded is not None:
             return recorded
-        recording = Recording(parameters.tensors)
+        recording = Recording(parameters.tensors, known.courses.outline)
         watch = frozen.watch(recording)
         try:
             with Looking(recording):

@@ -136,7 +136,8 @@ class Evaluation:
         try:
             loss = frozen.loss_with_graph(arithmetic)
             residuals = require_residuals(loss)
-            arithmetic.finish([o.z for o in residuals.outputs])
+            with unseen():
+                arithmetic.finish([o.z for o in residuals.outputs])
         except (UnsupportedOperatorError, TapeChangedError):
             frozen.undo()
             known.recorded = None
@@ -183,15 +184,15 @@ def by_columns(evaluation: Evaluation, positions: Sequence[int], parameters: Par
     """The rows of some parameters from all of their columns, by one replay of the tape."""
     assert evaluation.tape is not None
     residuals, part = evaluation.residuals, parameters.part(positions)
-    outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
-    products = ReplayedProducts(evaluation.tape, outputs, parameters)
-    block = products.block(range(len(residuals.outputs)), positions)
-    with unseen():  # no code of the user's runs, and each operator of a replay would pay
+    with unseen():  # no code of the user's runs, and each operator of a replay would pay for being seen
+        outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
+        products = ReplayedProducts(evaluation.tape, outputs, parameters)
+        block = products.block(range(len(residuals.outputs)), positions)
         made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
-    rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
-    for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
-        rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)
-    return [PlainRows(of) for of in rows.split(part.sizes, 1)]
+        rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
+        for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
+            rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)
+        return [PlainRows(of) for of in rows.split(part.sizes, 1)]
 
 
 def in_blocks(residuals: Residuals, tensors: Sequence[Tensor]) -> list[Tensor]:

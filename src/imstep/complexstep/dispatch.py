@@ -54,9 +54,10 @@ class Dispatch(Recorder):
         h: float | None,
         tape: Tape | None,
         before_write: Callable[[Tensor], None] | None,
+        witness: Callable[..., None] | None = None,
     ) -> None:
         super().__init__(plane, islands, ledger, tape)
-        self._h, self._before_write = h, before_write
+        self._h, self._before_write, self._witness = h, before_write, witness
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
         self.branch, self.branched = 1, False  # see Roots
@@ -75,6 +76,7 @@ class Dispatch(Recorder):
             raise
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = args
         if self._islands.subclasses:
             self._given = args  # with their graphs
             args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
@@ -87,11 +89,17 @@ class Dispatch(Recorder):
                 outputs = self._as_foreseen(func, foreseen.step, args, kwargs)
                 if self._before_write is not None:
                     self._mark_born(outputs)
+                if self._witness is not None:
+                    self._witness(func, sig, sig.gather(given, kwargs), given, kwargs, outputs)
                 return outputs
         tensors = sig.gather(args, kwargs)
         if any_complex(tensors):
-            return conjugating(self._observe, (func, sig, tensors, args, kwargs), {})
-        return self._observe(func, sig, tensors, args, kwargs)
+            outputs = conjugating(self._observe, (func, sig, tensors, args, kwargs), {})
+        else:
+            outputs = self._observe(func, sig, tensors, args, kwargs)
+        if self._witness is not None:
+            self._witness(func, sig, sig.gather(given, kwargs), given, kwargs, outputs)
+        return outputs
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._roots is None and self._jumps is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ class KnownCourses:
         self.refuted = False  # whether something has not run again as the closure does
         self.outline: Outline | None = None  # of evaluations that have repeated themselves
         self._graph: Any = None  # of the last
+
+    def recording(self, parameters: Sequence[Tensor]) -> Recording:
+        """For an evaluation that begins."""
+        recording = Recording(parameters, self.outline)
+        if self.refuted:
+            recording.unfit = "an evaluation has come to something else when it was run again"
+        return recording
 
     def meet(self, recording: Recording, graph: Any) -> None:
         """An evaluation took a course, and autograd has made a graph of it."""
@@ -72,7 +80,7 @@ class Course:
     """The course of an evaluation: its operators and its graph, without the numbers.
 
     Args:
-        recording: of the evaluation and the residuals; None where there is none.
+        recording: of the evaluation and the residuals.
         loss: its result.
         residuals: (N,).
         known: what is remembered; completed.
@@ -82,12 +90,12 @@ class Course:
         trusted: whether evaluations of this course have run again as the closure does, bit for bit.
     """
 
-    def __init__(self, recording: Recording | None, loss: Tensor, residuals: Tensor, known: KnownCourses) -> None:
+    def __init__(self, recording: Recording, loss: Tensor, residuals: Tensor, known: KnownCourses) -> None:
         self._known, self.nodes = known, nodes_of(loss)
         self._rerun: Rerun | None = None
         self._smooth = self._compared = self.trusted = False
-        rerun = None if recording is None else recording.finish(residuals)
-        if recording is not None and rerun is not None and not known.refuted:
+        rerun = recording.finish(residuals)
+        if rerun is not None and not known.refuted:
             self._rerun = rerun
             nodes = sorted((number, name) for name, number in self.nodes)
             known.meet(recording, [(number - nodes[0][0], name) for number, name in nodes])

@@ -21,7 +21,7 @@ from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.products import ReplayedProducts
-from imstep.curvature.recording import Looking, Recording
+from imstep.curvature.recording import Looking
 from imstep.curvature.squares import Residuals, require_residuals
 
 _SLACK = 1e3
@@ -115,7 +115,7 @@ class Evaluation:
         recorded = cls.recorded(frozen, parameters, known) if known.recorded else None
         if recorded is not None:
             return recorded
-        recording = Recording(parameters.tensors, known.courses.outline)
+        recording = known.courses.recording(parameters.tensors)
         watch = frozen.watch(recording)
         try:
             with Looking(recording):
@@ -130,12 +130,16 @@ class Evaluation:
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
         """One that is recorded; None where the closure cannot be."""
         tape = Tape(patterns=patterns_of(parameters.tensors))
-        arithmetic = frozen.arithmetic(tape=tape)
+        recording = known.courses.recording(parameters.tensors)
+        arithmetic = frozen.arithmetic(tape=tape, recording=recording)
         for p in parameters.tensors:
             arithmetic.attach(p, lent=True)
         try:
-            loss = frozen.loss_with_graph(arithmetic)
-            residuals = require_residuals(loss)
+            with Looking(recording):
+                loss = frozen.loss_with_graph(arithmetic)
+            with frozen.watch(recording):
+                residuals = require_residuals(loss)
+            course = Course(recording, loss, residuals.values, known.courses)
             with unseen():
                 arithmetic.finish([o.z for o in residuals.outputs])
         except (UnsupportedOperatorError, TapeChangedError):
@@ -143,9 +147,10 @@ class Evaluation:
             known.recorded = None
             return None
         finally:
+            recording.forget()
             for p in parameters.tensors:
                 arithmetic.release(p)
-        return cls(loss, residuals, tape, Course(None, loss, residuals.values, known.courses))
+        return cls(loss, residuals, tape, course)
 
 
 def write_out(

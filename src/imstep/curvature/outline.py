@@ -41,13 +41,16 @@ class Noted:
     ) -> None:
         self.func, self.form, self.smooth = step.func, form, smooth
         self.keeps: list[Any] = []
-        self._count, self._literals = len(step.args), literals(_shown(step.args), _shown_by_name(step.kwargs))
-        self._arguments: list[tuple[Place, int, Window]] = []
+        self._count, shown = len(step.args), literals(_shown(step.args), _shown_by_name(step.kwargs))
+        self._literals = shown if any(a is not Tensor for a in shown) else None  # tensors are compared by themselves
+        self._arguments: list[tuple[int | Place, int, Window]] = []
         self._constants: list[tuple[Place, Any]] = []
         emptied = []
         for place, a in _tensors_of(step):
             if type(a) is Reference:
-                self._arguments.append((place, a.slot, a.window or windows[a.slot]))
+                at, inner = place
+                flat = type(at) is int and inner is None
+                self._arguments.append((at if flat else place, a.slot, a.window or windows[a.slot]))  # type: ignore[arg-type]
             else:
                 self._constants.append((place, (a.shape, a.stride(), a.dtype)))
                 self.keeps.append(keeps(a))
@@ -55,32 +58,34 @@ class Noted:
         self.step = step.holding(emptied)
         self._outputs = [None if slot is None else windows[slot] for slot in step.outputs]
 
-    def constants(self, args: Any, kwargs: Any, found: Sequence[Any], slot_of: Callable[[Tensor], Any]) -> Any:
+    def constants(self, args: Any, kwargs: Any, found: Sequence[Any], key: str) -> Any:
         """The constants among the arguments, each with its place; None where this is not the operator.
 
         Args:
             found: its outputs.
-            slot_of: of a tensor.
+            key: of slots, beside storages.
         """
-        if len(args) != self._count:
+        if len(args) != self._count or len(kwargs) != len(self.step.kwargs):
             return None
-        for (at, inner), slot, window in self._arguments:
-            t = _at(args, kwargs, at, inner)
-            if type(t) not in PLAIN or slot_of(t) != slot or not window.fits(t):
+        for place, slot, window in self._arguments:
+            t = args[place] if type(place) is int else _at(args, kwargs, *place)
+            if type(t) not in PLAIN or t.layout is not torch.strided:
+                return None
+            if t.untyped_storage().__dict__.get(key) != slot or not window.fits(t):
                 return None
         held = []
         for place, (shape, stride, dtype) in self._constants:
             t = _at(args, kwargs, *place)
-            if type(t) not in PLAIN or slot_of(t) is not None or t.dtype is not dtype:
+            if type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__:
                 return None
-            if t.layout is not torch.strided or t.shape != shape or t.stride() != stride or t.is_inference():
+            if t.dtype is not dtype or t.shape != shape or t.stride() != stride or t.is_inference():
                 return None
             held.append((place, t))
-        if literals(args, kwargs) != self._literals:
+        if self._literals and literals(args, kwargs) != self._literals:
             return None
-        return held if self._makes(found, slot_of) else None
+        return held if self._makes(found, key) else None
 
-    def _makes(self, found: Sequence[Any], slot_of: Callable[[Tensor], Any]) -> bool:
+    def _makes(self, found: Sequence[Any], key: str) -> bool:
         """Whether these are its outputs: fresh tensors of the same form, where it does not write to an argument."""
         if not self._outputs:
             return True
@@ -90,7 +95,9 @@ class Noted:
             if window is None or t is None:
                 if window is not t:
                     return False
-            elif type(t) not in PLAIN or slot_of(t) is not None or not window.fits(t):
+            elif type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__:
+                return False
+            elif not window.fits(t):
                 return False
         return True
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
 from imstep.curvature.gathering import KnownPlaces, values_of
 from imstep.curvature.squares import Residuals
@@ -73,10 +74,11 @@ class KnownOwners:
             if len(members) != len(residuals.values) or len(known) != len(uses):
                 return None
             rows = _spread(residuals, uses, members)
-            if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
-                return None
-            if any(bool(rows[at][known[at] < 0].any()) for at in partly):
-                return None
+            with unseen():
+                if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
+                    return None
+                if any(bool(rows[at][known[at] < 0].any()) for at in partly):
+                    return None
             groups.append(Group(members, rows, known))  # rows that are zero now may well be owned
         return groups or None
 

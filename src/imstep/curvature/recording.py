@@ -124,7 +124,7 @@ class Recording:
         if noted is None or noted.func is not func:
             return False
         with torch._C.DisableTorchFunction():
-            constants = noted.constants(args, kwargs, found, self._slot)
+            constants = noted.constants(args, kwargs, found, self._key)
             if constants is None:
                 return False
             for (_, t), keep in zip(constants, noted.keeps, strict=True):

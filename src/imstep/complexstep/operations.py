@@ -13,6 +13,9 @@ from imstep.complexstep.tensor import Window
 Values = dict[int, Tensor]
 """Tensors by the numbers of their storages, each seen through the first window onto it."""
 
+Views = dict[int, dict[int, Tensor]]
+"""Of storages that stay what they are, by number: what is seen of each through other windows, by reference."""
+
 
 class UnlikeError(RuntimeError):
     """What ran again came to another form than the first time."""
@@ -26,10 +29,18 @@ class Reference:
     def __init__(self, slot: int, window: Window | None) -> None:
         self.slot, self.window = slot, window
 
-    def read(self, values: Values) -> Tensor:
-        """The tensor."""
+    def read(self, values: Values, views: Views | None = None) -> Tensor:
+        """The tensor; kept in ``views`` where its storage stands there."""
         value = values[self.slot]
-        return value if self.window is None else self.window.onto(value)
+        if self.window is None:
+            return value
+        known = None if views is None else views.get(self.slot)
+        if known is None:
+            return self.window.onto(value)
+        found = known.get(id(self))
+        if found is None:
+            found = known[id(self)] = self.window.onto(value)
+        return found
 
 
 class Operation:
@@ -65,13 +76,13 @@ class Operation:
                 within[at] = [*within[at][:inner], t, *within[at][inner + 1 :]]
         return other
 
-    def arguments(self, values: Values) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments, read off ``values``."""
+    def arguments(self, values: Values, views: Views | None = None) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, read off ``values``; for ``views`` see :meth:`Reference.read`."""
         if self._nested:
             return [_filled(values, a) for a in self.args], {k: _filled(values, a) for k, a in self.kwargs.items()}
         args = self.args.copy()
         for at, ref in self._places:
-            args[at] = values[ref.slot] if ref.window is None else ref.read(values)
+            args[at] = values[ref.slot] if ref.window is None else ref.read(values, views)
         return args, self.kwargs
 
 

@@ -148,7 +148,7 @@ class OuterRows(GradientRows):
 
     def matvec(self, vector: Tensor) -> Tensor:
         matrix = vector.view(self._left.shape[2], self._right.shape[2])
-        return ((self._left @ matrix) * self._right).sum((0, 2))
+        return (self._left @ matrix).mul_(self._right).sum((0, 2))
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         weighted = (self._left * vector[:, None]).flatten(0, 1)

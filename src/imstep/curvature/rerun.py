@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values
+from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values, Views
 from imstep.complexstep.tensor import Window
 
 
@@ -34,6 +34,7 @@ class Rerun:
     ) -> None:
         self._parameters, self._windows, self._steps, self._dead = parameters, windows, list(steps), dead
         self._constants, self._end = constants, end
+        self._views: Views = {slot: {} for slot in range(len(parameters))}  # of parameters, which stay where they are
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -55,7 +56,7 @@ class Rerun:
             return self._end.read(values)
 
     def _carry_out(self, step: Operation, values: Values) -> None:
-        args, kwargs = step.arguments(values)
+        args, kwargs = step.arguments(values, self._views)
         result = step.func(*args, **kwargs)
         if not step.outputs:
             return

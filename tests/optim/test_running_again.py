@@ -331,7 +331,7 @@ CHANGING: dict[str, Changing] = {
     "kind of a number": lambda model, at: (model(normal(6, 2)) * (2.0 if odd(at) else 2)).square().sum(),
     "branch": lambda model, at: (torch.sin if odd(at) else torch.tanh)(model(normal(6, 2))).square().sum(),
     "detached": lambda model, at: (lambda u: (u * (u.detach() if odd(at) else u)).square().sum())(model(normal(6, 2))),
-    "dtype": lambda model, at: (model(normal(6, 2)) * normal(6, 1).to(torch.float32 if odd(at) else F64)).square().sum(),
+    "dtype": lambda model, at: (model(normal(6, 2)) * normal(6, 1).to([F64, torch.float32][odd(at)])).square().sum(),
     "strides": lambda model, at: (normal(5, 6, 2) @ model[0].weight.mT).square().sum()
     + (normal(2, 6).mT if odd(at) else normal(6, 2)).mul(model[0].weight[0]).square().sum(),
     "zeros": lambda model, at: (model(normal(6, 2)) * (normal(6, 1) > (0 if odd(at) else -9))).square().sum(),
@@ -342,7 +342,7 @@ CHANGING: dict[str, Changing] = {
     "number": lambda model, at: torch.cat([model[0].bias] * (3 if odd(at) else 2)).square().sum(),
     "window": lambda model, at: (lambda u: (u[1:] if odd(at) else u[:-1]).square().sum())(model(normal(6, 2))),
     "indices": lambda model, at: model(normal(6, 2))[torch.tensor([0, 2, 5 if odd(at) else 4])].square().sum(),
-    "keyword": lambda model, at: torch.add(model[0].bias, model[0].bias.sin(), alpha=3 if odd(at) else 2).square().sum(),
+    "keyword": lambda model, at: torch.add(model[0].bias, model[0].bias.sin(), alpha=2 + odd(at)).square().sum(),
     "part": lambda model, at: model(normal(6, 2)).square().sum() + (model[2].bias.square().sum() if odd(at) else 0),
     "end": lambda model, at: (lambda u: u.square().sum() + (0 if odd(at) else u.sin().square().sum()))(
         model(normal(6, 2))

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Form:
     """How the rows of a parameter are sent: each as ``terms`` outer products, or where that is 0 as its entries.

@@ -34,7 +34,10 @@ class Noted:
         smooth: whether it is, with these arguments.
     """
 
-    __slots__ = ("_arguments", "_constants", "_count", "_literals", "_outputs", "form", "func", "keeps", "smooth", "step")
+    __slots__ = (
+        *("_arguments", "_constants", "_count", "_literals", "_outputs"),
+        *("form", "func", "keeps", "smooth", "step"),
+    )
 
     def __init__(
         self, step: Operation, windows: Sequence[Window], form: Any, keeps: Callable[[Tensor], Any], smooth: bool
@@ -68,7 +71,7 @@ class Noted:
         if len(args) != self._count or len(kwargs) != len(self.step.kwargs):
             return None
         for place, slot, window in self._arguments:
-            t = args[place] if type(place) is int else _at(args, kwargs, *place)
+            t = args[place] if isinstance(place, int) else _at(args, kwargs, *place)
             if type(t) not in PLAIN or t.layout is not torch.strided:
                 return None
             if t.untyped_storage().__dict__.get(key) != slot or not window.fits(t):
@@ -95,9 +98,7 @@ class Noted:
             if window is None or t is None:
                 if window is not t:
                     return False
-            elif type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__:
-                return False
-            elif not window.fits(t):
+            elif type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__ or not window.fits(t):
                 return False
         return True
 
@@ -121,8 +122,7 @@ class Outline:
         return same and all(w.fits(p) for w, p in zip(self._parameters, parameters, strict=True))
 
     def arrangement(self, steps: Sequence[Operation], end: int) -> tuple[list[int], list[list[int]]]:
-        """Of its operators those that the slot ``end`` takes, and what is needed no more after each: the same each time.
-        """
+        """What :func:`arranged` finds of its operators."""
         found = self._arrangements.get(end)
         if found is None:
             found = self._arrangements[end] = arranged(steps, end, len(self._parameters))

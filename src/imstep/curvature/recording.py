@@ -244,8 +244,8 @@ class Recording:
         end = self.reference(output)
         if self.unfit is not None or type(end) is not Reference:
             return None
-        where = self._steps, end.slot
-        at, dead = self._outline.arrangement(*where) if self.repeated else arranged(*where, len(self._parameters))
+        where, known = (self._steps, end.slot), self._outline if self.repeated else None
+        at, dead = arranged(*where, len(self._parameters)) if known is None else known.arrangement(*where)
         kept = [self._steps[number] for number in at]
         held = {id(t) for step in kept for t in _constants([*step.args, *step.kwargs.values()])}
         constants = [(t, version) for t, version in self._held if id(t) in held]

@@ -79,9 +79,9 @@ class Noted:
         held = []
         for place, (shape, stride, dtype) in self._constants:
             t = _at(args, kwargs, *place)
-            if type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__:
+            if not _is_unmarked(t, key) or t.dtype is not dtype or t.shape != shape:
                 return None
-            if t.dtype is not dtype or t.shape != shape or t.stride() != stride or t.is_inference():
+            if t.stride() != stride or t.is_inference():
                 return None
             held.append((place, t))
         if self._literals and literals(args, kwargs) != self._literals:
@@ -98,7 +98,7 @@ class Noted:
             if window is None or t is None:
                 if window is not t:
                     return False
-            elif type(t) not in PLAIN or t.layout is not torch.strided or key in t.untyped_storage().__dict__ or not window.fits(t):
+            elif not _is_unmarked(t, key) or not window.fits(t):
                 return False
         return True
 
@@ -149,6 +149,11 @@ def _tensors_of(step: Operation) -> list[tuple[Place, Any]]:
         entries = enumerate(a) if isinstance(a, (list, tuple)) else [(None, a)]
         found += [((key, inner), t) for inner, t in entries if isinstance(t, (Tensor, Reference))]
     return found
+
+
+def _is_unmarked(t: Any, key: str) -> bool:
+    """Whether something is a plain tensor, in memory that is no slot."""
+    return type(t) in PLAIN and t.layout is torch.strided and key not in t.untyped_storage().__dict__
 
 
 def _at(args: Any, kwargs: Any, at: int | str, inner: int | None) -> Any:

@@ -73,6 +73,31 @@ def convection() -> Task:
     return net, imstep.LeastSquares(net.parameters()), closure
 
 
+class StateSpace(nn.Module):
+    """x⁺ = A (x, u) + V tanh(W (x, u) + b) + c, y = C (x, u) + d, from x = 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bend, self.readout = nn.Linear(3, 2, bias=False), mlp((3, 16, 2)), nn.Linear(3, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        present, seen = inputs.new_zeros(len(inputs), 2), []
+        for given in inputs.unbind(1):
+            seen.append(torch.cat([present, given], 1))
+            present = self.linear(seen[-1]) + self.bend(seen[-1])
+        return self.readout(torch.stack(seen, 1))
+
+
+def state_space() -> Task:
+    """48 records of 128 samples of one such model, fitted by another: of the size of the task silverbox."""
+    torch.set_default_dtype(torch.float64)
+    inputs = torch.randn(48, 128, 1)
+    with torch.no_grad():
+        answers = StateSpace()(inputs) + 0.01 * torch.randn(48, 128, 1)
+    net = StateSpace()
+    return net, imstep.LeastSquares(net.parameters()), lambda: nn.functional.mse_loss(net(inputs), answers)
+
+
 def _digits(net: nn.Module) -> Task:
     images, labels = torch.rand(1797, 64), torch.randint(10, (1797,))
 
@@ -95,7 +120,8 @@ def digits_cnn() -> Task:
     return _digits(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *convolutions, *head))
 
 
-STEPS = {f.__name__.replace("_", "-"): f for f in (poisson_2d, convection, digits_mlp, poisson_2d_nested, digits_cnn)}
+_BUILDERS = (poisson_2d, convection, state_space, digits_mlp, poisson_2d_nested, digits_cnn)
+STEPS = {f.__name__.replace("_", "-"): f for f in _BUILDERS}
 TASKS = (*STEPS, *SUBJECTS)
 """Steps, and the models of `benchmarks.products`, of which a step has no fixed number of products."""
 

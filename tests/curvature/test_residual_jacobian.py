@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from imstep.curvature import ParameterVector, ResidualJacobian
 from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.gathering import KnownPlaces
 from imstep.curvature.ownership import KnownOwners
+from imstep.curvature.use_rules import Rows
 
 Weighted = list[tuple[float, Tensor]]
 Case = tuple[list[nn.Parameter], Callable[[], Weighted]]
@@ -592,3 +594,38 @@ def test_other_losses_have_no_residuals(name: str) -> None:
     w = nn.Parameter(normal(6))
     with pytest.raises(ValueError, match="not recognised as a sum of squares"):
         ResidualJacobian(lambda: OTHERS[name](w.sin()), [w])
+
+
+OWNERS = {
+    "one each": [range(6)],
+    "twice": [range(6), range(6)],
+    "some": [range(4), range(2, 6)],
+    "every other": [range(0, 6, 2), range(1, 6, 2)],
+    "backwards": [range(5, -1, -1)],
+    "none": [[-1] * 6, range(6)],
+    "some of none": [[3, -1, 1, -1], [5]],
+    "several of one": [[0, 0, 2, 2, 2, 5]],
+    "no rows": [[], [1, 4]],
+}
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS)
+@pytest.mark.parametrize("outer", [(True,), (False,), (True, False)], ids=str)
+def test_rows_are_put_where_they_belong(owners: list[list[int]], outer: tuple[bool, ...]) -> None:
+    known, where = KnownPlaces(), [torch.tensor(list(owner), dtype=torch.long) for owner in owners]
+    for seed in range(3):
+        if seed == 2:
+            where = [owner.flip(0) for owner in where]  # others, in the place of those that are known
+        expected, pieces = torch.zeros(6, 6, dtype=F64), []
+        for at, owner in enumerate(where):
+            if outer[at % len(outer)]:
+                rows = Rows(normal(len(owner), 3, seed=seed), normal(len(owner), 2, seed=seed + 9).float())
+                added = rows.left[:, :, None] * rows.right[:, None]  # type: ignore[index]
+            else:
+                rows = Rows(normal(len(owner), 6, seed=seed), None)
+                added = rows.left
+            for i, row in zip(owner.tolist(), added.reshape(-1, 6), strict=True):
+                expected[max(i, 0)] += row * (i >= 0)
+            pieces.append((rows, owner))
+        found = known.gather((0, 0), pieces, 6, 6).written_out()
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)

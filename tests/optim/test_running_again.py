@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from imstep import pde
 from imstep.curvature import course as courses
+from imstep.curvature import writing_out
 from imstep.curvature.course import PROBATION, KnownCourses
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.recording import Recording
 from imstep.curvature.squares import require_residuals
 from imstep.curvature.writing_out import Evaluation
 from imstep.optim import LeastSquares
@@ -228,6 +230,26 @@ def parameters_of(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
+def recurrent(model: nn.Module) -> Closure:
+    """So many uses of each parameter that columns of J are made by forward products."""
+    given, cut = normal(3, 10), lambda u: u.detach().square().mean()
+
+    def closure() -> Tensor:
+        state, seen = given.new_zeros(3, 1), []
+        for u in given.unbind(1):
+            state = 0.3 * model(torch.cat([state, u[:, None]], 1)) + 0.5 * state
+            seen.append(state / (1 + cut(state)))
+        return (torch.stack(seen, 1)[..., 0] - torch.rand_like(given)).square().mean()
+
+    return closure
+
+
+def nothing_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(courses, "PROBATION", 10**9)
+    monkeypatch.setattr(courses.KnownCourses, "recording", lambda known, parameters: Recording(parameters))
+    monkeypatch.setattr(writing_out, "patterns_of", lambda inputs: None)
+
+
 @pytest.mark.parametrize("make", [transport, laplace], ids=lambda f: f.__name__)
 def test_steps_are_the_same_bit_for_bit(make: Callable[[nn.Module], Closure], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courses, "PROBATION", 3)
@@ -237,11 +259,22 @@ def test_steps_are_the_same_bit_for_bit(make: Callable[[nn.Module], Closure], mo
     resumed, other, _ = trained(make, steps, resume=5)
     assert torch.equal(parameters_of(model), parameters_of(resumed))
     assert optimizer.cost == other.cost
-    monkeypatch.setattr(courses, "PROBATION", 10**9)
+    nothing_foreseen(monkeypatch)
     plain, reference, calls = trained(make, steps)
     assert calls == reference.cost.losses >= optimizer.cost.losses
     assert torch.equal(parameters_of(model), parameters_of(plain))
     assert optimizer.cost.jacobian_passes < reference.cost.jacobian_passes
+
+
+def test_columns_by_forward_products_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(courses, "PROBATION", 2)
+    model, optimizer, calls = trained(recurrent, 5)
+    assert optimizer._owners.recorded
+    assert calls < optimizer.cost.losses
+    nothing_foreseen(monkeypatch)
+    plain, reference, calls = trained(recurrent, 5)
+    assert calls == reference.cost.losses
+    assert torch.equal(parameters_of(model), parameters_of(plain))
 
 
 def test_what_is_out_of_sight_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +314,70 @@ def test_rows_are_checked_again_where_constants_say_otherwise() -> None:
     assert not any(known_after(factor, torch.relu) for _ in range(PROBATION + 2))
     known.courses.load_state_dict(KnownCourses().state_dict())
     assert not known_after(factor)
+
+
+Changing = Callable[[nn.Module, int], Tensor]
+"""A loss that is another one in every third evaluation."""
+
+
+def odd(number: int) -> bool:
+    return number % 3 == 2
+
+
+CHANGING: dict[str, Changing] = {
+    "nothing": lambda model, at: (model(normal(6, 2, seed=at)) - normal(6, 1, seed=at)).square().mean(),
+    "points": lambda model, at: model(normal(6 + odd(at), 2, seed=at)).square().sum(),
+    "factor": lambda model, at: ((3 if odd(at) else 2) * model(normal(6, 2))).square().sum(),
+    "kind of a number": lambda model, at: (model(normal(6, 2)) * (2.0 if odd(at) else 2)).square().sum(),
+    "branch": lambda model, at: (torch.sin if odd(at) else torch.tanh)(model(normal(6, 2))).square().sum(),
+    "detached": lambda model, at: (lambda u: (u * (u.detach() if odd(at) else u)).square().sum())(model(normal(6, 2))),
+    "dtype": lambda model, at: (model(normal(6, 2)) * normal(6, 1).to([F64, torch.float32][odd(at)])).square().sum(),
+    "strides": lambda model, at: (normal(5, 6, 2) @ model[0].weight.mT).square().sum()
+    + (normal(2, 6).mT if odd(at) else normal(6, 2)).mul(model[0].weight[0]).square().sum(),
+    "zeros": lambda model, at: (model(normal(6, 2)) * (normal(6, 1) > (0 if odd(at) else -9))).square().sum(),
+    "zero": lambda model, at: (model(normal(6, 2)) * torch.tensor(0.0 if odd(at) else 1.0, dtype=F64)).square().sum(),
+    "chance": lambda model, at: nn.functional.dropout(model(normal(6, 2)), 0.5, training=odd(at)).square().sum(),
+    "in place": lambda model, at: (lambda u: (u.mul_(2) if odd(at) else u.mul(2)).square().sum())(model(normal(6, 2))),
+    "order": lambda model, at: torch.cat([model[0].bias, model[2].bias][:: -1 if odd(at) else 1]).square().sum(),
+    "number": lambda model, at: torch.cat([model[0].bias] * (3 if odd(at) else 2)).square().sum(),
+    "window": lambda model, at: (lambda u: (u[1:] if odd(at) else u[:-1]).square().sum())(model(normal(6, 2))),
+    "indices": lambda model, at: model(normal(6, 2))[torch.tensor([0, 2, 5 if odd(at) else 4])].square().sum(),
+    "keyword": lambda model, at: torch.add(model[0].bias, model[0].bias.sin(), alpha=2 + odd(at)).square().sum(),
+    "part": lambda model, at: model(normal(6, 2)).square().sum() + (model[2].bias.square().sum() if odd(at) else 0),
+    "end": lambda model, at: (lambda u: u.square().sum() + (0 if odd(at) else u.sin().square().sum()))(
+        model(normal(6, 2))
+    ),
+    "slots": lambda model, at: (lambda u, v: (u - 2 * v if odd(at) else v - 2 * u).square().sum())(
+        model(normal(6, 2)), model(normal(6, 2, seed=1))
+    ),
+    "number read": lambda model, at: (model(normal(6, 2)) * (model[2].bias.item() if odd(at) else 1)).square().sum(),
+    "inference": lambda model, at: (lambda x: (model(normal(6, 2)) - x).square().sum())(
+        torch.inference_mode(odd(at))(lambda: normal(6, 1))()
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGING)
+def test_a_recording_held_against_another_is_what_one_made_anew_is(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(2, 3, 1)
+    held, anew = KnownOwners(), KnownOwners()
+    repeated = []
+    for number in range(7):
+        closure = lambda at=number: CHANGING[what](model, at)
+        with monkeypatch.context() as patched:
+            patched.setattr(courses.KnownCourses, "recording", lambda known, parameters: Recording(parameters))
+            torch.manual_seed(number)
+            expected, _ = evaluation(closure, model, anew)
+        torch.manual_seed(number)
+        at, _ = evaluation(closure, model, held)
+        assert held.courses.state_dict() == anew.courses.state_dict()
+        assert torch.equal(at.residuals.values, expected.residuals.values)
+        repeated.append(held.courses.outline is not None)
+        moved(model)
+        runs = [course.again() for course in (at.course, expected.course)]
+        assert (runs[0] is None) == (runs[1] is None)
+        assert runs[0] is None or torch.equal(*runs)
+        for course, again in zip((at.course, expected.course), runs, strict=True):
+            course.compare(again, require_residuals(closure()).values)
+            course.know_rows()
+    assert repeated[1]

@@ -38,6 +38,8 @@ class Arithmetic:
         before_write: called with each tensor that an operator is about to overwrite and that existed before this
             evaluation: the buffers of a model.
         keep_graph: whether autograd's graph survives the gradient, for further backward passes.
+        witness: called with each operator of more than a view that was carried out, as the user's code asked for it:
+            the operator, its signature, its tensor arguments in the order of that, all arguments, and the outputs.
 
     Attributes:
         ledger: tells the operators that were met.
@@ -58,6 +60,7 @@ class Arithmetic:
         tape: Tape | None = None,
         before_write: Callable[[Tensor], None] | None = None,
         keep_graph: bool = False,
+        witness: Callable[..., None] | None = None,
     ) -> None:
         if h is not None and not h > 0:
             raise ValueError(f"h must be positive, got {h}. Use h=None for infinitesimal arithmetic.")
@@ -67,7 +70,7 @@ class Arithmetic:
         self._plane = Plane()
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
         self._islands = Islands(self._plane, self.ledger, keep_graph)
-        self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write)
+        self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write, witness)
         self._islands.at_last = WeakMethod(self._dispatch.begin_last)  # a cycle would keep tapes alive
         self._stack = ExitStack()
 

@@ -17,7 +17,7 @@ from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.recorder import Recorder
-from imstep.complexstep.registry import Rule, Signature, exact, lookup, signature
+from imstep.complexstep.registry import Rule, Signature, any_complex, conjugating, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
@@ -54,9 +54,10 @@ class Dispatch(Recorder):
         h: float | None,
         tape: Tape | None,
         before_write: Callable[[Tensor], None] | None,
+        witness: Callable[..., None] | None = None,
     ) -> None:
         super().__init__(plane, islands, ledger, tape)
-        self._h, self._before_write = h, before_write
+        self._h, self._before_write, self._witness = h, before_write, witness
         self._decomposing: list[OpOverload] = []
         self.raised: Exception | None = None  # the last error, of which TorchScript shows nothing
         self.branch, self.branched = 1, False  # see Roots
@@ -75,6 +76,7 @@ class Dispatch(Recorder):
             raise
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = args
         if self._islands.subclasses:
             self._given = args  # with their graphs
             args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
@@ -87,16 +89,17 @@ class Dispatch(Recorder):
                 outputs = self._as_foreseen(func, foreseen.step, args, kwargs)
                 if self._before_write is not None:
                     self._mark_born(outputs)
+                if self._witness is not None:
+                    self._witness(func, sig, sig.gather(given, kwargs), given, kwargs, outputs)
                 return outputs
         tensors = sig.gather(args, kwargs)
-        if _any_complex(tensors):
-            with torch._C._PreserveDispatchKeyGuard():
-                # PyTorch leaves these out below a mode, and kernels that conjugate lazily, such as pinv's, then
-                # compute wrong values.
-                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
-                torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
-                return self._observe(func, sig, tensors, args, kwargs)
-        return self._observe(func, sig, tensors, args, kwargs)
+        if any_complex(tensors):
+            outputs = conjugating(self._observe, (func, sig, tensors, args, kwargs), {})
+        else:
+            outputs = self._observe(func, sig, tensors, args, kwargs)
+        if self._witness is not None:
+            self._witness(func, sig, sig.gather(given, kwargs), given, kwargs, outputs)
+        return outputs
 
     def _observe(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if self._roots is None and self._jumps is None:
@@ -349,17 +352,6 @@ class Dispatch(Recorder):
 
 class Follower(Dispatch):
     """Carries imaginary parts of its own through what another one carries out."""
-
-
-def _any_complex(tensors: Sequence[Any]) -> bool:
-    """Whether one of nested tensors is complex."""
-    for t in tensors:
-        if isinstance(t, Tensor):
-            if t.is_complex():
-                return True
-        elif t is not None and _any_complex(t):
-            return True
-    return False
 
 
 def _remedy(func: OpOverload) -> str:

@@ -13,6 +13,9 @@ from imstep.complexstep.tensor import Window
 Values = dict[int, Tensor]
 """Tensors by the numbers of their storages, each seen through the first window onto it."""
 
+Views = dict[int, dict[int, Tensor]]
+"""Of storages that stay what they are, by number: what is seen of each through other windows, by reference."""
+
 
 class UnlikeError(RuntimeError):
     """What ran again came to another form than the first time."""
@@ -26,10 +29,18 @@ class Reference:
     def __init__(self, slot: int, window: Window | None) -> None:
         self.slot, self.window = slot, window
 
-    def read(self, values: Values) -> Tensor:
-        """The tensor."""
+    def read(self, values: Values, views: Views | None = None) -> Tensor:
+        """The tensor; kept in ``views`` where its storage stands there."""
         value = values[self.slot]
-        return value if self.window is None else self.window.onto(value)
+        if self.window is None:
+            return value
+        known = None if views is None else views.get(self.slot)
+        if known is None:
+            return self.window.onto(value)
+        found = known.get(id(self))
+        if found is None:
+            found = known[id(self)] = self.window.onto(value)
+        return found
 
 
 class Operation:
@@ -49,13 +60,29 @@ class Operation:
         self.reads = {ref.slot for ref in _references([*args, *kwargs.values()])}
         self.writes: set[int] = set()
 
-    def arguments(self, values: Values) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments, read off ``values``."""
+    def holding(self, constants: Iterable[tuple[tuple[int | str, int | None], Any]]) -> Operation:
+        """The same with other constants, each with the argument that it is, and the entry of it if that is a list."""
+        other = Operation.__new__(Operation)
+        other.func, other.args, other.kwargs = self.func, self.args, self.kwargs
+        other._places, other._nested, other.outputs = self._places, self._nested, self.outputs
+        other.reads, other.writes = self.reads, self.writes
+        for (at, inner), t in constants:
+            if other.args is self.args:
+                other.args, other.kwargs = self.args.copy(), self.kwargs.copy()
+            within: Any = other.args if type(at) is int else other.kwargs
+            if inner is None:
+                within[at] = t
+            else:
+                within[at] = [*within[at][:inner], t, *within[at][inner + 1 :]]
+        return other
+
+    def arguments(self, values: Values, views: Views | None = None) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, read off ``values``; for ``views`` see :meth:`Reference.read`."""
         if self._nested:
             return [_filled(values, a) for a in self.args], {k: _filled(values, a) for k, a in self.kwargs.items()}
         args = self.args.copy()
         for at, ref in self._places:
-            args[at] = values[ref.slot] if ref.window is None else ref.read(values)
+            args[at] = values[ref.slot] if ref.window is None else ref.read(values, views)
         return args, self.kwargs
 
 

@@ -93,6 +93,11 @@ class Signature:
         return self.view and not self.composite and [(at, many) for at, _, many, _ in self.tensors] == [(0, False)]
 
     @cached_property
+    def collective(self) -> bool:
+        """Whether it exchanges tensors with other processes."""
+        return "c10d" in self.operator.namespace
+
+    @cached_property
     def overwritten(self) -> tuple[int, ...]:
         """Which tensor arguments it may overwrite, running statistics, unknown to the schema, among them."""
         return tuple(
@@ -143,6 +148,29 @@ def _signature(op: OpOverload) -> Signature:
     view = not mutates and any(r.alias_info is not None for r in op._schema.returns)
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
     return Signature(tuple(tensors), mutates, view, composite, _functional(op) if mutates else None, op)
+
+
+def any_complex(tensors: Iterable[Any]) -> bool:
+    """Whether one of nested tensors is complex."""
+    for t in tensors:
+        if isinstance(t, Tensor):
+            if t.is_complex():
+                return True
+        elif t is not None and any_complex(t):
+            return True
+    return False
+
+
+def conjugating(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of complex tensors within the handler of a mode.
+
+    PyTorch leaves the fallbacks of lazy conjugates out there, and kernels that conjugate lazily, such as pinv's, then
+    compute wrong values.
+    """
+    with torch._C._PreserveDispatchKeyGuard():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
+        return func(*args, **kwargs)
 
 
 def _functional(op: OpOverload) -> OpOverload | None:

@@ -300,9 +300,15 @@ class FrozenClosure:
         """A context for an evaluation, which notes what it overwrites, and how it comes to its result."""
         return WriteWatch(self._writes, recording)
 
-    def arithmetic(self, h: float | None = None, tape: Tape | None = None, keep_graph: bool = False) -> Arithmetic:
-        """An arithmetic for an evaluation, which notes what the closure overwrites."""
-        return Arithmetic(h, tape, self._writes.before, keep_graph)
+    def arithmetic(
+        self,
+        h: float | None = None,
+        tape: Tape | None = None,
+        keep_graph: bool = False,
+        recording: Recording | None = None,
+    ) -> Arithmetic:
+        """An arithmetic for an evaluation, which notes what the closure overwrites, and how it comes to its result."""
+        return Arithmetic(h, tape, self._writes.before, keep_graph, None if recording is None else recording.note)
 
     @contextmanager
     def perturbed(self, arithmetic: Arithmetic, directions: Sequence[Tensor | None]) -> Iterator[None]:

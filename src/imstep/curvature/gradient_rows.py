@@ -10,8 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from imstep.curvature.use_rules import Rows
-
 
 @dataclass(frozen=True)
 class Form:
@@ -151,7 +149,7 @@ class OuterRows(GradientRows):
 
     def matvec(self, vector: Tensor) -> Tensor:
         matrix = vector.view(self._left.shape[2], self._right.shape[2])
-        return ((self._left @ matrix) * self._right).sum((0, 2))
+        return (self._left @ matrix).mul_(self._right).sum((0, 2))
 
     def rmatvec(self, vector: Tensor) -> Tensor:
         weighted = (self._left * vector[:, None]).flatten(0, 1)
@@ -178,7 +176,7 @@ class OuterRows(GradientRows):
         return OuterRows(self._left / divisor, self._right)
 
     def written_out(self) -> Tensor:
-        return _sum_of_products(self._left, self._right)
+        return sum_of_products(self._left, self._right)
 
     @property
     def multiplications(self) -> tuple[int, int]:
@@ -242,61 +240,8 @@ class StackedRows(GradientRows):
         return Form(0, self._entries * len(self._slices))
 
 
-def values_of(flags: Sequence[Tensor]) -> list[bool]:
-    """The values of flags (0-dim), with one synchronisation of the device for all of them."""
-    return torch.stack(list(flags)).tolist() if flags else []
-
-
-def gather_rows(pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int) -> GradientRows:
-    """The gradient rows of one parameter from what its uses add, in float64.
-
-    Args:
-        pieces: addends, each with the residuals (R,) that they belong to; -1 for none.
-        count: N.
-        entries: of the parameter.
-    """
-    whole = values_of([(owner >= 0).all() for _, owner in pieces])
-    pieces = [piece if all_ else _owned(*piece) for piece, all_ in zip(pieces, whole, strict=True)]
-    outer = [(rows.left, rows.right, owner) for rows, owner in pieces if rows.right is not None]
-    plain = [(rows.left, owner) for rows, owner in pieces if rows.right is None]
-    left, right = _slots(outer, count) if outer else (None, None)
-    if left is not None and right is not None and not plain:
-        m, _, width = left.shape
-        if m * m * (width + right.shape[2]) < entries:
-            return OuterRows(left, right)
-    rows = torch.zeros(count, entries, dtype=torch.float64, device=pieces[0][1].device)
-    for addends, owner in plain:
-        rows.index_add_(0, owner, addends.double())
-    if left is not None and right is not None:
-        rows += _sum_of_products(left, right)
-    return PlainRows(rows)
-
-
-def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_s left_si right_siᵀ as rows, (N, out · in)."""
     if 1 in (left.shape[2], right.shape[2]):
         return (left * right).sum(0)
     return torch.einsum("mno,mni->noi", left, right).flatten(1)
-
-
-def _owned(rows: Rows, owner: Tensor) -> tuple[Rows, Tensor]:
-    """Without the addends that belong to none."""
-    live = owner >= 0
-    return Rows(rows.left[live], None if rows.right is None else rows.right[live]), owner[live]
-
-
-def _slots(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Outer products sorted by residual: (m, N, out) and (m, N, in), the s-th of each residual in slot s."""
-    owner = torch.cat([owner for *_, owner in pieces])
-    order = owner.argsort(stable=True)
-    sizes = torch.bincount(owner, minlength=count)
-    slot = torch.empty_like(owner)
-    slot[order] = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes)[owner[order]]
-    m = max(int(sizes.max()), 1)
-
-    def padded(parts: list[Tensor]) -> Tensor:
-        whole = torch.zeros(m, count, parts[0].shape[1], dtype=torch.float64, device=owner.device)
-        whole[slot, owner] = torch.cat(parts).double()
-        return whole
-
-    return padded([left for left, *_ in pieces]), padded([right for _, right, _ in pieces])

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
-from imstep.curvature.gradient_rows import values_of
+from imstep.curvature.gathering import KnownPlaces, values_of
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use_rules import Use
 
@@ -49,11 +50,13 @@ class KnownOwners:
         at_once: whether residuals share so many rows of layers that J written out costs less than their groups.
         lone: whether the row of a batch of one is a row of one residual, as far as is known.
         courses: what was found of earlier evaluations.
+        places: where rows go, given their owners.
     """
 
     def __init__(self) -> None:
-        self.courses = KnownCourses()
+        self.courses, self.places = KnownCourses(), KnownPlaces()
         self._groups: list[tuple[Tensor, list[Tensor]]] = []
+        self._partly: list[list[int]] | None = None  # of each group the uses of which not all rows are owned
         self.recorded: bool | None = False
         self.dependent = self.at_once = False
         self.lone = True
@@ -64,15 +67,18 @@ class KnownOwners:
         Cost: a backward pass a group.
         """
         groups = []
-        for members, known in self._groups:
+        if self._partly is None:
+            owned = [values_of([(owner >= 0).all() for owner in known]) for _, known in self._groups]
+            self._partly = [[at for at, all_ in enumerate(of) if not all_] for of in owned]
+        for (members, known), partly in zip(self._groups, self._partly, strict=True):
             if len(members) != len(residuals.values) or len(known) != len(uses):
                 return None
             rows = _spread(residuals, uses, members)
-            if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
-                return None
-            owned = values_of([(owner >= 0).all() for owner in known])
-            if any(bool(part[at < 0].any()) for part, at, all_ in zip(rows, known, owned, strict=True) if not all_):
-                return None
+            with unseen():
+                if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
+                    return None
+                if any(bool(rows[at][known[at] < 0].any()) for at in partly):
+                    return None
             groups.append(Group(members, rows, known))  # rows that are zero now may well be owned
         return groups or None
 
@@ -82,7 +88,7 @@ class KnownOwners:
         if _shape(found) == _shape(self._groups):
             for (_, owners), (_, before) in zip(found, self._groups, strict=True):
                 owners[:] = [torch.where(a < 0, b, a) for a, b in zip(owners, before, strict=True)]
-        self._groups = found
+        self._groups, self._partly = found, None
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered: of each group its members and the owners of each use's rows; whether to record;
@@ -93,7 +99,7 @@ class KnownOwners:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._groups = [(members, list(owners)) for members, owners in state["groups"]]
+        self._groups, self._partly = [(members, list(owners)) for members, owners in state["groups"]], None
         self.recorded, self.dependent = state["recorded"], state["dependent"]
         self.at_once = state.get("at_once", False)  # older states have none of these
         self.lone = state.get("lone", False)  # their owners are for so many uses

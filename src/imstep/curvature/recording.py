@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from imstep.complexstep.gradients import PASSES, runs_functions
 from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window
+from imstep.curvature.outline import Noted, Outline, arranged
 from imstep.curvature.rerun import Rerun
 from imstep.curvature.smooth import Kind, kind_of
 
@@ -37,20 +39,37 @@ _LIBRARIES = ("aten", "prims")
 """Whose operators are functions of their arguments."""
 
 
+class Keep(Enum):
+    """What of a constant says which entry goes where."""
+
+    NOTHING = 0
+    ZEROS = 1
+    VALUES = 2
+
+
+def _keep(t: Tensor, kind: Kind, of_parameters: bool) -> Keep:
+    """What to keep of a constant among arguments that are parameters otherwise, or not."""
+    if not (t.is_floating_point() or t.is_complex()):
+        return Keep.VALUES
+    return Keep.NOTHING if kind.adds or (kind.multiplies and of_parameters) else Keep.ZEROS
+
+
 class Recording:
     """What an evaluation computes from the parameters, noted by :meth:`note` as it goes.
 
     Args:
         parameters: what will have other values.
+        outline: of an earlier evaluation, which this one may repeat; None for none.
 
     Attributes:
         unfit: why it cannot be run again, a sentence; None while it can.
         form: of each operator the name, the arguments and where they come from: all but the numbers in tensors.
-        fixed: constants that say which entry goes where: integers, and where those with zeros have them.
+        fixed: constants that say which entry goes where: integers, and where those with zeros have them; None for one
+            without zeros.
         smooth: whether the derivatives of all operators are finite wherever values are, and vanish nowhere in a region.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], outline: Outline | None = None) -> None:
         self._key = f"_imstep_slot_{next(_recordings)}"
         self._parameters = [p.detach() for p in parameters]
         self._windows: list[Window] = []
@@ -58,8 +77,9 @@ class Recording:
         self._held: list[tuple[Tensor, int]] = []
         self.unfit: str | None = None
         self.form: list[Any] = []
-        self.fixed: list[Tensor] = []
+        self.fixed: list[Tensor | None] = []
         self.smooth = True
+        self._outline = outline if outline is not None and outline.fits(self._parameters) else None
         for p in self._parameters:
             if self._slot(p) is not None or not p.is_floating_point():
                 self.unfit = "parameters share memory, or are complex"
@@ -67,16 +87,20 @@ class Recording:
 
     # --- noting -------------------------------------------------------------------------------------------------
 
-    def note(self, func: OpOverload, sig: Signature, args: Any, kwargs: Any, outputs: Any) -> None:
-        """An operator was carried out."""
-        if self.unfit is not None or not (self._concern(args) or (kwargs and self._concern(kwargs.values()))):
+    def note(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any, outputs: Any) -> None:
+        """An operator was carried out; ``tensors`` are its arguments in the order of its signature."""
+        if self.unfit is not None:
+            return
+        found = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        if self._outline is not None and self._foreseen(self._outline, func, args, kwargs, found):
+            return
+        if not self._concern(tensors):
             return
         kind = kind_of(func)
-        found = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         if kind.of_shapes or (not sig.mutates and found and self._slot(found[0]) is not None):
             return  # another window, whatever the schema says
+        self._outline = None
         with torch._C.DisableTorchFunction():
-            tensors = sig.gather(args, kwargs)
             self._judge(func, sig, tensors, found)
             self._keep_in_mind(kind, tensors_in(tensors))
             self.smooth = self.smooth and kind.smooth(args)
@@ -93,14 +117,53 @@ class Recording:
         keywords = [(k, _form(a)) for k, a in step.kwargs.items()]
         self.form.append((kind.name, [_form(a) for a in step.args], keywords))
 
-    def _concern(self, arguments: Iterable[Any]) -> bool:
+    def _foreseen(self, outline: Outline, func: OpOverload, args: Any, kwargs: Any, found: Sequence[Any]) -> bool:
+        """Whether an operator is the next of the outline; noted if so."""
+        number = len(self._steps)
+        noted = outline.noted[number] if number < len(outline.noted) else None
+        if noted is None or noted.func is not func:
+            return False
+        with torch._C.DisableTorchFunction():
+            constants = noted.constants(args, kwargs, found, self._key)
+            if constants is None:
+                return False
+            for (_, t), keep in zip(constants, noted.keeps, strict=True):
+                self._held.append((t, t._version))
+                self._hold_in_mind(t, keep)
+            step = noted.step.holding(constants)
+            for slot, t in zip(step.outputs, found, strict=False):
+                if slot is not None:
+                    self._windows.append(outline.windows[slot])
+                    t.untyped_storage().__dict__[self._key] = slot
+        self._steps.append(step)
+        self.form.append(noted.form)
+        self.smooth = self.smooth and noted.smooth
+        return True
+
+    @property
+    def repeated(self) -> bool:
+        """Whether all was as in the outline."""
+        return self._outline is not None and len(self._steps) == len(self._outline.noted)
+
+    def outline(self) -> Outline:
+        """What the next evaluation may repeat."""
+        noted = []
+        for step, form in zip(self._steps, self.form, strict=True):
+            kind, plain = kind_of(step.func), all(slot < len(self._parameters) for slot in step.reads)
+            keeps = lambda t, kind=kind, plain=plain: _keep(t, kind, plain)
+            noted.append(Noted(step, self._windows, form, keeps, kind.smooth(step.args)))
+        return Outline(self._parameters, self._windows, noted)
+
+    def _concern(self, tensors: Iterable[Any]) -> bool:
         """Whether one depends on the parameters."""
         key = self._key
-        for a in arguments:
-            if isinstance(a, Tensor):
-                if a.layout is torch.strided and key in a.untyped_storage().__dict__:
+        for t in tensors:
+            if t is None:
+                continue
+            if isinstance(t, Tensor):
+                if t.layout is torch.strided and key in t.untyped_storage().__dict__:
                     return True
-            elif isinstance(a, (list, tuple)) and self._concern(a):
+            elif self._concern(t):
                 return True
         return False
 
@@ -120,13 +183,14 @@ class Recording:
         slots = [self._slot(t) for t in tensors]
         of_parameters = all(slot is None or slot < len(self._parameters) for slot in slots)
         for t, slot in zip(tensors, slots, strict=True):
-            if slot is not None:
-                continue
-            if not (t.is_floating_point() or t.is_complex()):
-                self.fixed.append(t.detach().clone())
-            elif not (kind.adds or (kind.multiplies and of_parameters)):
-                zeros = t.detach() == 0
-                self.fixed.append(zeros if bool(zeros.any()) else zeros.new_zeros(()))
+            if slot is None:
+                self._hold_in_mind(t, _keep(t, kind, of_parameters))
+
+    def _hold_in_mind(self, t: Tensor, keep: Keep) -> None:
+        if keep is Keep.VALUES:
+            self.fixed.append(t.detach().clone())
+        elif keep is Keep.ZEROS:
+            self.fixed.append(None if bool(t.detach().all()) else t.detach() == 0)
 
     def _is_own(self, t: Tensor) -> bool:
         """Whether the memory of ``t`` is filled anew in each run."""
@@ -180,16 +244,14 @@ class Recording:
         end = self.reference(output)
         if self.unfit is not None or type(end) is not Reference:
             return None
-        needed, kept = {end.slot}, []
-        for step in reversed(self._steps):
-            if not needed.isdisjoint(step.writes):
-                kept.append(step)
-                needed |= step.reads
+        where, known = (self._steps, end.slot), self._outline if self.repeated else None
+        at, dead = arranged(*where, len(self._parameters)) if known is None else known.arrangement(*where)
+        kept = [self._steps[number] for number in at]
         held = {id(t) for step in kept for t in _constants([*step.args, *step.kwargs.values()])}
         constants = [(t, version) for t, version in self._held if id(t) in held]
         if any(t._version != version for t, version in constants):
             return None
-        return Rerun(self._parameters, self._windows, kept[::-1], constants, end)
+        return Rerun(self._parameters, self._windows, kept, dead, constants, end)
 
 
 class Looking(TorchFunctionMode):

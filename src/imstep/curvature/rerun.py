@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values, dead_after
+from imstep.complexstep.operations import Operation, Reference, UnlikeError, Values, Views
 from imstep.complexstep.tensor import Window
 
 
@@ -18,6 +18,7 @@ class Rerun:
         parameters: the tensors that it reads, whose values change.
         windows: of each slot.
         steps: in order.
+        dead: the slots that are needed no more after each.
         constants: tensors that it holds, with their versions.
         end: what it computes.
     """
@@ -27,12 +28,13 @@ class Rerun:
         parameters: Sequence[Tensor],
         windows: Sequence[Window],
         steps: Sequence[Operation],
+        dead: Sequence[Sequence[int]],
         constants: Sequence[tuple[Tensor, int]],
         end: Reference,
     ) -> None:
-        self._parameters, self._windows, self._steps = parameters, windows, list(steps)
+        self._parameters, self._windows, self._steps, self._dead = parameters, windows, list(steps), dead
         self._constants, self._end = constants, end
-        self._dead = dead_after(self._steps, {end.slot, *range(len(parameters))})
+        self._views: Views = {slot: {} for slot in range(len(parameters))}  # of parameters, which stay where they are
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -54,7 +56,7 @@ class Rerun:
             return self._end.read(values)
 
     def _carry_out(self, step: Operation, values: Values) -> None:
-        args, kwargs = step.arguments(values)
+        args, kwargs = step.arguments(values, self._views)
         result = step.func(*args, **kwargs)
         if not step.outputs:
             return

@@ -13,11 +13,11 @@ from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows, gather_rows
+from imstep.curvature.gathering import KnownPlaces
+from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows
 from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
-from imstep.curvature.staleness import nodes_of
 from imstep.curvature.uses import Rows, Use, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
@@ -245,7 +245,7 @@ class ResidualJacobian(JacobianRows):
         self.terms = residuals.sizes
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
-        self.nodes, self.course = nodes_of(evaluation.loss), evaluation.course
+        self.course = evaluation.course
         self.used = [part is not None for part in parts]
         self.hooked = check is not None and check.hooked
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
@@ -268,11 +268,11 @@ def _parts(
     none: list[GradientRows | None] = [None] * len(tensors)
     if not len(residuals.values):
         return none, [], None
-    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone)
     if known.dependent or known.at_once:
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
+    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone)
     told = [use for use in uses.known if use.parameter not in uses.unknown]
-    gathered = lambda groups: _gathered(groups, told, uses.derived, tensors)
+    gathered = lambda groups: _gathered(groups, told, uses.derived, tensors, known.places)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts = gathered(groups)
@@ -315,7 +315,11 @@ def _parts(
 
 
 def _gathered(
-    groups: Sequence[Group], uses: Sequence[Use], derived: Sequence[Derived], tensors: Sequence[Tensor]
+    groups: Sequence[Group],
+    uses: Sequence[Use],
+    derived: Sequence[Derived],
+    tensors: Sequence[Tensor],
+    places: KnownPlaces,
 ) -> list[GradientRows | None]:
     """The rows for each parameter; None where it has none."""
     sizes = [*(p.numel() for p in tensors), *(theta.shape.numel() for theta in derived)]
@@ -326,7 +330,7 @@ def _gathered(
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     with unseen():  # what follows is nothing that a checkpoint runs again
-        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors)
+        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places)
 
 
 def _summed(
@@ -336,11 +340,12 @@ def _summed(
     count: int,
     derived: Sequence[Derived],
     tensors: Sequence[Tensor],
+    places: KnownPlaces,
 ) -> list[GradientRows | None]:
     """The rows for each parameter from what its uses add, those of what is derived from it included."""
     parts: list[GradientRows | None] = []
-    for own, of, size in zip(pieces, members, sizes, strict=True):
-        gathered = [gather_rows(own[e], count, size // of) for e in range(of)] if own else []
+    for at, (own, of, size) in enumerate(zip(pieces, members, sizes, strict=True)):
+        gathered = [places.gather((at, e), own[e], count, size // of) for e in range(of)] if own else []
         parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, size // of))
     for theta, part in zip(derived, parts[len(tensors) :], strict=True):
         for at, rows in theta.pull_back(part.written_out(), tensors) if part is not None else ():

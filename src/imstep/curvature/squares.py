@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.later import later_grad
 
 _LINEAR = (
@@ -68,10 +68,10 @@ class Residuals:
     def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of uᵀρ with respect to ``inputs``, for a constant u (N,); the graph is kept."""
         self.passes += 1
-        parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
+        with unseen():
+            parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
         return later_grad(outputs, inputs, parts, whole=True)
-
 
     def pull_back_block(
         self, cotangents: Tensor, inputs: Sequence[Tensor | GradientEdge]
@@ -117,20 +117,20 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         return None
     edges = [GradientEdge(square.node, 0) for square in squares]
     factors = later_grad(loss, edges)
-    if bool(torch.stack([(passed < 0).any() for passed in factors]).any()):
-        return None
     values: list[Tensor] = []
     outputs: list[Output] = []
     start = 0
-    for square, passed in zip(squares, factors, strict=True):
-        with torch.no_grad():
+    with torch.no_grad(), unseen():
+        if bool(torch.stack([(passed < 0).any() for passed in factors]).any()):
+            return None
+        for square, passed in zip(squares, factors, strict=True):
             z = square.parts[0] - square.parts[1] if len(square.parts) > 1 else square.parts[0].detach()
             scale = (2 * square.share * passed).sqrt().expand(z.shape)
             values.append((scale * z).reshape(-1))
-        signed = zip(square.parts, (scale, -scale), strict=False)
-        outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
-        start += z.numel()
-    return Residuals(torch.cat(values), tuple(outputs), tuple(map(len, values)))
+            signed = zip(square.parts, (scale, -scale), strict=False)
+            outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
+            start += z.numel()
+        return Residuals(torch.cat(values), tuple(outputs), tuple(map(len, values)))
 
 
 def require_residuals(loss: Tensor) -> Residuals:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import random
 import sys
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.generators import Generators
-from imstep.complexstep.registry import signature
+from imstep.complexstep.registry import any_complex, conjugating, signature
 from imstep.curvature.recording import Recording
 
 _evaluations = itertools.count()
@@ -124,11 +123,6 @@ class Writes:
             whole.copy_(self._after.get(key, saved) if accepted else saved)
 
 
-@functools.cache
-def _is_collective(func: Any) -> bool:
-    return "c10d" in func.namespace
-
-
 class WriteWatch(TorchDispatchMode):
     """Notes what an evaluation overwrites that existed before it; compiled code runs uncompiled, in sight of it.
 
@@ -160,7 +154,9 @@ class WriteWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sig, kwargs = signature(func), kwargs or {}
-        if self._recording is not None and _is_collective(func):  # what autograd makes of it would be wrong
+        if sig.window and isinstance(args[0], Tensor) and not args[0].is_complex():
+            return func(*args, **kwargs)  # another window onto the same memory
+        if self._recording is not None and sig.collective:  # what autograd makes of it would be wrong
             raise UnsupportedOperatorError(
                 func,
                 "least squares takes the residuals of each process by itself, and evaluates them there as often as it "
@@ -168,19 +164,14 @@ class WriteWatch(TorchDispatchMode):
                 "Let the closure return the loss of its own process's part of the batch, do exchanges outside of it, "
                 "and give process_group= to LeastSquares, which joins the parts.",
             )
-        if sig.overwritten:
-            tensors = sig.gather(args, kwargs)
-            for at in sig.overwritten:
-                self._note(tensors[at])
-        with torch._C._PreserveDispatchKeyGuard():
-            # As in the arithmetic's own mode: PyTorch leaves these out below one.
-            torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Conjugate, False)
-            torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.Negative, False)
-            outputs = func(*args, **kwargs)
+        tensors = sig.gather(args, kwargs)
+        for at in sig.overwritten:
+            self._note(tensors[at])
+        outputs = conjugating(func, args, kwargs) if any_complex(tensors) else func(*args, **kwargs)
         if not (sig.view or sig.mutates):
             self._mark(outputs)
         if self._recording is not None:
-            self._recording.note(func, sig, args, kwargs, outputs)
+            self._recording.note(func, sig, tensors, args, kwargs, outputs)
         return outputs
 
     def _note(self, t: Any) -> None:

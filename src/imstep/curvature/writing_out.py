@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
+from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.course import Course
 from imstep.curvature.frozen import FrozenClosure, usable
@@ -20,7 +21,7 @@ from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.products import ReplayedProducts
-from imstep.curvature.recording import Looking, Recording
+from imstep.curvature.recording import Looking
 from imstep.curvature.squares import Residuals, require_residuals
 
 _SLACK = 1e3
@@ -114,7 +115,7 @@ class Evaluation:
         recorded = cls.recorded(frozen, parameters, known) if known.recorded else None
         if recorded is not None:
             return recorded
-        recording = Recording(parameters.tensors)
+        recording = known.courses.recording(parameters.tensors)
         watch = frozen.watch(recording)
         try:
             with Looking(recording):
@@ -128,22 +129,28 @@ class Evaluation:
     @classmethod
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
         """One that is recorded; None where the closure cannot be."""
-        tape = Tape()
-        arithmetic = frozen.arithmetic(tape=tape)
+        tape = Tape(patterns=patterns_of(parameters.tensors))
+        recording = known.courses.recording(parameters.tensors)
+        arithmetic = frozen.arithmetic(tape=tape, recording=recording)
         for p in parameters.tensors:
             arithmetic.attach(p, lent=True)
         try:
-            loss = frozen.loss_with_graph(arithmetic)
-            residuals = require_residuals(loss)
-            arithmetic.finish([o.z for o in residuals.outputs])
+            with Looking(recording):
+                loss = frozen.loss_with_graph(arithmetic)
+            with frozen.watch(recording):
+                residuals = require_residuals(loss)
+            course = Course(recording, loss, residuals.values, known.courses)
+            with unseen():
+                arithmetic.finish([o.z for o in residuals.outputs])
         except (UnsupportedOperatorError, TapeChangedError):
             frozen.undo()
             known.recorded = None
             return None
         finally:
+            recording.forget()
             for p in parameters.tensors:
                 arithmetic.release(p)
-        return cls(loss, residuals, tape, Course(None, loss, residuals.values, known.courses))
+        return cls(loss, residuals, tape, course)
 
 
 def write_out(
@@ -182,14 +189,15 @@ def by_columns(evaluation: Evaluation, positions: Sequence[int], parameters: Par
     """The rows of some parameters from all of their columns, by one replay of the tape."""
     assert evaluation.tape is not None
     residuals, part = evaluation.residuals, parameters.part(positions)
-    outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
-    products = ReplayedProducts(evaluation.tape, outputs, parameters)
-    block = products.block(range(len(residuals.outputs)), positions)
-    made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
-    rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
-    for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
-        rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)
-    return [PlainRows(of) for of in rows.split(part.sizes, 1)]
+    with unseen():  # no code of the user's runs, and each operator of a replay would pay for being seen
+        outputs = TensorVector([(o.z.shape, o.z.dtype) for o in residuals.outputs], parameters.dtype, parameters.device)
+        products = ReplayedProducts(evaluation.tape, outputs, parameters)
+        block = products.block(range(len(residuals.outputs)), positions)
+        made = block.several(torch.eye(part.size, dtype=parameters.dtype, device=parameters.device)).double()
+        rows = torch.zeros(len(residuals.values), part.size, dtype=torch.float64, device=parameters.device)
+        for o, piece in zip(residuals.outputs, made.split([o.z.numel() for o in residuals.outputs], 1), strict=True):
+            rows[o.start : o.start + o.z.numel()] += piece.mT * o.factor.double().reshape(-1, 1)
+        return [PlainRows(of) for of in rows.split(part.sizes, 1)]
 
 
 def in_blocks(residuals: Residuals, tensors: Sequence[Tensor]) -> list[Tensor]:

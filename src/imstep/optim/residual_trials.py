@@ -41,7 +41,7 @@ class ResidualTrials:
         jacobian: ResidualJacobian,
     ) -> None:
         self._frozen, self._parameters, self._snapshot = frozen, parameters, snapshot
-        self._nodes, self._course, self._start = jacobian.nodes, jacobian.course, jacobian.residuals
+        self._course, self._start = jacobian.course, jacobian.residuals
         self.spent, self.follows = Cost(), False
         self._there: tuple[Tensor, Tensor] | None = None  # the closure's last step (n,), and its loss with its graph
 
@@ -90,7 +90,7 @@ class ResidualTrials:
             if not outside_the_domain(error):
                 raise
             return torch.full_like(self._start, math.nan)
-        if self._there is None and not self._nodes.isdisjoint(nodes_of(loss)):
+        if self._there is None and not self._course.nodes.isdisjoint(nodes_of(loss)):
             self.spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
             check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
         self._there = step, loss

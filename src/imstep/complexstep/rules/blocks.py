@@ -17,20 +17,23 @@ _C = torch._C._functorch
 
 def in_place(c, *others):
     """Whether ``c`` has room for what an operator with ``others`` adds to it: it has the batches that they have."""
-    return _level(c, *others) == 0 or (_batched(c) and _level(c, *others) == 1 and not _nested(c, *others))
+    batched = [t for t in others if t is not None and _batched(t)]
+    return _of_one_vmap(c, *batched) if _batched(c) else not batched
 
 
 def product(a, b, onto=None):
     """a b, or onto + a b in the memory of ``onto``; matrices, or batches of them."""
-    if not (_batched(a) or _batched(b)):
+    several = _batched(a), _batched(b)
+    if not any(several):
         return _plain(a, b, onto)
-    if _level(a, b) > 1 or _nested(a, b) or (onto is not None and not in_place(onto, a, b)):
+    given = [t for t, batched in zip((a, b), several, strict=True) if batched]
+    if not _of_one_vmap(*given) or (onto is not None and not (_batched(onto) and _of_one_vmap(onto))):
         return torch.matmul(a, b) if onto is None else onto + torch.matmul(a, b)
-    k = _length(a, b)
+    a, b = (_physical(t) if batched else t for t, batched in zip((a, b), several, strict=True))
     if onto is not None:
-        _accumulate(_in_front(onto, k), a, b, k)
+        _accumulate(_physical(onto), a, b, *several)
         return onto
-    return _C._add_batch_dim(_fresh(a, b, k), 0, 1)
+    return _C._add_batch_dim(_fresh(a, b, *several), 0, 1)
 
 
 def addcmul_(c, a, b, value=1):
@@ -84,12 +87,12 @@ def _plain(a, b, onto):
     return torch.bmm(a, b) if onto is None else onto.baddbmm_(a, b)
 
 
-def _fresh(a, b, k):
-    """The physical product of matrices, or of batches of them."""
-    together = _as_one(a, b, k)
+def _fresh(a, b, of_a, of_b):
+    """The product of matrices, or of batches of them, of which one or both have a block in front."""
+    together = _as_one(a, b, of_a, of_b)
     if together is not None:
         return together.contiguous()
-    a, b = _in_front(a, k), _in_front(b, k)
+    a, b = _both(a, b, of_a, of_b)
     if a.dim() == 3:
         return torch.stack([multiply(x, y) for x, y in zip(a, b, strict=True)]) if pays(a[0], b[0]) else torch.bmm(a, b)
     result = a.new_empty((*a.shape[:-1], b.shape[-1]))
@@ -98,12 +101,12 @@ def _fresh(a, b, k):
     return result
 
 
-def _accumulate(c, a, b, k):
-    together = _as_one(a, b, k)
+def _accumulate(c, a, b, of_a, of_b):
+    together = _as_one(a, b, of_a, of_b)
     if together is not None:
         c.add_(together)
         return
-    a, b = _in_front(a, k), _in_front(b, k)
+    a, b = _both(a, b, of_a, of_b)
     if a.dim() == 3 and not pays(a[0], b[0]):
         c.baddbmm_(a, b)
         return
@@ -111,18 +114,22 @@ def _accumulate(c, a, b, k):
         _plain(x, y, into)
 
 
-def _as_one(a, b, k):
+def _as_one(a, b, of_a, of_b):
     """A block of matrices times one matrix as one product, the block's rows or columns side by side; else None."""
-    if a.dim() != 2 or (_batched(a) and _batched(b)):
+    if (of_a and of_b) or a.dim() != 2 + of_a:
         return None
-    if _batched(a):
-        rows = _in_front(a, k)
-        whole = rows.is_contiguous() or a.numel() <= _FEW
-        return multiply(rows.flatten(0, 1), b).unflatten(0, rows.shape[:2]) if whole else None
-    columns = _in_front(b, k).mT
-    if not (columns.is_contiguous() or b.numel() <= _FEW):
+    if of_a:
+        whole = a.is_contiguous() or a[0].numel() <= _FEW
+        return multiply(a.flatten(0, 1), b).unflatten(0, a.shape[:2]) if whole else None
+    columns = b.mT
+    if not (columns.is_contiguous() or b[0].numel() <= _FEW):
         return None
     return multiply(a, columns.flatten(0, 1).t()).unflatten(1, columns.shape[:2]).movedim(1, 0)
+
+
+def _both(a, b, of_a, of_b):
+    """Both factors with a block in front."""
+    return a if of_a else a.expand(len(b), *a.shape), b if of_b else b.expand(len(a), *b.shape)
 
 
 # --- the block ------------------------------------------------------------------------------------------------------
@@ -132,15 +139,20 @@ def _batched(t):
     return _C.is_batchedtensor(t)
 
 
+def _of_one_vmap(*batched):
+    """Whether tensors that are batched belong to one vmap, around which there is none."""
+    return all(_C.maybe_get_level(t) == 1 for t in batched)
+
+
+def _physical(t):
+    """The physical tensor of a batched one, the block its first dimension."""
+    at, t = _C.maybe_get_bdim(t), _C.get_unwrapped(t)
+    return t if at == 0 else t.movedim(at, 0)
+
+
 def _level(*tensors):
     """The innermost vmap that a direction belongs to, counted from 1; 0 where there is none."""
     return max((_C.maybe_get_level(t) for t in tensors if t is not None and _batched(t)), default=0)
-
-
-def _nested(*tensors):
-    """Whether directions belong to several vmaps, one in another."""
-    given = [t for t in tensors if _batched(t)]
-    return any(_batched(_C.get_unwrapped(t)) for t in given) or len({_C.maybe_get_level(t) for t in given}) > 1
 
 
 def _length(*tensors):

@@ -1,15 +1,17 @@
-"""LSTM and GRU networks step by step: the fused kernels hide the state that a derivative needs."""
+"""Recurrent networks step by step: fused kernels hide the state that a derivative needs, and steps of many small
+operators cost more than their arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imstep.complexstep import lstm_layer
+from imstep.complexstep import lstm_layer, rnn_layer
 
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
@@ -37,8 +39,17 @@ def _gru_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], 
     return torch.stack(outputs[::-1] if backwards else outputs), (h,)
 
 
+def _plain_direction(
+    relu: bool, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool
+) -> _Direction:
+    bias = weights[2] + weights[3] if len(weights) > 2 else None
+    projected = F.linear(x, weights[0], bias)
+    hs = rnn_layer.apply(projected.flip(0) if backwards else projected, state[0], weights[1], relu)
+    return hs.flip(0) if backwards else hs, (hs[-1],)
+
+
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`lstm` and :func:`gru` cover a call of PyTorch's.
+    """Whether the functions below cover a call of PyTorch's.
 
     They leave packed sequences, projections, autocast, function transforms and checkpoints (which would come
     back to PyTorch's own) to the original.
@@ -96,3 +107,13 @@ def lstm(x: Tensor, states: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
 def gru(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """``torch.gru`` for sequences of one length."""
     return _network(_gru_direction, x, [state], *rest)
+
+
+def rnn_tanh(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.rnn_tanh`` for sequences of one length."""
+    return _network(partial(_plain_direction, False), x, [state], *rest)
+
+
+def rnn_relu(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.rnn_relu`` for sequences of one length."""
+    return _network(partial(_plain_direction, True), x, [state], *rest)

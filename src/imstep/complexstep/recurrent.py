@@ -10,17 +10,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from imstep.complexstep import lstm_layer, rnn_layer
 
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
 
+def multiplied_within(weight: Tensor, bias: Tensor | None, first: Tensor, later: Tensor, added: Tensor) -> None:
+    """Tell whoever watches calls that an operator has multiplied states by a weight.
+
+    Args:
+        weight, bias: what ``weight @ state + bias`` is made of at every step.
+        first, later: the state of the first step, (batch, hidden), and those that follow, (time, batch, hidden).
+        added: what the products are added to, (time, batch, ...): its gradient is theirs.
+    """
+    if has_torch_function((weight,)):
+        handle_torch_function(multiplied_within, (weight,), weight, bias, first, later, added)
+
+
+def _projected(x: Tensor, weights: list[Tensor], backwards: bool) -> Tensor:
+    """The inputs times their weight, and all biases, in the order of the steps."""
+    # Each bias beside its own weight, as whoever watches layers looks for them.
+    projected = F.linear(x, weights[0], weights[2]) + weights[3] if len(weights) > 2 else F.linear(x, weights[0])
+    return projected.flip(0) if backwards else projected
+
+
 def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
     h, c = state
-    bias = weights[2] + weights[3] if len(weights) > 2 else None
-    projected = F.linear(x, weights[0], bias)
-    hs, cs = lstm_layer.apply(projected.flip(0) if backwards else projected, h, c, weights[1])
+    projected = _projected(x, weights, backwards)
+    hs, cs = lstm_layer.apply(projected, h, c, weights[1])
+    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, h, hs, projected)
     return hs.flip(0) if backwards else hs, (hs[-1], cs[-1])
 
 
@@ -42,9 +62,9 @@ def _gru_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], 
 def _plain_direction(
     relu: bool, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool
 ) -> _Direction:
-    bias = weights[2] + weights[3] if len(weights) > 2 else None
-    projected = F.linear(x, weights[0], bias)
-    hs = rnn_layer.apply(projected.flip(0) if backwards else projected, state[0], weights[1], relu)
+    projected = _projected(x, weights, backwards)
+    hs = rnn_layer.apply(projected, state[0], weights[1], relu)
+    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, state[0], hs, projected)
     return hs.flip(0) if backwards else hs, (hs[-1],)
 
 

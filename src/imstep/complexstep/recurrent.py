@@ -13,34 +13,46 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from imstep.complexstep import lstm_layer, rnn_layer
+from imstep.complexstep.lstm_layer import before
 
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
 
-def multiplied_within(weight: Tensor, bias: Tensor | None, first: Tensor, later: Tensor, added: Tensor) -> None:
-    """Tell whoever watches calls that an operator has multiplied states by a weight.
+def multiplied_within(weight: Tensor, bias: Tensor | None, inputs: Callable[[], Tensor], added: Tensor) -> None:
+    """Tell whoever watches calls of layers that a weight has multiplied what no call shows.
 
     Args:
-        weight, bias: what ``weight @ state + bias`` is made of at every step.
-        first, later: the state of the first step, (batch, hidden), and those that follow, (time, batch, hidden).
-        added: what the products are added to, (time, batch, ...): its gradient is theirs.
+        weight, bias: of a product ``inputs @ weight.T + bias``.
+        inputs: makes what was multiplied, (time, batch, in).
+        added: a sum that the product is a part of, (time, batch, out): its gradient is the product's.
     """
     if has_torch_function((weight,)):
-        handle_torch_function(multiplied_within, (weight,), weight, bias, first, later, added)
+        handle_torch_function(multiplied_within, (weight,), weight, bias, inputs, added)
 
 
 def _projected(x: Tensor, weights: list[Tensor], backwards: bool) -> Tensor:
-    """The inputs times their weight, and all biases, in the order of the steps."""
-    # Each bias beside its own weight, as whoever watches layers looks for them.
-    projected = F.linear(x, weights[0], weights[2]) + weights[3] if len(weights) > 2 else F.linear(x, weights[0])
+    """The inputs times their weight, and both biases, in the order of the steps."""
+    rows, bias = x.flatten(0, 1), None
+    if len(weights) > 2:
+        bias = weights[2]
+        projected = torch.addmm(bias + weights[3], rows, weights[0].t())
+    else:
+        projected = rows @ weights[0].t()
+    projected = projected.unflatten(0, x.shape[:2])
+    multiplied_within(weights[0], bias, lambda: x, projected)
     return projected.flip(0) if backwards else projected
+
+
+def _tell_recurrent(weights: list[Tensor], h: Tensor, hs: Tensor, projected: Tensor) -> None:
+    """That states were multiplied, from the first h to the last but one."""
+    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, lambda: before(h, hs), projected)
 
 
 def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
     h, c = state
     projected = _projected(x, weights, backwards)
     hs, cs = lstm_layer.apply(projected, h, c, weights[1])
-    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, h, hs, projected)
+    _tell_recurrent(weights, h, hs, projected)
     return hs.flip(0) if backwards else hs, (hs[-1], cs[-1])
 
 
@@ -64,7 +76,7 @@ def _plain_direction(
 ) -> _Direction:
     projected = _projected(x, weights, backwards)
     hs = rnn_layer.apply(projected, state[0], weights[1], relu)
-    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, state[0], hs, projected)
+    _tell_recurrent(weights, state[0], hs, projected)
     return hs.flip(0) if backwards else hs, (hs[-1],)
 
 

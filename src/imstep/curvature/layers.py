@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.islands import plain, unseen
-from imstep.complexstep.lstm_layer import before
 from imstep.complexstep.recurrent import multiplied_within
+
+_LAST = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,9 @@ class LayerObserver(TorchFunctionMode):
         if func is F.linear or func is torch.conv2d or func is torch.conv1d:
             self._note(func, output, *args, **kwargs)
         elif func is multiplied_within:
-            self._note_recurrent(*args)
+            weight, bias, inputs, added = args
+            self._take(weight, bias, added, _LAST, lambda: plain(inputs()).detach())
         return output
-
-    def _note_recurrent(self, weight: Tensor, bias: Tensor | None, first: Tensor, later: Tensor, added: Tensor) -> None:
-        """The states that a recurrent layer multiplies by its weight inside of one operator."""
-        self._take(weight, bias, added, added.ndim - 1, lambda: before(plain(first), plain(later)).detach())
 
     def _note(
         self,
@@ -81,7 +79,7 @@ class LayerObserver(TorchFunctionMode):
     ) -> None:
         rows = lambda: plain(input).detach()
         if func is F.linear:
-            self._take(weight, bias, output, output.ndim - 1, rows)
+            self._take(weight, bias, output, _LAST, rows)
         else:
             self._take(weight, bias, output, 1, lambda: _patches(func, rows(), weight, *args, **kwargs))
 
@@ -98,7 +96,7 @@ class LayerObserver(TorchFunctionMode):
                 return
             # Of a view its base, which the layer has computed: a view's own node is replaced when it is overwritten.
             own: Any = output._base if output._is_view() else output
-            edge, channels = get_gradient_edge(own), min(channels, own.ndim - 1)
+            edge, channels = get_gradient_edge(own), channels % own.ndim
         at_bias = None if bias is None else self._position.get(id(bias))
         with torch._C._DisableTorchDispatch():  # no part of the evaluation
             found = rows()

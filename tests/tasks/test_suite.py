@@ -157,13 +157,16 @@ def test_sequences_hold_their_answers() -> None:
 
 def test_structural_damping_is_of_the_states_that_a_task_names() -> None:
     problem = recurrent.addition(24).build(0, examples=8)
-    spec = get_optimizer("newton-krylov")
-    result = spec.create(problem, structural=0.5).step(problem, problem.train)
     same = recurrent.addition(24).build(0, examples=8)
-    optimizer = imstep.NewtonKrylov(same.parameters)
     damped = StructuralDamping(*same.states, weight=0.5)(same.closure(same.train))
-    assert result.loss == float(optimizer.step(damped))
-    assert result.new_loss == optimizer.last_step.new_loss
+    for name, make in (
+        ("newton-krylov", imstep.NewtonKrylov),
+        ("newton-krylov-batches", imstep.NewtonKrylov.for_batches),
+    ):
+        spec, optimizer = get_optimizer(name), make(same.parameters)
+        result = spec.create(problem, structural=0.5).step(problem, problem.train)
+        assert result.loss == float(optimizer.step(damped))
+        assert result.new_loss == optimizer.last_step.new_loss
     assert len(TASKS["wiener-hammerstein"].build(0).states) == 2
     with pytest.raises(OptimizerError, match="names none: leave it out"):
         spec.create(TASKS["digits-mlp"].build(0, examples=8), structural=0.5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 
-from imstep.bench.sides import USUAL, Range, Side, own_side, side_of
+from imstep.bench.sides import OWN, USUAL, Range, Side, own_side, side_of
 from imstep.runs.rows import Limits, TrainingError
 from imstep.runs.suitability import suited
 from imstep.tasks import TaskError, get_task
@@ -188,6 +188,8 @@ def entries_of(name: str) -> list[Entry]:
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
 _SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
 _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
+_STATES = Range(0.1, 10.0)
+"""Weights of the damping of hidden states, for our side: it has as many trials as the others."""
 _SWEEP = ("adamw", "muon", "soap")
 
 
@@ -195,7 +197,7 @@ def _recurrent(task: str, gradient: float, batch_size: int | None = 100) -> Entr
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
         task, budget=600, trial=150, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
-        gradient=gradient,
+        ranges={OWN: {"structural": _STATES}}, gradient=gradient,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_recurrent_layers_have_the_factors_of_their_steps(nonlinearity: str, bia
             state = _cell(dict(layer.named_parameters()), step, state, nonlinearity)
         return F.mse_loss(state[0], y)
 
-    found, parameters = factors(lambda: F.mse_loss(layer(x)[0][-1], y), layer)
+    found, _ = factors(lambda: F.mse_loss(layer(x)[0][-1], y), layer)
     expected = blocks_of(factors(looped, layer)[0])
     assert set(expected) == {0, 1}
     assert not found.diagonals()

@@ -64,7 +64,7 @@ class _Layer(torch.autograd.Function):
         return hs
 
     @staticmethod
-    def backward(ctx: Any, gh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gh: Tensor) -> tuple[Tensor | None, ...]:
         hs, h, w = ctx.saved_tensors
         back = layer_backward if torch.is_grad_enabled() else torch.ops.imstep.rnn_layer_backward
         ga = back(gh, hs, w, ctx.relu)
@@ -87,12 +87,12 @@ def run(p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
 def by_slope_(g: Tensor, h: Tensor, relu: bool) -> Tensor:
     """φ' g over g, φ' from the outputs h."""
     if relu:
-        return aten.threshold_backward.grad_input(g, h, 0, grad_input=g)  # type: ignore[no-any-return]
-    return aten.tanh_backward.grad_input(g, h, grad_input=g)  # type: ignore[no-any-return]
+        return aten.threshold_backward.grad_input(g, h, 0, grad_input=g)
+    return aten.tanh_backward.grad_input(g, h, grad_input=g)
 
 
 def go_back_(reached: Tensor, hs: Tensor, w: Tensor, relu: bool, more: Tensor | None = None) -> Tensor:
-    """ga + ``more`` over gh, step by step; a step of ``reached`` and ``more`` may be a block, (block, batch, hidden)."""
+    """ga + ``more`` over gh, step by step; of ``reached`` and ``more`` a step may be a block, (k, batch, hidden)."""
     after: Tensor | None = None
     added = [None] * len(hs) if more is None else more.unbind(0)
     for g, h, extra in reversed(list(zip(reached.unbind(0), hs.unbind(0), added, strict=True))):

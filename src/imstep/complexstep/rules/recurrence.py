@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 
+from imstep.complexstep import rnn_layer
 from imstep.complexstep.gemm import multiply
 from imstep.complexstep.lstm_layer import (
     before,
@@ -37,7 +38,6 @@ from imstep.complexstep.lstm_layer import (
     slopes_,
     steps_of,
 )
-from imstep.complexstep import rnn_layer
 from imstep.complexstep.registry import defined_as, rule
 from imstep.complexstep.rules.blocks import in_front
 

@@ -62,7 +62,7 @@ class Recurrent(nn.Module):
                 weight.normal_(0, SCALE) if "weight" in name else weight.zero_()
             own = dict(self.layer.named_parameters())
             own["weight_hh_l0"].copy_(recurrent * (SPECTRAL_RADIUS / radius))
-            own["weight_ih_l0"] *= scale / SCALE
+            own["weight_ih_l0"].mul_(scale / SCALE)
 
     def forward(self, sequences: Tensor) -> Tensor:
         states = self.layer(sequences)[0]

@@ -1,4 +1,4 @@
-"""The LSTM and GRU that stand in for PyTorch's kernels: against double backward through PyTorch's own steps."""
+"""Recurrent networks that stand in for PyTorch's kernels: against double backward through PyTorch's own steps."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def _check(f, point: dict[str, Tensor], h: float | None = None) -> None:
     torch.testing.assert_close(list(found.values()), list(expected), rtol=1e-11, atol=1e-13)
 
 
+def _relu(*sizes: int, **options) -> nn.RNN:
+    return nn.RNN(*sizes, nonlinearity="relu", **options)
+
+
 def _network(kind: type[nn.RNNBase] = nn.LSTM, **options) -> tuple[nn.RNNBase, dict[str, Tensor]]:
     torch.manual_seed(0)
     module = kind(3, 4, **options).double()
@@ -36,7 +40,7 @@ def _network(kind: type[nn.RNNBase] = nn.LSTM, **options) -> tuple[nn.RNNBase, d
 @pytest.mark.parametrize("h", [None, 1e-20])
 @pytest.mark.parametrize(("layers", "bidirectional"), product((1, 2), (False, True)))
 @pytest.mark.parametrize(("bias", "batch_first"), product((True, False), (True, False)))
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, _relu])
 def test_variants(kind, layers, bidirectional, bias, batch_first, h):
     dropout = 0.3 if layers > 1 else 0.0
     module, point = _network(
@@ -74,7 +78,7 @@ def _unbatched(module, q):
     return functional_call(module, q, (X[:, 0],))[0].pow(2).sum()
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("loss", [_through_input_gradient, _through_transform, _through_checkpoint, _unbatched])
 def test_compositions(loss, kind):
     module, point = _network(kind)

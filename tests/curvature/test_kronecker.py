@@ -129,6 +129,38 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _cell(q: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...], nonlinearity: str) -> tuple[Tensor, ...]:
+    a = sum(F.linear(v, q[f"weight_{n}_l0"], q.get(f"bias_{n}_l0")) for n, v in (("ih", x), ("hh", state[0])))
+    if nonlinearity:
+        return (getattr(torch, nonlinearity)(a),)
+    i, f, g, o = a.chunk(4, 1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+@pytest.mark.parametrize(("nonlinearity", "bias"), [("tanh", True), ("relu", False), ("", True), ("", False)])
+def test_recurrent_layers_have_the_factors_of_their_steps(nonlinearity: str, bias: bool) -> None:
+    """Those of the same cells called in a loop, for the sum over all steps."""
+    kind = nn.RNN if nonlinearity else nn.LSTM
+    layer = kind(2, 3, bias=bias, **({"nonlinearity": nonlinearity} if nonlinearity else {})).double()
+    x, y = normal(4, 5, 2), normal(5, 3, seed=1)
+
+    def looped() -> Tensor:
+        state: tuple[Tensor, ...] = (x.new_zeros(5, 3),) * 2
+        for step in x:
+            state = _cell(dict(layer.named_parameters()), step, state, nonlinearity)
+        return F.mse_loss(state[0], y)
+
+    found, _ = factors(lambda: F.mse_loss(layer(x)[0][-1], y), layer)
+    expected = blocks_of(factors(looped, layer)[0])
+    assert set(expected) == {0, 1}
+    assert not found.diagonals()
+    for at, block in blocks_of(found).items():
+        assert block["bias"] == (at + 2 if bias else None)
+        for name in ("inputs", "outputs"):
+            torch.testing.assert_close(block[name], expected[at][name])
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_output_factor_is_the_curvature_of_the_loss_in_expectation(name: str) -> None:
     """Where all examples have one input the Gauss-Newton block is exactly G ⊗ A, and each is a sample of its own."""

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from imstep.bench.entry import ACCURACY, EXPLAINED, HELDOUT, PSNR, WRONG, Entry
-from imstep.bench.sides import Range
+from imstep.bench.sides import OWN, Range
 from imstep.tasks import TaskError, get_task
 
 __all__ = ["ENTRIES", "FULL", "entries_of", "entry_of"]
@@ -52,6 +52,8 @@ def _known(full: bool) -> dict[str, Entry]:
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
 _SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
 _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
+_STATES = Range(0.1, 10.0)
+"""Weights of the damping of hidden states, for our side: it has as many trials as the others."""
 _SWEEP = ("adamw", "muon", "soap")
 _LONG = ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")
 _LONGER = ("addition-150", "multiplication-150")
@@ -61,7 +63,7 @@ def _recurrent(task: str, gradient: float, budget: float, batch_size: int | None
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
         task, budget=budget, trial=budget / 4, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
-        gradient=gradient,
+        ranges={OWN: {"structural": _STATES}}, gradient=gradient,
     )  # fmt: skip
 
 

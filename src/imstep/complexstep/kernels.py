@@ -20,8 +20,13 @@ from imstep.complexstep import recurrent
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.substitutes import SUBSTITUTES
 
-_STEPWISE: dict[Any, Any] = {torch.lstm: recurrent.lstm, torch.gru: recurrent.gru}
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_STEPWISE: dict[Any, Any] = {
+    torch.lstm: recurrent.lstm,
+    torch.gru: recurrent.gru,
+    torch.rnn_tanh: recurrent.rnn_tanh,
+    torch.rnn_relu: recurrent.rnn_relu,
+}
+_RECURRENT = set(_STEPWISE)
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
 STEERED = _RECURRENT | _ATTENTION | set(SUBSTITUTES)

@@ -1,24 +1,58 @@
-"""LSTM and GRU networks step by step: the fused kernels hide the state that a derivative needs."""
+"""Recurrent networks step by step: fused kernels hide the state that a derivative needs, and steps of many small
+operators cost more than their arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from imstep.complexstep import lstm_layer
+from imstep.complexstep import lstm_layer, rnn_layer
+from imstep.complexstep.lstm_layer import before
 
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
 
+def multiplied_within(weight: Tensor, bias: Tensor | None, inputs: Callable[[], Tensor], added: Tensor) -> None:
+    """Tell whoever watches calls of layers that a weight has multiplied what no call shows.
+
+    Args:
+        weight, bias: of a product ``inputs @ weight.T + bias``.
+        inputs: makes what was multiplied, (time, batch, in).
+        added: a sum that the product is a part of, (time, batch, out): its gradient is the product's.
+    """
+    if has_torch_function((weight,)):
+        handle_torch_function(multiplied_within, (weight,), weight, bias, inputs, added)
+
+
+def _projected(x: Tensor, weights: list[Tensor], backwards: bool) -> Tensor:
+    """The inputs times their weight, and both biases, in the order of the steps."""
+    rows, bias = x.flatten(0, 1), None
+    if len(weights) > 2:
+        bias = weights[2]
+        projected = torch.addmm(bias + weights[3], rows, weights[0].t())
+    else:
+        projected = rows @ weights[0].t()
+    projected = projected.unflatten(0, x.shape[:2])
+    multiplied_within(weights[0], bias, lambda: x, projected)
+    return projected.flip(0) if backwards else projected
+
+
+def _tell_recurrent(weights: list[Tensor], h: Tensor, hs: Tensor, projected: Tensor) -> None:
+    """That states were multiplied, from the first h to the last but one."""
+    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, lambda: before(h, hs), projected)
+
+
 def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
     h, c = state
-    bias = weights[2] + weights[3] if len(weights) > 2 else None
-    projected = F.linear(x, weights[0], bias)
-    hs, cs = lstm_layer.apply(projected.flip(0) if backwards else projected, h, c, weights[1])
+    projected = _projected(x, weights, backwards)
+    hs, cs = lstm_layer.apply(projected, h, c, weights[1])
+    _tell_recurrent(weights, h, hs, projected)
     return hs.flip(0) if backwards else hs, (hs[-1], cs[-1])
 
 
@@ -37,8 +71,17 @@ def _gru_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], 
     return torch.stack(outputs[::-1] if backwards else outputs), (h,)
 
 
+def _plain_direction(
+    relu: bool, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool
+) -> _Direction:
+    projected = _projected(x, weights, backwards)
+    hs = rnn_layer.apply(projected, state[0], weights[1], relu)
+    _tell_recurrent(weights, state[0], hs, projected)
+    return hs.flip(0) if backwards else hs, (hs[-1],)
+
+
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether :func:`lstm` and :func:`gru` cover a call of PyTorch's.
+    """Whether the functions below cover a call of PyTorch's.
 
     They leave packed sequences, projections, autocast, function transforms and checkpoints (which would come
     back to PyTorch's own) to the original.
@@ -96,3 +139,13 @@ def lstm(x: Tensor, states: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
 def gru(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """``torch.gru`` for sequences of one length."""
     return _network(_gru_direction, x, [state], *rest)
+
+
+def rnn_tanh(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.rnn_tanh`` for sequences of one length."""
+    return _network(partial(_plain_direction, False), x, [state], *rest)
+
+
+def rnn_relu(x: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``torch.rnn_relu`` for sequences of one length."""
+    return _network(partial(_plain_direction, True), x, [state], *rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.islands import plain, unseen
+from imstep.complexstep.recurrent import multiplied_within
+
+_LAST = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class LayerUse:
 
 
 class LayerObserver(TorchFunctionMode):
-    """Collects the uses of parameters as matrices in linear layers and convolutions (1d and 2d, one group).
+    """Collects the uses of parameters as matrices: linear layers, recurrent ones, convolutions (1d and 2d, one group).
 
     Args:
         parameters: those to look for.
@@ -59,6 +62,9 @@ class LayerObserver(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.linear or func is torch.conv2d or func is torch.conv1d:
             self._note(func, output, *args, **kwargs)
+        elif func is multiplied_within:
+            weight, bias, inputs, added = args
+            self._take(weight, bias, added, _LAST, lambda: plain(inputs()).detach())
         return output
 
     def _note(
@@ -71,6 +77,16 @@ class LayerObserver(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        rows = lambda: plain(input).detach()
+        if func is F.linear:
+            self._take(weight, bias, output, _LAST, rows)
+        else:
+            self._take(weight, bias, output, 1, lambda: _patches(func, rows(), weight, *args, **kwargs))
+
+    def _take(
+        self, weight: Tensor, bias: Tensor | None, output: Tensor, channels: int, rows: Callable[[], Tensor | None]
+    ) -> None:
+        """Keep a use, if the weight is one of those looked for, and autograd's graph leads to the output."""
         at = self._position.get(id(weight))
         if at is None or max(len(weight), weight.numel() // max(len(weight), 1)) > self._largest:
             return
@@ -80,17 +96,16 @@ class LayerObserver(TorchFunctionMode):
                 return
             # Of a view its base, which the layer has computed: a view's own node is replaced when it is overwritten.
             own: Any = output._base if output._is_view() else output
-            edge, channels = get_gradient_edge(own), own.ndim - 1 if func is F.linear else 1
+            edge, channels = get_gradient_edge(own), channels % own.ndim
         at_bias = None if bias is None else self._position.get(id(bias))
         with torch._C._DisableTorchDispatch():  # no part of the evaluation
-            input = plain(input).detach()
-            rows = input if func is F.linear else _patches(func, input, weight, *args, **kwargs)
-            if rows is None:
+            found = rows()
+            if found is None:
                 return
-            rows = rows.reshape(-1, rows.shape[-1])
+            found = found.reshape(-1, found.shape[-1])
             if at_bias is not None:
-                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        self.uses.append(LayerUse(at, at_bias, rows, edge, channels))
+                found = torch.cat([found, found.new_ones(len(found), 1)], dim=1)
+        self.uses.append(LayerUse(at, at_bias, found, edge, channels))
 
 
 def _patches(

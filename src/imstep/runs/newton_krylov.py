@@ -43,17 +43,18 @@ def make_for_batches(
 
     Args:
         problem: whose parameters are trained.
-        options: ``decay``, the weight of the past in the average, and ``weight_decay``.
+        options: ``decay``, the weight of the past in the average, ``weight_decay`` and ``structural``.
         process_group: whose processes share out each batch; None for one process.
 
     Raises:
         ValueError: a number is out of range.
     """
+    structural = _structural(problem, options, process_group)
     average, decay = ExponentialAverage(options["decay"]), options["weight_decay"]
     optimizer = NewtonKrylov.for_batches(
         problem.parameters, average=average, weight_decay=decay, process_group=process_group
     )
-    return AveragedStepper(optimizer, process_group)
+    return AveragedStepper(optimizer, process_group, structural)
 
 
 def make_newton_krylov(
@@ -72,13 +73,7 @@ def make_newton_krylov(
     for name in ("hessian", "kronecker"):
         if options[name] not in (0, 1):
             raise ValueError(f"{name}={options[name]:g}: give 1 for yes or 0 for no.")
-    structural = options["structural"]
-    if not 0 <= structural < math.inf:
-        raise ValueError(f"structural={structural:g}: give a weight of at least 0.")
-    if structural > 0 and not problem.states:
-        raise ValueError(f"structural={structural:g} damps hidden states, and {problem.task} names none: leave it out.")
-    if structural > 0 and process_group is not None:
-        raise ValueError(f"structural={structural:g} damps hidden states in one process: leave it out, or torchrun.")
+    structural = _structural(problem, options, process_group)
     optimizer = NewtonKrylov(
         problem.parameters,
         curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
@@ -89,3 +84,15 @@ def make_newton_krylov(
         **shared(NewtonKrylov, options),
     )
     return StepwiseStepper(optimizer, process_group, structural)
+
+
+def _structural(problem: Problem, options: Mapping[str, float], process_group: ProcessGroup | None) -> float:
+    """The weight of structural damping, checked."""
+    structural = options["structural"]
+    if not 0 <= structural < math.inf:
+        raise ValueError(f"structural={structural:g}: give a weight of at least 0.")
+    if structural > 0 and not problem.states:
+        raise ValueError(f"structural={structural:g} damps hidden states, and {problem.task} names none: leave it out.")
+    if structural > 0 and process_group is not None:
+        raise ValueError(f"structural={structural:g} damps hidden states in one process: leave it out, or torchrun.")
+    return structural

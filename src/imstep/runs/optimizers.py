@@ -105,7 +105,7 @@ _ALL = (
         "NK.for_batches",
         "NewtonKrylov.for_batches, short solves for mini-batches, evaluated at the average of the iterates.",
         make_for_batches,
-        {"decay": ExponentialAverage().decay, "weight_decay": 0.0},
+        {"decay": ExponentialAverage().decay, "weight_decay": 0.0, "structural": 0.0},
         mini_batches=True,
         several=True,
     ),

@@ -1,4 +1,10 @@
-"""A layer of an LSTM and its backward pass; symbols as in :mod:`imstep.complexstep.lstm_layer`.
+"""Layers of an LSTM and of plain units, and their backward passes.
+
+Of plain units, with symbols as in :mod:`imstep.complexstep.rnn_layer`,
+
+    dh' = φ' (dp + dW h + W dh),    dga = φ' (dgh' + dWᵀ ga + Wᵀ dga) + dφ' r,    dφ' = -2 h' dh' for tanh, 0 for relu
+
+and of an LSTM, with symbols as in :mod:`imstep.complexstep.lstm_layer`.
 
 With S the slopes of the activations and m = q S, q = (g, c, i, t):
 
@@ -18,6 +24,7 @@ from __future__ import annotations
 
 import torch
 
+from imstep.complexstep import rnn_layer
 from imstep.complexstep.gemm import multiply
 from imstep.complexstep.lstm_layer import (
     before,
@@ -38,6 +45,9 @@ aten = torch.ops.aten
 _layer, _backward = torch.ops.imstep.lstm_layer.default, torch.ops.imstep.lstm_layer_backward.default
 defined_as(_layer)(layer)
 defined_as(_backward)(layer_backward)
+_plain, _plain_backward = torch.ops.imstep.rnn_layer.default, torch.ops.imstep.rnn_layer_backward.default
+defined_as(_plain)(rnn_layer.layer)
+defined_as(_plain_backward)(rnn_layer.layer_backward)
 
 
 def _behind_time(change, ims, like):
@@ -147,3 +157,45 @@ def _go_back(changes, to_h, to_u, forgotten, w, f, m, b):
         by_h.addcmul_(reached, m_h)
         after, carried = gates, forgot.addcmul_(du, kept)
     return carried
+
+
+# --- plain units ----------------------------------------------------------------------------------------------------
+
+
+@rule(_plain, family="recurrence")
+def plain_layer(p, h, w, relu):
+    hs = rnn_layer.run(p, h, w, relu)
+    recurrent = w.t()
+
+    @in_front
+    def push(dp, dh, dw):
+        d = _behind_time(dp, (dh, dw), p) if dw is None else _product(before(h, hs), dw.mT)
+        if dp is not None and dw is not None:
+            d.add_(dp.movedim(0, 1))
+        for change, h_ in steps_of(d, hs):
+            if dh is not None:
+                change.add_(_by_rows(dh, recurrent))
+            dh = rnn_layer.by_slope_(change, h_.expand_as(change), relu)
+        return (d.movedim(1, 0),)
+
+    return hs, lambda *ims: push(*ims)[0]
+
+
+@rule(_plain_backward, family="recurrence")
+def plain_layer_backward(gh, hs, w, relu):
+    ga = rnn_layer.go_back_(gh.clone(memory_format=torch.contiguous_format), hs, w, relu)
+    bend = None
+    if not relu:
+        reached = gh.clone(memory_format=torch.contiguous_format)
+        reached[:-1].flatten(0, 1).add_(_by_rows(ga[1:], w).flatten(0, 1))
+        bend = reached.mul_(hs).mul_(-2)
+
+    @in_front
+    def push(dgh, dhs, dw):
+        d = _behind_time(dgh, (dhs, dw), gh)
+        if dw is not None:
+            d[:-1].add_(_product(ga[1:], dw))
+        more = None if dhs is None or bend is None else _behind_time(dhs, (), hs).mul_(bend.unsqueeze(1))
+        return (rnn_layer.go_back_(d, hs, w, relu, more).movedim(1, 0),)
+
+    return ga, lambda *ims: push(*ims)[0]

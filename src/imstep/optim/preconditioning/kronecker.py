@@ -22,7 +22,7 @@ YOUNG = 10
 
 @dataclass(frozen=True)
 class Kronecker(Preconditioning):
-    """Kronecker factors of linear and convolutional layers, a diagonal for the rest.
+    """Kronecker factors of linear, recurrent and convolutional layers, a diagonal for the rest.
 
     Where the loss has no convex end, or the model no such layer, the iterations stay plain.
 

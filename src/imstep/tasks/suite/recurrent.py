@@ -23,6 +23,10 @@ UNITS = 100
 INCOMING = 15
 """Recurrent weights of a unit that are not zero at first."""
 SPECTRAL_RADIUS = 1.1
+SCALE = 0.1
+"""Of readout weights, and of input weights where letters are told."""
+OF_NUMBERS = 0.01
+"""Of input weights where numbers are told: most do not matter, and would drown those that do."""
 TOLERANCE = 0.04
 """An answer further off counts as wrong (Hochreiter and Schmidhuber)."""
 SEQUENCES = 1000
@@ -38,13 +42,14 @@ class Recurrent(nn.Module):
     Args:
         inputs, outputs: channels in and out.
         every: whether there is an output at every time, (k, outputs, T), or at the last alone, (k, outputs).
+        scale: of input weights.
 
     Inputs are (k, T, inputs). Of the recurrent weights of a unit 15 are drawn from a normal distribution, the others
-    are zero, and the matrix is scaled to a spectral radius of 1.1; input and readout weights are 0.1 times normal,
-    biases zero.
+    are zero, and the matrix is scaled to a spectral radius of 1.1; input weights are `scale` times normal, readout
+    weights 0.1 times, biases zero.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, every: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, every: bool, scale: float = SCALE) -> None:
         super().__init__()
         self.layer = nn.RNN(inputs, UNITS, batch_first=True)
         self.readout = nn.Linear(UNITS, outputs)
@@ -54,12 +59,25 @@ class Recurrent(nn.Module):
             recurrent = torch.randn(UNITS, UNITS) * kept
             radius = torch.linalg.eigvals(recurrent.double()).abs().max()
             for name, weight in self.named_parameters():
-                weight.normal_(0, 0.1) if "weight" in name else weight.zero_()
-            dict(self.layer.named_parameters())["weight_hh_l0"].copy_(recurrent * (SPECTRAL_RADIUS / radius))
+                weight.normal_(0, SCALE) if "weight" in name else weight.zero_()
+            own = dict(self.layer.named_parameters())
+            own["weight_hh_l0"].copy_(recurrent * (SPECTRAL_RADIUS / radius))
+            own["weight_ih_l0"].mul_(scale / SCALE)
 
     def forward(self, sequences: Tensor) -> Tensor:
         states = self.layer(sequences)[0]
         return self.readout(states).transpose(1, 2) if self.every else self.readout(states[:, -1])
+
+
+def _begin(model: Recurrent, train: Batch) -> None:
+    """Let the readout say, before anything is known, the mean of the targets, or how often each letter comes."""
+    targets, bias = train.targets, model.readout.bias
+    with torch.no_grad():
+        if targets.is_floating_point():
+            bias.copy_(targets.mean(0))
+        else:
+            counts = torch.bincount(targets.flatten(), minlength=len(bias)) + 1.0  # one that never came may come
+            bias.copy_((counts / counts.sum()).log())
 
 
 def addition(length: int) -> ExampleTask:
@@ -82,7 +100,7 @@ def _arithmetic(name: str, length: int, word: str, combine: Callable[[Tensor, Te
         f"{name.capitalize()} problem, T = {length}",
         f"The {word} of the two marked of {length} to {length + length // 10} numbers in [0, 1]; 100 recurrent tanh "
         f"units; mean squared error. Metric: share of answers off by more than {TOLERANCE}; below 0.01 is solved.",
-        partial(Recurrent, 2, 1, every=False),
+        partial(Recurrent, 2, 1, every=False, scale=OF_NUMBERS),
         nn.MSELoss(),
         Metric("wrong answers", lambda outputs, targets: (outputs - targets).abs()[:, 0] > TOLERANCE),
         partial(_marked_numbers, combine, _checked(length)),
@@ -142,6 +160,7 @@ def _task(
     return ExampleTask(
         name, title, description, partial(_load, make), model, loss, metric, unit="sequences",
         redraw=make if redrawn else None, hidden=lambda model: (model.layer,), budget=BUDGET,
+        start=_begin,
     )  # fmt: skip
 
 

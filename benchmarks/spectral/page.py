@@ -28,8 +28,8 @@ def page(record: dict[str, Any]) -> str:
         "that reaches what is asked, and only that run counts; what takes too long beside "
         "imstep is stopped. "
         f"Densities of the other packages are timed with {size['peer_probes']} probe and multiplied to "
-        f"{size['probes']}, since they treat one after the other; so is imstep's on ResNet-18. Residuals of all sides "
-        "are measured by the same products.",
+        f"{size['probes']}, since they treat one after the other. Residuals of all sides are measured by the "
+        "same products.",
         "",
         *([" ".join(record["notes"]), ""] if record.get("notes") else []),
         f"{record['date']}; {record['cpu']}, {record['cores']} cores, {record['threads']} threads, load average "

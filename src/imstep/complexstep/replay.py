@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from imstep.complexstep.memory import keep_at_hand
 from imstep.complexstep.steps import Reference, Step, flat, slot_of
 from imstep.complexstep.tensor import Window
 
@@ -73,7 +72,6 @@ class Replay:
         arrangement: Arrangement | None = None,
     ) -> None:
         self._slots, self._inputs, self._outputs = slots, inputs, outputs
-        keep_at_hand()
         self.arrangement = arrangement = arrangement or arranged(steps, outputs)
         self.steps = [steps[at] for at in arrangement.kept]
         self._instructions = list(zip(self.steps, arrangement.around, strict=True))

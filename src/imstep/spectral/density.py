@@ -89,8 +89,8 @@ def density(
     Xiao, ICML 2019 (arXiv 1901.10159). The default width is our own: a normal distribution of standard deviation s
     times half the range has Chebyshev coefficients like exp(-s² j² / 2), and the quadrature is exact up to j = 2 steps.
     It is Spalević's generalised averaged Gaussian quadrature (Math. Comp. 76 (2007), 1483-1492) of each probe's
-    process, some ten times nearer than Gauss's for no product more. The end is our own, too: what is still to come is estimated
-    as a geometric series from the changes by the last ten steps and by the ten before.
+    process, some ten times nearer than Gauss's for no product more. The end is our own, too: what is still to come is
+    estimated as a geometric series from the changes by the last ten steps and by the ten before.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator

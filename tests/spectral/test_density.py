@@ -146,6 +146,20 @@ def test_products_that_are_not_finite_are_a_value():
         assert not found.error.isfinite().any()
 
 
+def test_one_probe_whose_products_become_infinite_late_is_a_value():
+    class Failing(DiagonalOperator):
+        blocks = 0
+
+        def matmat(self, block):
+            self.blocks += 1
+            images = super().matmat(block)
+            images[:, 0] *= math.inf if self.blocks == 23 else 1
+            return images
+
+    found = spectral.density(Failing(torch.randn(5000, generator=seeded()).double()), probes=3)
+    assert found.values.isnan().all()
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"probes": 0}, {"points": 1}, {"width": 0.0}])
 def test_misuse_is_explained(options):
     with pytest.raises(ValueError, match="at least"):

@@ -164,7 +164,7 @@ class _Settling:
 
     def __call__(self, processes: list[Tensor]) -> bool:
         step = max(map(len, processes))
-        if step % _EVERY or step <= 2 * _LOOK:
+        if step % _EVERY or step <= 2 * _LOOK or not all(bool(torch.isfinite(T).all()) for T in processes):
             return False
         rules = [gauss(T) for T in processes]
         smoothing = _Smoothing.over(rules, self._steps, self._width, _LOOKED_AT)
@@ -174,6 +174,8 @@ class _Settling:
         densities = [smoothing.mean(part) for part in parts]
         former, latter = (float(((b - a) / band).abs().max()) for a, b in itertools.pairwise(densities))
         left = latter**2 / (former - latter) if latter < former else math.inf
+        if max(former, latter) <= _LITTLE**2:  # little but rounding
+            left = latter
         if not left <= _LITTLE:
             return False
         self.left = max(self.left, left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from imstep.spectral.quadrature import Rule, averaged, gauss, quadrature
 _REACH = 5.0
 """Widths beyond the extreme eigenvalues that the grid goes: less than 1e-5 of a peak is left there."""
 
-_LOOK, _EVERY = 10, 5
-"""Steps over which a density's change is judged, and from one judgement to the next."""
+_EVERY = 5
+"""Steps from one judgement of a density to the next."""
 
-_LITTLE = 0.1
-"""Of the band: where further steps are thought to change a density by less they are not taken. Estimates on known
-densities were off by a factor of two to four at worst.
-"""
+_LITTLE = 0.5
+"""Of the band: where so many steps changed a density by less, what is left is about that at most."""
 
 _LOOKED_AT, _FAINT = 512, 1e-3
 """Points of the grid on which changes are judged, and how much of its widest place the band has there at least."""
@@ -67,8 +64,8 @@ def density(
 
     Args:
         operator: A, self-adjoint, of size n.
-        steps: of the Lanczos process of each probe, at most: they end together where further ones are thought to change
-            no value by more than a tenth of the band.
+        steps: of the Lanczos process of each probe, at most: they end together where the last five changed no value
+            by more than half of the band.
         probes: random vectors of signs; at least 2 for an error.
         width: of the smoothing. Default: the range of the eigenvalues divided by ``steps``, about the least that so
             many steps resolve; from there on the error is that of the probes.
@@ -89,8 +86,8 @@ def density(
     Xiao, ICML 2019 (arXiv 1901.10159). The default width is our own: a normal distribution of standard deviation s
     times half the range has Chebyshev coefficients like exp(-s² j² / 2), and the quadrature is exact up to j = 2 steps.
     It is Spalević's generalised averaged Gaussian quadrature (Math. Comp. 76 (2007), 1483-1492) of each probe's
-    process, some ten times nearer than Gauss's for no product more. The end is our own, too: what is still to come is
-    estimated as a geometric series from the changes by the last ten steps and by the ten before.
+    process, some ten times nearer than Gauss's for no product more. The end is our own, too: in
+    trials what further steps changed was about what the last five had, at most.
 
     Example:
         >>> from imstep.linalg import DiagonalOperator
@@ -164,18 +161,13 @@ class _Settling:
 
     def __call__(self, processes: list[Tensor]) -> bool:
         step = max(map(len, processes))
-        if step % _EVERY or step <= 2 * _LOOK or not all(bool(torch.isfinite(T).all()) for T in processes):
+        if step % _EVERY or step <= 2 * _EVERY or not all(bool(torch.isfinite(T).all()) for T in processes):
             return False
         rules = [gauss(T) for T in processes]
         smoothing = _Smoothing.over(rules, self._steps, self._width, _LOOKED_AT)
         band = smoothing.band(rules, self._size, self._probes)
-        band = band.clamp(min=_FAINT * float(band.max()))
-        parts = ([averaged(T[:k, : k + 1]) for T in processes] for k in (step - 2 * _LOOK, step - _LOOK, step))
-        densities = [smoothing.mean(part) for part in parts]
-        former, latter = (float(((b - a) / band).abs().max()) for a, b in itertools.pairwise(densities))
-        left = latter**2 / (former - latter) if latter < former else math.inf
-        if max(former, latter) <= _LITTLE**2:  # little but rounding
-            left = latter
+        before, now = (smoothing.mean([averaged(T[:k, : k + 1]) for T in processes]) for k in (step - _EVERY, step))
+        left = float(((now - before).abs() / band.clamp(min=_FAINT * float(band.max()))).max())
         if not left <= _LITTLE:
             return False
         self.left = max(self.left, left)

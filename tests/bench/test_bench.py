@@ -380,13 +380,14 @@ def test_other_regressors_give_figures_and_take_part_in_no_duel(tmp_path: Path) 
         "load, model = lambda data: held_out(x, 3 * x.sign()), lambda: nn.Linear(1, 1)\n"
         "task = ExampleTask('line', 'A line', '200 points.', load, model, nn.MSELoss())\n"
     )
-    entry = Entry(str(program), budget=2.0, sides=("adamw", "sklearn-boosting"))
+    entry = Entry(str(program), budget=2.0, sides=("adamw", "sklearn-mlp", "sklearn-boosting"))
     runs: dict[str, list[BenchRun]] = {}
     for side in entry.contestants():
         job = Job(entry, side.name, side.spec.name, "seed-0", {}, 0, entry.limits)
         runs[side.name] = [BenchRun(perform(job))]
-    record = runs["sklearn-boosting"][0].record
-    assert record["curve"][-1][5] < 0.01 < record["curve"][0][5]  # the held-out loss of a step
+    for name, loss in (("sklearn-boosting", 0.01), ("sklearn-mlp", 2.0)):
+        curve = runs[name][0].record["curve"]
+        assert curve[-1][5] < loss < curve[0][5]  # the held-out loss of a step
     fitted = Fitted(get_task(str(program)).build(), limits := Limited())
     fitted.step(None, Batch(torch.zeros(2, 1), torch.zeros(2, 1)))  # type: ignore[arg-type]
     assert limits.threads == {1}

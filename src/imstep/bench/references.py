@@ -65,8 +65,8 @@ def _mlp(problem: Problem, options: Mapping[str, float]) -> Any:
     from sklearn.neural_network import MLPRegressor
 
     return MLPRegressor(
-        (64, 64), alpha=options["weight_decay"], learning_rate_init=options["lr"], early_stopping=True, max_iter=500,
-        n_iter_no_change=20, random_state=seed_of(problem),
+        hidden_layer_sizes=(64, 64), alpha=options["weight_decay"], learning_rate_init=options["lr"], max_iter=500,
+        early_stopping=True, n_iter_no_change=20, random_state=seed_of(problem),
     )  # fmt: skip
 
 

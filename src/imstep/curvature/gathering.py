@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Places:
 
     def are_of(self, owners: Sequence[Tensor], outer: Sequence[bool], count: int) -> bool:
         """Whether these were found for the same owners, the very tensors."""
-        same = len(owners) == len(self._owners) and all(map(_is, owners, self._owners))
+        same = len(owners) == len(self._owners) and all(map(is_, owners, self._owners))
         return same and count == self._count and list(outer) == self._outer
 
     def _number(self, owners: Sequence[Tensor]) -> None:
@@ -106,10 +107,6 @@ def _even(owner: Tensor) -> Target:
 
 def _of(rows: Rows, live: Tensor) -> Rows:
     return Rows(rows.left[live], None if rows.right is None else rows.right[live])
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
 
 
 class KnownPlaces:

@@ -89,7 +89,7 @@ def test_a_search_for_copies_takes_few_products_where_much_is_known():
     found = spectral.eigenpairs(A, 6, progress=told.append)
     assert_eigenpairs(found, A.matrix, values, "LM", 6, 1e-6)
     first = next(now.products for now in told if now.converged == 6)
-    assert told[-1].products - first <= 20
+    assert told[-1].products - first <= 25
 
 
 def test_the_last_layer_of_a_regression_repeats_each_eigenvalue():
@@ -98,6 +98,13 @@ def test_the_last_layer_of_a_regression_repeats_each_eigenvalue():
     G = imstep.GaussNewton(lambda: (model(x), torch.zeros(60, 5).double()), model)
     every = torch.linalg.eigvalsh(x.T @ x * 2 / 300).flip(0).repeat_interleave(5)
     torch.testing.assert_close(spectral.eigenpairs(G, 12, "LA").values, every[:12], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [6, 19, 25, 29, 38, 45, 47])
+def test_a_copy_that_half_known_vectors_have_most_of_is_found(seed):
+    every = torch.linspace(1, 0, 40, dtype=F64).pow(2).repeat_interleave(5)
+    found = spectral.eigenpairs(DiagonalOperator(every), 12, "LA", seed=seed)
+    torch.testing.assert_close(found.values, every[:12], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -47,11 +47,11 @@ _FEWEST = 5
 _AGAIN = 20
 """Vectors that there is to be room for when a search begins anew."""
 
-_STARTS = 3
-"""Random vectors whose Krylov spaces are told apart; when a further one is begun with, only what is found is kept."""
+_KNOWN = 0.1
+"""Times the distance from the last wanted value: up to this residual a further Ritz vector is known well enough."""
 
-_UNSEEN = 0.1
-"""Times 1/√n: a smaller part of a random vector may escape. A part is as small in less than 8 % of cases."""
+_UNSEEN = 0.03
+"""Times 1/√n: a smaller part of a random vector may escape. A part is as small in less than 2.4 % of cases."""
 
 _APART = 0.01
 """Part of the range of eigenvalues: a pair that was missed and stands out by less may stay so."""
@@ -190,7 +190,7 @@ class _Search:
         while self.space.products < limit:
             if self.space.full:
                 self._restart()
-            self.space.expand(self._towards())
+            self.space.expand()
             if self.space.broken:
                 return False
             if self._step():
@@ -227,22 +227,33 @@ class _Search:
         keys = self.key(values)
         self._since += 1
         if self._worst is not None:
-            values_since, length = self.space.tail(self._since)
-            if float(self.key(values_since).max()) <= self._worst + level:
+            values_since, along, length = self.space.tail(self._since)
+            keys_since = self.key(values_since)
+            if float(keys_since.max()) <= self._worst + level:
                 enough = self._since >= _FEWEST and self._nothing_missed(values_since, length, self._worst)
                 return self.space.full or enough
-            self._worst = None  # a pair was missed: it is among the wanted now
-        if converged == self.k:
+            self._worst = None
+            self._go_after_missed(along[:, keys_since.argmax()])
+        elif converged == self.k:
             self._worst, self._since = float(keys[self.k - 1]), 0
-            self._look_again(values, coordinates, level)
+            self._look_again(keys, values, coordinates, residuals)
         return False
 
-    def _look_again(self, values: Tensor, coordinates: Tensor, level: float) -> None:
-        """Begin with a random vector, beside all that is known: that leaves little to search through."""
-        crowded = self.space.starts == _STARTS
-        kept = self.k if crowded else max(self.k, min(len(values), self.space.capacity - _AGAIN))
-        self.space.restart(values[:kept], coordinates[:, :kept])
-        self.space.begin_anew(level)
+    def _look_again(self, keys: Tensor, values: Tensor, coordinates: Tensor, residuals: Tensor) -> None:
+        """Begin with a random vector, beside all that is known: that leaves little to search through.
+
+        Of a missed eigenvector at most r / (its distance from θ) lies along a Ritz vector of value θ and residual norm
+        r. Vectors known less well might have most of it, and hide it.
+        """
+        known = residuals <= _KNOWN * (keys[self.k - 1] - keys)
+        known[: self.k], known[self.space.capacity - _AGAIN :] = True, False
+        self.space.restart(values[known], coordinates[:, known])
+        self.space.begin_anew()
+
+    def _go_after_missed(self, along: Tensor) -> None:
+        """Keep what is found, and go on from the Ritz vector that a missed pair has a large part in."""
+        others = self.space.size - self.k - len(along)
+        self.space.go_on_from(torch.cat([along.new_zeros(others), along]))
 
     def _nothing_missed(self, values: Tensor, length: float, worst: float) -> bool:
         """Whether the steps since would have shown a missed pair, were it as wanted as the last one.
@@ -260,22 +271,13 @@ class _Search:
         magnified = min(float((place - values).abs().log().sum()) for place in places)
         return length - magnified < math.log(_UNSEEN / self.space.dimension**0.5)
 
-    def _towards(self) -> int:
-        """Which vector ahead to go on with: the last, the random one, of a search; else what is in the way most."""
-        if self._worst is not None or self.space.starts == 1:
-            return -1
-        _, coordinates, residuals = self.wanted()
-        return self.space.leading(coordinates[:, : self.k] * (residuals[: self.k] > self._level))
-
     def _restart(self) -> None:
         values, coordinates, _ = self.wanted()
         kept = self.k + (len(values) - self.k) // 2
         self.space.restart(values[:kept], coordinates[:, :kept])
 
 
-def _certified(
-    operator: LinearOperator, search: _Search, found: bool, state: dict[str, Any] | None
-) -> Eigenpairs:
+def _certified(operator: LinearOperator, search: _Search, found: bool, state: dict[str, Any] | None) -> Eigenpairs:
     space, k = search.space, search.k
     if space.size < k:
         nowhere = torch.full((k,), torch.nan, dtype=F64)

@@ -22,11 +22,9 @@ _ROUNDED = 0.1
 
 
 class KrylovSpace:
-    """Orthonormal vectors V, the rows of a matrix, with T = V A Vᵀ, and a few vectors U to go on with.
+    """Orthonormal vectors V, the rows of a matrix, with T = V A Vᵀ, and a unit vector u to go on with.
 
-        A Vᵀ = Vᵀ T + Uᵀ C,   the rows of U orthogonal to each other and to V
-
-    There is one row in U for each random vector that was begun with, as in a band Lanczos process.
+        A Vᵀ = Vᵀ T + u cᵀ,   u orthogonal to V
 
     Args:
         operator: A, self-adjoint, of size n.
@@ -44,10 +42,10 @@ class KrylovSpace:
         self._operator, self._generator = operator, generator
         self._basis = no_rows(operator).new_empty(capacity, operator.size)
         self._projected = torch.zeros(capacity, capacity, dtype=F64)
-        self._ahead: list[Tensor] = []  # U
-        self._couplings = torch.zeros(0, 0, dtype=F64)  # C
+        self._ahead = no_rows(operator).new_empty(operator.size)  # u
+        self._couplings = torch.zeros(0, dtype=F64)  # c
         self.size, self.products, self.scale, self.broken = 0, 0, 0.0, False
-        self._lost = 0.0  # largest entry of C that was left out
+        self._lost = 0.0  # largest entries of c that were left out
         self._begin_randomly()
 
     @property
@@ -61,65 +59,51 @@ class KrylovSpace:
         return len(self._projected)
 
     @property
-    def starts(self) -> int:
-        """The number of vectors in U."""
-        return len(self._ahead)
-
-    @property
     def full(self) -> bool:
         """Whether there is no room for another vector."""
         return self.size == self.capacity
 
-    def expand(self, which: int = -1) -> None:
-        """One vector of U more in V, by one product; what the product adds takes its place in U."""
-        m, vector = self.size, self._ahead[which]
-        others = [u for u in self._ahead if u is not vector]
-        self._basis[m] = vector
+    def expand(self) -> None:
+        """u becomes a vector of V, by one product; what the product adds is the next u."""
+        m = self.size
+        self._basis[m] = self._ahead
         image = self._operator.matvec(self._basis[m])
         self.products += 1
         # What symmetry foretells, of a few vectors as a rule, is taken away first: then one pass over all will do.
-        foretold = torch.cat([self._couplings[which], inner(image[None], self._basis[m, None])[0].cpu()])
-        rest = vector.copy_(image)  # in memory that is there: fresh memory of this size takes as long as three passes
+        foretold = torch.cat([self._couplings, inner(image[None], self._basis[m, None])[0].cpu()])
+        # In memory that is there: fresh memory of this size takes as long as three passes.
+        rest = self._ahead.copy_(image)
         for at in foretold.nonzero()[:, 0].tolist():
             rest.sub_(self._basis[at], alpha=float(foretold[at]))
-        found, norm = self._take_away(rest, m + 1, others)
-        column = foretold + found[: m + 1]
+        found, norm = self._take_away(rest, m + 1)
+        column = foretold + found
         if not math.isfinite(norm) or not bool(torch.isfinite(found).all()):
             self.broken = True
             return
         self.scale = max(self.scale, abs(float(column[-1])))
-        self._check_symmetry(column[:m], self._couplings[which], norm)
+        self._check_symmetry(column[:m], self._couplings, norm)
         self._projected[: m + 1, m] = self._projected[m, : m + 1] = column
-        couplings = torch.zeros(len(self._ahead), m + 1, dtype=F64)
-        couplings[:, :m] = self._couplings
-        couplings[[u is not vector for u in self._ahead], m] = found[m + 1 :]
-        couplings[which] = 0.0
-        couplings[which, m] = norm
-        self._couplings, self.size = couplings, m + 1
+        self.size = m + 1
         # What is left of the product is rounding: the space is invariant, and another one begins.
         if norm <= 10 * torch.finfo(rest.dtype).eps * (float(column.norm()) + self.scale):
-            self._drop(self._couplings[:, m] == norm)
             self._begin_randomly()
             return
         rest.div_(norm)
-
-    def leading(self, coordinates: Tensor) -> int:
-        """Which vector of U the residuals of Ritz vectors, by their coordinates (m, l), lie along most."""
-        weights = (self._couplings @ coordinates).norm(dim=1)
-        return int(weights.argmax()) if bool(weights.any()) else -1
+        self._couplings = torch.zeros(m + 1, dtype=F64)
+        self._couplings[m] = norm
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (m,) in ascending order, their coordinates (m, m) and residual norms (m,), float64."""
         values, coordinates = torch.linalg.eigh(self._projected[: self.size, : self.size])
         self.scale = max(self.scale, float(values.abs().max()))
-        return values, coordinates, (self._couplings @ coordinates).norm(dim=0)
+        return values, coordinates, (self._couplings @ coordinates).abs()
 
-    def tail(self, steps: int) -> tuple[Tensor, float]:
-        """Ritz values of the last ``steps`` vectors, a Lanczos process of their own, and the sum of its log β."""
+    def tail(self, steps: int) -> tuple[Tensor, Tensor, float]:
+        """Of the last ``steps`` vectors, a Lanczos process of their own: Ritz values, coordinates, the sum of log β."""
         at = self.size - steps
         projected = self._projected[at : self.size, at : self.size]
-        betas = torch.cat([projected.diagonal(1), self._couplings[-1, -1:]])
-        return torch.linalg.eigvalsh(projected), float(betas.abs().log().sum())
+        betas = torch.cat([projected.diagonal(1), self._couplings[-1:]])
+        return *torch.linalg.eigh(projected), float(betas.abs().log().sum())
 
     def restart(self, values: Tensor, coordinates: Tensor) -> None:
         """Shrink to some Ritz vectors, a stretch at a time: without a copy of the whole; and go on where the space was.
@@ -134,16 +118,21 @@ class KrylovSpace:
         self._couplings = self._couplings @ coordinates
         self.size = kept
 
-    def begin_anew(self, negligible: float) -> None:
-        """Go on from a random vector orthogonal to V and U; couplings up to ``negligible`` are left out.
+    def begin_anew(self) -> None:
+        """Go on from a random vector orthogonal to V, as if A Vᵀ were Vᵀ T.
 
-        Its Krylov space is one of A on the orthogonal complement of V and U. There an eigenvector of A has its
-        eigenvalue still, if products with it have not led to V: another one of an eigenvalue that V knows.
+        Its Krylov space is one of A on the orthogonal complement of V. There an eigenvector of A has its eigenvalue
+        still, if products with it have not led to V: another one of an eigenvalue that V knows.
         """
-        largest = self._couplings.abs().amax(dim=1)
-        self._lost += float(largest[largest <= negligible].sum())
-        self._drop(largest <= negligible)
+        self._lost += float(self._couplings.abs().max())
         self._begin_randomly()
+
+    def go_on_from(self, coordinates: Tensor) -> None:
+        """Of V leave out the last vectors, but for a combination of them, by its coordinates, to go on from."""
+        self.size -= len(coordinates)
+        left_out = self._basis[self.size : self.size + len(coordinates)]
+        torch.mv(own_entries(left_out).mT, coordinates.to(left_out), out=own_entries(self._ahead))
+        self._couplings = torch.zeros(self.size, dtype=F64)
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """Combinations (l, n) of V, by their coordinates (m, l)."""
@@ -153,7 +142,7 @@ class KrylovSpace:
         """All that is needed to go on, as tensors and numbers."""
         return {
             "basis": in_whole(self._basis[: self.size].clone()),
-            "ahead": in_whole(torch.stack(self._ahead)),
+            "ahead": in_whole(self._ahead.clone()),
             "projected": self._projected.clone(),
             "couplings": self._couplings.clone(),
             "generator": self._generator.get_state(),
@@ -168,7 +157,7 @@ class KrylovSpace:
         Raises:
             ValueError: the state is of a space of another size, or of an earlier version.
         """
-        if "ahead" not in state:
+        if "ahead" not in state or state["ahead"].dim() != 1:
             raise ValueError("the state was saved by an earlier version of imstep. Begin anew, without resume.")
         basis, projected = state["basis"], state["projected"]
         if basis.shape[1] != self._basis.shape[1] or projected.shape != self._projected.shape:
@@ -177,45 +166,39 @@ class KrylovSpace:
                 f"{self._basis.shape[1]}, up to {len(self._projected)}. Resume with the operator and k of the start."
             )
         self._basis[: len(basis)] = self._operator.held(basis.to(self._basis))
-        self._ahead = list(self._operator.held(state["ahead"].to(self._basis)).clone().unbind())
+        self._ahead.copy_(self._operator.held(state["ahead"].to(self._basis)))
         self._projected, self._couplings = projected.clone(), state["couplings"].clone()
         self.size, self.products = state["size"], state["products"]
         self.scale, self._lost = state["numbers"]
         self._generator.set_state(state["generator"].cpu())
 
-    def _take_away(self, vector: Tensor, count: int, others: list[Tensor]) -> tuple[Tensor, float]:
-        """Make a vector orthogonal to the first ``count`` of V and to others; its coordinates in them, what is left."""
-        rows, known = vector[None], [self._basis[:count], *(u[None] for u in others)]
-        before, total = float(norms(rows)), torch.zeros(count + len(others), dtype=F64)
+    def _take_away(self, vector: Tensor, count: int) -> tuple[Tensor, float]:
+        """Make a vector orthogonal to the first ``count`` of V; its coordinates in them, the norm of what is left."""
+        row, known = vector[None], self._basis[:count]
+        before, total = float(norms(row)), torch.zeros(count, dtype=F64)
         for _ in range(2):
-            parts = [inner(rows, part) for part in known]
-            found = torch.cat(parts, dim=1)[0].cpu()
+            coordinates = inner(row, known)
+            found = coordinates[0].cpu()
             # A part as small may stay, which saves a pass over V. Residuals are as the recurrence says all the same.
             if not bool((found.abs() > _ROUNDED * torch.finfo(vector.dtype).eps * before).any()):
                 return total, before
-            for coordinates, part in zip(parts, known, strict=True):
-                own_entries(rows).addmm_(coordinates.to(rows), own_entries(part), alpha=-1)
-            total, norm = total + found, float(norms(rows))
+            own_entries(row).addmm_(coordinates.to(row), own_entries(known), alpha=-1)
+            total, norm = total + found, float(norms(row))
             # Where much was taken away, what is left holds the rounding of it: once more (Parlett, section 6.9).
             if norm > 0.7 * before:
                 break
             before = norm
         return total, norm
 
-    def _drop(self, which: Tensor) -> None:
-        """Leave out some vectors of U."""
-        self._ahead = [u for u, out in zip(self._ahead, which.tolist(), strict=True) if not out]
-        self._couplings = self._couplings[~which]
-
     def _begin_randomly(self) -> None:
-        """One vector more in U: random, orthogonal to V and the others."""
+        """Another u: random, orthogonal to V."""
         drawn = torch.randn(
             self.dimension, generator=self._generator, device=self._generator.device, dtype=self._basis.dtype
         )
-        vector = self._operator.held(drawn.to(self._basis.device))
-        _, norm = self._take_away(vector, self.size, self._ahead)
-        self._ahead.append(vector.div_(norm))
-        self._couplings = torch.cat([self._couplings, torch.zeros(1, self.size, dtype=F64)])
+        self._ahead.copy_(self._operator.held(drawn.to(self._basis.device)))
+        _, norm = self._take_away(self._ahead, self.size)
+        self._ahead.div_(norm)
+        self._couplings = torch.zeros(self.size, dtype=F64)
 
     def _check_symmetry(self, column: Tensor, foretold: Tensor, norm: float) -> None:
         """Raise where vᵀ(A w) is not wᵀ(A v)."""

@@ -1,4 +1,4 @@
-"""Burgers' equation, with the solution of Cole and Hopf."""
+"""Burgers' equation, with the solution of Cole and Hopf; points lie closer where it is steep."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TASKS = (
         "2-20-20-20-20-1. Held out: relative L2 error.",
         partial(mlp, (2, 20, 20, 20, 20, 1)),
         (
-            Condition("equation", _equation(SHARP), box(SIDES), 4000),
+            Condition("equation", _equation(SHARP), box(SIDES), 4000, by_residual=SIDES),
             Condition("initial", _initial, face(SIDES, 1, 0.0), 300),
             Condition("boundary", lambda u, x: u(x), boundary(SIDES, [0]), 300),
         ),
@@ -80,7 +80,7 @@ TASKS = (
         "tanh MLP 3-20-20-20-20-1. Held out: relative L2 error.",
         lambda: nn.Sequential(Periodic(0, 2.0), mlp((3, 20, 20, 20, 20, 1))),
         (
-            Condition("equation", _equation(0.01), box(SIDES), 4000),
+            Condition("equation", _equation(0.01), box(SIDES), 4000, by_residual=SIDES),
             Condition("initial", _initial, face(SIDES, 1, 0.0), 300),
         ),
         partial(_reference, 0.01),

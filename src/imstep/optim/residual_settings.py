@@ -11,7 +11,6 @@ from imstep.optim.balancing import Balancing
 from imstep.optim.recall import EarlierDraws
 from imstep.optim.scaling import Scaling
 
-
 _MOST = 12
 """Corrections of a step that has come to too little, where it may have more than one."""
 

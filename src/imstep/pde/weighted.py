@@ -29,13 +29,14 @@ def weighted_points(
 ) -> tuple[Tensor, Tensor]:
     """Points of a box, closer where residuals are large, and weights with which means are still those over the box.
 
-        density of x  ∝  |ρ(x)|^power / mean of |ρ|^power + floor,   E mean of weight · f(point) = mean of f over the box
+        density of x  ∝  |ρ(x)|^power / mean of |ρ|^power + floor
+        E mean of weight · f(point) = mean of f over the box
 
-    for every function f, however few the points. The box is cut into as many smaller ones as there are points, each with
-    about the same share of the density, and each has one point, at random; its weight is the volume of its box.
+    for every function f, however few the points. The box is cut into as many smaller ones as there are points, each
+    with about the same share of the density, and each has one point, at random; its weight is the volume of its box.
 
     Where residuals are large in a small part of a domain, as in a shock, points that are distributed evenly leave that
-    part to chance. Without weights (:func:`adaptive_points`) a loss is another one after each step; with them it is not,
+    part to chance. Without weights (:func:`adaptive_points`) the loss is another one at each step; with them it stays,
     and is only known better.
 
     Args:
@@ -61,9 +62,9 @@ def weighted_points(
     Cost: rounds · candidates · count residuals, without derivatives by parameters, and as many numbers sorted some
         log2 count times.
 
-    Source: importance sampling with boxes of equal shares as in VEGAS (Lepage, J. Comput. Phys. 27 (1978), p. 192), which
-        are cut as in a k-d tree; that the residual decides is from Wu et al. (arXiv 2207.10289). The defaults are our
-        own: docs/redrawn-points.md.
+    Source: importance sampling with boxes of equal shares as in VEGAS (Lepage, J. Comput. Phys. 27 (1978), p. 192),
+        which are cut as in a k-d tree; that the residual decides is from Wu et al. (arXiv 2207.10289). The defaults are
+        our own: docs/redrawn-points.md.
 
     Example:
         >>> _ = torch.manual_seed(0)

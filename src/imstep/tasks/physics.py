@@ -32,9 +32,9 @@ class Condition:
         draw: `draw(count, generator)` -> (count, d) points, float64, on the CPU.
         count: points a step.
         weight: of the mean square of this residual in the loss, > 0.
-        by_residual: the sides of a box, in which the points of steps are then put by :func:`imstep.pde.weighted_points`:
-            closer where this residual is large, with weights that leave the loss what it is. `draw`, which is to be
-            uniform there, draws those that losses are reported at, and those that stay for all steps. None for `draw`.
+        by_residual: the sides of a box, in which :func:`imstep.pde.weighted_points` puts the points of steps: closer
+            where this residual is large, with weights that leave the loss what it is. `draw`, which is to be uniform
+            there, draws those that losses are reported at, and those that stay for all steps. None for `draw`.
 
     Raises:
         TaskError: a number is out of range.
@@ -197,10 +197,15 @@ class PhysicsProblem(Problem):
     def _points(self, condition: Condition, generator: Generator) -> tuple[Tensor, Tensor | None]:
         if condition.by_residual is None:
             return condition.draw(condition.count, generator).to(self.device, self.dtype), None
-        where = {"generator": generator, "dtype": self.dtype, "device": self.device}
-        missed = partial(condition.residual, self.model)
         with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
-            return pde.weighted_points(missed, condition.by_residual, condition.count, **where)
+            return pde.weighted_points(
+                partial(condition.residual, self.model),
+                condition.by_residual,
+                condition.count,
+                generator=generator,
+                dtype=self.dtype,
+                device=self.device,
+            )
 
     def evaluate(self, batch: Points | Reference) -> Evaluation:
         if isinstance(batch, Points):

@@ -78,7 +78,8 @@ TASKS = (
         "burgers-smooth",
         "Burgers' equation, periodic",
         "u_t + u u_x = 0.01 u_xx, u(x, 0) = -sin πx, periodic by its inputs sin πx, cos πx, t; 4,000 + 300 points, "
-        "the first closer where the residual is large, with weights; tanh MLP 3-20-20-20-20-1. Held out: relative L2 error.",
+        "the first closer where the residual is large, with weights; tanh MLP 3-20-20-20-20-1. Held out: relative L2 "
+        "error.",
         lambda: nn.Sequential(Periodic(0, 2.0), mlp((3, 20, 20, 20, 20, 1))),
         (
             Condition("equation", _equation(0.01), box(SIDES), 4000, by_residual=SIDES),

@@ -47,23 +47,32 @@ class Case:
     network: Callable[[], nn.Module]
     points: int
     steps: int
+    sides: list[tuple[float, float]]
 
     def build(self, seed: int) -> PhysicsProblem:
+        """With evenly distributed points, whatever the task has."""
         task = get_task(self.task)
         assert isinstance(task, PhysicsTask)
-        return replace(task, network=self.network).build(seed, dtype=F64, examples=self.points)
+        even = tuple(replace(condition, by_residual=None) for condition in task.conditions)
+        recipe = replace(task, network=self.network, conditions=even)
+        return recipe.build(seed, dtype=F64, examples=self.points)
 
 
 CASES = {
-    "Poisson 5D": Case("poisson-5d", "225 parameters, 350 points", partial(mlp, (5, 32, 1)), 350, 100),
+    "Poisson 5D": Case(
+        "poisson-5d", "225 parameters, 350 points", partial(mlp, (5, 32, 1)), 350, 100, [(0.0, 1.0)] * 5
+    ),
     "Burgers": Case(
         "burgers-smooth",
         "625 parameters, 400 points",
         lambda: nn.Sequential(Periodic(0, 2.0), mlp((3, 16, 16, 16, 1))),
         400,
         60,
+        [(-1.0, 1.0), (0.0, 1.0)],
     ),
-    "Poisson 10D": Case("poisson-10d", "2,929 parameters, 150 points", partial(mlp, (10, 48, 48, 1)), 150, 60),
+    "Poisson 10D": Case(
+        "poisson-10d", "2,929 parameters, 150 points", partial(mlp, (10, 48, 48, 1)), 150, 60, [(0.0, 1.0)] * 10
+    ),
 }
 
 
@@ -121,6 +130,22 @@ class ByResidual(Plain):
         return super().__call__(problem, Points((chosen, *points.of[1:]))) + Cost(losses=5)
 
 
+class Weighted(Plain):
+    """The equation's points lie closer where its residual is large, with weights."""
+
+    def __init__(self, problem: PhysicsProblem, floor: float) -> None:
+        super().__init__(problem)
+        self.options: dict[str, Any] = {"floor": floor, "dtype": F64}
+
+    def __call__(self, problem: PhysicsProblem, points: Points) -> Cost:
+        condition, generator = problem.conditions[0], torch.Generator().manual_seed(self.optimizer._memory.steps)
+        sides = next(case.sides for case in CASES.values() if case.task == problem.task)
+        missed = partial(condition.residual, problem.model)
+        chosen, weights = pde.weighted_points(missed, sides, condition.count, generator=generator, **self.options)
+        none = [None] * (len(points.of) - 1)
+        return super().__call__(problem, Points((chosen, *points.of[1:]), (weights, *none))) + Cost(losses=4)
+
+
 class Spring(Plain):
     """As published: a fixed rate, damping and momentum; no corrections, no step is judged."""
 
@@ -146,7 +171,9 @@ SIDES: dict[str, Callable[[PhysicsProblem], Plain]] = {
     "SPRING: rate 0.06, momentum 0.968, damping 1e-4": partial(Spring, rate=0.06, momentum=0.968, damping=1e-4),
     "average of iterates, decay 0.8": partial(Averaged, average=ExponentialAverage(0.8)),
     "damping by the spread between draws, up to 4": partial(BySpread, most=4.0),
-    "points by residuals": ByResidual,
+    "points by residuals, without weights": ByResidual,
+    "points by residuals, with weights": partial(Weighted, floor=1.0),
+    "points by residuals, with weights, floor 4": partial(Weighted, floor=4.0),
 }
 
 

@@ -25,8 +25,10 @@ from imstep.linalg import (
     RandomizedNystrom,
     SketchedFactorisation,
     ThinFactorisation,
+    ThinLeastSquares,
 )
 from imstep.optim import ColumnNorms, LeastSquares, NonFiniteLossError, StepOutcome, Unscaled
+from imstep.optim.chord import chord_iterations
 from imstep.optim.scaling import Scaling
 
 X, Y = normal(12, 3), normal(12, 1, seed=1)
@@ -120,6 +122,21 @@ def test_step_is_that_of_dense_algebra(corrections: int, factorisation: GramFact
     assert record.iterations == corrections
     expected = dense_corrections(twin, record.damping, corrections)
     torch.testing.assert_close(flat(model), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bend", [-0.5, -1.0])
+def test_a_step_that_comes_to_too_little_is_corrected_further(bend: float) -> None:
+    """Beyond two corrections, where these have not lowered the loss by 0.7 of what the first one promised."""
+    J, start, bent = normal(9, 4), normal(9, seed=1), normal(9, seed=2)
+    reduced = ThinLeastSquares(J)
+    there = lambda u: start + J @ reduced.vector(u) + bend * bent * float(u @ u)
+    rules = {"limit": 0.95, "max_iterations": 2, "enough": 0.7}
+    two, more = (chord_iterations(reduced, start, start, 1e-3, there, most=most, **rules) for most in (2, 12))
+    too_little = two.decrease < 0.7 * two.promise
+    assert too_little == (bend == -1.0)
+    assert two.evaluations == 2
+    assert more.evaluations == (12 if too_little else 2)
+    assert more.decrease >= two.decrease
 
 
 @pytest.mark.parametrize("corrections", [1, 2])

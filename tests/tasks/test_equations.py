@@ -180,6 +180,25 @@ def test_points_depend_on_seed_and_step_alone(name: str) -> None:
         problem.batch_count(20)
 
 
+def test_points_by_residuals_leave_the_loss_what_it_is() -> None:
+    """In expectation, beside a mean over 20,000 points; in processes that share a batch; and the model as it was."""
+    problem = get_task("burgers").build(0, dtype=F64, examples=120)
+    problem.model.train()
+    draws = [problem.drawn(epoch, 0, 120) for epoch in range(8)]
+    assert problem.model.training
+    assert all(p.grad is None for p in problem.model.parameters())
+    condition, of_equation = problem.conditions[0], [draw.pairs[0] for draw in draws]
+    assert all(float(w.mean()) == pytest.approx(1) and float(w.std()) > 0.1 for _, w in of_equation)
+    means = torch.stack([condition.loss(problem.model, *pair).detach() for pair in of_equation])
+    everywhere = condition.draw(20_000, torch.Generator().manual_seed(0))
+    exact = float(condition.residual(problem.model, everywhere).detach().square().mean())
+    assert abs(float(means.mean()) - exact) < 4 * float(means.std()) / math.sqrt(len(means)) + 0.02 * exact
+    assert float(means.std()) < 0.1 * exact
+    shared = torch.stack([problem.share(draws[0], rank, 3)() for rank in range(3)])
+    torch.testing.assert_close(shared.sum(), problem.closure(draws[0])())
+    assert draws[0].weights[1:] == (None, None)
+
+
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_every_equation_is_trained_by_least_squares(name: str) -> None:
     problem = get_task(name).build(0, dtype=F64, examples=90)

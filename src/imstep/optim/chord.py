@@ -55,6 +55,8 @@ def chord_iterations(
     relief: Callable[[Tensor], float] = no_relief,
     limit: float,
     max_iterations: int,
+    most: int,
+    enough: float,
     rounding: float = 0.0,
 ) -> ChordStep:
     """Approach min ‖ρ(w + v + d)‖² + λ‖d‖² with the Jacobian at w.
@@ -75,7 +77,8 @@ def chord_iterations(
         residuals_at: ρ for coordinates u, (N,); not finite where the loss is not.
         relief: by how much u lowers what the minimum is of besides ρᵀρ/2.
         limit: < 1.
-        max_iterations: >= 1.
+        max_iterations: >= 1; of steps that come to too little up to ``most``.
+        enough: the decrease that ends these, as a fraction of the promise.
         rounding: of a decrease: of iterates whose decreases differ by less the later one is better.
 
     Source: chord iterations, Kelley, Iterative Methods for Linear and Nonlinear Equations (1995), chapter 5; geodesic
@@ -87,7 +90,9 @@ def chord_iterations(
     evaluations, promise, ratio, length = 0, 0.0, 0.0, math.inf
     points: list[Tensor] = []
     corrections: list[Tensor] = []
-    for iteration in range(1, max_iterations + 1):
+    for iteration in range(1, most + 1):
+        if iteration > max_iterations and best_decrease >= enough * promise - rounding:
+            break
         correction = reduced.solve(current, u, damping)
         last, length = length, reduced.norm(correction)
         if iteration == 1:

@@ -39,6 +39,9 @@ _LOWER = 0.9
 _SOON = 2
 """Trials of a step after which λ grows ever faster."""
 
+_ENOUGH = 0.7
+"""Of the decrease that a linear function would have promised: corrections go on where a step has come to less."""
+
 MOST_DAMPING = 1e100
 """λ at which a step that is still too long will not get shorter."""
 
@@ -133,7 +136,7 @@ class ResidualAttempt(StepAttempt):
         """Weights for the terms of the loss; what is linearised has them from here on."""
         assert isinstance(self._jacobian, ResidualJacobian)  # refused over processes
         weights = rule.weights(self._jacobian, memory.weights)
-        self._weighted = weighted = Weighted(weights, self._jacobian, self._settings.corrections + 1)
+        self._weighted = weighted = Weighted(weights, self._jacobian, self._settings.most_corrections + 1)
         self._jacobian = jacobian = weighted.jacobian
         self._residuals = jacobian.residuals
         self._judged = (jacobian.T @ jacobian.residuals).to(self._parameters.dtype)
@@ -165,6 +168,8 @@ class ResidualAttempt(StepAttempt):
                 relief=no_relief if self._penalty is None else lambda u: self._relief(place(u)),
                 limit=rule.limit,
                 max_iterations=settings.corrections,
+                most=settings.most_corrections,
+                enough=_ENOUGH,
                 rounding=ground.rounding,
             )
             record = replace(record, iterations=step.iterations, damping=damping * ground.scale)

@@ -11,6 +11,9 @@ from imstep.optim.balancing import Balancing
 from imstep.optim.recall import EarlierDraws
 from imstep.optim.scaling import Scaling
 
+_MOST = 12
+"""Corrections of a step that has come to too little, where it may have more than one."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,3 +46,8 @@ class Settings:
             raise ValueError(f"momentum is at least 0 and less than 1, got {self.momentum}.")
         if not (0 <= self.share < math.inf and self.tolerance >= 0):
             raise ValueError(f"share and tolerance are at least 0, got {self.share} and {self.tolerance}.")
+
+    @property
+    def most_corrections(self) -> int:
+        """Of a step that comes to too little without: beside a larger λ, and all of a trial anew, they cost little."""
+        return max(self.corrections, _MOST) if self.corrections > 1 else 1

@@ -3,11 +3,13 @@
     expand(f, points, second=(0,), laplacian=(0, 1))     value, first and second derivatives together
     gradient, divergence, laplacian, directional         one of them
     adaptive_points(residual, candidates, count)         points where an equation is missed most
+    weighted_points(residual, sides, count)              such points of a box, with weights
 """
 
 from imstep.pde.adaptive import adaptive_points
 from imstep.pde.jet import ExpansionError, Jet
 from imstep.pde.operators import Expansion, directional, divergence, expand, gradient, laplacian
+from imstep.pde.weighted import weighted_points
 
 __all__ = [
     "Expansion",
@@ -19,4 +21,5 @@ __all__ = [
     "expand",
     "gradient",
     "laplacian",
+    "weighted_points",
 ]

@@ -51,13 +51,7 @@ def adaptive_points(
         raise ValueError(f"power is positive and floor at least 0, got {power} and {floor}.")
     if not 1 <= count <= len(candidates):
         raise ValueError(f"count lies between 1 and the number of candidates, {len(candidates)}, got {count}.")
-    missed = residual(candidates).detach()
-    if missed.shape[:1] != candidates.shape[:1]:
-        raise ValueError(
-            f"residual returned shape {tuple(missed.shape)} for {len(candidates)} points. Return what is missed at "
-            "each of them, (k,) or (k, m), not a mean over all."
-        )
-    size = torch.linalg.vector_norm(missed.reshape(len(candidates), -1).double(), dim=1)
+    size, _ = sizes_of(residual, candidates)
     if not bool(size.isfinite().all()):
         raise ValueError("a residual is not finite, so that no points can be drawn by it. Look at the equation there.")
     size = (size / size.max().clamp(min=torch.finfo(size.dtype).tiny)) ** power
@@ -68,3 +62,14 @@ def adaptive_points(
     if int((weights > 0).sum()) < count:
         raise ValueError(f"residuals are zero at all but {int((weights > 0).sum())} candidates. Give a positive floor.")
     return candidates[times.topk(count, largest=False).indices].detach()
+
+
+def sizes_of(residual: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, bool]:
+    """What is missed at each point, its norm, (k,), float64, without a graph; and whether residuals were (k,)."""
+    missed = residual(points).detach()
+    if missed.shape[:1] != points.shape[:1]:
+        raise ValueError(
+            f"residual returned shape {tuple(missed.shape)} for {len(points)} points. Return what is missed at "
+            "each of them, (k,) or (k, m), not a mean over all."
+        )
+    return torch.linalg.vector_norm(missed.reshape(len(points), -1).double(), dim=1), missed.dim() == 1

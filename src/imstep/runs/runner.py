@@ -171,11 +171,13 @@ class Trainer:
 
     def _epoch_batches(self, epoch: int) -> Iterator[AnyBatch]:
         if self._points is None:
-            return self.problem.batches(epoch, self.batch_size, self.seed)
-        return iter([self.problem.drawn(epoch, self.seed, self._points.count)])
+            yield from self.problem.batches(epoch, self.batch_size, self.seed)
+        else:
+            yield self.problem.drawn(epoch, self.seed, self._points.count)
 
     def _seek(self) -> None:
-        """Place the batch iterator at the current step; batches depend on (seed, epoch) and, of points, their number.
+        """Place the batch iterator at the current step; batches depend on (seed, epoch) and, of points, their number
+        and the model.
         """
         epoch, done = divmod(self.totals.steps, self._batches_per_epoch)
         self._batches = itertools.islice(self._epoch_batches(epoch), done, None)
@@ -188,9 +190,9 @@ class Trainer:
         return batch
 
     def _step(self) -> StepRow:
-        batch = self._next_batch()
-        share = len(batch) / len(self.problem.train)
         start = self.seconds.now()
+        batch = self._next_batch()  # which takes evaluations where points lie by residuals
+        share = len(batch) / len(self.problem.train)
         with self._draws():
             result = self.stepper.step(self.problem, batch)
         _synchronize(self.problem.device)

@@ -136,7 +136,9 @@ class Problem(ABC):
 
     @abstractmethod
     def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Any]:
-        """The batches of one epoch, a function of (seed, epoch) alone: a resumed run sees the same ones."""
+        """The batches of one epoch, a function of (seed, epoch) alone, or of the model as well: a resumed run sees the
+        same ones.
+        """
 
     def beginning_with(self, points: int) -> Problem:
         """The same problem with so many points in the first steps, and more as they are needed.
@@ -154,8 +156,7 @@ class Problem(ABC):
         return None
 
     def drawn(self, epoch: int, seed: int, count: int) -> Any:
-        """The batch of an epoch with so many points in all, a function of these numbers; where :meth:`growing` is one.
-        """
+        """The batch of an epoch with so many points in all, as :meth:`batches`; where :meth:`growing` is one."""
         raise NotImplementedError
 
     @abstractmethod

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 
+from imstep import pde
 from imstep.curvature import SumOverBatches
 from imstep.optim import GrowingPoints, MicroBatches
 from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
@@ -30,6 +32,9 @@ class Condition:
         draw: `draw(count, generator)` -> (count, d) points, float64, on the CPU.
         count: points a step.
         weight: of the mean square of this residual in the loss, > 0.
+        by_residual: the sides of a box, in which :func:`imstep.pde.weighted_points` puts the points of steps: closer
+            where this residual is large, with weights that leave the loss what it is. `draw`, which is to be uniform
+            there, draws those that losses are reported at, and those that stay for all steps. None for `draw`.
 
     Raises:
         TaskError: a number is out of range.
@@ -40,6 +45,7 @@ class Condition:
     draw: Callable[[int, Generator], Tensor]
     count: int
     weight: float = 1.0
+    by_residual: Sequence[tuple[float, float]] | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 < self.weight < math.inf:
@@ -47,6 +53,11 @@ class Condition:
                 f"condition {self.name!r} needs a count of at least 1 and a positive weight, got {self.count} and "
                 f"{self.weight}."
             )
+
+    def loss(self, model: nn.Module, points: Tensor, weights: Tensor | None = None) -> Tensor:
+        """What this adds to the loss at points (k, d), which may have weights (k, 1)."""
+        squares = self.residual(model, points).square()
+        return self.weight * (squares if weights is None else weights * squares).mean()
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,20 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points of a domain, kind by kind: of each condition (k, d)."""
+    """Points of a domain, kind by kind.
+
+    Args:
+        of: each condition, (k, d).
+        weights: of each condition's points, (k, 1), mean about 1, or None for 1; None for none at all.
+    """
 
     of: tuple[Tensor, ...]
+    weights: tuple[Tensor | None, ...] | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Points and weights of each condition."""
+        return tuple(zip(self.of, self.weights or [None] * len(self.of), strict=True))
 
     def __len__(self) -> int:
         return sum(map(len, self.of))
@@ -82,7 +104,7 @@ class Points:
 class PhysicsProblem(Problem):
     """Conditions on a network.
 
-        loss = Σ weight · mean of residual²   over the conditions
+        loss = Σ weight · mean of residual²   over the conditions; of points with weights the mean is a weighted one
 
     Args:
         task: name of the task.
@@ -119,7 +141,8 @@ class PhysicsProblem(Problem):
         return lambda: self._loss(batch)
 
     def share(self, batch: Points, rank: int, size: int) -> MicroBatches:
-        own = Points(tuple(x[span(len(x), rank, size)] for x in batch.of))
+        mine = lambda x: x[span(len(x), rank, size)]
+        own = Points(*zip(*((mine(x), None if w is None else mine(w)) for x, w in batch.pairs), strict=True))
         shares = [len(part) / len(x) for part, x in zip(own.of, batch.of, strict=True)]
         parts = [own] if len(own) else []
         return MicroBatches(lambda part: self._loss(part, shares), parts, reduction=SumOverBatches())
@@ -130,8 +153,8 @@ class PhysicsProblem(Problem):
 
     def _loss(self, batch: Points, shares: Sequence[float] | None = None) -> Tensor:
         """The loss; or what points that are such shares of a batch add to that of the batch."""
-        of = zip(self.conditions, batch.of, shares or [1.0] * len(batch.of), strict=True)
-        terms = [share * c.weight * c.residual(self.model, x).square().mean() for c, x, share in of if share]
+        of = zip(self.conditions, batch.pairs, shares or [1.0] * len(batch.of), strict=True)
+        terms = [share * condition.loss(self.model, *pair) for condition, pair, share in of if share]
         return torch.stack(terms).sum()
 
     def batch_count(self, batch_size: int | None) -> int:
@@ -144,7 +167,7 @@ class PhysicsProblem(Problem):
 
     def batches(self, epoch: int, batch_size: int | None = None, seed: int = 0) -> Iterator[Points]:
         self.batch_count(batch_size)
-        yield draw(self.conditions, mix(seed, epoch), self.device, self.dtype) if self.redrawn else self.train
+        yield self._drawn(self.conditions, mix(seed, epoch)) if self.redrawn else self.train
 
     def beginning_with(self, points: int) -> PhysicsProblem:
         total = sum(c.count for c in self.conditions)
@@ -163,7 +186,26 @@ class PhysicsProblem(Problem):
         return GrowingPoints(self.first, largest=sum(c.count for c in self.conditions))
 
     def drawn(self, epoch: int, seed: int, count: int) -> Points:
-        return draw(of_all(self.conditions, count), mix(seed, epoch), self.device, self.dtype)
+        return self._drawn(of_all(self.conditions, count), mix(seed, epoch))
+
+    def _drawn(self, conditions: Sequence[Condition], seed: int) -> Points:
+        """Points for a step, a function of the seed and, where residuals decide, the model."""
+        generator = Generator().manual_seed(seed)
+        pairs = [self._points(condition, generator) for condition in conditions]
+        return Points(*zip(*pairs, strict=True))
+
+    def _points(self, condition: Condition, generator: Generator) -> tuple[Tensor, Tensor | None]:
+        if condition.by_residual is None:
+            return condition.draw(condition.count, generator).to(self.device, self.dtype), None
+        with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
+            return pde.weighted_points(
+                partial(condition.residual, self.model),
+                condition.by_residual,
+                condition.count,
+                generator=generator,
+                dtype=self.dtype,
+                device=self.device,
+            )
 
     def evaluate(self, batch: Points | Reference) -> Evaluation:
         if isinstance(batch, Points):
@@ -260,6 +302,6 @@ def of_all(conditions: Sequence[Condition], count: int) -> tuple[Condition, ...]
 
 
 def draw(conditions: Sequence[Condition], seed: int, device: torch.device, dtype: torch.dtype) -> Points:
-    """Points for each condition, a function of the seed."""
+    """Points for each condition as it draws them, a function of the seed."""
     generator = Generator().manual_seed(seed)
     return Points(tuple(c.draw(c.count, generator).to(device, dtype) for c in conditions))

@@ -70,7 +70,7 @@ def weighted_points(
         >>> _ = torch.manual_seed(0)
         >>> steep = lambda x: torch.exp(-(x / 0.01) ** 2)
         >>> x, weights = weighted_points(steep, [(-1.0, 1.0)], 200)
-        >>> bool((x.abs() < 0.02).sum() > 80)  # of 200 that lie evenly, 4
+        >>> bool((x.abs() < 0.02).sum() > 50)  # of 200 that lie evenly, 4
         True
         >>> round(float((weights * x**2).mean()), 2)  # 1/3 over the box
         0.33

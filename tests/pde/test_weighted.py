@@ -78,6 +78,8 @@ def test_seeds_types_and_shapes() -> None:
     assert weights.shape == (30, 1)
     _, flat = pde.weighted_points(lambda x: bump(x)[:, 0], SIDES, 30)
     assert flat.shape == (30,)
+    _, deep = pde.weighted_points(lambda x: bump(x)[..., None], SIDES, 30)
+    assert deep.shape == (30, 1, 1)
     face, _ = pde.weighted_points(bump, [(-1.0, 2.0), (0.5, 0.5)], 100, generator=seeded(0))
     assert bool((face[:, 1] == 0.5).all())
     assert float(((face[:, 0] - 0.4).abs() < 0.03).double().mean()) > 0.15

@@ -64,12 +64,12 @@ def adaptive_points(
     return candidates[times.topk(count, largest=False).indices].detach()
 
 
-def sizes_of(residual: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, bool]:
-    """What is missed at each point, its norm, (k,), float64, without a graph; and whether residuals were (k,)."""
+def sizes_of(residual: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, int]:
+    """What is missed at each point, its norm, (k,), float64, without a graph; and the residuals' dimensions."""
     missed = residual(points).detach()
     if missed.shape[:1] != points.shape[:1]:
         raise ValueError(
             f"residual returned shape {tuple(missed.shape)} for {len(points)} points. Return what is missed at "
             "each of them, (k,) or (k, m), not a mean over all."
         )
-    return torch.linalg.vector_norm(missed.reshape(len(points), -1).double(), dim=1), missed.dim() == 1
+    return torch.linalg.vector_norm(missed.reshape(len(points), -1).double(), dim=1), missed.dim()

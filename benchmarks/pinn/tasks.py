@@ -136,7 +136,7 @@ _ALL = (
         "ENGD, averaged Gramian, 1e-6 after 80 s, 5.6e-8 after 3,000 s (GPU)",
         [Goal(1e-6, 10), Goal(3e-8, 100)],
     ),
-    _task("burgers-smooth", 60, "DSGNAR 3.9e-7 after 15.6 s (H100)", [Goal(4e-7, 30)], (*EVERYONE, RECALL)),
+    _task("burgers-smooth", 60, "DSGNAR 3.9e-7 after 15.6 s (H100)", [Goal(4e-7, 30)]),
     _task(
         "convection",
         80,
@@ -148,7 +148,6 @@ _ALL = (
         180,
         "self-scaled Broyden about 1e-7 after 50,000 iterations; 8e-9 with its points weighted (as cited by others)",
         [Goal(1e-6, 120), Goal(1e-8)],
-        (*EVERYONE, RECALL),
     ),
     _task("reaction", 60, _RATHORE.format("9.9e-3"), [Goal(9.9e-4)]),
     _task("wave", 100, _RATHORE.format("1.3e-2"), [Goal(1.3e-3)]),

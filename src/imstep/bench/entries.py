@@ -51,19 +51,18 @@ def _known(full: bool) -> dict[str, Entry]:
 
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
 _SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
-_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
-_STATES = Range(0.1, 10.0)
-"""Weights of the damping of hidden states, for our side: it has as many trials as the others."""
+_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "hessian-free", "lstm-adam")
+_STATES = Range(0.3, 30.0)
+"""Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
 _SWEEP = ("adamw", "muon", "soap")
-_LONG = ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")
-_LONGER = ("addition-150", "multiplication-150")
 
 
-def _recurrent(task: str, gradient: float, budget: float, batch_size: int | None = 100) -> Entry:
+def _recurrent(task: str, gradient: float, budget: float, trial: float, batch_size: int | None = 100) -> Entry:
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
-        task, budget=budget, trial=budget / 4, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
-        ranges={OWN: {"structural": _STATES}}, gradient=gradient,
+        task, budget=budget, trial=trial, batch_size=batch_size, measure=WRONG, target=0.01, until_solved=True,
+        ours="newton-krylov", sides=_RECURRENT, gradient=gradient,
+        ranges={side: {"structural": _STATES} for side in (OWN, "kfac", "hessian-free")},
     )  # fmt: skip
 
 
@@ -116,9 +115,10 @@ _ALL = (
     Entry("wave", budget=1500, target=1e-4, gradient=0.02),
     Entry("curves-autoencoder", budget=80, trial=20, batch_size=500, examples=5000, gradient=0.6),
     Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
-    *(_recurrent(task, 0.3, 160) for task in _LONG),
-    *(_recurrent(task, 0.6, 80) for task in _LONGER),
-    _recurrent("memory-5bit-200", 0.06, 600, None),
+    *(_recurrent(task, 0.25, 220, 70) for task in ("addition-80", "multiplication-80", "temporal-order-80")),
+    _recurrent("memory-20bit-80", 0.3, 180, 60),
+    _recurrent("addition-150", 0.5, 110, 40),
+    _recurrent("memory-5bit-200", 0.06, 600, 150, None),
     Entry(
         "silverbox", budget=1200, trial=400, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
         gradient=0.06,
@@ -154,7 +154,8 @@ _AT_LENGTH = (
     _longer("wave", budget=2000),
     _longer("curves-autoencoder", budget=100, trial=50, batch_size=2000, examples=None, gradient=2.5),
     _longer("curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
-    *(_longer(task, budget=600, trial=150) for task in (*_LONG, *_LONGER)),
+    *(_longer(entry.label, budget=600, trial=150, sides=(*_RECURRENT, "kfac")) for entry in _ALL if entry.until_solved),
+    replace(_recurrent("multiplication-150", 0.5, 600, 150), sides=(*_RECURRENT, "kfac")),
     _longer("silverbox", budget=1500, trial=500),
     _longer("picture-sines", seconds=120, trial=150),
     _longer("picture-fourier", seconds=120, trial=150),

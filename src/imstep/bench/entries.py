@@ -115,8 +115,8 @@ _ALL = (
     Entry("wave", budget=1500, target=1e-4, gradient=0.02),
     Entry("curves-autoencoder", budget=80, trial=20, batch_size=500, examples=5000, gradient=0.6),
     Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
-    *(_recurrent(task, 0.25, 220, 70) for task in ("addition-80", "multiplication-80", "temporal-order-80")),
-    _recurrent("memory-20bit-80", 0.3, 180, 60),
+    *(_recurrent(task, 0.25, 250, 45) for task in ("addition-80", "multiplication-80", "temporal-order-80")),
+    _recurrent("memory-20bit-80", 0.3, 200, 45),
     _recurrent("addition-150", 0.5, 110, 40),
     _recurrent("memory-5bit-200", 0.06, 600, 150, None),
     Entry(

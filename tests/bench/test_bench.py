@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
 
 from benchmarks.suite.__main__ import pack, page, unpack
+from imstep import methods
 from imstep.bench import ENTRIES, Entry, Range, peers, work
 from imstep.bench.entries import FULL, entries_of, entry_of
 from imstep.bench.entry import ACCURACY, TRAIN
@@ -32,11 +33,14 @@ from imstep.bench.summary import Duel, summarise
 from imstep.bench.sweep import sweeps
 from imstep.bench.work import Apart, Job, perform
 from imstep.cli import app
+from imstep.curvature import StructuralDamping
+from imstep.globalization import LevenbergMarquardt
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
 from imstep.runs.seconds import Seconds
 from imstep.tasks import Batch, TaskError, get_task
+from imstep.tasks.suite import recurrent
 
 SMALL = Entry("digits-mlp", budget=2.0, examples=20, sides=("adamw",))
 
@@ -227,7 +231,7 @@ def test_a_program_that_takes_more_threads_is_told_so(tmp_path: Path) -> None:
 def test_the_usual_list_is_short_and_the_full_one_is_at_least_as_long() -> None:
     hours = lambda entry, trials: sum(estimate(entry, side, trials=trials) for side in entry.contestants()) / 3600
     usual = {name: hours(entry, 4) for name, entry in ENTRIES.items()}
-    assert max(usual.values()) < 1.55
+    assert max(usual.values()) < 2.1
     assert sum(usual.values()) < 35
     for name, entry in ENTRIES.items():
         full = FULL[name]
@@ -425,6 +429,17 @@ def test_recurrent_networks_begin_otherwise_or_have_other_cells() -> None:
     assert two.evaluate(two.heldout.take(slice(0, 2))).loss > 0
     with pytest.raises(OptimizerError, match="no recurrent tanh layer"):
         SIDES["lstm-adam"].spec.create(get_task("digits-mlp").build(examples=2))
+
+
+def test_published_methods_damp_hidden_states_too() -> None:
+    one, two = (recurrent.addition(24).build(0, examples=8) for _ in range(2))
+    result = SIDES["kfac"].spec.create(one, structural=5.0).step(one, one.train)
+    optimizer = methods.kfac(two.parameters, damping=LevenbergMarquardt(initial=1.0, factor=1.2))
+    optimizer.step(StructuralDamping(*two.states, weight=5.0)(two.closure(two.train)))
+    assert result.new_loss == optimizer.last_step.new_loss
+    for entry in entries_of("*-80"):
+        tuned = [side.name for side in entry.contestants() if "structural" in entry.ranges_of(side)]
+        assert tuned == [OWN, "hessian-free"]
 
 
 def test_the_best_trial_is_chosen() -> None:

@@ -55,6 +55,7 @@ _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "hessian-free", "lstm-a
 _STATES = Range(0.3, 30.0)
 """Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
 _SWEEP = ("adamw", "muon", "soap")
+_LONG = ("addition-150", "multiplication-150")
 
 
 def _recurrent(task: str, gradient: float, budget: float, trial: float, batch_size: int | None = 100) -> Entry:
@@ -115,10 +116,11 @@ _ALL = (
     Entry("wave", budget=1500, target=1e-4, gradient=0.02),
     Entry("curves-autoencoder", budget=80, trial=20, batch_size=500, examples=5000, gradient=0.6),
     Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
-    *(_recurrent(task, 0.25, 250, 45) for task in ("addition-80", "multiplication-80", "temporal-order-80")),
+    _recurrent("addition-80", 0.25, 350, 45),
+    _recurrent("multiplication-80", 0.25, 350, 45),
+    _recurrent("temporal-order-80", 0.25, 150, 40),
     _recurrent("memory-20bit-80", 0.3, 200, 45),
-    _recurrent("addition-150", 0.5, 110, 40),
-    _recurrent("memory-5bit-200", 0.06, 600, 150, None),
+    _recurrent("memory-5bit-200", 0.06, 800, 150, None),
     Entry(
         "silverbox", budget=1200, trial=400, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
         gradient=0.06,
@@ -141,7 +143,7 @@ _ALL = (
     Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The entries of the bench by name, each about an hour and a half at most."""
+"""The entries of the bench by name, each about two hours at most."""
 
 
 def _longer(label: str, **fields: Any) -> Entry:
@@ -154,8 +156,10 @@ _AT_LENGTH = (
     _longer("wave", budget=2000),
     _longer("curves-autoencoder", budget=100, trial=50, batch_size=2000, examples=None, gradient=2.5),
     _longer("curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
-    *(_longer(entry.label, budget=600, trial=150, sides=(*_RECURRENT, "kfac")) for entry in _ALL if entry.until_solved),
-    replace(_recurrent("multiplication-150", 0.5, 600, 150), sides=(*_RECURRENT, "kfac")),
+    *(
+        replace(entry, budget=max(600, 2 * entry.budget), trial=150, sides=(*_RECURRENT, "kfac"))
+        for entry in (*(e for e in _ALL if e.until_solved), *(_recurrent(task, 0.5, 300, 150) for task in _LONG))
+    ),
     _longer("silverbox", budget=1500, trial=500),
     _longer("picture-sines", seconds=120, trial=150),
     _longer("picture-fourier", seconds=120, trial=150),

@@ -37,7 +37,7 @@ Redraw = Callable[[int, int], Batch]
 
 
 class Recurrent(nn.Module):
-    """A layer of tanh units that takes inputs less a mean, zero at first, and a linear readout of its states.
+    """A layer of tanh units that takes inputs less their mean, and a linear readout of its states.
 
     Args:
         inputs, outputs: channels in and out.
@@ -75,13 +75,13 @@ class Recurrent(nn.Module):
 def _begin(model: Recurrent, train: Batch) -> None:
     """Let the readout say, before anything is known, the mean of the targets, or how often each letter comes.
 
-    Of numbers the mean is taken away, too: in long sequences it drives states to where they forget.
+    The mean of inputs is taken away: what is the same at all times drives states to where they forget.
     """
     targets, bias = train.targets, model.readout.bias
     with torch.no_grad():
+        model.mean.copy_(train.inputs.mean((0, 1)))
         if targets.is_floating_point():
             bias.copy_(targets.mean(0))
-            model.mean.copy_(train.inputs.mean((0, 1)))
         else:
             counts = torch.bincount(targets.flatten(), minlength=len(bias)) + 1.0  # one that never came may come
             bias.copy_((counts / counts.sum()).log())

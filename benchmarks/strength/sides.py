@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.strength.peers import PEERS, Schedule, constant, cosine
-from imstep.bench.averaging import EvaluatedAtAverage
 from imstep.globalization import LevenbergMarquardt
-from imstep.optim import FixedProducts, NewtonKrylov, Recycling
+from imstep.optim import ExponentialAverage, FixedProducts, NewtonKrylov, Recycling
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
-from imstep.runs.steppers import Stepper, StepwiseStepper
+from imstep.runs.steppers import AveragedStepper, Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
 Options = Mapping[str, float]
@@ -53,8 +52,8 @@ def _newton_krylov(problem: Problem, options: Options) -> Stepper:
 
 def _for_batches(problem: Problem, options: Options) -> Stepper:
     forcing = FixedProducts(int(options["products"]))
-    stepper = StepwiseStepper(NewtonKrylov.for_batches(problem.parameters, forcing=forcing))
-    return EvaluatedAtAverage(stepper, problem.model)
+    average = ExponentialAverage(0.9)
+    return AveragedStepper(NewtonKrylov.for_batches(problem.parameters, forcing=forcing, average=average))
 
 
 _IMSTEP = OptimizerSpec(

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
 
 from benchmarks.suite.__main__ import pack, page, unpack
+from imstep import methods
 from imstep.bench import ENTRIES, Entry, Range, peers, work
 from imstep.bench.entries import FULL, entries_of, entry_of
 from imstep.bench.entry import ACCURACY, TRAIN
@@ -32,11 +33,14 @@ from imstep.bench.summary import Duel, summarise
 from imstep.bench.sweep import sweeps
 from imstep.bench.work import Apart, Job, perform
 from imstep.cli import app
+from imstep.curvature import StructuralDamping
+from imstep.globalization import LevenbergMarquardt
 from imstep.runs.optimizers import OptimizerError
 from imstep.runs.rows import TrainingError
 from imstep.runs.rundir import RunDirectoryError
 from imstep.runs.seconds import Seconds
 from imstep.tasks import Batch, TaskError, get_task
+from imstep.tasks.suite import recurrent
 
 SMALL = Entry("digits-mlp", budget=2.0, examples=20, sides=("adamw",))
 
@@ -227,13 +231,14 @@ def test_a_program_that_takes_more_threads_is_told_so(tmp_path: Path) -> None:
 def test_the_usual_list_is_short_and_the_full_one_is_at_least_as_long() -> None:
     hours = lambda entry, trials: sum(estimate(entry, side, trials=trials) for side in entry.contestants()) / 3600
     usual = {name: hours(entry, 4) for name, entry in ENTRIES.items()}
-    assert max(usual.values()) < 1.55
+    assert max(usual.values()) < 2.1
     assert sum(usual.values()) < 35
     for name, entry in ENTRIES.items():
         full = FULL[name]
         assert hours(full, FULL_TRIALS) >= usual[name]
-        assert [s.name for s in full.contestants()] == [s.name for s in entry.contestants()]
+        assert {s.name for s in full.contestants()} >= {s.name for s in entry.contestants()}
         assert (full.measure, full.target, full.decay) == (entry.measure, entry.target, entry.decay)
+        assert (full.ours, full.until_solved) == (entry.ours, entry.until_solved)
         assert (full.examples or 10**9) >= (entry.examples or 10**9)
     assert entry_of("fashion-resnet20") is FULL["fashion-resnet20"]
     assert entry_of("wave").budget < entry_of("wave", full=True).budget
@@ -426,11 +431,42 @@ def test_recurrent_networks_begin_otherwise_or_have_other_cells() -> None:
         SIDES["lstm-adam"].spec.create(get_task("digits-mlp").build(examples=2))
 
 
+def test_published_methods_damp_hidden_states_too() -> None:
+    one, two = (recurrent.addition(24).build(0, examples=8) for _ in range(2))
+    result = SIDES["kfac"].spec.create(one, structural=5.0).step(one, one.train)
+    optimizer = methods.kfac(two.parameters, damping=LevenbergMarquardt(initial=1.0, factor=1.2))
+    optimizer.step(StructuralDamping(*two.states, weight=5.0)(two.closure(two.train)))
+    assert result.new_loss == optimizer.last_step.new_loss
+    for entry in entries_of("*-80"):
+        tuned = [side.name for side in entry.contestants() if "structural" in entry.ranges_of(side)]
+        assert tuned == [OWN, "hessian-free"]
+
+
 def test_the_best_trial_is_chosen() -> None:
     entry, side = SMALL, SIDES["adamw"]
     jobs = trials_of(entry, side, 3)
     tried = [made_up("adamw", losses, 1.0) for losses in ([1.0, 0.5], [1.0, float("nan")], [1.0, 0.2])]
     assert chosen(entry, tried, jobs) == jobs[2].options
+    # Where runs end at the target, who was there first counts; else the least held-out loss, not the luckiest answers.
+    ends = replace(entry, measure=ACCURACY, target=0.9, until_solved=True)
+    figures = {"a": [(5, 1.0, 0.5), (9, 0.2, 0.95)], "b": [(5, 1.0, 0.5), (7, 0.3, 0.91)], "c": [(5, 0.9, 0.6)]}
+    columns = ("cost", "heldout", "heldout_metric")
+    runs = {name: BenchRun({"columns": columns, "curve": curve}) for name, curve in figures.items()}
+    assert chosen(ends, [runs[name] for name in "abc"], jobs) == jobs[1].options
+    assert chosen(ends, [BenchRun({"columns": columns, "curve": [(5, loss, share)]}) for loss, share in
+                         ((0.4, 0.5), (0.5, 0.7), (0.45, 0.6))], jobs) == jobs[0].options
+
+
+def test_a_run_may_end_where_it_has_solved_its_task() -> None:
+    entry = Entry("digits-mlp", budget=200.0, examples=20, target=2.0, until_solved=True, sides=("adamw",))
+    job = Job(entry, "adamw", "adamw", "seed-0", {"lr": 1e-2}, 0, entry.limits)
+    record = perform(job)
+    assert record["ending"] == work.SOLVED
+    *before, last = (BenchRun(record).points[k]["train"] for k in range(len(record["curve"])))
+    assert last <= 2.0 < min(before)
+    assert record["curve"][-1][0] < 200
+    assert record["request"]["until"] == 2.0
+    assert "until" not in replace(job, entry=replace(entry, until_solved=False)).request
 
 
 def test_a_refusal_is_a_result() -> None:

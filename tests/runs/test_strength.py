@@ -18,9 +18,10 @@ from benchmarks.strength.run import KEPT_POINTS, StrengthRun, describe, thinned
 from benchmarks.strength.table import verdicts
 from benchmarks.strength.tasks import TASKS
 from imstep.bench.averaging import EvaluatedAtAverage
-from imstep.runs.optimizers import get_optimizer
+from imstep.runs.optimizers import StepResult, get_optimizer
 from imstep.runs.records import Point
-from imstep.tasks import get_task
+from imstep.runs.steppers import GradientStepper
+from imstep.tasks import AnyBatch, Problem, get_task
 
 
 def made(side: str, seed: int, losses: list[float], seconds: float = 1.0) -> Any:
@@ -128,3 +129,19 @@ def test_what_is_evaluated_is_the_average_of_the_iterates() -> None:
     with stepper.evaluating():
         torch.testing.assert_close(weight.detach(), iterates[0] / 4 + iterates[1] / 4 + iterates[2] / 2)
     assert torch.equal(weight.detach(), iterates[2])
+
+
+def test_an_average_reaches_back_over_gradients_not_steps() -> None:
+    class Dear(GradientStepper):
+        def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
+            return replace(super().step(problem, batch), cost=2.0)
+
+    problem = get_task("digits-mlp").build(0, examples=60)
+    weight = problem.parameters[0]
+    stepper = EvaluatedAtAverage(Dear(torch.optim.SGD(problem.parameters, 0.1)), problem.model, decay=0.5)
+    iterates = []
+    for batch in problem.batches(0, 20):
+        stepper.step(problem, batch)
+        iterates.append(weight.detach().clone())
+    with stepper.evaluating():
+        torch.testing.assert_close(weight.detach(), (iterates[0] + 3 * iterates[1] + 12 * iterates[2]) / 16)

@@ -155,6 +155,20 @@ def test_sequences_hold_their_answers() -> None:
         recurrent.addition(10)
 
 
+def test_states_do_not_forget_what_was_long_ago() -> None:
+    """At the start, over 150 steps: what is the same at all times, the mean of numbers, would make them do so."""
+    problem = recurrent.addition(150).build(1, examples=30)
+    told = problem.train.inputs
+    others = told.clone()
+    others[:, :15] = told.flip(0)[:, :15]
+    torch.testing.assert_close(problem.model.mean, told.mean((0, 1)))
+    last = lambda sequences, mean: problem.model.layer(sequences - mean)[0][:, -1].detach()
+    apart = lambda mean: float((last(told, mean) - last(others, mean)).norm(dim=1).mean())
+    assert apart(told.mean((0, 1))) > 0.5
+    assert apart(torch.zeros(2)) < 0.01
+    torch.testing.assert_close(problem.model(told), problem.model.readout(last(told, told.mean((0, 1)))))
+
+
 def test_structural_damping_is_of_the_states_that_a_task_names() -> None:
     problem = recurrent.addition(24).build(0, examples=8)
     same = recurrent.addition(24).build(0, examples=8)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from imstep.runs.steppers import Stepper, StepResult
 from imstep.tasks import AnyBatch, Problem
@@ -26,17 +27,19 @@ def cosine(done: float) -> float:
 
 
 class EvaluatedAtAverage(Stepper):
-    """Another stepper's steps; what is evaluated is PyTorch's exponential average of the parameters.
+    """Another stepper's steps; what is evaluated is an exponential average of the parameters.
 
     Args:
         stepper: makes the steps.
         model: whose parameters it moves.
-        decay: weight of the past, in [0, 1).
+        decay: weight of the past after a step that took one gradient, in [0, 1); after one of k it is that to the power
+            of k, so that averages reach back equally far whatever steps take. The first steps count evenly.
     """
 
-    def __init__(self, stepper: Stepper, model: nn.Module, decay: float = 0.9) -> None:
-        self._stepper, self._model = stepper, model
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    def __init__(self, stepper: Stepper, model: nn.Module, decay: float) -> None:
+        self._stepper, self._model, self._decay = stepper, model, decay
+        self._steps, self._share = 0, 1.0
+        self._average = AveragedModel(model, multi_avg_fn=self._take)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -44,8 +47,13 @@ class EvaluatedAtAverage(Stepper):
 
     def step(self, problem: Problem, batch: AnyBatch) -> StepResult:
         result = self._stepper.step(problem, batch)
+        self._steps += 1
+        self._share = max(1 - self._decay**result.cost, 1 / self._steps)
         self._average.update_parameters(self._model)
         return result
+
+    def _take(self, average: Any, parameters: Any, count: Any) -> None:
+        torch._foreach_lerp_(average, parameters, self._share)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -51,19 +51,19 @@ def _known(full: bool) -> dict[str, Entry]:
 
 _CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
 _SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
-_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "kfac", "hessian-free", "lstm-adam")
-_STATES = Range(0.1, 10.0)
-"""Weights of the damping of hidden states, for our side: it has as many trials as the others."""
+_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "hessian-free", "lstm-adam")
+_STATES = Range(0.3, 30.0)
+"""Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
 _SWEEP = ("adamw", "muon", "soap")
-_LONG = ("addition-80", "multiplication-80", "temporal-order-80", "memory-20bit-80")
-_LONGER = ("addition-150", "multiplication-150")
+_LONG = ("addition-150", "multiplication-150")
 
 
-def _recurrent(task: str, gradient: float, budget: float, batch_size: int | None = 100) -> Entry:
+def _recurrent(task: str, gradient: float, budget: float, trial: float, batch_size: int | None = 100) -> Entry:
     """1,000 sequences an epoch, drawn anew; that of 32 known ones by the full batch."""
     return Entry(
-        task, budget=budget, trial=budget / 4, batch_size=batch_size, measure=WRONG, target=0.01, sides=_RECURRENT,
-        ranges={OWN: {"structural": _STATES}}, gradient=gradient,
+        task, budget=budget, trial=trial, batch_size=batch_size, measure=WRONG, target=0.01, until_solved=True,
+        ours="newton-krylov", sides=_RECURRENT, gradient=gradient,
+        ranges={side: {"structural": _STATES} for side in (OWN, "kfac", "hessian-free")},
     )  # fmt: skip
 
 
@@ -116,9 +116,11 @@ _ALL = (
     Entry("wave", budget=1500, target=1e-4, gradient=0.02),
     Entry("curves-autoencoder", budget=80, trial=20, batch_size=500, examples=5000, gradient=0.6),
     Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
-    *(_recurrent(task, 0.3, 160) for task in _LONG),
-    *(_recurrent(task, 0.6, 80) for task in _LONGER),
-    _recurrent("memory-5bit-200", 0.06, 600, None),
+    _recurrent("addition-80", 0.25, 350, 45),
+    _recurrent("multiplication-80", 0.25, 350, 45),
+    _recurrent("temporal-order-80", 0.25, 150, 40),
+    _recurrent("memory-20bit-80", 0.3, 200, 45),
+    _recurrent("memory-5bit-200", 0.06, 800, 150, None),
     Entry(
         "silverbox", budget=1200, trial=400, ours="least-squares", target=1.1e-4, dtype="float64", sides=_SYSTEMS,
         gradient=0.06,
@@ -141,7 +143,7 @@ _ALL = (
     Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The entries of the bench by name, each about an hour and a half at most."""
+"""The entries of the bench by name, each about two hours at most."""
 
 
 def _longer(label: str, **fields: Any) -> Entry:
@@ -154,7 +156,10 @@ _AT_LENGTH = (
     _longer("wave", budget=2000),
     _longer("curves-autoencoder", budget=100, trial=50, batch_size=2000, examples=None, gradient=2.5),
     _longer("curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
-    *(_longer(task, budget=600, trial=150) for task in (*_LONG, *_LONGER)),
+    *(
+        replace(entry, budget=max(600, 2 * entry.budget), trial=150, sides=(*_RECURRENT, "kfac"))
+        for entry in (*(e for e in _ALL if e.until_solved), *(_recurrent(task, 0.5, 300, 150) for task in _LONG))
+    ),
     _longer("silverbox", budget=1500, trial=500),
     _longer("picture-sines", seconds=120, trial=150),
     _longer("picture-fourier", seconds=120, trial=150),

@@ -63,6 +63,7 @@ class Entry:
         batch_size: examples a step; None for the full batch. With mini-batches all are evaluated at averages.
         measure: what tuning chooses by and tables read.
         target: of the measure, that counts as solved; None for the best that both our side and a peer reach.
+        until_solved: whether a run or trial of anybody ends where it reaches the target, having nothing more to show.
         decay: whether weight decay is tuned, for all.
         ours: `newton-krylov`, `least-squares` or `newton-krylov-batches`; None for what the task's structure says.
         sides: the peers.
@@ -87,6 +88,7 @@ class Entry:
     batch_size: int | None = None
     measure: Measure = TRAIN
     target: float | None = None
+    until_solved: bool = False
     decay: bool = False
     ours: str | None = None
     sides: tuple[str, ...] = USUAL
@@ -107,6 +109,11 @@ class Entry:
     def level(self) -> float | None:
         """The target as `Measure.value` would give it, so that less is better; None without one."""
         return None if self.target is None else self.measure.shown(self.target)
+
+    @property
+    def ending(self) -> float:
+        """The figure, less being better, at which a run ends; minus infinity for none."""
+        return self.level if self.until_solved and self.level is not None else -math.inf
 
     @property
     def limits(self) -> Limits:

@@ -116,7 +116,8 @@ def _damped(
     method: Callable[..., Any], factor: float, problem: Problem, options: Mapping[str, float]
 ) -> Stepper:
     damping = LevenbergMarquardt(initial=options["damping"], factor=factor)
-    return StepwiseStepper(method(problem.parameters, damping=damping, weight_decay=options["weight_decay"]))
+    optimizer = method(problem.parameters, damping=damping, weight_decay=options["weight_decay"])
+    return StepwiseStepper(optimizer, structural=options["structural"])
 
 
 MUON = OptimizerSpec(
@@ -124,11 +125,11 @@ MUON = OptimizerSpec(
 )
 KFAC = OptimizerSpec(
     "kfac", "K-FAC alone (imstep.methods)", "Steps of Kronecker factors, rescaled by the exact model.",
-    partial(_damped, methods.kfac, 1.2), {"damping": 1.0, "weight_decay": 0.0},
+    partial(_damped, methods.kfac, 1.2), {"damping": 1.0, "weight_decay": 0.0, "structural": 0.0},
 )  # fmt: skip
 HESSIAN_FREE = OptimizerSpec(
     "hessian-free", "Hessian-free (imstep.methods)", "Martens 2010.",
-    partial(_damped, methods.hessian_free, 1.5), {"damping": 1e-2, "weight_decay": 0.0},
+    partial(_damped, methods.hessian_free, 1.5), {"damping": 1e-2, "weight_decay": 0.0, "structural": 0.0},
 )  # fmt: skip
 ADAM_LBFGS = OptimizerSpec(
     "adam-lbfgs", "Adam, then L-BFGS", "Some steps of Adam, then torch's L-BFGS with the strong Wolfe search.",

@@ -117,6 +117,7 @@ def _page(request: BenchRequest, summary: Summary, tuning: Results, runs: Result
     batch = "full batch" if entry.batch_size is None else f"batches of {entry.batch_size}"
     limit = f"{entry.budget:g} gradient-equivalents" if entry.seconds is None else f"{entry.seconds:g} s"
     told = f"{batch[0].upper()}{batch[1:]}, {limit} a run, {entry.dtype}. Judged by {entry.measure.title}."
+    told += f" A run that has reached {short(entry.target)} ends." if entry.until_solved and entry.target else ""
     lead = f"{task.description} {told}"
     every = [run for rows in (*tuning.values(), *runs.values()) for run in rows]
     parts = [

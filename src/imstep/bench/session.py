@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from imstep.bench.entry import Entry
+from imstep.bench.entry import HELDOUT, Entry
 from imstep.bench.progress import BenchProgress
 from imstep.bench.sides import Options, Side
 from imstep.bench.store import BenchRun, Store
@@ -86,10 +86,16 @@ def _job(entry: Entry, side: Side, kind: str, options: Options, seed: int) -> Jo
 
 
 def chosen(entry: Entry, tried: Sequence[BenchRun], jobs: Sequence[Job]) -> Options:
-    """The options of the trial whose measure came lowest; of none if there was nothing to tune."""
+    """The options of the trial whose measure came lowest; of none if there was nothing to tune.
+
+    Where runs end at the target, of the one that was there first: what comes below it is chance. If none was, of the
+    least held-out loss, since answers are as wrong as ever until a loss has long begun to fall.
+    """
     if not jobs:
         return {}
-    best = min(range(len(jobs)), key=lambda k: (tried[k].best(entry.measure), k))
+    measure = HELDOUT if entry.until_solved else entry.measure
+    costs = [run.to_reach(entry.measure, entry.ending, "cost") for run in tried]
+    best = min(range(len(jobs)), key=lambda k: (costs[k], tried[k].best(measure), k))
     return jobs[best].options
 
 

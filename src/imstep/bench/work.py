@@ -24,6 +24,7 @@ from imstep.runs.records import finite
 from imstep.runs.rows import Clock, EvaluationRow, Limits, Schedule, TrainingError
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import hashes
+from imstep.runs.steppers import AveragedStepper
 from imstep.runs.suitability import REFUSALS
 from imstep.tasks import DataNotFoundError, find_task, get_task
 
@@ -34,9 +35,10 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 """How processes begin: where there is such a thing, from a server that has imported torch and computed nothing."""
 
 AVERAGE = 0.98
-"""Of peers with mini-batches, whose steps are a gradient: about 50 gradients, as are our ten steps."""
+"""With mini-batches: over about 50 gradients, as are ten steps of our configuration for them, which averages itself."""
 COLUMNS = ("cost", "seconds", "step", "epoch", "train", "heldout", "train_metric", "heldout_metric")
 LOOKS, TRIAL_LOOKS = 60, 12
+SOLVED = "target reached"
 
 Tell = Callable[[float, float], None]
 """Told how much of a run is done, 0 to 1, and its training loss."""
@@ -86,12 +88,13 @@ class Job:
     def request(self) -> dict[str, Any]:
         """All that decides the result, JSON-able: an earlier run by the same request need not be made again."""
         entry, side = self.entry, self.contestant
+        until = {"until": entry.level} if entry.until_solved else {}
         return {
             "task": entry.task, "side": self.side, "optimizer": self.optimizer,
             "options": {**side.fixed, **self.options}, "cosine": side.cosine, "seed": self.seed,
             "limits": {k: v for k, v in asdict(self.limits).items() if v is not None},
             "batch_size": entry.batch_size, "examples": entry.examples, "dtype": entry.dtype,
-            "files": _digests(entry.task), "clock": entry.clock.value,
+            "files": _digests(entry.task), "clock": entry.clock.value, **until,
         }  # fmt: skip
 
 
@@ -114,12 +117,12 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
         problem = get_task(entry.task).build(job.seed, dtype=torch_dtype(entry.dtype), examples=entry.examples)
     except DataNotFoundError as error:
         raise AbsentError(str(error)) from error
-    points: list[EvaluationRow] = []
-    trainer = None
+    points: list[list[float | None]] = []
+    trainer, ending = None, ""
     try:
         stepper = side.spec.create(problem, **{**side.fixed, **job.options})
         groups = [(group, group["lr"]) for group in stepper.optimizer.param_groups if "lr" in group]
-        if entry.batch_size is not None and job.side != OWN:
+        if entry.batch_size is not None and not isinstance(stepper, AveragedStepper):
             stepper = EvaluatedAtAverage(stepper, problem.model, AVERAGE)
         looks = TRIAL_LOOKS if job.trial else LOOKS
         trainer = Trainer(
@@ -129,21 +132,23 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
         for row in trainer.run(job.limits):
             done = _done(trainer, job.limits)
             if isinstance(row, EvaluationRow):
-                points.append(row)
+                points.append(_point(row))
                 tell(done, row.train_loss)
+                if entry.measure.value(dict(zip(COLUMNS, points[-1], strict=True))) <= entry.ending:
+                    ending = SOLVED
+                    break
             elif side.cosine:
                 for group, rate in groups:
                     group["lr"] = rate * cosine(done)
-        ending = trainer.ending.message if trainer.ending else ""
+        ending = trainer.ending.message if trainer.ending else ending
     except REFUSALS as error:
         ending = f"refused: {error}"
     except (ArithmeticError, RuntimeError) as error:  # a side that fails within its run has a result, too
         ending = f"failed: {type(error).__name__}: {error}".split("\n")[0]
-    curve = [_point(row) for row in points]
     totals = None if trainer is None else trainer.totals
     return finite({
         "format": FORMAT, "entry": entry.label, "kind": job.kind, "request": job.request, "ending": ending,
-        "columns": COLUMNS, "curve": curve, "parameters": problem.size,
+        "columns": COLUMNS, "curve": points, "parameters": problem.size,
         "steps": totals.steps if totals else 0, "products": totals.products if totals else 0,
         "statuses": dict(totals.statuses) if totals else {}, "about": about,
     })  # fmt: skip

@@ -37,7 +37,7 @@ Redraw = Callable[[int, int], Batch]
 
 
 class Recurrent(nn.Module):
-    """A layer of tanh units and a linear readout of their states.
+    """A layer of tanh units that takes inputs less their mean, and a linear readout of its states.
 
     Args:
         inputs, outputs: channels in and out.
@@ -49,11 +49,14 @@ class Recurrent(nn.Module):
     weights 0.1 times, biases zero.
     """
 
+    mean: Tensor
+
     def __init__(self, inputs: int, outputs: int, *, every: bool, scale: float = SCALE) -> None:
         super().__init__()
         self.layer = nn.RNN(inputs, UNITS, batch_first=True)
         self.readout = nn.Linear(UNITS, outputs)
         self.every = every
+        self.register_buffer("mean", torch.zeros(inputs))
         with torch.no_grad():
             kept = torch.rand(UNITS, UNITS).argsort(1) < INCOMING
             recurrent = torch.randn(UNITS, UNITS) * kept
@@ -65,14 +68,18 @@ class Recurrent(nn.Module):
             own["weight_ih_l0"].mul_(scale / SCALE)
 
     def forward(self, sequences: Tensor) -> Tensor:
-        states = self.layer(sequences)[0]
+        states = self.layer(sequences - self.mean)[0]
         return self.readout(states).transpose(1, 2) if self.every else self.readout(states[:, -1])
 
 
 def _begin(model: Recurrent, train: Batch) -> None:
-    """Let the readout say, before anything is known, the mean of the targets, or how often each letter comes."""
+    """Let the readout say, before anything is known, the mean of the targets, or how often each letter comes.
+
+    The mean of inputs is taken away: what is the same at all times drives states to where they forget.
+    """
     targets, bias = train.targets, model.readout.bias
     with torch.no_grad():
+        model.mean.copy_(train.inputs.mean((0, 1)))
         if targets.is_floating_point():
             bias.copy_(targets.mean(0))
         else:

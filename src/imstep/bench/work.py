@@ -88,13 +88,15 @@ class Job:
     def request(self) -> dict[str, Any]:
         """All that decides the result, JSON-able: an earlier run by the same request need not be made again."""
         entry, side = self.entry, self.contestant
-        until = {"until": entry.level} if entry.until_solved else {}
+        rules: dict[str, Any] = {"until": entry.level} if entry.until_solved else {}
+        if entry.batch_size is not None:
+            rules["average"] = AVERAGE
         return {
             "task": entry.task, "side": self.side, "optimizer": self.optimizer,
             "options": {**side.fixed, **self.options}, "cosine": side.cosine, "seed": self.seed,
             "limits": {k: v for k, v in asdict(self.limits).items() if v is not None},
             "batch_size": entry.batch_size, "examples": entry.examples, "dtype": entry.dtype,
-            "files": _digests(entry.task), "clock": entry.clock.value, **until,
+            "files": _digests(entry.task), "clock": entry.clock.value, **rules,
         }  # fmt: skip
 
 

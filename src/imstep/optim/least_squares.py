@@ -66,8 +66,8 @@ class LeastSquares(StepwiseOptimizer):
         scaling: the D of a damping λ‖D d‖²: :class:`Unscaled`, D = 1, or :class:`ColumnNorms`, with which steps do not
             depend on the parameters' units, and for which J is written out.
         box: bounds on the parameters, as one vector; None for none. J is written out.
-        corrections: chord iterations per trial, >= 1; up to 12 where the loss has not fallen by 0.7 of what the first,
-            linear one has promised; 1 for plain Levenberg-Marquardt steps.
+        corrections: chord iterations per trial, >= 1; unless parameters are scaled, up to 12 where the loss has not
+            fallen by 0.7 of what the first, linear one has promised; 1 for plain Levenberg-Marquardt steps.
         share: trace of what the factorisation leaves out of JJᵀ, as a fraction of λ, >= 0.
         momentum: μ, in [0, 1): the step is damped towards μ times the last one, min ‖ρ(w + d)‖² + λ‖d - μ d'‖², for an
             evaluation more; for residuals drawn anew each step. A trial that fails is repeated without.

@@ -9,7 +9,7 @@ from imstep.globalization import ContractionDamping
 from imstep.linalg import Factorisation
 from imstep.optim.balancing import Balancing
 from imstep.optim.recall import EarlierDraws
-from imstep.optim.scaling import Scaling
+from imstep.optim.scaling import Scaling, Unscaled
 
 _MOST = 12
 """Corrections of a step that has come to too little, where it may have more than one."""
@@ -49,5 +49,9 @@ class Settings:
 
     @property
     def most_corrections(self) -> int:
-        """Of a step that comes to too little without: beside a larger λ, and all of a trial anew, they cost little."""
-        return max(self.corrections, _MOST) if self.corrections > 1 else 1
+        """Of a step that comes to too little without: beside a larger λ, and all of a trial anew, they cost little.
+
+        Scaled parameters are those of fits, which begin far away: there a step that has to be saved leads astray.
+        """
+        further = self.corrections > 1 and isinstance(self.scaling, Unscaled)
+        return max(self.corrections, _MOST) if further else self.corrections

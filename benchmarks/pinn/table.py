@@ -42,7 +42,7 @@ def _here(task: RaceTask, runs: Sequence[StrengthRun]) -> str:
     for goal in task.goals:
         seconds = seconds_to(runs, goal.error)
         met = seconds <= (math.inf if goal.seconds is None else goal.seconds) and math.isfinite(seconds)
-        when = f"after {seconds:.2g} s" if math.isfinite(seconds) else f"never in {limit:g} s"
+        when = f"after {_two_digits(seconds)} s" if math.isfinite(seconds) else f"never in {limit:g} s"
         parts.append(f"{goal.text} {when}, {'met' if met else '**missed**'}")
     return "; ".join([*parts, f"at the end {short(final_error(runs))}"]) + _few(runs)
 
@@ -62,11 +62,16 @@ def _ratio(task: RaceTask, record: StrengthRecord) -> str:
     theirs, ours = min(seconds_to(rivals[name], error), task.limit), seconds_to(own, error)
     if theirs == 0:
         return "no rival improved on its start"
-    against = f"{SIDES[name].title}, {short(error)} after {theirs:.2g} s"
+    against = f"{SIDES[name].title}, {short(error)} after {_two_digits(theirs)} s"
     if not math.isfinite(ours):
         return f"**missed**: never ({against})"
     ratio = ours / theirs
     return f"{ratio:.2g}, {'met' if ratio <= SHARE else '**missed**'} ({against})"
+
+
+def _two_digits(seconds: float) -> str:
+    """As in 4.6 and 130."""
+    return f"{float(f'{seconds:.2g}'):g}"
 
 
 def final_error(runs: Sequence[StrengthRun]) -> float:
@@ -96,7 +101,7 @@ def _result(task: RaceTask, name: str, runs: Sequence[StrengthRun]) -> tuple[str
     row += [_text([p.heldout for p in ends], short), _text([p.train for p in ends], short)]
     for goal in task.goals:
         points = [reached(run, goal.error) for run in runs]
-        row.append(_text([p.seconds if p else math.inf for p in points], "{:.2g}".format))
+        row.append(_text([p.seconds if p else math.inf for p in points], _two_digits))
     lowest = [min(run.curve, key=lambda p: p.heldout if p.heldout == p.heldout else math.inf) for run in runs]
     return (*row, _text([p.cost for p in ends], count), _text([p.cost for p in lowest], count))
 

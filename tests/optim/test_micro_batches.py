@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from imstep import LeastSquares, MicroBatches, NewtonKrylov
 from imstep.complexstep.gauss_newton import ConvexLoss
-from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.reduction import SumOverBatches
 from imstep.globalization import (
     Armijo,

@@ -19,7 +19,7 @@ from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
 from imstep.complexstep.steps import Reference
 from imstep.curvature.families import Family, family, is_penalty
-from imstep.curvature.frozen import Linearisation
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised

@@ -15,9 +15,9 @@ from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.cases import Rows, case_matrix, drawn_rows, observed_rows
 from imstep.curvature.families import family
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.gauss_newton import BatchGaussNewton, LossOfOutputs
 from imstep.curvature.likelihoods import Likelihood
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised

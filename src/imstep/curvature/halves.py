@@ -10,7 +10,7 @@ from torch import Tensor
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
-from imstep.curvature.frozen import Linearisation
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator, TapeOperator
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import end_weights

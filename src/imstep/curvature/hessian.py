@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
 from imstep.curvature.evaluation import BatchCurvature, Point
-from imstep.curvature.frozen import Closure, Linearisation
+from imstep.curvature.frozen import Closure
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import PointOperator, SymmetricOperator, TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from imstep.curvature.frozen import Closure, FrozenClosure, Linearisation
+from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.kronecker_blocks import EigenBlock, decomposed, disjoint, squared_cases
 from imstep.curvature.layers import LayerObserver
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.sampling import sample_output_gradients
 from imstep.linalg import KrylovStatus, LinearOperator

@@ -15,11 +15,11 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.dealt import inverse_of, sharing_of
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
 from imstep.curvature.kronecker_inverse import DampedFactors
 from imstep.curvature.kronecker_totals import Totals, found_together
 from imstep.curvature.layers import LayerObserver, LayerUse
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampling import Place, sample_output_gradients

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from imstep.curvature.closure import Closure
 from imstep.curvature.deferred import DeferredLinearisation
-from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.layers import LayerObserver
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty

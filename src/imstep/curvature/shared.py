@@ -10,8 +10,9 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import FrozenClosure, Linearisation
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.halves import HalvedTapeOperator
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty

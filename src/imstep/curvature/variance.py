@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.later import later_grad
-from imstep.curvature.frozen import Linearisation
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.curvature.frozen import Linearisation
 from imstep.curvature.hessian import hessian_of
+from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator, ProgressStall, RelativeResidual, conjugate_gradient

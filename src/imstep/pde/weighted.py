@@ -83,12 +83,12 @@ def weighted_points(
     to = {"dtype": dtype or torch.get_default_dtype(), "device": device or torch.get_default_device()}
     placed = lambda unit: (low + (high - low) * unit).to(**to)
     uniform = lambda rows: torch.rand(rows, len(low), generator=generator, dtype=torch.float64, device="cpu")
-    unit, dimensions = uniform(candidates * count), 2
+    unit = uniform(candidates * count)
     weights = torch.ones_like(unit[:, 0])
-    for round_ in range(1, rounds + 1):
+    for boxes in (*[candidates * count] * (rounds - 1), count):
         sizes, dimensions = sizes_of(residual, placed(unit))
         mass = _masses(sizes.cpu(), weights, power)
-        below, above = _boxes(unit, mass, floor, high > low, count if round_ == rounds else candidates * count)
+        below, above = _boxes(unit, mass, floor, high > low, boxes)
         unit = below + (above - below) * uniform(len(below))
         weights = len(below) * (above - below).prod(1)
     points = placed(unit)

@@ -176,8 +176,8 @@ class Trainer:
             yield self.problem.drawn(epoch, self.seed, self._points.count)
 
     def _seek(self) -> None:
-        """Place the batch iterator at the current step; batches depend on (seed, epoch) and, of points, their number
-        and the model.
+        """Place the batch iterator at the current step; batches depend on (seed, epoch); points on how many, and where
+        the model is.
         """
         epoch, done = divmod(self.totals.steps, self._batches_per_epoch)
         self._batches = itertools.islice(self._epoch_batches(epoch), done, None)

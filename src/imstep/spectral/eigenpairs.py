@@ -113,9 +113,9 @@ def eigenpairs(
 
         ‖A y - θ y‖ <= tol · max |θ|,   the largest magnitude of all θ seen, which is ‖A‖ or a little less
 
-    Once k pairs are found, the search begins anew from a random vector orthogonal to all that it knows, until nothing
-    more wanted turns up: so eigenvalues that are repeated come as often as they occur, unless they are within 1 % of
-    the range of the last one.
+    Once k pairs are found, the search begins anew from a random vector orthogonal to all that it knows well, until
+    nothing more wanted turns up: so eigenvalues that are repeated come as often as they occur, unless they are within
+    1 % of the range of the last one.
 
     Args:
         operator: A, self-adjoint, of size n.
@@ -139,7 +139,7 @@ def eigenpairs(
     Cost: some ten products for each well separated pair, more where eigenvalues crowd; one to two dozen to see that
     none is missed, for each copy of the most frequent eigenvalue; k for the residuals, and k more where rounding has to
     be taken out of them. n products where that is not more, and n more where n <= 1024 products have not been enough.
-    max(50, 5 k) + 3 vectors, fewer where they would fill 2 GiB, but at least 2 k + 11.
+    max(50, 5 k) + 2 vectors, fewer where they would fill 2 GiB, but at least 2 k + 10.
 
     Source: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), 602-616. To look again from a random vector is our own
     choice, and so is the bound on what it can have missed, in the manner of Kuczynski and Wozniakowski, SIAM J. Matrix
@@ -232,8 +232,9 @@ class _Search:
             if float(keys_since.max()) <= self._worst + level:
                 enough = self._since >= _FEWEST and self._nothing_missed(values_since, length, self._worst)
                 return self.space.full or enough
+            # A pair was missed: the search goes on from the Ritz vector that it has a large part in.
             self._worst = None
-            self._go_after_missed(along[:, keys_since.argmax()])
+            self.space.go_on_from(along[:, keys_since.argmax()], self.k)
         elif converged == self.k:
             self._worst, self._since = float(keys[self.k - 1]), 0
             self._look_again(keys, values, coordinates, residuals)
@@ -249,11 +250,6 @@ class _Search:
         known[: self.k], known[self.space.capacity - _AGAIN :] = True, False
         self.space.restart(values[known], coordinates[:, known])
         self.space.begin_anew()
-
-    def _go_after_missed(self, along: Tensor) -> None:
-        """Keep what is found, and go on from the Ritz vector that a missed pair has a large part in."""
-        others = self.space.size - self.k - len(along)
-        self.space.go_on_from(torch.cat([along.new_zeros(others), along]))
 
     def _nothing_missed(self, values: Tensor, length: float, worst: float) -> bool:
         """Whether the steps since would have shown a missed pair, were it as wanted as the last one.

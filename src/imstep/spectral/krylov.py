@@ -127,12 +127,11 @@ class KrylovSpace:
         self._lost += float(self._couplings.abs().max())
         self._begin_randomly()
 
-    def go_on_from(self, coordinates: Tensor) -> None:
-        """Of V leave out the last vectors, but for a combination of them, by its coordinates, to go on from."""
-        self.size -= len(coordinates)
-        left_out = self._basis[self.size : self.size + len(coordinates)]
-        torch.mv(own_entries(left_out).mT, coordinates.to(left_out), out=own_entries(self._ahead))
-        self._couplings = torch.zeros(self.size, dtype=F64)
+    def go_on_from(self, coordinates: Tensor, kept: int) -> None:
+        """Of V keep the first, and go on from a combination of the last, by its coordinates."""
+        last = self._basis[self.size - len(coordinates) : self.size]
+        torch.mv(own_entries(last).mT, coordinates.to(last), out=own_entries(self._ahead))
+        self._couplings, self.size = torch.zeros(kept, dtype=F64), kept
 
     def vectors(self, coordinates: Tensor) -> Tensor:
         """Combinations (l, n) of V, by their coordinates (m, l)."""

@@ -14,11 +14,13 @@ from imstep.linalg import (
     DenseRows,
     Factorisation,
     PivotedCholesky,
+    PivotedQR,
     ScaledRows,
     SketchedFactorisation,
     ThinFactorisation,
     TriangularLeastSquares,
     partial_cholesky,
+    partial_qr,
 )
 from imstep.linalg.triangular import DampedQR
 
@@ -157,8 +159,90 @@ def test_columns_that_only_scale_have_the_same_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ThinFactorisation(values=-1), lambda: SketchedFactorisation(columns=0), lambda: ByShape(memory=-1)]
+    "make",
+    [
+        lambda: ThinFactorisation(values=-1),
+        lambda: SketchedFactorisation(columns=0),
+        lambda: ByShape(memory=-1),
+        lambda: PivotedQR(most=-1),
+    ],
 )
 def test_numbers_out_of_range(make: type[Factorisation]) -> None:
     with pytest.raises(ValueError, match="at least"):
         make()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-14, 1e-22, 1e-27])
+def test_rows_leave_what_the_tolerance_allows(shape: tuple[int, int], tolerance: float) -> None:
+    """Singular values fall by 15 decades, their squares by twice as many; what is left is told to their precision."""
+    J = graded(*shape, decades=15)
+    found = partial_qr(J, tolerance)
+    identity = torch.eye(found.basis.shape[1], dtype=F64)
+    torch.testing.assert_close(found.basis.mT @ found.basis, identity, rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.factor, J @ found.basis, rtol=0, atol=1e-14)
+    left = float((J - found.factor @ found.basis.mT).square().sum())
+    assert found.remainder == pytest.approx(left, rel=1e-2, abs=1e-30)
+    assert left <= tolerance
+    # Not many more than the fewest that could do.
+    values = torch.logspace(0, -15, min(shape), dtype=F64).square()
+    fewest = int((values.flip(0).cumsum(0).flip(0) > tolerance).sum())
+    assert fewest <= found.basis.shape[1] <= 1.4 * fewest + 48
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("damping", [1e-4, 1e-12, 1e-16])
+def test_steps_by_few_rows(shape: tuple[int, int], damping: float) -> None:
+    """In the span of as many rows as λ needs a step is that of longer arithmetic, also where JJᵀ would be rounding."""
+    J = graded(*shape, decades=11)
+    residuals = J @ normal(shape[1], seed=5)
+    space = PivotedQR(most=60).of(DenseRows(J), 1e-6 * damping, draw=0)
+    reduced = space.reduced
+    zeros = torch.zeros(reduced.rank, dtype=F64)
+    u = reduced.solve(residuals, zeros, damping)
+    expected = exact_step(J, residuals, damping)
+    assert reduced.kind == "rows"
+    assert float((space.vector(u) - expected).norm()) < 2e-3 * float(expected.norm())
+    torch.testing.assert_close(reduced.image(u), J @ space.vector(u), rtol=1e-6, atol=1e-12)
+    assert space.project is not None
+    torch.testing.assert_close(space.project(space.vector(u)), u)
+    g = J.mT @ residuals
+    matrix = J.mT @ J + damping * torch.eye(shape[1], dtype=F64)
+    if damping == 1e-4:
+        torch.testing.assert_close(reduced.dual_norm(g, damping), float(g @ torch.linalg.solve(matrix, g)) ** 0.5)
+
+
+def test_rows_end_where_nothing_is_left() -> None:
+    rank_three = normal(200, 3) @ normal(3, 100, seed=1)
+    found = partial_qr(rank_three, 0.0)
+    assert found.basis.shape[1] <= 48
+    torch.testing.assert_close(found.factor @ found.basis.mT, rank_three)
+    nothing = partial_qr(torch.zeros(5, 4, dtype=F64), 0.0)
+    assert (nothing.factor.shape, nothing.basis.shape, nothing.remainder) == ((5, 0), (4, 0), 0.0)
+
+
+def test_an_entry_that_nothing_depends_on_stays_where_it_is() -> None:
+    J = graded(300, 200, decades=12)
+    J[:, [0, 7]] = 0
+    space = PivotedQR(most=200).of(DenseRows(J), 1e-20, draw=0)
+    step = space.vector(space.reduced.solve(normal(300), torch.zeros(space.reduced.rank, dtype=F64), 1e-8))
+    assert not bool(step[[0, 7]].any())
+    assert int((step != 0).sum()) == 198
+
+
+@pytest.mark.parametrize(
+    ("shape", "decades", "bounds", "kind"),
+    [
+        ((400, 300), 20, {"large": 0}, "rows"),
+        ((300, 400), 60, {"large": 0}, "rows"),
+        ((400, 300), 20, {}, "triangular"),  # small, so that all of J takes no time
+        ((400, 300), 0.1, {"large": 0}, "triangular"),  # of which few rows say little
+        ((300, 400), 0.1, {"large": 0}, "dense"),
+        ((130, 400), 20, {"large": 0}, "dense"),  # where few rows would be too few to be worth it
+        ((300, 400), 20, {"large": 0, "memory": 10**6}, "sketch"),  # J does not fit
+    ],
+)
+def test_where_few_rows_are_chosen(shape: tuple[int, int], decades: float, bounds: dict[str, int], kind: str) -> None:
+    J = graded(*shape, decades=decades)
+    tolerance = 1e-15 * float(J.square().sum())
+    assert ByShape(**bounds).of(DenseRows(J), tolerance, draw=0).reduced.kind == kind

@@ -226,7 +226,7 @@ def test_training_at_points_that_stay_is_checked_at_others(redrawn: bool) -> Non
 
 
 def test_a_task_begins_with_fewer_points() -> None:
-    problem = get_task("heat-1d").build(0, examples=60)
+    problem = get_task("poisson-2d").build(0, examples=60)
     assert problem.growing() is None
     few = problem.beginning_with(12)
     points = few.growing()

@@ -5,7 +5,7 @@ from imstep.linalg.blended import blended_conjugate_gradient
 from imstep.linalg.block_bfgs import BlockBFGSPreconditioner
 from imstep.linalg.block_diagonal import BlockDiagonalOperator
 from imstep.linalg.box import box_least_squares
-from imstep.linalg.by_shape import ByShape, SketchedFactorisation, ThinFactorisation
+from imstep.linalg.by_shape import ByShape, PivotedQR, SketchedFactorisation, ThinFactorisation
 from imstep.linalg.cg import conjugate_gradient
 from imstep.linalg.composed import ProductOperator, ScaledOperator, SubmatrixOperator, SumOperator
 from imstep.linalg.conversion import as_operator
@@ -41,6 +41,7 @@ from imstep.linalg.minres import minres
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.partial_qr import RowFactor, RowLeastSquares, partial_qr
 from imstep.linalg.quasi_newton import bfgs_update, self_scaled_update, sr1_update
 from imstep.linalg.rank_one import RankOneOperator
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
@@ -100,6 +101,7 @@ __all__ = [
     "NystromApproximation",
     "NystromPreconditioner",
     "PivotedCholesky",
+    "PivotedQR",
     "ProductBudget",
     "ProductOperator",
     "Progress",
@@ -109,6 +111,8 @@ __all__ = [
     "ReducedLeastSquares",
     "RelativeResidual",
     "RidgeLeastSquares",
+    "RowFactor",
+    "RowLeastSquares",
     "RowMatrix",
     "RowsGram",
     "ScaledOperator",
@@ -143,6 +147,7 @@ __all__ = [
     "minres",
     "nystrom",
     "partial_cholesky",
+    "partial_qr",
     "saddle_free",
     "self_scaled_update",
     "sketched_newton",

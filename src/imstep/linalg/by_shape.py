@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from imstep.linalg.condensed import in_all_rows
 from imstep.linalg.gram import BLOCK, RowMatrix
-from imstep.linalg.gram_factor import LEAST
+from imstep.linalg.gram_factor import FIRST, LEAST
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
 from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.partial_cholesky import partial_cholesky
+from imstep.linalg.partial_qr import RowLeastSquares, partial_qr
 from imstep.linalg.reduced import ReducedLeastSquares
 from imstep.linalg.thin import ThinLeastSquares
 from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
@@ -48,6 +49,55 @@ class ThinFactorisation(Factorisation):
             return in_all_rows(StepSpace(thin, thin.vector), rotation)
         triangular = TriangularLeastSquares(BlockQR(rows.blocks(BLOCK)))
         return in_all_rows(StepSpace(triangular, triangular.vector), rotation)
+
+
+@dataclass(frozen=True)
+class PivotedQR(Factorisation):
+    """Few rows of J, written out, as many as the tolerance asks for, or else all: :func:`partial_qr`.
+
+    What they leave is known to the square of rounding, where columns of J Jᵀ, of which as few would do, are cheaper but
+    soon spoilt. Where few do not do, it is as :class:`ThinFactorisation`, or as :class:`DenseFactorisation` where J has
+    fewer rows than columns.
+
+    Args:
+        most: rows up to which they are few, >= 0; None for :meth:`few`.
+
+    Cost: with k rows 2 N n k to 4 N n k operations, 4 k³/3 for each λ, and up to 2 N n + 6 k² numbers.
+
+    Example:
+        >>> from imstep.linalg import DenseRows
+        >>> J = DenseRows(torch.diag(torch.tensor([1.0, 1e-5, 1e-9])).double())
+        >>> PivotedQR(most=3).of(J, 1e-14, draw=0).reduced.rank
+        2
+    """
+
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < 0:
+            raise ValueError(f"most, a number of rows, is at least 0, got {self.most}.")
+
+    @staticmethod
+    def few(count: int, size: int) -> int:
+        """What costs at most about as much as QR factors of J, (count, size), or J Jᵀ and its Cholesky factor.
+
+        Source: our choice.
+        """
+        return min(size // 2, count**2 // (2 * size)) if size else 0
+
+    def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
+        rows, rotation = jacobian.condensed()
+        most = self.few(*rows.shape) if self.most is None else self.most
+        found = partial_qr(rows.written_out(), tolerance, most=most)
+        if not found.remainder <= tolerance:
+            return whole(jacobian).of(jacobian, tolerance, draw)
+        reduced = RowLeastSquares(found)
+        return in_all_rows(StepSpace(reduced, reduced.vector, lambda d: found.basis.mT @ d), rotation)
+
+
+def whole(jacobian: RowMatrix) -> Factorisation:
+    """All of J Jᵀ, or of J where that has no fewer rows than columns."""
+    return ThinFactorisation() if jacobian.shape[1] <= jacobian.shape[0] else DenseFactorisation()
 
 
 @dataclass(frozen=True)
@@ -91,13 +141,15 @@ class ByShape(Factorisation):
     1. With one side up to ``narrow`` and entries up to ``entries``, as in a fit with few parameters: the singular
        values of J, which tell small steps from rounding: :class:`ThinFactorisation`.
     2. Few columns of J Jᵀ while they do, as by :class:`PivotedCholesky`: no more than make the next ways cheaper.
-    3. All of J Jᵀ where J has fewer rows than columns, :class:`DenseFactorisation`; else the QR factors of J.
-    4. Where that does not fit ``memory``, conjugate gradients that the few columns precondition:
+    3. Few rows of J where rounding has spoilt those columns, :class:`PivotedQR`; of large J, with entries times the
+       shorter side of ``large`` and more.
+    4. All of J Jᵀ where J has fewer rows than columns, :class:`DenseFactorisation`; else the QR factors of J.
+    5. Where that does not fit ``memory``, conjugate gradients that the few columns precondition:
        :class:`SketchedFactorisation`.
 
     Args:
         wide: for all shapes but those of 1; None to go on to 2.
-        narrow, entries: the bounds, >= 0; both are our choice.
+        narrow, entries, large: the bounds, >= 0; they are our choice.
         memory: bytes for all of J Jᵀ, or J written out, and what their factorisation takes beside; >= 0.
 
     Example:
@@ -111,14 +163,14 @@ class ByShape(Factorisation):
     narrow: int = 100
     entries: int = 2**20
     memory: int = 2**31
+    large: int = 2**30
 
     def __post_init__(self) -> None:
         if self.wide is not None and not isinstance(self.wide, Factorisation):
             raise TypeError(f"wide must be a Factorisation, got {self.wide!r}.")
-        if min(self.narrow, self.entries, self.memory) < 0:
-            raise ValueError(
-                f"narrow, entries and memory are at least 0, got {self.narrow}, {self.entries} and {self.memory}."
-            )
+        bounds = {name: getattr(self, name) for name in ("narrow", "entries", "memory", "large")}
+        if min(bounds.values()) < 0:
+            raise ValueError(f"{', '.join(bounds)} are at least 0, got {', '.join(map(str, bounds.values()))}.")
 
     def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
         count, size = jacobian.shape
@@ -130,11 +182,13 @@ class ByShape(Factorisation):
         numbers = 2 * count * size + 6 * size**2 if size <= count else 3 * count**2
         if 8 * numbers > self.memory:
             return SketchedFactorisation().of(jacobian, tolerance, draw)
-        whole: Factorisation = ThinFactorisation() if size <= count else DenseFactorisation()
         if tolerance >= LEAST * jacobian.squared_norm():
             # About what costs as much as QR factors of J, or Cholesky's factorisation of K.
             most = min(round(count / 3), size // 2)
             found = partial_cholesky(jacobian.gram(), tolerance, most=most)
             if found.remainder <= tolerance:
                 return gram_space(jacobian, ReducedLeastSquares(found))
-        return whole.of(jacobian, tolerance, draw)
+        worthwhile = PivotedQR.few(count, size) >= FIRST and count * size * min(count, size) >= self.large
+        few = worthwhile and 16 * count * size <= self.memory
+        return (PivotedQR() if few else whole(jacobian)).of(jacobian, tolerance, draw)
+

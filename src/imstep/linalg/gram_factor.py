@@ -13,7 +13,8 @@ from torch import Tensor
 from imstep.linalg.arguments import check_not_negative
 from imstep.linalg.gram import GramMatrix
 
-_FIRST = 48
+FIRST = 48
+"""Vectors of a first block."""
 _GROWTH = 0.5
 _LEAST = 16
 _MARGIN = 1.15
@@ -81,7 +82,7 @@ def grow(
     left = matrix.diagonal().clamp(min=0)
     remainder = float(left.sum())
     least, size = LEAST / 4 * remainder, matrix.size
-    tolerance, count = max(tolerance, 4 * least), _FIRST
+    tolerance, count = max(tolerance, 4 * least), FIRST
     factor, combination = left.new_zeros(size, 0), left.new_zeros(0, 0)
     while remainder > tolerance and factor.shape[1] < size and len(combination) + min(count, size) <= most:
         new = probe(left, factor, count)
@@ -97,16 +98,23 @@ def grow(
         factor = torch.cat([factor, added], 1)
         left = (left - added.square().sum(1)).clamp_(min=0)
         before, remainder = remainder, float(left.sum())
-        count = max(_FIRST, int(_GROWTH * len(combination)))
-        if tolerance < remainder < before:
-            needed = _needed(before, remainder, len(root), tolerance)
-            if len(combination) + needed > _HOPELESS * most:
-                break
-            count = max(_LEAST, min(count, needed))
+        count = next_block(len(combination), len(root), before, remainder, tolerance, most)
     return factor, combination, remainder
 
 
-def _needed(before: float, after: float, count: int, tolerance: float) -> int:
+def next_block(taken: int, last: int, before: float, after: float, tolerance: float, most: int) -> int:
+    """How many vectors the next block has, after ``taken``, of which the ``last`` few left ``after`` of ``before``.
+
+    At most half of those taken, and no more than are to be expected; more than ``most`` where these are far too many.
+    """
+    count = max(FIRST, int(_GROWTH * taken))
+    if not tolerance < after < before:
+        return count
+    needed = vectors_needed(before, after, last, tolerance)
+    return needed if taken + needed > _HOPELESS * most else max(_LEAST, min(count, needed))
+
+
+def vectors_needed(before: float, after: float, count: int, tolerance: float) -> int:
     """Vectors to the tolerance if each leaves the same fraction of the trace as ``count`` did on average."""
     return math.ceil(_MARGIN * count * math.log(after / tolerance) / math.log(before / after))
 

@@ -14,7 +14,8 @@ from imstep.linalg.gram import GramMatrix
 from imstep.linalg.gram_factor import GramFactor, Probe, grow
 from imstep.linalg.precision import full_precision
 
-_CANDIDATES = 3
+CANDIDATES = 3
+"""For each pivot."""
 _SPOILT = 1e-12  # of the largest diagonal entry: what rounding leaves of the others
 
 
@@ -53,10 +54,10 @@ def partial_cholesky(matrix: GramMatrix, tolerance: float, *, most: int = sys.ma
     chosen = [torch.zeros(0, dtype=torch.long, device=matrix.device)]
 
     def probe(left: Tensor, factor: Tensor, count: int) -> Probe:
-        candidates = _spread(left, _CANDIDATES * count)
+        candidates = spread(left, CANDIDATES * count)
         known = factor[candidates]
         block = matrix.entries(candidates, candidates).addmm_(known, known.mT, alpha=-1)
-        new = candidates[_greedy(block, count)]
+        new = candidates[greedy_pivots(block, count)]
         chosen.append(new)
         return Probe(matrix.columns(new), lambda block: block[new])
 
@@ -64,14 +65,14 @@ def partial_cholesky(matrix: GramMatrix, tolerance: float, *, most: int = sys.ma
     return GramFactor(factor, combination, remainder, torch.cat(chosen)[: len(combination)])
 
 
-def _spread(weights: Tensor, count: int) -> Tensor:
+def spread(weights: Tensor, count: int) -> Tensor:
     """Up to ``count`` different indices at even steps of the cumulated weights."""
     cumulated = weights.cumsum(0)
     steps = (torch.arange(count, dtype=weights.dtype, device=weights.device) + 0.5) / count * cumulated[-1]
     return torch.searchsorted(cumulated, steps).clamp_(max=len(weights) - 1).unique()
 
 
-def _greedy(block: Tensor, count: int) -> Tensor:
+def greedy_pivots(block: Tensor, count: int) -> Tensor:
     """The first pivots, up to ``count``, of a Cholesky factorisation that takes the largest entry of the diagonal."""
     entries: Any = block.cpu().numpy()  # with a fraction of a tensor's overhead for each of many short operations
     left = entries.diagonal().copy()

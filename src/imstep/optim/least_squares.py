@@ -59,10 +59,10 @@ class LeastSquares(StepwiseOptimizer):
         max_step_norm: the longest step ‖w_new - w‖, > 0; None for no bound. λ is raised until steps keep it.
         damping: how λ develops; its ``initial`` is relative to the curvature along the first gradient.
         factorisation: default :class:`~imstep.linalg.ByShape`, the cheapest way for the shape of J and λ, which
-            ``last_step`` tells: few columns of JJᵀ, as by :class:`~imstep.linalg.PivotedCholesky`, or else all, by
-            :class:`~imstep.linalg.DenseFactorisation`; J itself, by :class:`~imstep.linalg.ThinFactorisation`; few
-            columns as a preconditioner, by :class:`~imstep.linalg.SketchedFactorisation`. Also
-            :class:`~imstep.linalg.RandomizedNystrom`.
+            ``last_step`` tells: few columns of JJᵀ, as by :class:`~imstep.linalg.PivotedCholesky`, few rows of J, by
+            :class:`~imstep.linalg.PivotedQR`, or else all of JJᵀ, by :class:`~imstep.linalg.DenseFactorisation`, or of
+            J, by :class:`~imstep.linalg.ThinFactorisation`; few columns as a preconditioner, by
+            :class:`~imstep.linalg.SketchedFactorisation`. Also :class:`~imstep.linalg.RandomizedNystrom`.
         scaling: the D of a damping λ‖D d‖²: :class:`Unscaled`, D = 1, or :class:`ColumnNorms`, with which steps do not
             depend on the parameters' units, and for which J is written out.
         box: bounds on the parameters, as one vector; None for none. J is written out.
@@ -97,8 +97,9 @@ class LeastSquares(StepwiseOptimizer):
     Cost: a step on N residuals takes a forward and one to three backward passes (three to five at first), p columns of
         JJᵀ, about N p² operations, and a forward pass per correction, for which the closure is called or, where its
         operators are known to do, run again without it; p is a few times the number of eigenvalues of JJᵀ
-        above λ. Where that is more than a third of N, or half of the n parameters: with N < n all of JJᵀ, and N³/3
-        operations for each λ, else QR factors of J, 2 N n² operations, and 4 n³/3 for each λ.
+        above λ. Where that is more than a third of N or half of the n parameters, or λ is near the rounding of JJᵀ, k
+        rows of J, 2 N n k to 4 N n k operations, and 4 k³/3 for each λ; where they are too many, with N < n all of
+        JJᵀ, and N³/3 operations for each λ, else QR factors of J, 2 N n² operations, and 4 n³/3 for each λ.
 
     Source: our own, from Levenberg-Marquardt in residual space as for neural quantum states (Chen and Heyl,
         arXiv 2302.01941) and physics-informed networks (Müller and Zeinhofer, arXiv 2302.13163); geodesic acceleration

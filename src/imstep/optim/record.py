@@ -120,8 +120,8 @@ class StepRecord:
         radius, damping: the trust radius and λ that this step used.
         went_back: whether the step before was taken back, for loss or gradient were not finite where it ended; this one
             began where that had begun.
-        factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "singular values" of J, its "triangular"
-            factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
+        factorisation: of a Jacobian: "columns" or all ("dense") of J Jᵀ, "rows" of J, its "singular values" or
+            "triangular" factor, a "sketch", or of a "box"; None if there was none. See docs/residual-space.md.
         rank: how many numbers the step was sought among.
         weights: of the terms of the loss, where they are balanced. ``slope`` to ``taylor_error`` are then of the loss
             with these weights, by which the step is judged; all other losses, and ``gradient_norm``, are without.

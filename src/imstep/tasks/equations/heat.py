@@ -78,6 +78,7 @@ TASKS = (
         partial(mlp, (2, 64, 1)),
         (*_COMMON, Condition("initial", lambda u, x: u(x) - _solution(x), face(SIDES, 1, 0.0), 60)),
         _reference,
+        first=255,
     ),
     PhysicsTask(
         "heat-inverse",

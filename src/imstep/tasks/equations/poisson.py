@@ -73,6 +73,7 @@ TASKS = (
         partial(mlp, (5, 64, 1)),
         _conditions(_cosines, math.pi**2, 5, 3000, 500),
         partial(_at_random, _cosines, 5, False),
+        first=875,
     ),
     PhysicsTask(
         "poisson-5d-wide",
@@ -81,6 +82,7 @@ TASKS = (
         partial(mlp, (5, 64, 64, 48, 48, 1)),
         _conditions(_cosines, math.pi**2, 5, 3000, 500),
         partial(_at_random, _cosines, 5, False),
+        first=875,
     ),
     PhysicsTask(
         "poisson-10d",

@@ -107,6 +107,7 @@ TASKS = (
         partial(mlp, (2, 50, 50, 50, 1)),
         _periodic(_reaction, _logistic, (4000, 257, 101)),
         partial(_reference, _logistic, PERIODIC_SIDES),
+        first=1090,
     ),
     PhysicsTask(
         "wave",

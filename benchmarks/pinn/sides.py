@@ -11,7 +11,7 @@ from benchmarks.pinn.spring import Spring, SpringStepper
 from benchmarks.strength.peers import PEERS, cosine
 from benchmarks.strength.sides import Options, Side
 from imstep import LeastSquares, methods
-from imstep.optim import EarlierDraws
+from imstep.optim import EarlierDraws, EqualTraces
 from imstep.optim.preconditioning import SelfScaledBroyden
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.runs.steppers import CheckedStepper, GradientStepper, Stepper, StepwiseStepper
@@ -29,6 +29,10 @@ def _least_squares(problem: Problem, options: Options) -> Stepper:
 
 def _recalling(problem: Problem, options: Options) -> Stepper:
     return CheckedStepper(LeastSquares(problem.parameters, recall=EarlierDraws()))
+
+
+def _balanced(problem: Problem, options: Options) -> Stepper:
+    return CheckedStepper(LeastSquares(problem.parameters, balance=EqualTraces()))
 
 
 def _adam(problem: Problem, options: Options) -> Stepper:
@@ -74,6 +78,14 @@ _ALL = (
         "imstep, recall",
         OptimizerSpec(
             "imstep-recall", "imstep, recall", "LeastSquares which recalls the points of earlier steps.", _recalling
+        ),
+        ({},),
+    ),
+    Side(
+        "imstep-balance",
+        "imstep, balanced",
+        OptimizerSpec(
+            "imstep-balance", "imstep, balanced", "LeastSquares which weighs the terms of the loss anew.", _balanced
         ),
         ({},),
     ),
@@ -139,6 +151,6 @@ _ALL = (
         ),
     ),
 )
-OWN = ("imstep", "imstep-recall")
+OWN = ("imstep", "imstep-recall", "imstep-balance")
 """The sides that are no rivals."""
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}

@@ -122,5 +122,6 @@ TASKS = (
             Condition("boundary", lambda u, x: u(x), boundary(UNIT, [0]), 202),
         ),
         partial(_reference, _string, UNIT),
+        first=1179,
     ),
 )

@@ -116,7 +116,7 @@ _ALL = (
         _least_squares,
         {
             "damping": ContractionDamping().initial,
-            "corrections": 8,
+            "corrections": 4,
             "recall": 0.0,
             "balance": 0.0,
             **shared_options(LeastSquares),

@@ -20,8 +20,8 @@ from imstep.linalg import (
     ByShape,
     DenseFactorisation,
     Factorisation,
-    GramFactorisation,
     PivotedCholesky,
+    PivotedQR,
     RandomizedNystrom,
     SketchedFactorisation,
     ThinFactorisation,
@@ -80,6 +80,7 @@ def dense_corrections(model: nn.Module, damping: float, count: int) -> Tensor:
 WAYS = [
     (ThinFactorisation(), "singular values"),
     (ThinFactorisation(values=0), "triangular"),
+    (PivotedQR(most=16), "rows"),
     (SketchedFactorisation(columns=1), "sketch"),
     (ByShape(narrow=0), "singular values"),
     (ByShape(narrow=0, memory=0), "columns"),
@@ -104,9 +105,12 @@ def test_every_way_takes_the_same_steps(factorisation: Factorisation, kind: str,
     assert (ends[0] - ends[1]).norm() < (5e-2 if kind == "sketch" else 1e-6) * moved
 
 
-@pytest.mark.parametrize("factorisation", [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()], ids=str)
+AMONG_RESIDUALS = [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation(), PivotedQR(most=100)]
+
+
+@pytest.mark.parametrize("factorisation", AMONG_RESIDUALS, ids=str)
 @pytest.mark.parametrize("corrections", [1, 2, 3])
-def test_step_is_that_of_dense_algebra(corrections: int, factorisation: GramFactorisation) -> None:
+def test_step_is_that_of_dense_algebra(corrections: int, factorisation: Factorisation) -> None:
     model = network()
     optimizer = LeastSquares(
         model.parameters(),

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from imstep.curvature import ParameterVector
 from imstep.globalization import ContractionDamping, ExactEstimate, StrongWolfe, TaylorMonitor
-from imstep.linalg import DenseFactorisation, NoiseTest, PivotedCholesky, RandomizedNystrom, ThinFactorisation
+from imstep.linalg import (
+    DenseFactorisation,
+    NoiseTest,
+    PivotedCholesky,
+    PivotedQR,
+    RandomizedNystrom,
+    ThinFactorisation,
+)
 from imstep.optim import (
     Box,
     ColumnNorms,
@@ -363,7 +370,10 @@ def test_groups_whose_rates_differ(hidden: int, options: dict[str, Any]) -> None
     assert losses[0] < 1.1 * losses[1]
 
 
-@pytest.mark.parametrize("factorisation", [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation()])
+FEW = [PivotedCholesky(), RandomizedNystrom(), DenseFactorisation(), PivotedQR(most=30)]
+
+
+@pytest.mark.parametrize("factorisation", FEW)
 @pytest.mark.parametrize("rates", [1e-2, (1e-2, 0.0, 2e-2, 0.0)])
 def test_few_columns_lead_to_the_minimum(factorisation: Any, rates: Rates) -> None:
     """Of a linear fit with more parameters than residuals: the penalty is met beyond the span of few rows, too."""

@@ -244,6 +244,14 @@ def test_a_task_begins_with_fewer_points() -> None:
         dataclasses.replace(problem, redrawn=False).beginning_with(12)
 
 
+@pytest.mark.parametrize(("name", "balance", "weights"), [("wave", -1, 4), ("wave", 0, 0), ("heat-1d", -1, 0)])
+def test_a_task_has_its_conditions_weighed(name: str, balance: float, weights: int) -> None:
+    """Unless the optimizer is told otherwise."""
+    problem = get_task(name).build(0, dtype=F64, examples=40)
+    stepper = get_optimizer("least-squares").create(problem, balance=balance)
+    assert len(stepper.step(problem, next(problem.batches(0))).record["weights"]) == weights
+
+
 def test_surfaces_show_solution_and_network() -> None:
     solution, found = get_task("convection").build(0).surfaces()
     assert len(solution.values) == len(found.values) == 101

@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+_AS_THE_TASK = -1.0
+_BALANCES = {0.0: None, 1.0: EqualTraces(), 2.0: EqualGradients()}
+
+
 def _least_squares(
     problem: Problem, options: Mapping[str, float], process_group: ProcessGroup | None = None
 ) -> Stepper:
@@ -47,13 +51,15 @@ def _least_squares(
     more = shared(LeastSquares, options)
     if options["recall"] != 0:
         more["recall"] = EarlierDraws(options["recall"])
-    if options["balance"] != 0:
-        rule = {1.0: EqualTraces, 2.0: EqualGradients}.get(options["balance"])
-        if rule is None:
-            raise OptimizerError(
-                f"balance is 0 for none, 1 for EqualTraces or 2 for EqualGradients, got {options['balance']:g}."
-            )
-        more["balance"] = rule()
+    # Several processes cannot balance: what a task would have is left out, what is asked for is refused.
+    default = 1.0 if problem.balanced and process_group is None else 0.0
+    chosen = default if options["balance"] == _AS_THE_TASK else options["balance"]
+    if chosen not in _BALANCES:
+        raise OptimizerError(
+            "balance is 0 for none, 1 for EqualTraces, 2 for EqualGradients, or -1 for what the task has, got "
+            f"{options['balance']:g}."
+        )
+    more["balance"] = _BALANCES[chosen]
     more |= {"damping": damping, "corrections": int(options["corrections"]), "process_group": process_group}
     return CheckedStepper(LeastSquares(problem.parameters, **more), process_group)
 
@@ -118,7 +124,7 @@ _ALL = (
             "damping": ContractionDamping().initial,
             "corrections": 4,
             "recall": 0.0,
-            "balance": 0.0,
+            "balance": _AS_THE_TASK,
             **shared_options(LeastSquares),
         },
         full_batch=True,

@@ -151,6 +151,11 @@ class Problem(ABC):
             "out --first-points; for mini-batches of examples there is --batch-size."
         )
 
+    @property
+    def balanced(self) -> bool:
+        """Whether terms of the loss are to be weighed anew in every step, by an optimizer that can."""
+        return False
+
     def growing(self) -> GrowingPoints | None:
         """What says how many points a step has, where that changes in a run; a new one. None for always as many."""
         return None

@@ -118,6 +118,7 @@ class PhysicsProblem(Problem):
         redrawn: whether every step has points of its own; else all have those of `train`.
         first: points of the first steps, in all; they become as many as the conditions say where steps come to hold at
             their own points only (`imstep.optim.GrowingPoints`). None for as many in all steps.
+        balanced: whether optimizers that can weigh the conditions anew in every step (`imstep.optim.EqualTraces`).
         metric: None.
     """
 
@@ -130,6 +131,7 @@ class PhysicsProblem(Problem):
     dtype: torch.dtype
     redrawn: bool = True
     first: int | None = None
+    balanced: bool = False
     metric: Metric | None = None
 
     @property
@@ -245,6 +247,8 @@ class PhysicsTask(Task):
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
         first: points of the first steps, as for the problem, for optimizers whose steps tell when more are needed.
+        balanced: whether the conditions are to be weighed anew in every step, by optimizers that can: where what is given
+            at first or at the boundary is learnt too late else (docs/balancing.md).
 
     Example:
         >>> from imstep import pde
@@ -264,6 +268,7 @@ class PhysicsTask(Task):
     reference: Callable[[], Reference] | None = None
     redrawn: bool = True
     first: int | None = None
+    balanced: bool = False
 
     @property
     def has_batches(self) -> bool:
@@ -292,7 +297,8 @@ class PhysicsTask(Task):
         heldout = other if self.reference is None else self.reference()
         total, own = (sum(c.count for c in of) for of in (conditions, self.conditions))
         first = None if self.first is None else max(1, self.first * total // own)
-        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, self.redrawn, first)
+        settings = self.redrawn, first, self.balanced
+        return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, *settings)
 
 
 def of_all(conditions: Sequence[Condition], count: int) -> tuple[Condition, ...]:

@@ -92,6 +92,7 @@ def _convection_task(name: str, speed: float, counts: tuple[int, int, int]) -> P
         partial(mlp, (2, 50, 50, 50, 50, 1)),
         _periodic(_convection(speed), solution, counts),
         partial(_reference, solution, PERIODIC_SIDES),
+        balanced=True,
     )
 
 
@@ -108,6 +109,7 @@ TASKS = (
         _periodic(_reaction, _logistic, (4000, 257, 101)),
         partial(_reference, _logistic, PERIODIC_SIDES),
         first=1090,
+        balanced=True,
     ),
     PhysicsTask(
         "wave",
@@ -123,5 +125,6 @@ TASKS = (
         ),
         partial(_reference, _string, UNIT),
         first=1179,
+        balanced=True,
     ),
 )

@@ -247,8 +247,8 @@ class PhysicsTask(Task):
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
         first: points of the first steps, as for the problem, for optimizers whose steps tell when more are needed.
-        balanced: whether the conditions are to be weighed anew in every step, by optimizers that can: where what is given
-            at first or at the boundary is learnt too late else (docs/balancing.md).
+        balanced: whether the conditions are to be weighed anew in every step, by optimizers that can: where initial or
+            boundary values are learnt too late else (docs/balancing.md).
 
     Example:
         >>> from imstep import pde

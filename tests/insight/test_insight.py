@@ -240,6 +240,14 @@ def test_saliencies_refuse_what_has_no_meaning() -> None:
     for ask in (lambda: insight.saliencies(saddle), lambda: insight.removal(saddle, [0, 1])):
         with pytest.raises(ValueError, match="not positive definite"):
             ask()
+    # The inverse's diagonal is zero but for rounding, which may be positive.
+    for scale in (1.0, 0.3, 7.0, 1e3):
+        for dtype in (F64, torch.float32):
+            v = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
+            crossed = imstep.Hessian(lambda v=v, scale=scale: scale * v[0] * v[1] + v[2] ** 2, [v])
+            for ask in (lambda H=crossed: insight.saliencies(H), lambda H=crossed: insight.removal(H, [0])):
+                with pytest.raises(ValueError, match="not positive definite"):
+                    ask()
     assert insight.saliencies(saddle, damping=3.0).values.tolist() == pytest.approx([2.5, 0.5])
     with pytest.raises(ValueError, match="named twice"):
         insight.removal(saddle, [0, 0], damping=3.0)

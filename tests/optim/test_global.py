@@ -25,8 +25,8 @@ def arrive(function: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> M
     """A minimum to second order, by PyTorch's derivatives, to which the way led downhill only."""
     result = imstep.minimize(function, start, tol=1e-8, maxiter=steps)
     for record in result.records:
-        # Where two losses may differ by rounding only, slopes decide.
-        assert record.new_loss <= record.loss + 1e-14 * abs(record.loss)
+        # Where two losses may differ by rounding only, slopes decide; residuals are differences of large numbers.
+        assert record.new_loss <= record.loss + 1e-12 * abs(record.loss)
     x = result.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x)
     assert gradient.norm() <= 1.01e-8

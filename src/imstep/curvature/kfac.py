@@ -164,9 +164,8 @@ class EKFAC(KFAC):
 
     Example:
         >>> model, x = nn.Linear(1, 2, bias=False), torch.tensor([[1.0], [2.0]])
-        >>> EKFAC(lambda: model(x).square().mean(), model).to_dense()
-        tensor([[2.5000, 0.0000],
-                [0.0000, 2.5000]])
+        >>> EKFAC(lambda: (model(x) * torch.tensor([1.0, 2.0])).square().mean(), model).to_dense().diagonal()
+        tensor([ 2.5000, 10.0000])
     """
 
     def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:

@@ -101,7 +101,9 @@ def parameter_covariance(
         if m < n:
             right = torch.linalg.svd(J / sizes)[2]
         worst = right[-1] / sizes
-        shown = ", ".join(f"{value:.3g}" for value in (worst / worst.abs().max()).tolist()[:8])
+        worst = worst / worst.abs().max()
+        worst = worst * worst[worst.abs() > 0.5][0].sign()  # a singular vector has no sign of its own
+        shown = ", ".join(f"{value:.3g}" for value in worst.tolist()[:8])
         raise ValueError(
             "the data do not determine the parameters: moving the free ones along "
             f"({shown}{', ...' if n > 8 else ''}) changes no residual. Hold one of them by free=, or measure more."

@@ -87,6 +87,7 @@ def saliencies(
     wanted = wanted if index is None else wanted[torch.as_tensor(index, device=curvature.device)]
     if isinstance(curvature, DiagonalOperator):
         diagonal = 1 / (curvature.diagonal[wanted] + damping)
+        positive = diagonal > 0
     elif index is None and size > _LIMIT:
         raise ValueError(
             f"saliencies of all {size:,} weights take a solve each; up to {_LIMIT:,} are. Pass the index of those in "
@@ -94,8 +95,9 @@ def saliencies(
         )
     else:
         inverse = curvature.inverse(damping, rtol=rtol)
-        diagonal = torch.cat([_columns(inverse, some)[some].diagonal() for some in wanted.split(_CHUNK)])
-    if not bool((diagonal > 0).all()):
+        pairs = [_diagonal(_columns(inverse, some), some) for some in wanted.split(_CHUNK)]
+        diagonal, positive = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    if not bool(positive.all()):
         raise _indefinite(damping)
     return Saliencies(wanted, parameters.get()[wanted] ** 2 / (2 * diagonal), diagonal)
 
@@ -133,7 +135,7 @@ def removal(
     columns = _columns(curvature.inverse(damping, rtol=rtol), wanted)
     inner = columns[wanted].double()
     factor, failed = torch.linalg.cholesky_ex((inner + inner.mT) / 2)
-    if int(failed):
+    if int(failed) or not bool(_diagonal(columns, wanted)[1].all()):
         raise _indefinite(damping)
     weights = own[wanted].double()
     multipliers = torch.cholesky_solve(weights[:, None], factor)[:, 0]
@@ -147,6 +149,12 @@ def _columns(inverse: InverseOperator, index: Tensor) -> Tensor:
     identity = torch.zeros(len(index), inverse.size, dtype=inverse.dtype, device=inverse.device)
     identity[torch.arange(len(index), device=index.device), index] = 1
     return inverse @ identity.mT
+
+
+def _diagonal(columns: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal's entries in columns of the inverse (n, k), and whether they are positive beyond rounding."""
+    diagonal = columns[index].diagonal()
+    return diagonal, diagonal > torch.finfo(columns.dtype).eps * columns.abs().amax(0)
 
 
 def _indefinite(damping: float) -> ValueError:

@@ -65,6 +65,7 @@ class PivotedQR(Factorisation):
     Cost: with k rows 2 N n k to 4 N n k operations, 4 k³/3 for each λ, and up to 2 N n + 6 k² numbers.
 
     Example:
+        >>> import torch
         >>> from imstep.linalg import DenseRows
         >>> J = DenseRows(torch.diag(torch.tensor([1.0, 1e-5, 1e-9])).double())
         >>> PivotedQR(most=3).of(J, 1e-14, draw=0).reduced.rank

@@ -70,10 +70,10 @@ def partial_qr(matrix: Tensor, tolerance: float, *, most: int = sys.maxsize) -> 
     tolerance, count, size = max(tolerance, _LEAST * remainder), FIRST, min(matrix.shape)
     factor, basis, known = matrix[:, :0], matrix.new_zeros(matrix.shape[1], 0), 0
     met = basis.new_zeros(len(basis), dtype=torch.bool)  # an entry that nothing depends on stays where it is
-    while remainder > tolerance and len(basis.mT) < size and len(basis.mT) + min(count, size) <= most:
+    while remainder > tolerance and (taken := len(basis.mT)) < size and min(taken + count, size) <= most:
         index = spread(squares, CANDIDATES * count)
         rows = torch.addmm(left[index], factor[index, known:], basis[:, known:].mT, alpha=-1)
-        pivots = greedy_pivots(rows @ rows.mT, min(count, size - len(basis.mT)))
+        pivots = greedy_pivots(rows @ rows.mT, min(count, size - taken))
         new, met = rows[pivots].mT, met | matrix[index[pivots]].any(0)
         for _ in range(2):  # a small row is orthogonal to the basis only as far as rounding of the whole row allows
             new = torch.linalg.qr(torch.addmm(new, basis, basis.mT @ new, alpha=-1)).Q

@@ -215,7 +215,7 @@ def test_steps_by_few_rows(shape: tuple[int, int], damping: float) -> None:
 def test_rows_end_where_nothing_is_left() -> None:
     rank_three = normal(200, 3) @ normal(3, 100, seed=1)
     found = partial_qr(rank_three, 0.0)
-    assert found.basis.shape[1] <= 48
+    assert found.basis.shape[1] == 3
     torch.testing.assert_close(found.factor @ found.basis.mT, rank_three)
     nothing = partial_qr(torch.zeros(5, 4, dtype=F64), 0.0)
     assert (nothing.factor.shape, nothing.basis.shape, nothing.remainder) == ((5, 0), (4, 0), 0.0)

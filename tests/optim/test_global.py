@@ -18,15 +18,17 @@ F64 = torch.float64
 # Curvatures from 1e-2 to 1e14 at the minimum: rounding alone leaves gradients far above the tolerance.
 BEYOND_PRECISION = {10}
 SMALLEST = {f.number: f for f in reversed(FUNCTIONS) if f.number not in BEYOND_PRECISION}
+# Residuals near 1e-3 are differences of numbers near 1: of their squares' sum rounding leaves 5e-13 at most.
+ROUNDING = {17: 5e-13}
 FROM_AFAR = (1, 2, 4, 5, 7, 8, 9, 12, 13, 14, 16, 20, 22, 23, 25, 30, 35)
 
 
-def arrive(function: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> MinimizeResult:
+def arrive(function: Callable[[Tensor], Tensor], start: Tensor, steps: int, rounding: float = 1e-14) -> MinimizeResult:
     """A minimum to second order, by PyTorch's derivatives, to which the way led downhill only."""
     result = imstep.minimize(function, start, tol=1e-8, maxiter=steps)
     for record in result.records:
-        # Where two losses may differ by rounding only, slopes decide; residuals are differences of large numbers.
-        assert record.new_loss <= record.loss + 1e-12 * abs(record.loss)
+        # Where two losses may differ by rounding only, slopes decide.
+        assert record.new_loss <= record.loss + rounding * abs(record.loss)
     x = result.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x)
     assert gradient.norm() <= 1.01e-8
@@ -43,7 +45,7 @@ def at_a_published_minimum(f: float, function: SumOfSquares) -> bool:
 @pytest.mark.parametrize("number", sorted(SMALLEST))
 def test_more_garbow_hillstrom(number: int) -> None:
     function = SMALLEST[number]
-    result = arrive(function, function.start, 500)
+    result = arrive(function, function.start, 500, ROUNDING.get(number, 1e-14))
     # The trigonometric function has further local minima; this one is well known, too.
     assert at_a_published_minimum(result.fun, function) or (number == 26 and result.fun == pytest.approx(2.79506e-5))
 

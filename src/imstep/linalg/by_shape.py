@@ -91,12 +91,12 @@ class PivotedQR(Factorisation):
         most = self.few(*rows.shape) if self.most is None else self.most
         found = partial_qr(rows.written_out(), tolerance, most=most)
         if not found.remainder <= tolerance:
-            return whole(jacobian).of(jacobian, tolerance, draw)
+            return _whole(jacobian).of(jacobian, tolerance, draw)
         reduced = RowLeastSquares(found)
         return in_all_rows(StepSpace(reduced, reduced.vector, lambda d: found.basis.mT @ d), rotation)
 
 
-def whole(jacobian: RowMatrix) -> Factorisation:
+def _whole(jacobian: RowMatrix) -> Factorisation:
     """All of J Jᵀ, or of J where that has no fewer rows than columns."""
     return ThinFactorisation() if jacobian.shape[1] <= jacobian.shape[0] else DenseFactorisation()
 
@@ -191,5 +191,5 @@ class ByShape(Factorisation):
                 return gram_space(jacobian, ReducedLeastSquares(found))
         worthwhile = PivotedQR.few(count, size) >= FIRST and count * size * min(count, size) >= self.large
         few = worthwhile and 16 * count * size <= self.memory
-        return (PivotedQR() if few else whole(jacobian)).of(jacobian, tolerance, draw)
+        return (PivotedQR() if few else _whole(jacobian)).of(jacobian, tolerance, draw)
 

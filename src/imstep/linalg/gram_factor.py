@@ -110,11 +110,11 @@ def next_block(taken: int, last: int, before: float, after: float, tolerance: fl
     count = max(FIRST, int(_GROWTH * taken))
     if not tolerance < after < before:
         return count
-    needed = vectors_needed(before, after, last, tolerance)
+    needed = _needed(before, after, last, tolerance)
     return needed if taken + needed > _HOPELESS * most else max(_LEAST, min(count, needed))
 
 
-def vectors_needed(before: float, after: float, count: int, tolerance: float) -> int:
+def _needed(before: float, after: float, count: int, tolerance: float) -> int:
     """Vectors to the tolerance if each leaves the same fraction of the trace as ``count`` did on average."""
     return math.ceil(_MARGIN * count * math.log(after / tolerance) / math.log(before / after))
 

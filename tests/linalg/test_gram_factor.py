@@ -276,6 +276,32 @@ def test_takes_few_columns_or_all(rows: Tensor, tolerance: float, few: bool) -> 
     assert reduced.rank <= 50 if few else reduced.rank == 150
 
 
+class CountedGram(DenseGram):
+    """Counts the entries that it is asked for."""
+
+    asked = 0
+
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        found = super().entries(rows, columns)
+        self.asked += found.numel()
+        return found
+
+    def dense(self) -> Tensor:
+        return self.entries(slice(None), torch.arange(self.size))
+
+
+def test_columns_that_did_not_do_are_not_computed_again() -> None:
+    """Where few columns were tried in vain, all of K takes the entries outside them and no more."""
+    rows = rows_with(torch.logspace(0, -1, 200, dtype=F64), 200, 300)
+    K = CountedGram(rows @ rows.T)
+    tried = partial_cholesky(K, 1e-3, most=100).pivots
+    assert tried is not None and len(tried) > 40
+    of_columns, K.asked = K.asked, 0
+    reduced = PivotedCholesky(most=0.5).factorise(K, 1e-3, draw=0)
+    assert K.asked == of_columns + (200 - len(tried)) ** 2
+    torch.testing.assert_close(reduced.inner(torch.eye(200, dtype=F64), torch.eye(200, dtype=F64)), rows @ rows.T)
+
+
 @pytest.mark.parametrize("most", [-0.1, 1.5, float("nan")])
 def test_refuses_a_fraction_out_of_range(most: float) -> None:
     with pytest.raises(ValueError, match="fraction"):

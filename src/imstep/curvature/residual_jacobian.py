@@ -152,6 +152,9 @@ class Gram(GramMatrix):
             part.add_gram(block, rows, columns)
         return block
 
+    def principal(self, index: Tensor) -> Tensor:
+        return self._rows.rows(index).gram().dense()
+
     def dense(self) -> Tensor:
         """K itself, (N, N), computed once: the lower triangle, in chunks of rows that stay in the cache."""
         if self._whole is not None:

@@ -225,6 +225,9 @@ class SharedGram(GramMatrix):
         first, second = place.split([len(rows), len(columns)])
         return self._rows.rows(few).gram().entries(first, second)
 
+    def principal(self, index: Tensor) -> Tensor:
+        return self.dense()[index][:, index]
+
     def dense(self) -> Tensor:
         if self._whole is None:
             self._whole = self._rows.gram_dense()

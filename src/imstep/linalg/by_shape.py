@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imstep.linalg.condensed import in_all_rows
-from imstep.linalg.gram import BLOCK, RowMatrix
+from imstep.linalg.gram import BLOCK, KeptColumns, RowMatrix
 from imstep.linalg.gram_factor import FIRST, LEAST
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
 from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.partial_qr import RowLeastSquares, partial_qr
-from imstep.linalg.reduced import ReducedLeastSquares
+from imstep.linalg.reduced import DenseLeastSquares, ReducedLeastSquares
 from imstep.linalg.thin import ThinLeastSquares
 from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 
@@ -183,13 +183,17 @@ class ByShape(Factorisation):
         numbers = 2 * count * size + 6 * size**2 if size <= count else 3 * count**2
         if 8 * numbers > self.memory:
             return SketchedFactorisation().of(jacobian, tolerance, draw)
+        gram = KeptColumns(jacobian.gram())
         if tolerance >= LEAST * jacobian.squared_norm():
             # About what costs as much as QR factors of J, or Cholesky's factorisation of K.
             most = min(round(count / 3), size // 2)
-            found = partial_cholesky(jacobian.gram(), tolerance, most=most)
+            found = partial_cholesky(gram, tolerance, most=most)
             if found.remainder <= tolerance:
                 return gram_space(jacobian, ReducedLeastSquares(found))
         worthwhile = PivotedQR.few(count, size) >= FIRST and count * size * min(count, size) >= self.large
-        few = worthwhile and 16 * count * size <= self.memory
-        return (PivotedQR() if few else _whole(jacobian)).of(jacobian, tolerance, draw)
+        if worthwhile and 16 * count * size <= self.memory:
+            return PivotedQR().of(jacobian, tolerance, draw)
+        if size <= count:
+            return ThinFactorisation().of(jacobian, tolerance, draw)
+        return gram_space(jacobian, DenseLeastSquares(gram))
 

@@ -30,9 +30,63 @@ class GramMatrix(LinearOperator):
         """K[:, index], (N, k)."""
         return self.entries(slice(None), index)
 
+    def principal(self, index: Tensor) -> Tensor:
+        """K[index, index], (k, k), of different indices."""
+        return self.entries(index, index)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """K itself, (N, N); not to be written to."""
+
+
+class KeptColumns(GramMatrix):
+    """A matrix K whose columns, once computed, are kept, and need not be computed again for the whole of it.
+
+    Args:
+        matrix: K.
+
+    Example:
+        >>> K = KeptColumns(DenseGram(torch.tensor([[2.0, 1.0], [1.0, 3.0]])))
+        >>> _ = K.columns(torch.tensor([1]))
+        >>> K.dense()
+        tensor([[2., 1.],
+                [1., 3.]], dtype=torch.float64)
+    """
+
+    def __init__(self, matrix: GramMatrix) -> None:
+        super().__init__(matrix.size, matrix.dtype, matrix.device)
+        self._matrix = matrix
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._matrix.matvec(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self._matrix.matmat(block)
+
+    def diagonal(self) -> Tensor:
+        return self._matrix.diagonal()
+
+    def entries(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        return self._matrix.entries(rows, columns)
+
+    def columns(self, index: Tensor) -> Tensor:
+        found = self._matrix.columns(index)
+        self._kept.append((index, found))
+        return found
+
+    def dense(self) -> Tensor:
+        if not self._kept:
+            return self._matrix.dense()
+        rest = torch.ones(self.size, dtype=torch.bool, device=self.device)
+        whole = torch.empty(self.size, self.size, dtype=self.dtype, device=self.device)
+        for index, found in self._kept:
+            rest[index] = False
+            whole[:, index] = found
+            whole[index] = found.mT
+        others = rest.nonzero()[:, 0]
+        whole[others[:, None], others] = self._matrix.principal(others)
+        return whole.tril_() + whole.tril(-1).mT
 
 
 class DenseGram(GramMatrix):

@@ -18,7 +18,7 @@ FIRST = 48
 _GROWTH = 0.5
 _LEAST = 16
 _MARGIN = 1.15
-_HOPELESS = 1.5
+_HOPELESS = 1.2
 """Times the vectors that there may be: where the last block foresees more, those before would be for nothing."""
 LEAST = 4e-14
 """Of the trace: what may be left over at least, since cancellation leaves a quarter of it of a column in float64."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.linalg.gram import GramMatrix, RowMatrix
+from imstep.linalg.gram import GramMatrix, KeptColumns, RowMatrix
 from imstep.linalg.gram_nystrom import gram_nystrom
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.reduced import DampedLeastSquares, DenseLeastSquares, GramLeastSquares, ReducedLeastSquares
@@ -88,8 +88,9 @@ class PivotedCholesky(GramFactorisation):
             raise ValueError(f"most is a fraction of all columns, in [0, 1], got {self.most}.")
 
     def factorise(self, matrix: GramMatrix, tolerance: float, draw: int) -> GramLeastSquares:
-        found = partial_cholesky(matrix, tolerance, most=round(self.most * matrix.size))
-        return ReducedLeastSquares(found) if found.remainder <= tolerance else DenseLeastSquares(matrix)
+        kept = KeptColumns(matrix)
+        found = partial_cholesky(kept, tolerance, most=round(self.most * matrix.size))
+        return ReducedLeastSquares(found) if found.remainder <= tolerance else DenseLeastSquares(kept)
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,22 @@ def test_a_task_begins_with_fewer_points() -> None:
         dataclasses.replace(problem, redrawn=False).beginning_with(12)
 
 
+def test_a_task_ends_with_more_points() -> None:
+    """Than its conditions say, where steps hold at their own points only."""
+    task = get_task("poisson-10d")
+    points = task.build(0).growing()
+    assert points is not None
+    assert points.count == len(next(task.build(0).batches(0))) == 150
+    for _ in range(20):
+        points.observe_losses(1.0, 1e-3)
+    assert points.count == 2400
+    assert len(task.build(0).drawn(0, 0, points.count)) == 2400
+    smaller = task.build(0, examples=15)
+    assert smaller.beginning_with(240).growing() is not None
+    with pytest.raises(TaskError, match="1 to 240 points"):
+        smaller.beginning_with(241)
+
+
 @pytest.mark.parametrize(("name", "balance", "weights"), [("wave", -1, 4), ("wave", 0, 0), ("heat-1d", -1, 0)])
 def test_a_task_has_its_conditions_weighed(name: str, balance: float, weights: int) -> None:
     """Unless the optimizer is told otherwise."""

@@ -116,8 +116,9 @@ class PhysicsProblem(Problem):
         other: another, which no step sees.
         dtype: of the points.
         redrawn: whether every step has points of its own; else all have those of `train`.
-        first: points of the first steps, in all; they become as many as the conditions say where steps come to hold at
-            their own points only (`imstep.optim.GrowingPoints`). None for as many in all steps.
+        first: points of the first steps, in all; they become more where steps come to hold at their own points only
+            (`imstep.optim.GrowingPoints`). None for as many as the conditions say.
+        last: points that these become at most. None for as many as the conditions say.
         balanced: whether optimizers that can weigh the conditions anew in every step (`imstep.optim.EqualTraces`).
         metric: None.
     """
@@ -131,6 +132,7 @@ class PhysicsProblem(Problem):
     dtype: torch.dtype
     redrawn: bool = True
     first: int | None = None
+    last: int | None = None
     balanced: bool = False
     metric: Metric | None = None
 
@@ -172,20 +174,29 @@ class PhysicsProblem(Problem):
         yield self._drawn(self.conditions, mix(seed, epoch)) if self.redrawn else self.train
 
     def beginning_with(self, points: int) -> PhysicsProblem:
-        total = sum(c.count for c in self.conditions)
         if not self.redrawn:
             raise TaskError(
                 f"{self.task} keeps its points in all steps, so there can be no more later. Let them be redrawn, or "
                 "leave out the points to begin with."
             )
-        if not 1 <= points <= total:
-            raise TaskError(f"{self.task} can begin with 1 to {total} points, which it has in the end, got {points}.")
+        if not 1 <= points <= self._last:
+            raise TaskError(
+                f"{self.task} can begin with 1 to {self._last} points, which it has in the end, got {points}."
+            )
         return replace(self, first=points)
 
     def growing(self) -> GrowingPoints | None:
-        if self.first is None or not self.redrawn:
+        if (self.first is None and self.last is None) or not self.redrawn:
             return None
-        return GrowingPoints(self.first, largest=sum(c.count for c in self.conditions))
+        return GrowingPoints(self._total if self.first is None else self.first, largest=self._last)
+
+    @property
+    def _total(self) -> int:
+        return sum(c.count for c in self.conditions)
+
+    @property
+    def _last(self) -> int:
+        return self._total if self.last is None else self.last
 
     def drawn(self, epoch: int, seed: int, count: int) -> Points:
         return self._drawn(of_all(self.conditions, count), mix(seed, epoch))
@@ -246,7 +257,8 @@ class PhysicsTask(Task):
         reference: makes the solution to compare with; None where it is not known.
         redrawn: whether every step has points of its own. Fixed points can be fitted by networks that are wrong between
             them (docs/residual-space.md).
-        first: points of the first steps, as for the problem, for optimizers whose steps tell when more are needed.
+        first, last: points of the first steps, and at most of later ones, as for the problem, for optimizers whose
+            steps tell when more are needed.
         balanced: whether the conditions are to be weighed anew in every step, by optimizers that can: where initial or
             boundary values are learnt too late else (docs/balancing.md).
 
@@ -268,6 +280,7 @@ class PhysicsTask(Task):
     reference: Callable[[], Reference] | None = None
     redrawn: bool = True
     first: int | None = None
+    last: int | None = None
     balanced: bool = False
 
     @property
@@ -296,8 +309,8 @@ class PhysicsTask(Task):
         train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
         heldout = other if self.reference is None else self.reference()
         total, own = (sum(c.count for c in of) for of in (conditions, self.conditions))
-        first = None if self.first is None else max(1, self.first * total // own)
-        settings = self.redrawn, first, self.balanced
+        first, last = (None if n is None else max(1, n * total // own) for n in (self.first, self.last))
+        settings = self.redrawn, first, last, self.balanced
         return PhysicsProblem(self.name, model, conditions, heldout, train, other, dtype, *settings)
 
 

@@ -91,5 +91,6 @@ TASKS = (
         partial(mlp, (10, 256, 256, 128, 128, 1)),
         _conditions(_harmonic, 0.0, 10, 100, 50),
         partial(_at_random, _harmonic, 10, True),
+        last=2400,
     ),
 )

@@ -11,7 +11,7 @@ from benchmarks.pinn.spring import Spring, SpringStepper
 from benchmarks.strength.peers import PEERS, cosine
 from benchmarks.strength.sides import Options, Side
 from imstep import LeastSquares, methods
-from imstep.optim import EarlierDraws, EqualTraces
+from imstep.optim import EqualTraces
 from imstep.optim.preconditioning import SelfScaledBroyden
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerSpec
 from imstep.runs.steppers import CheckedStepper, GradientStepper, Stepper, StepwiseStepper
@@ -25,10 +25,6 @@ LARGEST = 8192
 
 def _least_squares(problem: Problem, options: Options) -> Stepper:
     return CheckedStepper(LeastSquares(problem.parameters))
-
-
-def _recalling(problem: Problem, options: Options) -> Stepper:
-    return CheckedStepper(LeastSquares(problem.parameters, recall=EarlierDraws()))
 
 
 def _balanced(problem: Problem, options: Options) -> Stepper:
@@ -71,14 +67,6 @@ _ALL = (
         "imstep",
         "imstep",
         OptimizerSpec("imstep", "imstep", "LeastSquares with its defaults, new points in every step.", _least_squares),
-        ({},),
-    ),
-    Side(
-        "imstep-recall",
-        "imstep, recall",
-        OptimizerSpec(
-            "imstep-recall", "imstep, recall", "LeastSquares which recalls the points of earlier steps.", _recalling
-        ),
         ({},),
     ),
     Side(
@@ -151,6 +139,6 @@ _ALL = (
         ),
     ),
 )
-OWN = ("imstep", "imstep-recall", "imstep-balance")
+OWN = ("imstep", "imstep-balance")
 """The sides that are no rivals."""
 SIDES: dict[str, Side] = {side.name: side for side in _ALL}

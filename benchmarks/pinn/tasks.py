@@ -25,8 +25,6 @@ GRID = 40
 
 EVERYONE = ("imstep", "adam-lbfgs", "soap-cosine", "newton-cg", "broyden", "spring")
 LARGE = tuple(name for name in EVERYONE if name != "broyden")
-RECALL = "imstep-recall"
-"""Where steps were seen to fit their own points at the expense of others."""
 BALANCE = "imstep-balance"
 """Where what is given at first has to travel into the domain."""
 TRAVELLING = (*EVERYONE, BALANCE)
@@ -161,7 +159,7 @@ _ALL = (
         120,
         "SPRING 6.2e-5 in the end; 1e-3 (root mean square) after 31 s (GPU)",
         [Goal(1e-3, 60), Goal(1e-4)],
-        (*LARGE, RECALL),
+        LARGE,
     ),
     _task(
         "poisson-5d-wide",

@@ -51,6 +51,35 @@ def test_points_that_stay_are_fitted_alone_and_it_says_so_once() -> None:
     assert optimizer.last_step.new_loss < 1e-4 < 1e-1 < optimizer.last_step.new_check_loss
 
 
+@pytest.mark.parametrize(("count", "warned"), [(6, True), (30, False)])
+def test_too_few_points_are_warned_of_though_they_are_redrawn(count: int, warned: bool) -> None:
+    u, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = LeastSquares(u.parameters())
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for step in range(60):
+            if step == 25:  # what was found so far is not lost
+                saved, optimizer = optimizer.state_dict(), LeastSquares(u.parameters())
+                optimizer.load_state_dict(saved)
+            optimizer.step(at(u, points(count, generator)))
+    assert [w.category for w in given] == [OverfittingWarning] * warned
+    if warned:
+        assert "too few for 49 parameters" in str(given[0].message)
+        assert given[0].filename == __file__
+
+
+def test_a_problem_that_is_solved_has_points_enough() -> None:
+    """Though each step fits its own alone: the error falls all the same, and then residuals are rounding."""
+    w, generator = nn.Parameter(torch.zeros(5, dtype=F64)), torch.Generator().manual_seed(0)
+    exact, optimizer = torch.arange(5, dtype=F64), LeastSquares([w])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):
+            x = torch.randn(2, 5, generator=generator, dtype=F64)
+            optimizer.step(lambda: (x @ (w - exact)).square().sum())  # noqa: B023
+    assert (w - exact).norm() < 1e-12
+
+
 def test_points_that_are_redrawn_are_not_warned_of() -> None:
     u, generator = network(), torch.Generator().manual_seed(0)
     optimizer, other = LeastSquares(u.parameters()), torch.Generator().manual_seed(1)

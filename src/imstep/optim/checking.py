@@ -1,4 +1,4 @@
-"""The loss at other points than those of the steps: does what a step gains hold there?"""
+"""The loss at other points than those of a step: does what it gains hold there?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.optim.evaluable import failing_as
 from imstep.optim.micro_batches import MicroBatches
+from imstep.optim.recall import new_points
 
 FALL = 4.0
 """By so much the loss at the points of the steps must have fallen since the loss elsewhere last did."""
@@ -27,6 +28,15 @@ GAP = 2.0
 
 PATIENCE = 5
 """Steps for which the loss elsewhere must not have fallen."""
+
+LOOK = 10
+"""Steps after which it is looked whether they have held at the points of the next, where points are drawn anew."""
+
+APART = 100.0
+"""By so much, in the geometric mean, the loss at the points of the next is above that where a step has ended."""
+
+FALLEN = 0.1
+"""Of the loss at new points: what is no more than this has fallen, however far apart those two are."""
 
 
 class OverfittingWarning(UserWarning):
@@ -75,6 +85,50 @@ class CheckHistory:
             f"{loss:.1e}, and the loss at the points of check did not fall by a tenth from {self.least:.1e}: the "
             "network fits these points, and may be wrong between them. Draw new points for every step (outside of the "
             "closure), or more of them. See docs/redrawn-points.md.",
+            OverfittingWarning,
+            stacklevel=_depth(),
+        )
+        return replace(self, warned=True)
+
+
+@dataclass(frozen=True)
+class DrawHistory:
+    """How steps have held at the points of the next ones, where these are drawn anew.
+
+    Attributes:
+        steps: of the present look.
+        apart: Σ log(loss at new points / loss where the step before has ended at its own) over these.
+        first: the loss at new points in the first of them.
+        largest: the largest loss so far.
+        warned: whether a warning was given.
+    """
+
+    steps: int = 0
+    apart: float = 0.0
+    first: float = math.nan
+    largest: float = 0.0
+    warned: bool = False
+
+    def meet(self, loss: float, last: float) -> DrawHistory:
+        """The history where a step begins, given the loss at its points and that with which the last one has ended."""
+        if not (0 < loss < math.inf and 0 <= last < math.inf and new_points(loss, last)):
+            return replace(self, steps=0)
+        whole = self if 0 < self.steps < LOOK else replace(self, steps=0, apart=0.0, first=loss)
+        apart = whole.apart + math.log(loss / max(last, sys.float_info.min))
+        return replace(whole, steps=whole.steps + 1, apart=apart, largest=max(self.largest, loss))
+
+    def warn(self, loss: float, size: int, eps: float) -> DrawHistory:
+        """Say, once, that steps hold at their own points only, where that is so: ``size`` parameters, rounding ``eps``.
+        """
+        apart = math.exp(self.apart / LOOK)
+        seen = self.steps == LOOK and apart >= APART
+        if self.warned or not seen or loss <= max(FALLEN * self.first, eps * self.largest):
+            return self
+        warnings.warn(
+            f"in the last {LOOK} steps the loss at new points was {apart:.0e} times the loss where the step before had "
+            f"ended at its own, and it has fallen from {self.first:.1e} to {loss:.1e} only: steps fit their own points "
+            f"alone, which are too few for {size:,} parameters. Draw more for each step (imstep.optim.GrowingPoints "
+            "says how many). See docs/redrawn-points.md.",
             OverfittingWarning,
             stacklevel=_depth(),
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
@@ -187,6 +188,10 @@ class LeastSquares(StepwiseOptimizer):
                 the loss at the steps' points falls to a quarter, while for five steps that of ``check`` does not fall
                 and is more than twice as large, an :class:`OverfittingWarning` is given, once.
 
+        Where points are drawn anew, the loss before a step shows how the last one holds elsewhere. Where ten steps in a
+        row end a hundred times below it, and it does not fall to a tenth, the same warning is given, once: the points
+        are too few.
+
         Returns:
             What the closure returned before the step, if that is a number, else the loss; 0-dim, detached. ``.grad`` of
             the parameters is the loss's gradient there.
@@ -206,7 +211,12 @@ class LeastSquares(StepwiseOptimizer):
             return self._step(closure) if check is None else self._step_and_check(closure, check)
 
     def _step(self, closure: Callable[[], Any]) -> Tensor:
-        return self._take(self._attempt(self._batch(closure)))
+        last = self._memory.loss
+        returned = self._take(self._attempt(self._batch(closure)))
+        loss, eps = self.last_step.loss, torch.finfo(self._parameters.dtype).eps
+        draws = self._memory.draws.meet(loss, last).warn(loss, self._parameters.size, eps)
+        self._memory = replace(self._memory, draws=draws)
+        return returned
 
     def _step_and_check(self, closure: Callable[[], Any], check: Callable[[], Any]) -> Tensor:
         elsewhere = self._elsewhere(check)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from imstep.globalization import SearchState
-from imstep.optim.checking import CheckHistory
+from imstep.optim.checking import CheckHistory, DrawHistory
 
 LONGEST_WAIT = 64
 
@@ -20,6 +20,8 @@ SAFEGUARD_DECAY = 4.0
 
 RETREAT = 4.0
 """Factor by which steps become shorter where one is taken back, and longer again with each that is not."""
+
+_NESTED: dict[str, Any] = {"search": SearchState, "checks": CheckHistory, "draws": DrawHistory}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Memory:
         earlier: rows of earlier Jacobians, (m, n), where a strategy keeps them; None where there are none.
         weights: of the terms of the loss, (m,), where a strategy balances them.
         checks: the loss at other points, where steps are given one.
+        draws: how steps have held at the points of the next, where those are new.
     """
 
     search: SearchState
@@ -78,6 +81,7 @@ class Memory:
     earlier: Tensor | None = None
     weights: Tensor | None = None
     checks: CheckHistory = field(default_factory=CheckHistory)
+    draws: DrawHistory = field(default_factory=DrawHistory)
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""
@@ -124,10 +128,9 @@ class Memory:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, tensors, and nested dictionaries."""
-        return {**vars(self), "search": asdict(self.search), "checks": asdict(self.checks)}
+        return {**vars(self), **{name: asdict(getattr(self, name)) for name in _NESTED}}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Memory:
         """The inverse of :meth:`to_dict`."""
-        nested = {"search": SearchState(**state["search"]), "checks": CheckHistory(**state.get("checks", {}))}
-        return cls(**{**state, **nested})
+        return cls(**{**state, **{name: kind(**state.get(name, {})) for name, kind in _NESTED.items()}})

@@ -341,3 +341,16 @@ def test_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     order = torch.cdist(values[:, None].double(), J.residuals[:, None]).argmin(1)
     assert J.explicit == ()
     assert relative_error(J.to_dense()[order], expected.double()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_differences_of_values_nearby(dtype: torch.dtype) -> None:
+    """What cancels in a difference quotient leaves its rounding in the rows, which are right all the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net().to(dtype)
+    params, (x, h) = list(net.parameters()), (POINTS.to(dtype), torch.tensor([1e-2, 0], dtype=dtype))
+    terms = lambda: [(net(x + h) - 2 * net(x) + net(x - h)) / 1e-4]
+    J = ResidualJacobian(lambda: terms()[0].square().mean(), params)
+    assert J.explicit == ()
+    assert relative_error(J.to_dense(), dense(terms(), params).double()) < 1e5 * torch.finfo(dtype).eps

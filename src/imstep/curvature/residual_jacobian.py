@@ -278,11 +278,11 @@ def _parts(
     gathered = lambda groups: _gathered(groups, told, uses.derived, tensors, known.places)
     groups = known.groups(residuals, told)
     if groups is not None:
-        parts = gathered(groups)
+        parts, addends = gathered(groups)
         if not uses.unknown and course.has_known_rows and not any(p._backward_hooks for p in tensors):
             return parts, [], None
         check = Check.of(residuals, tensors)
-        if uses.unknown.issuperset(check.wrong(parts)):
+        if uses.unknown.issuperset(check.wrong(parts, addends)):
             if not uses.unknown:
                 course.know_rows()
             return parts, sorted(uses.unknown), check
@@ -313,8 +313,8 @@ def _parts(
         known.dependent = True
         return none, list(range(len(tensors))), check
     known.remember(groups)
-    parts = gathered(groups)
-    return parts, sorted(uses.unknown.union(check.wrong(parts))), check
+    parts, addends = gathered(groups)
+    return parts, sorted(uses.unknown.union(check.wrong(parts, addends))), check
 
 
 def _gathered(
@@ -323,8 +323,8 @@ def _gathered(
     derived: Sequence[Derived],
     tensors: Sequence[Tensor],
     places: KnownPlaces,
-) -> list[GradientRows | None]:
-    """The rows for each parameter; None where it has none."""
+) -> tuple[list[GradientRows | None], list[list[Rows]]]:
+    """The rows for each parameter, None where it has none; and what they were added up from, as far as it is known."""
     sizes = [*(p.numel() for p in tensors), *(theta.shape.numel() for theta in derived)]
     pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
     members = [1] * len(sizes)
@@ -332,8 +332,10 @@ def _gathered(
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
+    met = {at for theta in derived for at in theta.parameters}
+    addends = [[] if at in met else [rows for own in of.values() for rows, _ in own] for at, of in enumerate(pieces)]
     with unseen():  # what follows is nothing that a checkpoint runs again
-        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places)
+        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places), addends
 
 
 def _summed(

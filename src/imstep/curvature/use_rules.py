@@ -27,6 +27,14 @@ class Rows:
     left: Tensor
     right: Tensor | None
 
+    @property
+    def size(self) -> float:
+        """The sum of the norms of the addends."""
+        norms = torch.linalg.vector_norm(self.left, dim=1, dtype=torch.float64)
+        if self.right is not None:
+            norms = norms * torch.linalg.vector_norm(self.right, dim=1, dtype=torch.float64)
+        return float(norms.sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Use:

@@ -23,6 +23,7 @@ from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.recording import Looking
 from imstep.curvature.squares import Residuals, require_residuals
+from imstep.curvature.use_rules import Rows
 
 _SLACK = 1e3
 """Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
@@ -74,16 +75,24 @@ class Check:
                 mask_of(factor)
         return cls(factors, exact, hooked=masks is not None)
 
-    def wrong(self, parts: Sequence[GradientRows | None]) -> list[int]:
-        """The parameters whose rows, times the factors, do not add up to what autograd says."""
+    def wrong(self, parts: Sequence[GradientRows | None], addends: Sequence[Sequence[Rows]] = ()) -> list[int]:
+        """The parameters whose rows, times the factors, do not add up to what autograd says.
+
+        Args:
+            parts: the rows of each parameter.
+            addends: what these were added up from, as far as it is known. Where it has cancelled, as in differences of
+                values nearby, its size is the scale of rounding.
+        """
+        limit = lambda g: min(_SLACK * torch.finfo(g.dtype).eps, _COARSE)
         with unseen():
             known = [(at, g) for at, g in enumerate(self.exact) if g is not None]
             measured = [t for at, g in known for t in self._missed(parts[at], g)]
             values = torch.stack(measured).view(-1, 2).tolist() if measured else []
-        limit = lambda g: min(_SLACK * torch.finfo(g.dtype).eps, _COARSE)
-        # What is not finite is not wrong: the gradient will show it.
-        pairs = zip(known, values, strict=True)
-        return [at for (at, g), (missed, size) in pairs if missed > limit(g) * size]
+            # What is not finite is not wrong: the gradient will show it.
+            pairs = zip(known, values, strict=True)
+            suspects = [(at, g, missed) for (at, g), (missed, size) in pairs if missed > limit(g) * size]
+            size_of = lambda at: sum(rows.size for rows in addends[at]) if at < len(addends) else 0.0
+            return [at for at, g, missed in suspects if missed > limit(g) * size_of(at)]
 
     def _missed(self, part: GradientRows | None, g: Tensor) -> tuple[Tensor, Tensor]:
         """How far the rows are from a gradient, and the size of what was added up."""

@@ -110,4 +110,4 @@ def dense_gauss_newton(outputs: Tensor, params: list[Tensor], loss: Callable[[Te
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
+    return float((actual - expected).detach().norm() / expected.norm().clamp(min=1e-300))

@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -341,6 +342,115 @@ def test_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     order = torch.cdist(values[:, None].double(), J.residuals[:, None]).argmin(1)
     assert J.explicit == ()
     assert relative_error(J.to_dense()[order], expected.double()) < 1e-4
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.end = layer, nn.Linear(layer.hidden_size * (1 + layer.bidirectional), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.layer(x)[0][:, -1])
+
+
+class Grid(nn.Module):
+    """Features between the corners of a table, by bilinear interpolation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.end = nn.Parameter(normal(4, 4, 3)), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.detach().floor().clamp(-2, 0).long()
+        near = lambda i, j: self.table[at[:, 0] + i, at[:, 1] + j]  # also from the end
+        s, t = (x - at).split(1, 1)
+        low, high = (near(i, 0) * (1 - t) + near(i, 1) * t for i in (0, 1))
+        return self.end(low * (1 - s) + high * s)
+
+
+class Squared(nn.Module):
+    """A function of two arguments at twice the same."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(x, x)
+
+
+def signals(*layers: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(width, 1))
+
+
+SERIES, PICTURES, WORDS = normal(9, 4, 7), normal(6, 4, 6, 6), torch.arange(30).view(10, 3) % 7
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "batch norm, evaluating": (lambda: signals(nn.BatchNorm1d(4), width=28).eval(), SERIES),
+    "batch norm of pictures, evaluating": (lambda: signals(nn.BatchNorm2d(4), width=144).eval(), PICTURES),
+    "group norm": (lambda: signals(nn.GroupNorm(2, 4), width=144), PICTURES),
+    "instance norm": (lambda: signals(nn.InstanceNorm2d(4, affine=True), width=144), PICTURES),
+    "convolution": (lambda: signals(nn.Conv1d(4, 5, 3, padding=1, dilation=2), width=25), SERIES),
+    "convolution with groups": (lambda: signals(nn.Conv2d(4, 6, 3, groups=2), width=96), PICTURES),
+    "depthwise convolution": (lambda: signals(nn.Conv1d(4, 4, 3, groups=4, stride=2), width=12), SERIES),
+    "convolution in space": (lambda: signals(nn.Conv3d(1, 2, (3, 2, 1)), width=120), PICTURES[:, None]),
+    "transposed convolution": (lambda: signals(nn.ConvTranspose1d(4, 2, 3, groups=2), width=18), SERIES),
+    "transposed convolution with strides": (
+        lambda: signals(nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1), width=288),
+        PICTURES,
+    ),
+    "table": (lambda: signals(nn.Embedding(7, 4, padding_idx=2), width=12), WORDS),
+    "table between points": (Grid, POINTS),
+    "bilinear": (lambda: signals(Squared(nn.Bilinear(4, 4, 3)), width=3), SERIES[..., 0]),
+    "recurrent layer": (lambda: Last(nn.RNN(7, 5, batch_first=True)), SERIES),
+    "recurrent layer, relu": (lambda: Last(nn.RNN(7, 5, nonlinearity="relu", batch_first=True)), SERIES),
+    "LSTM": (lambda: Last(nn.LSTM(7, 5, 2, batch_first=True, bidirectional=True)), SERIES),
+    "GRU": (lambda: Last(nn.GRU(7, 5, batch_first=True)), SERIES),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    """Of their values, none takes a backward pass for each residual."""
+    make, x = LAYERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().to(F64)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer += normal(*buffer.shape, seed=3).square()
+    terms = lambda: [model(x) - 1]
+    J = ResidualJacobian(lambda: terms()[0].square().mean(), model)
+    assert J.explicit == ()
+    assert J.backward_passes <= 4
+    assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["bilinear", "table between points"])
+def test_slopes_of_layers(name: str) -> None:
+    make, x = LAYERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().to(F64)
+
+    def terms() -> Terms:
+        points = x.clone().requires_grad_()
+        return [slopes(model(points), points).sum(1) - 1]
+
+    J = ResidualJacobian(lambda: terms()[0].square().mean(), model)
+    assert J.explicit == ()
+    assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
+
+
+@pytest.mark.parametrize("settings", [{"scale_grad_by_freq": True}, {"padding_idx": 0, "scale_grad_by_freq": True}])
+def test_a_table_whose_gradient_is_scaled(settings: dict[str, Any]) -> None:
+    """Its rows are not those of its use: they are what autograd says."""
+    model = signals(nn.Embedding(7, 4, **settings), width=12).to(F64)
+    terms = lambda: [model(WORDS) - 1]
+    J = ResidualJacobian(lambda: terms()[0].square().mean(), model)
+    assert J.explicit == (0,)
+    assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -35,7 +35,7 @@ _LIBRARY.define(
 
 def apply(p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """All h and all c (time, batch, hidden) for projected inputs p (time, batch, 4 hidden) and the first state."""
-    hs, cs, *_ = _Layer.apply(p, h, c, w)
+    hs, cs, *_ = Layer.apply(p, h, c, w)
     return hs, cs
 
 
@@ -104,7 +104,21 @@ def layer_backward(
     return torch.stack(steps[::-1]), carried
 
 
-class _Layer(torch.autograd.Function):
+class Layer(torch.autograd.Function):
+    """The operator, which autograd differentiates.
+
+    Attributes:
+        WEIGHT: which of its arguments the weight is.
+    """
+
+    WEIGHT = 3
+
+    @staticmethod
+    def states(ctx: Any) -> Tensor:
+        """What the weight has multiplied, (time, batch, hidden)."""
+        hs, _, _, h, *_ = ctx.saved_tensors
+        return before(h, hs)
+
     @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         hs, cs, a, m, t = torch.ops.imstep.lstm_layer(p, h, c, w)

@@ -29,7 +29,7 @@ _LIBRARY.define("rnn_layer_backward(Tensor gh, Tensor hs, Tensor w, bool relu) -
 
 def apply(p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
     """All h (time, batch, hidden) for projected inputs p of that shape and the first h."""
-    hs: Tensor = _Layer.apply(p, h, w, relu)
+    hs: Tensor = Layer.apply(p, h, w, relu)
     return hs
 
 
@@ -55,7 +55,21 @@ def layer_backward(gh: Tensor, hs: Tensor, w: Tensor, relu: bool) -> Tensor:
     return torch.stack(steps[::-1])
 
 
-class _Layer(torch.autograd.Function):
+class Layer(torch.autograd.Function):
+    """The operator, which autograd differentiates.
+
+    Attributes:
+        WEIGHT: which of its arguments the weight is.
+    """
+
+    WEIGHT = 2
+
+    @staticmethod
+    def states(ctx: Any) -> Tensor:
+        """What the weight has multiplied, (time, batch, hidden)."""
+        hs, h, _ = ctx.saved_tensors
+        return before(h, hs)
+
     @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
         hs: Tensor = torch.ops.imstep.rnn_layer(p, h, w, relu)

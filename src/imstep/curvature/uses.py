@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.derived import LEAF, Derived, derived_nodes
-from imstep.curvature.use_rules import RULES, Operand, Rows, Use
+from imstep.curvature.use_rules import RULES, Operand, Rows, Use, signed
 
 __all__ = ["Rows", "Use", "Uses", "find_uses"]
 
@@ -44,10 +44,10 @@ def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: boo
     """The uses of parameters in what ``outputs`` are computed from.
 
     Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
-    ensemble), convolutions with one group, the scale and shift of normalisations, and parameters that are added to,
-    multiply or divide a larger tensor; so are the uses of what is computed from parameters alone. An output that is a
-    parameter itself counts as unknown. A batch of one row counts with ``lone``, where the parameter meets larger ones
-    as well.
+    ensemble), convolutions with one group, bilinear layers, tables that are looked up by indices, the scale and shift
+    of normalisations, and parameters that are added to, multiply or divide a larger tensor; so are the uses of what is
+    computed from parameters alone. An output that is a parameter itself counts as unknown. A batch of one row counts
+    with ``lone``, where the parameter meets larger ones as well.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.
@@ -159,15 +159,10 @@ _VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "Expa
 
 def _swaps_last(node: Any) -> bool:
     dimensions = len(node._input_metadata[0].shape)
-    return {int(d) % dimensions for d in _signed(node._saved_dim0, node._saved_dim1)} == {
+    return {int(d) % dimensions for d in signed(node._saved_dim0, node._saved_dim1)} == {
         dimensions - 2,
         dimensions - 1,
     }
-
-
-def _signed(*numbers: int) -> list[int]:
-    """Dimensions as autograd keeps them: negative ones as unsigned."""
-    return [n - 2**64 if n >= 2**63 else n for n in numbers]
 
 
 def _same_shape(node: Any) -> bool:

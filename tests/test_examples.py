@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROMISES = {
     "derivatives": ("difference from double backward", 1e-14),
     "eigenvalues": ("largest disagreement", 1e-10),
+    "operator_network": ("relative error for new functions", 1e-2),
     "poisson": ("largest error of u", 1e-3),
     "processes": ("loss after 25 steps", 1e-4),
     "regression": ("loss after 25 steps", 1e-3),

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from imstep import pde
-from imstep.curvature import ResidualJacobian
+from imstep.curvature import ResidualJacobian, residual_jacobian
+from imstep.curvature.frozen import FrozenClosure
+from imstep.curvature.ownership import KnownOwners
+from imstep.curvature.parameters import ParameterVector
 
 Terms = list[Tensor]
 POINTS = normal(13, 2)
@@ -451,6 +454,64 @@ def test_a_table_whose_gradient_is_scaled(settings: dict[str, Any]) -> None:
     J = ResidualJacobian(lambda: terms()[0].square().mean(), model)
     assert J.explicit == (0,)
     assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
+
+
+class Operator(nn.Module):
+    """Of functions given by a few values, at points: products of features of both, as in DeepONet."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.branch, self.trunk = Net(3, outputs=4 * outputs), Net(2, outputs=4)
+        self.shift = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, functions: Tensor, points: Tensor) -> Tensor:
+        features = self.branch(functions).unflatten(1, (len(self.shift), 4))
+        return torch.einsum("bcp,np->bnc", features, self.trunk(points)) + self.shift
+
+
+def operator_data(net: Operator) -> Terms:
+    return [net(normal(5, 3, seed=1), POINTS) - 1]
+
+
+def operator_equations(net: Operator) -> Terms:
+    """A transport equation for each function, and values at other points."""
+    x = POINTS.clone().requires_grad_()
+    u = net(normal(5, 3, seed=1), x)[..., 0]
+    return [torch.stack([slopes(own, x) @ torch.ones(2, dtype=F64) for own in u]), net(normal(5, 3, seed=1), -x)]
+
+
+def separable(net: nn.Module) -> Terms:
+    """Functions of one variable each, multiplied on a grid."""
+    return [torch.einsum("ip,jp->ij", net.branch(normal(6, 3)), net.trunk(normal(7, 2))) - 1]
+
+
+SHARED = {
+    "operator": (Operator, operator_data),
+    "operator, end to end": (Operator, lambda net: [operator_data(net)[0].flatten()]),
+    "operator, two outputs": (lambda: Operator(2), operator_data),
+    "operator, equations": (Operator, operator_equations),
+    "separable": (Operator, separable),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_uses_that_share_rows_in_ways_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function has residuals at all points, and every point those of all functions: J is not written out."""
+    monkeypatch.setattr(residual_jacobian, "AFFORDABLE", 0)
+    make, residuals = SHARED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make().to(F64)
+    params, vector, known = list(net.parameters()), ParameterVector(net), KnownOwners()
+    loss = lambda: sum((z.square().mean() for z in residuals(net)), torch.zeros((), dtype=F64))
+    for passes in (200, 40):  # the owners are known from the second on
+        J = ResidualJacobian.at(FrozenClosure(loss, vector), vector, known)
+        assert J.explicit == ()
+        assert J.backward_passes < passes
+        rows, expected = J.to_dense(), dense(residuals(net), params)
+        order = torch.cdist(expected, rows).argmin(1)
+        assert relative_error(rows[order], expected) < 1e-12
+        known.load_state_dict(known.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -9,7 +9,7 @@ The next Jacobian of the same model on the same data has the same owners, and sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,17 @@ _BITS = 6, 3
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Residuals that are independent of each other, with the rows that belong to them.
+    """Residuals that are independent of each other, in some uses at least, with the rows that belong to them.
 
     Attributes:
         members: (N,), 1 for the residuals of the group, else 0.
-        rows: of each use, (R, k): the addends of the residuals of the group.
+        rows: of each use, (R, k): the addends of the residuals of the group; None where it is in other groups.
         owners: of each use, (R,): the residuals that the rows belong to; -1 for rows of zeros.
     """
 
     members: Tensor
-    rows: list[Tensor]
-    owners: list[Tensor]
+    rows: list[Tensor | None]
+    owners: list[Tensor | None]
 
 
 class KnownOwners:
@@ -55,7 +55,7 @@ class KnownOwners:
 
     def __init__(self) -> None:
         self.courses, self.places = KnownCourses(), KnownPlaces()
-        self._groups: list[tuple[Tensor, list[Tensor]]] = []
+        self._groups: list[tuple[Tensor, list[Tensor | None]]] = []
         self._partly: list[list[int]] | None = None  # of each group the uses of which not all rows are owned
         self.recorded: bool | None = False
         self.dependent = self.at_once = False
@@ -68,18 +68,20 @@ class KnownOwners:
         """
         groups = []
         if self._partly is None:
-            owned = [values_of([(owner >= 0).all() for owner in known]) for _, known in self._groups]
+            owned = [values_of([(owner >= 0).all() for owner in _those(known)]) for _, known in self._groups]
             self._partly = [[at for at, all_ in enumerate(of) if not all_] for of in owned]
         for (members, known), partly in zip(self._groups, self._partly, strict=True):
             if len(members) != len(residuals.values) or len(known) != len(uses):
                 return None
-            rows = _spread(residuals, uses, members)
+            owners = _those(known)
+            rows = _spread(residuals, [use for use, of in zip(uses, known, strict=True) if of is not None], members)
             with unseen():
-                if any(len(part) != len(owner) for part, owner in zip(rows, known, strict=True)):
+                if any(len(part) != len(owner) for part, owner in zip(rows, owners, strict=True)):
                     return None
-                if any(bool(rows[at][known[at] < 0].any()) for at in partly):
+                if any(bool(rows[at][owners[at] < 0].any()) for at in partly):
                     return None
-            groups.append(Group(members, rows, known))  # rows that are zero now may well be owned
+            found = iter(rows)  # those that are zero now may well be owned
+            groups.append(Group(members, [None if of is None else next(found) for of in known], known))
         return groups or None
 
     def remember(self, groups: Sequence[Group]) -> None:
@@ -87,7 +89,8 @@ class KnownOwners:
         found = [(group.members, list(group.owners)) for group in groups]
         if _shape(found) == _shape(self._groups):
             for (_, owners), (_, before) in zip(found, self._groups, strict=True):
-                owners[:] = [torch.where(a < 0, b, a) for a, b in zip(owners, before, strict=True)]
+                pairs = zip(owners, before, strict=True)
+                owners[:] = [None if a is None or b is None else torch.where(a < 0, b, a) for a, b in pairs]
         self._groups, self._partly = found, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +117,8 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
     """The rows of all uses with their owners; None where residuals are not independent of each other.
 
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
-    groups of which each is independent in itself.
+    groups of which each is independent in itself. Where values are those of some functions at some points, as of an
+    operator network, uses by function and uses by point are in groups of their own.
 
     Args:
         most: groups of an output at most.
@@ -125,41 +129,70 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
     Cost: two backward passes a group for up to 64 residuals, three for up to 4,096, four for up to 262,144; in float16,
         whose range is short, one more for each factor of 8.
     """
-    together = _group(residuals, uses, torch.ones_like(residuals.values))
+    together = _groups(residuals, uses, [torch.ones_like(residuals.values)])
     if together is not None:
-        return [together]
-    spans = sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0])
+        return together
     groups: list[Group] = []
-    for start, z in spans:
-        parts = [part(z) for part in _PARTINGS]
-        tried = (_groups(residuals, uses, start, part) for part in parts if len(part) <= most)
+    for start, z in sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0]):
+        partings = [part(z) for part in _PARTINGS]
+        members = lambda part, start=start: (_members(residuals, start, entries) for entries in part)
+        tried = (_groups(residuals, uses, members(part)) for part in partings if len(part) <= most)
         found = next(filter(None, tried), None)
         if found is None:
-            if any(len(part) > most for part in parts):
+            found = _by_use(residuals, uses, [members(part) for part in _along_axes(z) if len(part) <= most])
+        if found is None:
+            if any(len(part) > most for part in partings):
                 raise DearGroupsError
             return None
         groups += found
     return groups
 
 
-def _groups(
-    residuals: Residuals, uses: Sequence[Use], start: int, parts: Sequence[Tensor]
-) -> list[Group] | None:
-    """The groups of an output, given the entries of each; None where one is not independent."""
+def _members(residuals: Residuals, start: int, entries: Tensor) -> Tensor:
+    """The members, (N,) ones and zeros, of a group of an output, given its entries."""
+    members = torch.zeros_like(residuals.values)
+    members[start + entries.reshape(-1)] = 1
+    return members
+
+
+def _by_use(residuals: Residuals, uses: Sequence[Use], partings: Sequence[Iterable[Tensor]]) -> list[Group] | None:
+    """The groups of an output, each use in those of a parting of its own; None where one is independent in none."""
+    left, groups = list(range(len(uses))), []
+    for parts in partings:
+        found, taken = [], left
+        for members in parts:
+            owned = _owned(residuals, [uses[at] for at in taken], members)
+            taken = [at for at, own in zip(taken, owned, strict=True) if own is not None]
+            if not taken:
+                break
+            found.append((members, dict(zip(taken, filter(None, owned), strict=True))))
+        for members, own in found if taken else ():
+            rows = [own[at] if at in taken else (None, None) for at in range(len(uses))]
+            groups.append(Group(members, [row for row, _ in rows], [owner for _, owner in rows]))
+        left = [at for at in left if at not in taken]
+        if not left:
+            return groups
+    return None
+
+
+def _groups(residuals: Residuals, uses: Sequence[Use], parts: Iterable[Tensor]) -> list[Group] | None:
+    """The groups of these members, (N,) ones and zeros each; None where one is not independent."""
     groups = []
-    for part in parts:
-        members = torch.zeros_like(residuals.values)
-        members[start + part.reshape(-1)] = 1
-        group = _group(residuals, uses, members)
-        if group is None:
+    for members in parts:
+        owned = [own for own in _owned(residuals, uses, members) if own is not None]
+        if len(owned) < len(uses):
             return None
-        groups.append(group)
+        groups.append(Group(members, [rows for rows, _ in owned], [owners for _, owners in owned]))
     return groups
 
 
 def _entries(z: Tensor) -> Tensor:
-    """The numbers of the entries of z in row-major order, of its shape."""
-    return torch.arange(z.numel(), device=z.device).view(z.shape)
+    """The numbers of the entries of z in row-major order, of its shape before it was flattened."""
+    shape, node = z.shape, z.grad_fn
+    while node is not None and len(shape) < 2 and _operator(node) in _IN_ORDER:
+        shape = getattr(node, "_saved_self_sym_sizes", shape)
+        node = node.next_functions[0][0]
+    return torch.arange(z.numel(), device=z.device).view(torch.Size(shape))
 
 
 def _whole(z: Tensor) -> Sequence[Tensor]:
@@ -184,12 +217,21 @@ def _joined(z: Tensor) -> Sequence[Tensor]:
 
 
 def _by_component(z: Tensor) -> Sequence[Tensor]:
-    return _entries(z).flatten(1).unbind(1) if z.ndim > 1 else []
+    entries = _entries(z)
+    return entries.flatten(1).unbind(1) if entries.ndim > 1 else []
 
 
 def _by_row(z: Tensor) -> Sequence[Tensor]:
     """Equation by equation, where points run along the second dimension; of few rows, that is."""
-    return _entries(z).unbind(0) if z.ndim > 1 and len(z) ** 2 <= z.numel() else []
+    entries = _entries(z)
+    return entries.unbind(0) if entries.ndim > 1 and len(entries) ** 2 <= entries.numel() else []
+
+
+def _along_axes(z: Tensor) -> list[Sequence[Tensor]]:
+    """For each dimension but those of one entry, what differs in no other."""
+    entries = _entries(z)
+    dims = [at for at, n in enumerate(entries.shape) if n > 1] if entries.ndim > 1 else []
+    return [entries.movedim(at, -1).flatten(0, -2).unbind(0) for at in dims]
 
 
 _PARTINGS = (_whole, _joined, _by_component, _by_row)
@@ -203,23 +245,29 @@ def _operator(node: Any) -> str:
     return "" if node is None else str(node.name().partition("Backward")[0])
 
 
-def _group(residuals: Residuals, uses: Sequence[Use], members: Tensor) -> Group | None:
-    """The group of ``members``, (N,) ones and zeros; None where it is not independent."""
+def _those(owners: Sequence[Tensor | None]) -> list[Tensor]:
+    return [owner for owner in owners if owner is not None]
+
+
+def _owned(residuals: Residuals, uses: Sequence[Use], members: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+    """The rows of each use and their owners in the group of ``members``; None where a row belongs to several."""
     rows = _spread(residuals, uses, members)
     for bits in _BITS:
         try:
             owners = _owners(residuals, uses, members, rows, bits)
         except OverflowError:
             continue
-        if owners is None or any(bool((owner >= len(members)).any()) for owner in owners):
-            return None
-        return Group(members, rows, [_of_live(part, owner) for part, owner in zip(rows, owners, strict=True)])
-    return None
+        pairs = zip(rows, owners, strict=True)
+        return [
+            None if owner is None or bool((owner >= len(members)).any()) else (part, _of_live(part, owner))
+            for part, owner in pairs
+        ]
+    return [None] * len(uses)
 
 
 def _owners(
     residuals: Residuals, uses: Sequence[Use], members: Tensor, rows: Sequence[Tensor], bits: int
-) -> list[Tensor] | None:
+) -> list[Tensor | None]:
     """The residual that each of the rows (R, k) belongs to, of each use; None where one belongs to several.
 
     Raises:
@@ -227,16 +275,15 @@ def _owners(
     """
     count = len(members)
     index = torch.arange(count, device=members.device)
-    owners = [torch.zeros(len(part), dtype=torch.long, device=members.device) for part in rows]
+    owners: list[Tensor | None] = [torch.zeros(len(part), dtype=torch.long, device=members.device) for part in rows]
     for shift in range(0, max(count - 1, 1).bit_length(), bits):
-        coded = _spread(residuals, uses, torch.ldexp(members, (index >> shift) & (2**bits - 1)))
-        for owner, one, many in zip(owners, rows, coded, strict=True):
-            if bool((one.isfinite() & ~many.isfinite()).any()):
+        told = [at for at, owner in enumerate(owners) if owner is not None]
+        coded = _spread(residuals, [uses[at] for at in told], torch.ldexp(members, (index >> shift) & (2**bits - 1)))
+        for at, many in zip(told, coded, strict=True):
+            if bool((rows[at].isfinite() & ~many.isfinite()).any()):
                 raise OverflowError
-            power = _power_of_two(one, many, 2**bits - 1)
-            if power is None:
-                return None
-            owner += power << shift
+            power, owner = _power_of_two(rows[at], many, 2**bits - 1), owners[at]
+            owners[at] = None if power is None or owner is None else owner + (power << shift)
     return owners
 
 
@@ -258,9 +305,9 @@ def _of_live(rows: Tensor, owners: Tensor) -> Tensor:
     return torch.where(rows.any(1), owners, -1)
 
 
-def _shape(groups: Sequence[tuple[Tensor, list[Tensor]]]) -> list[tuple[int, list[int]]]:
+def _shape(groups: Sequence[tuple[Tensor, list[Tensor | None]]]) -> list[tuple[int, list[int]]]:
     """How many residuals there are, and how many rows of each use."""
-    return [(len(members), [len(owner) for owner in owners]) for members, owners in groups]
+    return [(len(members), [-1 if own is None else len(own) for own in owners]) for members, owners in groups]
 
 
 def _power_of_two(one: Tensor, many: Tensor, largest: int) -> Tensor | None:

@@ -330,6 +330,8 @@ def _gathered(
     members = [1] * len(sizes)
     for group in groups:
         for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
+            if rows is None or owner is None:
+                continue
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     met = {at for theta in derived for at in theta.parameters}

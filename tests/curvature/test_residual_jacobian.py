@@ -18,7 +18,7 @@ from imstep.curvature import ParameterVector, ResidualJacobian
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gathering import KnownPlaces
 from imstep.curvature.ownership import KnownOwners
-from imstep.curvature.use_rules import Rows
+from imstep.curvature.use import Rows
 
 Weighted = list[tuple[float, Tensor]]
 Case = tuple[list[nn.Parameter], Callable[[], Weighted]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.gradient_rows import GradientRows, OuterRows, PlainRows, sum_of_products
-from imstep.curvature.use_rules import Rows
+from imstep.curvature.use import Rows
 
 Target = slice | Tensor
 """Rows of a matrix: at even distances, or one by one."""

@@ -20,7 +20,7 @@ from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
 from imstep.curvature.gathering import KnownPlaces, values_of
 from imstep.curvature.squares import Residuals
-from imstep.curvature.use_rules import Use
+from imstep.curvature.use import Use
 
 _BITS = 6, 3
 """Of a digit; 2^63 times a gradient is a number in float32 as well, 2^7 times mostly in float16."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.derived import LEAF, Derived, derived_nodes
-from imstep.curvature.use_rules import RULES, Operand, Rows, Use, signed
+from imstep.curvature.use import Operand, Rows, Use, signed
+from imstep.curvature.use_rules import RULES
 
 __all__ = ["Rows", "Use", "Uses", "find_uses"]
 

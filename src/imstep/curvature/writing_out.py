@@ -23,7 +23,7 @@ from imstep.curvature.parameters import ParameterVector, TensorVector, as_reals
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.recording import Looking
 from imstep.curvature.squares import Residuals, require_residuals
-from imstep.curvature.use_rules import Rows
+from imstep.curvature.use import Rows
 
 _SLACK = 1e3
 """Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""

@@ -126,9 +126,9 @@ class DrawHistory:
             return self
         warnings.warn(
             f"in the last {LOOK} steps the loss at new points was {apart:.0e} times the loss where the step before had "
-            f"ended at its own, and it has fallen from {self.first:.1e} to {loss:.1e} only: steps fit their own points "
-            f"alone, which are too few for {size:,} parameters. Draw more for each step (imstep.optim.GrowingPoints "
-            "says how many). See docs/redrawn-points.md.",
+            f"ended at its own, and went from {self.first:.1e} to {loss:.1e}: steps fit their own points alone, which "
+            f"are too few for {size:,} parameters. Draw more for each step (imstep.optim.GrowingPoints says how many). "
+            "See docs/redrawn-points.md.",
             OverfittingWarning,
             stacklevel=_depth(),
         )

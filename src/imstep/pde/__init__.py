@@ -2,11 +2,13 @@
 
     expand(f, points, second=(0,), laplacian=(0, 1))     value, first and second derivatives together
     gradient, divergence, laplacian, directional         one of them
+    sobol_points(sides, count)                           points of a box that leave no gaps
     adaptive_points(residual, candidates, count)         points where an equation is missed most
     weighted_points(residual, sides, count)              such points of a box, with weights
 """
 
 from imstep.pde.adaptive import adaptive_points
+from imstep.pde.even import sobol_points
 from imstep.pde.jet import ExpansionError, Jet
 from imstep.pde.operators import Expansion, directional, divergence, expand, gradient, laplacian
 from imstep.pde.weighted import weighted_points
@@ -21,5 +23,6 @@ __all__ = [
     "expand",
     "gradient",
     "laplacian",
+    "sobol_points",
     "weighted_points",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from imstep.pde.adaptive import sizes_of
+from imstep.pde.even import bounds_of
 
 _NARROWEST = 0.1
 """Of a box that is cut in two: the least part on either side, as few points say little of what lies between them."""
@@ -75,7 +76,7 @@ def weighted_points(
         >>> round(float((weights * x**2).mean()), 2)  # 1/3 over the box
         0.33
     """
-    low, high = _bounds(sides)
+    low, high = bounds_of(sides)
     if not (0 < power < math.inf and 0 <= floor < math.inf):
         raise ValueError(f"power is positive and floor at least 0, got {power} and {floor}.")
     if min(count, candidates, rounds) < 1:
@@ -93,17 +94,6 @@ def weighted_points(
         weights = len(below) * (above - below).prod(1)
     points = placed(unit)
     return points, weights.reshape(-1, *[1] * (dimensions - 1)).to(points)
-
-
-def _bounds(sides: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """The corners of a box, (d,) twice, float64."""
-    bounds = torch.as_tensor(sides, dtype=torch.float64, device="cpu")
-    if bounds.dim() != 2 or bounds.shape[1] != 2 or not bool((bounds[:, 0] <= bounds[:, 1]).all()):
-        raise ValueError(f"sides are the least and the largest value of each coordinate, got {sides!r}.")
-    low, high = bounds.unbind(1)
-    if not bool((high - low).isfinite().all()):
-        raise ValueError(f"sides have to be finite, got {sides!r}.")
-    return low, high
 
 
 def _masses(sizes: Tensor, weights: Tensor, power: float) -> Tensor:

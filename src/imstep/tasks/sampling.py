@@ -1,4 +1,4 @@
-"""Uniformly distributed points of boxes, their faces and their boundary; grids to compare on."""
+"""Points of boxes, their faces and their boundary, evenly spread and random; grids to compare on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
+
+from imstep import pde
 
 __all__ = ["boundary", "box", "face", "grid", "periodic_pair"]
 
@@ -15,37 +17,21 @@ Sides = Sequence[tuple[float, float]]
 
 def box(sides: Sides) -> Draw:
     """Points of a box, given the least and the largest value of each coordinate."""
-    low, high = torch.tensor(sides, dtype=torch.float64).unbind(1)
-
-    def draw(count: int, generator: Generator) -> Tensor:
-        return low + (high - low) * torch.rand(count, len(low), generator=generator, dtype=torch.float64)
-
-    return draw
+    return lambda count, generator: pde.sobol_points(sides, count, generator=generator, dtype=torch.float64)
 
 
 def face(sides: Sides, axis: int, value: float) -> Draw:
     """Points of a box on which the coordinate ``axis`` has a value."""
-    inside = box(sides)
-
-    def draw(count: int, generator: Generator) -> Tensor:
-        points = inside(count, generator)
-        points[:, axis] = value
-        return points
-
-    return draw
+    return box([(value, value) if number == axis else side for number, side in enumerate(sides)])
 
 
 def boundary(sides: Sides, axes: Sequence[int] | None = None) -> Draw:
     """Points of the faces of a box across the given axes (all if None), as many of each, in order."""
-    inside, chosen = box(sides), range(len(sides)) if axes is None else axes
-    faces = [(axis, value) for axis in chosen for value in sides[axis]]
+    faces = [face(sides, axis, end) for axis in (range(len(sides)) if axes is None else axes) for end in sides[axis]]
 
     def draw(count: int, generator: Generator) -> Tensor:
-        points = inside(count, generator)
-        for number, part in enumerate(points.tensor_split(len(faces))):
-            axis, value = faces[number]
-            part[:, axis] = value
-        return points
+        counts = [len(part) for part in torch.arange(count).tensor_split(len(faces))]
+        return torch.cat([of(number, generator) for of, number in zip(faces, counts, strict=True)])
 
     return draw
 

@@ -97,7 +97,7 @@ def _convection_task(name: str, speed: float, counts: tuple[int, int, int]) -> P
 
 
 TASKS = (
-    _convection_task("convection", 30.0, (2000, 128, 100)),
+    _convection_task("convection", 30.0, (1000, 128, 100)),
     _convection_task("convection-40", 40.0, (4000, 257, 101)),
     _convection_task("convection-80", 80.0, (4000, 257, 101)),
     PhysicsTask(

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from statistics import geometric_mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from benchmarks.record_page import Row, command, table
 from imstep import LeastSquares, pde
@@ -26,7 +27,7 @@ from imstep.optim import EarlierDraws, ExponentialAverage
 from imstep.optim.record import Cost
 from imstep.tasks import PhysicsTask, get_task
 from imstep.tasks.models import Periodic, mlp
-from imstep.tasks.physics import PhysicsProblem, Points
+from imstep.tasks.physics import Condition, PhysicsProblem, Points
 from imstep.tasks.sampling import boundary, box
 
 NAME = "redrawn-points"
@@ -50,11 +51,11 @@ class Case:
     sides: list[tuple[float, float]]
 
     def build(self, seed: int) -> PhysicsProblem:
-        """With evenly distributed points, whatever the task has."""
+        """With Sobol's points, whatever the task has."""
         task = get_task(self.task)
         assert isinstance(task, PhysicsTask)
-        even = tuple(replace(condition, by_residual=None) for condition in task.conditions)
-        recipe = replace(task, network=self.network, conditions=even)
+        conditions = tuple(replace(condition, by_residual=None) for condition in task.conditions)
+        recipe = replace(task, network=self.network, conditions=conditions)
         return recipe.build(seed, dtype=F64, examples=self.points)
 
 
@@ -146,6 +147,22 @@ class Weighted(Plain):
         return super().__call__(problem, Points((chosen, *points.of[1:]), (weights, *none))) + Cost(losses=4)
 
 
+class Independent(Plain):
+    """At points that do not know of each other, in place of Sobol's."""
+
+    def __call__(self, problem: PhysicsProblem, points: Points) -> Cost:
+        generator = torch.Generator().manual_seed(self.optimizer._memory.steps)
+        chosen = tuple(independent(c, x.shape[1], generator) for c, x in zip(problem.conditions, points.of, strict=True))
+        return super().__call__(problem, Points(chosen))
+
+
+def independent(condition: Condition, dimensions: int, generator: Generator) -> Tensor:
+    """Sequences of one point a face, which are scrambled independently of each other."""
+    faces = 2 * dimensions if condition.name == "boundary" else 1
+    draws = [condition.draw(faces, generator) for _ in range(ceil(condition.count / faces))]
+    return torch.cat(draws)[: condition.count]
+
+
 class Spring(Plain):
     """As published: a fixed rate, damping and momentum; no corrections, no step is judged."""
 
@@ -165,6 +182,7 @@ class Spring(Plain):
 
 SIDES: dict[str, Callable[[PhysicsProblem], Plain]] = {
     "each step its own points only": Plain,
+    "independent points": Independent,
     "recall, decay 0.5": partial(Plain, recall=EarlierDraws(0.5)),
     "recall, decay 0.2": partial(Plain, recall=EarlierDraws(0.2)),
     "momentum 0.8": partial(Plain, momentum=0.8),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imstep.pde import sobol_points
+from imstep.pde import boundary_points, sobol_points
 
 SIDES = [(-1.0, 3.0), (0.0, 0.5), (2.0, 7.0)]
 
@@ -60,6 +60,32 @@ def test_faces_and_no_points() -> None:
     assert len(points[:, 0].unique()) == 40
     assert torch.equal(sobol_points([(0.3, 0.3)], 2), torch.tensor([[0.3], [0.3]]))
     assert sobol_points(SIDES, 0).shape == (0, 3)
+
+
+def test_every_other_point_is_not_on_one_side() -> None:
+    """In the sequence's own order it would be: coordinates alternate between the halves."""
+    half = sobol_points(SIDES, 256, generator=generator())[::2, 0] > 1.0
+    assert 30 < int(half.sum()) < 98
+
+
+def test_faces_of_a_box_have_about_as_many_points_each_in_order() -> None:
+    points = boundary_points(SIDES, 64 * 6 + 2, generator=generator(), dtype=torch.float64)
+    faces = points.split([65, 65, 64, 64, 64, 64])
+    for face, (axis, end) in zip(faces, [(axis, end) for axis in range(3) for end in SIDES[axis]], strict=True):
+        assert bool((face[:, axis] == end).all())
+        for other in {0, 1, 2} - {axis}:
+            low, high = SIDES[other]
+            cells = ((face[:, other] - low) / (high - low) * 64).floor().unique()
+            assert len(cells) >= 60
+    walls = boundary_points(SIDES, 10, axes=[1], generator=generator(), dtype=torch.float64)
+    assert walls[:, 1].tolist() == [0.0] * 5 + [0.5] * 5
+    assert boundary_points(SIDES, 0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("axes", "count", "message"), [([3], 4, "0 to 2"), ([], 4, "at least one"), (None, -1, "count")])
+def test_what_are_no_faces_is_refused(axes: list[int] | None, count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        boundary_points(SIDES, count, axes=axes)
 
 
 def test_points_are_of_the_dtype_and_device_that_is_asked_for() -> None:

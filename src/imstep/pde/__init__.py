@@ -3,12 +3,13 @@
     expand(f, points, second=(0,), laplacian=(0, 1))     value, first and second derivatives together
     gradient, divergence, laplacian, directional         one of them
     sobol_points(sides, count)                           points of a box that leave no gaps
+    boundary_points(sides, count)                        such points of its faces
     adaptive_points(residual, candidates, count)         points where an equation is missed most
     weighted_points(residual, sides, count)              such points of a box, with weights
 """
 
 from imstep.pde.adaptive import adaptive_points
-from imstep.pde.even import sobol_points
+from imstep.pde.even import boundary_points, sobol_points
 from imstep.pde.jet import ExpansionError, Jet
 from imstep.pde.operators import Expansion, directional, divergence, expand, gradient, laplacian
 from imstep.pde.weighted import weighted_points
@@ -18,6 +19,7 @@ __all__ = [
     "ExpansionError",
     "Jet",
     "adaptive_points",
+    "boundary_points",
     "directional",
     "divergence",
     "expand",

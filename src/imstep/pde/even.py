@@ -31,7 +31,7 @@ def sobol_points(
         dtype, device: of the points; None for PyTorch's defaults. All devices have the same points.
 
     Returns:
-        (count, d), without a graph. Coordinates are multiples of 2^-30 of their side.
+        (count, d), without a graph, in random order. Coordinates are multiples of 2^-30 of their side.
 
     Raises:
         ValueError: sides are no box, or infinite; count is negative.
@@ -54,9 +54,56 @@ def sobol_points(
     points = low.repeat(count, 1)
     if count > 0 and len(free) > 0:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        unit = SobolEngine(len(free), scramble=True, seed=seed).draw(count, dtype=torch.float64)
-        points[:, free] += (high - low)[free] * unit.cpu()
+        unit = SobolEngine(len(free), scramble=True, seed=seed).draw(count, dtype=torch.float64).cpu()
+        # In the sequence's order every other point is in the same half, so that points[::2] would be on one side.
+        points[:, free] += (high - low)[free] * unit[torch.randperm(count, generator=generator, device="cpu")]
     return points.to(device or torch.get_default_device(), dtype or torch.get_default_dtype())
+
+
+def boundary_points(
+    sides: Sequence[tuple[float, float]],
+    count: int,
+    *,
+    axes: Sequence[int] | None = None,
+    generator: Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """:func:`sobol_points` of the faces of a box, as many of each, or one more, face by face.
+
+    Args:
+        sides: the least and the largest value of each coordinate.
+        count: points wanted, on all faces together, >= 0.
+        axes: coordinates whose two faces are meant; None for all. Of x and t, ``axes=[0]`` leaves out both ends of time.
+        generator, dtype, device: as there.
+
+    Returns:
+        (count, d), without a graph: the faces where the first of the coordinates is least, where it is largest, and
+        so on.
+
+    Raises:
+        ValueError: sides are no box, or infinite; there is no such coordinate; count is negative.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> x = boundary_points([(0.0, 1.0), (0.0, 2.0)], 8)
+        >>> x[:4, 0].tolist(), x[4:, 1].tolist()
+        ([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 2.0, 2.0])
+    """
+    low, high = bounds_of(sides)
+    chosen = range(len(low)) if axes is None else axes
+    if not all(0 <= axis < len(low) for axis in chosen) or len(chosen) == 0:
+        raise ValueError(f"axes are coordinates, 0 to {len(low) - 1}, at least one, got {axes}.")
+    if count < 0:
+        raise ValueError(f"count, the points wanted, is at least 0, got {count}.")
+    ends = [(axis, float(end[axis])) for axis in chosen for end in (low, high)]
+    faces = [[(end, end) if i == axis else side for i, side in enumerate(sides)] for axis, end in ends]
+    least, more = divmod(count, len(faces))
+    parts = [
+        sobol_points(face, least + (number < more), generator=generator, dtype=dtype, device=device)
+        for number, face in enumerate(faces)
+    ]
+    return torch.cat(parts)
 
 
 def bounds_of(sides: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:

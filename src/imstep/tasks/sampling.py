@@ -27,13 +27,9 @@ def face(sides: Sides, axis: int, value: float) -> Draw:
 
 def boundary(sides: Sides, axes: Sequence[int] | None = None) -> Draw:
     """Points of the faces of a box across the given axes (all if None), as many of each, in order."""
-    faces = [face(sides, axis, end) for axis in (range(len(sides)) if axes is None else axes) for end in sides[axis]]
-
-    def draw(count: int, generator: Generator) -> Tensor:
-        counts = [len(part) for part in torch.arange(count).tensor_split(len(faces))]
-        return torch.cat([of(number, generator) for of, number in zip(faces, counts, strict=True)])
-
-    return draw
+    return lambda count, generator: pde.boundary_points(
+        sides, count, axes=axes, generator=generator, dtype=torch.float64
+    )
 
 
 def periodic_pair(points: Tensor, axis: int, sides: tuple[float, float]) -> tuple[Tensor, Tensor]:

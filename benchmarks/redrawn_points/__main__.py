@@ -152,8 +152,9 @@ class Independent(Plain):
 
     def __call__(self, problem: PhysicsProblem, points: Points) -> Cost:
         generator = torch.Generator().manual_seed(self.optimizer._memory.steps)
-        chosen = tuple(independent(c, x.shape[1], generator) for c, x in zip(problem.conditions, points.of, strict=True))
-        return super().__call__(problem, Points(chosen))
+        pairs = zip(problem.conditions, points.of, strict=True)
+        chosen = Points(tuple(independent(condition, x.shape[1], generator) for condition, x in pairs))
+        return super().__call__(problem, chosen)
 
 
 def independent(condition: Condition, dimensions: int, generator: Generator) -> Tensor:

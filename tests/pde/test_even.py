@@ -71,7 +71,7 @@ def test_every_other_point_is_not_on_one_side() -> None:
 def test_faces_of_a_box_have_about_as_many_points_each_in_order() -> None:
     points = boundary_points(SIDES, 64 * 6 + 2, generator=generator(), dtype=torch.float64)
     faces = points.split([65, 65, 64, 64, 64, 64])
-    for face, (axis, end) in zip(faces, [(axis, end) for axis in range(3) for end in SIDES[axis]], strict=True):
+    for face, (axis, end) in zip(faces, [(i, end) for i, side in enumerate(SIDES) for end in side], strict=True):
         assert bool((face[:, axis] == end).all())
         for other in {0, 1, 2} - {axis}:
             low, high = SIDES[other]
@@ -82,7 +82,9 @@ def test_faces_of_a_box_have_about_as_many_points_each_in_order() -> None:
     assert boundary_points(SIDES, 0).shape == (0, 3)
 
 
-@pytest.mark.parametrize(("axes", "count", "message"), [([3], 4, "0 to 2"), ([], 4, "at least one"), (None, -1, "count")])
+@pytest.mark.parametrize(
+    ("axes", "count", "message"), [([3], 4, "0 to 2"), ([], 4, "at least one"), (None, -1, "at least 0")]
+)
 def test_what_are_no_faces_is_refused(axes: list[int] | None, count: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         boundary_points(SIDES, count, axes=axes)

@@ -74,7 +74,7 @@ def boundary_points(
     Args:
         sides: the least and the largest value of each coordinate.
         count: points wanted, on all faces together, >= 0.
-        axes: coordinates whose two faces are meant; None for all. Of x and t, ``axes=[0]`` leaves out both ends of time.
+        axes: coordinates whose two faces are meant, as ``[0]`` of x and t for the ends of x at all times; None for all.
         generator, dtype, device: as there.
 
     Returns:

@@ -52,7 +52,7 @@ class GrowingPoints:
     """
 
     def __init__(
-        self, count: int, largest: int, *, spread: float = 2.0, factor: float = 2.0, window: int = 3
+        self, count: int, largest: int, *, spread: float = 1.4, factor: float = 2.0, window: int = 3
     ) -> None:
         if not 1 <= count <= largest:
             raise ValueError(f"points need 1 <= count <= largest, got {count} and {largest}.")

@@ -141,7 +141,7 @@ def test_points_grow_where_losses_at_new_ones_are_higher() -> None:
 
 
 def test_losses_that_are_no_positive_numbers_say_nothing_of_points() -> None:
-    points = GrowingPoints(10, largest=20, window=1)
+    points = GrowingPoints(10, largest=20, spread=2.0, window=1)
     assert losses(points, (1.0, 0.0), (1.0, 0.5), (math.nan, math.nan), (1.0, 0.1), (0.15, 0.1)) == [10] * 5
     assert losses(points, (1.0, 0.1)) == [20]
 

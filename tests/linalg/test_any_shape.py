@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mpmath
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor
 from imstep.linalg import (
     BlockQR,
     ByShape,
+    DampedLeastSquares,
     DenseFactorisation,
     DenseRows,
     Factorisation,
+    NormalEquations,
+    NormalLeastSquares,
     PivotedCholesky,
     PivotedQR,
     ScaledRows,
@@ -22,6 +27,7 @@ from imstep.linalg import (
     partial_cholesky,
     partial_qr,
 )
+from imstep.linalg.gram_factor import LEAST
 from imstep.linalg.triangular import DampedQR
 
 F64 = torch.float64
@@ -90,18 +96,40 @@ def test_a_damped_triangle_by_panels(size: int) -> None:
     torch.testing.assert_close(damped.triangle.mT @ damped.project(v, w), R.mT @ v + root * w)
 
 
-def test_triangular_problem_beside_the_normal_equations() -> None:
+@pytest.mark.parametrize(
+    "made", [lambda J: TriangularLeastSquares(BlockQR([J])), lambda J: NormalLeastSquares(DenseRows(J))]
+)
+def test_problems_whose_coordinates_are_steps(made: Callable[[Tensor], DampedLeastSquares]) -> None:
     """From other coordinates than zero, with other damping, its image and its dual norm; an entry without effect."""
     J, residuals, u, g = normal(30, 12), normal(30, seed=1), normal(12, seed=2), normal(12, seed=3)
-    J[:, 4] = g[4] = 0
-    problem = TriangularLeastSquares(BlockQR([J]))
+    J[:, 4] = g[4] = u[4] = 0
+    problem = made(J)
     for damping in (0.3, 1e-6):
         matrix = J.mT @ J + damping * torch.eye(12, dtype=F64)
         expected = -torch.linalg.solve(matrix, J.mT @ residuals + damping * u)
-        expected[4] = 0
-        torch.testing.assert_close(problem.solve(residuals, u, damping), expected)
+        found = problem.solve(residuals, u, damping)
+        torch.testing.assert_close(found, expected)
+        assert found[4] == 0
         torch.testing.assert_close(problem.dual_norm(g, damping), float(g @ torch.linalg.solve(matrix, g)) ** 0.5)
     torch.testing.assert_close(problem.image(u), J @ u)
+
+
+@pytest.mark.parametrize("blocks", [None, 2000])
+def test_normal_equations_where_damping_is_hardly_above_their_rounding(
+    blocks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far down as they are chosen, a step is right to a hundredth, and corrections take up what it lacks."""
+    if blocks is not None:
+        monkeypatch.setattr("imstep.linalg.normal.BLOCK", blocks)
+    J = graded(60, 40, decades=9)
+    residuals, damping = J @ normal(40, seed=5), LEAST * float(J.square().sum())
+    expected = exact_step(J, residuals, damping)
+    space = NormalEquations().of(DenseRows(J), damping, draw=0)
+    u = space.reduced.solve(residuals, torch.zeros(40, dtype=F64), damping)
+    assert (space.vector(u) - expected).norm() < 1e-2 * expected.norm()
+    for _ in range(3):
+        u = u + space.reduced.solve(residuals + space.reduced.image(u), u, damping)
+    assert (space.vector(u) - expected).norm() < 1e-7 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
@@ -123,6 +151,7 @@ def test_sketched_steps(shape: tuple[int, int], damping: float) -> None:
 KINDS = [
     ((500, 20), 1e-6, ByShape(), "singular values"),
     ((500, 200), 1e-1, ByShape(), "columns"),
+    ((500, 200), 1e-3, ByShape(), "normal"),
     ((500, 200), 1e-20, ByShape(), "triangular"),
     ((200, 500), 1e-20, ByShape(), "dense"),
     ((500, 200), 1e-20, ByShape(memory=10**6), "sketch"),

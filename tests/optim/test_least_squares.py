@@ -20,6 +20,7 @@ from imstep.linalg import (
     ByShape,
     DenseFactorisation,
     Factorisation,
+    NormalEquations,
     PivotedCholesky,
     PivotedQR,
     RandomizedNystrom,
@@ -80,9 +81,10 @@ def dense_corrections(model: nn.Module, damping: float, count: int) -> Tensor:
 WAYS = [
     (ThinFactorisation(), "singular values"),
     (ThinFactorisation(values=0), "triangular"),
+    (NormalEquations(), "normal"),
     (PivotedQR(most=16), "rows"),
     (SketchedFactorisation(columns=1), "sketch"),
-    (ByShape(narrow=0), "singular values"),
+    (ByShape(narrow=0), "normal"),
     (ByShape(narrow=0, memory=0), "columns"),
 ]
 

@@ -24,6 +24,7 @@ from imstep.linalg import (
     ByShape,
     DenseFactorisation,
     DenseRows,
+    NormalEquations,
     PivotedCholesky,
     PivotedQR,
     RandomizedNystrom,
@@ -106,11 +107,16 @@ def same_steps(
 def triangles(rank: int) -> list[bytes]:
     """N >= n: the rows of a process are more than the columns, or fewer in one of them."""
     taken = []
-    for count, values in ((60, 100), (60, 5), (16, 5)):
+    triangular = ThinFactorisation(values=5)
+    for count, steps, way, kind in (
+        (60, 1, ThinFactorisation(), "singular values"),
+        (60, 2, triangular, "triangular"),
+        (16, 1, triangular, "triangular"),
+        (60, 2, NormalEquations(), "normal"),
+    ):
         some = lambda number, count=count: cut(points(count, number))
-        steps = 2 if (count, values) == (60, 5) else 1
-        end, optimizer = same_steps(rank, some, steps=steps, factorisation=ThinFactorisation(values=values))
-        assert optimizer.last_step.factorisation == ("singular values" if values == 100 else "triangular")
+        end, optimizer = same_steps(rank, some, steps=steps, factorisation=way)
+        assert optimizer.last_step.factorisation == kind
         taken.append(end)
     return taken
 

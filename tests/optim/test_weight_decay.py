@@ -17,6 +17,7 @@ from imstep.globalization import ContractionDamping, ExactEstimate, StrongWolfe,
 from imstep.linalg import (
     DenseFactorisation,
     NoiseTest,
+    NormalEquations,
     PivotedCholesky,
     PivotedQR,
     RandomizedNystrom,
@@ -318,7 +319,7 @@ def test_half_precision() -> None:
 
 # --- least squares --------------------------------------------------------------------------------------------------
 
-FACTORISATIONS = {"dense": DenseFactorisation(), "thin": ThinFactorisation()}
+FACTORISATIONS = {"dense": DenseFactorisation(), "thin": ThinFactorisation(), "normal": NormalEquations()}
 
 
 @pytest.mark.parametrize("factorisation", FACTORISATIONS)

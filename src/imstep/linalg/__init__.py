@@ -38,6 +38,7 @@ from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.lanczos import Eigenpair, LanczosResult, lanczos, largest_eigenpair, smallest_eigenpair
 from imstep.linalg.limited_memory import LimitedMemoryPreconditioner
 from imstep.linalg.minres import minres
+from imstep.linalg.normal import NormalEquations, NormalLeastSquares
 from imstep.linalg.nystrom import NystromApproximation, NystromPreconditioner, adaptive_nystrom, nystrom
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.partial_cholesky import partial_cholesky
@@ -97,6 +98,8 @@ __all__ = [
     "LinearOperator",
     "LowRankOperator",
     "NoiseTest",
+    "NormalEquations",
+    "NormalLeastSquares",
     "NotSolvedError",
     "NystromApproximation",
     "NystromPreconditioner",

@@ -9,6 +9,7 @@ from imstep.linalg.gram import BLOCK, KeptColumns, RowMatrix
 from imstep.linalg.gram_factor import FIRST, LEAST
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
 from imstep.linalg.iterative import IterativeLeastSquares
+from imstep.linalg.normal import NormalEquations
 from imstep.linalg.partial_cholesky import partial_cholesky
 from imstep.linalg.partial_qr import RowLeastSquares, partial_qr
 from imstep.linalg.reduced import DenseLeastSquares, ReducedLeastSquares
@@ -142,10 +143,11 @@ class ByShape(Factorisation):
     1. With one side up to ``narrow`` and entries up to ``entries``, as in a fit with few parameters: the singular
        values of J, which tell small steps from rounding: :class:`ThinFactorisation`.
     2. Few columns of J Jᵀ while they do, as by :class:`PivotedCholesky`: no more than make the next ways cheaper.
-    3. Few rows of J where rounding has spoilt those columns, :class:`PivotedQR`; of large J, with entries times the
+    3. All of JᵀJ where λ is above its rounding and J has no fewer rows than columns, :class:`NormalEquations`.
+    4. Few rows of J where rounding has spoilt those columns, :class:`PivotedQR`; of large J, with entries times the
        shorter side of ``large`` and more.
-    4. All of J Jᵀ where J has fewer rows than columns, :class:`DenseFactorisation`; else the QR factors of J.
-    5. Where that does not fit ``memory``, conjugate gradients that the few columns precondition:
+    5. All of J Jᵀ where J has fewer rows than columns, :class:`DenseFactorisation`; else the QR factors of J.
+    6. Where that does not fit ``memory``, conjugate gradients that the few columns precondition:
        :class:`SketchedFactorisation`.
 
     Args:
@@ -190,6 +192,8 @@ class ByShape(Factorisation):
             found = partial_cholesky(gram, tolerance, most=most)
             if found.remainder <= tolerance:
                 return gram_space(jacobian, ReducedLeastSquares(found))
+            if size <= count:
+                return NormalEquations().of(jacobian, tolerance, draw)
         worthwhile = PivotedQR.few(count, size) >= FIRST and count * size * min(count, size) >= self.large
         if worthwhile and 16 * count * size <= self.memory:
             return PivotedQR().of(jacobian, tolerance, draw)

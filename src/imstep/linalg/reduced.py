@@ -108,7 +108,7 @@ class ReducedLeastSquares(GramLeastSquares):
     def __init__(self, factorisation: GramFactor) -> None:
         super().__init__(factorisation.rank, factorisation.pivots)
         self._factor, self._combination = factorisation.factor, factorisation.combination
-        self._inverse = _ShiftedInverse(self._factor.mT @ self._factor)
+        self._inverse = ShiftedInverse(self._factor.mT @ self._factor)
 
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
         return -self._inverse(torch.addmv(damping * coordinates, self._factor.mT, residuals), damping)
@@ -145,7 +145,7 @@ class DenseLeastSquares(GramLeastSquares):
     def __init__(self, matrix: GramMatrix) -> None:
         super().__init__(matrix.size, None)
         self._gram = matrix.dense()
-        self._inverse = _ShiftedInverse(self._gram)
+        self._inverse = ShiftedInverse(self._gram)
 
     def solve(self, residuals: Tensor, coordinates: Tensor, damping: float) -> Tensor:
         return -self._inverse(torch.add(residuals, coordinates, alpha=damping), damping)
@@ -160,7 +160,7 @@ class DenseLeastSquares(GramLeastSquares):
         return first.mT @ self.image(second)
 
 
-class _ShiftedInverse:
+class ShiftedInverse:
     """(M + shift I)⁻¹ by Cholesky's factorisation, which the last shift's calls share."""
 
     def __init__(self, matrix: Tensor) -> None:

@@ -82,7 +82,7 @@ def _reference(solution: Solution, sides: list[tuple[float, float]]) -> Referenc
     return Reference(points, solution(points), shape=(101, 201))
 
 
-def _convection_task(name: str, speed: float, counts: tuple[int, int, int]) -> PhysicsTask:
+def _convection_task(name: str, speed: float, counts: tuple[int, int, int], balanced: bool) -> PhysicsTask:
     solution = partial(_moved_sine, speed)
     return PhysicsTask(
         name,
@@ -92,14 +92,14 @@ def _convection_task(name: str, speed: float, counts: tuple[int, int, int]) -> P
         partial(mlp, (2, 50, 50, 50, 50, 1)),
         _periodic(_convection(speed), solution, counts),
         partial(_reference, solution, PERIODIC_SIDES),
-        balanced=True,
+        balanced=balanced,
     )
 
 
 TASKS = (
-    _convection_task("convection", 30.0, (1000, 128, 100)),
-    _convection_task("convection-40", 40.0, (4000, 257, 101)),
-    _convection_task("convection-80", 80.0, (4000, 257, 101)),
+    _convection_task("convection", 30.0, (1000, 128, 100), balanced=False),
+    _convection_task("convection-40", 40.0, (4000, 257, 101), balanced=True),
+    _convection_task("convection-80", 80.0, (4000, 257, 101), balanced=True),
     PhysicsTask(
         "reaction",
         "Reaction equation",

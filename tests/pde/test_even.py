@@ -82,6 +82,13 @@ def test_faces_of_a_box_have_about_as_many_points_each_in_order() -> None:
     assert boundary_points(SIDES, 0).shape == (0, 3)
 
 
+def test_sides_may_be_an_array() -> None:
+    for draw in (sobol_points, boundary_points):
+        expected = draw(SIDES, 20, generator=generator())
+        for sides in (torch.tensor(SIDES), torch.tensor(SIDES).numpy()):
+            assert torch.equal(draw(sides, 20, generator=generator()), expected)
+
+
 @pytest.mark.parametrize(
     ("axes", "count", "message"), [([3], 4, "0 to 2"), ([], 4, "at least one"), (None, -1, "at least 0")]
 )

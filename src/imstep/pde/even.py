@@ -96,8 +96,9 @@ def boundary_points(
         raise ValueError(f"axes are coordinates, 0 to {len(low) - 1}, at least one, got {axes}.")
     if count < 0:
         raise ValueError(f"count, the points wanted, is at least 0, got {count}.")
-    ends = [(axis, float(end[axis])) for axis in chosen for end in (low, high)]
-    faces = [[(end, end) if i == axis else side for i, side in enumerate(sides)] for axis, end in ends]
+    ends = [(axis, end) for axis in chosen for end in (float(low[axis]), float(high[axis]))]
+    whole = list(zip(low.tolist(), high.tolist(), strict=True))
+    faces = [[*whole[:axis], (end, end), *whole[axis + 1 :]] for axis, end in ends]
     least, more = divmod(count, len(faces))
     parts = [
         sobol_points(face, least + (number < more), generator=generator, dtype=dtype, device=device)

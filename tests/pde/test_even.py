@@ -1,5 +1,7 @@
 """Points that lie evenly, and elsewhere in every step."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,9 +85,10 @@ def test_faces_of_a_box_have_about_as_many_points_each_in_order() -> None:
 
 
 def test_sides_may_be_an_array() -> None:
+    arrays: list[Any] = [torch.tensor(SIDES), torch.tensor(SIDES).numpy()]
     for draw in (sobol_points, boundary_points):
         expected = draw(SIDES, 20, generator=generator())
-        for sides in (torch.tensor(SIDES), torch.tensor(SIDES).numpy()):
+        for sides in arrays:
             assert torch.equal(draw(sides, 20, generator=generator()), expected)
 
 

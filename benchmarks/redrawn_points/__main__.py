@@ -32,7 +32,7 @@ from imstep.tasks.sampling import boundary, box
 
 NAME = "redrawn-points"
 F64 = torch.float64
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 MOMENTS = 4
 
 

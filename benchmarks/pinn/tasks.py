@@ -163,7 +163,7 @@ _ALL = (
     ),
     _task(
         "poisson-5d-wide",
-        300,
+        180,
         "SPRING 1e-5 after 224 s, 2.6e-7 after 7,000 s (GPU)",
         [Goal(1e-5, 120), Goal(1e-6)],
         LARGE,

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 class ContractionDamping:
     """λ from the ratio q of the lengths of the first two corrections of a step.
 
-        accepted:  λ <- max(λ clip(q / target, 1/shrink, grow), floor)
-        not:       λ <- λ clip(q / target, 2, 10)
+        accepted at once:    λ <- max(λ clip(q / target, 1/shrink, grow), floor)
+        not accepted:        λ <- λ clip(q / target, 2, 10), and the step is tried again
+        accepted after that: λ <- λ clip(q / target, 1, grow)
 
     q measures how far the linearisation holds: halving a step halves it. Iterations whose corrections do not shrink by
-    ``limit`` or more are given up.
+    ``limit`` or more are given up. A λ that has just failed would mostly fail again: λ falls only once a step has been
+    accepted at once.
 
     Args:
         initial: λ of the first step, relative to the curvature along its gradient, > 0.
@@ -29,19 +31,22 @@ class ContractionDamping:
         ValueError: an argument is out of range.
 
     Source: Transtrum and Sethna (arXiv 1201.5885) bound geodesic acceleration in this way, which the second correction
-        is to leading order; steering λ by it is our choice.
+        is to leading order; steering λ by it is our choice. That a trust region does not grow after a step that it
+        had to shrink for is usual: Nocedal and Wright, Numerical Optimization (2006), algorithm 4.1.
 
     Example:
         >>> rule = ContractionDamping(target=0.25)
         >>> rule.after(1e-3, ratio=0.125), rule.again(1e-3, ratio=math.inf)
         (0.0005, 0.01)
+        >>> rule.after(1e-2, ratio=0.125, again=True)
+        0.01
     """
 
     initial: float = 1e-5
     target: float = 0.8
     limit: float = 0.95
     acceptance: float = 0.25
-    shrink: float = 2.0
+    shrink: float = 4.0
     grow: float = 4.0
     floor: float = 1e-16
 
@@ -61,9 +66,10 @@ class ContractionDamping:
         """Whether a step is good enough: by its q, and its decrease beside that of its first, linear iterate."""
         return ratio <= self.limit and decrease >= self.acceptance * promise > 0
 
-    def after(self, damping: float, ratio: float) -> float:
-        """λ of the next step after an accepted one."""
-        return max(damping * min(max(ratio / self.target, 1 / self.shrink), self.grow), self.floor)
+    def after(self, damping: float, ratio: float, again: bool = False) -> float:
+        """λ of the next step after an accepted one; ``again`` where it was tried with another λ before."""
+        least = 1.0 if again else 1 / self.shrink
+        return max(damping * min(max(ratio / self.target, least), self.grow), self.floor)
 
     def again(self, damping: float, ratio: float) -> float:
         """λ to try next in a step whose iterations with λ failed; a ratio that is not finite counts as large."""

@@ -183,6 +183,7 @@ class ResidualAttempt(StepAttempt):
                 as_it_is = self._pace.whole and excess <= 1
                 left = step.decrease if as_it_is else self._decrease_at(share, residuals)
                 if left >= 0 or (fine and left >= -ground.rounding):
+                    memory = replace(memory, damping=rule.after(damping, step.ratio, again=failures > 0))
                     return self._accept(record, memory, step, residuals, there, image, share, left)
                 step = replace(step, ratio=math.inf)
             patience -= fine
@@ -252,10 +253,9 @@ class ResidualAttempt(StepAttempt):
             taylor_error=predicted - decrease,
             cost=record.cost + self._trials.spent,
         )
-        damping = self._settings.damping.after(record.damping / memory.curvature_scale, step.ratio)
         last_move = share if self._settings.momentum > 0 else None
         earlier = None if self._recall is None else self._recall.after(self._jacobian, self._earlier)
-        return record, replace(memory, damping=damping, loss=record.new_loss, last_move=last_move, earlier=earlier)
+        return record, replace(memory, loss=record.new_loss, last_move=last_move, earlier=earlier)
 
     def _reaching(
         self,

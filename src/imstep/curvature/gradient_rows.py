@@ -111,7 +111,7 @@ class PlainRows(GradientRows):
 
     @cached_property
     def squared_norms(self) -> Tensor:
-        return self._rows.square().sum(1)
+        return torch.linalg.vector_norm(self._rows, dim=1).square()  # without the memory of the squares
 
     def select(self, index: Tensor) -> GradientRows:
         return PlainRows(self._rows[index])

@@ -24,7 +24,7 @@ from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import full_precision
 
 F64 = torch.float64
-_CHUNK = 128
+_CHUNK = 256
 """Rows of a Gram matrix at a time."""
 
 AFFORDABLE = 1000
@@ -156,7 +156,7 @@ class Gram(GramMatrix):
         return self._rows.rows(index).gram().dense()
 
     def dense(self) -> Tensor:
-        """K itself, (N, N), computed once: the lower triangle, in chunks of rows that stay in the cache."""
+        """K itself, (N, N), computed once: the lower triangle, in chunks of rows, and its mirror image."""
         if self._whole is not None:
             return self._whole
         whole = torch.zeros(self.size, self.size, dtype=F64, device=self.device)
@@ -164,8 +164,11 @@ class Gram(GramMatrix):
             end = min(start + _CHUNK, self.size)
             for part in self._parts:
                 part.add_gram(whole[start:end, :end], slice(start, end), slice(0, end))
-        self._whole = whole.tril_() + whole.tril(-1).mT
-        return self._whole
+            whole[:start, start:end] = whole[start:end, :start].mT
+            corner = whole[start:end, start:end]
+            corner.copy_(corner.tril() + corner.tril(-1).mT)
+        self._whole = whole
+        return whole
 
 
 class ResidualJacobian(JacobianRows):

@@ -12,11 +12,11 @@ class ContractionDamping:
 
         accepted at once:    λ <- max(λ clip(q / target, 1/shrink, grow), floor)
         not accepted:        λ <- λ clip(q / target, 2, 10), and the step is tried again
-        accepted after that: λ <- λ clip(q / target, 1, grow)
+        accepted after that: as at once, with shrink_again in place of shrink
 
     q measures how far the linearisation holds: halving a step halves it. Iterations whose corrections do not shrink by
-    ``limit`` or more are given up. A λ that has just failed would mostly fail again: λ falls only once a step has been
-    accepted at once.
+    ``limit`` or more are given up. A λ that has just failed would mostly fail again: by default λ falls only once a
+    step has been accepted at once.
 
     Args:
         initial: λ of the first step, relative to the curvature along its gradient, > 0.
@@ -25,6 +25,7 @@ class ContractionDamping:
         acceptance: least decrease of an accepted step, as a fraction of what a linear function would have promised,
             in (0, 1).
         shrink, grow: factors by which λ changes at most after an accepted step, >= 1.
+        shrink_again: the same as ``shrink`` where the step was tried with a smaller λ before.
         floor: the least λ, > 0: at rounding level a smaller one has no effect.
 
     Raises:
@@ -48,6 +49,7 @@ class ContractionDamping:
     acceptance: float = 0.25
     shrink: float = 4.0
     grow: float = 4.0
+    shrink_again: float = 1.0
     floor: float = 1e-16
 
     def __post_init__(self) -> None:
@@ -59,16 +61,17 @@ class ContractionDamping:
             )
         if not 0 < self.acceptance < 1:
             raise ValueError(f"acceptance must lie in (0, 1), got {self.acceptance}.")
-        if not (1 <= self.shrink < math.inf and 1 <= self.grow < math.inf):
-            raise ValueError(f"shrink and grow are factors of at least 1, got {self.shrink} and {self.grow}.")
+        factors = self.shrink, self.grow, self.shrink_again
+        if not all(1 <= factor < math.inf for factor in factors):
+            raise ValueError(f"shrink, grow and shrink_again are factors of at least 1, got {factors}.")
 
     def accepts(self, ratio: float, decrease: float, promise: float) -> bool:
         """Whether a step is good enough: by its q, and its decrease beside that of its first, linear iterate."""
         return ratio <= self.limit and decrease >= self.acceptance * promise > 0
 
     def after(self, damping: float, ratio: float, again: bool = False) -> float:
-        """λ of the next step after an accepted one; ``again`` where it was tried with another λ before."""
-        least = 1.0 if again else 1 / self.shrink
+        """λ of the next step after an accepted one; ``again`` where it was tried with a smaller λ before."""
+        least = 1 / (self.shrink_again if again else self.shrink)
         return max(damping * min(max(ratio / self.target, least), self.grow), self.floor)
 
     def again(self, damping: float, ratio: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imstep.globalization import Armijo
+from imstep.globalization import Armijo, ContractionDamping
 from imstep.optim.arguments import check_options, start_of, told, units_of, value_of
 from imstep.optim.box import Box, box_of
 from imstep.optim.least_squares import LeastSquares
@@ -26,6 +26,9 @@ PATIENCE = 8
 
 STAGNATION = 10
 """Steps in a row, none of which lowers the least loss or the least gradient norm so far."""
+
+FROM_AFAR = ContractionDamping(shrink=2.0, shrink_again=2.0)
+"""Of fits, which begin far away and whose steps are cheap: a λ that falls faster, or waits, leads some astray."""
 
 _METHODS = ("newton-krylov", "least-squares")
 
@@ -75,8 +78,9 @@ def minimize(
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.
         options: strategies of :class:`NewtonKrylov`, such as ``step=TaylorMonitor(theta=0.1)``, or of
-            :class:`LeastSquares`. By default steps start at the model's minimiser, backtrack and go forward, as is best
-            on known functions: ``Armijo(forward=2)``, up to 30 trials.
+            :class:`LeastSquares`. By default steps of the former start at the model's minimiser, backtrack and go
+            forward, as is best on known functions: ``Armijo(forward=2)``, up to 30 trials; the damping of the latter
+            falls by half at most.
 
     Returns:
         A :class:`MinimizeResult`; ending without convergence is a termination, not an exception.
@@ -134,7 +138,8 @@ def _optimizer(
     """The optimizer of a method, with what :func:`minimize` chooses for functions of unknown units."""
     check_options(options, method, LeastSquares if method == "least-squares" else NewtonKrylov)
     if method == "least-squares":
-        return LeastSquares([x], box=box, **({"scaling": ColumnNorms()} if unscaled else {}) | options)
+        scaling = {"scaling": ColumnNorms()} if unscaled else {}
+        return LeastSquares([x], box=box, **{"damping": FROM_AFAR, **scaling, **options})
     if box is not None:
         raise ValueError(
             f'method "{method}" takes no bounds. Use method="least-squares" for sums of squares, or write the bounded '

@@ -98,7 +98,7 @@ def _convection_task(name: str, speed: float, counts: tuple[int, int, int], bala
 
 TASKS = (
     _convection_task("convection", 30.0, (1000, 128, 100), balanced=False),
-    _convection_task("convection-40", 40.0, (4000, 257, 101), balanced=True),
+    _convection_task("convection-40", 40.0, (4000, 257, 101), balanced=False),
     _convection_task("convection-80", 80.0, (4000, 257, 101), balanced=True),
     PhysicsTask(
         "reaction",

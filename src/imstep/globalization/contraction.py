@@ -25,15 +25,14 @@ class ContractionDamping:
         acceptance: least decrease of an accepted step, as a fraction of what a linear function would have promised,
             in (0, 1).
         shrink, grow: factors by which λ changes at most after an accepted step, >= 1.
-        shrink_again: the same as ``shrink`` where the step was tried with a smaller λ before.
         floor: the least λ, > 0: at rounding level a smaller one has no effect.
+        shrink_again: the same as ``shrink`` where the step was tried with a smaller λ before.
 
     Raises:
         ValueError: an argument is out of range.
 
     Source: Transtrum and Sethna (arXiv 1201.5885) bound geodesic acceleration in this way, which the second correction
-        is to leading order; steering λ by it is our choice. That a trust region does not grow after a step that it
-        had to shrink for is usual: Nocedal and Wright, Numerical Optimization (2006), algorithm 4.1.
+        is to leading order; steering λ by it, and to wait after a failure, is our choice.
 
     Example:
         >>> rule = ContractionDamping(target=0.25)
@@ -49,8 +48,8 @@ class ContractionDamping:
     acceptance: float = 0.25
     shrink: float = 4.0
     grow: float = 4.0
-    shrink_again: float = 1.0
     floor: float = 1e-16
+    shrink_again: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= self.initial < math.inf:

@@ -12,8 +12,9 @@ from optim_cases import F64, normal, rosenbrock
 from torch import Tensor, nn
 
 import imstep
-from imstep.globalization import Armijo, ContractionDamping, StepSearch, StrongWolfe, TaylorMonitor
+from imstep.globalization import Armijo, StepSearch, StrongWolfe, TaylorMonitor
 from imstep.optim import ColumnNorms, IntermediateResult, LeastSquares, NewtonKrylov, StepOutcome, Termination
+from imstep.optim.minimize import FROM_AFAR
 
 W = torch.linspace(0.5, 2.5, 60, dtype=F64)
 METHODS = ("newton-krylov", "least-squares")
@@ -343,8 +344,7 @@ def test_maxiter_is_the_number_of_steps(method: str) -> None:
     function = lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]).square().sum()
     w = nn.Parameter(start.clone())
     newton = lambda: NewtonKrylov([w], tolerance=0.0, step=Armijo(forward=2.0), max_trials=30)
-    damping = ContractionDamping(shrink=2.0, shrink_again=2.0)
-    least_squares = lambda: LeastSquares([w], tolerance=0.0, scaling=ColumnNorms(), damping=damping)
+    least_squares = lambda: LeastSquares([w], tolerance=0.0, scaling=ColumnNorms(), damping=FROM_AFAR)
     optimizer = newton() if method == "newton-krylov" else least_squares()
     for steps in (1, 2, 3):
         optimizer.step(lambda: function(w))

@@ -19,7 +19,10 @@ from torch.utils import checkpoint
 
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 _FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_BACKWARD = {getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed", "apply_jvp")}
+_PASSES_BACK = ("apply", "apply_boxed", "apply_jvp")  # the second as of PyTorch 2.13
+_BACKWARD = {
+    getattr(BackwardCFunction, name).__code__ for name in _PASSES_BACK if hasattr(BackwardCFunction, name)
+}
 _PASS = graph._engine_run_backward.__code__
 _CONTEXTS = {"__enter__", "__exit__"}
 _AGAIN = {"backward", "unpack_hook"}  # where a checkpoint runs what it was given once more

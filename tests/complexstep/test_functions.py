@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
+from torch.amp import custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -238,6 +241,48 @@ def test_functions_are_what_they_compute(name):
     )
     w = X.clone().requires_grad_()
     torch.testing.assert_close(imstep.Hessian(lambda: loss(written)(w), [w]) @ V, expected, rtol=1e-12, atol=1e-13)
+
+
+def _wrapped(f):
+    @functools.wraps(f)
+    def wrapper(*args, **kwargs):
+        with torch.no_grad():
+            return f(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("contextless", [True, False])
+@pytest.mark.parametrize("decorator", [torch.no_grad(), torch.enable_grad(), custom_fwd(device_type="cpu"), _wrapped])
+def test_decorated_functions(decorator, contextless):
+    """Whatever is around a forward is within the Function, too."""
+
+    class Contextless(Function):
+        @staticmethod
+        @decorator
+        def forward(x):
+            return x.detach().sinh()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(inputs[0].detach())
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cosh()
+
+    class WithContext(Contextless):
+        setup_context = Function.setup_context
+
+        @staticmethod
+        @decorator
+        def forward(ctx, x):
+            ctx.save_for_backward(x.detach())
+            return x.detach().sinh()
+
+    sinh = (Contextless if contextless else WithContext).apply
+    loss = lambda f: lambda t: (f(t) * t).sin().sum()
+    torch.testing.assert_close(imstep.hvp(loss(sinh), X, V), _twice(loss(torch.sinh), X, V), rtol=1e-12, atol=1e-13)
 
 
 def test_derivatives_of_a_function_inside_the_loss():

@@ -9,6 +9,7 @@ from spectral_cases import F64, seeded
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imstep
 from imstep import spectral
@@ -169,7 +170,8 @@ def true_traces(model, loss):
 
     found = {}
     for name, p in names.items():
-        block = hessian(lambda own, name=name: value(own, name), p)
+        with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+            block = hessian(lambda own, name=name: value(own, name), p)
         found[name] = float(block.reshape(p.numel(), p.numel()).trace())
     return found
 

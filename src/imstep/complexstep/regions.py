@@ -8,9 +8,10 @@ pass, that means to be neither: what it runs counts as the user's own call.
 from __future__ import annotations
 
 import sys
+from inspect import unwrap
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import grad_mode, graph
@@ -18,7 +19,8 @@ from torch.autograd.function import BackwardCFunction, Function
 from torch.utils import checkpoint
 
 _LIBRARY = str(Path(__file__).resolve().parents[1])
-_FORWARD = Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_APPLY = getattr(Function.apply, "__func__", None)  # without a frame, being built in, as of PyTorch 2.14
+_FORWARD = None if _APPLY is None else _APPLY.__code__
 _PASSES_BACK = ("apply", "apply_boxed", "apply_jvp")  # the second as of PyTorch 2.13
 _BACKWARD = {
     getattr(BackwardCFunction, name).__code__ for name in _PASSES_BACK if hasattr(BackwardCFunction, name)
@@ -48,6 +50,7 @@ def is_checkpoint(frame: FrameType | None) -> bool:
 def functions_around(frame: FrameType | None) -> int:
     """How many Functions (forward or backward) and backward passes ``frame`` runs in, those of checkpoints left out."""
     found, in_pass, own, again = 0, False, False, False
+    forwards = {} if _APPLY else _forwards()
     while frame is not None:
         code = frame.f_code
         if is_checkpoint(frame):
@@ -57,12 +60,42 @@ def functions_around(frame: FrameType | None) -> int:
             in_pass, found, again = True, found + (not again), False
         elif code is _FORWARD and own:
             own = False
-        elif (code is _FORWARD or code in _BACKWARD) and not again:
+        elif not again and (code in _BACKWARD or (code is _FORWARD if _APPLY else _enters(frame, forwards))):
             found += 1
         frame = frame.f_back
     # A thread of the engine's own, for another device, does not show who asked for the pass.
     alone = not in_pass and not again and torch._C._current_graph_task_id() != -1
     return found + alone
+
+
+def _enters(frame: FrameType, forwards: dict[CodeType, bool]) -> bool:
+    """Whether a Function's built-in ``apply`` has called ``frame``; ``forwards`` are those of :func:`_forwards`."""
+    own = forwards.get(frame.f_code)
+    if own is not False:  # f_locals are read where needed only: Python keeps what they hold as long as the frame
+        return bool(own)
+    values = frame.f_locals
+    given = values.get(frame.f_code.co_varnames[0])
+    if isinstance(given[0] if isinstance(given, tuple) and given else given, BackwardCFunction):
+        return True
+    around = [values[name] for name in frame.f_code.co_freevars if callable(values.get(name))]
+    return any(getattr(unwrap(decorated), "__code__", None) in forwards for decorated in around)
+
+
+def _forwards() -> dict[CodeType, bool]:
+    """The code that Functions run forward, and whether it is theirs alone, as that of a decorator is not."""
+    found: dict[CodeType, bool] = {}
+    kinds: list[Any] = Function.__subclasses__()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        contextless = kind.setup_context is not Function.setup_context
+        for method in (kind.forward, kind.setup_context):
+            inner = unwrap(method)
+            if isinstance(method, FunctionType) and isinstance(inner, FunctionType):
+                found[method.__code__] = inner is method and (contextless or not method.__closure__)
+                if inner is not method:
+                    found[inner.__code__] = True
+    return found
 
 
 class Switch(NamedTuple):

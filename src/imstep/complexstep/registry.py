@@ -50,6 +50,12 @@ _RULES: dict[Operator, Rule] = {}
 _FOUND: dict[int, tuple[OpOverload, Rule | None]] = {}  # by identity: operators are slow to hash
 
 
+def known(name: str) -> list[OpOverload]:
+    """PyTorch's operator ``name`` where there is one: some came after the oldest version, some went before the last."""
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [packet.default]
+
+
 def register(operators: Iterable[Operator], rule: Rule) -> None:
     """Enter a rule for operators (an overload, or a packet for all of its overloads)."""
     for op in operators:

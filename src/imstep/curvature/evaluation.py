@@ -66,7 +66,7 @@ class BatchCurvature(ABC):
         try:
             return self.record(memory_budget)
         except (TapeTooLargeError, TapeChangedError) as error:
-            self.frozen.undo()
+            self.frozen.undo(error)
             return self.without_record(str(error))
 
     @abstractmethod

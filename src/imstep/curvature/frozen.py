@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -300,8 +301,15 @@ class FrozenClosure:
             self._random_after.restore()
         self._writes.finish(accepted)
 
-    def undo(self) -> None:
-        """End the step as if no evaluation had been made."""
+    def undo(self, reason: Exception | None = None) -> None:
+        """End the step as if no evaluation had been made.
+
+        Args:
+            reason: why one was given up, if one was; its frames are cleared, whose generators, such as a checkpoint's
+                before PyTorch 2.13, would go on steering what comes.
+        """
+        if reason is not None:
+            clear_frames(reason.__traceback__)
         self._random.restore()
         self._writes.finish(False)
 

@@ -241,13 +241,13 @@ class Models:
         inside = {id(m) for top in tops for m in top.modules()}
         self._states = [state for state in states if not inside.isdisjoint(map(id, state._modules))]
         self.groups = [
-            _gathered_together(state, group, ours) for state in self._states for group in state._fsdp_param_groups
+            _gathered_together(state, group, ours) for state in self._states for group in _groups(state)
         ]
 
     def reshard(self) -> None:
         """Drop what was gathered of the parameters as they were before."""
         for state in self._states:
-            for group in state._fsdp_param_groups:
+            for group in _groups(state):
                 group.reshard()
 
     @contextmanager
@@ -294,5 +294,11 @@ def _states() -> list[Any]:
     return list({id(state): state for state in every if isinstance(state, loaded.FSDPState)}.values())
 
 
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # the one that PyTorch 2.12 knows
+
+
 def _holders(state: Any) -> list[Any]:
-    return [holder for group in state._fsdp_param_groups for holder in group.fsdp_params]
+    return [holder for group in _groups(state) for holder in group.fsdp_params]

@@ -251,7 +251,7 @@ class _Evaluation:
         try:
             return self._record(memory_budget)
         except (TapeTooLargeError, TapeChangedError) as error:
-            self._frozen.undo()
+            self._frozen.undo(error)
             return self._without_record(str(error))
         finally:
             self._frozen.leave(accepted)

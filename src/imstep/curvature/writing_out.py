@@ -151,8 +151,8 @@ class Evaluation:
             course = Course(recording, loss, residuals.values, known.courses)
             with unseen():
                 arithmetic.finish([o.z for o in residuals.outputs])
-        except (UnsupportedOperatorError, TapeChangedError):
-            frozen.undo()
+        except (UnsupportedOperatorError, TapeChangedError) as error:
+            frozen.undo(error)
             known.recorded = None
             return None
         finally:

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 from imstep.complexstep.errors import ComplexStepError
-from imstep.complexstep.registry import rule
+from imstep.complexstep.registry import known, rule
 from imstep.complexstep.rules.forms import dagger
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def cholesky_ex(a, *, upper=False, check_errors=False):
     return (factor, info), lambda da: (push(da), None)
 
 
-@rule(aten.cholesky.default, family="factorisation")
+@rule(*known("cholesky"), family="factorisation")
 def cholesky(a, upper=False):
     factor = torch.linalg.cholesky(a, upper=upper)
     return factor, _cholesky_push(factor, upper)

@@ -297,7 +297,7 @@ def _states() -> list[Any]:
 def _groups(state: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # the one that PyTorch 2.12 knows
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # the only one before PyTorch 2.12
 
 
 def _holders(state: Any) -> list[Any]:

@@ -16,17 +16,19 @@ UNSUPPORTED = {
     "sparse_mm_reduce": "sparse tensors carry no imaginary part",
     "to_sparse": "sparse tensors carry no imaginary part",
 }
+# A kernel of PyTorch 2.14's database whose backward pass hides what a derivative needs, called by itself.
+ONCE = {"torch_ops_aten__scaled_dot_product_flash_attention_for_cpu"}
 
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_operator(name: str) -> None:
     """A Hessian product of one sample, and directional derivatives of two."""
-    _expect(name, operator_walk.judge(ENTRIES[name], 1))
-    _expect(name, directional_walk.judge_directional(ENTRIES[name], 2))
+    _expect(operator_walk.judge(ENTRIES[name], 1), name in UNSUPPORTED or name in ONCE)
+    _expect(directional_walk.judge_directional(ENTRIES[name], 2), name in UNSUPPORTED)
 
 
-def _expect(name: str, entry: Entry) -> None:
-    if name in UNSUPPORTED:
+def _expect(entry: Entry, refused: bool) -> None:
+    if refused:
         assert "UnsupportedOperatorError" in entry.worst.message
         return
     assert entry.passed, f"{entry.worst.judgement.value}: {entry.worst.message} (error {entry.worst.error:.1e})"

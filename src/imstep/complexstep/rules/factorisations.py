@@ -198,6 +198,30 @@ def eigh(a, uplo="L", compute_v=True):
     return tuple(outputs), push
 
 
+def _lyapunov(w, v, right):
+    """X of v diag(w) vᴴ X + X v diag(w) vᴴ = right."""
+    return v @ (dagger(v) @ right @ v / (w.unsqueeze(-1) + w.unsqueeze(-2))) @ dagger(v)
+
+
+@rule(*known("linalg_matrix_sqrth"), family="factorisation")  # as of PyTorch 2.14
+def matrix_sqrth(a):
+    w, v = torch.linalg.eigh(a)
+    return torch.linalg.matrix_sqrth(a), lambda da: _lyapunov(w.sqrt(), v, (da + dagger(da)) / 2)
+
+
+@rule(*known("linalg_polar"), family="factorisation")  # as of PyTorch 2.14
+def polar(a):
+    u, h = torch.linalg.polar(a)
+    w, v = torch.linalg.eigh(h)
+
+    def push(da):
+        right = dagger(a) @ da
+        dh = _lyapunov(w, v, right + dagger(right))
+        return (da - u @ dh) @ (v / w.unsqueeze(-2)) @ dagger(v), dh
+
+    return (u, h), push
+
+
 @rule(aten.linalg_eig.default, family="factorisation")
 def eig(a):
     """Eigenvectors keep unit norm: the part of V' along V that would change it is taken out."""

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from imstep.complexstep.registry import bilinear, known, rule
+from imstep.complexstep.registry import bilinear, rule
 from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
 
 
-@rule(*known("_grouped_mm"), family="multilinear", finite=partial(bilinear, factors=(0, 1)))
+@rule(aten._grouped_mm.default, family="multilinear", finite=partial(bilinear, factors=(0, 1)))
 def grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
     y = aten._grouped_mm(a, b, offs, bias, out_dtype)
     ends = None if offs is None else offs.tolist()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.complexstep.registry import known, rule
+from imstep.complexstep.registry import rule
 from imstep.complexstep.rules.blocks import addcmul_
 from imstep.complexstep.rules.forms import add_
 
@@ -153,7 +153,7 @@ def fused_rms_norm(x, shape, w, eps):
     return (y, s), push
 
 
-@rule(*known("_fused_rms_norm_backward"), family="normalisation")
+@rule(aten._fused_rms_norm_backward.default, family="normalisation")
 def fused_rms_norm_backward(g, x, shape, s, w, mask):
     un = _layer(x, shape, None, s, w).along(g)
 

@@ -45,7 +45,8 @@ def _state(tasks: Sequence[RaceTask], records: Sequence[StrengthRecord]) -> str:
     """How much of the race has been run."""
     done, wanted = sum(len(r.runs) for r in records), sum(len(t.sides) * len(SEEDS) for t in tasks)
     whole, left = (hours(tasks, rs, (), SEEDS) for rs in ([StrengthRecord(t.name) for t in tasks], records))
-    return f"{done} of {wanted} runs are recorded. The race takes {whole:.1f} hours of steps; {left:.1f} are missing."
+    open_still = f"; {left:.1f} are missing" if done < wanted else ""
+    return f"{done} of {wanted} runs are recorded. The race takes {whole:.1f} hours of steps{open_still}."
 
 
 def _of(record: StrengthRecord) -> str:

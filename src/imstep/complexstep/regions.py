@@ -74,27 +74,38 @@ def _enters(frame: FrameType, forwards: dict[CodeType, bool]) -> bool:
     if own is not False:  # f_locals are read where needed only: Python keeps what they hold as long as the frame
         return bool(own)
     values = frame.f_locals
-    given = values.get(frame.f_code.co_varnames[0])
+    given = next(iter(values.values()), None)
     if isinstance(given[0] if isinstance(given, tuple) and given else given, BackwardCFunction):
         return True
     around = [values[name] for name in frame.f_code.co_freevars if callable(values.get(name))]
     return any(getattr(unwrap(decorated), "__code__", None) in forwards for decorated in around)
 
 
+_LATEST: dict[tuple[int, ...], dict[CodeType, bool]] = {}
+
+
 def _forwards() -> dict[CodeType, bool]:
     """The code that Functions run forward, and whether it is theirs alone, as that of a decorator is not."""
-    found: dict[CodeType, bool] = {}
-    kinds: list[Any] = Function.__subclasses__()
-    while kinds:
-        kind = kinds.pop()
+    kinds = Function.__subclasses__()
+    for kind in kinds:  # it grows
         kinds += kind.__subclasses__()
-        contextless = kind.setup_context is not Function.setup_context
-        for method in (kind.forward, kind.setup_context):
-            inner = unwrap(method)
-            if isinstance(method, FunctionType) and isinstance(inner, FunctionType):
-                found[method.__code__] = inner is method and (contextless or not method.__closure__)
-                if inner is not method:
-                    found[inner.__code__] = True
+    key = tuple(map(id, kinds))
+    found = _LATEST.get(key)
+    if found is None:
+        found = {code: own for kind in kinds for code, own in _run_forward(kind).items()}
+        _LATEST.clear()
+        _LATEST[key] = found
+    return found
+
+
+def _run_forward(kind: Any) -> dict[CodeType, bool]:
+    found: dict[CodeType, bool] = {}
+    contextless = kind.setup_context is not Function.setup_context
+    for method in (kind.forward, kind.setup_context):
+        inner = unwrap(method)
+        if isinstance(method, FunctionType) and isinstance(inner, FunctionType):
+            found[inner.__code__] = True
+            found[method.__code__] = inner is method and (contextless or not method.__closure__)
     return found
 
 

@@ -50,9 +50,10 @@ _RULES: dict[Operator, Rule] = {}
 _FOUND: dict[int, tuple[OpOverload, Rule | None]] = {}  # by identity: operators are slow to hash
 
 
-def known(*names: str) -> list[OpOverload]:
-    """Those of PyTorch's operators that its version has."""
-    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+def known(name: str) -> list[OpOverload]:
+    """PyTorch's operator ``name``, where its version has it."""
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [packet.default]
 
 
 def register(operators: Iterable[Operator], rule: Rule) -> None:

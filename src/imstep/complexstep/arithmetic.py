@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
+from imstep.complexstep.errors import MOVED, UnsupportedOperatorError
 from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
@@ -72,6 +73,7 @@ class Arithmetic:
         self._islands = Islands(self._plane, self.ledger, keep_graph)
         self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write, witness)
         self._islands.at_last = WeakMethod(self._dispatch.begin_last)  # a cycle would keep tapes alive
+        self._inputs: list[tuple[Tensor, torch.UntypedStorage]] = []  # and the memory in which each is
         self._stack = ExitStack()
 
     def __enter__(self) -> Arithmetic:
@@ -95,6 +97,8 @@ class Arithmetic:
         if self._tape is None or exc[0] is not None:
             self._dispatch.conclude(failed=exc[0] is not None)
         raised, self._dispatch.raised = self._dispatch.raised, None
+        if exc[0] is None and any(t.untyped_storage()._cdata != memory._cdata for t, memory in self._inputs):
+            raise UnsupportedOperatorError("closure", *MOVED)
         if raised is not None and str(exc[1]).startswith(_TORCHSCRIPT) and str(exc[1]).endswith("RuntimeError: \n"):
             raise raised from exc[1]
 
@@ -107,6 +111,7 @@ class Arithmetic:
             lent: whether neither ``im`` nor ``t`` is overwritten before :meth:`release`; else ``im`` is copied.
         """
         known = self._plane.find(t)
+        self._inputs.append((t, t.untyped_storage()))
         if self._tape is not None:
             slot = self._tape.input(t)
             filled = entries_behind(t) == t.numel()

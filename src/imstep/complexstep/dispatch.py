@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
-from imstep.complexstep.errors import COLLECTIVE, DENSE, NESTED, REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import COLLECTIVE, DENSE, MOVED, NESTED, REPORT, UnsupportedOperatorError
 from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
@@ -314,7 +314,10 @@ class Dispatch(Recorder):
         if attached is None:
             return func(*args, **kwargs)
         if self._islands.active:
-            return func(*args, **kwargs)  # autograd does not see this write either: values change, derivatives stay
+            outputs = func(*args, **kwargs)  # autograd does not see this write either: values change, derivatives stay
+            if func.overloadpacket is torch.ops.aten.set_ and attached[0] is not None and not self.carries(args[0]):
+                raise UnsupportedOperatorError(func, *MOVED)
+            return outputs
         if func is torch.ops.aten.copy_.default:
             return self._copy(func, args, kwargs)
         if func.overloadpacket in _RESHAPED_IN_PLACE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ COLLECTIVE = (
     "to an operator's over(), which form the sums. Where it needs others' tensors, as for a contrastive loss, "
     "torch.distributed.nn.functional.all_reduce, all_gather, reduce_scatter and broadcast, and SyncBatchNorm, have "
     "derivatives in a step of NewtonKrylov(..., process_group=...)."
+)
+MOVED = (
+    "a tensor that is being differentiated was given other memory, and its imaginary part would stay behind.",
+    "Do that before the closure is called, or write the values over the old ones: with torch.no_grad(): t.copy_(...).",
 )
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 
@@ -37,7 +42,7 @@ class NotDifferentiableWarning(UserWarning):
 
 
 def user_line() -> str | None:
-    """The innermost line on the stack that is neither PyTorch's nor this library's."""
+    """The innermost line on the stack that is neither PyTorch's nor this library's, nor a context's on the way."""
     place = user_place()
     return None if place is None else f"{place[0]}:{place[1]}"
 
@@ -48,7 +53,7 @@ def user_place() -> tuple[str, int, dict[Any, Any]] | None:
     torch_home = str(Path(sys.modules["torch"].__file__ or "").resolve().parent)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_LIBRARY, torch_home, "<")):
+        if not name.startswith((_LIBRARY, torch_home, contextlib.__file__, "<")):
             return name, frame.f_lineno, frame.f_globals.setdefault("__warningregistry__", {})
         frame = frame.f_back  # type: ignore[assignment]
     return None

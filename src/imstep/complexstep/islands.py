@@ -18,11 +18,12 @@ from weakref import WeakMethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imstep.complexstep import gradients
-from imstep.complexstep.errors import NESTED, UnsupportedOperatorError
+from imstep.complexstep.errors import MOVED, NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
 from imstep.complexstep.report import Ledger
@@ -31,11 +32,12 @@ from imstep.complexstep.tensor import PLAIN, Plane
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = {Tensor.detach, torch.detach, _DATA, getattr(Tensor, "detach_copy", None)}
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _HOOKS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
 _HOOKS.add(getattr(Tensor, "grad_fn").__get__)  # noqa: B009 (its type is that of the attribute)
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *_HOOKS, *STEERED, *gradients.PASSES}
-_WATCHED.add(F.gumbel_softmax)
+_WATCHED |= {F.gumbel_softmax, _SET_DATA}
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _DETACH = torch.ops.aten.detach.default
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -136,6 +138,9 @@ class Islands(TorchFunctionMode):
             return self._backward_pass(func, args, kwargs)
         elif func is F.gumbel_softmax and self._may_cut():
             return self._gumbel_softmax(*args, **kwargs)
+        elif func == _SET_DATA:
+            self._set_data(*args)
+            return None
         return func(*args, **kwargs)
 
     # --- cuts ---------------------------------------------------------------------------------------------------
@@ -185,6 +190,12 @@ class Islands(TorchFunctionMode):
         with self.cut():
             t.detach_().data = t.clone()
         return t
+
+    def _set_data(self, t: Tensor, data: Tensor) -> None:
+        live = not is_lazy(t) and self._plane.find(t) is not None
+        t.data = data
+        if live and self._plane.find(t) is None:
+            raise UnsupportedOperatorError("Tensor.data = ...", *MOVED)
 
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1

@@ -29,12 +29,16 @@ _STEPWISE: dict[Any, Any] = {
 _RECURRENT = set(_STEPWISE)
 _ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
-STEERED = _RECURRENT | _ATTENTION | set(SUBSTITUTES)
+_FLATTEN = torch._cudnn_rnn_flatten_weight
+
+STEERED = _RECURRENT | _ATTENTION | set(SUBSTITUTES) | {_FLATTEN}
 """The functions that :func:`steer` takes."""
 
 
 def steer(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
     """Call one of :data:`STEERED` so that it runs no kernel without a derivative; notes those avoided."""
+    if func is _FLATTEN:
+        return None  # cuDNN is not asked; weights that are moved would leave their imaginary parts behind
     if func in SUBSTITUTES:
         return _substitute(func, args, kwargs, ledger)
     if func in _ATTENTION:

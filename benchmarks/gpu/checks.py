@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import imstep
 from benchmarks.gpu.networks import NETWORKS, Network
@@ -37,6 +39,36 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖."""
     found, expected = found.cpu(), expected.cpu()
     return float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(expected.dtype).tiny))
+
+
+class DrawnOnCpu(TorchDispatchMode):
+    """A context in which random numbers are the CPU's on any device, so that runs on two devices draw the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._twins: dict[int, tuple[torch.Generator, torch.Generator]] = {}  # with the generator that has the number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        device = next((t.device for t in args if isinstance(t, Tensor)), torch.device(kwargs.get("device") or "cpu"))
+        if not drawn or device.type == "cpu":
+            return func(*args, **kwargs)
+        on_cpu = tree_map_only(Tensor, lambda t: t.cpu(), args)
+        named = {k: v for k, v in kwargs.items() if k != "device"}
+        if named.get("generator") is not None:
+            named["generator"] = self._twin(named["generator"])
+        made = func(*on_cpu, **named)
+        if func._schema.is_mutable:
+            args[0].copy_(made)
+            return args[0]
+        return tree_map_only(Tensor, lambda t: t.to(device), made)
+
+    def _twin(self, generator: torch.Generator) -> torch.Generator:
+        if id(generator) not in self._twins:
+            twin = torch.Generator().manual_seed(generator.initial_seed())
+            self._twins[id(generator)] = generator, twin
+        return self._twins[id(generator)][1]
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -87,6 +119,12 @@ def double_backward(network: Network, v: Tensor) -> Tensor:
         return flat(torch.autograd.grad(slope, params, allow_unused=True), params)
 
 
+def gradient(network: Network) -> Tensor:
+    """As PyTorch's kernels have it."""
+    params = network.parameters
+    return flat(torch.autograd.grad(network.closure(), params, allow_unused=True), params)
+
+
 def differences(network: Network, v: Tensor) -> Tensor:
     """H v by differences of gradients, an error of fourth order."""
     params = network.parameters
@@ -97,7 +135,7 @@ def differences(network: Network, v: Tensor) -> Tensor:
             with torch.no_grad():
                 for p, o, d in zip(params, origin, parted(v, params), strict=True):
                     p.copy_(o + sign * t * d)
-            sides.append(flat(torch.autograd.grad(network.closure(), params, allow_unused=True), params))
+            sides.append(gradient(network))
         quotients.append((sides[0] - sides[1]) / (2 * t))
     with torch.no_grad():
         for p, o in zip(params, origin, strict=True):
@@ -120,8 +158,14 @@ def product_row(name: str, device: torch.device) -> Row:
     }
     if not network.drawn:
         row["CPU"] = relative(product, infinitesimal(on_cpu, v.cpu()))
+        row["PyTorch's gradient"] = relative(gradient(network), gradient(on_cpu))
     if device.type == "cuda":
-        row["captured"] = relative(imstep.Hessian(network.closure, network.parameters).static() @ v, product)
+        hessian = imstep.Hessian(network.closure, network.parameters)
+        try:
+            row["captured"] = relative(hessian.static() @ v, product)
+        except RuntimeError as error:
+            row["captured"] = f"refused: {str(error).splitlines()[0][:200]}"
+            row["after a refusal"] = relative(hessian @ v, product)
     try:
         row["double backward"] = relative(product, double_backward(network, v))
     except (RuntimeError, NotImplementedError) as error:
@@ -144,12 +188,14 @@ _TRAINED = {  # the GPT's full step multiplies rounding by 1e10, on one device a
 
 
 def step_row(optimizer: str, name: str, device: torch.device, steps: int = 3) -> Row:
-    """How far steps on the device lead from where those on the CPU do; the losses of both."""
+    """How far steps on the device lead from where those on the CPU do, by the same draws; the losses of both."""
     ends, losses = [], []
     for network in (built(name).to(device), built(name)):
+        torch.manual_seed(0)
         method = _OPTIMIZERS[optimizer](network.parameters)
-        for _ in range(steps):
-            method.step(network.closure)
+        with DrawnOnCpu():
+            for _ in range(steps):
+                method.step(network.closure)
         ends.append(flat(network.parameters, network.parameters))
         losses.append(float(network.closure().detach()))
     return {"parameters": relative(*ends), "loss": losses[0], "CPU's loss": losses[1]}

@@ -98,7 +98,7 @@ def residual() -> Network:
 
 def depthwise() -> Network:
     return _layers(
-        nn.Conv2d(4, 8, 3, groups=4, stride=2), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.Hardswish(),
+        nn.Conv2d(4, 8, 3, groups=4, stride=2), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.Tanh(),
         nn.ConvTranspose2d(6, 2, 3, stride=2, dilation=2), shape=(2, 4, 9, 9),
     )  # fmt: skip
 
@@ -304,7 +304,9 @@ def segmented() -> Network:
 NETWORKS: dict[str, Callable[[], Network]] = {
     **{
         kind.__name__: _activated(kind)
-        for kind in (nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.PReLU)
+        for kind in (
+            nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.PReLU, nn.Hardswish,
+        )
     },
     "batch norm": _normed(lambda: nn.BatchNorm2d(8)),
     "batch norm, evaluated": _normed(lambda: nn.BatchNorm2d(8), evaluated=True),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import imstep
@@ -104,7 +106,7 @@ def squares(device: torch.device, short: bool) -> Setting:
     if short:
         network = built("physics-informed").to(device)
         return imstep.LeastSquares(network.parameters), network.closure
-    problem = get_task("convection-random").build(0, device=device, dtype=torch.float64)
+    problem = get_task("convection").build(0, device=device, dtype=torch.float64)
     return imstep.LeastSquares(problem.parameters), problem.closure(problem.train)
 
 
@@ -127,7 +129,7 @@ def profiled(made: Callable[[torch.device, bool], Setting], device: torch.device
         seconds = time.perf_counter() - start
     averages = recorded.key_averages()
     counts = {event.key: event.count / steps for event in averages if event.key in _COUNTED}
-    busy = sum(event.self_device_time_total for event in averages if str(event.device_type).endswith("CUDA")) / 1e6
+    busy = _union([e.time_range for e in recorded.events() if e.device_type == DeviceType.CUDA and not _names(e)]) / 1e6
     slowest = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:8]
     row: Row = {"ms a step": 1e3 * seconds / steps, **{f"{name}, a step": number for name, number in counts.items()}}
     if device.type == "cuda":
@@ -139,6 +141,20 @@ def profiled(made: Callable[[torch.device, bool], Setting], device: torch.device
     row["products in that step"] = getattr(optimizer, "last_step").products  # noqa: B009 (torch's class has none)
     row["where"] = [f"{number} {place}" for place, number in reads.places.most_common(12)]
     return row
+
+
+def _names(event: Any) -> bool:
+    """Whether an event is no kernel, only the name of a range of them."""
+    return bool(event.is_user_annotation) or event.name.startswith("Optimizer.")
+
+
+def _union(ranges: Sequence[Any]) -> float:
+    """Microseconds in which at least one of the ranges of time lies."""
+    total, end = 0.0, -math.inf
+    for lies in sorted(ranges, key=lambda r: r.start):
+        total += max(0.0, lies.end - max(lies.start, end))
+        end = max(end, lies.end)
+    return total
 
 
 def rows(device: torch.device, short: bool) -> Iterator[tuple[str, Callable[[], Row]]]:

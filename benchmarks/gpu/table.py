@@ -76,9 +76,11 @@ def _costs(rows: list[Row]) -> str:
 
 
 def _trained(rows: list[Row]) -> str:
-    keys = ("steps", "seconds", "ms a step", "error at the start", "error")
-    cells = [[r["name"], *(_number(r.get(key, "")) for key in keys), r.get("failure", "")] for r in rows]
-    return table(["run", *keys, "failure"], cells)
+    keys = ("steps", "seconds", "ms a step", "error at the start", "error", "loss", "failure")
+    keys = tuple(key for key in keys if any(key in row for row in rows))
+    cells = [[row["name"], *(_number(row.get(key, "")) for key in keys)] for row in rows]
+    lines = [table(["run", *keys], cells), "", "Errors on the way:", ""]
+    return "\n".join(lines + [f"- {row['name']}: {'; '.join(row['course'])}." for row in rows if "course" in row])
 
 
 def _stream(rows: list[Row]) -> str:
@@ -94,10 +96,10 @@ def _stream(rows: list[Row]) -> str:
 _TITLES = {
     "checks": "Products and steps in float64",
     "costs": "What a product costs in float32",
-    "convection": "The convection equation by LeastSquares",
+    "physics": "Physics-informed networks by LeastSquares",
     "autoencoder": "A deep autoencoder, equal time for each",
     "stream": "Where a step waits",
 }
 _TABLES = {
-    "checks": _checks, "costs": _costs, "convection": _trained, "autoencoder": _trained, "stream": _stream,
+    "checks": _checks, "costs": _costs, "physics": _trained, "autoencoder": _trained, "stream": _stream,
 }  # fmt: skip

@@ -31,13 +31,15 @@ def failure(error: BaseException) -> str:
 class Here:
     """A prepared side in this process."""
 
-    def __init__(self, side: Side, subject_name: str, device: str, seed: int) -> None:
-        self._subject = build(subject_name, torch.device(device), seed)
+    def __init__(
+        self, side: Side, subject_name: str, device: str, seed: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._subject = build(subject_name, torch.device(device), seed).to(dtype)
         remedy(self._subject)
         self._synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
         generator = torch.Generator(device=device).manual_seed(seed + 1)
         size = sum(p.numel() for p in self._subject.parameters)
-        self._vector = torch.randn(size, generator=generator, device=device)
+        self._vector = torch.randn(size, generator=generator, device=device).to(dtype)
         self._side = side
         self._product = side.prepare(self._subject)
 

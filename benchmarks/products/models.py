@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -43,6 +43,11 @@ class Subject:
     def closure(self) -> Tensor:
         """The loss."""
         return self.loss(self.model(self.inputs), self.targets)
+
+    def to(self, dtype: torch.dtype) -> Subject:
+        """In another precision; the model itself, and copies of the data."""
+        inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in (self.inputs, self.targets))
+        return replace(self, model=self.model.to(dtype), inputs=inputs, targets=targets)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Outputs and targets."""

@@ -31,11 +31,13 @@ def test_parameters_that_move_are_refused(kind, move):
             move(w)
         return w**2, DIRECTION
 
-    with pytest.raises(imstep.UnsupportedOperatorError, match=r"other memory.*before the closure"):
+    def product() -> Tensor:
         if kind == "Hessian":
-            imstep.Hessian(lambda: F.mse_loss(*outputs()), [w]) @ DIRECTION
-        else:
-            imstep.GaussNewton(outputs, [w], F.mse_loss) @ DIRECTION
+            return imstep.Hessian(lambda: F.mse_loss(*outputs()), [w]) @ DIRECTION
+        return imstep.GaussNewton(outputs, [w], F.mse_loss) @ DIRECTION
+
+    with pytest.raises(imstep.UnsupportedOperatorError, match=r"other memory.*before the closure"):
+        product()
 
 
 @pytest.mark.parametrize("move", [MOVES["data"], MOVES["set_"]])

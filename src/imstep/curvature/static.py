@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.curvature.products import Products
 
@@ -35,6 +37,16 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Callabl
     return graph.replay, made
 
 
+class _Last(TorchDispatchMode):
+    """A context that remembers the last operator which was called."""
+
+    operator: Any = "nothing"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operator = func
+        return func(*args, **(kwargs or {}))
+
+
 class StaticProducts(Products):
     """Products that were captured: what differs from one to the next is what lies in two vectors.
 
@@ -56,13 +68,14 @@ class StaticProducts(Products):
             )
         self._products, self.nbytes = products, products.nbytes
         self._given = torch.zeros(self.columns.size, dtype=self.columns.dtype, device=self.columns.device)
+        last = _Last()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), last:
                 self._again, self._made = capture(lambda: products.one(self._given), self.columns.device)
         except RuntimeError as error:
             raise RuntimeError(
-                f"a product could not be captured: {error} An operator on the way waits for a value, or draws memory "
-                "in a way that captures do not allow. Use the operator as it is."
+                f"a product could not be captured: {last.operator} waits for a value, or draws memory in a way that "
+                f"captures do not allow ({error}). Use the operator as it is."
             ) from error
 
     def one(self, direction: Tensor) -> Tensor:

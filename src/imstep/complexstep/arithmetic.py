@@ -97,7 +97,10 @@ class Arithmetic:
         if self._tape is None or exc[0] is not None:
             self._dispatch.conclude(failed=exc[0] is not None)
         raised, self._dispatch.raised = self._dispatch.raised, None
-        if exc[0] is None and any(t.untyped_storage()._cdata != memory._cdata for t, memory in self._inputs):
+        inputs, self._inputs = self._inputs, []
+        with unseen():  # whoever watches the closure for looks at memory
+            moved = any(t.untyped_storage()._cdata != memory._cdata for t, memory in inputs)
+        if exc[0] is None and moved:
             raise UnsupportedOperatorError("closure", *MOVED)
         if raised is not None and str(exc[1]).startswith(_TORCHSCRIPT) and str(exc[1]).endswith("RuntimeError: \n"):
             raise raised from exc[1]

@@ -334,10 +334,12 @@ class FrozenClosure:
         if not self._first:
             self._random.restore()
             self._writes.rewind()
-            yield
+            with self._writes.noting_assignments():
+                yield
             return
         before = self._parameters.snapshot()
-        yield
+        with self._writes.noting_assignments():
+            yield
         if not all_same(self._parameters.memory, before):
             raise ValueError(CHANGED)
         self._random_after = RandomState(self._parameters.device)

@@ -1,4 +1,4 @@
-"""What a closure depends on besides the parameters: random numbers, and tensors that the model overwrites."""
+"""What a closure depends on besides the parameters: random numbers, and tensors that the model overwrites or replaces."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import ctypes
 import itertools
 import random
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.generators import Generators
 from imstep.complexstep.registry import any_complex, conjugating, signature
+from imstep.curvature.parameters import CHANGED
 from imstep.curvature.recording import Recording
 
 _evaluations = itertools.count()
@@ -81,46 +87,98 @@ def _memory_of_numpy() -> bytes | None:
 _MERSENNE = 625 * 4  # bytes: the key, and the place in it
 
 
+class _Memory:
+    """A storage that is overwritten in place."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+
+    def read(self) -> Tensor:
+        """A copy of what it holds."""
+        return self._whole.clone()
+
+    def write(self, contents: Tensor) -> None:
+        """Put ``contents`` in place of what it holds."""
+        self._whole.copy_(contents)
+
+
+class _Attribute:
+    """A buffer of a module, or a parameter that is not trained, to which other tensors are assigned."""
+
+    def __init__(self, tensors: dict[str, Any], name: str) -> None:
+        self._tensors, self._name = tensors, name
+
+    def read(self) -> Any:
+        """The tensor."""
+        return self._tensors[self._name]
+
+    def write(self, t: Any) -> None:
+        """Let ``t`` be the tensor."""
+        self._tensors[self._name] = t
+
+
 class Writes:
-    """Tensors of the model that the closure overwrites: their contents before and after the first evaluation.
+    """Tensors of the model that the closure overwrites or replaces: before and after the first evaluation.
 
     Parameters are not among them, though a closure may overwrite them as well: an embedding with ``max_norm`` does.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._after: dict[int, Tensor] = {}
+        self._before: dict[Any, tuple[_Memory | _Attribute, Any]] = {}
+        self._after: dict[Any, Any] = {}
 
     def before(self, t: Tensor) -> None:
         """Note the whole storage of ``t``, which is about to be overwritten, unless it is known."""
-        storage = t.untyped_storage()
-        if storage._cdata not in self._before and storage._cdata not in self._parameters:
-            whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)
-            self._before[storage._cdata] = whole, whole.clone()
+        key = t.untyped_storage()._cdata
+        if key not in self._before and key not in self._parameters:
+            self._note(key, _Memory(t))
+
+    @contextmanager
+    def noting_assignments(self) -> Iterator[None]:
+        """A context in which modules tell of the tensors that are assigned to them, as in ``self.mean = mean``."""
+        handles = (
+            register_module_buffer_registration_hook(lambda m, name, _: self._assigned(m._buffers, name)),
+            register_module_parameter_registration_hook(lambda m, name, _: self._assigned(m._parameters, name)),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _assigned(self, tensors: dict[str, Any], name: str) -> None:
+        t, key = tensors.get(name), (id(tensors), name)
+        if isinstance(t, nn.Parameter) and not is_lazy(t) and t.untyped_storage()._cdata in self._parameters:
+            raise ValueError(CHANGED)
+        if name in tensors and key not in self._before:  # a new one is a cache
+            self._note(key, _Attribute(tensors, name))
+
+    def _note(self, key: Any, place: _Memory | _Attribute) -> None:
+        self._before[key] = place, place.read()
 
     def keep(self) -> None:
         """Remember the contents after the first evaluation: those that stay."""
         self._after = self.contents()
 
-    def contents(self) -> dict[int, Tensor]:
-        """Copies of what the tensors hold now."""
-        return {key: whole.clone() for key, (whole, _) in self._before.items()}
+    def contents(self) -> dict[Any, Any]:
+        """What the tensors hold now."""
+        return {key: place.read() for key, (place, _) in self._before.items()}
 
-    def replace(self, contents: dict[int, Tensor]) -> None:
+    def replace(self, contents: dict[Any, Any]) -> None:
         """Put the given contents back."""
         for key, saved in contents.items():
-            self._before[key][0].copy_(saved)
+            self._before[key][0].write(saved)
 
     def rewind(self) -> None:
         """Put everything back to what it was before the first evaluation."""
-        for whole, saved in self._before.values():
-            whole.copy_(saved)
+        for place, saved in self._before.values():
+            place.write(saved)
 
     def finish(self, accepted: bool) -> None:
         """Leave the contents as after one evaluation, or as before it."""
-        for key, (whole, saved) in self._before.items():
-            whole.copy_(self._after.get(key, saved) if accepted else saved)
+        for key, (place, saved) in self._before.items():
+            place.write(self._after.get(key, saved) if accepted else saved)
 
 
 class WriteWatch(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imstep import LeastSquares, NewtonKrylov, methods
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import FrozenClosure, Hessian, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
@@ -146,6 +148,19 @@ class _Counting(nn.Module):
         return y + 0.01 * self.average.sum()
 
 
+class _Assigning(_Counting):
+    """The same, where new tensors take the place of the old ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        with torch.no_grad():
+            self.calls = self.calls + 1
+            self.average.mul_(0.5)
+            self.average = 0.9 * self.average + 0.1 * y.mean(0)
+            self.table = torch.stack([self.table[1], y[0]])
+        return y + 0.01 * self.average.sum()
+
+
 def buffers(model: nn.Module) -> list[Tensor]:
     return [b.clone() for b in model.buffers()]
 
@@ -154,7 +169,7 @@ def same(model: nn.Module, expected: list[Tensor]) -> bool:
     return all(torch.equal(b, e) for b, e in zip(model.buffers(), expected, strict=True))
 
 
-@pytest.mark.parametrize("make", [normalised, spectral, lambda: _Counting().double()])
+@pytest.mark.parametrize("make", [normalised, spectral, lambda: _Counting().double(), lambda: _Assigning().double()])
 @pytest.mark.parametrize("accepted", [True, False])
 def test_buffers_change_once_or_not_at_all(make: Callable[[], nn.Module], accepted: bool) -> None:
     model = make()
@@ -179,6 +194,89 @@ def test_buffers_change_once_or_not_at_all(make: Callable[[], nn.Module], accept
         torch.testing.assert_close(b, e, rtol=1e-14, atol=0)
     if not accepted:
         assert same(model, before)
+
+
+def test_codes_that_move_by_themselves_move_once_a_step() -> None:
+    """Parameters that are not trained, as of a vector quantisation by means."""
+    model = nn.Linear(4, 3).double()
+    model.codes = nn.Parameter(torch.zeros(3, dtype=F64), requires_grad=False)
+
+    def closure() -> Tensor:
+        y = model(X)
+        model.codes = nn.Parameter(0.9 * model.codes + y.detach().mean(0), requires_grad=False)
+        return F.mse_loss(y + model.codes, Y)
+
+    optimizer, expected = NewtonKrylov(model.parameters()), model(X).detach().mean(0)
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+    torch.testing.assert_close(model.codes.detach(), expected, rtol=1e-13, atol=0)
+
+
+def test_parameters_that_are_replaced_are_refused() -> None:
+    model = nn.Linear(4, 3).double()
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(model(X), Y)
+        model.bias = nn.Parameter(0.9 * model.bias.detach())
+        return loss
+
+    for optimizer in (NewtonKrylov(model.parameters()), LeastSquares(model.parameters())):
+        with pytest.raises(ValueError, match="closure changed the parameters"):
+            optimizer.step(closure)
+
+
+BATCHES = [slice(0, 3), slice(2, 6), slice(4, 8)]
+
+
+def _fetching() -> Callable[[], slice]:
+    batches = itertools.cycle(BATCHES)
+    return lambda: next(batches)
+
+
+def _drawing() -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda: torch.randperm(len(X), generator=generator)[:5]
+
+
+@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares, methods.lbfgs])
+@pytest.mark.parametrize("source", [_fetching, _drawing])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_closure_that_fetches_its_batch_is_refused(make: Any, source: Any, pieces: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    optimizer, batch, before = make(model.parameters()), source(), [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        chosen = batch()
+        return F.mse_loss(model(X[chosen]), Y[chosen])
+
+    with pytest.raises(ValueError, match="called again at the same parameters.*Fetch the batch"):
+        optimizer.step([closure] if pieces else closure)
+    assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("method", [methods.soap, methods.shampoo])
+def test_one_evaluation_a_step_may_have_a_batch_of_its_own(method: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    optimizer, batch = method(model.parameters()), _fetching()
+
+    def closure() -> Tensor:
+        chosen = batch()
+        return F.mse_loss(model(X[chosen]), Y[chosen])
+
+    for _ in BATCHES:
+        optimizer.step(closure)
+
+
+def test_recomputed_products_are_of_one_function() -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), _fetching()
+
+    def closure() -> Tensor:
+        chosen = batch()
+        return F.mse_loss(model(X[chosen]), Y[chosen])
+
+    H = Hessian(closure, model, memory_budget=0)
+    with pytest.raises(ValueError, match="called again at the same parameters"):
+        H @ torch.ones(H.size, dtype=F64)
 
 
 def test_batch_norm_counts_one_batch() -> None:

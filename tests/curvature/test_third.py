@@ -61,10 +61,10 @@ def test_it_is_the_third_derivative_along_the_direction(backward):
 def test_random_numbers_and_buffers_are_those_of_the_step():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).to(F64)
     parameters = ParameterVector(model)
-    frozen = FrozenClosure(lambda: F.mse_loss(model(X), Y), parameters)
     direction = torch.randn(parameters.size, dtype=F64)
+    frozen = FrozenClosure(lambda: F.mse_loss(model(X), Y), parameters)
     frozen.linearise()
-    start, step = parameters.get(), 1e-3
+    start, step = parameters.get(), 2.5e-4
 
     def curvature(t: float) -> float:
         parameters.move(parameters.snapshot(), direction, t)

@@ -478,7 +478,7 @@ def test_a_rejected_step_restores_bit_for_bit(options: dict[str, Any], index: in
     assert record.trials == 12
     spent = record.cost.losses + record.cost.gradients + record.cost.linearisations
     chooses = getattr(options.get("solver"), "backtracking", None) is not None  # among iterates, by losses of its own
-    assert spent >= 15 if chooses else spent == 13
+    assert spent >= 16 if chooses else spent == 14  # the first step looks twice at its start
 
 
 def test_running_statistics_move_once_per_accepted_step(options: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ def test_the_best_of_the_stored_iterates_by_the_loss_is_taken(lr: float) -> None
     optimizer = NewtonKrylov([w], lr=lr, curvature=ExactHessian(), solver=solver, forcing=Exactly(), **plain)
     optimizer.step(lambda: loss(w))
     torch.testing.assert_close(w.detach(), lr * iterates[stored[best] - 1], rtol=1e-6, atol=1e-8)
-    assert optimizer.cost.losses == len(stored) - best + 1 + (1 + (lr < 1))
+    assert optimizer.cost.losses == 1 + len(stored) - best + 1 + (1 + (lr < 1))  # the start, twice
 
 
 class Exactly(Forcing):

@@ -93,6 +93,7 @@ class BatchCurvature(ABC):
             with self.frozen.aside():
                 return self.loss_and_product(direction)[1]
 
+        self.frozen.doubt()
         source = RecomputedProducts(product, self.parameters, self.parameters)
         note = f"every product evaluates the closure anew: {reason}"
         return Point(loss, gradient, source, definite, lambda: replace(self.frozen.report, note=note), reason)

@@ -8,6 +8,7 @@ statistics, power iterations, counters).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from traceback import clear_frames
@@ -61,10 +62,11 @@ class FrozenClosure:
     ) -> None:
         self.user, self.penalty = UserClosure(closure, parameters, stale), penalty
         self._parameters = parameters
-        self._random = RandomState(parameters.device)
+        self._random: RandomState | None = None  # where the first evaluation began
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
+        self._doubted = False  # whether the next evaluation is to be followed by another one
         self._settled = False  # whether it is known which parameters the penalty is of
         self.used: list[bool] = []
         self._taken: list[bool] = []  # gradients of the last evaluation that are summed over processes already
@@ -152,6 +154,11 @@ class FrozenClosure:
                 note what the closure overwrites.
         """
         self.losses += 1
+        loss = self._loss_with_graph(within)
+        self._compare(loss)
+        return loss
+
+    def _loss_with_graph(self, within: AbstractContextManager[Any] | None = None) -> Tensor:
         # A dropout behind attention draws in the order of its output's memory, which fused kernels choose otherwise.
         with self._same_state(), self.user.own_gradients(), plain_attention(), within or nullcontext():
             return self.user.loss(self._numbers, skip=True)[0]
@@ -169,7 +176,20 @@ class FrozenClosure:
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part, note)
             self._check_sight(called.seen, arithmetic)
+        self._compare(loss)
         return loss, gradients
+
+    def doubt(self) -> None:
+        """Let the next evaluation be followed by one of the loss, and raise where that is another one."""
+        self._doubted = True
+
+    def _compare(self, loss: Tensor) -> None:
+        if not self._doubted:
+            return
+        self._doubted, self.compared = False, 1
+        first, again = (float(t.detach()) for t in (loss, self._loss_with_graph()))
+        if abs(again - first) > math.sqrt(torch.finfo(loss.dtype).eps) * max(abs(first), abs(again)):
+            raise ValueError(_ANOTHER.format(first, again))
 
     def _gradients_of(
         self,
@@ -283,6 +303,9 @@ class FrozenClosure:
     repeated = 0
     """Evaluations made anew for products or for a preconditioner."""
 
+    compared = 0
+    """Evaluations made anew in doubt."""
+
     @property
     def returned(self) -> Tensor | None:
         """What the closure returned first, 0-dim; None where that is no number."""
@@ -310,7 +333,8 @@ class FrozenClosure:
         """
         if reason is not None:
             clear_frames(reason.__traceback__)
-        self._random.restore()
+        if self._random is not None:
+            self._random.restore()
         self._writes.finish(False)
 
     @contextmanager
@@ -331,19 +355,27 @@ class FrozenClosure:
     @contextmanager
     def _same_state(self) -> Iterator[None]:
         self._started = torch.autograd._get_sequence_nr()
-        if not self._first:
+        if self._random is not None and not self._first:
             self._random.restore()
             self._writes.rewind()
             with self._writes.noting_assignments():
                 yield
             return
-        before = self._parameters.snapshot()
+        self._random, before = RandomState(self._parameters.device), self._parameters.snapshot()
         with self._writes.noting_assignments():
             yield
         if not all_same(self._parameters.memory, before):
             raise ValueError(CHANGED)
         self._random_after = RandomState(self._parameters.device)
         self._writes.keep()
+
+
+_ANOTHER = (
+    "closure has the loss {:.6g} when it is called first, and {:.6g} when it is called again at the same parameters: "
+    "it takes another batch each time, draws from a generator of its own, or counts its calls. All evaluations of a step "
+    "are of one function. Fetch the batch, and draw and count, before the step; what the global generators of Python, "
+    "NumPy and PyTorch draw, and buffers of the model, are put back between evaluations."
+)
 
 
 def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:

@@ -70,7 +70,7 @@ class FrozenPieces:
         self._given, self._parameters, self._stale, self._room = list(pieces), parameters, stale, room
         self._penalty = penalty
         self._frozen: list[FrozenClosure] = []
-        self._repeats = 0
+        self._repeats, self._doubted = 0, False
 
     # --- evaluations --------------------------------------------------------------------------------------------
 
@@ -125,11 +125,22 @@ class FrozenPieces:
             if not again:  # not before its turn: it begins where random numbers are now
                 penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
                 self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
+                if self._doubted:
+                    self._frozen[-1].doubt()
             self._parameters.weigh_piece(piece.weight)
             yield piece, self._frozen[number]
             if again:
                 self._frozen[number].leave(accepted=True)
         self._parameters.weigh_piece(1.0)
+
+    def doubt(self) -> None:
+        """As :meth:`FrozenClosure.doubt`, of each piece."""
+        self._doubted = True
+
+    @property
+    def compared(self) -> int:
+        """Evaluations made anew in doubt."""
+        return max((frozen.compared for frozen in self._frozen), default=0)
 
     def anew(self, frozen: FrozenClosure, observer: LayerObserver | None = None, graph: bool = False) -> Linearisation:
         """The record of a piece once more."""

@@ -167,6 +167,16 @@ class SharedBatch:
         """Evaluations of this process made anew for products or for a preconditioner."""
         return 0 if self.own is None else self.own.repeated
 
+    def doubt(self) -> None:
+        """As :meth:`FrozenClosure.doubt`, of this process's part."""
+        if self.own is not None:
+            self.own.doubt()
+
+    @property
+    def compared(self) -> int:
+        """Evaluations of this process made anew in doubt."""
+        return 0 if self.own is None else self.own.compared
+
     def leave(self, accepted: bool) -> None:
         """End the step: random numbers and buffers of this process as after one evaluation, or as before it."""
         if self.own is not None:

@@ -1,4 +1,4 @@
-"""What a closure depends on besides the parameters: random numbers, and tensors that the model overwrites or replaces."""
+"""What a closure depends on besides the parameters: random numbers, and tensors that the model changes."""
 
 from __future__ import annotations
 

@@ -90,6 +90,9 @@ class FixedRateAttempt(StepAttempt):
     _frozen: FrozenClosure | SharedBatch
     _at: tuple[Tensor, Tensor]
 
+    def doubt(self) -> None:
+        """No: a step is one evaluation, and the closure may have another batch in each."""
+
     @property
     def start(self) -> tuple[Tensor, Tensor]:
         return self._at

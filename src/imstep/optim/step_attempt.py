@@ -53,6 +53,15 @@ class StepAttempt(ABC):
     def start(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim, detached) and gradient (n,) before the step, once it has run."""
 
+    def doubt(self) -> None:
+        """Let the closure be called once more at the start, and raise where it is another function then."""
+        self._frozen.doubt()
+
+    @property
+    def compared(self) -> int:
+        """Evaluations that this took."""
+        return self._frozen.compared
+
     @property
     def of_closure(self) -> tuple[Tensor, Tensor]:
         """As :attr:`start`, of the closure's loss alone, without the penalty."""

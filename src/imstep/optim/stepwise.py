@@ -322,6 +322,8 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         """Run a step, for which ``spent`` was paid before; keep it, or leave everything as it was."""
         started = time.perf_counter()
         before = self._parts()
+        if self._memory.steps == 0:
+            attempt.doubt()
         try:
             with self._alone():
                 record, memory = attempt.run()
@@ -338,6 +340,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
             memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
         record = record if spent is None else replace(record, cost=record.cost + spent)
+        record = replace(record, cost=record.cost + Cost(losses=attempt.compared))
         self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
         loss, gradient = attempt.of_closure

@@ -212,6 +212,24 @@ def test_codes_that_move_by_themselves_move_once_a_step() -> None:
     torch.testing.assert_close(model.codes.detach(), expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares])
+def test_a_generator_of_the_user_s_moves_once_a_step(make: Any) -> None:
+    model, own = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), torch.Generator().manual_seed(0)
+
+    def closure() -> Tensor:
+        x = torch.rand(5, 4, generator=own, dtype=F64)
+        return (model(x).sum(1) - torch.empty(5, dtype=F64).normal_(generator=own)).square().mean()
+
+    optimizer = make(model.parameters())
+    for _ in range(3):
+        before = own.get_state()
+        closure()
+        expected = own.get_state()
+        own.set_state(before)
+        optimizer.step(closure)
+        assert torch.equal(own.get_state(), expected)
+
+
 def test_parameters_that_are_replaced_are_refused() -> None:
     model = nn.Linear(4, 3).double()
 
@@ -234,8 +252,8 @@ def _fetching() -> Callable[[], slice]:
 
 
 def _drawing() -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda: torch.randperm(len(X), generator=generator)[:5]
+    generator = np.random.default_rng(0)
+    return lambda: torch.as_tensor(generator.permutation(len(X))[:5])
 
 
 @pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares, methods.lbfgs])
@@ -249,7 +267,7 @@ def test_a_closure_that_fetches_its_batch_is_refused(make: Any, source: Any, pie
         chosen = batch()
         return F.mse_loss(model(X[chosen]), Y[chosen])
 
-    with pytest.raises(ValueError, match="called again at the same parameters.*Fetch the batch"):
+    with pytest.raises(ValueError, match=r"called again at the same parameters.*Fetch the batch"):
         optimizer.step([closure] if pieces else closure)
     assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), before, strict=True))
 

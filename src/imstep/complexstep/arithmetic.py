@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.errors import MOVED, UnsupportedOperatorError
@@ -37,7 +37,7 @@ class Arithmetic:
         h: None for infinitesimal arithmetic (h² terms dropped), or the step of finite arithmetic, h > 0.
         tape: where to record the linear maps instead of applying them (infinitesimal arithmetic only).
         before_write: called with each tensor that an operator is about to overwrite and that existed before this
-            evaluation: the buffers of a model.
+            evaluation, such as a model's buffers, and with each generator of the user's that one is about to draw from.
         keep_graph: whether autograd's graph survives the gradient, for further backward passes.
         witness: called with each operator of more than a view that was carried out, as the user's code asked for it:
             the operator, its signature, its tensor arguments in the order of that, all arguments, and the outputs.
@@ -59,7 +59,7 @@ class Arithmetic:
         self,
         h: float | None = None,
         tape: Tape | None = None,
-        before_write: Callable[[Tensor], None] | None = None,
+        before_write: Callable[[Tensor | Generator], None] | None = None,
         keep_graph: bool = False,
         witness: Callable[..., None] | None = None,
     ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
@@ -53,7 +53,7 @@ class Dispatch(Recorder):
         ledger: Ledger,
         h: float | None,
         tape: Tape | None,
-        before_write: Callable[[Tensor], None] | None,
+        before_write: Callable[[Tensor | Generator], None] | None,
         witness: Callable[..., None] | None = None,
     ) -> None:
         super().__init__(plane, islands, ledger, tape)
@@ -117,6 +117,8 @@ class Dispatch(Recorder):
         if self._before_write is not None:
             for at in sig.overwritten:
                 self._watch(tensors[at])
+            if kwargs.get("generator") is not None:
+                self._before_write(kwargs["generator"])
             outputs = self._carry_out(func, sig, tensors, args, kwargs)
             if not (sig.view or sig.mutates):
                 self._mark_born(outputs)

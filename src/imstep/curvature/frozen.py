@@ -372,9 +372,9 @@ class FrozenClosure:
 
 _ANOTHER = (
     "closure has the loss {:.6g} when it is called first, and {:.6g} when it is called again at the same parameters: "
-    "it takes another batch each time, draws from a generator of its own, or counts its calls. All evaluations of a step "
-    "are of one function. Fetch the batch, and draw and count, before the step; what the global generators of Python, "
-    "NumPy and PyTorch draw, and buffers of the model, are put back between evaluations."
+    "it takes another batch each time, draws from np.random.default_rng() or the like, or counts its calls. All "
+    "evaluations of a step are of one function. Fetch the batch, and draw and count, before the step; generators of "
+    "PyTorch, the global ones of Python and NumPy, and buffers of the model are put back between evaluations."
 )
 
 

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -117,19 +117,43 @@ class _Attribute:
         self._tensors[self._name] = t
 
 
+class _Stream:
+    """A generator of the user's."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def read(self) -> Tensor:
+        """Its state."""
+        return self._generator.get_state()
+
+    def write(self, state: Tensor) -> None:
+        """Put it in this state."""
+        self._generator.set_state(state)
+
+
+_Place: TypeAlias = _Memory | _Attribute | _Stream
+
+
 class Writes:
-    """Tensors of the model that the closure overwrites or replaces: before and after the first evaluation.
+    """What the closure changes beside the global generators: before and after the first evaluation.
+
+    That is, tensors of the model that it overwrites or replaces, and generators of the user's that it draws from.
 
     Parameters are not among them, though a closure may overwrite them as well: an embedding with ``max_norm`` does.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
-        self._before: dict[Any, tuple[_Memory | _Attribute, Any]] = {}
+        self._before: dict[Any, tuple[_Place, Any]] = {}
         self._after: dict[Any, Any] = {}
 
-    def before(self, t: Tensor) -> None:
-        """Note the whole storage of ``t``, which is about to be overwritten, unless it is known."""
+    def before(self, t: Tensor | torch.Generator) -> None:
+        """Note a generator, or the whole storage of a tensor, that is about to change, unless it is known."""
+        if isinstance(t, torch.Generator):
+            if id(t) not in self._before:
+                self._note(id(t), _Stream(t))
+            return
         key = t.untyped_storage()._cdata
         if key not in self._before and key not in self._parameters:
             self._note(key, _Memory(t))
@@ -154,7 +178,7 @@ class Writes:
         if name in tensors and key not in self._before:  # a new one is a cache
             self._note(key, _Attribute(tensors, name))
 
-    def _note(self, key: Any, place: _Memory | _Attribute) -> None:
+    def _note(self, key: Any, place: _Place) -> None:
         self._before[key] = place, place.read()
 
     def keep(self) -> None:
@@ -225,6 +249,8 @@ class WriteWatch(TorchDispatchMode):
         tensors = sig.gather(args, kwargs)
         for at in sig.overwritten:
             self._note(tensors[at])
+        if kwargs.get("generator") is not None:
+            self._writes.before(kwargs["generator"])
         outputs = conjugating(func, args, kwargs) if any_complex(tensors) else func(*args, **kwargs)
         if not (sig.view or sig.mutates):
             self._mark(outputs)

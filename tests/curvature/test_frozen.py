@@ -213,6 +213,21 @@ def test_codes_that_move_by_themselves_move_once_a_step() -> None:
 
 
 @pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares])
+@pytest.mark.parametrize("first", ["linearise", "watch"])
+def test_a_sum_that_begins_in_the_closure_is_none_of_the_model_s(first: str) -> None:
+    model = nn.Linear(4, 3).double()
+
+    def closure() -> Tensor:
+        total = torch.tensor(0.0, dtype=F64)
+        total += F.mse_loss(model(X), Y)
+        return total
+
+    frozen, expected = FrozenClosure(closure, ParameterVector(model)), closure().detach()
+    loss = frozen.linearise().loss if first == "linearise" else frozen.loss_with_graph(frozen.watch()).detach()
+    frozen.loss()
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+
+
 def test_a_generator_of_the_user_s_moves_once_a_step(make: Any) -> None:
     model, own = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), torch.Generator().manual_seed(0)
 

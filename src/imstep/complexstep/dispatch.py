@@ -17,7 +17,7 @@ from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
 from imstep.complexstep.recorder import Recorder
-from imstep.complexstep.registry import Rule, Signature, any_complex, conjugating, exact, lookup, signature
+from imstep.complexstep.registry import FRESH, Rule, Signature, any_complex, conjugating, exact, lookup, signature
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.roots import Roots
 from imstep.complexstep.rules.forms import WORKING
@@ -82,7 +82,10 @@ class Dispatch(Recorder):
             args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
         sig = signature(func)
         if sig.window and not self._islands.active and isinstance(args[0], Tensor) and not args[0].is_complex():
-            return func(*args, **kwargs)  # another window onto the same memory
+            outputs = func(*args, **kwargs)  # another window onto the same memory
+            if func is FRESH and self._before_write is not None:
+                self._mark_born(outputs)
+            return outputs
         if self._tape is not None:
             foreseen = self._tape.foreseen
             if foreseen is not None and foreseen.step.func is func and self._is(foreseen, args, kwargs):

@@ -131,6 +131,9 @@ class Signature:
         return tuple(new_args), new_kwargs
 
 
+FRESH = torch.ops.aten.lift_fresh.default
+"""What ``torch.tensor(...)`` shows its new memory by."""
+
 _SIGNATURES: dict[int, Signature] = {}  # by identity: operators are slow to hash
 
 

@@ -187,7 +187,8 @@ class FrozenClosure:
         if not self._doubted:
             return
         self._doubted, self.compared = False, 1
-        first, again = (float(t.detach()) for t in (loss, self._loss_with_graph()))
+        first = float(loss.detach())
+        again = float(self._loss_with_graph().detach())
         if abs(again - first) > math.sqrt(torch.finfo(loss.dtype).eps) * max(abs(first), abs(again)):
             raise ValueError(_ANOTHER.format(first, again))
 

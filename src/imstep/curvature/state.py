@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.generators import Generators
-from imstep.complexstep.registry import any_complex, conjugating, signature
+from imstep.complexstep.registry import FRESH, any_complex, conjugating, signature
 from imstep.curvature.parameters import CHANGED
 from imstep.curvature.recording import Recording
 
@@ -237,7 +237,10 @@ class WriteWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sig, kwargs = signature(func), kwargs or {}
         if sig.window and isinstance(args[0], Tensor) and not args[0].is_complex():
-            return func(*args, **kwargs)  # another window onto the same memory
+            outputs = func(*args, **kwargs)  # another window onto the same memory
+            if func is FRESH:
+                self._mark(outputs)
+            return outputs
         if self._recording is not None and sig.collective:  # what autograd makes of it would be wrong
             raise UnsupportedOperatorError(
                 func,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imstep import LeastSquares, NewtonKrylov, methods
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import FrozenClosure, Hessian, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
@@ -194,122 +192,6 @@ def test_buffers_change_once_or_not_at_all(make: Callable[[], nn.Module], accept
         torch.testing.assert_close(b, e, rtol=1e-14, atol=0)
     if not accepted:
         assert same(model, before)
-
-
-def test_codes_that_move_by_themselves_move_once_a_step() -> None:
-    """Parameters that are not trained, as of a vector quantisation by means."""
-    model = nn.Linear(4, 3).double()
-    model.codes = nn.Parameter(torch.zeros(3, dtype=F64), requires_grad=False)
-
-    def closure() -> Tensor:
-        y = model(X)
-        model.codes = nn.Parameter(0.9 * model.codes + y.detach().mean(0), requires_grad=False)
-        return F.mse_loss(y + model.codes, Y)
-
-    optimizer, expected = NewtonKrylov(model.parameters()), model(X).detach().mean(0)
-    optimizer.step(closure)
-    assert optimizer.last_step.accepted
-    torch.testing.assert_close(model.codes.detach(), expected, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares])
-@pytest.mark.parametrize("first", ["linearise", "watch"])
-def test_a_sum_that_begins_in_the_closure_is_none_of_the_model_s(first: str) -> None:
-    model = nn.Linear(4, 3).double()
-
-    def closure() -> Tensor:
-        total = torch.tensor(0.0, dtype=F64)
-        total += F.mse_loss(model(X), Y)
-        return total
-
-    frozen, expected = FrozenClosure(closure, ParameterVector(model)), closure().detach()
-    loss = frozen.linearise().loss if first == "linearise" else frozen.loss_with_graph(frozen.watch()).detach()
-    frozen.loss()
-    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-
-
-def test_a_generator_of_the_user_s_moves_once_a_step(make: Any) -> None:
-    model, own = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), torch.Generator().manual_seed(0)
-
-    def closure() -> Tensor:
-        x = torch.rand(5, 4, generator=own, dtype=F64)
-        return (model(x).sum(1) - torch.empty(5, dtype=F64).normal_(generator=own)).square().mean()
-
-    optimizer = make(model.parameters())
-    for _ in range(3):
-        before = own.get_state()
-        closure()
-        expected = own.get_state()
-        own.set_state(before)
-        optimizer.step(closure)
-        assert torch.equal(own.get_state(), expected)
-
-
-def test_parameters_that_are_replaced_are_refused() -> None:
-    model = nn.Linear(4, 3).double()
-
-    def closure() -> Tensor:
-        loss = F.mse_loss(model(X), Y)
-        model.bias = nn.Parameter(0.9 * model.bias.detach())
-        return loss
-
-    for optimizer in (NewtonKrylov(model.parameters()), LeastSquares(model.parameters())):
-        with pytest.raises(ValueError, match="closure changed the parameters"):
-            optimizer.step(closure)
-
-
-BATCHES = [slice(0, 3), slice(2, 6), slice(4, 8)]
-
-
-def _fetching() -> Callable[[], slice]:
-    batches = itertools.cycle(BATCHES)
-    return lambda: next(batches)
-
-
-def _drawing() -> Callable[[], Tensor]:
-    generator = np.random.default_rng(0)
-    return lambda: torch.as_tensor(generator.permutation(len(X))[:5])
-
-
-@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares, methods.lbfgs])
-@pytest.mark.parametrize("source", [_fetching, _drawing])
-@pytest.mark.parametrize("pieces", [False, True])
-def test_a_closure_that_fetches_its_batch_is_refused(make: Any, source: Any, pieces: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
-    optimizer, batch, before = make(model.parameters()), source(), [p.detach().clone() for p in model.parameters()]
-
-    def closure() -> Tensor:
-        chosen = batch()
-        return F.mse_loss(model(X[chosen]), Y[chosen])
-
-    with pytest.raises(ValueError, match=r"called again at the same parameters.*Fetch the batch"):
-        optimizer.step([closure] if pieces else closure)
-    assert all(torch.equal(p, saved) for p, saved in zip(model.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize("method", [methods.soap, methods.shampoo])
-def test_one_evaluation_a_step_may_have_a_batch_of_its_own(method: Any) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
-    optimizer, batch = method(model.parameters()), _fetching()
-
-    def closure() -> Tensor:
-        chosen = batch()
-        return F.mse_loss(model(X[chosen]), Y[chosen])
-
-    for _ in BATCHES:
-        optimizer.step(closure)
-
-
-def test_recomputed_products_are_of_one_function() -> None:
-    model, batch = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double(), _fetching()
-
-    def closure() -> Tensor:
-        chosen = batch()
-        return F.mse_loss(model(X[chosen]), Y[chosen])
-
-    H = Hessian(closure, model, memory_budget=0)
-    with pytest.raises(ValueError, match="called again at the same parameters"):
-        H @ torch.ones(H.size, dtype=F64)
 
 
 def test_batch_norm_counts_one_batch() -> None:

@@ -139,3 +139,17 @@ def test_recomputed_products_are_of_one_function() -> None:
     H = Hessian(closure, model, memory_budget=0)
     with pytest.raises(ValueError, match="called again at the same parameters"):
         H @ torch.ones(H.size, dtype=F64)
+
+
+@pytest.mark.parametrize("factor", [1.001, 1.1])
+def test_kernels_of_low_precision_are_no_other_function(factor: float) -> None:
+    """As fused recurrent networks, in whose place a record has plain steps: another loss, but always the same."""
+    model, calls = nn.Linear(4, 3).double(), itertools.count()
+    frozen = FrozenClosure(lambda: F.mse_loss(model(X), Y) * (factor if next(calls) else 1), ParameterVector(model))
+    frozen.doubt()
+    if factor < 1.05:
+        frozen.linearise()
+        assert frozen.compared == 2
+    else:
+        with pytest.raises(ValueError, match="called again at the same parameters"):
+            frozen.linearise()

@@ -8,8 +8,6 @@ statistics, power iterations, counters).
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from traceback import clear_frames
@@ -38,6 +36,7 @@ from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import CHANGED, ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.recording import Recording
+from imstep.curvature.repeating import require_function
 from imstep.curvature.state import RandomState, Writes, WriteWatch
 
 
@@ -187,13 +186,8 @@ class FrozenClosure:
     def _compare(self, loss: Tensor) -> None:
         if not self._doubted:
             return
-        self._doubted, rounding = False, math.sqrt(torch.finfo(loss.dtype).eps)
-        first = float(loss.detach())
-        again = self._once_more()
-        # Kernels of less precision than the loss, which a record does without, may come to another one, but each time.
-        apart = _apart(first, again)
-        if apart > _LOW or (apart > rounding and _apart(again, self._once_more()) > rounding):
-            raise ValueError(_ANOTHER.format(first, again))
+        self._doubted = False
+        require_function(float(loss.detach()), self._once_more, torch.finfo(loss.dtype).eps)
 
     def _once_more(self) -> float:
         self.compared += 1
@@ -376,23 +370,6 @@ class FrozenClosure:
             raise ValueError(CHANGED)
         self._random_after = RandomState(self._parameters.device)
         self._writes.keep()
-
-
-_LOW = 0.05  # what bfloat16 and the like may make of a loss
-
-
-def _apart(a: float, b: float) -> float:
-    """How far numbers are apart, as a share of the larger one; 0 if one of them is not finite."""
-    apart = abs(a - b) / max(abs(a), abs(b), sys.float_info.min)
-    return apart if math.isfinite(apart) else 0.0
-
-
-_ANOTHER = (
-    "closure has the loss {:.6g} when it is called first, and {:.6g} when it is called again at the same parameters: "
-    "it takes another batch each time, draws from np.random.default_rng() or the like, or counts its calls. All "
-    "evaluations of a step are of one function. Fetch the batch, and draw and count, before the step; generators of "
-    "PyTorch, the global ones of Python and NumPy, and buffers of the model are put back between evaluations."
-)
 
 
 def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:

@@ -20,8 +20,8 @@ TOLERANCES = {
     "double backward": 1e-8,
     "parameters": 1e-6,
 }
-"""Of errors in float64. PyTorch's own double backward is wrong for some networks: `differences` judge. Where its gradient
-differs between devices, so may all the rest."""
+"""Of errors in float64. PyTorch's own double backward is wrong for some networks: `differences` judge. Where its
+gradient differs between devices, so may all the rest."""
 
 
 def text_of(record: Mapping[str, Any]) -> str:

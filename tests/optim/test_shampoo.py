@@ -75,22 +75,29 @@ def test_shampoo_is_its_paper_s_algorithm(sums: bool) -> None:
 
 def test_soap_is_its_paper_s_algorithm() -> None:
     w, L, R = nn.Parameter(normal(4, 3, seed=2)), torch.zeros(4, 4, dtype=F64), torch.zeros(3, 3, dtype=F64)
-    U, v = torch.eye(12, dtype=F64), torch.zeros(12, dtype=F64)
+    U, v, Q = torch.eye(12, dtype=F64), torch.zeros(12, dtype=F64), []
+
+    def follow(M: Tensor, q: Tensor | None) -> Tensor:
+        """Algorithm 4, its columns in the order of their Rayleigh quotients."""
+        if q is None:
+            return torch.linalg.eigh(M)[1]
+        return torch.linalg.qr(M @ q[:, (q.T @ M @ q).diagonal().argsort(descending=True)])[0]
 
     def direction(t: int, g: Tensor) -> Callable[[Tensor], Tensor]:
-        nonlocal L, R, U, v
+        nonlocal L, R, U, v, Q
         if t == 0:
             L, R = g @ g.T, g.T @ g
         if t < 3 or t % 3 == 0:
-            new = torch.kron(torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1])
+            Q = [follow(M, q) for M, q in zip((L, R), Q or (None, None), strict=True)]
+            new = torch.kron(*Q)
             v, U = (new.T @ (U @ torch.diag(v) @ U.T) @ new).diagonal(), new
         v = 0.95 * v + 0.05 * (U.T @ g.reshape(-1)) ** 2
-        corrected, Q = v / (1 - 0.95 ** (t + 1)), U
+        corrected, now = v / (1 - 0.95 ** (t + 1)), U
         if t > 0:
             keep = 0.95 * (1 - 0.95**t) / (1 - 0.95 ** (t + 1))
             L, R = keep * L + (1 - keep) * g @ g.T, keep * R + (1 - keep) * g.T @ g
         scale = corrected.sqrt() + 1e-8 * corrected.mean().sqrt()
-        return lambda m: (Q @ ((Q.T @ m.reshape(-1)) / scale)).view_as(m)
+        return lambda m: (now @ ((now.T @ m.reshape(-1)) / scale)).view_as(m)
 
     followed(methods.soap([w], rule=SOAP(every=3), **OPTIONS), w, direction, 1e-6)
 

@@ -83,7 +83,7 @@ class GradientFactors(Preconditioning):
     def mean(self, old: Tensor | None, new: Tensor, step: int) -> Tensor:
         """The running mean from zero, corrected for its start as Adam's."""
         keep = self.decay * (1 - self.decay**step) / (1 - self.decay ** (step + 1))
-        return new if old is None or keep == 0 else keep * old + (1 - keep) * new
+        return new if old is None or keep == 0 else old.lerp(new, 1 - keep)
 
     def turned(self, step: int) -> bool:
         """Whether it is time for a decomposition; what few gradients have shown is soon out of date."""
@@ -163,6 +163,11 @@ def rows_of(t: Tensor, at: int) -> Tensor:
 def multiplied(t: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """The tensor multiplied by a matrix along each dimension; contiguous, as it comes back from a file."""
     for at, matrix in enumerate(matrices):
-        if matrix is not None:
-            t = torch.tensordot(matrix, t, dims=([1], [at])).movedim(0, at)
+        if matrix is not None:  # at the last dimension without copies
+            t = t @ matrix.mT if at == t.ndim - 1 else (matrix @ rows_of(t, at)).view(_led(t, at)).movedim(0, at)
     return t.contiguous()
+
+
+def _led(t: Tensor, at: int) -> list[int]:
+    """The shape of ``t`` with a dimension first."""
+    return [t.shape[at], *t.shape[:at], *t.shape[at + 1 :]]

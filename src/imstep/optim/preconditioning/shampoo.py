@@ -107,9 +107,9 @@ class SOAP(GradientFactors):
         every, largest: see :class:`GradientFactors`.
         eps: ε relative to the root of the mean of v, > 0.
 
-    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321), Algorithm 3, and its numbers. Eigenvectors are computed anew in
-        place of a step of power iteration from the last ones, and v follows them as the diagonal of the matrix that it
-        was; as in the paper, they are of the gradients before the present one, but for the first.
+    Source: Vyas et al., ICLR 2025 (arXiv 2409.11321), Algorithms 3 and 4, and their numbers: after the first ones
+        eigenvectors are followed by a step of power iteration, and are of the gradients before the present one. Ours is
+        that v follows them as the diagonal of the matrix that it was.
     """
 
     eps: float = 1e-8
@@ -138,7 +138,8 @@ class SOAP(GradientFactors):
         for at, side in enumerate(factors.sides):
             if side is None:
                 continue
-            old, new = factors.turns[at], torch.linalg.eigh(side.to(_WHOLE))[1].to(side.dtype).contiguous()
+            old = factors.turns[at]
+            new = _followed(side, old)
             if factors.squares is not None and old is not None:
                 share: list[Tensor | None] = [None] * len(factors.sides)
                 share[at] = (new.mT @ old).square()
@@ -151,6 +152,15 @@ class SOAP(GradientFactors):
         root = factors.squares.sqrt()
         scale = root + self.eps * factors.squares.mean().sqrt()
         return multiplied(inside / torch.where(scale > 0, scale, 1.0), factors.turns)
+
+
+def _followed(matrix: Tensor, vectors: Tensor | None) -> Tensor:
+    """Eigenvectors of a positive semidefinite matrix; of those that it had before, a step of power iteration."""
+    if vectors is None:
+        return torch.linalg.eigh(matrix.to(_WHOLE))[1].to(matrix.dtype).flip(1).contiguous()
+    images = matrix @ vectors
+    largest_first = (vectors * images).sum(0).argsort(descending=True)
+    return torch.linalg.qr(images[:, largest_first])[0].contiguous()
 
 
 def _power(matrix: Tensor, power: float, eps: float) -> Tensor:

@@ -129,7 +129,8 @@ def profiled(made: Callable[[torch.device, bool], Setting], device: torch.device
         seconds = time.perf_counter() - start
     averages = recorded.key_averages()
     counts = {event.key: event.count / steps for event in averages if event.key in _COUNTED}
-    busy = _union([e.time_range for e in recorded.events() if e.device_type == DeviceType.CUDA and not _names(e)]) / 1e6
+    on_device = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    busy = _union([event.time_range for event in on_device if not event.name.startswith("Optimizer.")]) / 1e6
     slowest = sorted(averages, key=lambda event: -event.self_cpu_time_total)[:8]
     row: Row = {"ms a step": 1e3 * seconds / steps, **{f"{name}, a step": number for name, number in counts.items()}}
     if device.type == "cuda":
@@ -141,11 +142,6 @@ def profiled(made: Callable[[torch.device, bool], Setting], device: torch.device
     row["products in that step"] = getattr(optimizer, "last_step").products  # noqa: B009 (torch's class has none)
     row["where"] = [f"{number} {place}" for place, number in reads.places.most_common(12)]
     return row
-
-
-def _names(event: Any) -> bool:
-    """Whether an event is no kernel, only the name of a range of them."""
-    return bool(event.is_user_annotation) or event.name.startswith("Optimizer.")
 
 
 def _union(ranges: Sequence[Any]) -> float:

@@ -339,8 +339,7 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         if record.accepted:
             memory = replace(memory, previous=attempt.origin, size=self._parameters.norm())
         self._memory = replace(memory, steps=memory.steps + 1)
-        record = record if spent is None else replace(record, cost=record.cost + spent)
-        record = replace(record, cost=record.cost + Cost(losses=attempt.compared))
+        record = replace(record, cost=record.cost + (spent or Cost()) + Cost(losses=attempt.compared))
         self.last_step = replace(record, new_penalty=attempt.penalty_now(), seconds=time.perf_counter() - started)
         self.cost = self.cost + record.cost
         loss, gradient = attempt.of_closure

@@ -164,10 +164,6 @@ def multiplied(t: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """The tensor multiplied by a matrix along each dimension; contiguous, as it comes back from a file."""
     for at, matrix in enumerate(matrices):
         if matrix is not None:  # at the last dimension without copies
-            t = t @ matrix.mT if at == t.ndim - 1 else (matrix @ rows_of(t, at)).view(_led(t, at)).movedim(0, at)
+            last = at == t.ndim - 1
+            t = t @ matrix.mT if last else torch.tensordot(matrix, t, dims=([1], [at])).movedim(0, at)
     return t.contiguous()
-
-
-def _led(t: Tensor, at: int) -> list[int]:
-    """The shape of ``t`` with a dimension first."""
-    return [t.shape[at], *t.shape[:at], *t.shape[at + 1 :]]

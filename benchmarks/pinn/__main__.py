@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
     session = Session(console, options.records, None, QUICK if options.short else 1.0, Seconds(options.clock))
     tasks, seeds = [TASKS[name] for name in options.tasks or TASKS], options.seeds[: 1 if options.short else None]
     recorded = lambda: [load(options.records, task.name) for task in tasks]

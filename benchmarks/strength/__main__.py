@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, make what is missing, show and write the tables."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = Console(width=None if sys.stdout.isatty() else 130, emoji=False)
     session = Session(console, options.records, options.data, QUICK if options.quick else 1.0)
     tasks = [TASKS[name] for name in options.tasks or TASKS]
     try:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in ENTRIES.values():
         unpack(entry, store)
     for entry in [] if options.table else named or sorted(ENTRIES.values(), key=_hours):
-        done = run_bench(BenchRequest([entry]), options.folder, Console(), jobs=options.jobs)
+        done = run_bench(BenchRequest([entry]), options.folder, Console(emoji=False), jobs=options.jobs)
         pack(entry, store)
         if not done:
             break

@@ -131,6 +131,7 @@ def test_a_run_on_a_table(table: Path, tmp_path: Path) -> None:
         (["here/problem.py:other"], "here/problem.py has no 'other'. Choose one: here/problem.py:task."),
         (["here/problem.py", "-o", "torch.optim:LBFGS"], "torch.optim:LBFGS needs a closure"),
         (["here/problem.py", "-o", "torch.optim:Absent"], "Write MODULE:CLASS, such as torch.optim:RMSprop."),
+        (["here/problem.py", "-o", "absent:SOAP"], "absent:SOAP: No module named 'absent'. Install it"),
     ],
 )
 def test_a_refusal_leaves_no_run_directory(

@@ -133,8 +133,8 @@ _USUAL = (
     Side("adamw", "AdamW", "torch.optim:AdamW", {"lr": _RATE}, FIRST_ORDER_DECAY, {"weight_decay": 0}, True, pace=1.1),
     Side("muon", "Muon", MUON, {"lr": _RATE}, FIRST_ORDER_DECAY, cosine=True),
     Side(
-        "soap", "SOAP (imstep.methods)", METHODS["soap"], {"lr": Range(1e-3, 1e-1)}, FIRST_ORDER_DECAY, cosine=True,
-        pace=3.0,
+        "soap", "SOAP (pytorch_optimizer)", "pytorch_optimizer:SOAP", {"lr": Range(1e-3, 1e-1)}, FIRST_ORDER_DECAY,
+        {"weight_decay": 0}, cosine=True, pace=2.0,
     ),
     Side(
         "kl-shampoo", "KL-Shampoo (imstep.methods)", METHODS["kl-shampoo"], {"lr": Range(1e-3, 1e-1)},

@@ -10,8 +10,9 @@ import torch
 
 try:
     import typer
-    from rich.console import Console
     from typer.core import TyperGroup
+
+    from imstep.cli.terminal import terminal
 except ImportError as error:  # pragma: no cover (the test environment has them)
     raise SystemExit(
         f"imstep's command line needs {error.name}, which is not installed: pip install 'imstep[cli]'"
@@ -83,7 +84,7 @@ def accuracy(
 ) -> None:
     """Error of the complex step and of real differences over the step h."""
     with explained():
-        run_accuracy(out or dated("accuracy"), Console(), seed=seed, overwrite=overwrite)
+        run_accuracy(out or dated("accuracy"), terminal(), seed=seed, overwrite=overwrite)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from imstep.bench.entry import Entry
 from imstep.bench.session import FULL_TRIALS, SEEDS, TRIALS, BenchRequest, estimate, run_bench, shortened
 from imstep.bench.sides import OWN, SIDES
 from imstep.cli.options import complete_task, explained
+from imstep.cli.terminal import terminal
 from imstep.runs.seconds import Seconds
 
 __all__ = ["bench"]
@@ -71,7 +72,7 @@ def bench(
 ) -> None:
     """Tune many contestants alike on many tasks, run them from several seeds, and tell who wins where. Ctrl-C finishes
     what runs; the same command goes on."""
-    console = Console()
+    console = terminal()
     with explained():
         named = tasks or ([SHORT_TASK] if short else list(FULL if full else ENTRIES))
         peers = None if sides is None else tuple(w for word in sides.split(",") if (w := word.strip()) and w != OWN)

@@ -14,6 +14,7 @@ from rich.console import Console
 from imstep.claims.claim import Claim, Figure
 from imstep.claims.registry import CLAIMS
 from imstep.cli.options import explained
+from imstep.cli.terminal import terminal
 from imstep.runs.rows import TrainingError
 
 __all__ = ["claims"]
@@ -30,7 +31,7 @@ def claims(
     show: Annotated[bool, typer.Option("--list", help="Only tell what is claimed.")] = False,
 ) -> None:
     """Measure what the method's paper claims, each in seconds, on one thread; fail if a claim does."""
-    console = Console()
+    console = terminal()
     with explained():
         chosen = [_claim(name) for name in only or CLAIMS]
     if show:

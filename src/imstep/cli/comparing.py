@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from imstep.cli.options import (
     NAMES,
@@ -27,6 +26,7 @@ from imstep.cli.options import (
     explained,
     table_options,
 )
+from imstep.cli.terminal import terminal
 from imstep.runs.compare import DEFAULT_BUDGET
 from imstep.runs.contestants import DEFAULT_OPTIMIZERS
 from imstep.runs.studies import ComparisonRequest, run_comparison
@@ -74,7 +74,7 @@ def compare(
             task, names, budget, seed, batch_size, threads, data, examples, device, tune=tune, dtype=dtype,
             table=table_options(target, kind, drop, impute, hidden),
         )  # fmt: skip
-        done = run_comparison(request, out or dated(f"compare-{Path(task).name}"), Console(), overwrite=overwrite)
+        done = run_comparison(request, out or dated(f"compare-{Path(task).name}"), terminal(), overwrite=overwrite)
     if not done:
         raise typer.Exit(130)
 
@@ -90,6 +90,6 @@ def demo(
     names = (DEFAULT_OPTIMIZERS[0], "newton-krylov-batches", *DEFAULT_OPTIMIZERS[1:])
     request = ComparisonRequest("digits-autoencoder", names, budget=200.0, threads=threads)
     with explained():
-        done = run_comparison(request, out, Console(), overwrite=True)
+        done = run_comparison(request, out, terminal(), overwrite=True)
     if not done:
         raise typer.Exit(130)

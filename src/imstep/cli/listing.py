@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from imstep.cli.options import TASK, Data, Drop, Hidden, Impute, Kind, Target, complete_task, explained, table_options
+from imstep.cli.terminal import terminal
 from imstep.runs.optimizers import METHODS, OPTIMIZERS, get_optimizer
 from imstep.runs.suitability import REFUSALS, rehearse, suited
 from imstep.tasks import TASKS, find_task
@@ -29,7 +29,7 @@ def new(
     ] = KINDS[0],
 ) -> None:
     """Write a short program that defines a problem of your own, to be changed and trained."""
-    console = Console()
+    console = terminal()
     with explained():
         file = write_program(name, kind)
     best = " -o least-squares --dtype float64" if kind == "pinn" else ""
@@ -50,7 +50,7 @@ def tasks(
     hidden: Hidden = None,
 ) -> None:
     """List the tasks, the optimizers that suit each, and the optimizers' options."""
-    console = Console()
+    console = terminal()
     if task is not None:
         with explained():
             origin = find_task(task, table_options(target, kind, drop, impute, hidden))

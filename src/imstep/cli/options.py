@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from imstep.cli.terminal import terminal
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import NoResidualsError
 from imstep.curvature.processes import OtherProcessError, ProcessesLostError
@@ -108,7 +108,7 @@ def dated(name: str) -> Path:
 @contextmanager
 def explained() -> Iterator[None]:
     """Errors of use as one line instead of a traceback; bugs keep theirs."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     try:
         yield
     except _EXPECTED as error:

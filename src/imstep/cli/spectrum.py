@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from imstep.cli.options import (
     TASK,
@@ -26,6 +25,7 @@ from imstep.cli.options import (
     explained,
     table_options,
 )
+from imstep.cli.terminal import terminal
 from imstep.runs.config import RunConfig
 from imstep.runs.matrices import MATRICES
 from imstep.runs.rows import TrainingError
@@ -102,7 +102,7 @@ def spectrum(
             )
             request = SpectrumRequest(questions, config, words=words)
         done = run_spectrum(
-            request, out or dated(f"spectrum-{Path(subject).name}"), Console(), overwrite=overwrite
+            request, out or dated(f"spectrum-{Path(subject).name}"), terminal(), overwrite=overwrite
         )
     if not done:
         raise typer.Exit(130)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from imstep.cli.options import (
     NAMES,
@@ -28,6 +27,7 @@ from imstep.cli.options import (
     explained,
     table_options,
 )
+from imstep.cli.terminal import terminal
 from imstep.runs.config import RunConfig
 from imstep.runs.kept import every
 from imstep.runs.optimizers import OPTIMIZERS, OptimizerError, get_optimizer
@@ -155,7 +155,7 @@ def train(
     with explained(), joined(device if resume is None else _device_of(resume)) as peers:
         manner = peers.together(
             lambda: Manner(
-                Console(quiet=not peers.first),
+                terminal(quiet=not peers.first),
                 tensorboard=tensorboard,
                 save_every=save_every,
                 watch=None if watch_curvature is None else CurvatureWatch(every(watch_curvature, "--watch-curvature")),

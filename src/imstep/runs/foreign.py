@@ -48,7 +48,10 @@ def first_order(name: str) -> FirstOrder:
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise OptimizerError(f"{name}: {error}. Write MODULE:CLASS, such as torch.optim:RMSprop.") from error
+        package, remedy = module.partition(".")[0], "Write MODULE:CLASS, such as torch.optim:RMSprop."
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            remedy = f"Install it (pip install {package}) if that is its name, or name another optimizer."
+        raise OptimizerError(f"{name}: {error}. {remedy}") from error
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise OptimizerError(f"{name} is no torch.optim.Optimizer. Write MODULE:CLASS, such as torch.optim:RMSprop.")
     closure = inspect.signature(kind.step).parameters.get("closure")

@@ -561,6 +561,14 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "views": (lambda z: (z.view(2, 3) ** 2).sum(1).reshape(1, 2).mean(), lambda z: z),
     "constant": (lambda z: (z**2).sum() + 7, lambda z: 2**0.5 * z),
     "twice": (lambda z: (q := (z**2).mean()) + 2 * q, lambda z: z),
+    "square of a square": (
+        lambda z: (s := z**2).mean() + ((s - 5) ** 2).sum(),
+        lambda z: torch.cat([(2 / 6) ** 0.5 * z, 2**0.5 * (z**2 - 5)]),
+    ),
+    "mean and its square": (
+        lambda z: (m := F.mse_loss(z, W)) + m**2,
+        lambda z: torch.cat([(2 / 6) ** 0.5 * (z - W), 2**0.5 * (z - W).square().mean()[None]]),
+    ),
 }  # fmt: skip
 
 

@@ -115,8 +115,7 @@ def residuals_of(loss: Tensor) -> Residuals | None:
     squares = _squares(loss.grad_fn)
     if not squares:
         return None
-    edges = [GradientEdge(square.node, 0) for square in squares]
-    factors = later_grad(loss, edges)
+    factors = _factors(loss, squares)
     values: list[Tensor] = []
     outputs: list[Output] = []
     start = 0
@@ -167,6 +166,17 @@ def _why_none(loss: Tensor) -> str:
         "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
         "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
     )
+
+
+def _factors(loss: Tensor, squares: Sequence[_Square]) -> Sequence[Tensor]:
+    """What the loss passes back to each square; through another square, which may be of its result, nothing."""
+    stop = lambda passed, _: tuple(g if g is None else torch.zeros_like(g) for g in passed)
+    hooks = [square.node.register_hook(stop) for square in squares]
+    try:
+        return later_grad(loss, [GradientEdge(square.node, 0) for square in squares])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _nodes(root: Any) -> set[Any]:

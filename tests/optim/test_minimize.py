@@ -337,6 +337,11 @@ def test_what_is_meant_otherwise_is_refused(call: Callable[..., object], error: 
         call(lambda x: x.square().sum())
 
 
+def test_a_function_without_a_lower_bound_raises_nothing() -> None:
+    result = minimize(lambda x: -(x**4).sum(), torch.ones(1, dtype=torch.float64))
+    assert not result.success
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*not recognised")
 def test_maxiter_is_the_number_of_steps(method: str) -> None:

@@ -123,6 +123,7 @@ def test_other_options_and_resumes(options: dict[str, Any]) -> None:
         assert record.new_loss - record.new_penalty == pytest.approx(float(fit(model, step)().detach()))
         assert record.new_loss <= record.loss
     assert torch.equal(flat(model), flat(twin))
+    assert first._memory.earlier.is_contiguous()  # as it is loaded: products round by the layout
 
 
 def test_parameters_that_are_frozen_later_forget() -> None:

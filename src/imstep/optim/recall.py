@@ -63,8 +63,8 @@ class EarlierDraws:
         kept = rows if earlier is None else torch.cat([rows, earlier])
         kept = math.sqrt(self.decay) * kept
         if triangular and len(kept) > size:
-            return torch.linalg.qr(kept, mode="r").R
-        return kept if triangular else kept[: self.rows]
+            kept = torch.linalg.qr(kept, mode="r").R
+        return (kept if triangular else kept[: self.rows]).contiguous()  # as it comes back from a file
 
 
 def new_points(loss: float, last: float) -> bool:

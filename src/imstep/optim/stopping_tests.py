@@ -179,7 +179,8 @@ class Course:
             return Termination.STEP
         if found.decrease <= t.ftol * size and self._lowered_little():
             return Termination.DECREASE
-        near = found.decrease <= 10 * self.unit_roundoff * size or found.step**2 <= self.unit_roundoff * found.size**2
+        near = found.decrease <= 10 * self.unit_roundoff * size
+        near = near or found.step <= math.sqrt(self.unit_roundoff) * found.size
         # Where f itself is rounded away, as at the minimum of log cosh x, what it was on the way tells of its rounding.
         record = self.record
         mute = record is not None and not record.accepted and record.actual_decrease == 0

@@ -338,7 +338,7 @@ def test_what_is_meant_otherwise_is_refused(call: Callable[..., object], error: 
 
 
 def test_a_function_without_a_lower_bound_raises_nothing() -> None:
-    result = minimize(lambda x: -(x**4).sum(), torch.ones(1, dtype=torch.float64))
+    result = imstep.minimize(lambda x: -(x**4).sum(), torch.ones(1, dtype=torch.float64))
     assert not result.success
 
 

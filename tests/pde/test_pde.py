@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import imstep
 from imstep import pde
 from imstep.curvature import ResidualJacobian
+from tests.pde.nested import points, reference
 
 F64 = torch.float64
 
@@ -113,27 +114,6 @@ FIELDS = {
     ),
     "batch normalisation": (BATCH_NORM, lambda x: (x - 0.2) / (1.7 + 1e-5) ** 0.5),
 }
-
-
-def reference(field, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, all first and all pure second derivatives by reverse mode, component by component."""
-    x = points.detach().requires_grad_()
-    u = field(x)
-    parts = u.reshape(len(x), -1)
-    first, second = (x.new_zeros(len(x), parts.shape[1], x.shape[1]) for _ in range(2))
-    for j in range(parts.shape[1]):
-        (slope,) = torch.autograd.grad(parts[:, j].sum(), x, create_graph=True, materialize_grads=True)
-        first[:, j] = slope.detach()
-        for i in range(x.shape[1]):
-            if slope.requires_grad:
-                (bend,) = torch.autograd.grad(slope[:, i].sum(), x, retain_graph=True, materialize_grads=True)
-                second[:, j, i] = bend[:, i]
-    shape = (*u.shape, x.shape[1])
-    return u.detach(), first.reshape(shape), second.reshape(shape)
-
-
-def points(count: int = 7, dimension: int = 3) -> Tensor:
-    return torch.randn(count, dimension, dtype=F64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from imstep.pde.jet import ExpansionError, Jet, rebuilt, rule, shared
+from imstep.pde.jet import ExpansionError, Jet, rebuilt, resolved, rule, shared
 
 _WRONG = {
     *("instance_norm", "native_layer_norm", "native_batch_norm", "linear_cross_entropy"),
@@ -48,9 +48,9 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
         given, named = tree_unflatten(filled, form)
         return function(*given, **named)
 
-    values = tuple(jet.value for jet in jets)
+    values = tuple(resolved(jet.value) for jet in jets)
     shown = call(*values)
-    if not isinstance(shown, Tensor) or not shown.is_floating_point():
+    if not isinstance(shown, Tensor) or not (shown.is_floating_point() or shown.is_complex()):
         if isinstance(shown, Tensor) or not isinstance(shown, (list, tuple)):
             return shown  # a comparison, a position: no derivative
         part = lambda n: by_forward_mode(lambda *a, **k: function(*a, **k)[n], args, kwargs)

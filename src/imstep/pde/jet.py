@@ -25,7 +25,7 @@ _RULES: dict[str, Rule] = {}
 _LOOKS = {
     *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_cuda", "is_complex"),
     *("dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "__len__", "element_size", "nelement"),
-    *("ndimension", "get_device", "type", "is_nested", "is_quantized", "is_mkldnn", "is_meta"),
+    *("ndimension", "get_device", "type", "is_nested", "is_quantized", "is_mkldnn", "is_meta", "is_conj", "is_neg"),
 }
 """What asks for the form of a tensor only."""
 _NOT_IN_PLACE = "Use functions that are not in place: torch.cat, torch.stack or torch.where."
@@ -61,7 +61,7 @@ class Combination:
         """The sums of summands (k, ...), (r, ...)."""
         if self._plain:
             return summands.sum(0, keepdim=True)
-        return torch.tensordot(self._coefficients, summands, 1)
+        return torch.tensordot(self._coefficients.to(summands.dtype), summands, 1)
 
 
 class Jet(Tensor):
@@ -148,8 +148,8 @@ def chain(x: Jet, slopes: tuple[Tensor, Tensor, Tensor | None]) -> Jet:
 
 def mapped(function: Callable[[Tensor], Any], x: Jet) -> Any:
     """A linear function of one jet, applied to the value and to each derivative."""
-    value, first = function(x.value), torch.vmap(function)(x.first)
-    second = None if x.second is None else torch.vmap(function)(x.second)
+    value, first = function(x.value), torch.vmap(function)(resolved(x.first))
+    second = None if x.second is None else torch.vmap(function)(resolved(x.second))
     if isinstance(value, Tensor):
         return Jet(value, first, second, x.combination)
     seconds = [None] * len(value) if second is None else second
@@ -159,6 +159,11 @@ def mapped(function: Callable[[Tensor], Any], x: Jet) -> Any:
 def rebuilt(model: Any, parts: list[Any]) -> Any:
     """``parts`` as a sequence of the type of ``model``, which may be one of PyTorch's named tuples."""
     return list(parts) if isinstance(model, list) else type(model)(parts)
+
+
+def resolved(t: Tensor) -> Tensor:
+    """``t`` with conjugates and signs carried out that are put off: ``vmap`` and forward mode fail at some."""
+    return t.resolve_conj().resolve_neg()
 
 
 def value_of(t: Any) -> Any:

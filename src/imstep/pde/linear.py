@@ -18,7 +18,10 @@ _LINEAR = (
     *("gather", "take_along_dim", "chunk", "split", "unbind", "tensor_split", "hsplit", "contiguous", "clone", "to"),
     *("sum", "mean", "cumsum", "neg", "negative", "__neg__", "positive", "__pos__", "diagonal", "tril", "triu"),
     *("float", "double", "type_as", "diff", "trace", "adaptive_avg_pool1d", "avg_pool1d"),
+    *("real", "imag", "conj", "conj_physical", "resolve_conj", "resolve_neg", "H", "mH", "adjoint"),
+    *("view_as_real", "view_as_complex", "cfloat", "cdouble"),
 )
+_ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
 
 
 def _register_linear() -> None:
@@ -27,7 +30,7 @@ def _register_linear() -> None:
         def apply(input: Any, *args: Any, _name: str = name, **kwargs: Any) -> Any:
             if not isinstance(input, Jet):
                 raise ExpansionError(f"{_name} takes a jet as its first argument only.")
-            call = (lambda t: getattr(t, _name)) if _name in ("T", "mT") else _function(_name)
+            call = (lambda t: getattr(t, _name)) if _name in _ATTRIBUTES else _function(_name)
             return mapped(lambda t: call(t, *args, **kwargs), input)
 
         rule(name)(apply)

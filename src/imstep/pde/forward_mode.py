@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from imstep.complexstep.generators import Generators
 from imstep.pde.jet import ExpansionError, Jet, rebuilt, resolved, rule, shared
 
 _WRONG = {
@@ -40,8 +41,10 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
     at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Jet)]
     jets = [leaves[i] for i in at]
     combination = shared(*jets)
+    draws = _Draws(leaves)
 
     def call(*values: Tensor) -> Any:
+        draws.repeat()
         filled = list(leaves)
         for i, value in zip(at, values, strict=True):
             filled[i] = value
@@ -53,7 +56,11 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
     if not isinstance(shown, Tensor) or not (shown.is_floating_point() or shown.is_complex()):
         if isinstance(shown, Tensor) or not isinstance(shown, (list, tuple)):
             return shown  # a comparison, a position: no derivative
-        part = lambda n: by_forward_mode(lambda *a, **k: function(*a, **k)[n], args, kwargs)
+
+        def part(n: int) -> Any:
+            draws.repeat()
+            return by_forward_mode(lambda *a, **k: function(*a, **k)[n], args, kwargs)
+
         return rebuilt(shown, [part(n) for n in range(len(shown))])
     directions = [tuple(jet.first[i] for jet in jets) for i in range(len(jets[0].first))]
     along = lambda v: torch.func.jvp(call, values, v)[1]
@@ -67,3 +74,21 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
         rows = [tuple(t[min(j, len(t) - 1)] for t in held) for j in range(combination.rows)]
         second = second + torch.stack([along(v) for v in rows])
     return Jet(shown, first, second, combination)
+
+
+class _Draws:
+    """What a function draws at random, to be the same in each of its evaluations.
+
+    Args:
+        leaves: the arguments of the function, jets and generators among them.
+    """
+
+    def __init__(self, leaves: list[Any]) -> None:
+        self._shared = Generators(leaf.device for leaf in leaves if isinstance(leaf, Jet))
+        self._own = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+
+    def repeat(self) -> None:
+        """Put the generators back to where they stood before the first evaluation."""
+        self._shared.restore()
+        for generator, state in self._own:
+            generator.set_state(state)

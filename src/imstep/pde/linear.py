@@ -102,7 +102,7 @@ def _chosen(condition: Tensor, t: Any) -> Any:
 
 
 _PLAIN = (
-    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_tensor", "new_full", "new_empty", "detach"),
 )
 

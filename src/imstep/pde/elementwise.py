@@ -20,11 +20,10 @@ def _elementwise(*names: str) -> Callable[[Slopes], Slopes]:
     """Registers a function that gives f, f' and f'' at x."""
 
     def register(slopes: Slopes) -> Slopes:
-        def apply(input: Jet, *args: Any, inplace: bool = False, **kwargs: Any) -> Jet:
-            result = chain(input, slopes(input.value, *args, **kwargs))
-            return input.become(result) if inplace else result
+        def apply(input: Jet, *args: Any, **kwargs: Any) -> Jet:
+            return chain(input, slopes(input.value, *args, **kwargs))
 
-        rule(*names)(apply)
+        rule(*names, fresh=True)(apply)
         return slopes
 
     return register
@@ -132,7 +131,7 @@ def _rsqrt(x: Tensor) -> Any:
     return y, slope, -1.5 * slope / x
 
 
-@rule("pow", "__pow__")
+@rule("pow", "__pow__", fresh=True)
 def _pow(input: Any, exponent: Any) -> Any:
     if not isinstance(input, Jet) or isinstance(exponent, Tensor):
         if _is_complex(input) and isinstance(exponent, Jet) and not exponent.is_complex():
@@ -148,6 +147,6 @@ def _is_complex(t: Any) -> bool:
     return t.is_complex() if isinstance(t, Tensor) else isinstance(t, complex)
 
 
-@rule("__rpow__")
+@rule("__rpow__", fresh=True)
 def _rpow(input: Any, other: Any) -> Any:
     return _pow(other, input)

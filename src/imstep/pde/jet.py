@@ -11,31 +11,38 @@ three are ordinary tensors with autograd's graph to the parameters.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Rule = Callable[..., Any]
 
 _RULES: dict[str, Rule] = {}
 """By the name of the function, for functions and methods alike."""
+_FRESH: set[str] = set()
+"""Those that never return views."""
 
 _LOOKS = {
     *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_cuda", "is_complex"),
-    *("dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "__len__", "element_size", "nelement"),
-    *("ndimension", "get_device", "type", "is_nested", "is_quantized", "is_mkldnn", "is_meta", "is_conj", "is_neg"),
+    *("dim", "size", "numel", "is_floating_point", "__len__", "element_size", "nelement"),
+    *("ndimension", "get_device", "type", "is_nested", "is_quantized", "is_mkldnn", "is_meta"),
 }
 """What asks for the form of a tensor only."""
-_NOT_IN_PLACE = "Use functions that are not in place: torch.cat, torch.stack or torch.where."
+_LAYOUT = {"stride", "storage_offset", "is_contiguous", "is_conj", "is_neg"}
+"""What asks how the value of a tensor lies in memory."""
+NOT_IN_PLACE = "Use functions that are not in place: torch.cat, torch.stack or torch.where."
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers what takes the place of the functions and methods of these names."""
+def rule(*names: str, fresh: bool = False) -> Callable[[Rule], Rule]:
+    """Registers what takes the place of the functions and methods of these names; ``fresh`` results are no views."""
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(names, function))
+        _FRESH.update(names if fresh else ())
         return function
 
     return register
@@ -72,12 +79,15 @@ class Jet(Tensor):
         first: (k, *shape).
         second: (r, *shape); None where all vanish.
         combination: the sums that ``second`` holds.
+        look: what a view shows of its base, as a function of plain tensors of that one's shape.
     """
 
-    value: Tensor
-    first: Tensor
-    second: Tensor | None
     combination: Combination
+    look: Callable[[Tensor], Tensor]
+    _parts: tuple[Tensor, Tensor, Tensor | None]
+    _origin: Jet | None
+    _changes: int
+    _lent: list[weakref.ref[Tensor]]
 
     @staticmethod
     def __new__(cls, value: Tensor, first: Tensor, second: Tensor | None, combination: Combination) -> Jet:
@@ -87,32 +97,61 @@ class Jet(Tensor):
                 "with respect to parameters would be lost. Call plain functions, or .detach() what is to be constant."
             )
         self = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
-        self.value, self.first, self.second, self.combination = value, first, second, combination
+        self._parts, self.combination = (value, first, second), combination
+        self._origin, self.look, self._changes, self._lent = None, _whole, 0, []
         return self
 
     def __init__(self, value: Tensor, first: Tensor, second: Tensor | None, combination: Combination) -> None:
         super().__init__()
+
+    def _now(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The three parts; a view's are read anew where its base has changed."""
+        base = self._origin
+        if base is not None and self._changes != base._changes:
+            self._parts, self._changes = mapped(self.look, base)._parts, base._changes
+        return self._parts
+
+    @property
+    def base(self) -> Jet:
+        """The jet whose memory this one shows a part of, as views do; itself where it has its own."""
+        return self if self._origin is None else self._origin
+
+    @property
+    def value(self) -> Tensor:
+        return self._now()[0]
+
+    @property
+    def first(self) -> Tensor:
+        return self._now()[1]
+
+    @property
+    def second(self) -> Tensor | None:
+        return self._now()[2]
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Jet(value={self.value!r}, first={self.first!r}, second={self.second!r})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = func.__name__
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__
         if name in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if name == "__setitem__" or "out" in kwargs:
-            raise ExpansionError(f"a tensor that carries derivatives is written into another. {_NOT_IN_PLACE}")
+        if name in _LAYOUT:
+            return func(args[0].value, *args[1:], **kwargs)
+        if kwargs.get("out") is not None:
+            raise ExpansionError(f"a tensor that carries derivatives is written into another. {NOT_IN_PLACE}")
+        in_place = kwargs.pop("inplace", False)
+        if in_place or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            return _RULES["in place"](name, func, args, kwargs)
         found = _RULES.get(name)
-        if found is not None:
-            return found(*args, **kwargs)
-        if name.endswith("_") and not name.endswith("__"):
-            return _in_place(name, func, args, kwargs)
-        return _RULES["any"](func, args, kwargs)
+        result = found(*args, **kwargs) if found else _RULES["any"](func, args, kwargs)
+        if name not in _FRESH:
+            _link(result, func, args, kwargs)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -121,19 +160,58 @@ class Jet(Tensor):
             "code; there is no rule for that. Call the plain function in the field that is expanded."
         )
 
-    def become(self, other: Jet) -> Jet:
-        """Take over what ``other`` holds, as after an in-place function."""
-        if other.value.shape != self.value.shape:
-            raise ExpansionError(f"an in-place function would change the shape of a {tuple(self.value.shape)} tensor.")
-        self.value, self.first, self.second = other.value, other.first, other.second
-        return self
+    def overwrite(self, value: Tensor, first: Tensor, second: Tensor | None) -> None:
+        """Hold these parts from now on, as all views of this jet, which has memory of its own, will show."""
+        if any(plain() is not None for plain in self._lent):
+            raise ExpansionError(
+                "a tensor that carries derivatives is changed in place while one that was detached from it, and shares "
+                "its memory, is still there. Take .detach().clone(), or a function that is not in place."
+            )
+        self._parts, self._changes = (value, first, second), self._changes + 1
+
+    def lend(self, plain: Tensor) -> None:
+        """``plain`` shows memory of this jet, and cannot follow its changes."""
+        self._lent.append(weakref.ref(plain))
+
+    def show(self, base: Jet, look: Callable[[Tensor], Tensor]) -> None:
+        """Be a view of ``base`` from now on."""
+        self._origin, self.look, self._changes = base, look, base._changes
 
 
-def _in_place(name: str, func: Any, args: Any, kwargs: Any) -> Any:
-    plain, function = _RULES.get(name.rstrip("_")), getattr(Tensor, name.rstrip("_"), None)
-    if not isinstance(args[0], Jet) or (plain is None and function is None):
-        raise ExpansionError(f"{name} writes a tensor that carries derivatives over another. {_NOT_IN_PLACE}")
-    return args[0].become(plain(*args, **kwargs) if plain else _RULES["any"](function, args, kwargs))
+def _whole(t: Tensor) -> Tensor:
+    return t
+
+
+def _link(result: Any, func: Any, args: Any, kwargs: Any) -> None:
+    """Tells results of a function that are views of one of its arguments of what they show."""
+    given = [*args, *kwargs.values()]
+    given += [t for several in given if isinstance(several, (list, tuple)) for t in several]
+    bases = {_memory(t): t.base for t in given if isinstance(t, Jet)}
+    for n, part in enumerate(result if isinstance(result, (list, tuple)) else [result]):
+        base = bases.get(_memory(part)) if isinstance(part, Tensor) and all(part is not t for t in given) else None
+        if base is not None and isinstance(part, Jet):
+            part.show(base, _look(func, args, kwargs, base, n))
+        elif base is not None:
+            base.lend(part)
+
+
+def _look(func: Any, args: Any, kwargs: Any, base: Jet, n: int) -> Callable[[Tensor], Tensor]:
+    """What the n-th result of a function shows of ``base``."""
+
+    def look(t: Tensor) -> Any:
+        filled = lambda a: (a.look(t) if a.base is base else a.value) if isinstance(a, Jet) else a
+        given, named = tree_map(filled, (args, kwargs), is_leaf=lambda a: isinstance(a, Jet))
+        shown = func(*given, **named)
+        return shown[n] if isinstance(shown, (list, tuple)) else shown
+
+    return look
+
+
+def _memory(t: Tensor) -> int:
+    """Which memory a tensor lies in."""
+    while isinstance(t, Jet) or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = t.value if isinstance(t, Jet) else torch._C._functorch.get_unwrapped(t)
+    return t.untyped_storage()._cdata
 
 
 def chain(x: Jet, slopes: tuple[Tensor, Tensor, Tensor | None]) -> Jet:

@@ -69,7 +69,7 @@ def _joined(join: Callable[..., Tensor], tensors: Any, dim: int) -> Jet:
 
 
 @rule("dropout")
-def _dropout(input: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(input: Jet, p: float = 0.5, training: bool = True) -> Tensor:
     if not training or p == 0:
         return input
     return input * F.dropout(torch.ones_like(input.value), p)
@@ -81,6 +81,15 @@ def _exit(input: Jet, *args: Any) -> Any:
         "the field that is expanded turns its values into a NumPy array, where derivatives would be lost. Compute with "
         "torch functions, or call .detach() first to treat the values as constants."
     )
+
+
+@rule("data")
+def _data(input: Jet, *args: Any) -> Tensor:
+    if args:
+        raise ExpansionError(
+            "the data of a tensor that carries derivatives are replaced. Compute a new tensor instead."
+        )
+    return input.value.detach()
 
 
 @rule("where")

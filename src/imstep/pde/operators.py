@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.pde import elementwise, linear, normalisation, products  # noqa: F401  what functions do to jets
+from imstep.pde import elementwise, in_place, linear, normalisation, products  # noqa: F401  what functions do to jets
 from imstep.pde.jet import Combination, ExpansionError, Jet
 
 Field = Callable[[Tensor], Any]

@@ -13,17 +13,17 @@ from imstep.pde.forward_mode import by_forward_mode
 from imstep.pde.jet import Jet, broadcast, mapped, rule, shared, value_of
 
 
-@rule("add", "__add__", "__radd__")
+@rule("add", "__add__", "__radd__", fresh=True)
 def _add(input: Any, other: Any, *, alpha: float = 1) -> Jet:
     return _sum(input, other, 1, alpha)
 
 
-@rule("sub", "subtract", "__sub__")
+@rule("sub", "subtract", "__sub__", fresh=True)
 def _sub(input: Any, other: Any, *, alpha: float = 1) -> Jet:
     return _sum(input, other, 1, -alpha)
 
 
-@rule("rsub", "__rsub__")
+@rule("rsub", "__rsub__", fresh=True)
 def _rsub(input: Any, other: Any, *, alpha: float = 1) -> Jet:
     return _sum(input, other, -alpha, 1)
 
@@ -47,12 +47,12 @@ def _total(terms: list[Tensor]) -> Tensor:
     return total
 
 
-@rule("mul", "multiply", "__mul__", "__rmul__")
+@rule("mul", "multiply", "__mul__", "__rmul__", fresh=True)
 def _mul(input: Any, other: Any) -> Jet:
     return _bilinear(torch.mul, input, other, elementwise=True)
 
 
-@rule("div", "divide", "true_divide", "__truediv__")
+@rule("div", "divide", "true_divide", "__truediv__", fresh=True)
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None:
         return torch.div(value_of(input), value_of(other), rounding_mode=rounding_mode)
@@ -61,17 +61,17 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     return _bilinear(torch.mul, input, 1 / other, elementwise=True)
 
 
-@rule("__rtruediv__", "__rdiv__")
+@rule("__rtruediv__", "__rdiv__", fresh=True)
 def _rdiv(input: Jet, other: Any) -> Any:
     return other * input.reciprocal()
 
 
-@rule("matmul", "__matmul__", "mm", "bmm")
+@rule("matmul", "__matmul__", "mm", "bmm", fresh=True)
 def _matmul(input: Any, other: Any) -> Jet:
     return _bilinear(torch.matmul, input, other, elementwise=False)
 
 
-@rule("__rmatmul__")
+@rule("__rmatmul__", fresh=True)
 def _rmatmul(input: Any, other: Any) -> Jet:
     return _bilinear(torch.matmul, other, input, elementwise=False)
 
@@ -108,7 +108,7 @@ def _bilinear(product: Callable[[Any, Any], Tensor], a: Any, b: Any, *, elementw
     return Jet(value, _total(first), _total(second) if second else None, combination)
 
 
-@rule("linear")
+@rule("linear", fresh=True)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(input, Jet) or isinstance(weight, Jet) or isinstance(bias, Jet):
         product = _matmul(input, weight.mT)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imstep import methods
 from imstep.complexstep import hvp, jvp
 from imstep.curvature import (
     Categorical,
@@ -319,3 +320,22 @@ def test_steps_on_inputs_of_a_subclass(kind: Any, method: Any, form: str) -> Non
         return [float(loss) for loss in returned]
 
     assert losses(kind.of) == pytest.approx(losses(lambda t: t), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares, methods.lbfgs, Hessian])
+def test_leaves_that_lie_in_a_parameter(method: Any) -> None:
+    w = nn.Parameter(torch.ones(2))
+    other = nn.Parameter(w.data[1:])
+    loss = lambda: (w * other - 2).square().sum()
+    with pytest.raises(ValueError, match=r"0 and another, .* share memory"):
+        Hessian(loss, [w]) if method is Hessian else method([w]).step(loss)
+
+
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares])
+def test_parameters_that_share_memory_since_the_optimizer_was_built(method: Any) -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = method([first, second])
+    second.data = first.data
+    with pytest.raises(ValueError, match="0 and 1 share memory"):
+        optimizer.step(lambda: (first * second - 2).square().sum())
+    assert first.tolist() == [1, 1]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from imstep.curvature import ParameterVector
 
@@ -127,3 +128,51 @@ def test_unflatten_shows_the_vector() -> None:
     parts: list[Tensor] = vector.unflatten(flat)
     parts[1].fill_(1.0)
     assert flat.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def shared(first: Tensor, second: Tensor, *words: str) -> None:
+    refused([nn.Parameter(first), nn.Parameter(second)], ValueError, "share memory", "clone()", *words)
+
+
+def test_memory_that_is_shared() -> None:
+    flat, square = torch.randn(9), torch.randn(3, 3)
+    shared(square, square, "parameters 0 and 1", "decoder.weight = encoder.weight")
+    shared(square, square.T)
+    shared(flat[:4], flat[2:])
+    shared(flat[2:], flat[:4])
+    shared(flat[::2], flat[::4])
+    shared(flat, flat.view(torch.int32).view(torch.float32)[3:4])
+    shared(torch.view_as_complex(flat[:8].view(4, 2)), flat[7:])
+    shared(torch.from_numpy(flat.numpy()), torch.from_numpy(flat.numpy()))
+
+
+def test_memory_that_is_shared_by_frozen_parameters() -> None:
+    w = torch.randn(3)
+    refused([nn.Parameter(w), nn.Parameter(w[1:], requires_grad=False)], ValueError, "share memory", "frozen")
+    assert ParameterVector([nn.Parameter(w[:1]), *(nn.Parameter(w[1:], requires_grad=False) for _ in "ab")]).size == 1
+
+
+def test_names_of_parameters_that_share_memory() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    refused(model, ValueError, "parameters 0.weight and 1.weight")
+
+
+def test_parts_of_one_memory_that_do_not_meet() -> None:
+    flat, square = torch.randn(9), torch.randn(3, 4)
+    for parts in (flat.split(4), square.unbind(1), [flat[::3], flat[1::3], flat[5:5]], [square[:, :2], square[:, 2:]]):
+        assert ParameterVector(map(nn.Parameter, parts)).size == sum(part.numel() for part in parts)
+
+
+def test_entries_at_one_place() -> None:
+    for folded in (torch.randn(1).expand(3), torch.randn(5).unfold(0, 3, 1), torch.randn(2, 1, 2).expand(2, 3, 2)):
+        refused([nn.Parameter(folded)], ValueError, "several entries at one place")
+    for apart in (torch.randn(1).expand(1), torch.randn(11).as_strided((3, 3), (2, 3)), torch.randn(0, 1).expand(0, 3)):
+        assert ParameterVector([nn.Parameter(apart)]).size == apart.numel()
+
+
+def test_tensors_without_memory_share_none() -> None:
+    none = [nn.Parameter(torch.zeros(2, device="meta")) for _ in "ab"]
+    assert ParameterVector(none).size == 4
+    with FakeTensorMode():
+        assert ParameterVector([nn.Parameter(torch.zeros(2)) for _ in "ab"]).size == 4

@@ -28,6 +28,7 @@ from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.steps import Reference
 from imstep.complexstep.tape import Tape
+from imstep.curvature.apart import check_apart, check_others
 from imstep.curvature.backward import BackwardCalls
 from imstep.curvature.closure import Closure, UserClosure
 from imstep.curvature.fully_sharded import FROM_OUTSIDE, is_sharded
@@ -62,6 +63,8 @@ class FrozenClosure:
     ) -> None:
         self.user, self.penalty = UserClosure(closure, parameters, stale), penalty
         self._parameters = parameters
+        if len({p.untyped_storage()._cdata for p in parameters.tensors}) < len(parameters.tensors):  # maybe since then
+            check_apart(parameters.tensors, parameters.names)
         self._random: RandomState | None = None  # where the first evaluation began
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
@@ -155,6 +158,9 @@ class FrozenClosure:
         """
         self.losses += 1
         loss = self._loss_with_graph(within)
+        if self._doubted:
+            others = survey([loss], self._parameters.tensors, self._numbers()).others
+            check_others(others, self._parameters.tensors, self._parameters.names)
         self._compare(loss)
         return loss
 
@@ -252,6 +258,8 @@ class FrozenClosure:
     def _check_sight(self, seen: Survey, arithmetic: Arithmetic) -> None:
         if any(map(is_sharded, seen.others)):
             raise ValueError(FROM_OUTSIDE)
+        with unseen():
+            check_others(seen.others, self._parameters.tensors, self._parameters.names)
         if seen.foreign and not arithmetic.elsewhere(self._numbers()):
             raise ValueError(
                 "part of what the closure returned was computed in another thread, or before the closure was called; "

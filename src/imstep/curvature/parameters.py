@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imstep.complexstep.islands import unseen
+from imstep.curvature.apart import check_apart, check_others
 from imstep.linalg.space import Space
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class ParameterVector(TensorVector):
         processes: that hold the same parameters, and add up what they find of their parts of a batch; None for one.
 
     Raises:
-        ValueError: no parameter requires gradients, or they live on several devices.
+        ValueError: no parameter requires gradients, they live on several devices, or two share memory.
         TypeError: a parameter is sparse, or ``params`` is no module or iterable of tensors.
 
     Attributes:
@@ -198,6 +199,8 @@ class ParameterVector(TensorVector):
             )
         self.names = [names[id(p)] for p in self.tensors]
         _check(self.tensors)
+        check_apart(self.tensors, self.names)
+        check_others([p for p in candidates if not p.requires_grad], self.tensors, self.names)
         double = (torch.float64, torch.complex128)
         dtype = torch.float64 if any(p.dtype in double for p in self.tensors) else torch.float32
         super().__init__([(p.shape, p.dtype) for p in self.tensors], dtype, self.tensors[0].device)

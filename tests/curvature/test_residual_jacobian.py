@@ -547,6 +547,8 @@ def _tensors(function: Callable[..., object]) -> list[Tensor]:
 W = normal(6)
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "power": (lambda z: (z**2).sum(), lambda z: 2**0.5 * z),
+    "power, a tensor": (lambda z: (z ** torch.full((6,), 2.0)).sum(), lambda z: 2**0.5 * z),
+    "power, a tensor for all": (lambda z: (z.view(2, 3) ** torch.full((2, 1), 2)).sum(), lambda z: 2**0.5 * z),
     "product": (lambda z: (z * z).mean(), lambda z: (2 / 6) ** 0.5 * z),
     "square": (lambda z: 3 * z.square().sum() / 2, lambda z: 3**0.5 * z),
     "weights": (lambda z: (W.abs() * z**2).sum(), lambda z: (2 * W.abs()).sqrt() * z),
@@ -584,6 +586,10 @@ def test_residuals(name: str) -> None:
 
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "cube": lambda z: (z**3).sum(),
+    "several powers": lambda z: (z ** torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, 3.0])).sum(),
+    "power of several": lambda z: (z ** torch.full((2, 6), 2.0)).sum(),
+    "power that depends": lambda z: (W ** (z - z.detach() + 2)).sum(),
+    "square and power that depends": lambda z: (z**2).sum() + (z ** (z - z.detach() + 2)).sum(),
     "negative": lambda z: -(z**2).sum(),
     "difference": lambda z: (z**2).sum() - (z.cos() ** 2).sum(),
     "square root": lambda z: (z**2).sum().sqrt(),
@@ -602,6 +608,13 @@ def test_other_losses_have_no_residuals(name: str) -> None:
     w = nn.Parameter(normal(6))
     with pytest.raises(ValueError, match="not recognised as a sum of squares"):
         ResidualJacobian(lambda: OTHERS[name](w.sin()), [w])
+
+
+def test_an_exponent_that_is_trained_makes_no_square() -> None:
+    x, a, e = torch.linspace(0.1, 1, 12), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(2.0))
+    for power in (lambda z: z**e, lambda z: z.float_power(e)):
+        with pytest.raises(ValueError, match="not recognised as a sum of squares"):
+            ResidualJacobian(lambda power=power: power(a * x + 0.5).mean(), [a, e])
 
 
 OWNERS = {

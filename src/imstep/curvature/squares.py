@@ -220,9 +220,17 @@ def _operator(node: Any) -> str:
 
 
 def _power(node: Any) -> _Square | None:
-    if node._saved_exponent != 2 or _operator(node.next_functions[0][0]) == "LinalgVectorNorm":
+    (base, _), *exponent = node.next_functions
+    if base is None or any(edge is not None for edge, _ in exponent):
+        return None  # a power of what is trained, though it be 2 now
+    if _operator(base) == "LinalgVectorNorm":
         return None  # the square of a norm is many residuals, of which this would see one
-    return _Square(node, (plain(node._saved_self),), 1.0)
+    z, power = plain(node._saved_self), node._saved_exponent
+    if isinstance(power, Tensor) and torch.broadcast_shapes(z.shape, power.shape) != z.shape:
+        return None  # each entry of z is several residuals
+    if not bool((torch.as_tensor(power) == 2).all()):
+        return None
+    return _Square(node, (z,), 1.0)
 
 
 def _product_with_itself(node: Any) -> _Square | None:

@@ -22,6 +22,7 @@ from imstep.complexstep.errors import MOVED, UnsupportedOperatorError
 from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
+from imstep.complexstep.scripted import unoptimised
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
 from imstep.complexstep.tensor import ComplexStepTensor, Plane, entries_behind, whole
@@ -81,9 +82,7 @@ class Arithmetic:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled: its kernels have no derivative
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # TorchScript's own differentiation detaches where the user does not.
-            stack.callback(torch._C._set_graph_executor_optimize, torch._C._get_graph_executor_optimize())
-            torch._C._set_graph_executor_optimize(False)
+            stack.enter_context(unoptimised())
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.generators import Generators
 from imstep.complexstep.registry import FRESH, any_complex, conjugating, signature
+from imstep.complexstep.scripted import unoptimised
 from imstep.curvature.parameters import CHANGED
 from imstep.curvature.recording import Recording
 
@@ -227,6 +228,7 @@ class WriteWatch(TorchDispatchMode):
     def __enter__(self) -> WriteWatch:
         if "torch._dynamo" in sys.modules:
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(unoptimised())
         super().__enter__()
         return self
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imstep.complexstep.errors import DENSE, UnsupportedOperatorError
 from imstep.complexstep.islands import Islands
 from imstep.complexstep.steps import Reference, Step
 from imstep.complexstep.tape import Tape
@@ -35,6 +36,7 @@ class Carrier(TorchDispatchMode):
         """Attach imaginary parts to fresh outputs; one that shares memory with an argument has its own already."""
         if isinstance(outputs, Tensor):
             if d_outputs is not None and self._plane.find(outputs) is None:
+                _refuse_layout(outputs)
                 self._plane.put(outputs, d_outputs)
         elif d_outputs is not None and isinstance(outputs, (list, tuple)):
             for output, d_output in zip(outputs, d_outputs, strict=True):
@@ -61,8 +63,7 @@ class Carrier(TorchDispatchMode):
             return [self._define(t) for t in outputs]
         if not isinstance(outputs, Tensor) or not (outputs.is_floating_point() or outputs.is_complex()):
             return None
-        if outputs.layout is not torch.strided:
-            return None
+        _refuse_layout(outputs)
         return self._plane.named(outputs, self._tape.define)  # type: ignore[union-attr]
 
     def _step(
@@ -129,3 +130,8 @@ class Carrier(TorchDispatchMode):
             self._plane.name(target, self._tape.define(whole(target)))
         self._tape.record(self._step(func, None, [read], None, self.reference(target)))
         return outputs
+
+
+def _refuse_layout(t: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise UnsupportedOperatorError(str(t.layout), "a tensor of this layout carries no imaginary part.", DENSE)

@@ -71,7 +71,8 @@ class Need(NamedTuple):
     def of(self, arguments: Sequence[Tensor], results: Sequence[Any]) -> Tensor | None:
         """The tensor, if there is one of the same form."""
         tensors, at = (arguments, self.place) if self.place >= 0 else (results, ~self.place)
-        return tensors[at] if at < len(tensors) and self.window.fits(tensors[at]) else None
+        t = tensors[at] if at < len(tensors) else None
+        return t if t is not None and t.layout is torch.strided and self.window.fits(t) else None
 
 
 class Line(NamedTuple):

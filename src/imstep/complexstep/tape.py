@@ -18,7 +18,7 @@ from imstep.complexstep.captured import captured, exchange
 from imstep.complexstep.cotangents import Cotangents
 from imstep.complexstep.replay import Arrangement, Replay, Slot
 from imstep.complexstep.steps import Reference, Step, slot_of
-from imstep.complexstep.tensor import HOLLOW, Window, entries_behind
+from imstep.complexstep.tensor import HOLLOW, Window, entries_behind, parts
 
 if TYPE_CHECKING:
     from imstep.complexstep.pattern import Foreseen, Pattern, Patterns
@@ -137,9 +137,8 @@ class Tape:
     def _find_places(self) -> None:
         """Note in which memory lies what was held since the last time; counts the bytes of it."""
         for number in range(self._found, len(self._held)):
-            t = self._held[number][0]
-            if t.layout is torch.strided:
-                storage = t.untyped_storage()
+            for part in parts(self._held[number][0]):
+                storage = part.untyped_storage()
                 if storage._cdata not in self._places:
                     self._bytes += 0 if HOLLOW in storage.__dict__ else storage.nbytes()
                 self._places.setdefault(storage._cdata, []).append(number)
@@ -161,7 +160,8 @@ class Tape:
             exchange(push, lambda held: copies.get(id(held), held))
             copy = copies[id(held)]
             self._held[n] = copy, copy._version, push
-            self._places.setdefault(copy.untyped_storage()._cdata, []).append(n)
+            for part in parts(copy):
+                self._places.setdefault(part.untyped_storage()._cdata, []).append(n)
 
     def finish(self, outputs: Sequence[Reference | None], arrangement: Arrangement | None = None) -> None:
         """Name the outputs; drops what they do not depend on.
@@ -290,7 +290,7 @@ class Tape:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tape keeps alive, parameters included unless hollow; each storage counted once."""
-        storages = [t.untyped_storage() for t, *_ in self._held]
+        storages = [part.untyped_storage() for t, *_ in self._held for part in parts(t)]
         return sum({s.data_ptr(): s.nbytes() for s in storages if HOLLOW not in s.__dict__}.values())
 
     @property

@@ -123,6 +123,19 @@ def entries_behind(t: Tensor) -> int:
     return bytes_ // t.element_size()
 
 
+def parts(t: Tensor) -> list[Tensor]:
+    """The tensors with strides that hold ``t``: itself, or indices and values of a sparse one."""
+    if t.layout is torch.strided:
+        return [t]
+    if t.layout is torch.sparse_coo:
+        return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [t.ccol_indices(), t.row_indices(), t.values()]
+    return []
+
+
 class Plane:
     """All imaginary parts of one evaluation; parts of another plane are invisible to it.
 

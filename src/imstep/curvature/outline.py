@@ -55,7 +55,7 @@ class Noted:
                 flat = type(at) is int and inner is None
                 self._arguments.append((at if flat else place, a.slot, a.window or windows[a.slot]))  # type: ignore[arg-type]
             else:
-                self._constants.append((place, (a.shape, a.stride(), a.dtype)))
+                self._constants.append((place, (a.shape, layout_of(a), a.dtype)))
                 self.keeps.append(keeps(a))
                 emptied.append((place, None))
         self.step = step.holding(emptied)
@@ -77,11 +77,11 @@ class Noted:
             if t.untyped_storage().__dict__.get(key) != slot or not window.fits(t):
                 return None
         held = []
-        for place, (shape, stride, dtype) in self._constants:
+        for place, (shape, layout, dtype) in self._constants:
             t = _at(args, kwargs, *place)
             if not _is_unmarked(t, key) or t.dtype is not dtype or t.shape != shape:
                 return None
-            if t.stride() != stride or t.is_inference():
+            if layout_of(t) != layout or t.is_inference():
                 return None
             held.append((place, t))
         if self._literals and literals(args, kwargs) != self._literals:
@@ -149,6 +149,11 @@ def _tensors_of(step: Operation) -> list[tuple[Place, Any]]:
         entries = enumerate(a) if isinstance(a, (list, tuple)) else [(None, a)]
         found += [((key, inner), t) for inner, t in entries if isinstance(t, (Tensor, Reference))]
     return found
+
+
+def layout_of(t: Tensor) -> Any:
+    """How ``t`` lies in memory: its strides, or its layout where it has none."""
+    return t.stride() if t.layout is torch.strided else t.layout
 
 
 def _is_unmarked(t: Any, key: str) -> bool:

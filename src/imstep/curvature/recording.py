@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from imstep.complexstep.gradients import PASSES, runs_functions
 from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
-from imstep.complexstep.tensor import PLAIN, Window
-from imstep.curvature.outline import Noted, Outline, arranged
+from imstep.complexstep.tensor import PLAIN, Window, parts
+from imstep.curvature.outline import Noted, Outline, arranged, layout_of
 from imstep.curvature.rerun import Rerun
 from imstep.curvature.smooth import Kind, kind_of
 
@@ -187,10 +187,11 @@ class Recording:
                 self._hold_in_mind(t, _keep(t, kind, of_parameters))
 
     def _hold_in_mind(self, t: Tensor, keep: Keep) -> None:
-        if keep is Keep.VALUES:
-            self.fixed.append(t.detach().clone())
-        elif keep is Keep.ZEROS:
-            self.fixed.append(None if bool(t.detach().all()) else t.detach() == 0)
+        for part in [] if keep is Keep.NOTHING else map(Tensor.detach, parts(t)):
+            if keep is Keep.VALUES or not (part.is_floating_point() or part.is_complex()):
+                self.fixed.append(part.clone())
+            else:
+                self.fixed.append(None if bool(part.all()) else part == 0)
 
     def _is_own(self, t: Tensor) -> bool:
         """Whether the memory of ``t`` is filled anew in each run."""
@@ -282,5 +283,5 @@ def _form(a: Any) -> Any:
         w = a.window
         return a.slot, w and (w.size, w.stride, w.offset, w.dtype)
     if isinstance(a, Tensor):
-        return a.shape, a.stride(), a.dtype
+        return a.shape, layout_of(a), a.dtype
     return tuple(_form(b) for b in a) if isinstance(a, (list, tuple)) else a

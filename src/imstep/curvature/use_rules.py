@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imstep.complexstep.islands import plain
@@ -26,8 +27,8 @@ def _addmm(p: Operand) -> Found:
 def _product(p: Operand, at: int, other: Callable[[], Tensor], factor: Any) -> Use:
     """One factor of a matrix product: the gradient of the first is d otherᵀ, of the second otherᵀ d."""
     if at == 0:
-        return Use(p.parameter, p.edge, lambda d: _times(factor, d.mT), lambda: other().detach().mT, p.transposed)
-    return Use(p.parameter, p.edge, lambda d: _times(factor, d), lambda: other().detach(), not p.transposed)
+        return Use(p.parameter, p.edge, lambda d: _times(factor, d.mT), lambda: _dense(other()).mT, p.transposed)
+    return Use(p.parameter, p.edge, lambda d: _times(factor, d), lambda: _dense(other()), not p.transposed)
 
 
 def _bmm(p: Operand) -> list[Use] | None:
@@ -39,9 +40,9 @@ def _bmm(p: Operand) -> list[Use] | None:
     members, transposed, uses = p.shape[0], p.transposed != (p.at == 1), []
     for e in range(members):
         if p.at == 0:
-            spread, rows = (lambda d, e=e: d[e].mT), (lambda e=e: other[e].detach().mT)
+            spread, rows = (lambda d, e=e: d[e].mT), (lambda e=e: _dense(other[e]).mT)
         else:
-            spread, rows = (lambda d, e=e: d[e]), (lambda e=e: other[e].detach())
+            spread, rows = (lambda d, e=e: d[e]), (lambda e=e: _dense(other[e]))
         uses.append(Use(p.parameter, p.edge, spread, rows, transposed, (e, members)))
     return uses
 
@@ -88,12 +89,17 @@ def _mv(p: Operand) -> Found:
     matrix, vector = p.node._saved_self, p.node._saved_vec
     if p.at == 0:
         return Use(p.parameter, p.edge, lambda d: d[None], lambda: plain(vector).detach()[None], p.transposed)
-    return Use(p.parameter, p.edge, lambda d: d[:, None] * plain(matrix).detach())
+    return Use(p.parameter, p.edge, lambda d: d[:, None] * _dense(plain(matrix)))
 
 
 def _dot(p: Operand) -> Found:
     other = p.node._saved_tensor if p.at == 0 else p.node._saved_self
     return Use(p.parameter, p.edge, lambda d: (d * plain(other).detach())[None])
+
+
+def _dense(t: Tensor) -> Tensor:
+    """A constant that is multiplied with a parameter; rows of J are as long as those of a sparse one written out."""
+    return t.detach() if t.layout is torch.strided else t.detach().to_dense()
 
 
 def _times(factor: Any, d: Tensor) -> Tensor:

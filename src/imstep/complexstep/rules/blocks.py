@@ -92,6 +92,9 @@ def _fresh(a, b, of_a, of_b):
     together = _as_one(a, b, of_a, of_b)
     if together is not None:
         return together.contiguous()
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        count = len(a if of_a else b)
+        return torch.stack([_plain(a[k] if of_a else a, b[k] if of_b else b, None) for k in range(count)])
     a, b = _both(a, b, of_a, of_b)
     if a.dim() == 3:
         return torch.stack([multiply(x, y) for x, y in zip(a, b, strict=True)]) if pays(a[0], b[0]) else torch.bmm(a, b)
@@ -105,6 +108,9 @@ def _accumulate(c, a, b, of_a, of_b):
     together = _as_one(a, b, of_a, of_b)
     if together is not None:
         c.add_(together)
+        return
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        c.add_(_fresh(a, b, of_a, of_b))
         return
     a, b = _both(a, b, of_a, of_b)
     if a.dim() == 3 and not pays(a[0], b[0]):

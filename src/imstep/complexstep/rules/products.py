@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from imstep.complexstep.registry import Rule, multilinear, register
+from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.registry import Rule, multilinear, register, rule
 from imstep.complexstep.rules.blocks import product
 from imstep.complexstep.rules.forms import add_, total
 
@@ -51,12 +52,22 @@ def _sum_and_product(op, product, accumulate):
 _onto = lambda c, a, b: product(a, b, onto=c)
 
 _sum_and_product(aten.addmm.default, product, _onto)
+_sum_and_product(aten._sparse_addmm.default, product, _onto)
 _sum_and_product(aten.addmv.default, torch.mv, torch.addmv)
 _sum_and_product(aten.addr.default, torch.outer, torch.addr)
 _sum_and_product(aten.baddbmm.default, product, _onto)
 _sum_and_product(aten.addbmm.default, lambda a, b: torch.bmm(a, b).sum(0), torch.addbmm)
 
 multilinear(aten.linalg_cross.default)
+
+
+@rule(aten.sspaddmm.default, family="multilinear")
+def sspaddmm(c, a, b, beta=1, alpha=1):
+    raise UnsupportedOperatorError(
+        "torch.smm",
+        "its result is sparse, and carries no imaginary part.",
+        "Use torch.sparse.mm, whose result is dense.",
+    )
 
 
 def _three_factors(op, factors):

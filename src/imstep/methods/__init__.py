@@ -27,7 +27,7 @@ from imstep.methods.hessian import (
     trust_region,
 )
 from imstep.methods.kronecker import ekfac, kfac, kl_shampoo, shampoo, soap
-from imstep.methods.quasi_newton import bfgs, block_bfgs, lbfgs, lsr1, self_scaled_broyden, sr1
+from imstep.methods.quasi_newton import bfgs, block_bfgs, enriched_newton, lbfgs, lsr1, self_scaled_broyden, sr1
 from imstep.methods.sketched import nystrom_newton_cg, randomized_subspace_newton
 from imstep.methods.stochastic import sketchy_sgd, sketchy_svrg, stochastic_cubic, subsampled_newton
 from imstep.methods.third_order import chebyshev, halley, super_halley
@@ -40,6 +40,7 @@ __all__ = [
     "chebyshev",
     "cubic_regularization",
     "ekfac",
+    "enriched_newton",
     "gauss_newton",
     "halley",
     "hessian_free",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imstep.globalization import StrongWolfe, TrustRegion
 from imstep.methods.configured import on_hessian
+from imstep.optim.between import QuasiNewtonSteps
 from imstep.optim.forcing import ResidualForcing
 from imstep.optim.globalized import LearntModel, PreconditionedGradient
 from imstep.optim.newton_krylov import NewtonKrylov, NewtonKrylovOptions
@@ -81,6 +82,24 @@ def block_bfgs(
     Source: Gower, Goldfarb and Richtárik, ICML 2016 (arXiv 1603.09649).
     """
     return _quasi_newton(params, BlockBFGS(columns, blocks), options)
+
+
+def enriched_newton(
+    params: Iterable[Any], pairs: int = 30, **options: Unpack[NewtonKrylovOptions]
+) -> NewtonKrylov:
+    """Newton-Krylov steps, and L-BFGS steps between them while these lower the loss faster for their price.
+
+    Args:
+        params: parameters or parameter groups.
+        pairs: how many steps L-BFGS knows, for two vectors of memory each.
+
+    Cost: of a Newton step that of :class:`NewtonKrylov` with its defaults; a gradient and a loss of the others.
+
+    Source: Morales and Nocedal, Comput. Optim. Appl. 21 (2002), 143-154; what is ours: :class:`QuasiNewtonSteps`.
+    """
+    configuration: NewtonKrylovOptions = {"between": QuasiNewtonSteps(pairs)}
+    configuration.update(options)
+    return NewtonKrylov(params, **configuration)
 
 
 def sr1(params: Iterable[Any], exact: bool = False, **options: Unpack[NewtonKrylovOptions]) -> NewtonKrylov:

@@ -4,6 +4,7 @@ from imstep.curvature.choice import ExactHessian, FisherCurvature, GaussNewtonFi
 from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.balancing import Balancing, EqualGradients, EqualTraces
+from imstep.optim.between import QuasiNewtonSteps
 from imstep.optim.box import Box
 from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
@@ -122,6 +123,7 @@ __all__ = [
     "PreconditionedGradient",
     "PreconditionedMomentum",
     "QuasiNewton",
+    "QuasiNewtonSteps",
     "RandomSubspace",
     "RankOneModel",
     "Recycling",

@@ -110,8 +110,6 @@ class Attempt(StepAttempt):
     def _run(self) -> tuple[StepRecord, Memory]:
         record = self._started(self._evaluate)
         memory = self._memory
-        factors = self._frozen.hook_factors
-        self._mask = None if factors is None else mask_of(factors)
         gradient_norm = record.gradient_norm
         if not record.finite:
             return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
@@ -163,6 +161,15 @@ class Attempt(StepAttempt):
         self.point = replace(self.point, penalty=self._frozen.penalty)
         return self._opened(Cost(gradients=1, linearisations=1), radius)
 
+    def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
+        factors = self._frozen.hook_factors
+        self._mask = None if factors is None else mask_of(factors)
+        return super()._opened(cost, radius)
+
+    def _held(self, operator: LinearOperator | None) -> LinearOperator | None:
+        """It, without the entries that hooks hold fixed."""
+        return None if operator is None else masked(operator, self._mask)
+
     def _needs_no_record(self) -> bool:
         """Whether neither direction nor preconditioner nor damping come from products."""
         makers = self._strategies.solver, self._preconditioner
@@ -212,11 +219,8 @@ class Attempt(StepAttempt):
             fixed_cost=cost.gradient_equivalents + refresh_cost + LOSS_COST,
             product_cost=product_cost,
         )
-        preconditioner = self._preconditioner.operator(damping)
-        if preconditioner is not None:
-            preconditioner = masked(preconditioner, self._mask)
-        model = self._preconditioner.model()
-        model = None if model is None else masked(model, self._mask)
+        preconditioner = self._held(self._preconditioner.operator(damping))
+        model = self._held(self._preconditioner.model())
         return _Setting(candidates, preconditioner, damping, situation, refresh, model), memory
 
     def _solve(self, setting: _Setting, memory: Memory) -> tuple[Direction, Direction, Memory]:

@@ -21,7 +21,55 @@ SAFEGUARD_DECAY = 4.0
 RETREAT = 4.0
 """Factor by which steps become shorter where one is taken back, and longer again with each that is not."""
 
-_NESTED: dict[str, Any] = {"search": SearchState, "checks": CheckHistory, "draws": DrawHistory}
+
+
+@dataclass(frozen=True)
+class BetweenHistory:
+    """How quasi-Newton steps and the Newton steps around them have done.
+
+    Attributes:
+        fall, cost: of the last Newton step: decrease of the loss, and gradient-equivalents.
+        gain, spent: the same of the quasi-Newton steps since.
+        share: how much they may spend, as a multiple of ``cost``.
+        wait: Newton steps until the next quasi-Newton step.
+        failures: runs of them in a row that have done worse than the Newton step behind them.
+        same: whether the last step went on where the one before had ended, and was accepted.
+    """
+
+    fall: float = math.inf
+    cost: float = 1.0
+    gain: float = 0.0
+    spent: float = 0.0
+    share: float = 1.0
+    wait: int = 1
+    failures: int = 0
+    same: bool = False
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step is to be tried as a quasi-Newton step."""
+        return self.same and self.wait == 0
+
+    def after_newton(self, fall: float, cost: float, same: bool, longest: int) -> BetweenHistory:
+        """After a Newton step, which judges the steps before it: twice as many next time, or a longer wait."""
+        last = replace(self, fall=fall, cost=cost, gain=0.0, spent=0.0, same=same)
+        if self.spent == 0:
+            return replace(last, wait=max(self.wait - 1, 0))
+        if self.gain * cost > fall * self.spent:
+            return replace(last, share=2 * self.share, wait=0, failures=0)
+        failures = self.failures + 1
+        return replace(last, share=1.0, wait=min(2 ** (failures - 1), longest), failures=failures)
+
+    def after_quasi_newton(self, fall: float, cost: float) -> BetweenHistory:
+        """After a quasi-Newton step: another one while they do better than the last Newton step, within their share."""
+        gain, spent = self.gain + fall, self.spent + cost
+        better = fall * self.cost >= self.fall * cost and spent < self.share * self.cost
+        return replace(self, gain=gain, spent=spent, wait=0 if better else 1)
+
+
+_NESTED: dict[str, Any] = {
+    "search": SearchState, "checks": CheckHistory, "draws": DrawHistory, "between": BetweenHistory,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +104,7 @@ class Memory:
         weights: of the terms of the loss, (m,), where a strategy balances them.
         checks: the loss at other points, where steps are given one.
         draws: how steps have held at the points of the next, where those are new.
+        between: how quasi-Newton steps between others have done.
     """
 
     search: SearchState
@@ -82,6 +131,7 @@ class Memory:
     weights: Tensor | None = None
     checks: CheckHistory = field(default_factory=CheckHistory)
     draws: DrawHistory = field(default_factory=DrawHistory)
+    between: BetweenHistory = BetweenHistory()
 
     def meet(self, gradient_norm: float) -> Memory:
         """The memory at a new point with a finite gradient."""

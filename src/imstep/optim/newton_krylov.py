@@ -15,11 +15,13 @@ from imstep.curvature.processes import Processes
 from imstep.globalization import Damping, LevenbergMarquardt, StepSearch, TaylorMonitor
 from imstep.optim.attempt import Attempt
 from imstep.optim.averaging import Averaging
+from imstep.optim.between import EnrichedAttempt, QuasiNewtonSteps
 from imstep.optim.closure_needed import needs_closure
 from imstep.optim.forcing import BestRateForcing, FixedProducts, Forcing
 from imstep.optim.memory import Memory
 from imstep.optim.micro_batches import MicroBatches
-from imstep.optim.preconditioning import Kronecker, Preconditioning
+from imstep.optim.preconditioning import Kronecker, LimitedMemoryBFGS, Preconditioning
+from imstep.optim.preconditioning.quasi_newton import LimitedSecants
 from imstep.optim.preconditioning.recycling import Recycling
 from imstep.optim.record import Cost
 from imstep.optim.solving import BlendedConjugateGradient, ConjugateGradient, Solver
@@ -51,6 +53,7 @@ class NewtonKrylovOptions(TypedDict, total=False):
     average: Averaging | None
     variance_every: int
     variance_reduction: VarianceReduction | None
+    between: QuasiNewtonSteps | None
     process_group: ProcessGroup | None
 
 
@@ -89,6 +92,8 @@ class NewtonKrylov(StepwiseOptimizer):
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
         variance_reduction: of the batches' gradients, by a snapshot and all data, as in SVRG; None for none.
+        between: quasi-Newton steps between Newton steps where these hold nearby only, such as ``QuasiNewtonSteps()``,
+            on a loss that stays the same from step to step; None for none.
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
@@ -140,6 +145,7 @@ class NewtonKrylov(StepwiseOptimizer):
         average: Averaging | None = None,
         variance_every: int = 0,
         variance_reduction: VarianceReduction | None = None,
+        between: QuasiNewtonSteps | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._processes = Processes.of(process_group)
@@ -148,6 +154,8 @@ class NewtonKrylov(StepwiseOptimizer):
                 "variance_reduction is for one process: it would take gradients that other processes do not know of. "
                 "Leave process_group or variance_reduction out."
             )
+        if between is not None and self._processes is not None:
+            raise ValueError("between is for one process. Leave process_group or between out.")
         self._reduction = variance_reduction
         self._strategies = Strategies(
             curvature=curvature or GaussNewtonFirst(),
@@ -175,6 +183,7 @@ class NewtonKrylov(StepwiseOptimizer):
             self._parameters = self._vector()
         self._preconditioning = preconditioning or Recycling()
         self._preconditioner = self._preconditioning.make(self._parameters)
+        self._between, self._secants = between, _secants(between, self._parameters)
         if variance_reduction is not None:
             variance_reduction.follow(self._parameters)
 
@@ -260,27 +269,40 @@ class NewtonKrylov(StepwiseOptimizer):
         return FrozenPieces(pieces.checked().pieces, *self._where(), pieces.memory_budget)
 
     def _attempt(self, frozen: FrozenBatch, part: FrozenBatch | None = None) -> Attempt:
-        return Attempt(
-            self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
-        )
+        whole = self._strategies, self._memory, self._preconditioner, self._parameters, frozen, part, self._pace()
+        if self._between is None or self._secants is None:
+            return Attempt(*whole)
+        return EnrichedAttempt(self._between, self._secants, *whole)
 
     def _chosen(self) -> dict[str, Any]:
         names = ("curvature", "solver", "forcing", "step", "damping")
-        return {name: getattr(self._strategies, name) for name in names} | {"preconditioning": self._preconditioning}
+        chosen = {name: getattr(self._strategies, name) for name in names}
+        chosen["preconditioning"] = self._preconditioning
+        return chosen if self._between is None else {**chosen, "between": self._between}
 
     def _parts(self) -> dict[str, Any]:
         parts = {"preconditioner": self._preconditioner.state_dict()}
+        if self._secants is not None:
+            parts["secants"] = self._secants.state_dict()
         if self._reduction is not None:
             parts["variance_reduction"] = self._reduction.state_dict()
         return parts
 
     def _load_parts(self, parts: dict[str, Any]) -> None:
         self._preconditioner.load_state_dict(parts["preconditioner"])
+        if self._secants is not None:
+            self._secants.load_state_dict(parts["secants"])
         if self._reduction is not None:
             self._reduction.load_state_dict(parts["variance_reduction"])
 
     def _adopt(self, parameters: ParameterVector) -> None:
         super()._adopt(parameters)
         self._preconditioner = self._preconditioning.make(parameters)  # it starts afresh
+        self._secants = _secants(self._between, parameters)
         if self._reduction is not None:
             self._reduction.follow(parameters)
+
+
+def _secants(between: QuasiNewtonSteps | None, parameters: ParameterVector) -> LimitedSecants | None:
+    """What quasi-Newton steps are made of; None where there are none."""
+    return None if between is None else LimitedMemoryBFGS(between.pairs).make(parameters)

@@ -126,6 +126,7 @@ class StepRecord:
         weights: of the terms of the loss, where they are balanced. ``slope`` to ``taylor_error`` are then of the loss
             with these weights, by which the step is judged; all other losses, and ``gradient_norm``, are without.
         weighted_loss, new_weighted_loss: the former before and after the step, weight decay included.
+        quasi_newton: whether it was a step of :class:`QuasiNewtonSteps`, by a model that is learnt; ``status`` is None.
         static: whether the evaluation that curvature is taken from had the structure of an earlier one, so that its
             backward pass was run as a list of operators; the numbers are the same. See docs/complex-step.md.
         cost: evaluations spent.
@@ -163,6 +164,7 @@ class StepRecord:
     new_weighted_loss: float = math.nan
     check_loss: float = math.nan
     new_check_loss: float = math.nan
+    quasi_newton: bool = False
     static: bool = field(default=False, compare=False)
     cost: Cost = Cost()
     seconds: float = 0.0

@@ -191,7 +191,7 @@ class StepwiseStepper(Stepper):
         record = self._optimizer.last_step
         assert record is not None  # a step was just taken
         # A step that moved is told apart by why its Krylov iteration ended; one that did not, by its outcome.
-        word = record.status if record.accepted and record.status is not None else record.outcome
+        word = str(record.status if record.accepted and record.status is not None else record.outcome)
         return StepResult(
             record.loss,
             record.cost.gradient_equivalents,
@@ -199,7 +199,7 @@ class StepwiseStepper(Stepper):
             products=record.cost.products,
             losses=record.cost.losses,
             new_loss=record.new_loss,
-            status=str(word),
+            status="quasi_newton" if record.quasi_newton else word,
             converged=record.outcome is StepOutcome.CONVERGED,
             record=record.to_dict(),
         )

@@ -128,7 +128,7 @@ class LimitedMemoryBFGS(Preconditioning):
         if self.pairs < 1:
             raise ValueError(f"pairs, the number of steps that count, is at least 1, got {self.pairs}.")
 
-    def make(self, parameters: ParameterVector) -> Preconditioner:
+    def make(self, parameters: ParameterVector) -> LimitedSecants:
         return _LimitedMemory(parameters, self.exact, self.pairs)
 
 
@@ -153,17 +153,21 @@ class Secant(Preconditioner):
         """Drop what was learnt."""
 
     def refresh(self, evidence: Evidence) -> Cost:
-        here, gradient = self._parameters.get(), evidence.point.gradient
-        if self._at is not None:
+        here = self._parameters.get()
+        if self._at is not None and torch.equal(here, self._at):  # the direction that H gave was of no use
+            self.restart()
+        self.meet(here, evidence.point.gradient, evidence.curvature)
+        return Cost()
+
+    def meet(self, here: Tensor, gradient: Tensor, curvature: LinearOperator | None = None) -> None:
+        """Learn from the step that has led here, where the gradient and, for exact changes, the curvature are these."""
+        if self._at is not None and not torch.equal(here, self._at):
             step = here - self._at
-            if not bool(step.any()):  # the direction that H gave was of no use
-                self.restart()
-            elif self._exact:
-                self.take(step, evidence.curvature @ step)
+            if self._exact and curvature is not None:
+                self.take(step, curvature @ step)
             elif self._gradient is not None:
                 self.take(step, gradient - self._gradient)
         self._at, self._gradient = here, gradient
-        return Cost()
 
     def forget(self) -> None:
         self._gradient = None

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from imstep.bench.entry import ACCURACY, EXPLAINED, HELDOUT, PSNR, WRONG, Entry
-from imstep.bench.sides import OWN, Range
+from imstep.bench.sides import OWN, PUBLIC_SOAP, Range
 from imstep.tasks import TaskError, get_task
 
 __all__ = ["ENTRIES", "FULL", "entries_of", "entry_of"]
@@ -49,12 +49,12 @@ def _known(full: bool) -> dict[str, Entry]:
     return FULL if full else {**FULL, **ENTRIES}
 
 
-_CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", "kl-shampoo")}
-_SYSTEMS = ("adamw", "soap", "lbfgs", "adam-lbfgs")
-_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", "hessian-free", "lstm-adam")
+_CONVECTION = {name: {"lr": Range(3e-4, 3e-2)} for name in ("soap", PUBLIC_SOAP, "kl-shampoo")}
+_SYSTEMS = ("adamw", "soap", PUBLIC_SOAP, "lbfgs", "adam-lbfgs")
+_RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", PUBLIC_SOAP, "hessian-free", "lstm-adam")
 _STATES = Range(0.3, 30.0)
 """Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
-_SWEEP = ("adamw", "muon", "soap")
+_SWEEP = ("adamw", "muon", "soap", PUBLIC_SOAP)
 _LONG = ("addition-150", "multiplication-150")
 
 

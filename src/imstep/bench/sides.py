@@ -10,12 +10,17 @@ from imstep.bench.recurrent import LSTM, ORTHOGONAL
 from imstep.bench.references import BOOSTING, MLP
 from imstep.runs.optimizers import METHODS, OptimizerSpec, get_optimizer
 
-__all__ = ["FIRST_ORDER_DECAY", "OWN", "PENALTY", "SIDES", "USUAL", "Options", "Range", "Side", "own_side", "side_of"]
+__all__ = [
+    "FIRST_ORDER_DECAY", "OWN", "PENALTY", "PUBLIC_SOAP", "SIDES", "USUAL", "Options", "Range", "Side", "own_side",
+    "side_of",
+]  # fmt: skip
 
 Options = dict[str, float]
 
 OWN = "imstep"
 """The name of our side, whichever configuration a task takes."""
+PUBLIC_SOAP = "pytorch_optimizer:SOAP"
+"""Whose steps are faster than our own SOAP's, and of which neither is always the better."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,11 @@ _USUAL = (
     Side("adamw", "AdamW", "torch.optim:AdamW", {"lr": _RATE}, FIRST_ORDER_DECAY, {"weight_decay": 0}, True, pace=1.1),
     Side("muon", "Muon", MUON, {"lr": _RATE}, FIRST_ORDER_DECAY, cosine=True),
     Side(
-        "soap", "SOAP (pytorch_optimizer)", "pytorch_optimizer:SOAP", {"lr": Range(1e-3, 1e-1)}, FIRST_ORDER_DECAY,
+        "soap", "SOAP (imstep.methods)", METHODS["soap"], {"lr": Range(1e-3, 1e-1)}, FIRST_ORDER_DECAY, cosine=True,
+        pace=3.0,
+    ),
+    Side(
+        PUBLIC_SOAP, "SOAP (pytorch_optimizer)", PUBLIC_SOAP, {"lr": Range(1e-3, 1e-1)}, FIRST_ORDER_DECAY,
         {"weight_decay": 0}, cosine=True, pace=2.0,
     ),
     Side(

@@ -164,7 +164,8 @@ def _why_none(loss: Tensor) -> str:
         )
     return (
         "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
-        "squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
+        "squared errors by sums, means and positive factors, detach() factors that another optimizer trains, as "
+        "self-adaptive weights are, or use an optimizer that needs no residuals."
     )
 
 

@@ -153,3 +153,91 @@ def test_kernels_of_low_precision_are_no_other_function(factor: float) -> None:
     else:
         with pytest.raises(ValueError, match="called again at the same parameters"):
             frozen.linearise()
+
+
+class Scaled(nn.Module):
+    """A model that divides by a running scale, which it overwrites or gives anew."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.layer, self.write = nn.Linear(4, 3).double(), write
+        self.register_buffer("scale", torch.ones(3, dtype=F64))
+        with torch.no_grad():
+            self.layer.weight.copy_(normal(3, 4, seed=2))
+            self.layer.bias.copy_(normal(3, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).tanh()
+        with torch.no_grad():
+            change = 0.1 * y.std(0)
+            if self.write == "assigned":
+                self.scale = 0.9 * self.scale + change
+            elif self.write == "overwritten":
+                self.scale.mul_(0.9).add_(change)
+            elif self.write == "by detach":
+                self.scale.detach().mul_(0.9)
+                self.scale.detach().add_(change)
+            elif self.write == "by data":
+                self.scale.data.mul_(0.9).add_(change)
+            else:
+                for at in range(3):
+                    self.scale[at].mul_(0.9).add_(change[at])
+        return y / self.scale
+
+
+WRITES = ["overwritten", "by detach", "by data", "by views"]
+OPTIMIZERS = [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares, methods.gauss_newton, methods.kfac, methods.lbfgs]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_buffers_that_are_overwritten_and_read(make: Any, write: str) -> None:
+    """As buffers that are assigned, which leave what was recorded as it is."""
+
+    def steps(write: str) -> tuple[list[float], Tensor]:
+        model = Scaled(write)
+        optimizer = make(model.parameters())
+        losses = [float(optimizer.step(lambda: F.mse_loss(model(X), Y))) for _ in range(4)]
+        assert optimizer.last_step.accepted
+        return losses, model.scale
+
+    (losses, scale), (expected, other) = steps(write), steps("assigned")
+    assert losses == expected
+    assert torch.equal(scale, other)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_weights_that_are_overwritten_and_read(make: Any) -> None:
+    def steps(overwrites: bool) -> list[float]:
+        torch.manual_seed(0)
+        model, kept = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double(), torch.ones(8, 3, dtype=F64)
+
+        def closure() -> Tensor:
+            r = model(X) - Y
+            weights = torch.exp(-r.detach().abs())
+            return ((kept.copy_(weights) if overwrites else weights) * r.square()).mean()
+
+        optimizer = make(model.parameters())
+        return [float(optimizer.step(closure)) for _ in range(4)]
+
+    assert steps(True) == steps(False)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_graphs_of_trials_read_what_they_have_read(write: str) -> None:
+    model = Scaled(write)
+    frozen = FrozenClosure(lambda: F.mse_loss(model(X), Y), ParameterVector(model))
+    frozen.linearise()
+    first, graphs = model.scale.clone(), []
+    for _ in range(2):
+        with torch.no_grad():
+            model.layer.weight.mul_(1.1)
+        with frozen.beside():
+            loss = frozen.loss_with_graph()
+            gradient = torch.autograd.grad(loss, model.layer.weight, retain_graph=True)[0]
+            graphs.append((loss, gradient, frozen.state()))
+        assert torch.equal(model.scale, first)
+    for loss, gradient, state in graphs:
+        with frozen.as_in(state):
+            assert torch.equal(torch.autograd.grad(loss, model.layer.weight)[0], gradient)
+        assert torch.equal(model.scale, first)

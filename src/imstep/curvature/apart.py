@@ -40,6 +40,12 @@ def check_apart(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     _check(near)
 
 
+def check_still_apart(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """As :func:`check_apart`, at little cost where none has another's storage."""
+    if len({t.untyped_storage()._cdata for t in tensors}) < len(tensors):
+        check_apart(tensors, names)
+
+
 def check_others(others: Sequence[Tensor], tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise where one of ``others``, which are not trained or not given, lies in the memory of parameters that are."""
     if not others:

@@ -144,3 +144,17 @@ def graphs_recorded() -> Iterator[None]:
 def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether two lists hold the same values."""
     return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
+    """The gradients of what ``name`` says; raises if none depends on a parameter, or one is sparse."""
+    if all(g is None for g in gradients):
+        raise ValueError(
+            f"{name} depends on none of the parameters: every gradient is None. "
+            "Check that the closure evaluates the model whose parameters were given."
+        )
+    with unseen():
+        sparse = any(g is not None and g.layout is not torch.strided for g in gradients)
+    if sparse:
+        raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
+    return gradients

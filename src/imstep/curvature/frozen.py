@@ -28,9 +28,9 @@ from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.steps import Reference
 from imstep.complexstep.tape import Tape
-from imstep.curvature.apart import check_apart, check_others
+from imstep.curvature.apart import check_others, check_still_apart
 from imstep.curvature.backward import BackwardCalls
-from imstep.curvature.closure import Closure, UserClosure
+from imstep.curvature.closure import Closure, UserClosure, usable
 from imstep.curvature.fully_sharded import FROM_OUTSIDE, is_sharded
 from imstep.curvature.hooks import all_same
 from imstep.curvature.linearisation import Linearisation
@@ -38,7 +38,7 @@ from imstep.curvature.parameters import CHANGED, ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.recording import Recording
 from imstep.curvature.repeating import require_function
-from imstep.curvature.state import RandomState, Writes, WriteWatch
+from imstep.curvature.state import RandomState, State, Writes, WriteWatch
 
 
 class FrozenClosure:
@@ -63,8 +63,7 @@ class FrozenClosure:
     ) -> None:
         self.user, self.penalty = UserClosure(closure, parameters, stale), penalty
         self._parameters = parameters
-        if len({p.untyped_storage()._cdata for p in parameters.tensors}) < len(parameters.tensors):  # maybe since then
-            check_apart(parameters.tensors, parameters.names)
+        check_still_apart(parameters.tensors, parameters.names)
         self._random: RandomState | None = None  # where the first evaluation began
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
@@ -125,7 +124,8 @@ class FrozenClosure:
         """The loss (0-dim), and what :meth:`product` returns."""
         arithmetic = self.arithmetic(h)
         directions, part = self._parameters.unflatten(direction), lambda g: arithmetic.value(g).im
-        loss, parts = self._differentiate(arithmetic, directions, arithmetic.product, part)
+        with self.beside():
+            loss, parts = self._differentiate(arithmetic, directions, arithmetic.product, part)
         self.report = arithmetic.report()
         product = self._parameters.flatten(parts)
         if self.penalty is None:
@@ -134,23 +134,25 @@ class FrozenClosure:
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        with self._same_state(), self.user.own_gradients(), plain_attention():
+        with self.beside(), self._same_state(), self.user.own_gradients(), plain_attention():
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, lambda f, inputs: gradients_of([f], inputs))
         return self._penalised(loss.detach(), gradients)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, noting what the closure overwrites; for a first evaluation without a tape."""
-        loss, gradients = self._differentiate(self.arithmetic())
+        with self.beside():
+            loss, gradients = self._differentiate(self.arithmetic())
         return self._penalised(loss.detach(), gradients)
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters: a ``backward()`` in the closure is skipped."""
-        return self._penalised_loss(self.loss_with_graph().detach())
+        with self.beside():
+            return self._penalised_loss(self.loss_with_graph().detach())
 
     def loss_with_graph(self, within: AbstractContextManager[Any] | None = None) -> Tensor:
         """The closure's loss (0-dim) and its graph at the current parameters, without the penalty; a ``backward()`` in
-        the closure is skipped.
+        the closure is skipped. The graph can be followed while tensors are as they are then: see :meth:`beside`.
 
         Args:
             within: what it is evaluated in, for a first evaluation: a :meth:`watch` or an :meth:`arithmetic`, which
@@ -197,7 +199,8 @@ class FrozenClosure:
 
     def _once_more(self) -> float:
         self.compared += 1
-        return float(self._loss_with_graph().detach())
+        with self.beside():
+            return float(self._loss_with_graph().detach())
 
     def _gradients_of(
         self,
@@ -350,12 +353,27 @@ class FrozenClosure:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Evaluations inside leave no trace: random numbers and buffers are put back to what they are now."""
-        now, contents = RandomState(self._parameters.device), self._writes.contents()
+        now = RandomState(self._parameters.device)
         try:
-            yield
+            with self._writes.put_back():
+                yield
         finally:
             now.restore()
-            self._writes.replace(contents)
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Evaluations inside, but the first one, leave buffers as they are now, for what was recorded with them."""
+        return nullcontext() if self._first else self._writes.put_back()
+
+    def state(self) -> State:
+        """Buffers as the last evaluation has left them; within :meth:`beside`."""
+        return self._writes.state()
+
+    @contextmanager
+    def as_in(self, state: State) -> Iterator[None]:
+        """A context for the graph of an evaluation that has left buffers in this state."""
+        with self.beside():
+            self._writes.replace(state)
+            yield
 
     @property
     def _first(self) -> bool:
@@ -378,17 +396,3 @@ class FrozenClosure:
             raise ValueError(CHANGED)
         self._random_after = RandomState(self._parameters.device)
         self._writes.keep()
-
-
-def usable(gradients: list[Tensor | None], name: str = "the loss") -> list[Tensor | None]:
-    """The gradients of what ``name`` says; raises if none depends on a parameter, or one is sparse."""
-    if all(g is None for g in gradients):
-        raise ValueError(
-            f"{name} depends on none of the parameters: every gradient is None. "
-            "Check that the closure evaluates the model whose parameters were given."
-        )
-    with unseen():
-        sparse = any(g is not None and g.layout is not torch.strided for g in gradients)
-    if sparse:
-        raise ValueError("a gradient is sparse; use dense gradients, such as nn.Embedding(..., sparse=False).")
-    return gradients

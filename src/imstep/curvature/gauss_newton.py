@@ -15,8 +15,8 @@ from imstep.complexstep.islands import plain
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import scalar
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
+from imstep.curvature.closure import usable
 from imstep.curvature.evaluation import BatchCurvature, Point
-from imstep.curvature.frozen import usable
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import ReplayedProducts

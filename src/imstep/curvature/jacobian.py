@@ -14,8 +14,9 @@ from imstep.complexstep.islands import plain
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape, TapeChangedError, TapeTooLargeError
 from imstep.curvature.batches import ROOM_FOR_RECORDS, ProgressCallback
+from imstep.curvature.closure import usable
 from imstep.curvature.evaluation import checked_budget
-from imstep.curvature.frozen import FrozenClosure, usable
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.operators import ProductsOperator
 from imstep.curvature.parameters import ParameterVector, TensorVector
 from imstep.curvature.processes import Processes, check_parameters, digest

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -136,18 +137,35 @@ class _Stream:
 _Place: TypeAlias = _Memory | _Attribute | _Stream
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the closure changes, as it was at one time.
+
+    Attributes:
+        contents: by place.
+        versions: of the tensors through which memory is overwritten.
+    """
+
+    contents: dict[Any, Any]
+    versions: list[tuple[Tensor, int]]
+
+
 class Writes:
     """What the closure changes beside the global generators: before and after the first evaluation.
 
     That is, tensors of the model that it overwrites or replaces, and generators of the user's that it draws from.
 
     Parameters are not among them, though a closure may overwrite them as well: an embedding with ``max_norm`` does.
+
+    Tapes and autograd's graphs hold some of these tensors, and tell by their versions whether they are as they were. So
+    versions are put back with the contents: evaluations of the same parameters come to the same versions.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
         self._before: dict[Any, tuple[_Place, Any]] = {}
-        self._after: dict[Any, Any] = {}
+        self._after: State | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}  # tensors that memory is overwritten through, and versions
 
     def before(self, t: Tensor | torch.Generator) -> None:
         """Note a generator, or the whole storage of a tensor, that is about to change, unless it is known."""
@@ -156,8 +174,12 @@ class Writes:
                 self._note(id(t), _Stream(t))
             return
         key = t.untyped_storage()._cdata
-        if key not in self._before and key not in self._parameters:
+        if key in self._parameters:
+            return
+        if key not in self._before:
             self._note(key, _Memory(t))
+        if not t.is_inference():
+            self._written.setdefault(id(t), (t, t._version))
 
     @contextmanager
     def noting_assignments(self) -> Iterator[None]:
@@ -183,27 +205,44 @@ class Writes:
         self._before[key] = place, place.read()
 
     def keep(self) -> None:
-        """Remember the contents after the first evaluation: those that stay."""
-        self._after = self.contents()
+        """Remember the state after the first evaluation: the one that stays."""
+        self._after = self.state()
 
-    def contents(self) -> dict[Any, Any]:
-        """What the tensors hold now."""
-        return {key: place.read() for key, (place, _) in self._before.items()}
+    def state(self) -> State:
+        """As all is now."""
+        contents = {key: place.read() for key, (place, _) in self._before.items()}
+        return State(contents, [(t, t._version) for t, _ in self._written.values()])
 
-    def replace(self, contents: dict[Any, Any]) -> None:
-        """Put the given contents back."""
-        for key, saved in contents.items():
-            self._before[key][0].write(saved)
+    def replace(self, state: State) -> None:
+        """Put a state back; what was not known to be changed then is as before the first evaluation."""
+        self._put(state.contents, state.versions)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """A context after which all is as it is now."""
+        now = self.state()
+        try:
+            yield
+        finally:
+            self.replace(now)
 
     def rewind(self) -> None:
         """Put everything back to what it was before the first evaluation."""
-        for place, saved in self._before.values():
-            place.write(saved)
+        self._put({}, [])
 
     def finish(self, accepted: bool) -> None:
-        """Leave the contents as after one evaluation, or as before it."""
+        """Leave all as after one evaluation, or as before it."""
+        if accepted and self._after is not None:
+            self.replace(self._after)
+        else:
+            self.rewind()
+
+    def _put(self, contents: dict[Any, Any], versions: list[tuple[Tensor, int]]) -> None:
         for key, (place, saved) in self._before.items():
-            place.write(self._after.get(key, saved) if accepted else saved)
+            place.write(contents.get(key, saved))
+        # Several may have one counter, whose value was the lowest when the first of them was noted.
+        for t, version in [*reversed(self._written.values()), *versions]:
+            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
 
 
 class WriteWatch(TorchDispatchMode):

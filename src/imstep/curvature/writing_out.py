@@ -14,8 +14,9 @@ from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.tape import Tape, TapeChangedError
+from imstep.curvature.closure import usable
 from imstep.curvature.course import Course
-from imstep.curvature.frozen import FrozenClosure, usable
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows
 from imstep.curvature.hooks import HookWatch, mask_of
 from imstep.curvature.ownership import KnownOwners

@@ -14,6 +14,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.residual_jacobian import ResidualJacobian
 from imstep.curvature.squares import require_residuals
 from imstep.curvature.staleness import check_fresh, nodes_of
+from imstep.curvature.state import State
 from imstep.optim.balancing import Weighted
 from imstep.optim.evaluable import outside_the_domain
 from imstep.optim.record import Cost
@@ -43,7 +44,8 @@ class ResidualTrials:
         self._frozen, self._parameters, self._snapshot = frozen, parameters, snapshot
         self._course, self._start = jacobian.course, jacobian.residuals
         self.spent, self.follows = Cost(), False
-        self._there: tuple[Tensor, Tensor] | None = None  # the closure's last step (n,), and its loss with its graph
+        # The closure's last step (n,), its loss with its graph, and the buffers that this has read.
+        self._there: tuple[Tensor, Tensor, State] | None = None
 
     def residuals_at(self, step: Tensor) -> Tensor:
         """ρ(w + d), (N,); nan where the closure cannot be evaluated there. Leaves the parameters there."""
@@ -67,11 +69,12 @@ class ResidualTrials:
             self._by_closure(step)
         assert self._there is not None
         self.spent += Cost(jacobian_passes=1)
-        loss, tensors = self._there[1], self._parameters.tensors
-        if weighted is None:
-            return self._parameters.flatten(later_grad(loss, tensors, whole=True))
-        residuals = require_residuals(loss)
-        return self._parameters.flatten(residuals.pull_back(weighted.cotangent(residuals.values), tensors))
+        (_, loss, state), tensors = self._there, self._parameters.tensors
+        with self._frozen.as_in(state):
+            if weighted is None:
+                return self._parameters.flatten(later_grad(loss, tensors, whole=True))
+            residuals = require_residuals(loss)
+            return self._parameters.flatten(residuals.pull_back(weighted.cotangent(residuals.values), tensors))
 
     def finite_at(self, step: Tensor) -> bool:
         """Whether the gradient at w + d, where the residuals are, is finite; leaves the parameters there."""
@@ -84,14 +87,16 @@ class ResidualTrials:
         self._parameters.move(self._snapshot, step.to(self._parameters.dtype), 1.0)
 
     def _by_closure(self, step: Tensor) -> Tensor:
-        try:
-            loss = self._frozen.loss_with_graph()
-        except Exception as error:
-            if not outside_the_domain(error):
-                raise
-            return torch.full_like(self._start, math.nan)
-        if self._there is None and not self._course.nodes.isdisjoint(nodes_of(loss)):
-            self.spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
-            check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
-        self._there = step, loss
-        return require_residuals(loss).values.double()
+        with self._frozen.beside():
+            try:
+                loss = self._frozen.loss_with_graph()
+            except Exception as error:
+                if not outside_the_domain(error):
+                    raise
+                return torch.full_like(self._start, math.nan)
+            state, values = self._frozen.state(), require_residuals(loss).values.double()
+            if self._there is None and not self._course.nodes.isdisjoint(nodes_of(loss)):
+                self.spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
+                check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)
+        self._there = step, loss, state
+        return values

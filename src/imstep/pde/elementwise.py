@@ -131,6 +131,12 @@ def _rsqrt(x: Tensor) -> Any:
     return y, slope, -1.5 * slope / x
 
 
+@rule("glu")
+def _glu(input: Jet, dim: int = -1) -> Any:
+    kept, gate = input.chunk(2, dim)
+    return kept * gate.sigmoid()
+
+
 @rule("pow", "__pow__", fresh=True)
 def _pow(input: Any, exponent: Any) -> Any:
     if not isinstance(input, Jet) or isinstance(exponent, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from imstep.complexstep.generators import Generators
-from imstep.pde.jet import ExpansionError, Jet, rebuilt, resolved, rule, shared
+from imstep.pde.jet import Combination, ExpansionError, Jet, rebuilt, resolved, rule, shared
 
 _WRONG = {
     *("instance_norm", "native_layer_norm", "native_batch_norm", "linear_cross_entropy"),
@@ -32,15 +32,18 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
     Raises:
         ExpansionError: the function's outputs are no tensors that could carry derivatives.
     """
-    if getattr(function, "__name__", "") in _WRONG:
+    name = getattr(function, "__name__", "a function")
+    if name in _WRONG:
         raise ExpansionError(
-            f"{function.__name__} has no rule here, and PyTorch's own second forward derivative of it is wrong. "
+            f"{name} has no rule here, and PyTorch's own second forward derivative of it is wrong. "
             "Compute it of tensors that do not depend on the points, or use nested torch.autograd.grad for this field."
         )
     leaves, form = tree_flatten((args, kwargs), is_leaf=lambda t: isinstance(t, Jet))
     at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Jet)]
     jets = [leaves[i] for i in at]
     combination = shared(*jets)
+    if any(isinstance(part, Jet) for jet in jets for part in (jet.value, jet.first, jet.second)):
+        return _of_jets_of_jets(function, leaves, form)
     draws = _Draws(leaves)
 
     def call(*values: Tensor) -> Any:
@@ -59,10 +62,23 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
 
         def part(n: int) -> Any:
             draws.repeat()
-            return by_forward_mode(lambda *a, **k: function(*a, **k)[n], args, kwargs)
+            chosen = lambda *a, **k: function(*a, **k)[n]
+            chosen.__name__ = name
+            return by_forward_mode(chosen, args, kwargs)
 
         return rebuilt(shown, [part(n) for n in range(len(shown))])
-    directions = [tuple(jet.first[i] for jet in jets) for i in range(len(jets[0].first))]
+    try:
+        return _carried(call, shown, jets, combination)
+    except NotImplementedError as error:
+        raise ExpansionError(
+            f"{name} has no rule here, and PyTorch has no forward derivatives of it ({str(error).splitlines()[0]}). "
+            "Compute it of tensors that do not depend on the points, or use nested torch.autograd.grad for this field."
+        ) from error
+
+
+def _carried(call: Callable[..., Tensor], shown: Tensor, jets: list[Jet], combination: Combination) -> Jet:
+    values = tuple(_spread_out(resolved(jet.value)) for jet in jets)
+    directions = [tuple(_spread_out(jet.first[i]) for jet in jets) for i in range(len(jets[0].first))]
     along = lambda v: torch.func.jvp(call, values, v)[1]
     if not combination.rows:
         return Jet(shown, torch.stack([along(v) for v in directions]), None, combination)
@@ -71,9 +87,45 @@ def by_forward_mode(function: Callable[..., Any], args: Any, kwargs: Any) -> Any
     second = combination.of(bends)
     if any(jet.second is not None for jet in jets):
         held = [jet.second if jet.second is not None else torch.zeros_like(jet.value)[None] for jet in jets]
-        rows = [tuple(t[min(j, len(t) - 1)] for t in held) for j in range(combination.rows)]
+        rows = [tuple(_spread_out(t[min(j, len(t) - 1)]) for t in held) for j in range(combination.rows)]
         second = second + torch.stack([along(v) for v in rows])
     return Jet(shown, first, second, combination)
+
+
+def _spread_out(t: Tensor) -> Tensor:
+    """``t`` with memory for each entry, which forward mode may write over."""
+    return t.contiguous() if 0 in t.stride() else t
+
+
+def _of_jets_of_jets(function: Callable[..., Any], leaves: list[Any], form: Any) -> Any:
+    """Within an expansion within another: the inner value and derivatives, as a function that the outer follows."""
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Jet)]
+    parts = [part for i in at for part in (leaves[i].value, leaves[i].first, leaves[i].second)]
+    combination = shared(*leaves)
+    found: list[Any] = []
+
+    def inner(*parts: Any) -> list[Any]:
+        filled = list(leaves)
+        for n, i in enumerate(at):
+            value, first, second = parts[3 * n : 3 * n + 3]
+            filled[i] = Jet(value, first, second, combination)
+        given, named = tree_unflatten(filled, form)
+        results, model = tree_flatten(by_forward_mode(function, given, named), is_leaf=lambda t: isinstance(t, Jet))
+        found[:] = [model, results]
+        return [torch.cat(_stacked(t)) if isinstance(t, Jet) else t for t in results]
+
+    inner.__name__ = getattr(function, "__name__", "a function")
+    packed = by_forward_mode(inner, parts, {})
+    model, results = found
+    for n, t in enumerate(results):
+        if isinstance(t, Jet):
+            value, first, *second = packed[n].split([len(part) for part in _stacked(t)])
+            packed[n] = Jet(value[0], first, second[0] if second else None, combination)
+    return tree_unflatten(packed, model)
+
+
+def _stacked(jet: Jet) -> list[Tensor]:
+    return [jet.value[None], jet.first, *([] if jet.second is None else [jet.second])]
 
 
 class _Draws:

@@ -134,7 +134,7 @@ class Jet(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = func.__name__
+        name = getattr(func, "__name__", type(func).__name__)
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__
         if name in _LOOKS:
@@ -157,7 +157,8 @@ class Jet(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise ExpansionError(
             f"{func} reached a tensor that carries derivatives out of sight of Python, as in compiled or scripted "
-            "code; there is no rule for that. Call the plain function in the field that is expanded."
+            "code, or under transforms of torch.func; there is no rule for that. Call the plain function in the field "
+            "that is expanded, and imstep.pde for derivatives within it."
         )
 
     def overwrite(self, value: Tensor, first: Tensor, second: Tensor | None) -> None:
@@ -226,12 +227,18 @@ def chain(x: Jet, slopes: tuple[Tensor, Tensor, Tensor | None]) -> Jet:
 
 def mapped(function: Callable[[Tensor], Any], x: Jet) -> Any:
     """A linear function of one jet, applied to the value and to each derivative."""
-    value, first = function(x.value), torch.vmap(function)(resolved(x.first))
-    second = None if x.second is None else torch.vmap(function)(resolved(x.second))
+    value, first = function(x.value), _each(function, resolved(x.first))
+    second = None if x.second is None else _each(function, resolved(x.second))
     if isinstance(value, Tensor):
         return Jet(value, first, second, x.combination)
     seconds = [None] * len(value) if second is None else second
     return rebuilt(value, [Jet(*parts, x.combination) for parts in zip(value, first, seconds, strict=True)])
+
+
+def _each(function: Callable[[Tensor], Any], derivatives: Tensor) -> Any:
+    """A linear function of each entry of the first axis, also of one that carries derivatives of another expansion."""
+    all_of = torch.vmap(function)
+    return mapped(all_of, derivatives) if isinstance(derivatives, Jet) else all_of(derivatives)
 
 
 def rebuilt(model: Any, parts: list[Any]) -> Any:
@@ -260,5 +267,8 @@ def shared(*tensors: Any) -> Combination:
     """The combination of the jets among ``tensors``."""
     found = {id(t.combination): t.combination for t in tensors if isinstance(t, Jet)}
     if len(found) > 1:
-        raise ValueError("jets of different expansions meet; expand one function of all variables.")
+        raise ExpansionError(
+            "a field within a field uses points of both. Let the inner field depend on its own points only, and "
+            "multiply its derivatives by the rest afterwards; or expand one function of all variables."
+        )
     return next(iter(found.values()))

@@ -83,6 +83,14 @@ def _exit(input: Jet, *args: Any) -> Any:
     )
 
 
+@rule("grad", "backward")
+def _reverse_mode(outputs: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    raise ExpansionError(
+        "the field that is expanded differentiates by reverse mode within itself, which does not see its derivatives. "
+        "Use pde.gradient or another operator of imstep.pde there, or nested torch.autograd.grad for all of it."
+    )
+
+
 @rule("data")
 def _data(input: Jet, *args: Any) -> Tensor:
     if args:

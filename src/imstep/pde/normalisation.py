@@ -1,4 +1,8 @@
-"""Normalisation, taken apart: PyTorch's own forward mode over forward mode is wrong for the fused operators."""
+"""Normalisation and norms, taken apart.
+
+PyTorch's own forward mode over forward mode is wrong for the fused operators, and that of a norm cannot be
+differentiated once more by parameters.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 import torch
 
+from imstep.pde.forward_mode import by_forward_mode
 from imstep.pde.jet import ExpansionError, Jet, rule
 
 
@@ -45,6 +50,50 @@ def _batch_norm(
     own = [None if t is None else t.reshape(channels) for t in (weight, bias)]
     scale = (running_var + eps).rsqrt().reshape(channels)
     return _affine((input - running_mean.reshape(channels)) * scale, *own)
+
+
+@rule("norm")
+def _norm(input: Jet, p: Any = "fro", dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    order = 2 if p in ("fro", None) else p
+    if _is_order(order) and kwargs.get("dtype") is None:
+        return _of_order(input, order, dim, keepdim)
+    return by_forward_mode(torch.norm, (input, p, dim, keepdim), kwargs)
+
+
+@rule("linalg_vector_norm")
+def _vector_norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    if _is_order(ord) and kwargs.get("dtype") is None:
+        return _of_order(x, ord, dim, keepdim)
+    return by_forward_mode(torch.linalg.vector_norm, (x, ord, dim, keepdim), kwargs)
+
+
+@rule("linalg_norm")
+def _linalg_norm(A: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    order: Any = 2 if ord in ("fro", None) else ord if isinstance(dim, int) else None  # None: that of a matrix
+    if _is_order(order) and kwargs.get("dtype") is None:
+        return _of_order(A, order, dim, keepdim)
+    return by_forward_mode(torch.linalg.norm, (A, ord, dim, keepdim), kwargs)
+
+
+@rule("normalize")
+def _normalize(input: Jet, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None) -> Any:
+    return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+def _is_order(p: Any) -> bool:
+    return isinstance(p, (int, float)) and 1 <= p < float("inf")
+
+
+def _of_order(x: Any, p: float, dim: Any, keepdim: bool) -> Any:
+    """(Σ |x_i|^p)^(1/p); no derivatives at 0, as in PyTorch."""
+    dim = tuple(range(x.dim())) if dim is None else dim
+    if p == 1:
+        return x.abs().sum(dim, keepdim=keepdim)
+    squares = x.real.square() + x.imag.square() if x.is_complex() else x.square()
+    total = (squares if p == 2 else x.abs() ** p).sum(dim, keepdim=keepdim)
+    at_zero = total == 0
+    positive = total.masked_fill(at_zero, 1.0)
+    return (positive.sqrt() if p == 2 else positive ** (1 / p)).masked_fill(at_zero, 0.0)
 
 
 def _standardised(x: Any, dims: tuple[int, ...], eps: float) -> Any:

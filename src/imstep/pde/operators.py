@@ -85,7 +85,15 @@ def expand(
     if laplacian:
         coefficients[-1, list(laplacian)] = 1
     lines = (lines if lines.dim() == 3 else lines[:, None]).expand(count, *points.shape).contiguous()
-    jet = field(Jet(points, lines, None, Combination(coefficients)))
+    try:
+        jet = field(Jet(points, lines, None, Combination(coefficients)))
+    except RuntimeError as error:
+        if "already has a forward gradient" not in str(error):
+            raise
+        raise ExpansionError(
+            "the field that is expanded uses forward mode within itself, such as torch.func.jvp. Use pde.directional "
+            "or another operator of imstep.pde there, or nested torch.autograd.grad for all of it."
+        ) from error
     if not isinstance(jet, Jet) or jet.dim() < 1 or len(jet) != len(points):
         raise ExpansionError(_wrong_result(jet, len(points)))
     sums = jet.value.new_zeros(len(coefficients), *jet.shape) if jet.second is None else jet.second

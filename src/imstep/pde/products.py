@@ -76,6 +76,11 @@ def _rmatmul(input: Any, other: Any) -> Jet:
     return _bilinear(torch.matmul, other, input, elementwise=False)
 
 
+@rule("tensordot")
+def _tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
+    return _bilinear(lambda a, b: torch.tensordot(a, b, dims), a, b, elementwise=False)
+
+
 @rule("einsum")
 def _einsum(equation: str, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
@@ -90,9 +95,9 @@ def _bilinear(product: Callable[[Any, Any], Tensor], a: Any, b: Any, *, elementw
     """The jet of a product: (ab)'' = a''b + 2 a'b' + ab''."""
     value = product(value_of(a), value_of(b))
     wide = (lambda t: broadcast(t, value)) if elementwise else (lambda t: t)
-    batched = product if elementwise else torch.vmap(product, (0, 0))
-    left = product if elementwise else torch.vmap(product, (0, None))
-    right = product if elementwise else torch.vmap(product, (None, 0))
+    batched, left, right = (
+        product if elementwise else _each(product, *dims) for dims in ((0, 0), (0, None), (None, 0))
+    )
     first, second = [], []
     if isinstance(a, Jet):
         first.append(left(wide(a.first), value_of(b)))
@@ -106,6 +111,17 @@ def _bilinear(product: Callable[[Any, Any], Tensor], a: Any, b: Any, *, elementw
     if isinstance(a, Jet) and isinstance(b, Jet) and combination.rows:
         second.append(2 * combination.of(batched(wide(a.first), wide(b.first))))
     return Jet(value, _total(first), _total(second) if second else None, combination)
+
+
+def _each(product: Callable[[Any, Any], Tensor], *dims: int | None) -> Callable[[Any, Any], Tensor]:
+    """A product along first axes, also of tensors that carry derivatives of another expansion."""
+    all_of = torch.vmap(product, dims)
+
+    def apply(a: Any, b: Any) -> Tensor:
+        nested = isinstance(a, Jet) or isinstance(b, Jet)
+        return _bilinear(all_of, a, b, elementwise=False) if nested else all_of(a, b)
+
+    return apply
 
 
 @rule("linear", fresh=True)

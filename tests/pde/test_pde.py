@@ -230,6 +230,31 @@ def test_arguments_are_checked() -> None:
         pde.divergence(field, points())
 
 
+def test_positions_are_checked() -> None:
+    x = points(4, 2)
+    cubes = lambda t: (t**3).sum(1)
+    for call in (
+        lambda: pde.expand(cubes, x, laplacian=True),
+        lambda: pde.expand(cubes, x, second=1),
+        lambda: pde.expand(cubes, x, laplacian=torch.tensor([True, False])),
+        lambda: pde.laplacian(cubes, x, over=[2]),
+        lambda: pde.laplacian(cubes, x, over=[0.0]),
+    ):
+        with pytest.raises(ValueError, match="positions of the 2 directions"):
+            call()
+    for call in (
+        lambda: pde.laplacian(cubes, x, over=[1, 1]),
+        lambda: pde.laplacian(cubes, x, over=[1, -1]),
+        lambda: pde.laplacian(cubes, x, over=[]),
+        lambda: pde.expand(cubes, x, laplacian=[0, 0]),
+    ):
+        with pytest.raises(ValueError, match="once"):
+            call()
+    torch.testing.assert_close(pde.expand(cubes, x, laplacian=torch.tensor([1])).laplacian, 6 * x[:, 1])
+    torch.testing.assert_close(pde.laplacian(cubes, x, over=[-1]), 6 * x[:, 1])
+    torch.testing.assert_close(pde.directional(cubes, x, torch.tensor([1, 0]))[2], 6 * x[:, 0])
+
+
 def test_the_fallback_is_right_or_refused_for_functions_of_a_matrix() -> None:
     """PyTorch's forward mode over forward mode is wrong for some operators; those must be refused."""
     x = torch.eye(3, dtype=F64) + 0.1 * points(3, 3)

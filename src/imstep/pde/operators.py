@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,13 @@ def expand(
         points: (N, d), floating point.
         directions: (k, d), or (k, N, d) where they differ from point to point; None for the d coordinates.
         second: positions among the directions whose second derivatives are wanted one by one.
-        laplacian: positions among the directions whose second derivatives are wanted as a sum.
+        laplacian: positions among the directions whose second derivatives are wanted as a sum, each once.
 
     Returns:
         An :class:`Expansion`.
 
     Raises:
-        ValueError: shapes do not fit, or a position is out of range.
+        ValueError: shapes do not fit, or a position is none, out of range or repeated.
         ExpansionError: the field does not depend on the points as far as can be seen, or derivatives would be lost.
 
     Cost: some 1 + k + r evaluations of the field, where nested ``torch.autograd.grad`` makes about 2 + 3 r of them in
@@ -74,16 +75,16 @@ def expand(
         (tensor([0.9093]), tensor([[-1.6646, -0.4161]]))
     """
     _check(points, directions)
-    lines = torch.eye(points.shape[1], dtype=points.dtype, device=points.device) if directions is None else directions
-    count = len(lines)
-    for name, positions in (("second", second), ("laplacian", laplacian)):
-        if any(not 0 <= at < count for at in positions):
-            raise ValueError(f"{name} holds positions of the {count} directions, from 0, got {tuple(positions)}.")
+    lines = torch.eye(points.shape[1], device=points.device) if directions is None else directions
+    lines, count = lines.to(points.dtype), len(lines)
+    second, laplacian = _positions("second", second, count), _positions("laplacian", laplacian, count)
+    if len(set(laplacian)) < len(laplacian):
+        raise ValueError(f"laplacian names each direction once, got {tuple(laplacian)}.")
     coefficients = points.new_zeros(len(second) + bool(laplacian), count)
     for row, at in enumerate(second):
         coefficients[row, at] = 1
     if laplacian:
-        coefficients[-1, list(laplacian)] = 1
+        coefficients[-1, laplacian] = 1
     lines = (lines if lines.dim() == 3 else lines[:, None]).expand(count, *points.shape).contiguous()
     try:
         jet = field(Jet(points, lines, None, Combination(coefficients)))
@@ -140,16 +141,18 @@ def laplacian(field: Field, points: Tensor, over: Sequence[int] | None = None) -
 
     Args:
         field, points: as for :func:`expand`.
-        over: the coordinates that are summed over; None for all.
+        over: the coordinates that are summed over, each once; None for all.
 
     Example:
         >>> laplacian(lambda x: (x ** 3).sum(1, keepdim=True), torch.tensor([[1.0, 2.0]]))
         tensor([[18.]])
     """
     _check(points, None)
-    chosen = range(points.shape[1]) if over is None else over
+    chosen = _positions("over", range(points.shape[1]) if over is None else over, points.shape[1])
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"over names one coordinate or more, each once, got {tuple(chosen)}; leave it out for all.")
     # Coordinates that no sum asks for need not be followed.
-    lines = torch.eye(points.shape[1], dtype=points.dtype, device=points.device)[list(chosen)]
+    lines = torch.eye(points.shape[1], dtype=points.dtype, device=points.device)[chosen]
     result = expand(field, points, directions=lines, laplacian=range(len(lines))).laplacian
     assert result is not None
     return result
@@ -172,6 +175,20 @@ def directional(field: Field, points: Tensor, direction: Tensor) -> tuple[Tensor
     result = expand(field, points, directions=direction[None], second=[0])
     assert result.second is not None
     return result.value, result.first[..., 0], result.second[..., 0]
+
+
+def _positions(name: str, positions: Any, count: int) -> list[int]:
+    """Positions as numbers, out of any sequence or tensor of them."""
+    try:
+        found = [operator.index(at) for at in positions if getattr(at, "dtype", type(at)) not in (bool, torch.bool)]
+        complete = len(found) == len(positions)
+    except TypeError:
+        found, complete = [], False
+    if not complete or any(not -count <= at < count for at in found):
+        raise ValueError(
+            f"{name} holds positions of the {count} directions, from 0, such as [0, 1], got {positions!r}."
+        )
+    return [at % count for at in found]
 
 
 def _check(points: Tensor, directions: Tensor | None) -> None:

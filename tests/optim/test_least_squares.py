@@ -28,8 +28,17 @@ from imstep.linalg import (
     ThinFactorisation,
     ThinLeastSquares,
 )
-from imstep.optim import ColumnNorms, LeastSquares, NonFiniteLossError, StepOutcome, Unscaled
-from imstep.optim.chord import chord_iterations
+from imstep.optim import (
+    Box,
+    ColumnNorms,
+    EarlierDraws,
+    EqualTraces,
+    LeastSquares,
+    NonFiniteLossError,
+    StepOutcome,
+    Unscaled,
+)
+from imstep.optim.chord import chord_iterations, decrease_of
 from imstep.optim.scaling import Scaling
 
 X, Y = normal(12, 3), normal(12, 1, seed=1)
@@ -419,3 +428,82 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 def test_options_of_another_kind(options: dict[str, Any], wanted: str) -> None:
     with pytest.raises(TypeError, match=wanted):
         LeastSquares(network().parameters(), **options)
+
+
+# --- numbers of residuals that change ---------------------------------------------------------------------------
+
+CHANGING: dict[str, Callable[[Tensor], Tensor]] = {
+    "violated": lambda r: r[r.detach() > 0.3],
+    "indices": lambda r: r[(r.detach() > 0.3).nonzero()[:, 0]],
+    "one or none": lambda r: r[r.detach() > 0.9 * r.detach().max()],
+    "counted twice": lambda r: r.repeat_interleave((r.detach() > 0.3).long() + 1),
+    "up to the largest": lambda r: r[: int(r.detach().argmax()) + 1],
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one correction": {"corrections": 1},
+    "momentum": {"momentum": 0.9},
+    "earlier draws": {"recall": EarlierDraws()},
+    "scaled": {"scaling": ColumnNorms()},
+    "bounded": {"box": Box(torch.full((41,), -3.0, dtype=F64), torch.full((41,), 3.0, dtype=F64))},
+    "decay": {"weight_decay": 1e-3},
+    "shortened": {"lr": 0.5},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", CHANGING)
+def test_numbers_of_residuals_that_change_with_the_parameters(name: str, choice: str) -> None:
+    """Steps are judged by the loss, which the record tells."""
+    numbers: list[int] = []
+    for seed in range(4):
+        model = network(seed)
+
+        def closure(model: nn.Module = model) -> Tensor:
+            residuals = CHANGING[name]((model(X) - Y)[:, 0])
+            numbers.append(len(residuals))
+            return residuals.square().sum()
+
+        optimizer, penalty = LeastSquares(model.parameters(), **CHOICES[choice]), CHOICES[choice].get("weight_decay", 0)
+        of = lambda model=model, closure=closure, penalty=penalty: (
+            float(closure().detach()) + penalty / 2 * float(flat(model).square().sum())
+        )
+        for _ in range(8):
+            before = of()
+            if not numbers[-1]:
+                break
+            optimizer.step(closure)
+            record, after = optimizer.last_step, of()
+            assert record.new_loss == pytest.approx(after, rel=1e-9, abs=1e-13)
+            assert after <= before * (1 + 1e-12) + 1e-13
+    assert len(set(numbers)) > 1
+
+
+def test_violated_constraints_are_met() -> None:
+    for seed in range(4):
+        model = network(seed)
+        left = lambda model=model: F.relu(((model(X) - Y)[:, 0]).detach() - 0.3)
+        violated = lambda model=model: (lambda r: r[r.detach() > 0.3].square().sum())((model(X) - Y)[:, 0])
+        optimizer = LeastSquares(model.parameters())
+        for _ in range(20):
+            optimizer.step(violated)
+        assert not bool(left().any())
+
+
+def test_decreases_of_other_numbers_of_residuals() -> None:
+    for before, after in ((normal(3), normal(1)), (normal(1), normal(3)), (normal(2), normal(0))):
+        expected = (float(before.square().sum()) - float(after.square().sum())) / 2
+        assert decrease_of(before, after) == pytest.approx(expected, rel=1e-14)
+
+
+def test_balanced_terms_keep_their_numbers() -> None:
+    model = network()
+
+    def closure() -> Tensor:
+        r = (model(X) - Y)[:, 0]
+        return r[r.detach() > 0.1].square().mean() + r[:3].square().mean()
+
+    optimizer = LeastSquares(model.parameters(), balance=EqualTraces())
+    step = lambda: [optimizer.step(closure) for _ in range(20)]
+    with pytest.raises(ValueError, match=r"at a trial point, and balance .* torch\.where"):
+        step()

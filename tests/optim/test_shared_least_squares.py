@@ -376,6 +376,13 @@ def refused(rank: int) -> dict[str, str]:
         return (outputs - x).square().mean()
 
     found["collective"] = told(lambda: of().step(summed), RuntimeError)
+    start = model[0].weight.detach().clone()
+
+    def changing() -> Tensor:
+        more = bool((model[0].weight != start).any())
+        return (model(points(9, rank)) - 1)[: 5 + more].square().sum()
+
+    found["numbers"] = told(lambda: of().step(changing))
     handle = model[0].weight.register_hook(lambda g: 0 * g)
     found["hooks"] = told(lambda: of().step(closure))
     handle.remove()
@@ -421,6 +428,7 @@ def test_what_processes_are_told(two: Outcomes) -> None:
         "options": "other options or another state",
         "no data": "none in any process",
         "no squares": "not recognised as a sum of squares",
+        "numbers": "torch.where(mask, r, 0.0)",
         "collective": "do exchanges outside of it",
         "hooks": "a hook changes the gradient",
     }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.residual_jacobian import ResidualJacobian
-from imstep.optim.chord import decrease_of
+from imstep.curvature.squares import NoResidualsError
+from imstep.optim.chord import FIXED_NUMBER, decrease_of
 
 _LEAST = 1e-5
 """Of the mean of all terms: added to each, as in jaxpi, so that no weight is more than its inverse."""
@@ -123,7 +124,14 @@ class Weighted:
         self._met: deque[tuple[Tensor, Tensor]] = deque(maxlen=evaluations)
 
     def residuals(self, step: Tensor, plain: Tensor) -> Tensor:
-        """With weights, given those without at w + d, (N,), which are remembered."""
+        """With weights, given those without at w + d, (N,), which are remembered.
+
+        Raises:
+            NoResidualsError: they are more or fewer.
+        """
+        if len(plain) != len(self._each):
+            number = len(self._each), len(plain)
+            raise NoResidualsError(FIXED_NUMBER.format(*number, "balance weights each term of them"))
         self._met.append((step, plain))
         return self._each.sqrt() * plain
 

@@ -14,6 +14,12 @@ from imstep.linalg import DampedLeastSquares
 _RANK = 1e-12
 """Of the largest eigenvalue of a normal matrix of corrections: what rounding leaves of the others."""
 
+FIXED_NUMBER = (
+    "the loss has {} residuals where the step begins and {} at a trial point, and {}. Keep their number, by zeros in "
+    "place of those that do not count: torch.where(mask, r, 0.0) for r[mask]."
+)
+"""What is said where residuals of trials have to be those of the start."""
+
 
 def no_relief(coordinates: Tensor) -> float:
     """Where the minimum is of the residuals alone."""
@@ -74,7 +80,8 @@ def chord_iterations(
         residuals: ρ₀ at w, (N,).
         shifted: ρ at w + v, (N,): the same where v = 0.
         damping: λ > 0.
-        residuals_at: ρ for coordinates u, (N,); not finite where the loss is not.
+        residuals_at: ρ for coordinates u, (N,); not finite where the loss is not. Where they are more or fewer, as of
+            a loss of violated constraints alone, an iterate is judged by them and no further correction made.
         relief: by how much u lowers what the minimum is of besides ρᵀρ/2.
         limit: < 1.
         max_iterations: >= 1; of steps that come to too little up to ``most``.
@@ -111,6 +118,8 @@ def chord_iterations(
             break
         if decrease >= best_decrease - rounding:
             best, best_decrease, best_at = u, decrease, iteration
+        if len(current) != len(residuals):  # others than those that were linearised
+            break
     return ChordStep(best, reduced.image(best), reduced.norm(best), best_decrease, promise, ratio, best_at, evaluations)
 
 
@@ -127,4 +136,6 @@ def _combined(reduced: DampedLeastSquares, points: Sequence[Tensor], corrections
 
 def decrease_of(before: Tensor, after: Tensor) -> float:
     """aᵀa/2 - bᵀb/2, as a product of difference and sum: the difference of nearly equal sums would be all rounding."""
+    if len(before) != len(after):
+        return float(before @ before - after @ after) / 2
     return float((before - after) @ (before + after)) / 2

@@ -155,6 +155,8 @@ class ResidualAttempt(StepAttempt):
         shift = None if memory.last_move is None else settings.momentum * memory.last_move
         if shift is not None:
             shifted = self._residuals_at(shift)
+            if len(shifted) != len(residuals):
+                shift, shifted = None, residuals
         place = lambda u: ground.step(u) if shift is None else ground.step(u) + shift
         for failures in range(settings.max_trials):
             reduced = ground.around(shift)

@@ -47,8 +47,16 @@ class ResidualTrials:
         # The closure's last step (n,), its loss with its graph, and the buffers that this has read.
         self._there: tuple[Tensor, Tensor, State] | None = None
 
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self._start)
+
     def residuals_at(self, step: Tensor) -> Tensor:
-        """ρ(w + d), (N,); nan where the closure cannot be evaluated there. Leaves the parameters there."""
+        """ρ(w + d), (N,); nan where the closure cannot be evaluated there. Leaves the parameters there.
+
+        They are more or fewer where the loss is of others there.
+        """
         self._move(step)
         self.spent += Cost(losses=1)
         again = self._course.again()

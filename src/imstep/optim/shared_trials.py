@@ -11,7 +11,9 @@ from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.shared import SharedBatch
 from imstep.curvature.shared_jacobian import SharedJacobian
+from imstep.curvature.squares import NoResidualsError
 from imstep.optim.balancing import Weighted
+from imstep.optim.chord import FIXED_NUMBER
 from imstep.optim.record import Cost
 from imstep.optim.residual_trials import ResidualTrials
 
@@ -46,7 +48,10 @@ class SharedTrials:
         def own() -> Tensor:
             if self._own is None:
                 return self._nothing(step)
-            return self._jacobian.root * self._own.residuals_at(step)
+            values, count = self._own.residuals_at(step), self._own.count
+            if len(values) != count:
+                raise NoResidualsError(FIXED_NUMBER.format(count, len(values), "those of processes are joined"))
+            return self._jacobian.root * values
 
         values = self._jacobian.stack.join(own, self._jacobian, at=step)
         self.follows = self.follows or not torch.equal(values, self._jacobian.residuals)

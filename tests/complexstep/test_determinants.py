@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
 import pytest
@@ -196,3 +197,100 @@ def test_symmetric_matrices_moved_in_unsymmetric_directions(name, matrix, transp
     g = (lambda t: f(t.mT)) if transposed else f
     a, v = SYMMETRIC[matrix], _normal(4, 4, seed=7)
     torch.testing.assert_close(imstep.hvp(g, a, v), _double_backward(g, a, v), rtol=1e-10, atol=1e-11)
+
+
+# --- derivatives of derivatives ---------------------------------------------------------------------------------
+
+
+def _along(f, x: Tensor, v: Tensor, times: int) -> Tensor:
+    """A directional derivative of order ``times``."""
+    if times == 0:
+        return f(x)
+    return imstep.jvp(lambda t: _along(f, t, v, times - 1), (x,), (v,))[1]
+
+
+def _coefficients(a: Tensor, v: Tensor) -> Tensor:
+    """det(A + t V) as a polynomial in t: sums over permutations of products of a_ij + t v_ij."""
+    n = len(a)
+    total = a.new_zeros(n + 5)
+    for order in permutations(range(n)):
+        term = torch.eye(1, n + 5, dtype=a.dtype)[0]
+        for i, j in enumerate(order):
+            term = a[i, j] * term + v[i, j] * term.roll(1)
+        total += (-1) ** sum(order[i] > order[j] for j in range(n) for i in range(j)) * term
+    return total
+
+
+def _expected(a: Tensor, v: Tensor, times: int) -> Tensor:
+    return math.factorial(times) * _coefficients(a, v)[times]
+
+
+def _alike(n: int, seed: int = 0) -> dict[str, Tensor]:
+    q = torch.linalg.qr(_normal(n, n, seed=seed))[0]
+    spectrum = lambda *s: q @ torch.diag(torch.tensor([*s, *[3.0] * n][:n], dtype=torch.float64)) @ q.T
+    return {
+        "identity": torch.eye(n).double(),
+        "scaled identity": 2 * torch.eye(n).double(),
+        "orthogonal": q,
+        "generic": _normal(n, n, seed=seed + 1),
+        "repeated": spectrum(1.0, 1.0),
+        "singular": spectrum(0.0, 1.0, 1.0),
+        "repeated zero": spectrum(0.0, 0.0),
+        "rank 1": torch.outer(*_normal(2, n, seed=seed + 2)),
+        "zero": torch.zeros(n, n).double(),
+        "ill-conditioned": spectrum(1e-9, 1e-5),
+    }
+
+
+# Past what takes the place of torch.linalg.det at a singular matrix, as from TorchScript, there is the rule alone.
+ROUTES = {"function": torch.linalg.det, "operator": lambda a: torch.ops.aten._linalg_det(a)[0]}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", _alike(1))
+def test_nested_derivatives(name, n, route):
+    """det(A + t V) is a polynomial in t, whatever singular values A has."""
+    a, v = _alike(n)[name], _normal(n, n, seed=7)
+    for times in (1, 2, 3, 4):
+        found = _along(ROUTES[route], a, v, times)
+        torch.testing.assert_close(found, _expected(a, v, times), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", _alike(1))
+def test_third_derivative(name):
+    a, v = _alike(3)[name], _normal(3, 3, seed=7)
+    square = lambda det: lambda t: det(t) + det(t) ** 2
+    along = lambda f: lambda t: torch.func.jvp(f, (t,), (v,))[1]
+    expected = along(along(torch.func.grad(square(_leibniz))))(a)
+    found = imstep.third_derivative(square(torch.linalg.det), a, v)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_nested_derivatives_of_batches(dtype):
+    a = torch.stack([*_alike(3).values()]).reshape(2, 5, 3, 3).to(dtype)
+    v = _normal(2, 5, 3, 3, seed=7).to(dtype) * (1 if dtype is torch.float32 else 1 + 0.5j)
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-10
+    for det in (torch.linalg.det, ROUTES["operator"]):
+        for times in (2, 3):
+            pairs = zip(a.reshape(-1, 3, 3), v.reshape(-1, 3, 3), strict=True)
+            expected = torch.stack([_expected(*pair, times) for pair in pairs]).reshape(2, 5)
+            torch.testing.assert_close(_along(det, a, v, times), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_nested_derivatives_of_a_larger_matrix():
+    """By Jacobi's formula, in the power sums of the eigenvalues of A⁻¹V."""
+    a, v = _alike(12)["repeated"] + torch.eye(12), _normal(12, 12, seed=7)
+    x = torch.linalg.solve(a, v)
+    p1, p2, p3 = (torch.trace(torch.linalg.matrix_power(x, k)) for k in (1, 2, 3))
+    expected = torch.linalg.det(a) * (p1**3 - 3 * p1 * p2 + 2 * p3)
+    torch.testing.assert_close(_along(torch.linalg.det, a, v, 3), expected, rtol=1e-10, atol=0)
+
+
+def test_nested_derivative_of_block_structure():
+    """Every singular value is there twice."""
+    x, v = _normal(2, 2, seed=3), _normal(2, 2, seed=4)
+    expected = _coefficients(torch.block_diag(x, x), torch.block_diag(v, v))[2] * 2
+    found = _along(lambda t: torch.linalg.det(torch.block_diag(t, t)), x, v, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)

@@ -83,26 +83,79 @@ def _share(a: Tensor) -> float:
     return float(torch.finfo(a.dtype).eps) ** 0.2  # eps / share² is what is left: 9 digits in double precision
 
 
-def _of_one(a: Tensor) -> Tensor:
+def adjugate(a: Tensor) -> Tensor:
+    """det(A) A⁻¹ for ``a`` (..., n, n), singular or not, by operators whose derivatives of all orders exist there."""
+    if a.shape[-1] == 1:
+        return torch.ones_like(a)
+    if a.numel() == 0 or _smallest_share(a) > _share(a):
+        return torch.ops.aten._linalg_det(a)[0][..., None, None] * torch.linalg.inv_ex(a)[0]
+    matrices = a.reshape(-1, *a.shape[-2:])
+    return torch.stack([_adjugate_of_one(m) for m in matrices.unbind(0)]).reshape(a.shape)
+
+
+def _of_one(a: Tensor, scale: float = 0.0) -> Tensor:
+    """The determinant of a matrix that is part of one whose largest singular value is ``scale``."""
+    if a.shape[-1] <= _WRITTEN_OUT:
+        return _expanded(a)
+    u, vh, k, scale = _at_point(a, scale)
+    return _faddeev(a)[0] if k == 0 else _split(a, u, vh, k, scale) * (torch.linalg.det(u) * torch.linalg.det(vh))
+
+
+def _adjugate_of_one(a: Tensor, scale: float = 0.0) -> Tensor:
     n = a.shape[-1]
     if n <= _WRITTEN_OUT:
-        return _expanded(a)
+        return _cofactors(a)
+    u, vh, k, scale = _at_point(a, scale)
+    if k == 0:
+        return _faddeev(a)[1]
+    b = u.mH @ a @ vh.mH
+    inverse = torch.linalg.inv(b[:k, :k])
+    right, left = inverse @ b[:k, k:], b[k:, :k] @ inverse
+    rest = b[k:, k:] - b[k:, :k] @ right
+    within = _adjugate_of_one(rest, scale)
+    above = torch.cat([inverse * _of_one(rest, scale) + right @ within @ left, -right @ within], 1)
+    whole = torch.cat([above, torch.cat([-within @ left, within], 1)])
+    turn = torch.linalg.det(u) * torch.linalg.det(vh) * torch.linalg.det(b[:k, :k])
+    return turn * (vh.mH @ whole @ u.mH)
+
+
+def _at_point(a: Tensor, scale: float) -> tuple[Tensor, Tensor, int, float]:
+    """Singular vectors, how many belong to values within a factor of the largest (0 if all is rounding), the scale."""
     with torch.no_grad():
         u, s, vh = torch.ops.imstep.svd_at_point(a)
-        k = int((s > _share(a) * s[0]).sum())
-        if k == 0:
-            # Zero as a whole: of degree n in its entries, so that its derivatives below the n-th vanish.
-            return _product(a.diagonal())
-        turn = torch.linalg.det(u) * torch.linalg.det(vh)
-    return _split(a, u, vh, k) * turn
+        largest = float(s[0])
+        rounding = 1e3 * torch.finfo(a.dtype).eps * scale
+        return u, vh, int((s > max(_share(a) * largest, rounding)).sum()), max(scale, largest)
 
 
-def _split(a: Tensor, u: Tensor, vh: Tensor, k: int) -> Tensor:
+def _split(a: Tensor, u: Tensor, vh: Tensor, k: int, scale: float) -> Tensor:
     b = u.mH @ a @ vh.mH
     first = torch.linalg.det(b[:k, :k])
     if k == b.shape[-1]:
         return first
-    return first * _of_one(b[k:, k:] - b[k:, :k] @ torch.linalg.solve(b[:k, :k], b[:k, k:]))
+    return first * _of_one(b[k:, k:] - b[k:, :k] @ torch.linalg.solve(b[:k, :k], b[:k, k:]), scale)
+
+
+def _faddeev(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Determinant and adjugate as polynomials in the entries (Faddeev and LeVerrier), to rounding of powers of them."""
+    n = a.shape[-1]
+    one = torch.eye(n, dtype=a.dtype, device=a.device)
+    adjugate = one
+    for k in range(1, n):
+        product = a @ adjugate
+        adjugate = product - product.diagonal().sum() / k * one
+    determinant = (a @ adjugate).diagonal().sum() / n
+    sign = -1 if n % 2 == 0 else 1
+    return sign * determinant, sign * adjugate
+
+
+def _cofactors(a: Tensor) -> Tensor:
+    n = a.shape[-1]
+    if n == 1:
+        return torch.ones_like(a)
+    rows = [[at for at in range(n) if at != out] for out in range(n)]
+    cofactor = lambda i, j: (-1) ** (i + j) * _expanded(a[rows[i]][:, rows[j]])
+    return torch.stack([torch.stack([cofactor(i, j) for i in range(n)]) for j in range(n)])
 
 
 def _expanded(a: Tensor) -> Tensor:

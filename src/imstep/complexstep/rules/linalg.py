@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from imstep.complexstep.determinants import adjugate
 from imstep.complexstep.registry import defined_as, rule
 from imstep.complexstep.rules.factorisations import lu_change, lu_transposed, unpacked
 from imstep.complexstep.rules.forms import dagger, plus
@@ -195,7 +196,12 @@ def least_squares(a, b, rcond=None, *, driver=None):
 
 
 def _adjugate(a):
-    """det(A) A⁻¹ without the inverse: by the singular values, so that it is right for a singular A."""
+    """det(A) A⁻¹ without the inverse: by the singular values, so that it is right for a singular A.
+
+    Singular vectors have no derivative where values are equal: within another arithmetic by what has.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return adjugate(a)
     u, s, vh = torch.linalg.svd(a)
     n = s.size(-1)
     rows = s.unsqueeze(-2).expand(*s.shape, n)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import map as functions_mapped
+from torch._higher_order_ops import scan, while_loop
 from torch.autograd import functional
 
 import imstep
@@ -143,6 +147,56 @@ def test_cuts_that_no_function_is_seen_to_make(f):
     torch.testing.assert_close(imstep.hvp(f, w, v), expected, rtol=1e-12, atol=1e-13)
     p = w.clone().requires_grad_()
     torch.testing.assert_close(imstep.Hessian(lambda: f(p), [p]) @ v, expected, rtol=1e-12, atol=1e-13)
+
+
+def _cond(w: Tensor) -> Tensor:
+    return torch.cond(w.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (w,)).square().sum()
+
+
+def _while(w: Tensor) -> Tensor:
+    return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x.sin()), (torch.tensor(0), w))[1].square().sum()
+
+
+def _scan(w: Tensor) -> Tensor:
+    return scan(lambda total, x: (total * x.sin(), total + x), w.sum(), w)[1].square().sum()
+
+
+def _map(w: Tensor) -> Tensor:
+    return functions_mapped(lambda x: x.sin(), w).square().sum()
+
+
+@pytest.mark.parametrize("f", [_cond, _while, _scan, _map])
+def test_operators_that_take_functions_are_refused(f):
+    p = X.clone().requires_grad_()
+    for call in (
+        lambda: imstep.jvp(f, (X,), (U,)),
+        lambda: imstep.hvp(f, X, U),
+        lambda: imstep.Hessian(lambda: f(p), [p]),
+        lambda: imstep.NewtonKrylov([p]).step(lambda: f(p)),
+        lambda: imstep.LeastSquares([p]).step(lambda: f(p)),
+    ):
+        with pytest.raises(imstep.UnsupportedOperatorError, match=r"takes functions.*Write it in Python"):
+            call()
+
+
+_COLD = """
+import torch, imstep
+w = torch.ones(3)
+imstep.jvp(lambda w: torch.compile(torch.sin, backend="eager")(w).sum(), (w,), (w,))
+"""
+
+
+def test_a_compiler_that_is_loaded_within_is_refused():
+    done = subprocess.run([sys.executable, "-c", _COLD], capture_output=True, text=True)
+    assert "UnsupportedOperatorError: torch.compile" in done.stderr
+    done = subprocess.run([sys.executable, "-c", "import torch._dynamo" + _COLD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("f", [lambda w: torch.select_copy(w, 0, 1), lambda w: torch.slice_copy(w, 0, 1, 3)])
+def test_copies_of_views(f):
+    expected = torch.autograd.functional.hvp(lambda w: f(w * w).exp().sum(), X, U)[1]
+    torch.testing.assert_close(imstep.hvp(lambda w: f(w * w).exp().sum(), X, U), expected, rtol=1e-12, atol=1e-13)
 
 
 @torch.jit.script

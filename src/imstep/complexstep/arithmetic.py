@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from traceback import walk_tb
 from typing import Any
 from weakref import WeakMethod
 
@@ -18,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from imstep.complexstep.dispatch import Dispatch
-from imstep.complexstep.errors import MOVED, UnsupportedOperatorError
+from imstep.complexstep.errors import COLD, MOVED, UnsupportedOperatorError
 from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.report import Ledger, OperatorReport
@@ -76,11 +77,13 @@ class Arithmetic:
         self._islands.at_last = WeakMethod(self._dispatch.begin_last)  # a cycle would keep tapes alive
         self._inputs: list[tuple[Tensor, torch.UntypedStorage]] = []  # and the memory in which each is
         self._stack = ExitStack()
+        self._cold = False  # whether PyTorch's compiler was not loaded when the evaluation began
 
     def __enter__(self) -> Arithmetic:
         torch.clear_autocast_cache()  # casts made before would lack the imaginary part
+        self._cold = "torch._dynamo" not in sys.modules
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled: its kernels have no derivative
+            if not self._cold:  # compiled code runs uncompiled: its kernels have no derivative
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unoptimised())
             stack.enter_context(self._dispatch)
@@ -95,6 +98,8 @@ class Arithmetic:
         torch.clear_autocast_cache()
         if self._tape is None or exc[0] is not None:
             self._dispatch.conclude(failed=exc[0] is not None)
+        if self._cold and any("_dynamo" in frame.f_code.co_filename for frame, _ in walk_tb(exc[2])):
+            raise UnsupportedOperatorError("torch.compile", *COLD) from exc[1]
         raised, self._dispatch.raised = self._dispatch.raised, None
         inputs, self._inputs = self._inputs, []
         with unseen():  # whoever watches the closure for looks at memory

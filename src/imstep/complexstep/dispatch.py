@@ -41,6 +41,8 @@ _EVALUATED = ("elementwise", "reduction")  # families whose finite arithmetic is
 class Dispatch(Recorder):
     """Carries out the operators of one :class:`~imstep.complexstep.arithmetic.Arithmetic`."""
 
+    supports_higher_order_operators = True  # to refuse them
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Spare every operator the wrapper that keeps PyTorch's compiler out of a mode (a quarter of the cost)."""

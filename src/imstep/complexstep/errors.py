@@ -20,6 +20,14 @@ MOVED = (
     "a tensor that is being differentiated was given other memory, and its imaginary part would stay behind.",
     "Do that before the closure is called, or write the values over the old ones: with torch.no_grad(): t.copy_(...).",
 )
+CONTROL = (
+    "Write it in Python: if, for and while, or torch.vmap and operators on whole tensors; in place of flex_attention "
+    "take scaled_dot_product_attention."
+)
+COLD = (
+    "PyTorch's compiler, which torch.cond and its like take too, was loaded within the function and cannot run there.",
+    "Compile before, or import torch._dynamo; then what is compiled runs uncompiled while it is differentiated.",
+)
 _LIBRARY = str(Path(__file__).resolve().parents[1])
 
 

@@ -37,7 +37,7 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _HOOKS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
 _HOOKS.add(getattr(Tensor, "grad_fn").__get__)  # noqa: B009 (its type is that of the attribute)
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *_HOOKS, *STEERED, *gradients.PASSES}
-_WATCHED |= {F.gumbel_softmax, _SET_DATA}
+_WATCHED |= {F.gumbel_softmax, _SET_DATA, Tensor.clamp_}
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _DETACH = torch.ops.aten.detach.default
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -130,6 +130,8 @@ class Islands(TorchFunctionMode):
             self.touched = True
         elif func in _EXITS:
             self._refuse_exit(func, args[0])
+        elif func is Tensor.clamp_ and self._keeps(args, kwargs):
+            return args[0]
         elif func is Tensor.detach_ and self._may_cut():
             return self._detach_in_place(*args)
         elif func in STEERED:
@@ -190,6 +192,12 @@ class Islands(TorchFunctionMode):
         with self.cut():
             t.detach_().data = t.clone()
         return t
+
+    def _keeps(self, args: Any, kwargs: Any) -> bool:
+        """Whether ``clamp_`` finds a detached view within its bounds, as it mostly does in ``Gamma.rsample``."""
+        with unseen():
+            t = plain(args[0])
+            return self._plane.is_constant(t) and torch.equal(t.clamp(*args[1:], **kwargs), t)
 
     def _set_data(self, t: Tensor, data: Tensor) -> None:
         live = not is_lazy(t) and self._plane.find(t) is not None

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from imstep.complexstep.errors import REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import CONTROL, REPORT, UnsupportedOperatorError
 
 Push = Callable[..., Any]
 Linearize = Callable[..., tuple[Any, Push | None]]
@@ -146,6 +146,8 @@ def signature(op: OpOverload) -> Signature:
 
 
 def _signature(op: OpOverload) -> Signature:
+    if isinstance(op, HigherOrderOperator):
+        raise UnsupportedOperatorError(op, "it takes functions, which run out of sight of the arithmetic.", CONTROL)
     tensors = []
     for at, argument in enumerate(op._schema.arguments):
         kind = str(argument.type)

@@ -253,6 +253,8 @@ class WriteWatch(TorchDispatchMode):
         recording: where to note what is computed from the parameters; None for nowhere.
     """
 
+    supports_higher_order_operators = True  # to refuse them
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Spare every operator the wrapper that keeps PyTorch's compiler out of a mode."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imstep import LeastSquares, NewtonKrylov, methods
-from imstep.curvature import FrozenClosure, Hessian, ParameterVector
+from imstep.curvature import FrozenClosure, GaussNewton, Hessian, ParameterVector
 
 F64 = torch.float64
 
@@ -241,3 +241,23 @@ def test_graphs_of_trials_read_what_they_have_read(write: str) -> None:
         with frozen.as_in(state):
             assert torch.equal(torch.autograd.grad(loss, model.layer.weight)[0], gradient)
         assert torch.equal(model.scale, first)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("operator", ["Hessian", "GaussNewton"])
+@pytest.mark.parametrize("batches", [[X], [X[:3], X[3:]]], ids=["one", "two"])
+def test_records_of_batches_whose_buffers_are_put_back(batches: list[Tensor], operator: str, write: str) -> None:
+    def matrices(write: str) -> list[Tensor]:
+        model = Scaled(write)
+        if operator == "Hessian":
+            A = Hessian.over(batches, lambda x: model(x).square().mean(), model)
+        else:
+            split = lambda x: (model(x), torch.zeros(len(x), 3, dtype=F64))
+            A = GaussNewton.over(batches, split, model, loss=nn.MSELoss())
+        assert bool((model.scale == 1).all())
+        block = A.block([model.layer.weight])
+        model(X[:2])
+        return [A.to_dense(), block.to_dense()]
+
+    for found, expected in zip(matrices(write), matrices("assigned"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)

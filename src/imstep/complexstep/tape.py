@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Tape:
     Attributes:
         cotangents: where the backward pass meets the outputs of operators on inputs; None where nobody looks.
         static: whether the backward pass was run as a list of operators, that of an earlier evaluation.
+        kin: all tapes that have maps in common with this one.
     """
 
     replays_blocks = True  # maps can be applied to many directions at once, by vmap
@@ -63,6 +65,7 @@ class Tape:
         self._places: dict[int, list[int]] = {}  # which of these lie in a storage
         self._found = 0  # how many of these were looked for
         self.cotangents: Cotangents | None = None
+        self.kin: WeakSet[Tape] = WeakSet([self])
 
     # --- recording ----------------------------------------------------------------------------------------------
 
@@ -149,16 +152,27 @@ class Tape:
             )
 
     def protect(self, t: Tensor) -> None:
-        """Give recorded maps that hold the memory of ``t`` a copy of it, because it is about to be overwritten."""
-        if t.layout is not torch.strided:
-            return
+        """Give recorded maps that hold the memory of ``t`` a copy of it, because it is about to be overwritten.
+
+        They are the maps of tapes that were made of this one, too.
+        """
+        if t.layout is torch.strided:
+            copies: dict[int, tuple[Tensor, Tensor]] = {}
+            for tape in self.kin:
+                tape._take_copies(t, copies)
+
+    def _take_copies(self, t: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """As :meth:`protect`, for this tape; ``copies`` are by the identity of what was copied, and with it."""
         self._find_places()
         numbers = self._places.pop(t.untyped_storage()._cdata, ())
-        copies = {id(self._held[n][0]): self._held[n][0].clone() for n in numbers}
+        for n in numbers:
+            held = self._held[n][0]
+            if id(held) not in copies:
+                copies[id(held)] = held, held.clone()
         for n in numbers:
             held, _, push = self._held[n]
-            exchange(push, lambda held: copies.get(id(held), held))
-            copy = copies[id(held)]
+            exchange(push, lambda held: copies[id(held)][1] if id(held) in copies else held)
+            copy = copies[id(held)][1]
             self._held[n] = copy, copy._version, push
             for part in parts(copy):
                 self._places.setdefault(part.untyped_storage()._cdata, []).append(n)
@@ -184,11 +198,12 @@ class Tape:
             structure = self._slots, self._inputs, self._steps, outputs, self._replay.arrangement
             pattern = self._patterns.missed(*structure)
         self._pattern = pattern
-        self._steps, self._places = self._replay.steps, {}
+        self._steps = self._replay.steps
         for step in self._steps:
             step.args, step.result = (), None  # the arguments of possible losses have served their purpose
         maps = {id(step.push) for step in self._steps}
         self._held = [held for held in self._held if held[1] is not None and id(held[2]) in maps]
+        self._places, self._found, self._bytes = {}, 0, 0
         self.check()
         if any(_is_released(t) for t, *_ in self._held):
             raise TapeChangedError("the memory of a tensor was released after its use was recorded.")
@@ -248,7 +263,8 @@ class Tape:
     ) -> Tape:
         other = Tape()
         other._slots, other._held, other._steps, other._inputs = slots or self._slots, self._held, steps, inputs
-        other.cotangents = self.cotangents
+        other.cotangents, other.kin = self.cotangents, self.kin
+        self.kin.add(other)
         other.finish(outputs, arrangement)
         return other
 

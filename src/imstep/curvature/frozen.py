@@ -288,6 +288,8 @@ class FrozenClosure:
         recording: Recording | None = None,
     ) -> Arithmetic:
         """An arithmetic for an evaluation, which notes what the closure overwrites, and how it comes to its result."""
+        if tape is not None:
+            self._writes.follow(tape)
         return Arithmetic(h, tape, self._writes.before, keep_graph, None if recording is None else recording.note)
 
     @contextmanager
@@ -348,7 +350,7 @@ class FrozenClosure:
             clear_frames(reason.__traceback__)
         if self._random is not None:
             self._random.restore()
-        self._writes.finish(False)
+        self._writes.rewind()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

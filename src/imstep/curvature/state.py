@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.generators import Generators
 from imstep.complexstep.registry import FRESH, any_complex, conjugating, signature
 from imstep.complexstep.scripted import unoptimised
+from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import CHANGED
 from imstep.curvature.recording import Recording
 
@@ -93,15 +95,15 @@ class _Memory:
     """A storage that is overwritten in place."""
 
     def __init__(self, t: Tensor) -> None:
-        self._whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+        self.whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
 
     def read(self) -> Tensor:
         """A copy of what it holds."""
-        return self._whole.clone()
+        return self.whole.clone()
 
     def write(self, contents: Tensor) -> None:
         """Put ``contents`` in place of what it holds."""
-        self._whole.copy_(contents)
+        self.whole.copy_(contents)
 
 
 class _Attribute:
@@ -165,6 +167,7 @@ class Writes:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
         self._before: dict[Any, tuple[_Place, Any]] = {}
         self._after: State | None = None
+        self._tapes: list[WeakSet[Tape]] = []
         self._written: dict[int, tuple[Tensor, int]] = {}  # tensors that memory is overwritten through, and versions
 
     def before(self, t: Tensor | torch.Generator) -> None:
@@ -234,8 +237,16 @@ class Writes:
         """Leave all as after one evaluation, or as before it."""
         if accepted and self._after is not None:
             self.replace(self._after)
-        else:
-            self.rewind()
+            return
+        for tape in [tape for kin in self._tapes for tape in kin]:  # what is kept of it goes on with copies
+            for place, _ in self._before.values():
+                if isinstance(place, _Memory):
+                    tape.protect(place.whole)
+        self.rewind()
+
+    def follow(self, tape: Tape) -> None:
+        """Let a tape of an evaluation keep what it has read, where that is put back to before it."""
+        self._tapes.append(tape.kin)
 
     def _put(self, contents: dict[Any, Any], versions: list[tuple[Tensor, int]]) -> None:
         for key, (place, saved) in self._before.items():

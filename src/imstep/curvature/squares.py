@@ -229,9 +229,8 @@ def _power(node: Any) -> _Square | None:
     z, power = plain(node._saved_self), node._saved_exponent
     if isinstance(power, Tensor) and torch.broadcast_shapes(z.shape, power.shape) != z.shape:
         return None  # each entry of z is several residuals
-    if not bool((torch.as_tensor(power) == 2).all()):
-        return None
-    return _Square(node, (z,), 1.0)
+    twos = bool((power == 2).all()) if isinstance(power, Tensor) else power == 2
+    return _Square(node, (z,), 1.0) if twos else None
 
 
 def _product_with_itself(node: Any) -> _Square | None:

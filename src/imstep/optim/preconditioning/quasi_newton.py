@@ -153,21 +153,26 @@ class Secant(Preconditioner):
         """Drop what was learnt."""
 
     def refresh(self, evidence: Evidence) -> Cost:
-        here = self._parameters.get()
-        if self._at is not None and torch.equal(here, self._at):  # the direction that H gave was of no use
-            self.restart()
-        self.meet(here, evidence.point.gradient, evidence.curvature)
+        if not self.meet(self._parameters.get(), evidence.point.gradient, evidence.curvature):
+            self.restart()  # the direction that H gave was of no use
         return Cost()
 
-    def meet(self, here: Tensor, gradient: Tensor, curvature: LinearOperator | None = None) -> None:
-        """Learn from the step that has led here, where the gradient and, for exact changes, the curvature are these."""
-        if self._at is not None and not torch.equal(here, self._at):
+    def meet(self, here: Tensor, gradient: Tensor, curvature: LinearOperator | None = None) -> bool:
+        """Learn from the step that has led here, where the gradient and, for exact changes, the curvature are these.
+
+        Returns:
+            Whether there was one, or it is the first point.
+        """
+        moved = True
+        if self._at is not None:
             step = here - self._at
-            if self._exact and curvature is not None:
+            moved = bool(step.any())
+            if moved and self._exact and curvature is not None:
                 self.take(step, curvature @ step)
-            elif self._gradient is not None:
+            elif moved and self._gradient is not None:
                 self.take(step, gradient - self._gradient)
         self._at, self._gradient = here, gradient
+        return moved
 
     def forget(self) -> None:
         self._gradient = None

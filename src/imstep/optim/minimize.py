@@ -180,6 +180,8 @@ class _Run:
                 return Termination.CONVERGED if self._course.tolerances.tol else Termination.GRADIENT
             if self._took(before, record):
                 return Termination.STOPPED
+            if self._course.unbounded:
+                return Termination.UNBOUNDED
             if self._course.worth_a_look(self._x.detach()) and (
                 end := self._look(stalled=not record.accepted)
             ):

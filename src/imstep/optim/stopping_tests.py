@@ -38,6 +38,10 @@ class Termination(Enum):
         "their scale)"
     )
     NON_FINITE = "the function or its gradient is not finite at the last point"
+    UNBOUNDED = (
+        "the function falls without bound: it has no minimum where the steps went (bound its variables, for instance "
+        "with a penalty, or begin elsewhere)"
+    )
     STOPPED = "the callback asked to stop"
 
     @property
@@ -52,7 +56,7 @@ class Termination(Enum):
 
     @property
     def status(self) -> int:
-        """SciPy's number: 0 for success, 1 for the limit on iterations, 2 for no progress, 3 for nan, 99 for a stop."""
+        """0 for success; SciPy's 1 for the limit on iterations, 2 for no progress, 3 for nan, 99 for a stop; 4 without bound."""
         return _STATUS.get(self, 0)
 
 
@@ -60,6 +64,7 @@ _STATUS = {
     Termination.MAX_ITERATIONS: 1,
     Termination.NO_PROGRESS: 2,
     Termination.NON_FINITE: 3,
+    Termination.UNBOUNDED: 4,
     Termination.STOPPED: 99,
 }
 
@@ -113,12 +118,14 @@ class Course:
     _seen: bool = False
     _crawling: int = 0
     _highest: float = 0.0
+    _scale: float = 0.0
 
     def went(self, before: Tensor, after: Tensor, record: StepRecord) -> None:
         """Take in a step."""
         self.record, self.largest = record, torch.maximum(self.largest, after.abs())
         self._steps.append(float((after - before).norm()) if record.accepted else 0.0)
         self._highest = max(self._highest, abs(record.loss))
+        self._scale = self._scale or max(abs(record.loss), record.loss - record.new_loss)
         self._wait -= 1
         self._seen = self._seen and torch.equal(before, after)
         crawls = record.accepted and abs(record.loss - record.new_loss) <= CRAWL * abs(record.new_loss)
@@ -131,6 +138,13 @@ class Course:
         """Whether the last steps contracted slowly but surely, as Newton's do where curvature vanishes."""
         last = self._steps[-RUN - 1 :]
         return len(last) > RUN and all(SLOW * a < b < a for a, b in itertools.pairwise(last))
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether f has fallen below -1/ε² times its first value or decrease, or where its square overflows."""
+        assert self.record is not None
+        lowest = min(self._scale / self.unit_roundoff**2, math.sqrt(torch.finfo(self.largest.dtype).max))
+        return self.record.new_loss < -lowest
 
     @property
     def crawls(self) -> bool:

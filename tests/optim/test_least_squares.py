@@ -15,6 +15,7 @@ from optim_cases import F64, normal
 from torch import Tensor, nn
 
 import imstep
+from imstep.curvature.squares import NoResidualsError
 from imstep.globalization import ContractionDamping
 from imstep.linalg import (
     ByShape,
@@ -507,3 +508,85 @@ def test_balanced_terms_keep_their_numbers() -> None:
     step = lambda: [optimizer.step(closure) for _ in range(20)]
     with pytest.raises(ValueError, match=r"at a trial point, and balance .* torch\.where"):
         step()
+
+
+# --- constants beside the squares -------------------------------------------------------------------------------
+
+FOLLOWING: dict[str, Callable[[Tensor], Tensor]] = {
+    "truncated": lambda r: torch.where(r.abs() < 0.7, r.square(), 0.49).sum(),
+    "filled": lambda r: r.square().masked_fill(r.abs() > 0.7, 0.49).sum(),
+    "joined": lambda r: torch.cat([r[r.abs() < 0.7].square(), torch.full((int((r.abs() >= 0.7).sum()),), 0.49)]).sum(),
+    "stacked": lambda r: torch.stack([r.square().mean(), r.detach().abs().mean()]).sum(),
+    "counted": lambda r: r[r.abs() < 0.7].square().sum() + 0.49 * (r.abs() >= 0.7).sum(),
+    "a number": lambda r: r.square().mean() - r.abs().mean().item(),
+    "detached": lambda r: r.square().mean() + r.detach().square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_constants_that_follow_the_parameters_are_refused(name: str) -> None:
+    """They have no derivative, and no residuals that a step could be judged by."""
+    model = network()
+    optimizer = LeastSquares(model.parameters())
+    closure = lambda: FOLLOWING[name]((model(X) + Y * torch.tensor([-2.0, -1.0, 1.0])).flatten())
+    start = flat(model)
+
+    def steps() -> None:
+        nonlocal start
+        for _ in range(20):
+            start = flat(model)
+            optimizer.step(closure)
+
+    with pytest.raises(NoResidualsError, match="and has no derivative"):
+        steps()
+    assert torch.equal(flat(model), start)
+
+
+def test_constants_that_follow_the_parameters_late() -> None:
+    """Once trials run as a list of operators, too."""
+    model, level, called = network(), 1e9, []
+    optimizer = LeastSquares(model.parameters())
+    target = Y.clone()
+
+    def closure() -> Tensor:
+        called.append(level)
+        r = model(X) - target
+        return torch.where(r.abs() < level, r.square(), level**2).sum()
+
+    for _ in range(12):
+        optimizer.step(closure)
+    called.clear()
+    optimizer.step(closure)
+    assert len(called) == 2  # where the step begins, and for the gradient where it ends
+    level = 1.2
+    target += 2 * normal(*Y.shape, seed=3)
+    steps = lambda: [optimizer.step(closure) for _ in range(12)]
+    with pytest.raises(NoResidualsError, match="and has no derivative"):
+        steps()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_constants_within_squares_count(dtype: torch.dtype) -> None:
+    model, x, y = network().to(dtype), X.to(dtype), 2 * Y.to(dtype)
+    optimizer = LeastSquares(model.parameters())
+    closure = lambda: (lambda r: torch.where(r.abs() < 0.7, r, 0.7).square().sum())(model(x) - y)
+    for _ in range(20):
+        before = float(closure().detach())
+        optimizer.step(closure)
+        after = float(closure().detach())
+        assert optimizer.last_step.new_loss == pytest.approx(after, rel=1e-5, abs=1e-12)
+        assert after <= before * (1 + 1e-6) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_constants_that_stay(dtype: torch.dtype) -> None:
+    """Steps are bit for bit those without, however small the squares."""
+    ends = []
+    for constant in (0.0, 7.0, -1e3):
+        model, x, y = network().to(dtype), X.to(dtype), Y.to(dtype)
+        optimizer = LeastSquares(model.parameters())
+        for _ in range(25):
+            optimizer.step(lambda: constant + F.mse_loss(model(x), y))  # noqa: B023
+        ends.append(flat(model))
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])

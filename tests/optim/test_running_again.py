@@ -378,6 +378,6 @@ def test_a_recording_held_against_another_is_what_one_made_anew_is(what: str, mo
         assert (runs[0] is None) == (runs[1] is None)
         assert runs[0] is None or torch.equal(*runs)
         for course, again in zip((at.course, expected.course), runs, strict=True):
-            course.compare(again, require_residuals(closure()).values)
+            course.compare(again, require_residuals(closure()).whole)
             course.know_rows()
     assert repeated[1]

@@ -189,6 +189,7 @@ class ResidualJacobian(JacobianRows):
         loss: f(w), a 0-dim tensor.
         residuals: ρ, (N,), float64.
         terms: how many of them each term of the loss has, that is, each square that the closure writes, in order.
+        rest: what the loss is more than ρᵀρ/2, where it adds constants to squares; None where it does not.
         evaluations: of the closure; 1, or 2 where only the first showed that columns are wanted.
         backward_passes: how many it took to build; a forward product counts as one.
         used: whether the residuals depend on each parameter.
@@ -249,6 +250,7 @@ class ResidualJacobian(JacobianRows):
         for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
             parts[at] = part
         self.terms = residuals.sizes
+        self.rest = float(residuals.whole[-1]) if len(residuals.whole) > len(residuals.values) else None
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
         self.course = evaluation.course

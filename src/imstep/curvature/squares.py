@@ -27,6 +27,9 @@ _LINEAR = (
 """Autograd nodes, by the name of their operator, that are linear in each of their differentiable arguments."""
 
 _BILINEAR = ("Mul", "Div")
+_ADDING = ("Add", "Sub", "Stack", "Cat", "Where")
+"""Those that join arguments, of which one may be a constant for autograd."""
+
 _MEAN = 1  # how autograd's graph notes the reduction of a mean squared error
 
 
@@ -57,12 +60,14 @@ class Residuals:
         values: ρ, (N,), detached.
         outputs: what they are made of.
         sizes: how many of them each square of the loss has, in order.
+        whole: ρ, and where the loss adds constants to squares, as a last entry what it is more than ρᵀρ/2.
         passes: backward passes made so far.
     """
 
     values: Tensor
     outputs: tuple[Output, ...]
     sizes: tuple[int, ...]
+    whole: Tensor
     passes: int = 0
 
     def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
@@ -112,7 +117,7 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         >>> residuals_of(3 * (w ** 2).sum() + torch.nn.functional.mse_loss(w, torch.zeros(2))).values
         tensor([2.4495, 4.8990, 1.0000, 2.0000])
     """
-    squares = _squares(loss.grad_fn)
+    squares, constants = _squares(loss.grad_fn)
     if not squares:
         return None
     factors = _factors(loss, squares)
@@ -129,7 +134,10 @@ def residuals_of(loss: Tensor) -> Residuals | None:
             signed = zip(square.parts, (scale, -scale), strict=False)
             outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
             start += z.numel()
-        return Residuals(torch.cat(values), tuple(outputs), tuple(map(len, values)))
+        joined = torch.cat(values)
+        rest = [(loss.detach() - joined.square().sum() / 2).reshape(1)] if constants else []
+        whole = torch.cat([joined, *rest]) if rest else joined
+        return Residuals(joined, tuple(outputs), tuple(map(len, values)), whole)
 
 
 def require_residuals(loss: Tensor) -> Residuals:
@@ -192,10 +200,10 @@ def _nodes(root: Any) -> set[Any]:
     return seen
 
 
-def _squares(root: Any) -> list[_Square]:
-    """The squares that a node is a linear combination of; empty if it has another form."""
+def _squares(root: Any) -> tuple[list[_Square], bool]:
+    """The squares that a node is a linear combination of, empty if it has another form; whether it adds constants."""
     found: list[_Square] = []
-    seen, waiting = set(), [root]
+    seen, waiting, constants = set(), [root], False
     while waiting:
         node = waiting.pop()
         if node in seen:
@@ -208,11 +216,12 @@ def _squares(root: Any) -> list[_Square]:
             continue
         parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
         if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
-            return []
+            return [], False
         if name == "Div" and node.next_functions[0][0] is None:
-            return []
+            return [], False
+        constants |= name == "MaskedFill" or (name in _ADDING and len(parents) < len(node.next_functions))
         waiting += reversed(parents)
-    return found
+    return found, constants
 
 
 def _operator(node: Any) -> str:

@@ -132,7 +132,7 @@ class Evaluation:
                 loss = frozen.loss_with_graph(watch)
             with watch:
                 residuals = require_residuals(loss)
-            return cls(loss, residuals, None, Course(recording, loss, residuals.values, known.courses))
+            return cls(loss, residuals, None, Course(recording, loss, residuals.whole, known.courses))
         finally:
             recording.forget()
 
@@ -149,7 +149,7 @@ class Evaluation:
                 loss = frozen.loss_with_graph(arithmetic)
             with frozen.watch(recording):
                 residuals = require_residuals(loss)
-            course = Course(recording, loss, residuals.values, known.courses)
+            course = Course(recording, loss, residuals.whole, known.courses)
             with unseen():
                 arithmetic.finish([o.z for o in residuals.outputs])
         except (UnsupportedOperatorError, TapeChangedError) as error:

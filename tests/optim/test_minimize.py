@@ -142,18 +142,18 @@ def test_a_function_without_a_minimum_is_not_said_to_have_one() -> None:
     assert result.status in (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
-@pytest.mark.parametrize("unit", (1e-12, 1.0, 1e12))
-@pytest.mark.parametrize("start", ([0.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [4.0, 8.4]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("start", [[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [4.0, 8.4]])
 @pytest.mark.parametrize(
     "function",
-    (
+    [
         lambda x: x[0] - x.square().sum(),
         lambda x: -x.pow(4).sum() + x[1],
         lambda x: x.pow(3).sum() + x[0] * x[1],
         lambda x: x[0] * x[1],
         lambda x: x[0] ** 4 - 5 * x[0] ** 2 - x[1] ** 2,
-    ),
+    ],
 )
 def test_a_function_that_falls_without_bound_is_said_to(
     function: Callable[[Tensor], Tensor], start: list[float], unit: float, dtype: torch.dtype
@@ -163,7 +163,7 @@ def test_a_function_that_falls_without_bound_is_said_to(
     assert result.termination is Termination.UNBOUNDED
 
 
-@pytest.mark.parametrize("offset", (0.0, 1.0, 1e-6))
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e-6])
 def test_a_deep_minimum_is_reached(offset: float) -> None:
     result = imstep.minimize(lambda x: 1e20 * ((x - 1e5).square().sum() - 2e10) + offset, vector(0.0, 1e-3))
     assert result.success

@@ -64,7 +64,7 @@ def as_evaluated() -> Iterator[None]:
 
 
 def later_grad(
-    outputs: Tensor | Sequence[Tensor],
+    outputs: Tensor | Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor | GradientEdge],
     weights: Sequence[Tensor] | None = None,
     keep: bool = True,

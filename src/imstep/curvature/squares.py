@@ -8,7 +8,7 @@ to a square is its factor c. Nothing is recorded, so that residuals cost a forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.islands import plain, unseen
+from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import later_grad
-
-_LINEAR = (
-    *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
-    *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
-    *("Alias", "Split", "Unbind", "Where", "MaskedFill"),
-)
-"""Autograd nodes, by the name of their operator, that are linear in each of their differentiable arguments."""
-
-_BILINEAR = ("Mul", "Div")
-_ADDING = ("Add", "Sub", "Stack", "Cat", "Where")
-"""Those that join arguments, of which one may be a constant for autograd."""
-
-_MEAN = 1  # how autograd's graph notes the reduction of a mean squared error
+from imstep.curvature.square_forms import Square, is_monotone, operator, squares_of
 
 
 class NoResidualsError(ValueError):
@@ -91,21 +79,6 @@ class Residuals:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Square:
-    """A node whose result is a square, or a sum or mean of squares.
-
-    Attributes:
-        node: of autograd's graph.
-        parts: the tensor that is squared, or two whose difference is.
-        share: factor of each square in the result: 1, or 1/n for a mean.
-    """
-
-    node: Any
-    parts: tuple[Tensor, ...]
-    share: float
-
-
 def residuals_of(loss: Tensor) -> Residuals | None:
     """The residuals of a loss; None where it is no positive combination of squares.
 
@@ -117,19 +90,18 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         >>> residuals_of(3 * (w ** 2).sum() + torch.nn.functional.mse_loss(w, torch.zeros(2))).values
         tensor([2.4495, 4.8990, 1.0000, 2.0000])
     """
-    squares, constants = _squares(loss.grad_fn)
-    if not squares:
+    weighed, constants = _weighed(loss, loss.grad_fn)
+    if not weighed:
         return None
-    factors = _factors(loss, squares)
     values: list[Tensor] = []
     outputs: list[Output] = []
     start = 0
     with torch.no_grad(), unseen():
-        if bool(torch.stack([(passed < 0).any() for passed in factors]).any()):
+        if bool(torch.stack([(factor < 0).any() for _, factor in weighed]).any()):
             return None
-        for square, passed in zip(squares, factors, strict=True):
+        for square, factor in weighed:
             z = square.parts[0] - square.parts[1] if len(square.parts) > 1 else square.parts[0].detach()
-            scale = (2 * square.share * passed).sqrt().expand(z.shape)
+            scale = (2 * square.share * factor).sqrt().expand(z.shape)
             values.append((scale * z).reshape(-1))
             signed = zip(square.parts, (scale, -scale), strict=False)
             outputs += [Output(part, factor, start) for part, factor in signed if part.requires_grad]
@@ -164,11 +136,16 @@ def _why_none(loss: Tensor) -> str:
             "closure returned a loss without a graph (grad_fn is None); its residuals are found in it. "
             "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
         )
-    names = {_operator(node) for node in _nodes(loss.grad_fn)}
+    names = {operator(node) for node in _nodes(loss.grad_fn)}
     if "CompiledFunction" in names:
         return (
             "the loss is computed inside a compiled function (torch.compile), whose graph hides the squares. "
             "Compile the model alone, and compute residuals and loss outside of it."
+        )
+    if is_monotone(loss.grad_fn):
+        return (
+            "the loss is the root or the logarithm of what may be a sum of squares. Return the sum of squares itself, "
+            "such as ((u - y) ** 2).mean() in place of its root: both have the same minima."
         )
     return (
         "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
@@ -177,12 +154,36 @@ def _why_none(loss: Tensor) -> str:
     )
 
 
-def _factors(loss: Tensor, squares: Sequence[_Square]) -> Sequence[Tensor]:
-    """What the loss passes back to each square; through another square, which may be of its result, nothing."""
+def _weighed(
+    result: Tensor | GradientEdge, root: Any, cotangent: Tensor | None = None
+) -> tuple[list[tuple[Square, Tensor]], bool]:
+    """The squares that a result is a sum of, each with its factor; whether constants are added to them.
+
+    Args:
+        result: of a node ``root``.
+        cotangent: of the result; None where it is a scalar.
+    """
+    squares, constants = squares_of(root)
+    found: list[tuple[Square, Tensor]] = []
+    for square, passed in zip(squares, _factors(result, squares, cotangent) if squares else (), strict=True):
+        factor = square.factor(passed)
+        if square.beneath is None:
+            found.append((square, factor))
+        else:
+            inner, more = _weighed(square.beneath, square.beneath.node, factor)
+            found, constants = found + inner, constants or more
+    return found, constants
+
+
+def _factors(
+    result: Tensor | GradientEdge, squares: Sequence[Square], cotangent: Tensor | None
+) -> Sequence[Tensor]:
+    """What a result passes back to each square; through another square, which may be of its result, nothing."""
     stop = lambda passed, _: tuple(g if g is None else torch.zeros_like(g) for g in passed)
     hooks = [square.node.register_hook(stop) for square in squares]
     try:
-        return later_grad(loss, [GradientEdge(square.node, 0) for square in squares])
+        edges = [GradientEdge(square.node, 0) for square in squares]
+        return later_grad([result], edges, None if cotangent is None else [cotangent])
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,70 +199,3 @@ def _nodes(root: Any) -> set[Any]:
             seen.add(node)
             waiting += [parent for parent, _ in node.next_functions]
     return seen
-
-
-def _squares(root: Any) -> tuple[list[_Square], bool]:
-    """The squares that a node is a linear combination of, empty if it has another form; whether it adds constants."""
-    found: list[_Square] = []
-    seen, waiting, constants = set(), [root], False
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = _operator(node)
-        square = _SQUARES.get(name, lambda node: None)(node)
-        if square is not None:
-            found.append(square)
-            continue
-        parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
-        if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
-            return [], False
-        if name == "Div" and node.next_functions[0][0] is None:
-            return [], False
-        constants |= name == "MaskedFill" or (name in _ADDING and len(parents) < len(node.next_functions))
-        waiting += reversed(parents)
-    return found, constants
-
-
-def _operator(node: Any) -> str:
-    """The operator that a node belongs to: Mul for MulBackward0."""
-    return "" if node is None else node.name().partition("Backward")[0]
-
-
-def _power(node: Any) -> _Square | None:
-    (base, _), *exponent = node.next_functions
-    if base is None or any(edge is not None for edge, _ in exponent):
-        return None  # a power of what is trained, though it be 2 now
-    if _operator(base) == "LinalgVectorNorm":
-        return None  # the square of a norm is many residuals, of which this would see one
-    z, power = plain(node._saved_self), node._saved_exponent
-    if isinstance(power, Tensor) and torch.broadcast_shapes(z.shape, power.shape) != z.shape:
-        return None  # each entry of z is several residuals
-    twos = bool((power == 2).all()) if isinstance(power, Tensor) else power == 2
-    return _Square(node, (z,), 1.0) if twos else None
-
-
-def _product_with_itself(node: Any) -> _Square | None:
-    first, second = node.next_functions
-    if first[0] is None or first != second or not _same(node._saved_self, node._saved_other):
-        return None
-    return _Square(node, (plain(node._saved_self),), 1.0)
-
-
-def _mean_squared_error(node: Any) -> _Square:
-    z, target = plain(node._saved_self), plain(node._saved_target)
-    share = 1 / z.numel() if node._saved_reduction == _MEAN else 1.0
-    return _Square(node, (z, target), share)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    a, b = plain(a), plain(b)
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-_SQUARES: dict[str, Callable[[Any], _Square | None]] = {
-    "Pow": _power,
-    "Mul": _product_with_itself,
-    "MseLoss": _mean_squared_error,
-}

@@ -56,7 +56,7 @@ class Termination(Enum):
 
     @property
     def status(self) -> int:
-        """0 for success; SciPy's 1 for the limit on iterations, 2 for no progress, 3 for nan, 99 for a stop; 4 without bound."""
+        """0 for success, 1 for the limit on iterations, 2 for no progress, 3 for nan, 4 for no bound, 99 for a stop."""
         return _STATUS.get(self, 0)
 
 

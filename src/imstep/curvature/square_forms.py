@@ -1,0 +1,236 @@
+"""The forms in which squares stand in autograd's graph: powers, products, mean squared errors, squares of norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from imstep.complexstep.islands import plain
+from imstep.complexstep.later import later_grad
+
+_LINEAR = (
+    *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
+    *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
+    *("Alias", "Split", "Unbind", "Where", "MaskedFill", "ViewAsReal"),
+)
+"""Autograd nodes, by the name of their operator, that are linear in each of their differentiable arguments."""
+
+_BILINEAR = ("Mul", "Div")
+_MULTIPLES = ("Mul", "Div", "Neg")
+_OF_ONE = ("Add", "Sub", "Mul", "Div", "View", "Clone", "ToCopy", "Squeeze", "Select")  # linear, entry by entry
+_TRANSPOSITIONS = ("T", "Transpose", "Permute")
+_ADDING = ("Add", "Sub", "Stack", "Cat", "Where")
+"""Those that join arguments, of which one may be a constant for autograd."""
+
+_MONOTONE = ("Sqrt", "LinalgVectorNorm", "Norm", "Dist", "Log", "Log1P", "Log2", "Log10")
+"""Functions of a sum of squares that have its minima."""
+
+_MEAN = 1  # how autograd's graph notes the reduction of a mean squared error
+
+
+@dataclass(frozen=True, eq=False)
+class Square:
+    """A node whose result is a square, or a sum or mean of squares, each entry of its own z.
+
+    Attributes:
+        node: of autograd's graph.
+        parts: the tensor z that is squared, or two whose difference is; real.
+        share: factor of each square in the result: 1, or 1/n for a mean.
+        shape: the one to which what is passed back to the node is brought before it is spread over z; None as it is.
+        scale: c where the node squares c ‖z‖, of the shape of the norms; None for 1.
+        beneath: S where the node squares c √S, and S is a sum of squares; there are no parts then.
+    """
+
+    node: Any
+    parts: tuple[Tensor, ...]
+    share: float = 1.0
+    shape: tuple[int, ...] | None = None
+    scale: Tensor | None = None
+    beneath: GradientEdge | None = None
+
+    def factor(self, passed: Tensor) -> Tensor:
+        """Of each z², or of S, from what is passed back to the node."""
+        passed = passed.real if passed.is_complex() else passed
+        passed = passed if self.scale is None else passed.reshape(self.scale.shape) * self.scale.square()
+        return passed if self.shape is None else passed.reshape(self.shape)
+
+
+def squares_of(root: Any) -> tuple[list[Square], bool]:
+    """The squares that a node is a linear combination of, empty if it has another form; whether it adds constants."""
+    found: list[Square] = []
+    seen, waiting, constants = set(), [root], False
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = operator(node)
+        square = _FORMS.get(name, lambda node: None)(node)
+        if square is not None:
+            found.append(square)
+            continue
+        parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
+        if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
+            return [], False
+        if name == "Div" and node.next_functions[0][0] is None:
+            return [], False
+        constants |= name == "MaskedFill" or (name in _ADDING and len(parents) < len(node.next_functions))
+        waiting += reversed(parents)
+    return found, constants
+
+
+def is_monotone(root: Any) -> bool:
+    """Whether a node is, but for constants, a function of one sum of squares, if it is one, that has its minima."""
+    while operator(root) in _OF_ONE and (below := _only_factor(root)) is not None:
+        root = below[0]
+    return operator(root) in _MONOTONE
+
+
+def operator(node: Any) -> str:
+    """The operator that a node belongs to: Mul for MulBackward0."""
+    return "" if node is None else node.name().partition("Backward")[0]
+
+
+def _power(node: Any) -> Square | None:
+    (base, _), *exponent = node.next_functions
+    if base is None or any(edge is not None for edge, _ in exponent):
+        return None  # a power of what is trained, though it be 2 now
+    z, power = plain(node._saved_self), node._saved_exponent
+    if isinstance(power, Tensor) and torch.broadcast_shapes(z.shape, power.shape) != z.shape:
+        return None  # each entry of z is several residuals
+    twos = bool((power == 2).all()) if isinstance(power, Tensor) else power == 2
+    return _square_of(node, z) if twos else None
+
+
+def _product(node: Any) -> Square | None:
+    """z z, or z times its conjugate."""
+    edges = node.next_functions
+    if edges[0][0] is None or edges[1][0] is None:
+        return None
+    if edges[0] == edges[1]:
+        z = plain(node._saved_self)
+        return _square_of(node, z) if _same(z, node._saved_other) else None
+    for one, other, saved in ((0, 1, "_saved_self"), (1, 0, "_saved_other")):
+        if operator(edges[other][0]) == "Conj" and edges[other][0].next_functions[0] == edges[one]:
+            return _entries(node, plain(getattr(node, saved)))
+    return None
+
+
+def _inner_product(node: Any) -> Square | None:
+    """z · z of a vector, or the conjugate of z times z."""
+    z, edges = plain(node._saved_self), node.next_functions
+    other = node._saved_other if operator(node) == "Vdot" else node._saved_tensor
+    if edges[0] != edges[1] or not _same(z, other) or (z.is_complex() and operator(node) == "Dot"):
+        return None
+    return _entries(node, z, (1,))
+
+
+def _matrix_product(node: Any) -> Square | None:
+    """The product of a row and the column that it is the transpose of."""
+    first, second = node.next_functions
+    is_transpose = lambda edge, of: operator(edge[0]) in _TRANSPOSITIONS and edge[0].next_functions[0] == of
+    if not (is_transpose(first, second) or is_transpose(second, first)):
+        return None
+    z, other = plain(node._saved_self), plain(node._saved_mat2)
+    return None if z.is_complex() or len(z) != 1 or other.shape[1] != 1 else _entries(node, z)
+
+
+def _mean_squared_error(node: Any) -> Square:
+    z, target = plain(node._saved_self), plain(node._saved_target)
+    return Square(node, (z, target), 1 / z.numel() if node._saved_reduction == _MEAN else 1.0)
+
+
+_FORMS: dict[str, Callable[[Any], Square | None]] = {
+    "Pow": _power,
+    "Mul": _product,
+    "Dot": _inner_product,
+    "Vdot": _inner_product,
+    "Mm": _matrix_product,
+    "MseLoss": _mean_squared_error,
+}
+
+
+def _square_of(node: Any, z: Tensor) -> Square | None:
+    """The square of z, which a node makes: where z is a multiple of norms, or of roots, of what is below those."""
+    if z.is_complex():
+        return None  # no sum of squares of what is real
+    (root, index), scale = node.next_functions[0], None
+    while operator(root) in _MULTIPLES and (below := _only_factor(root)) is not None:
+        root, index = below
+    square = _ROOTS.get(operator(root), lambda root: None)(root)
+    if square is None:
+        return Square(node, (z,))
+    if root is not node.next_functions[0][0]:
+        (scale,) = later_grad([z], [GradientEdge(root, index)], [torch.ones_like(z)])
+        if scale.numel() != z.numel():
+            return Square(node, (z,))  # one norm, several multiples
+    return replace(square, node=node, scale=scale)
+
+
+def _only_factor(node: Any) -> tuple[Any, int] | None:
+    """Where the one factor of a multiple that is no constant comes from."""
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    divisor = operator(node) == "Div" and node.next_functions[0][0] is None
+    return edges[0] if len(edges) == 1 and not divisor else None
+
+
+def _norm(root: Any) -> Square | None:
+    order = root._saved_ord if hasattr(root, "_saved_ord") else root._saved_p
+    if order != 2:
+        return None
+    z, dims = plain(root._saved_self), getattr(root, "_saved_dim", None)
+    along = {_signed(dim) % z.dim() for dim in dims} if dims and z.dim() else set(range(z.dim()))
+    return _entries(root, z, tuple(1 if i in along else n for i, n in enumerate(z.shape)))
+
+
+def _distance(root: Any) -> Square | None:
+    z, other = plain(root._saved_self), plain(root._saved_other)
+    if root._saved_p != 2 or z.shape != other.shape or z.is_complex() or other.is_complex():
+        return None
+    return Square(root, (z, other))
+
+
+def _modulus(root: Any) -> Square:
+    z = plain(root._saved_self)
+    return _entries(root, z, tuple(z.shape))
+
+
+def _root(root: Any) -> Square | None:
+    """Of a sum of squares."""
+    edge = root.next_functions[0]
+    half = operator(root) == "Sqrt" or root._saved_exponent == 0.5
+    return Square(root, (), beneath=GradientEdge(*edge)) if half and squares_of(edge[0])[0] else None
+
+
+_ROOTS: dict[str, Callable[[Any], Square | None]] = {
+    "LinalgVectorNorm": _norm,
+    "Norm": _norm,
+    "Dist": _distance,
+    "Abs": _modulus,
+    "Sqrt": _root,
+    "Pow": _root,
+}
+
+
+def _entries(node: Any, z: Tensor, shape: tuple[int, ...] | None = None) -> Square:
+    """The squares of all entries of z, of complex ones of both parts; ``shape`` is of their sums, expandable to z."""
+    if not z.is_complex():
+        return Square(node, (z,), shape=shape)
+    with torch.enable_grad():
+        parts = torch.view_as_real(z.resolve_conj())
+    return Square(node, (parts,), shape=(*(z.shape if shape is None else shape), 1))
+
+
+def _signed(dim: int) -> int:
+    """A dimension as autograd notes it, -1 as 2⁶⁴ - 1."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = plain(a), plain(b)
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

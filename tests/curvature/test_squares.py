@@ -1,0 +1,97 @@
+"""Residuals of losses in all forms that squares are written in, against the residuals themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from curvature_cases import normal, relative_error
+from torch import Tensor, nn
+
+from imstep.curvature import NoResidualsError, ResidualJacobian
+
+SCALE = normal(6, seed=5).abs() + 0.5
+
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "norm": (lambda r: r.norm() ** 2, lambda r: r),
+    "norm of a matrix": (lambda r: torch.linalg.matrix_norm(r).square(), lambda r: r),
+    "norm times itself": (lambda r: (lambda n: n * n)(torch.linalg.vector_norm(r)), lambda r: r),
+    "norms of rows": (lambda r: (SCALE * torch.linalg.vector_norm(r, dim=1) ** 2).sum(),
+                      lambda r: SCALE.sqrt()[:, None] * r),
+    "norms, kept": (lambda r: r.norm(dim=-1, keepdim=True).square().mean(), lambda r: r / 6**0.5),
+    "norms of columns": (lambda r: r.norm(dim=0).square().sum(), lambda r: r),
+    "norms, weighed": (lambda r: (r.norm(dim=1) * SCALE).square().sum(), lambda r: SCALE[:, None] * r),
+    "relative": (lambda r: (-r.norm() / SCALE.norm()) ** 2, lambda r: r / SCALE.norm()),
+    "several multiples": (lambda r: (r.norm() * SCALE).square().sum(), lambda r: SCALE * r.norm()),
+    "sum of norms": (lambda r: r.norm(dim=1).sum() ** 2, lambda r: r.norm(dim=1).sum()),
+    "one norm": (lambda r: r.norm(p=1) ** 2, lambda r: r.abs().sum()),
+    "distance": (lambda r: 3 * torch.dist(r, torch.ones_like(r)) ** 2, lambda r: 3**0.5 * (r - 1)),
+    "distances of pairs": (lambda r: F.pairwise_distance(r, SCALE[:, None]).square().sum(),
+                           lambda r: r - SCALE[:, None] + 1e-6),
+    "root mean square": (lambda r: r.square().mean().sqrt() ** 2, lambda r: r / 12**0.5),
+    "roots": (lambda r: (SCALE * (r[:, 0] ** 2 + 4 * r[:, 1] ** 2).sqrt()).square().sum(),
+              lambda r: torch.cat([SCALE * r[:, 0], 2 * SCALE * r[:, 1]])),
+    "power of one half": (lambda r: (r.square().sum(1) ** 0.5).square().sum(), lambda r: r),
+    "root of a mean squared error": (lambda r: 5 * F.mse_loss(r, torch.zeros_like(r)).sqrt().square(),
+                                     lambda r: (5 / 12) ** 0.5 * r),
+    "roots in roots": (lambda r: ((r.norm(dim=1) ** 2).sum().sqrt() / 3) ** 2, lambda r: r / 3),
+    "root beside its square": (lambda r: (lambda s: s + s.sqrt() ** 2)(r.square().sum()), lambda r: torch.cat([r, r])),
+    "root of another sum": (lambda r: r.exp().sum().sqrt() ** 2, lambda r: r.exp().sum().sqrt()),
+    "absolute values": (lambda r: (2 * r.abs()).square().sum(), lambda r: 2 * r),
+    "inner product": (lambda r: (lambda z: z @ z)(r.reshape(-1)), lambda r: r),
+    "row times column": (lambda r: (lambda z: z.T @ z)(r.reshape(-1, 1)), lambda r: r),
+    "row times its transpose": (lambda r: (lambda z: (z @ z.mT).squeeze())(r.reshape(1, -1)), lambda r: r),
+    "complex modulus": (lambda r: torch.view_as_complex(r).abs().square().mean(), lambda r: r / 6**0.5),
+    "complex norm": (lambda r: (torch.fft.fft(r, dim=0).norm() ** 2) / 6, lambda r: r),
+    "complex norms": (lambda r: torch.view_as_complex(r).norm(dim=0) ** 2, lambda r: r),
+    "times its conjugate": (lambda r: (lambda z: (z * z.conj()).real.sum())(torch.view_as_complex(r)), lambda r: r),
+    "its conjugate times": (lambda r: (lambda z: (SCALE * (z.conj() * z)).real.sum())(torch.view_as_complex(r) * 2j),
+                            lambda r: 2 * SCALE.sqrt()[:, None] * r),
+    "complex inner product": (lambda r: (lambda z: torch.vdot(z, z).real)(torch.view_as_complex(r)), lambda r: r),
+}  # fmt: skip
+
+
+def network() -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = normal(6, 3), normal(6, 2, seed=1)
+    return model, lambda: model(x) - y
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_has_its_residuals(name: str) -> None:
+    (loss_of, residuals_of), (model, output) = FORMS[name], network()
+    rows = [torch.autograd.grad(r, model.parameters(), retain_graph=True) for r in residuals_of(output()).reshape(-1)]
+    expected = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    J = ResidualJacobian(lambda: loss_of(output()), model)
+    rho, matrix = J.residuals / 2**0.5, J.to_dense() / 2**0.5
+    assert relative_error(matrix.T @ matrix, expected.T @ expected) < 1e-12
+    assert relative_error(rho @ rho, loss_of(output()).reshape(()).detach()) < 1e-12
+    gradient = torch.autograd.grad(loss_of(output()).sum(), model.parameters())
+    assert relative_error(2 * matrix.T @ rho, torch.cat([g.reshape(-1) for g in gradient])) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["norm", "norms of rows", "absolute values", "complex modulus", "distance"])
+def test_residuals_of_zero_keep_their_rows(name: str) -> None:
+    loss_of, residuals_of = FORMS[name]
+    w = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64))
+    J = ResidualJacobian(lambda: loss_of(w), [w]).to_dense() / 2**0.5
+    expected = torch.autograd.functional.jacobian(residuals_of, w).reshape(-1, 12)
+    torch.testing.assert_close(J.T @ J, expected.T @ expected)
+
+
+@pytest.mark.parametrize(
+    "root", [lambda r: r.square().mean().sqrt(), lambda r: 2 * r.norm() + 1, lambda r: r.square().sum().log()]
+)
+def test_the_root_of_a_sum_of_squares_is_told(root: Callable[[Tensor], Tensor]) -> None:
+    model, output = network()
+    with pytest.raises(NoResidualsError, match="Return the sum of squares itself"):
+        ResidualJacobian(lambda: root(output()), model)
+
+
+@pytest.mark.parametrize("square", [lambda z: (z**2).real.sum(), lambda z: (z * z).real.sum()])
+def test_the_square_of_a_complex_number_is_no_residual(square: Callable[[Tensor], Tensor]) -> None:
+    w = nn.Parameter(normal(6, 2))
+    with pytest.raises(NoResidualsError, match="not recognised"):
+        ResidualJacobian(lambda: square(torch.view_as_complex(w)), [w])

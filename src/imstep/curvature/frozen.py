@@ -180,7 +180,7 @@ class FrozenClosure:
         note: Callable[[int, Tensor], None] = lambda at, g: None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         watching = self.user.watching_hooks() if self._first else nullcontext()
-        with watching, self.perturbed(arithmetic, directions or [None] * len(self._parameters.tensors)):
+        with watching, self.perturbed(arithmetic, directions):
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part, note)
             self._check_sight(called.seen, arithmetic)
@@ -197,9 +197,9 @@ class FrozenClosure:
         self._doubted = False
         require_function(float(loss.detach()), self._once_more, torch.finfo(loss.dtype).eps)
 
-    def _once_more(self) -> float:
+    def _once_more(self, recorded: bool) -> float:
         self.compared += 1
-        with self.beside():
+        with self.beside(), self.perturbed(self.arithmetic(tape=Tape())) if recorded else nullcontext():
             return float(self._loss_with_graph().detach())
 
     def _gradients_of(
@@ -293,14 +293,14 @@ class FrozenClosure:
         return Arithmetic(h, tape, self._writes.before, keep_graph, None if recording is None else recording.note)
 
     @contextmanager
-    def perturbed(self, arithmetic: Arithmetic, directions: Sequence[Tensor | None]) -> Iterator[None]:
+    def perturbed(self, arithmetic: Arithmetic, directions: Sequence[Tensor | None] | None = None) -> Iterator[None]:
         """What is evaluated inside is, on complex-step numbers and in the state of the first evaluation.
 
         Args:
-            directions: imaginary parts of the parameters, in order; of those beyond its end none is an input.
+            directions: imaginary parts of the parameters, in order; those beyond the end are no inputs. None: all are.
         """
         inputs = self._parameters.tensors
-        for p, direction in zip(inputs, directions, strict=False):
+        for p, direction in zip(inputs, [None] * len(inputs) if directions is None else directions, strict=False):
             arithmetic.attach(p, direction, lent=True)
         try:
             with self._same_state(), self.user.own_gradients(), torch.enable_grad(), arithmetic:

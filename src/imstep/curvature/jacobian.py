@@ -260,7 +260,7 @@ class _Evaluation:
     def _record(self, memory_budget: int | None) -> _Outputs:
         vector, tape = self._parameters, Tape(memory_budget)
         arithmetic = self._frozen.arithmetic(tape=tape)
-        with self._frozen.perturbed(arithmetic, [None] * len(vector.tensors)):
+        with self._frozen.perturbed(arithmetic):
             outputs = self._evaluate()
             self._frozen.check_sight([outputs], arithmetic)
             arithmetic.finish([outputs])

@@ -6,26 +6,26 @@ import math
 import sys
 from collections.abc import Callable
 
-_LOW = 0.05  # what bfloat16 and the like may make of a loss
 
-
-def require_function(first: float, evaluate: Callable[[], float], eps: float) -> None:
+def require_function(first: float, evaluate: Callable[[bool], float], eps: float) -> None:
     """Raise where further evaluations at the same parameters have other losses.
 
-    Kernels of less precision than the loss, in whose place a record has simpler operators, such as fused recurrent
-    networks under autocast, may come to another loss than the first evaluation, but come to it each time.
+    Evaluations that are recorded have simpler operators in place of some kernels, such as those of recurrent networks.
+    Then losses of both kinds are apart by what these make of them, much where all that is left of a loss is rounding,
+    but those of one kind are the same each time.
 
     Args:
         first: the loss of an evaluation.
-        evaluate: makes another one of the same parameters; called once, and where the loss is little apart twice.
+        evaluate: makes another one of the same parameters, recorded or not; called with False, and where the loss is
+            apart, with both.
         eps: of the losses' precision.
 
     Raises:
         ValueError: the losses are apart.
     """
-    again, rounding = evaluate(), math.sqrt(eps)
-    apart = _apart(first, again)
-    if apart > _LOW or (apart > rounding and _apart(again, evaluate()) > rounding):
+    again, rounding = evaluate(False), math.sqrt(eps)
+    same = lambda a, b: _apart(a, b) <= rounding
+    if not (same(first, again) or (same(again, evaluate(False)) and same(first, evaluate(True)))):
         raise ValueError(_ANOTHER.format(first, again))
 
 

@@ -93,7 +93,7 @@ def _modular(task: str, budget: float, trial: float, gradient: float) -> Entry:
 def _pictures(task: str, seconds: float, trial: float, gradient: float, examples: int | None = 10_000) -> Entry:
     return Entry(
         task, seconds=seconds, trial=trial, batch_size=128, measure=ACCURACY, decay=True, examples=examples,
-        gradient=gradient,
+        gradient=gradient, looks=10,
     )  # fmt: skip
 
 
@@ -133,8 +133,8 @@ _ALL = (
     Entry("picture-fourier", seconds=75, trial=100, measure=PSNR, gradient=0.2),
     _modular("modular-addition-59", 800, 400, 0.094),
     *_sweep("shakespeare-small", (16, 64, 256, 1024, 4096), 2.4, 1.2, 32),
-    _pictures("fashion-resnet8", 90, 1, 20.0),
-    _pictures("fashion-mixer", 80, 1, 20.0),
+    _pictures("fashion-resnet8", 90, 1, 12.0),
+    _pictures("fashion-mixer", 80, 1, 8.0),
     _table("census-house", 0.02),
     _table("kin32fm", 0.004),
     _table("abalone", 0.004),

@@ -72,6 +72,7 @@ class Entry:
         examples: train on the first so many.
         dtype: float32 or float64.
         gradient: seconds of a gradient on one thread, roughly; for estimates alone.
+        looks: how often losses and measures are evaluated in a run; a fifth as often in a trial.
         sweep: the name of a table that sets this entry beside others of other batch sizes; "" for none.
         clock: of runs.
 
@@ -97,6 +98,7 @@ class Entry:
     examples: int | None = None
     dtype: str = "float32"
     gradient: float = 0.01
+    looks: int = 60
     sweep: str = ""
     clock: Seconds = Seconds.PROCESSOR
 
@@ -124,6 +126,10 @@ class Entry:
     def trial_limits(self) -> Limits:
         """Of a trial: always by cost, so that tuning is the same on every machine."""
         return Limits(budget=self.trial or self.budget / 2)
+
+    def looks_of(self, trial: bool) -> int:
+        """How often a run or a trial is evaluated after its beginning."""
+        return max(2, self.looks // 5) if trial else self.looks
 
     def contestants(self) -> list[Side]:
         """Our side first."""

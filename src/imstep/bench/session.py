@@ -34,6 +34,8 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 START = 1.5
 """Seconds until a run's process is ready, roughly."""
+EVALUATION = 0.4
+"""Gradients' time that one evaluation of the training and the held-out loss takes, roughly."""
 SHORT_BUDGET, SHORT_EXAMPLES = 4.0, 64
 
 Results = Mapping[str, Sequence[BenchRun]]
@@ -101,9 +103,10 @@ def chosen(entry: Entry, tried: Sequence[BenchRun], jobs: Sequence[Job]) -> Opti
 
 def estimate(entry: Entry, side: Side, job: Job | None = None, trials: int = TRIALS, seeds: int = len(SEEDS)) -> float:
     """Seconds of a job, or of all of a contestant's: from the time of a gradient, roughly."""
-    of = lambda budget: START + 1.2 * side.pace * entry.gradient * budget
-    run = START + 1.1 * entry.seconds if entry.seconds is not None else of(entry.budget)
-    trial = of(entry.trial_limits.budget or 0.0)
+    looking = lambda trial: START + EVALUATION * entry.gradient * entry.looks_of(trial)
+    of = lambda budget: 1.2 * side.pace * entry.gradient * budget
+    run = looking(False) + (1.1 * entry.seconds if entry.seconds is not None else of(entry.budget))
+    trial = looking(True) + of(entry.trial_limits.budget or 0.0)
     if job is not None:
         return trial if job.trial else run
     return (trials * trial if entry.ranges_of(side) else 0.0) + seeds * run

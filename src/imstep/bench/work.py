@@ -37,7 +37,6 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 AVERAGE = 0.98
 """With mini-batches: over about 50 gradients, as are ten steps of our configuration for them, which averages itself."""
 COLUMNS = ("cost", "seconds", "step", "epoch", "train", "heldout", "train_metric", "heldout_metric")
-LOOKS, TRIAL_LOOKS = 60, 12
 SOLVED = "target reached"
 
 Tell = Callable[[float, float], None]
@@ -126,7 +125,7 @@ def perform(job: Job, tell: Tell = lambda done, loss: None) -> dict[str, Any]:
         groups = [(group, group["lr"]) for group in stepper.optimizer.param_groups if "lr" in group]
         if entry.batch_size is not None and not isinstance(stepper, AveragedStepper):
             stepper = EvaluatedAtAverage(stepper, problem.model, AVERAGE)
-        looks = TRIAL_LOOKS if job.trial else LOOKS
+        looks = entry.looks_of(job.trial)
         trainer = Trainer(
             problem, stepper, batch_size=entry.batch_size, seed=job.seed, schedule=_schedule(job.limits, looks),
             seconds=entry.clock,

@@ -14,6 +14,7 @@ from torch._higher_order_ops import scan, while_loop
 from torch.autograd import functional
 
 import imstep
+from imstep.complexstep.errors import ComplexStepError
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -270,3 +271,41 @@ def test_cuts_in_torchscript(f):
     forward = imstep.jvp(f, (w,), (v,))[1]
     (gradient,) = torch.autograd.grad(f(p), p)
     torch.testing.assert_close(forward, gradient @ v, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_derivatives_in_inference_mode(inside):
+    """They are taken there as elsewhere, of tensors that were made there, too."""
+    w, v = _normal(12, seed=3), _normal(12, seed=4)
+    f = lambda t: (t.sin() * t.exp()).square().sum()
+    expected = _double_backward(f, w, v)
+    third = imstep.third_derivative(f, w, v)
+    assert third.abs().min() > 0
+    with torch.inference_mode():
+        w = w.clone() if inside else w
+        torch.testing.assert_close(imstep.hvp(f, w, v), expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(imstep.third_derivative(f, w, v), third, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("take", ["hvp", "jvp", "derivative"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jacfwd"])
+def test_derivatives_within_a_transform_are_refused(take, transform):
+    """PyTorch's own errors tell of storages."""
+    v, f = torch.ones(3), lambda t: (t**3).sum()
+    taken = {
+        "hvp": lambda t: imstep.hvp(f, t, v),
+        "jvp": lambda t: imstep.jvp(torch.sin, (t,), (v,))[1],
+        "derivative": lambda t: imstep.derivative(torch.sin, t),
+    }[take]
+    around = getattr(torch.func, transform)(lambda t: taken(t).sum())
+    with pytest.raises(ComplexStepError, match=rf"imstep\.{take} is called within a transform of torch\.func"):
+        around(torch.ones(2, 3) if transform == "vmap" else torch.ones(3))
+
+
+def test_leaves_that_are_no_tensors_are_refused():
+    v = torch.ones(3)
+    f = lambda d: (d["w"] * d["n"]).sum()
+    with pytest.raises(TypeError, match="a leaf of x is of type int; leaves are tensors"):
+        imstep.hvp(f, {"w": v, "n": 2}, {"w": v, "n": 0})
+    with pytest.raises(TypeError, match="a leaf of v is of type ndarray; leaves are tensors"):
+        imstep.hvp(lambda t: t.square().sum(), v, v.numpy())

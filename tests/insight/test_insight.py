@@ -294,3 +294,30 @@ def test_a_covariance_that_is_not_there_is_refused() -> None:
     torch.testing.assert_close(exact.standard_errors, 1 / t[1:4])
     with pytest.raises(ValueError, match="do not determine"):
         insight.parameter_covariance(lambda b: b.sum() * t[1:3], b, variance=1.0)
+
+
+def test_influence_takes_a_block_of_the_curvature() -> None:
+    """As of one layer; against the matrix of it written out."""
+    x, y = normal(12, 3), torch.arange(12) % 3
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    H = imstep.Hessian(lambda: F.cross_entropy(model(x), y), model)
+    losses, target = lambda: F.cross_entropy(model(x), y, reduction="none"), lambda: model(x)[0, 0]
+    last = list(model[2].parameters())
+    rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(losses()[i], last)]) for i in range(12)]
+    asked = torch.cat([g.reshape(-1) for g in torch.autograd.grad(target(), last)])
+    matrix = H.to_dense()[-15:, -15:] + torch.eye(15, dtype=F64)
+    expected = torch.stack(rows) @ torch.linalg.solve(matrix, asked) / 12
+    found = insight.influence(H.block(model[2]), losses, target, damping=1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("none", [[], torch.zeros(2, dtype=torch.bool)])
+def test_no_weights_at_all_may_be_asked_about(none: list[int] | Tensor) -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    H = imstep.Hessian(lambda: (w[0] - 1) ** 2 + (w.sum() - 3) ** 2, [w])
+    assert insight.saliencies(H, none).values.shape == (0,)
+    cut = insight.removal(H, none)
+    assert cut.increase == 0
+    assert not cut.update.any()
+    with pytest.raises(ValueError, match="free names no parameter"):
+        insight.parameter_covariance(lambda b: b.sum() * torch.ones(3) - 1, torch.ones(2), free=none)

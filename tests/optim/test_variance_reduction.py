@@ -97,3 +97,21 @@ def test_closures_that_call_backward_are_reduced_as_well() -> None:
             optimizer.step(lambda: closure(i))  # noqa: B023
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(*ends)
+
+
+def test_complex_parameters_are_pairs_of_reals() -> None:
+    """The term is Re(conj(g) (w - w̃)): at a snapshot it leaves the gradient of all data."""
+    w = nn.Parameter(torch.complex(normal(3), normal(3, seed=3)))
+    data = torch.complex(normal(6, 3, seed=4), normal(6, 3, seed=5))
+    loss = lambda x: ((w - x).abs().square() * (w.real.exp() + 1)).mean()
+    closure = VarianceReduction([w], lambda: loss(data), every=4)(lambda: loss(data[:2]))
+    torch.testing.assert_close(torch.autograd.grad(closure(), w), torch.autograd.grad(loss(data), w))
+    before = w.detach().clone()
+    with torch.no_grad():
+        w.add_(1 + 2j)
+    own = torch.autograd.grad(loss(data[:2]), w)[0]
+    found = torch.autograd.grad(closure(), w)[0]
+    with torch.no_grad():
+        w.copy_(before)
+    anchor = torch.autograd.grad(loss(data[:2]), w)[0]
+    torch.testing.assert_close(found, own - anchor + torch.autograd.grad(loss(data), w)[0])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from imstep.complexstep.arithmetic import Arithmetic
 from imstep.complexstep.generators import Generators
 from imstep.complexstep.islands import plain, unseen
-from imstep.complexstep.nesting import is_nested, refuse_lost_graph
+from imstep.complexstep.nesting import is_nested, refuse_lost_graph, refuse_transforms
 from imstep.complexstep.sight import Threads, refuse_threads, traced
 
 DEFAULT_H = 1e-20
@@ -65,6 +65,7 @@ def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
     """
     if isinstance(x, Tensor):
         _require_real(x, "x")
+        refuse_transforms("derivative", [x], alone=False)
         if h is None:
             return _jvp_flat(lambda leaves: f(leaves[0]), [x], [torch.ones_like(x)])[1]
         return f(torch.complex(x, torch.full_like(x, h))).imag / h
@@ -91,6 +92,7 @@ def jvp(f: Callable[..., _Value], primals: Any, tangents: Any) -> tuple[_Value, 
 
     Raises:
         ValueError: structures or shapes of ``primals`` and ``tangents`` differ.
+        ComplexStepError: it is called on what a transform of ``torch.func`` hides.
 
     Cost: about two evaluations of ``f``.
 
@@ -102,6 +104,7 @@ def jvp(f: Callable[..., _Value], primals: Any, tangents: Any) -> tuple[_Value, 
     primals, tangents = (p if isinstance(p, tuple) else (p,) for p in (primals, tangents))
     leaves, structure = tree_flatten(primals)
     directions = _match(tangents, leaves, structure, "tangents", "primals")
+    refuse_transforms("jvp", [*leaves, *directions], alone=False)
     return _jvp_flat(lambda inputs: f(*tree_unflatten(inputs, structure)), leaves, directions)
 
 
@@ -124,6 +127,7 @@ def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None
     Raises:
         ValueError: ``f`` returns no scalar, or structures differ.
         UnsupportedOperatorError: ``f`` uses an operator without a rule.
+        ComplexStepError: it is called within a transform of ``torch.func``.
 
     Cost: two to three gradients. No ``create_graph``, no second graph.
 
@@ -136,6 +140,7 @@ def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None
     """
     leaves, structure = tree_flatten(x)
     directions = _match(v, leaves, structure, "v", "x")
+    refuse_transforms("hvp", [*leaves, *directions], alone=True)
     evaluate = lambda sign: _product(lambda inputs: f(tree_unflatten(inputs, structure)), leaves, directions, h, sign)
     found: _Tree = tree_unflatten(_over_branches(evaluate, leaves), structure)
     return found
@@ -145,18 +150,20 @@ def _product(
     f: Callable[[list[Tensor]], Any], leaves: list[Tensor], directions: list[Tensor], h: float | None, sign: int
 ) -> tuple[list[Tensor], bool]:
     """A Hessian product, and whether there are two branches: see :meth:`Arithmetic.take_branch`."""
-    inputs = [_leaf(t).requires_grad_() for t in leaves]
     arithmetic = Arithmetic(h)
     arithmetic.take_branch(sign)
-    for t, d in zip(inputs, directions, strict=True):
-        arithmetic.attach(t, d)
-    started = torch.autograd._get_sequence_nr()
-    with arithmetic, torch.enable_grad():
-        loss = f(inputs)
-        loss = plain(loss) if isinstance(loss, Tensor) else loss
-        _require_scalar(loss)
-        refuse_threads([loss], inputs, started, arithmetic.passes)
-        parts = arithmetic.product(loss, inputs)
+    # In inference mode there would be no graph, and each product zero.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        inputs = [_leaf(t).requires_grad_() for t in leaves]
+        for t, d in zip(inputs, directions, strict=True):
+            arithmetic.attach(t, d)
+        started = torch.autograd._get_sequence_nr()
+        with arithmetic, torch.enable_grad():
+            loss = f(inputs)
+            loss = plain(loss) if isinstance(loss, Tensor) else loss
+            _require_scalar(loss)
+            refuse_threads([loss], inputs, started, arithmetic.passes)
+            parts = arithmetic.product(loss, inputs)
     refuse_lost_graph("hvp", [loss, *leaves, *directions], inputs)
     products = [torch.zeros_like(t) if part is None else part for t, part in zip(leaves, parts, strict=True)]
     return [_without_graph(p) for p in products], arithmetic.branched
@@ -280,8 +287,14 @@ def _match(tree: Any, leaves: list[Tensor], structure: Any, name: str, other: st
     if found_structure != structure:
         raise ValueError(f"{name} has the structure {found_structure}, {other} has {structure}; they must agree.")
     for d, t in zip(found, leaves, strict=True):
-        if not isinstance(d, Tensor) or d.shape != t.shape:
-            got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
+        if not isinstance(t, Tensor) or not isinstance(d, Tensor):
+            wrong, what = (name, d) if isinstance(t, Tensor) else (other, t)
+            raise TypeError(
+                f"a leaf of {wrong} is of type {type(what).__name__}; leaves are tensors. Convert arrays and numbers "
+                "with torch.as_tensor, and give constants to the function itself, as by a lambda."
+            )
+        if d.shape != t.shape:
+            got = tuple(d.shape)
             raise ValueError(f"a leaf of {name} has shape {got} where {other} has {tuple(t.shape)}; they must agree.")
         if d.is_complex() and not t.is_complex():
             raise TypeError(

@@ -48,3 +48,22 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
                 "result has no graph, so the gradient would lose that dependence. Write this derivative of the loss "
                 "with torch.autograd.grad(..., create_graph=True) or torch.func, or take the outer one by imstep.jvp."
             )
+
+
+def refuse_transforms(name: str, tensors: Iterable[Tensor], alone: bool) -> None:
+    """Raise if a derivative is taken within a transform of ``torch.func`` that it depends on.
+
+    Args:
+        name: of the function that takes the derivative.
+        tensors: what it is given.
+        alone: whether it needs that there be no transform at all, as a backward pass does.
+    """
+    if torch._C._functorch.maybe_current_level() is None:
+        return
+    if alone or any(torch._C._functorch.is_functorch_wrapped_tensor(t.clone()) for t in tensors):
+        raise ComplexStepError(
+            f"imstep.{name} is called within a transform of torch.func, such as vmap or grad, which hides the memory "
+            "that imaginary parts lie beside. Call it outside of the transform: for several directions imstep.Hessian "
+            "multiplies a block, H @ V, and functions of a batch take it as a whole; derivatives of derivatives are "
+            "imstep.jvp around it, or torch.func alone."
+        )

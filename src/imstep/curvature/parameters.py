@@ -226,7 +226,7 @@ class ParameterVector(TensorVector):
         own = ParameterVector.__new__(ParameterVector)
         TensorVector.__init__(own, [self.forms[at] for at in positions], self.dtype, self.device)
         own.tensors, own.names = [self.tensors[at] for at in positions], [self.names[at] for at in positions]
-        own._named = self._named
+        own._named, own.processes = self._named, self.processes
         return own
 
     def groups(self, by: str) -> dict[str, list[Tensor]]:

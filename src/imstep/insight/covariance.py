@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imstep.curvature import Jacobian
+from imstep.insight.outputs import chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,7 @@ def parameter_covariance(
         tensor([0.1058, 0.0566])
     """
     J, r = _derivative(residuals, x)
-    own = torch.arange(x.numel(), device=x.device)
-    own = own if free is None else own[torch.as_tensor(free, device=x.device)]
+    own = torch.arange(x.numel(), device=x.device) if free is None else chosen(free, x.numel(), x.device)
     J, r, m, n = J[:, own].double(), r.reshape(-1).double(), r.numel(), len(own)
     if n == 0:
         raise ValueError("free names no parameter: nothing was fitted.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +49,9 @@ def linearised(outputs: Outputs, curvature: LinearOperator) -> Jacobian:
 def rows_of(jacobian: Jacobian) -> Tensor:
     """Jᵀ as a block (n, m): one backward pass for each output."""
     return jacobian.T @ torch.eye(jacobian.shape[0], dtype=jacobian.dtype, device=jacobian.device)
+
+
+def chosen(index: Tensor | Sequence[int], size: int, device: torch.device) -> Tensor:
+    """Positions among ``size``, (k,), from positions, which may count from the end, or from a mask (size,)."""
+    given = torch.as_tensor(index, device=device)
+    return torch.arange(size, device=device)[given if given.numel() else given.long()]  # an empty list is of floats

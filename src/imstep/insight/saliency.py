@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imstep.insight.outputs import parameters_of
+from imstep.insight.outputs import chosen, parameters_of
 from imstep.linalg import DiagonalOperator, InverseOperator, LinearOperator
 
 _CHUNK = 256
@@ -83,8 +83,8 @@ def saliencies(
         tensor([1., 2.])
     """
     parameters, size = parameters_of(curvature), curvature.size
-    wanted = torch.arange(size, device=curvature.device)
-    wanted = wanted if index is None else wanted[torch.as_tensor(index, device=curvature.device)]
+    every = torch.arange(size, device=curvature.device)
+    wanted = every if index is None else chosen(index, size, curvature.device)
     if isinstance(curvature, DiagonalOperator):
         diagonal = 1 / (curvature.diagonal[wanted] + damping)
         positive = diagonal > 0
@@ -129,7 +129,7 @@ def removal(
         (2.0, tensor([ 1., -2.]))
     """
     own = parameters_of(curvature).get()
-    wanted = torch.arange(curvature.size, device=own.device)[torch.as_tensor(index, device=own.device)]
+    wanted = chosen(index, curvature.size, own.device)
     if len(wanted.unique()) < len(wanted):
         raise ValueError("a weight is named twice in the index; it can be left out only once.")
     columns = _columns(curvature.inverse(damping, rtol=rtol), wanted)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.added import function_of, with_term
-from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.parameters import ParameterVector, as_reals
 
 
 class VarianceReduction:
@@ -84,7 +84,8 @@ class VarianceReduction:
 
         def term() -> Tensor:
             moved = zip(terms, parameters.tensors, strict=True)
-            return torch.stack([(slope * (p - at)).sum() for (slope, at), p in moved]).sum()
+            parts = [as_reals(slope) * as_reals(p - at) for (slope, at), p in moved]
+            return torch.stack([part.sum() for part in parts]).sum()
 
         return lambda: with_term(closure, term)
 

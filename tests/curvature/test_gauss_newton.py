@@ -84,6 +84,8 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "losses added in place": in_place_sum,
     "losses stacked": lambda z: torch.stack([F.mse_loss(z, Y), 2 * F.huber_loss(z, Y)]).sum(),
     "minus the negative": lambda z: -(-2 * F.mse_loss(z, Y)),
+    "zero times the outputs": lambda z: F.cross_entropy(z, LABELS) + 0 * z.sum() - 0.0 * z.exp().mean(),
+    "zero times what is no loss": lambda z: F.mse_loss(z, Y) + (torch.zeros_like(z) * z.sin()).sum(),
     "difference of a constant": lambda z: F.mse_loss(z, Y) - (Y**2).mean(),
 }
 
@@ -237,6 +239,7 @@ NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "exponentials, negative": lambda z: -(z.exp() - z).mean(),
     "exponentials less squares": lambda z: z.exp().sum() - (z**2).sum(),
     "linear in another output": lambda z: F.mse_loss(z.tanh(), Y) + z.mean(),
+    "zero times what is added as well": lambda z: F.mse_loss(z, Y) + 0 * (other := z.sin().sum()) + other,
     "product of losses": lambda z: F.mse_loss(z, Y) * F.huber_loss(z, Y),
     "log-likelihood, to be minimised": lambda z: -F.cross_entropy(z, LABELS),
     "targets that depend on the model": lambda z: F.binary_cross_entropy_with_logits(z, z.flip(1).sigmoid()),

@@ -563,6 +563,8 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "views": (lambda z: (z.view(2, 3) ** 2).sum(1).reshape(1, 2).mean(), lambda z: z),
     "constant": (lambda z: (z**2).sum() + 7, lambda z: 2**0.5 * z),
     "twice": (lambda z: (q := (z**2).mean()) + 2 * q, lambda z: z),
+    "a multiple, and once more": (lambda z: 2 * (q := (z**2).mean()) + q, lambda z: z),
+    "zero times entries": (lambda z: (z**2).sum() + 0 * z.sum() + (z.exp() * 0.0).mean(), lambda z: 2**0.5 * z),
     "square of a square": (
         lambda z: (s := z**2).mean() + ((s - 5) ** 2).sum(),
         lambda z: torch.cat([(2 / 6) ** 0.5 * z, 2**0.5 * (z**2 - 5)]),
@@ -595,6 +597,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum of norms": lambda z: z.view(2, 3).norm(dim=1).sum(),
     "linear": lambda z: z.sum(),
     "square and linear": lambda z: (z**2).sum() + z.sum(),
+    "zero times what is added as well": lambda z: (z**2).sum() + 0 * (total := z.sum()) + total,
     "product of two": lambda z: (z * z.sin()).sum(),
     "factor that depends": lambda z: (z**2).sum() * z.exp().sum(),
     "quotient": lambda z: 1 / (z**2).sum(),

@@ -178,27 +178,30 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
         second = alpha if packet is not aten.sub else -alpha
         if second == 1:
             return [(slot, sign) for slot in slots]
-        refs = list(zip(step.inputs, (1, second), strict=False))
-        return [(slot_of(ref), sign if factor > 0 else -sign) for ref, factor in refs if ref is not None]
+        refs = [pair for pair in zip(step.inputs, (1, second), strict=False) if pair[0] is not None and pair[1] != 0]
+        return [(slot_of(ref), sign if factor > 0 else -sign) for ref, factor in refs]
     if packet is aten.neg or packet in _NLL:
         return [(slots[0], -sign)] if len(slots) == 1 else None
     if packet is aten.copy_:
         return [(slot, sign) for slot in slots] if type(step.target) is int else None
-    factor = _factor_sign(packet, step.args)
-    return None if factor is None else [(slot, sign * factor) for slot in slots]
+    factor = _factor(packet, step.args)
+    if factor is None:
+        return None
+    if packet is aten.mul and not bool(factor.any()):
+        return []  # 0 * p.sum(), so that each parameter has a gradient: no part of the loss
+    part = 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0
+    return [(slot, sign * part) for slot in slots]
 
 
-def _factor_sign(packet: Any, args: tuple[Any, ...]) -> int | None:
-    """The sign of the constant factor of a product or quotient; 0 if it varies, None if there is none."""
+def _factor(packet: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The constant factor of a product, or divisor of a quotient; None if there is none."""
     if packet not in (aten.mul, aten.div):
         return None
     factors = [a for a in (args[:2] if packet is aten.mul else args[1:2]) if not _differentiated(a)]
     if len(factors) != 1 or not _differentiated(args[0] if factors[0] is args[1] else args[1]):
         return None
     factor = plain(torch.as_tensor(factors[0]))
-    if factor.is_complex():
-        return None
-    return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0
+    return None if factor.is_complex() else factor
 
 
 def _differentiated(a: Any) -> bool:

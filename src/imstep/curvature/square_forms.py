@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import _disable_current_modes
 
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.later import later_grad
 
 _LINEAR = (
@@ -79,9 +80,24 @@ def squares_of(root: Any) -> tuple[list[Square], bool]:
             return [], False
         if name == "Div" and node.next_functions[0][0] is None:
             return [], False
+        if name == "Mul":
+            within, more = squares_of(parents[0])
+            if not within and not _by_zero(node):  # as 0 * p.sum(), so that each parameter has a gradient
+                return [], False
+            found += [square for square in within if square.node not in seen]
+            seen.update(square.node for square in within)
+            constants |= more
+            continue
         constants |= name == "MaskedFill" or (name in _ADDING and len(parents) < len(node.next_functions))
         waiting += reversed(parents)
     return found, constants
+
+
+def _by_zero(node: Any) -> bool:
+    """Whether a product is that of one differentiable factor and of zeros."""
+    factor = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+    with unseen(), _disable_current_modes():  # to which a number that a node keeps is no tensor
+        return factor is not None and not bool(plain(factor).any())
 
 
 def is_monotone(root: Any) -> bool:

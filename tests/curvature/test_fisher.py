@@ -189,5 +189,39 @@ def test_refusals() -> None:
     model, x = build("mlp")
     with pytest.raises(ValueError, match="memory_budget"):
         imstep.Fisher(lambda: (model(x), LABELS), model, Categorical(), memory_budget=-1)
-    with pytest.raises(TypeError, match="outputs and the targets apart"):
-        imstep.Fisher(lambda: model(x), model, Categorical())
+    for expectation in (Exact(), MonteCarlo(), Empirical()):
+        with pytest.raises(TypeError, match=r"outputs and the\s+targets apart"):
+            imstep.Fisher(lambda: model(x), model, Categorical(), expectation)
+
+
+@pytest.mark.parametrize("expectation", [Exact(), Empirical(), MonteCarlo(samples=2000)])
+def test_ignored_labels_are_no_cases(expectation: Expectation) -> None:
+    """The matrix is that of the other cases, whichever targets are averaged over."""
+    model, x = build("mlp")
+    labels = LABELS.clone()
+    labels[[1, 2, 6]] = -100
+    kept = labels != -100
+    whole = imstep.Fisher(lambda: (model(x), labels), model, Categorical(), expectation)
+    apart = imstep.Fisher(lambda: (model(x)[kept], labels[kept]), model, Categorical(), expectation)
+    exact = not isinstance(expectation, MonteCarlo)
+    assert relative_error(whole.to_dense(), apart.to_dense()) < (1e-13 if exact else 0.1)
+    torch.testing.assert_close(whole.loss, F.cross_entropy(model(x), labels).detach())
+    assert torch.equal(Categorical().counted(labels), kept)
+    assert Categorical().counted(LABELS) is Categorical().counted(x) is None
+
+
+def test_targets_that_would_make_more_outputs_are_refused() -> None:
+    """They would be broadcast: (8, 3) less (8, 1, 3) are 64 differences for each output."""
+    model, x = build("mlp")
+    for likelihood in (Gaussian(), Poisson()):
+        with pytest.raises(ValueError, match=r"outputs have the shape \(8, 3\), and targets \(8, 1, 3\)"):
+            imstep.Fisher(lambda: (model(x), normal(8, 1, 3)), model, likelihood)
+
+
+def test_classes_in_place_of_instances_are_refused() -> None:
+    model, x = build("mlp")
+    pair = lambda: (model(x), LABELS)
+    with pytest.raises(TypeError, match=r"such as Categorical\(\), got the class Gaussian"):
+        imstep.Fisher(pair, model, Gaussian)
+    with pytest.raises(TypeError, match=r"no Expectation: .* such as Empirical\(\), got a str"):
+        imstep.Fisher.over([0], lambda _: pair(), model, Categorical(), "empirical")

@@ -45,7 +45,9 @@ class Fisher(PointOperator):
     Attributes: see :class:`PointOperator`; ``loss`` is the mean of -log p over the cases, up to terms without w, and
         ``gradient`` its gradient. The matrix is positive semidefinite.
 
-    Raises: as for :class:`GaussNewton`.
+    Raises: as for :class:`GaussNewton`; also
+        TypeError: the likelihood or the expectation is none, or a class in place of an instance.
+        ValueError: targets do not fit the outputs.
 
     Cost: as :class:`GaussNewton`; no gradient of a single case is ever stored.
 
@@ -74,7 +76,7 @@ class Fisher(PointOperator):
         memory_budget: int | None = None,
     ) -> None:
         parameters = ParameterVector(params)
-        model = (expectation or Exact()).of(likelihood, closure)
+        model = _checked(likelihood, expectation).of(likelihood, closure)
         super().__init__(parameters, BatchGaussNewton(model, parameters).once(memory_budget))
 
     @classmethod
@@ -97,7 +99,7 @@ class Fisher(PointOperator):
             closure: called with a batch, returns ``(outputs, targets)``.
             likelihood, expectation: as for :class:`Fisher`.
         """
-        of = (expectation or Exact()).of
+        of = _checked(likelihood, expectation).of
         kind = lambda f, vector, number: BatchGaussNewton(of(likelihood, f, number), vector)
         parameters = parameters_of(params, process_group)
         return over(Series(batches, closure, parameters, kind), reduction, memory_budget, progress)
@@ -140,7 +142,7 @@ class Exact(Expectation):
     """Over all targets, each with its probability under the model: Jᵀ L'' J with L the mean of -log p."""
 
     def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
-        return LossOfOutputs(closure, lambda z, y: likelihood.losses(z, y).mean(), convex=True)
+        return LossOfOutputs(closure, lambda z, y: _of_cases(likelihood, z, y, y).mean(), convex=True)
 
     @property
     def needs_graph(self) -> bool:
@@ -181,11 +183,12 @@ class MonteCarlo(Expectation):
 
     def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
         def losses() -> tuple[Tensor, Tensor]:
-            outputs, targets = closure()
+            outputs, targets = _pair(closure())
             at = outputs.detach()
             generator = torch.Generator(at.device).manual_seed(self._seed(batch))
-            drawn = [likelihood.losses(outputs, likelihood.sample(at, generator)) for _ in range(self.samples)]
-            return likelihood.losses(outputs, targets), torch.stack(drawn)
+            samples = [likelihood.sample(at, generator) for _ in range(self.samples)]
+            drawn = [_of_cases(likelihood, outputs, sample, targets) for sample in samples]
+            return _of_cases(likelihood, outputs, targets, targets), torch.stack(drawn)
 
         return LossOfOutputs(losses, lambda observed, drawn: observed.mean() + _outer_products(drawn), convex=True)
 
@@ -210,7 +213,10 @@ class Empirical(Expectation):
     """
 
     def of(self, likelihood: Likelihood, closure: Pair, batch: int = 0) -> LossOfOutputs:
-        observed = lambda: (likelihood.losses(*closure()),)
+        def observed() -> tuple[Tensor]:
+            outputs, targets = _pair(closure())
+            return (_of_cases(likelihood, outputs, targets, targets),)
+
         return LossOfOutputs(observed, lambda losses: losses.mean() + _outer_products(losses), convex=True)
 
     def at(self, point: Linearised, parameters: ParameterVector, step: int) -> SymmetricOperator:
@@ -245,6 +251,31 @@ def _likelihood(at: Linearisation, natural: bool = False) -> Linearisation:
                 "sigmoid out of the model and use binary_cross_entropy_with_logits; or use MonteCarlo()."
             )
     return at
+
+
+def _checked(likelihood: Likelihood, expectation: Expectation | None) -> Expectation:
+    """The expectation; raises where it or the likelihood is none."""
+    for given, kind, example in ((likelihood, Likelihood, "Categorical()"), (expectation, Expectation, "Empirical()")):
+        if given is not None and not isinstance(given, kind):
+            got = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+            raise TypeError(f"this is no {kind.__name__}: a Fisher matrix takes one such as {example}, got {got}.")
+    return expectation or Exact()
+
+
+def _pair(returned: Any) -> tuple[Tensor, Tensor]:
+    """What a closure returned, if it is outputs and targets."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise TypeError(
+            f"closure returned {type(returned).__name__}; a Fisher matrix needs the model's outputs and the targets "
+            "apart. Return (outputs, targets)."
+        )
+    return returned[0], returned[1]
+
+
+def _of_cases(likelihood: Likelihood, outputs: Tensor, targets: Tensor, observed: Tensor) -> Tensor:
+    """-log p of ``targets``, of the cases that count by those that were observed."""
+    losses, counted = likelihood.losses(outputs, targets), likelihood.counted(observed)
+    return losses if counted is None else losses[counted]
 
 
 def _outer_products(losses: Tensor) -> Tensor:

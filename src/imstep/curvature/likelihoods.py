@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_IGNORED = -100
+"""The label that PyTorch's cross entropy leaves out by default."""
+
 
 class Likelihood(ABC):
     """A distribution p(y | z) of a target y given outputs z, one independent draw a case.
@@ -21,6 +24,10 @@ class Likelihood(ABC):
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """-log p(y | z) up to a term without z; one entry a case, in any shape."""
+
+    def counted(self, targets: Tensor) -> Tensor | None:
+        """Which cases count, a mask of the shape of :meth:`losses`; None for all."""
+        return None
 
     @abstractmethod
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -53,6 +60,7 @@ class Gaussian(Likelihood):
             raise ValueError(f"variance must be positive, got {self.variance}.")
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _check_shapes(outputs, targets)
         return _by_case(F.mse_loss(outputs, targets, reduction="none")) / (2 * self.variance)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,6 +74,8 @@ class Categorical(Likelihood):
 
         -log p = log Σ_c exp z_c - z_y
 
+    Rows whose label is -100, which cross entropy ignores, are no cases.
+
     Example:
         >>> Categorical().losses(torch.zeros(1, 2), torch.tensor([1]))
         tensor([0.6931])
@@ -73,6 +83,10 @@ class Categorical(Likelihood):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="none")
+
+    def counted(self, targets: Tensor) -> Tensor | None:
+        counts = targets != _IGNORED
+        return None if targets.is_floating_point() or bool(counts.all()) else counts
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         classes = min(1, outputs.ndim - 1)
@@ -112,10 +126,20 @@ class Poisson(Likelihood):
     """
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        _check_shapes(outputs, targets)
         return _by_case(outputs.exp() - targets * outputs)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         return torch.poisson(outputs.exp(), generator=generator)
+
+
+def _check_shapes(outputs: Tensor, targets: Tensor) -> None:
+    """Raise where targets would make more of the outputs than there are."""
+    if torch.broadcast_shapes(outputs.shape, targets.shape) != outputs.shape:
+        raise ValueError(
+            f"outputs have the shape {tuple(outputs.shape)}, and targets {tuple(targets.shape)}; there is a target for "
+            "each output. Reshape one of them, as by targets.view_as(outputs)."
+        )
 
 
 def _by_case(losses: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 
 _SUMS = {aten.sum, aten.mean, aten.add, aten.clone, aten._to_copy, aten.stack, aten.cat, aten.index}
 _SUMS |= {aten.select_backward, aten.masked_fill, aten.where}
+_ROOTS = {aten.linalg_vector_norm, aten.norm, aten.dist, aten.sqrt, aten.hypot}
 _NLL = {aten.nll_loss_forward, aten.nll_loss2d_forward}
 _JOINTLY_CONVEX = {aten.mse_loss, aten.huber_loss, aten.smooth_l1_loss}  # in both arguments
 _CONVEX = _JOINTLY_CONVEX | {
@@ -109,20 +110,26 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
     """The convex operators whose positive combination is the loss; empty if the loss has another form."""
     found: list[ConvexLoss] = []
     outputs: set[int] = set()
+    squared: set[int] = set()  # outputs that are squared, and what they are multiples of
     wanted = {} if loss is None else {slot_of(loss): 1}  # slots that the loss is made of, with their signs; 0 for both
     for step in reversed(tape.steps):
         if step.backward and step.target is None:
             continue  # the loss is older
         signs = {wanted.pop(slot) for slot in step.writes() if slot in wanted and slot not in outputs}
         if not signs:
-            if step.func.overloadpacket is aten.linalg_vector_norm and not outputs.isdisjoint(step.writes()):
-                return []  # the square of a norm is many residuals, of which this split would see one
+            if not squared.isdisjoint(step.writes()):
+                if _is_root(step):
+                    return []  # the square of a norm is many residuals, of which this split would see one
+                packet = step.func.overloadpacket
+                multiple = packet is aten.neg or _factor(packet, step.args) is not None
+                squared.update(step.reads() if multiple else ())
             continue
         sign = signs.pop() if len(signs) == 1 else 0
         end = _convex(step, sign)
         if end is not None:
             found.append(end)
             outputs.update(end.outputs)
+            squared.update(end.outputs if end.func.overloadpacket in (aten.pow, aten.mul) else ())
             continue
         parts = None if step.backward else _linear(step, sign)
         if parts is None:
@@ -168,6 +175,12 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
     if (convex and sign > 0) or (func is aten._log_softmax.default and sign < 0):
         return ConvexLoss(func, args, result, tuple(flat(step.inputs)))
     return None
+
+
+def _is_root(step: Step) -> bool:
+    """Whether a step takes norms, or roots of what may be sums of squares."""
+    packet = step.func.overloadpacket
+    return packet in _ROOTS or (packet is aten.pow and len(step.args) > 1 and step.args[1] == 0.5)
 
 
 def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:

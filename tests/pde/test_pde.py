@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,7 @@ WEIGHT = torch.arange(12, dtype=F64).reshape(3, 4) / 10 - 0.4
 BATCH_NORM = seeded(lambda: nn.BatchNorm1d(3)).eval()
 BATCH_NORM.running_mean.fill_(0.2), BATCH_NORM.running_var.fill_(1.7)
 HARD = mlp(nn.Tanh())
+CONSTANTS = points()[:, 0].cos()
 ACTIVATIONS = [
     nn.Tanh(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Softplus(2.0), nn.ReLU(), nn.ReLU(inplace=True),
     nn.ELU(), nn.Mish(), nn.Softsign(), Sine(), nn.Tanhshrink(), nn.LogSigmoid(), nn.SELU(), nn.Hardtanh(),
@@ -112,6 +114,22 @@ FIELDS = {
         lambda x: F.group_norm(x @ WEIGHT, 2),
         lambda x: _norm((x @ WEIGHT).reshape(-1, 2, 2)).reshape(-1, 4),
     ),
+    "softplus that becomes a line": lambda x: F.softplus(x, beta=3.0, threshold=0.5),
+    "differences": lambda x: (x**2).diff(dim=1, prepend=CONSTANTS[:, None], append=x.sin()),
+    "differences of differences": lambda x: torch.diff((x**2)[:, :, None], 2, 1, append=CONSTANTS[:, None, None]),
+    "differences, after points": lambda x: CONSTANTS[:, None].diff(dim=1, prepend=x**2),
+    "where, as a method": lambda x: (x**2).where(x > 0.3, x.sin()),
+    "where, as a method of a constant": lambda x: CONSTANTS[:, None].where(x > 0.3, other=x**2),
+    "where, named": lambda x: (x**2).where(condition=x > 0.3, other=0.1) + torch.where(x > 0, input=x, other=0.7),
+    "numbers that float32 rounds": lambda x: torch.stack(
+        [torch.where(x > 0.3, x**2, 0.1), (x**2).masked_fill(x > 0.3, -1e300) * (x < 0), torch.where(x > 0, 0.1, x)], 1
+    ),
+    "divisors of other kinds": lambda x: torch.stack(
+        [x / torch.tensor([3, 7, 11]), x / torch.tensor(3.0), x / torch.tensor([3.0, 0.1, 7.0]), x / np.float32(3.1)], 1
+    ),
+    "integers of the points": lambda x: x**2 * (3 * x).to(torch.long) + x**3 * (2 * x).type(torch.int),
+    "looked up by the points": lambda x: WEIGHT[:, 0][(x[:, 0] > 0).to(torch.int64)] * x[:, 1] ** 2,
+    "the form of another": lambda x: x[:, :1].expand_as(x) * x.reshape(-1, 1, 3).view_as(x).type_as(x).to(x),
     "batch normalisation": (BATCH_NORM, lambda x: (x - 0.2) / (1.7 + 1e-5) ** 0.5),
 }
 

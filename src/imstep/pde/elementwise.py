@@ -95,7 +95,8 @@ def _silu(x: Tensor) -> Any:
 
 @_elementwise("softplus")
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    slope = torch.sigmoid(beta * x)
+    scaled = beta * x
+    slope = torch.where(scaled > threshold, 1.0, torch.sigmoid(scaled))
     return F.softplus(x, beta, threshold), slope, beta * slope * (1 - slope)
 
 

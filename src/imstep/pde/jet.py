@@ -29,7 +29,7 @@ _FRESH: set[str] = set()
 _LOOKS = {
     *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_cuda", "is_complex"),
     *("dim", "size", "numel", "is_floating_point", "__len__", "element_size", "nelement"),
-    *("ndimension", "get_device", "type", "is_nested", "is_quantized", "is_mkldnn", "is_meta"),
+    *("ndimension", "get_device", "is_nested", "is_quantized", "is_mkldnn", "is_meta"),
 }
 """What asks for the form of a tensor only."""
 _LAYOUT = {"stride", "storage_offset", "is_contiguous", "is_conj", "is_neg"}
@@ -226,8 +226,11 @@ def chain(x: Jet, slopes: tuple[Tensor, Tensor, Tensor | None]) -> Jet:
 
 
 def mapped(function: Callable[[Tensor], Any], x: Jet) -> Any:
-    """A linear function of one jet, applied to the value and to each derivative."""
-    value, first = function(x.value), _each(function, resolved(x.first))
+    """A linear function of one jet, applied to the value and to each derivative; what is of integers has none."""
+    value = function(x.value)
+    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return value
+    first = _each(function, resolved(x.first))
     second = None if x.second is None else _each(function, resolved(x.second))
     if isinstance(value, Tensor):
         return Jet(value, first, second, x.combination)

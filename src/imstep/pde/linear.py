@@ -17,21 +17,30 @@ _LINEAR = (
     *("tile", "repeat_interleave", "broadcast_to", "flip", "roll", "__getitem__", "select", "narrow", "index_select"),
     *("gather", "take_along_dim", "chunk", "split", "unbind", "tensor_split", "hsplit", "contiguous", "clone", "to"),
     *("sum", "mean", "cumsum", "neg", "negative", "__neg__", "positive", "__pos__", "diagonal", "tril", "triu"),
-    *("float", "double", "type_as", "diff", "trace", "adaptive_avg_pool1d", "avg_pool1d"),
+    *("float", "double", "type_as", "trace", "adaptive_avg_pool1d", "avg_pool1d"),
     *("real", "imag", "conj", "conj_physical", "resolve_conj", "resolve_neg", "H", "mH", "adjoint"),
     *("view_as_real", "view_as_complex", "cfloat", "cdouble"),
 )
 _ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
+_LIKE = ("view_as", "reshape_as", "expand_as", "type_as", "to")
+"""Those that take another tensor for its form."""
 
 
 def _register_linear() -> None:
     for name in _LINEAR:
 
         def apply(input: Any, *args: Any, _name: str = name, **kwargs: Any) -> Any:
-            if not isinstance(input, Jet):
-                raise ExpansionError(f"{_name} takes a jet as its first argument only.")
             call = (lambda t: getattr(t, _name)) if _name in _ATTRIBUTES else _function(_name)
-            return mapped(lambda t: call(t, *args, **kwargs), input)
+            if _name in _LIKE:
+                args, kwargs = tuple(map(value_of, args)), {key: value_of(t) for key, t in kwargs.items()}
+            if isinstance(input, Jet):
+                return mapped(lambda t: call(t, *args, **kwargs), input)
+            if _name in _LIKE:
+                return call(input, *args, **kwargs)
+            raise ExpansionError(
+                f"{_name} follows derivatives of its first argument only, and another one has them. Give .detach() of "
+                "that one, if it says which entries are meant, or compute in another way."
+            )
 
         rule(name)(apply)
 
@@ -68,6 +77,18 @@ def _joined(join: Callable[..., Tensor], tensors: Any, dim: int) -> Jet:
     return Jet(join([value_of(t) for t in tensors], dim), first, second, combination)
 
 
+@rule("diff")
+def _diff(input: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    parts = [t for t in (prepend, input, append) if t is not None]
+    whole = input if len(parts) == 1 else _joined(torch.cat, parts, dim)
+    return mapped(lambda t: torch.diff(t, n, dim if dim < 0 else dim - whole.dim()), whole)
+
+
+@rule("type")
+def _type(input: Jet, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return input.value.type() if dtype is None else mapped(lambda t: t.type(dtype, *args, **kwargs), input)
+
+
 @rule("dropout")
 def _dropout(input: Jet, p: float = 0.5, training: bool = True) -> Tensor:
     if not training or p == 0:
@@ -101,21 +122,30 @@ def _data(input: Jet, *args: Any) -> Tensor:
 
 
 @rule("where")
-def _where(condition: Tensor, input: Any, other: Any) -> Jet:
+def _where(*args: Any, **kwargs: Any) -> Any:
+    """The function, (condition, input, other), and the method, (input, condition, other)."""
+    if args and (isinstance(args[0], Jet) or args[0].dtype not in (torch.bool, torch.uint8)):
+        return _where_each(input=args[0], **dict(zip(("condition", "other"), args[1:], strict=False)), **kwargs)
+    return _where_each(*args, **kwargs)
+
+
+def _where_each(condition: Tensor, input: Any, other: Any) -> Jet:
+    condition = condition.bool()
     jet = input if isinstance(input, Jet) else other
-    return jet.new_zeros(()) + _chosen(condition, input) + _chosen(~condition, other)
+    return jet.new_zeros(()) + _chosen(condition, input, jet) + _chosen(~condition, other, jet)
 
 
 @rule("masked_fill")
 def _masked_fill(input: Jet, mask: Tensor, value: Any) -> Jet:
-    return _where(mask, value, input)
+    return _where_each(mask, value, input)
 
 
-def _chosen(condition: Tensor, t: Any) -> Any:
+def _chosen(condition: Tensor, t: Any, jet: Jet) -> Any:
     """``t`` where the condition holds, else 0, also where t is not finite."""
     if isinstance(t, Jet):
         return mapped(lambda u: torch.where(condition, u, 0.0), t)
-    return torch.where(condition, torch.as_tensor(t, device=condition.device), 0.0)
+    kind = torch.result_type(jet.value, t)  # a number is not to be rounded to the default dtype
+    return torch.where(condition, torch.as_tensor(t, dtype=kind, device=condition.device), 0.0)
 
 
 _PLAIN = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +59,10 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
         return torch.div(value_of(input), value_of(other), rounding_mode=rounding_mode)
     if isinstance(other, Jet):
         return input * other.reciprocal()
+    if isinstance(other, Tensor):
+        other = other.to(torch.result_type(input.value, other))  # an inverse in less would be rounded
+    elif isinstance(other, np.generic):
+        other = other.item()
     return _bilinear(torch.mul, input, 1 / other, elementwise=True)
 
 

@@ -146,6 +146,11 @@ def test_what_does_not_fit_is_told(
         ("name,b", [f"Ann {at},{at}" for at in range(20)], "has 20 different words in 20 rows, such as 'Ann 0'"),
         ("a,b", ["1,no"] * 20, "is 'no' in every row"),
         ("a,b", [f",{at}" for at in range(20)], "Give --impute"),
+        ("a,b", [f"{at},2.5" for at in range(20)], "the target 'b' is 2.5 in every row: there is nothing to predict"),
+        ("a,b", [*["1,2"] * 20, '3,"x'], "line 22: a quotation mark is not closed"),
+        ("a;b", [f"{at};{at},{at:03d}" for at in range(1, 12)] + ["3;4.5"], "in column 'b', and with a comma"),
+        ("a;b", [f"{at};{at},{at:03d}" for at in range(1, 12)] + ["3;999"], "seems to part thousands"),
+        ("a;c;b", [f"{at};{at}.5;{at},25" for at in range(1, 12)], "with a point, in column 'c', and with a comma"),
     ],
 )
 def test_files_that_are_no_such_tables_are_told(tmp_path: Path, head: str, rows: list[str], message: str) -> None:
@@ -161,6 +166,39 @@ def test_delimiters_decimal_commas_quotes_and_byte_order_marks_are_read(tmp_path
     file.write_bytes("größe,y\n1,2\n".encode("latin-1"))
     with pytest.raises(TaskError, match="not text in UTF-8"):
         read_table(file)
+
+
+def test_what_is_no_delimiter_and_no_end_of_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "export.csv"
+    file.write_text('"price, EUR";"size, m2, all";y\n1,5;a\x0bb\u2028c;2\n-2;d\x85e;3,125\n', encoding="utf-8")
+    columns = read_table(file).columns
+    assert columns["price, EUR"].values.tolist() == [1.5, -2.0]
+    assert columns["size, m2, all"].values.tolist() == ["a\x0bb\u2028c", "d\x85e"]
+    assert columns["y"].values.tolist() == [2.0, 3.125]
+
+
+def test_what_is_wrong_with_a_column_does_not_count_once_it_is_left_out(tmp_path: Path) -> None:
+    file = houses(tmp_path, row5="-,Bern,12000.5", row6="inf,Bern,3000.5", row7="1_0,Bern,1.5")
+    assert "--drop size" in refused(file, target="price")
+    assert get_task(file, TableOptions("price", drop=("size",))).build().data == "32 rows (8 held out)"
+    np.savez(tmp_path / "data.npz", y=np.arange(21) / 2, x=np.arange(21.0), z=np.arange(21) * 1j)
+    assert "column 'z' is of type complex128" in refused(str(tmp_path / "data.npz"))
+    get_task(str(tmp_path / "data.npz"), TableOptions(drop=("z",)))
+    mixed = csv(tmp_path, [f"{at}.5;{at},25;{at}" for at in range(30)], "a;c;b")
+    get_task(mixed, TableOptions("b", drop=("a",)))
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-170, 1.0, 1e200, 1e300])
+def test_units_do_not_matter(tmp_path: Path, unit: float) -> None:
+    values = np.sin(np.arange(30.0)) + 0.1
+    rows = zip(values.tolist(), values.tolist()[::-1], strict=True)
+    file = csv(tmp_path, [f"{x * unit!r},{y * unit!r}" for x, y in rows], "x,y")
+    problem = get_task(file, TableOptions("y")).build(dtype=torch.float64)
+    for part in (problem.train.inputs, problem.train.targets):
+        torch.testing.assert_close(part.square().mean(), torch.tensor(1.0, dtype=torch.float64))
+    deviation = float(problem.train.targets.max() - problem.train.targets.min()) / np.ptp(values)
+    found = problem.evaluate(problem.train)
+    assert found.metric == pytest.approx(unit * found.loss**0.5 / deviation, rel=0.2)
 
 
 def test_arrays(tmp_path: Path) -> None:

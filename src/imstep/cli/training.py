@@ -134,6 +134,7 @@ def train(
         size = _batch_size(batch_size, optimizer, origin.task.has_batches)
         if all(limit is None for limit in limits.values()):
             limits["budget"] = origin.task.budget or DEFAULT_BUDGET
+        often = FULL_BATCH_EVALUATION if size is None else 1.0
         config = RunConfig(
             task=origin.name,
             optimizer=optimizer,
@@ -146,7 +147,7 @@ def train(
             threads=threads if threads is not None else torch.get_num_threads(),
             data=None if data is None else str(data),
             examples=examples,
-            evaluate_every=evaluate_every or (FULL_BATCH_EVALUATION if size is None else 1.0),
+            evaluate_every=evaluate_every if evaluate_every is not None else often,
             first_points=first_points,
             table=None if table is None else table.to_dict(),
         )

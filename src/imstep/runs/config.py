@@ -145,6 +145,8 @@ class RunConfig:
         """
         spec = get_optimizer(self.optimizer)
         options, dtype, device = spec.resolve(self.options), torch_dtype(self.dtype), self._device()
+        if not -(2**63) <= self.seed < 2**63:
+            raise TrainingError(f"seed={self.seed}: give a whole number below 2**63.")
         if self.threads < 1:
             raise TrainingError(f"threads={self.threads}: give at least one.")
         torch.set_num_threads(self.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -55,14 +56,14 @@ class Schedule:
     """Evaluate before the first step, then every `every` units of `clock`, and at the end.
 
     Raises:
-        TrainingError: `every` is not above zero.
+        TrainingError: `every` is not above zero, or infinite.
     """
 
     every: float = 1.0
     clock: Clock = Clock.EPOCHS
 
     def __post_init__(self) -> None:
-        if not self.every > 0:
+        if not 0 < self.every < math.inf:
             raise TrainingError(f"evaluation every {self.every} {self.clock.value}: give a number above 0.")
 
 
@@ -71,7 +72,7 @@ class Limits:
     """When to stop: at the first limit reached. The step that crosses `budget` or `seconds` is finished.
 
     Raises:
-        TrainingError: no limit at all, or one that is not above zero.
+        TrainingError: no limit at all, or one that is not above zero, or infinite.
     """
 
     epochs: float | None = None
@@ -83,7 +84,7 @@ class Limits:
         if not given:
             raise TrainingError("a run without a limit never ends: give epochs, budget or seconds.")
         for name, value in given.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise TrainingError(f"{name}={value}: give a number above 0.")
 
 

@@ -128,6 +128,9 @@ def _check(table: Table, inputs: tuple[Column, ...], targets: tuple[Column, ...]
         raise TaskError(f"{table.file} has {len(table)} rows: at least {FEWEST_ROWS} are needed, some to be held out.")
     if not inputs:
         raise TaskError(f"{table.file} has no column left to predict from.")
+    for column in (*targets, *inputs):
+        column.check()
+    _check_marks(table, (*targets, *inputs))
     for column in targets:
         if column.missing.any():
             raise TaskError(
@@ -157,6 +160,16 @@ def _check(table: Table, inputs: tuple[Column, ...], targets: tuple[Column, ...]
             )
 
 
+def _check_marks(table: Table, columns: tuple[Column, ...]) -> None:
+    """Whether numbers have one decimal mark."""
+    by = {mark: next((column.name for column in columns if mark in column.marks), None) for mark in ".,"}
+    if None not in by.values():
+        raise TaskError(
+            f"{table.file} has numbers with a point, in column {by['.']!r}, and with a comma, in column {by[',']!r}: "
+            "one of them seems to part thousands. Write digits and a decimal mark alone, or leave columns out: --drop."
+        )
+
+
 def _count(rows: int) -> str:
     return f"{rows} row{'s' if rows > 1 else ''}"
 
@@ -164,6 +177,8 @@ def _count(rows: int) -> str:
 def _classes(name: str, targets: tuple[Column, ...], options: TableOptions) -> tuple[Any, ...] | None:
     """The classes of a target in order; None for regression."""
     values = targets[0].values
+    if options.kind != "classification" and all(column.numeric and np.ptp(column.values) == 0 for column in targets):
+        raise TaskError(f"the target {name!r} is {values[0]:g} in every row: there is nothing to predict.")
     if not all(column.numeric for column in targets):
         if options.kind == "regression" or len(targets) > 1:
             raise TaskError(f"the target {name!r} holds words: it can be classified only, one column at a time.")
@@ -281,16 +296,17 @@ class TableTask(Task):
         mean, deviation = _moments(values[train])
         in_units = float(deviation[0]) if len(deviation) == 1 else 1.0
         name = f"RMSE of {self.target}" + ("" if len(deviation) == 1 else ", standardised")
-        return (values - mean) / deviation, Metric(name, _squares(in_units), math.sqrt)
+        return (values - mean) / deviation, Metric(name, _squares, lambda square: in_units * math.sqrt(square))
 
 
-def _squares(unit: float) -> Any:
-    return lambda outputs, targets: ((outputs - targets).double() * unit).square().flatten(1).mean(1)
+def _squares(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs - targets).double().square().flatten(1).mean(1)
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation; 1 for a column that does not vary, up to rounding."""
-    mean, deviation = values.mean(0), values.std(0)
+    unit = np.maximum(np.abs(values).max(0), np.finfo(values.dtype).tiny)  # no square is beyond the range of numbers
+    mean, deviation = unit * (values / unit).mean(0), unit * (values / unit).std(0)
     return mean, np.where(deviation > 1e-12 * np.abs(mean), deviation, 1.0)
 
 

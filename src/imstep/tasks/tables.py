@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +22,33 @@ _MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
 UNNAMED = "column "
 """What a column without a name is called, with its number."""
 _DELIMITERS = ",;\t|"
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+_FEWER = re.compile(r"[+-]?\d{1,3}")
 
 
 @dataclass(frozen=True, eq=False)
 class Column:
     """One column: `values` are float64 with nan where one is missing, or strings with None.
 
-    Raises:
-        TaskError: a number is infinite.
+    Args:
+        name, values: of it.
+        fault: why it cannot be used, a sentence; "" for a column that can.
+        marks: the decimal marks of its numbers, "." and ",", as far as a text has them.
     """
 
     name: str
     values: np.ndarray
+    fault: str = ""
+    marks: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Whether it can be used.
+
+        Raises:
+            TaskError: it cannot, or a number is infinite.
+        """
+        if self.fault:
+            raise TaskError(self.fault)
         if self.numeric and np.isinf(self.values).any():
             row = int(np.isinf(self.values).argmax())
             raise TaskError(f"column {self.name!r} is infinite in row {row + 1}: mend or leave out that row.")
@@ -91,8 +106,8 @@ def _read_csv(file: Path) -> dict[str, tuple[Column, ...]]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TaskError(f"{file} is not text in UTF-8 ({error}): save it as UTF-8.") from error
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(_DELIMITERS, key=first.count)
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    delimiter = max(_DELIMITERS, key=re.sub(r'"[^"]*"', "", first).count)
     rows = [(number, row) for number, row in _lines(file, text, delimiter) if any(map(str.strip, row))]
     if len(rows) < 2:
         raise TaskError(f"{file} holds no rows below a line with the names of the columns.")
@@ -115,11 +130,12 @@ def _read_csv(file: Path) -> dict[str, tuple[Column, ...]]:
 
 
 def _lines(file: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         return [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise TaskError(f"{file}, line {reader.line_num}: {error}.") from error
+        unclosed = "a quotation mark is not closed" if "unexpected end" in str(error) else str(error)
+        raise TaskError(f"{file}, line {reader.line_num}: {unclosed}.") from error
 
 
 def _typed(file: Path, name: str, cells: Sequence[str], lines: Sequence[int], comma: bool) -> Column:
@@ -130,19 +146,38 @@ def _typed(file: Path, name: str, cells: Sequence[str], lines: Sequence[int], co
     odd = [(word, line) for word, number, line in read if word is not None and number is None]
     present = sum(word is not None for word in words)
     if present and not odd:
-        return Column(name, np.array([math.nan if number is None else number for number in numbers]))
+        marks = frozenset(mark for mark in ".," for word in words if word is not None and mark in word)
+        values = np.array([math.nan if number is None else number for number in numbers])
+        return Column(name, values, _thousands(file, name, words, lines) if comma else "", marks)
     if 2 * len(odd) < present:
-        raise TaskError(
+        fault = (
             f"{file}, line {odd[0][1]}: {odd[0][0]!r} in column {name!r} is no number, as most of its entries are. "
             f"Mend it, or leave the column out: --drop {name}."
         )
+        return _words(name, words, fault)
     return _words(name, words)
 
 
-def _words(name: str, words: Sequence[str | None]) -> Column:
+def _thousands(file: Path, name: str, words: Sequence[str | None], lines: Sequence[int]) -> str:
+    """What is wrong with commas that are taken for decimal ones; "" if they may be."""
+    given = [(word, line) for word, line in zip(words, lines, strict=True) if word is not None]
+    commas = [(word, line) for word, line in given if "," in word]
+    whole = [word for word, _ in given if "," not in word]
+    if not commas or not whole or not all(_THOUSANDS.fullmatch(word) for word, _ in commas):
+        return ""
+    if not all(_FEWER.fullmatch(word) for word in whole):
+        return ""
+    return (
+        f"{file}, line {commas[0][1]}: the comma in {commas[0][0]!r} of column {name!r} seems to part thousands, where "
+        "a decimal comma is expected. Write the column without it, in digits alone, or leave the column out: "
+        f"--drop {name}."
+    )
+
+
+def _words(name: str, words: Sequence[str | None], fault: str = "") -> Column:
     values = np.empty(len(words), dtype=object)
     values[:] = words
-    return Column(name, values)
+    return Column(name, values, fault)
 
 
 def _number(word: str, comma: bool = False) -> float | None:
@@ -179,7 +214,8 @@ def _from_array(name: str, values: np.ndarray) -> Column:
         return Column(name, values.astype(np.float64))
     if values.dtype.kind in "bU":
         return _words(name, [str(value) for value in values])
-    raise TaskError(f"column {name!r} is of type {values.dtype}: numbers, words and truth values can be used.")
+    fault = f"column {name!r} is of type {values.dtype}: numbers, words and truth values can be used."
+    return _words(name, [None] * len(values), fault)
 
 
 def _read_parquet(file: Path) -> dict[str, tuple[Column, ...]]:
@@ -201,7 +237,8 @@ def _from_arrow(name: str, column: Any, types: Any) -> Column:
         return Column(name, np.array([math.nan if value is None else float(value) for value in values]))
     if types.is_string(kind) or types.is_large_string(kind) or types.is_boolean(kind) or types.is_null(kind):
         return _words(name, [None if value is None else str(value) for value in values])
-    raise TaskError(f"column {name!r} is of type {kind}: leave it out (--drop {name}), or write numbers or words.")
+    fault = f"column {name!r} is of type {kind}: leave it out (--drop {name}), or write numbers or words."
+    return _words(name, [None] * len(values), fault)
 
 
 _READERS: dict[str, Callable[[Path], dict[str, tuple[Column, ...]]]] = {

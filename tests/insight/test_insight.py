@@ -279,6 +279,30 @@ def test_the_covariance_of_a_fit_is_that_of_scipy() -> None:
     assert off.distance > 0.5
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variance": -1.0}, "a number >= 0, got -1.0"),
+        ({"variance": math.nan}, "a number >= 0, got nan"),
+        ({"free": []}, "names no parameter"),
+        ({"free": [3]}, "the position 3, and there are 3 parameters"),
+        ({"free": [0, -3]}, r"once, got \[0, 0\]"),
+        ({"free": [True, False]}, "a mask of 2 entries for 3"),
+        ({"free": [0.5]}, "positions or is a mask"),
+    ],
+)
+def test_arguments_of_a_covariance_are_checked(options: dict[str, object], message: str) -> None:
+    t, b = torch.linspace(0, 1, 9, dtype=F64), torch.ones(3, 1, dtype=F64)
+    residuals = lambda b: b[0] + b[1] * t + b[2] * t**2 - t**3
+    with pytest.raises(ValueError, match=message):
+        insight.parameter_covariance(residuals, b, **options)
+    with pytest.raises(TypeError, match=r"got ndarray. Pass torch\.as_tensor"):
+        insight.parameter_covariance(residuals, b.numpy())
+    mask = insight.parameter_covariance(residuals, b, free=torch.tensor([[True], [False], [True]]))
+    for free in ([0, 2], [-3, -1], torch.tensor([0, 2]), [True, False, True]):
+        assert torch.equal(mask.matrix, insight.parameter_covariance(residuals, b, free=free).matrix)
+
+
 def test_a_covariance_that_is_not_there_is_refused() -> None:
     t = torch.linspace(0, 1, 9, dtype=F64)
     b = torch.tensor([1.0, 2.0, 3.0], dtype=F64)

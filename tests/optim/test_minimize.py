@@ -358,11 +358,18 @@ def test_without_steps_the_start_is_looked_at(method: str) -> None:
         (lambda f: imstep.minimize(f, vector(1), args=(2,)), TypeError, "lambda x: fun"),
         (lambda f: imstep.minimize(f, vector(1), "least-squares", jac=True), TypeError, "Derivatives are its own"),
         (lambda f: imstep.minimize(lambda x: x - 1, vector(1, 2), "least-squares"), ValueError, "residuals.square"),
+        (lambda f: imstep.minimize(f, vector(1), scale="jac"), ValueError, 'leave it out with method="least-squares"'),
     ],
 )
 def test_what_is_meant_otherwise_is_refused(call: Callable[..., object], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         call(lambda x: x.square().sum())
+
+
+def test_a_start_that_is_not_finite_is_told() -> None:
+    for entry in (math.nan, math.inf):
+        result = imstep.minimize(lambda x: x.square().sum(), vector(entry, 1.0))
+        assert result.termination is Termination.NON_FINITE
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,9 @@ def parameter_covariance(
 
     Raises:
         ValueError: the data do not determine the parameters, with the combination that is free; there are no more
-            residuals than parameters, and the variance is not given.
+            residuals than parameters, and the variance is not given; the variance is no number >= 0; ``free`` names no
+            parameters, others than there are, or one twice.
+        TypeError: ``x`` is no tensor.
 
     Cost: min(m, n) products with J; a singular value decomposition of m by n.
 
@@ -80,11 +83,18 @@ def parameter_covariance(
         >>> parameter_covariance(lambda b: b[0] + b[1] * t - y, x).standard_errors
         tensor([0.1058, 0.0566])
     """
-    J, r = _derivative(residuals, x)
-    own = torch.arange(x.numel(), device=x.device) if free is None else chosen(free, x.numel(), x.device)
-    J, r, m, n = J[:, own].double(), r.reshape(-1).double(), r.numel(), len(own)
-    if n == 0:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is the tensor of fitted parameters, got {type(x).__name__}. Pass torch.as_tensor(x).")
+    if variance is not None and not 0 <= variance < math.inf:
+        raise ValueError(f"variance is a number >= 0, got {variance}: that of a residual, or None to estimate it.")
+    every = torch.arange(x.numel(), device=x.device)
+    own = every if free is None else chosen(free, x.numel(), x.device, "free")
+    if not len(own):
         raise ValueError("free names no parameter: nothing was fitted.")
+    if len(own.unique()) < len(own):
+        raise ValueError(f"free names each parameter once, got {own.tolist()}.")
+    J, r = _derivative(residuals, x)
+    J, r, m, n = J[:, own].double(), r.reshape(-1).double(), r.numel(), len(own)
     if not bool(torch.isfinite(J).all() and torch.isfinite(r).all()):
         raise ValueError("residuals or their derivatives are not finite at these parameters: they are no fit.")
     if variance is None and m <= n:

@@ -51,7 +51,19 @@ def rows_of(jacobian: Jacobian) -> Tensor:
     return jacobian.T @ torch.eye(jacobian.shape[0], dtype=jacobian.dtype, device=jacobian.device)
 
 
-def chosen(index: Tensor | Sequence[int], size: int, device: torch.device) -> Tensor:
-    """Positions among ``size``, (k,), from positions, which may count from the end, or from a mask (size,)."""
-    given = torch.as_tensor(index, device=device)
-    return torch.arange(size, device=device)[given if given.numel() else given.long()]  # an empty list is of floats
+def chosen(index: Tensor | Sequence[int], size: int, device: torch.device, name: str = "index") -> Tensor:
+    """Positions among ``size``, (k,), from positions, which may count from the end, or from a mask (size,).
+
+    Raises:
+        ValueError: an argument, called ``name``, that is neither, or names a position that is not there.
+    """
+    given = torch.as_tensor(index, device=device).detach().reshape(-1)
+    masked = given.dtype == torch.bool
+    if given.numel() and not masked and (given.is_floating_point() or given.is_complex()):
+        raise ValueError(f"{name} holds positions or is a mask, got numbers of {given.dtype}.")
+    if masked and len(given) != size:
+        raise ValueError(f"{name} is a mask of {len(given)} entries for {size} parameters.")
+    own = given.nonzero()[:, 0] if masked else given.long()
+    if bool(((own < -size) | (own >= size)).any()):
+        raise ValueError(f"{name} names the position {int(own.abs().max())}, and there are {size} parameters, from 0.")
+    return own % size

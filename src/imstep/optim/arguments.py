@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,8 +41,13 @@ def units_of(scale: Any, start: Tensor, guess: bool) -> Tensor:
     """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
     if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
         sizes = start.detach().abs()
-        if float(sizes.min()) > 0 and float(sizes.max()) > SPREAD * float(sizes.min()):
+        if math.inf > float(sizes.max()) > SPREAD * float(sizes.min()) > 0:
             scale = sizes
+    if isinstance(scale, str):
+        raise ValueError(
+            f"scale is a number, or of the shape of x0, got {scale!r}. For what the columns of the Jacobian say, as by "
+            'SciPy\'s x_scale="jac", leave it out with method="least-squares".'
+        )
     units = torch.as_tensor(1.0 if scale is None else scale, dtype=start.dtype, device=start.device).detach()
     if units.dim() and units.shape != start.shape:
         raise ValueError(

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from imstep.tasks import Batch, TaskError, find_task, get_task, held_out
+from imstep.tasks import (
+    Batch,
+    Condition,
+    ExampleTask,
+    PhysicsTask,
+    Reference,
+    TaskError,
+    find_task,
+    get_task,
+    held_out,
+)
+from imstep.tasks.sampling import box
 from imstep.tasks.templates import KINDS, write_program
 
 LINE = """
@@ -155,6 +166,13 @@ def test_what_cannot_be_written_is_explained(tmp_path: Path) -> None:
         write_program(str(tmp_path / "absent" / "a"), "pinn")
 
 
+@pytest.mark.parametrize("name", ["", "torch", "random", "x/json.py"])
+def test_programs_that_would_hide_a_module_are_not_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(TaskError, match="would hide the module of that name, or has none"):
+        write_program(f"{tmp_path}/{name}", "pinn")
+
+
 def test_examples_are_held_out_by_seed() -> None:
     x = torch.arange(10.0)
     parts = [held_out(x, x, 0.3, seed=seed) for seed in (0, 0, 1)]
@@ -170,9 +188,6 @@ def test_examples_are_held_out_by_seed() -> None:
 
 
 def test_a_physics_task_without_a_solution_is_judged_at_other_points() -> None:
-    from imstep.tasks import Condition, PhysicsTask
-    from imstep.tasks.sampling import box
-
     condition = Condition("slope", lambda u, x: u(x) - x, box([(0.0, 1.0)]), 10)
     problem = PhysicsTask("t", "t", "d.", lambda: torch.nn.Linear(1, 1), (condition,)).build(dtype=torch.float64)
     points = problem.heldout.of[0]
@@ -180,3 +195,66 @@ def test_a_physics_task_without_a_solution_is_judged_at_other_points() -> None:
     expected = (problem.model(points) - points).square().mean().item()
     assert problem.evaluate(problem.heldout).loss == pytest.approx(expected, rel=1e-12)
     assert problem.surfaces() is None
+
+
+@pytest.mark.parametrize(
+    ("residual", "says"),
+    [
+        (lambda u, x: u(x) - x[:, 0], "where a column (20, 1) and a row (20,) are combined"),
+        (lambda u, x: (u(x) - x).square().mean(), "the shape () at 20 points: return what is missed at each"),
+        (lambda u, x: (u(x) - x).T, "the shape (1, 20) at 20 points"),
+        (lambda u, x: (u(x) - x, u(x)), "type tuple, not a tensor"),
+    ],
+)
+def test_residuals_that_are_not_one_a_point_are_refused(residual: object, says: str) -> None:
+    task = PhysicsTask("t", "t", "d.", lambda: torch.nn.Linear(1, 1), (Condition("c", residual, box([(0, 1)]), 20),))
+    problem = task.build()
+    with pytest.raises(TaskError, match=re.escape(says)):
+        problem.evaluate(problem.train)
+
+
+@pytest.mark.parametrize(("count", "components"), [(20, 1), (20, 30), (3, 3), (1, 1)])
+def test_residuals_of_one_a_point_are_taken(count: int, components: int) -> None:
+    network = lambda: torch.nn.Linear(1, components)
+    for residual in (lambda u, x: u(x) - x, lambda u, x: u(x)[:, 0]):
+        condition = Condition("c", residual, box([(0, 1)]), count)
+        problem = PhysicsTask("t", "t", "d.", network, (condition,)).build()
+        assert problem.evaluate(problem.train).loss > 0
+
+
+def test_references_that_do_not_fit_are_refused() -> None:
+    x = torch.linspace(0, 1, 12)[:, None]
+    for values in (x[:, 0], x[:1]):
+        with pytest.raises(TaskError, match=r"points \(k, d\) and values \(k, m\)"):
+            Reference(x, values)
+    with pytest.raises(TaskError, match="give relative=False"):
+        Reference(x, 0 * x)
+    condition = Condition("c", lambda u, x: u(x) - x, box([(0, 1)]), 20)
+    wide = Reference(x, x.expand(-1, 3))
+    problem = PhysicsTask("t", "t", "d.", lambda: torch.nn.Linear(1, 1), (condition,), lambda: wide).build()
+    with pytest.raises(TaskError, match=r"values \(12, 3\), and the network gives \(12, 1\)"):
+        problem.evaluate(problem.heldout)
+    for conditions in ((), condition, (lambda u, x: u(x),)):
+        with pytest.raises(TaskError, match="a tuple of one Condition or more"):
+            PhysicsTask("t", "t", "d.", lambda: torch.nn.Linear(1, 1), conditions)
+
+
+X = torch.linspace(-1, 1, 20)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"load": lambda data: (X, X)}, "got 2 of Tensor, Tensor"),
+        ({"load": lambda data: None}, "got an object of type NoneType"),
+        ({"load": lambda data: held_out(X.numpy(), X)}, "a batch is of two tensors, got ndarray and Tensor"),
+        ({"load": held_out(X, X)}, "is a function of a folder"),
+        ({"model": torch.nn.Linear(1, 1)}, "a function that makes one"),
+        ({"loss": lambda outputs, targets: (outputs - targets).square()}, "has the shape (16, 1): it is one number"),
+    ],
+)
+def test_parts_of_a_task_that_are_something_else_are_refused(changed: dict[str, object], says: str) -> None:
+    parts = {"load": lambda data: held_out(X, 2 * X), "model": lambda: torch.nn.Linear(1, 1)}
+    task = ExampleTask("t", "t", "d.", **{**parts, "loss": torch.nn.MSELoss(), **changed})
+    with pytest.raises(TaskError, match=re.escape(says)):
+        (lambda problem: problem.evaluate(problem.train))(task.build())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ def new(
         file = write_program(name, kind)
     best = " -o least-squares --dtype float64" if kind == "pinn" else ""
     console.print(f"wrote {file}. Train it as it is, then change it where it is marked 1 to 4:", markup=False)
-    console.print(f"  imstep train {file}{best}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  imstep train {quote(str(file))}{best}", markup=False, highlight=False, soft_wrap=True)
 
 
 def tasks(

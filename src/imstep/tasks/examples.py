@@ -28,13 +28,16 @@ class Batch:
     """Examples: `inputs` of shape (k, ...) and `targets` of shape (k, ...).
 
     Raises:
-        TaskError: the two lengths differ, or there is no example at all.
+        TaskError: one is no tensor, the two lengths differ, or there is no example at all.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor) or not isinstance(self.targets, Tensor):
+            kinds = type(self.inputs).__name__, type(self.targets).__name__
+            raise TaskError(f"a batch is of two tensors, got {' and '.join(kinds)}: torch.as_tensor makes one.")
         if len(self.inputs) != len(self.targets):
             raise TaskError(
                 f"{len(self.inputs)} inputs but {len(self.targets)} targets: a batch needs one per input."
@@ -79,6 +82,13 @@ def held_out(inputs: Tensor, targets: Tensor, share: float = 0.2, *, seed: int =
     aside = min(max(1, round(share * len(examples))), len(examples) - 1)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mix(seed, 0)))
     return examples.take(order[aside:]), examples.take(order[:aside])
+
+
+def _told(found: Any) -> str:
+    """What a function gave instead."""
+    if isinstance(found, (list, tuple)):
+        return f"{len(found)} of {', '.join(type(part).__name__ for part in found[:3])}"
+    return f"an object of type {type(found).__name__}"
 
 
 def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -191,10 +201,20 @@ class ExampleProblem(Problem):
                 chunk = batch.take(slice(start, start + size))
                 outputs = self.model(chunk.inputs)
                 share = len(chunk) / len(batch)
-                loss += share * float(self.loss(outputs, chunk.targets))
+                loss += share * self._of(outputs, chunk.targets)
                 if self.metric is not None:
                     metric += share * float(self.metric.function(outputs, chunk.targets).double().mean())
         return Evaluation(loss, None if self.metric is None else self.metric.of_mean(metric), len(batch))
+
+    def _of(self, outputs: Tensor, targets: Tensor) -> float:
+        """The loss as a number; or refuse."""
+        found: Any = self.loss(outputs, targets)
+        if isinstance(found, Tensor) and found.numel() != 1:
+            raise TaskError(
+                f"the loss of {self.task!r} has the shape {tuple(found.shape)}: it is one number, a mean over "
+                "examples. Return .mean()."
+            )
+        return float(found)
 
     def pictures(self, count: int) -> tuple[Any, Any]:
         shape, targets = self.image_shape, self.heldout.targets[:count]
@@ -262,7 +282,24 @@ class ExampleTask(Task):
         return False if self.whole or isinstance(self.loss, _NO_SQUARES) else None
 
     def _model(self) -> nn.Module:
+        if isinstance(self.model, nn.Module):
+            raise TaskError(
+                f"the model of {self.name!r} is a network: give a function that makes one, such as lambda: "
+                "nn.Linear(1, 1), so that each run begins with weights of its seed."
+            )
         return self.model()
+
+    def _loaded(self, data: Path | None) -> tuple[Batch, Batch]:
+        """What `load` gives; or refuse."""
+        if not callable(self.load):
+            raise TaskError(f"load of {self.name!r} is a function of a folder, or None, that gives the examples.")
+        found: Any = self.load(data)
+        if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(b, Batch) for b in found):
+            raise TaskError(
+                f"load of {self.name!r} gives a batch to train on and one to hold out, such as held_out(inputs, "
+                f"targets) makes of tensors; got {_told(found)}."
+            )
+        return found[0], found[1]
 
     def _problem(
         self,
@@ -273,7 +310,7 @@ class ExampleTask(Task):
         data: Path | None,
         examples: int | None,
     ) -> ExampleProblem:
-        train, heldout = self.load(data)
+        train, heldout = self._loaded(data)
         train = train.take(slice(0, examples))
         if self.start is not None:
             self.start(model, train)

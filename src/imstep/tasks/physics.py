@@ -21,6 +21,9 @@ __all__ = ["Condition", "PhysicsProblem", "PhysicsTask", "Points", "Reference"]
 CHECK = -1
 """In place of an epoch: the draw that the training loss is reported on, which no step sees."""
 
+_COMPONENTS = 8
+"""Of a residual: where there are more, and as many as points, a row and a column have met instead."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -55,9 +58,35 @@ class Condition:
             )
 
     def loss(self, model: nn.Module, points: Tensor, weights: Tensor | None = None) -> Tensor:
-        """What this adds to the loss at points (k, d), which may have weights (k, 1)."""
-        squares = self.residual(model, points).square()
+        """What this adds to the loss at points (k, d), which may have weights (k, 1).
+
+        Raises:
+            TaskError: the residual is not one a point.
+        """
+        missed = self.residual(model, points)
+        self._check(missed, len(points))
+        squares = missed.square()
         return self.weight * (squares if weights is None else weights * squares).mean()
+
+    def _check(self, missed: object, count: int) -> None:
+        """Whether a residual is what is missed at so many points."""
+        if not isinstance(missed, Tensor):
+            raise TaskError(
+                f"the residual of condition {self.name!r} is an object of type {type(missed).__name__}, not a tensor "
+                "of what is missed at the points. Join several by torch.cat([first, second], 1)."
+            )
+        shape = tuple(missed.shape)
+        if shape[:1] != (count,):
+            raise TaskError(
+                f"the residual of condition {self.name!r} has the shape {shape} at {count} points: return what is "
+                f"missed at each of them, ({count}, m), not a mean or a loss."
+            )
+        if len(shape) > 1 and shape[1] == count > _COMPONENTS:
+            raise TaskError(
+                f"the residual of condition {self.name!r} has the shape {shape} at {count} points, as where a column "
+                f"({count}, 1) and a row ({count},) are combined: each point then meets all others. Take points[:, :1] "
+                "for points[:, 0], or values[:, None] for values."
+            )
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,9 @@ class Reference:
         relative: whether the error is divided by the solution's norm; else it is a root mean square.
         shape: (rows, columns) of the grid, to draw the first component; None where it is no grid.
         axes: the coordinates that run along columns and rows, and their names.
+
+    Raises:
+        TaskError: shapes do not fit; the error is relative to zero.
     """
 
     points: Tensor
@@ -77,6 +109,16 @@ class Reference:
     relative: bool = True
     shape: tuple[int, int] | None = None
     axes: tuple[tuple[int, str], tuple[int, str]] = ((0, "x"), (1, "t"))
+
+    def __post_init__(self) -> None:
+        points, values = tuple(self.points.shape), tuple(self.values.shape)
+        if len(points) != 2 or len(values) != 2 or points[0] != values[0]:
+            raise TaskError(
+                f"a reference has points (k, d) and values (k, m), got {points} and {values}. Write values[:, None] "
+                "for one component."
+            )
+        if self.relative and not bool(self.values.any()):
+            raise TaskError("a reference that is zero everywhere has no relative error: give relative=False.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +266,13 @@ class PhysicsProblem(Problem):
         if isinstance(batch, Points):
             with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
                 return Evaluation(float(self._loss(batch).detach()), None, len(batch))
-        missed = self._values(batch)[:, : batch.values.shape[1]] - batch.values
+        found, wanted = self._values(batch)[:, : batch.values.shape[1]], batch.values
+        if found.shape != wanted.shape:
+            raise TaskError(
+                f"the reference of {self.task} has values {tuple(wanted.shape)}, and the network gives "
+                f"{tuple(found.shape)}: it needs as many components."
+            )
+        missed = found - wanted
         error = missed.norm() / batch.values.norm() if batch.relative else missed.square().mean().sqrt()
         return Evaluation(float(error), None, len(batch.points))
 
@@ -282,6 +330,14 @@ class PhysicsTask(Task):
     first: int | None = None
     last: int | None = None
     balanced: bool = False
+
+    def __post_init__(self) -> None:
+        given = self.conditions
+        if not isinstance(given, (list, tuple)) or not given or not all(isinstance(c, Condition) for c in given):
+            raise TaskError(
+                f"conditions of {self.name!r} are a tuple of one Condition or more, (equation, boundary), or "
+                f"(equation,) for one; got {given!r}."
+            )
 
     @property
     def has_batches(self) -> bool:

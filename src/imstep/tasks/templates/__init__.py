@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -23,11 +24,13 @@ def write_program(name: str, kind: str) -> Path:
         The file.
 
     Raises:
-        TaskError: there is no such kind, or the file is there already: it is never overwritten.
+        TaskError: there is no such kind, or the file is there already: it is never overwritten; a module has its name.
     """
     if kind not in KINDS:
         raise TaskError(f"--kind {kind}: give one of {', '.join(KINDS)}.")
     file = Path(name if name.endswith(".py") else f"{name}.py")
+    if file.stem in ("", ".py") or file.stem in sys.modules or file.stem in sys.stdlib_module_names:
+        raise TaskError(f"{file.name} would hide the module of that name, or has none: choose another name.")
     text = resources.files(__name__).joinpath(f"{kind}.py").read_text(encoding="utf-8")
     try:
         with file.open("x", encoding="utf-8") as out:

@@ -1,5 +1,6 @@
 """The commands do what they say, and what cannot be done is one line that says why."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import imstep
-from imstep.cli import app
+from imstep.cli import app, main
 from imstep.runs.optimizers import METHODS, OPTIMIZERS
 from imstep.tasks import TASKS
 
@@ -58,6 +59,17 @@ def test_the_package_is_the_command_line_too(monkeypatch: pytest.MonkeyPatch, ca
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("imstep", run_name="__main__")
     assert capsys.readouterr().out.startswith(f"imstep {imstep.__version__}")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_files_that_cannot_hold_all_letters_are_written(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "argv", ["imstep", "tasks", "poisson-2d"])
+    monkeypatch.setattr(sys, "stdout", shown)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown.seek(0)
+    assert "poisson-2d: -?u = 2" in shown.read()
 
 
 @pytest.mark.usefixtures("no_pages")

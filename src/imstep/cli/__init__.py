@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,5 +90,8 @@ def accuracy(
 
 
 def main() -> None:
-    """Entry point of the `imstep` command."""
+    """Entry point of the `imstep` command. What a terminal or file cannot show is a question mark there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

@@ -608,8 +608,20 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_losses_have_no_residuals(name: str) -> None:
     w = nn.Parameter(normal(6))
-    with pytest.raises(ValueError, match="not recognised as a sum of squares"):
+    with pytest.raises(ValueError, match=r"not recognised as a sum of squares \((at \w+|a factor is negative)\)"):
         ResidualJacobian(lambda: OTHERS[name](w.sin()), [w])
+
+
+def test_what_is_in_the_way_of_residuals_is_told() -> None:
+    w = nn.Parameter(normal(6))
+    for loss, obstacle in {
+        lambda: w @ w.sin(): "at DotBackward0",
+        lambda: 2 * w.abs().sum(): "at AbsBackward0",
+        lambda: w.sum(): "at a parameter",
+        lambda: -(w**2).sum(): "a factor is negative",
+    }.items():
+        with pytest.raises(ValueError, match=rf"\({obstacle}\), so it has no residuals"):
+            ResidualJacobian(loss, [w])
 
 
 def test_an_exponent_that_is_trained_makes_no_square() -> None:

@@ -61,36 +61,55 @@ class Square:
         return passed if self.shape is None else passed.reshape(self.shape)
 
 
-def squares_of(root: Any) -> tuple[list[Square], bool]:
-    """The squares that a node is a linear combination of, empty if it has another form; whether it adds constants."""
-    found: list[Square] = []
+@dataclass(frozen=True)
+class Form:
+    """A node as a linear combination of squares.
+
+    Attributes:
+        squares: empty if it has another form.
+        constants: whether constants are added to them.
+        obstacle: the name of a node that is in the way of one; "" where squares are missing for another reason.
+    """
+
+    squares: tuple[Square, ...]
+    constants: bool = False
+    obstacle: str = ""
+
+
+def form_of(root: Any) -> Form:
+    """The squares that a node is a linear combination of, as far as autograd's graph shows it."""
+    found: dict[Any, Square] = {}
     seen, waiting, constants = set(), [root], False
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node in seen or node in found:
             continue
         seen.add(node)
         name = operator(node)
         square = _FORMS.get(name, lambda node: None)(node)
         if square is not None:
-            found.append(square)
+            found[node] = square
             continue
         parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
         if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
-            return [], False
+            return Form((), obstacle=node.name() if parents else "a parameter")
         if name == "Div" and node.next_functions[0][0] is None:
-            return [], False
+            return Form((), obstacle=node.name())
         if name == "Mul":
-            within, more = squares_of(parents[0])
-            if not within and not _by_zero(node):  # as 0 * p.sum(), so that each parameter has a gradient
-                return [], False
-            found += [square for square in within if square.node not in seen]
-            seen.update(square.node for square in within)
-            constants |= more
+            within = form_of(parents[0])
+            if not within.squares and not _by_zero(node):  # as 0 * p.sum(), so that each parameter has a gradient
+                return within
+            found.update({square.node: square for square in within.squares})
+            constants |= within.constants
             continue
         constants |= name == "MaskedFill" or (name in _ADDING and len(parents) < len(node.next_functions))
         waiting += reversed(parents)
-    return found, constants
+    return Form(tuple(found.values()), constants)
+
+
+def operator(node: Any) -> str:
+    """The operator that a node belongs to: Mul for MulBackward0."""
+    return "" if node is None else node.name().partition("Backward")[0]
 
 
 def _by_zero(node: Any) -> bool:
@@ -105,11 +124,6 @@ def is_monotone(root: Any) -> bool:
     while operator(root) in _OF_ONE and (below := _only_factor(root)) is not None:
         root = below[0]
     return operator(root) in _MONOTONE
-
-
-def operator(node: Any) -> str:
-    """The operator that a node belongs to: Mul for MulBackward0."""
-    return "" if node is None else node.name().partition("Backward")[0]
 
 
 def _power(node: Any) -> Square | None:
@@ -220,7 +234,7 @@ def _root(root: Any) -> Square | None:
     """Of a sum of squares."""
     edge = root.next_functions[0]
     half = operator(root) == "Sqrt" or root._saved_exponent == 0.5
-    return Square(root, (), beneath=GradientEdge(*edge)) if half and squares_of(edge[0])[0] else None
+    return Square(root, (), beneath=GradientEdge(*edge)) if half and form_of(edge[0]).squares else None
 
 
 _ROOTS: dict[str, Callable[[Any], Square | None]] = {

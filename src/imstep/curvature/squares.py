@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import later_grad
-from imstep.curvature.square_forms import Square, is_monotone, operator, squares_of
+from imstep.curvature.square_forms import Square, form_of, is_monotone, operator
 
 
 class NoResidualsError(ValueError):
@@ -147,9 +147,11 @@ def _why_none(loss: Tensor) -> str:
             "the loss is the root or the logarithm of what may be a sum of squares. Return the sum of squares itself, "
             "such as ((u - y) ** 2).mean() in place of its root: both have the same minima."
         )
+    obstacle = form_of(loss.grad_fn).obstacle
+    where = f"at {obstacle}" if obstacle else "a factor is negative"
     return (
-        "the loss is not recognised as a sum of squares, so it has no residuals. Build it from squares and mean "
-        "squared errors by sums, means and positive factors, detach() factors that another optimizer trains, as "
+        f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. Build it from squares and "
+        "mean squared errors by sums, means and positive factors, detach() factors that another optimizer trains, as "
         "self-adaptive weights are, or use an optimizer that needs no residuals."
     )
 
@@ -163,9 +165,9 @@ def _weighed(
         result: of a node ``root``.
         cotangent: of the result; None where it is a scalar.
     """
-    squares, constants = squares_of(root)
-    found: list[tuple[Square, Tensor]] = []
-    for square, passed in zip(squares, _factors(result, squares, cotangent) if squares else (), strict=True):
+    form = form_of(root)
+    found, constants = [], form.constants
+    for square, passed in zip(form.squares, _factors(result, form.squares, cotangent), strict=True):
         factor = square.factor(passed)
         if square.beneath is None:
             found.append((square, factor))
@@ -179,6 +181,8 @@ def _factors(
     result: Tensor | GradientEdge, squares: Sequence[Square], cotangent: Tensor | None
 ) -> Sequence[Tensor]:
     """What a result passes back to each square; through another square, which may be of its result, nothing."""
+    if not squares:
+        return ()
     stop = lambda passed, _: tuple(g if g is None else torch.zeros_like(g) for g in passed)
     hooks = [square.node.register_hook(stop) for square in squares]
     try:

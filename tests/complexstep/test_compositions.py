@@ -147,6 +147,13 @@ def indexed_writes(x: Tensor) -> Tensor:
     return (h**2).sum()
 
 
+def index_without_dimensions(x: Tensor) -> Tensor:
+    at, rows = torch.tensor(1), x.reshape(3, 4)
+    h = torch.index_select(rows, 0, at).sin() * rows.index_add(0, at, rows[:1] ** 2)
+    written = h.index_copy(1, at, rows[:, :1] * rows[:, 1:2]) ** 3
+    return written.sum() + (rows.take(at) * rows.index_fill(0, at, x[0])).sum()
+
+
 def memory_reused(x: Tensor) -> Tensor:
     kept = x + 1.0  # its imaginary part is that of x
     h = x.clone()
@@ -343,6 +350,7 @@ LOSSES: dict[str, Loss] = {
         fresh_buffer_filled,
         strided_views,
         indexed_writes,
+        index_without_dimensions,
         memory_reused,
         lists_of_tensors,
         create_graph_inside,

@@ -120,7 +120,14 @@ _PRODUCTS = {
     "segment_reduce by offsets": lambda x: torch.segment_reduce(
         x, "prod", offsets=torch.tensor([0, 1, 4]), initial=2, axis=0
     ),
+    "index_reduce, named": lambda x: _BEFORE.index_reduce(dim=0, index=_INDEX, source=x, reduce="prod"),
+    "segment_reduce, one empty": lambda x: torch.segment_reduce(x, "prod", lengths=torch.tensor([1, 0, 3])),
+    "segment_reduce of a part": lambda x: torch.segment_reduce(
+        x, "prod", offsets=torch.tensor([1, 2, 3]), unsafe=True, initial=2
+    ),
     "prod": lambda x: x.prod(0),
+    "prod, named": lambda x: torch.prod(input=x, axis=1, keepdims=True),
+    "cumprod, named": lambda x: torch.cumprod(x, axis=0),
     "cumprod_": lambda x: (1 * x).cumprod_(0),
 }
 
@@ -138,6 +145,48 @@ def test_products_with_zeros(name):
     by_values = lambda h: (loss(x + h * away) - 2 * loss(x) + loss(x - h * away)) / h**2
     expected = (4 * by_values(1e-3) - by_values(2e-3)) / 3
     torch.testing.assert_close(imstep.hvp(loss, x, away).mul(away).sum(), expected, rtol=1e-5, atol=1e-5)
+
+
+_ROWS, _OTHERS = (torch.randn(2, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64) / 4 + 1).unbind()
+_SEGMENTED = {"lengths": torch.tensor([1, 0, 3]), "offsets": torch.tensor([1, 2, 2, 5])}
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.logaddexp(x, other=_OTHERS),
+        lambda x: torch.logaddexp(x1=x, x2=_OTHERS),
+        lambda x: x.logaddexp2(other=_OTHERS),
+        lambda x: torch.dist(x, other=_OTHERS, p=3),
+        lambda x: torch.grid_sampler(
+            _BEFORE.view(1, 1, 3, 3), x.view(1, 1, 3, 2) / 9, interpolation_mode=0, padding_mode=1, align_corners=True
+        ),
+        *(
+            lambda x, reduce=reduce, by=by: torch.segment_reduce(
+                x, reduce, **{by: _SEGMENTED[by]}, unsafe=True, initial=1.5
+            )
+            for reduce in ("sum", "mean", "max", "min", "prod")
+            for by in _SEGMENTED
+        ),
+    ],
+)
+def test_arguments_by_name_and_segments_of_a_part(f):
+    """Entries behind the last segment, or before the first, belong to none."""
+    loss = lambda t: (f(t) ** 2).sin().sum()
+    found = imstep.hvp(loss, _ROWS, _OTHERS)
+    torch.testing.assert_close(found, _central_difference(loss, _ROWS, _OTHERS), atol=1e-6, rtol=1e-6)
+
+
+def test_results_that_are_given_their_memory():
+    """By ``out=``, which autograd does not differentiate."""
+    out, x = torch.empty(2, dtype=torch.float64), torch.tensor([[0.0, 1, 1], [1, 1, 1]], dtype=torch.float64)
+
+    def f(t):
+        with torch.no_grad():
+            factor = torch.prod(t, 1, out=out).sum()
+        return (t**3).sum() * factor
+
+    torch.testing.assert_close(imstep.hvp(f, x, torch.ones_like(x)), 6 * x)
 
 
 def test_an_embedding_whose_rows_are_short_enough():

@@ -92,8 +92,16 @@ def _name(func: Any) -> str:
     return resolve_name(func) or str(getattr(func, "__name__", func))
 
 
+_OF_NUMPY = {"keepdims": "keepdim", "axis": "dim", "x1": "input", "a": "input", "x": "input", "x2": "other"}
+"""Names of arguments that PyTorch takes in place of its own."""
+
+
 def _substitute(func: Any, args: Any, kwargs: Any, ledger: Ledger) -> Any:
     stands_in, needed = SUBSTITUTES[func]
+    if kwargs.get("out") is not None:  # which autograd does not differentiate
+        return func(*args, **kwargs)
+    if func is not torch.segment_reduce:
+        kwargs = {_OF_NUMPY.get(k, k): v for k, v in kwargs.items() if k != "out"}
     named = next((k for k in ("input", "A", "data", "abs") if k in kwargs), None)
     if named is not None:  # what PyTorch calls the first argument
         args, kwargs = (kwargs[named], *args), {k: v for k, v in kwargs.items() if k != named}

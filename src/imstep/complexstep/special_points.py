@@ -43,11 +43,13 @@ def scatter_reduce(
     return total
 
 
-def index_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
+def index_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
     """:func:`torch.index_reduce` by products."""
-    lines = [1] * src.dim()
+    lines = [1] * source.dim()
     lines[dim] = -1
-    return scatter_reduce(x, dim, index.view(lines).expand(src.shape), src, reduce, include_self=include_self)
+    return scatter_reduce(x, dim, index.view(lines).expand(source.shape), source, reduce, include_self=include_self)
 
 
 def segment_reduce(
@@ -61,7 +63,9 @@ def segment_reduce(
 ) -> Tensor:
     """:func:`torch.segment_reduce` by products along the first dimension."""
     sizes = lengths if lengths is not None else torch.diff(offsets)  # type: ignore[arg-type]
-    products = torch.stack([prod(part, 0) for part in x[: int(sizes.sum())].split(sizes.tolist())])
+    start = 0 if offsets is None else int(offsets[0])
+    parts = x[start : start + int(sizes.sum())].split(sizes.tolist())
+    products = torch.stack([prod(part, 0) if len(part) else torch.ones_like(x[0]) for part in parts])
     return products if initial is None else products * initial
 
 
@@ -102,26 +106,26 @@ def float_power(x: Tensor, exponent: Tensor) -> Tensor:
     return power(x.double(), exponent.double())
 
 
-def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """:func:`torch.logaddexp`, whose gradient overflows where one term is far below the other."""
-    same = (x == y) & x.isinf()
-    first, second = torch.where(same, 0, x), torch.where(same, 0, y)
+    same = (x == other) & x.isinf()
+    first, second = torch.where(same, 0, x), torch.where(same, 0, other)
     largest = torch.where(first > second, first, second)
     smallest = torch.where(first > second, second, first)
     return torch.where(same, x, largest - F.logsigmoid(largest - smallest))
 
 
-def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+def logaddexp2(x: Tensor, other: Tensor) -> Tensor:
     """:func:`torch.logaddexp2`."""
-    return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
+    return logaddexp(x * math.log(2), other * math.log(2)) / math.log(2)
 
 
 # --- roots, where a sum that they are taken of vanishes --------------------------------------------------------------
 
 
-def dist(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
+def dist(x: Tensor, other: Tensor, p: float = 2.0) -> Tensor:
     """:func:`torch.dist`, as the norm that it is."""
-    return torch.linalg.vector_norm(x - y, p)
+    return torch.linalg.vector_norm(x - other, p)
 
 
 def polar(r: Tensor, angle: Tensor) -> Tensor:

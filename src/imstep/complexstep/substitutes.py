@@ -54,8 +54,11 @@ def grid_sample(
     return grid_sampler(x, grid, _MODES.index(mode), _PADDINGS.index(padding_mode), bool(align_corners))
 
 
-def grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Tensor:
+def grid_sampler(
+    x: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
     """``torch.grid_sampler``: x (N, C, *spatial) sampled at grid (N, *points, d), coordinates in [-1, 1]."""
+    mode, padding = interpolation_mode, padding_mode
     if mode == _BICUBIC:
         from torch._decomp.decompositions import _grid_sampler_2d
 
@@ -184,8 +187,8 @@ def _exponent_has_zeros(x: Any, exponent: Any = None, **_: Any) -> bool:
     return tensors and exponent.is_floating_point() and _any_zero(exponent)
 
 
-def _real(*arguments: Any, **_: Any) -> bool:
-    return all(isinstance(a, Tensor) and a.is_floating_point() for a in arguments)
+def _real(*arguments: Any, **named: Any) -> bool:
+    return all(isinstance(a, Tensor) and a.is_floating_point() for a in (*arguments, *named.values()))
 
 
 def _has_zeros(x: Tensor, *_: Any, **__: Any) -> bool:
@@ -205,7 +208,10 @@ def _not_euclidean(x: Tensor, other: Tensor | None = None, p: float = 2.0) -> bo
     return p != 2
 
 
-def _product_has_zeros(x: Tensor, dim: int, index: Tensor, src: Any, reduce: str = "", **_: Any) -> bool:
+def _product_has_zeros(
+    x: Tensor, dim: int, index: Tensor, src: Any = None, reduce: str = "", *, source: Any = None, **_: Any
+) -> bool:
+    src = source if src is None else src
     return reduce == "prod" and isinstance(src, Tensor) and src.dim() > 0 and (_any_zero(src) or _any_zero(x))
 
 

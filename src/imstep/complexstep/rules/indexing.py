@@ -9,7 +9,23 @@ from imstep.complexstep.rules.forms import jointly_linear, plus, register_linear
 
 aten = torch.ops.aten
 
+
+def _at_places(rule_of):
+    """A rule of (x, dim, index, ...) with a list of one place for an index without dimensions.
+
+    PyTorch's batching of such an index, which blocks of directions meet, takes all of the dimension.
+    """
+
+    def linearize(func, args, kwargs):
+        x, dim, index, *rest = args
+        args = (x, dim, index.reshape(1), *rest) if index.dim() == 0 < x.dim() else args
+        return rule_of(func, args, kwargs)
+
+    return linearize
+
+
 # Reading.
+register_linear(_at_places(jointly_linear("self")), aten.index_select.default)
 linear(aten._unsafe_index.Tensor, aten.masked_scatter_backward.default, aten.unfold_copy.default)
 register_linear(jointly_linear("self", scalar="fill"), aten._unsafe_masked_index.default)
 
@@ -19,8 +35,8 @@ register_linear(jointly_linear("self", scalar="value"), aten.index_fill.int_Scal
 register_linear(jointly_linear("self", "value"), aten.index_fill.int_Tensor)
 register_linear(jointly_linear("self", "values"), aten.index_put.default, aten._unsafe_index_put.default)
 register_linear(jointly_linear("self", "values"), aten._unsafe_masked_index_put_accumulate.default)
-register_linear(jointly_linear("self", "source"), aten.index_copy.default, aten.index_add.default, aten.put.default)
-register_linear(jointly_linear("self", "source"), aten.masked_scatter.default)
+register_linear(_at_places(jointly_linear("self", "source")), aten.index_copy.default, aten.index_add.default)
+register_linear(jointly_linear("self", "source"), aten.put.default, aten.masked_scatter.default)
 register_linear(jointly_linear("self", "src"), aten.scatter.src, aten.scatter_add.default, aten.select_scatter.default)
 register_linear(jointly_linear("self", "src"), aten.slice_scatter.default, aten.diagonal_scatter.default)
 

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 linear(aten.neg, aten.view_copy, aten.flip, aten.roll, aten.repeat)
 linear(aten.select_copy.int, aten.slice_copy.Tensor)
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum)
-linear(aten.gather, aten.index_select, aten.take, aten.masked_select, aten.index.Tensor)
+linear(aten.gather, aten.take, aten.masked_select, aten.index.Tensor)
 linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_backward, aten.slice_backward)
 linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding, aten.embedding_dense_backward)
 

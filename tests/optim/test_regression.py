@@ -185,9 +185,8 @@ def test_a_copy_of_the_model_is_refused() -> None:
     [
         (torch.inference_mode(), "inference_mode"),
         (torch.no_grad(), "without a graph"),
-        (lambda loss: torch.compile(loss, backend="aot_eager"), "torch.compile"),
     ],
-    ids=["inference_mode", "no_grad", "compiled"],
+    ids=["inference_mode", "no_grad"],
 )
 def test_losses_without_residuals_say_why(wrap: Any, says: str) -> None:
     loss = wrap(lambda w: (w[0] * T + w[1] - Y).square().sum())

@@ -571,6 +571,21 @@ def test_regions_that_change_nothing(method: Any, region: Callable[[], Any]) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_models_run_uncompiled(method: Any, backend: str, warm: bool) -> None:
+    def loop(model: nn.Module, optimizer: Any) -> Callable[[], Any]:
+        compiled = torch.compile(model, backend=backend)
+        if warm:
+            compiled(INPUTS)
+        return lambda: error(compiled)
+
+    for p, q in zip(train(method, loop)[0], train(method, plainly)[0], strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_inference_mode_is_named(method: Any) -> None:
     model = net()
     optimizer = method(model.parameters())

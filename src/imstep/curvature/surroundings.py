@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,6 +44,8 @@ class Surroundings:
     def entered(self) -> Iterator[None]:
         """A context for the closure's own code."""
         with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # compiled code runs uncompiled, in all evaluations alike
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cached))
             if self._parallel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -51,6 +53,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from tensors(part)
+
+
+@pytest.mark.parametrize("key", KINDS)
+def test_numbers_of_numpy_are_saved_as_numbers(key: str) -> None:
+    """``LambdaLR(optimizer, lambda epoch: 0.5 + 0.5 * np.cos(epoch))`` writes them into groups."""
+    model, optimizer = fresh(KINDS[key], lr=np.float32(0.5))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(epoch))
+    run(model, optimizer)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert type(group["lr"]) is type(group["initial_lr"]) is float
 
 
 # --- hooks --------------------------------------------------------------------------------------------------------

@@ -62,6 +62,27 @@ def test_parameters_can_be_frozen_and_thawed() -> None:
     assert not torch.equal(model[0].weight, kept)
 
 
+@pytest.mark.parametrize("kind", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares])
+def test_parameters_can_be_converted_and_grow(kind: Callable[..., StepwiseOptimizer]) -> None:
+    """As by ``model.float()`` for a first phase and ``model.double()`` for the last digits; memory begins afresh."""
+    model = network()
+    optimizer = kind(model.parameters())
+    targets = normal(len(X), 3, seed=3)
+    closure = lambda: F.mse_loss(model(X.to(model[0].weight.dtype)), targets.to(model[0].weight.dtype))
+    for dtype in (F64, torch.float32, torch.bfloat16, F64):
+        model.to(dtype)
+        losses = [float(optimizer.step(closure)) for _ in range(3)]
+        assert all(p.dtype is p.grad.dtype is dtype for p in model.parameters())
+    first, last = model[0], model[-1]
+    first.weight.data, first.bias.data = torch.cat([first.weight] * 2).detach(), torch.cat([first.bias] * 2).detach()
+    last.weight.data = torch.cat([last.weight] * 2, 1).detach() / 2
+    model.zero_grad()
+    grown = [float(optimizer.step(closure)) for _ in range(2)]
+    assert losses[0] > losses[2] > grown[0] > grown[1]
+    again = kind(model.parameters())
+    again.load_state_dict(optimizer.state_dict())
+
+
 def test_all_frozen_later() -> None:
     w = nn.Parameter(torch.ones(2))
     optimizer = NewtonKrylov([w])

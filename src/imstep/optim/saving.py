@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -46,6 +47,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         """All that a resumed run needs to continue bit for bit; tensors, numbers, strings, lists and dictionaries."""
         with self._withheld("_optimizer_state_dict_post_hooks") as hooks:
             state = super().state_dict()
+        # Schedules by NumPy's functions leave its numbers, which torch.load() does not take without being told.
+        state["param_groups"] = tree_map_only(np.generic, lambda number: number.item(), state["param_groups"])
         state["state"], state[self._key] = {}, self._entry()
         state["param_groups"][0][self._key] = _packed(state[self._key], self._parameters.device)
         for hook in hooks:

@@ -361,9 +361,10 @@ class StepwiseOptimizer(SavedOptimizer, ABC):
         return vector
 
     def _follow_parameters(self) -> None:
-        """Take up parameters that were added, frozen or unfrozen since."""
-        now = {id(p): p for group in self.param_groups for p in group["params"] if p.requires_grad}
-        if list(now) != list(map(id, self._parameters.tensors)):
+        """Take up parameters that were added, frozen, unfrozen, moved or converted since."""
+        every = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        now, own = {id(p): (p.shape, p.dtype, p.device) for p in every}, self._parameters
+        if list(now.items()) != [(id(p), (*form, own.device)) for p, form in zip(own.tensors, own.forms, strict=True)]:
             self._adopt(self._vector())
 
     def _entry(self) -> dict[str, Any]:

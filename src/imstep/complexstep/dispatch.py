@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,10 @@ class Dispatch(Recorder):
 
     def _carry_out(self, func: OpOverload, sig: Signature, tensors: list[Any], args: Any, kwargs: Any) -> Any:
         if sig.mutates:
-            return self._mutate(func, sig, tensors, args, kwargs)
+            outputs = self._mutate(func, sig, tensors, args, kwargs)
+            sig.count_writes(tensors)
+            self._renew(t for t, (*_, written) in zip(tensors, sig.tensors, strict=True) if written)
+            return outputs
         attached = self._plane.attached(tensors)
         if attached is None:
             if id(func) not in EXCHANGES or self._islands.active:
@@ -305,8 +308,9 @@ class Dispatch(Recorder):
         if self._notes is not None and (sig.functional is None or self._plane.attached(tensors) is None):
             self._notes.unfit = f"{func} writes to what has no derivative"
         targets = [t for t, (*_, written) in zip(tensors, sig.tensors, strict=True) if written]
-        for t in targets:
-            if isinstance(t, Tensor) and self._plane.is_constant(t):
+        each = [u for t in targets for u in (t if isinstance(t, (list, tuple)) else [t]) if isinstance(u, Tensor)]
+        for t in each:
+            if self._plane.is_constant(t) and func.overloadpacket not in _RESHAPED_IN_PLACE:
                 raise UnsupportedOperatorError(
                     func,
                     "it writes into a view made by .detach(), .data or under no_grad of a tensor that is being "
@@ -314,9 +318,8 @@ class Dispatch(Recorder):
                     "Write to the tensor itself, or clone() the detached view first.",
                 )
         if self._tape is not None:
-            for t in targets:
-                if isinstance(t, Tensor):
-                    self._tape.protect(t)
+            for t in each:
+                self._tape.protect(t)
         attached = self._plane.attached(tensors)
         if attached is None:
             return func(*args, **kwargs)
@@ -342,6 +345,14 @@ class Dispatch(Recorder):
         self._overwrite(targets, self._carry_out(sig.functional, known, given, args, kwargs), given)
         alone = len(targets) == 1 and isinstance(targets[0], Tensor)
         return targets[0] if alone else None if not func._schema.returns else tuple(targets)
+
+    def _renew(self, targets: Iterable[Any]) -> None:
+        """Let what stands for detached views of what was overwritten show it."""
+        before = (lambda t: None) if self._tape is None else self._tape.protect
+        for t in targets:
+            for u in t if isinstance(t, (list, tuple)) else [t]:
+                if isinstance(u, Tensor):
+                    self._plane.renew(u, before)
 
     # --- what existed before ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ a rule that is linear once the real parts have made their choices serves unchang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,15 @@ class Signature:
         return tuple(
             i for i, (_, name, _, written) in enumerate(self.tensors) if written or name in _RUNNING_STATISTICS
         )
+
+    def count_writes(self, tensors: Sequence[Any]) -> None:
+        """Count the writes to lists of tensors in their versions, which PyTorch leaves out under a dispatch mode.
+
+        By them autograd tells that a view has a new history, and that what it has saved was overwritten.
+        """
+        for t, (*_, written) in zip(tensors, self.tensors, strict=True):
+            if written and isinstance(t, (list, tuple)):
+                torch.autograd.graph.increment_version([u for u in t if not u.is_inference()])
 
     def gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensor arguments (a tensor, a list, or None also for a number) in the order of the schema."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _points = itertools.count()
 _OWNED = "_imstep_imaginary_of_another"
@@ -146,6 +147,7 @@ class Plane:
     def __init__(self) -> None:
         number = next(_points)
         self._key, self._constant = f"_imstep_imaginary_{number}", f"_imstep_constant_{number}"
+        self._copies = f"_imstep_copies_{number}"
 
     def find(self, t: Tensor) -> Any:
         """What is attached to the storage of ``t``, whole; None where there is nothing."""
@@ -255,13 +257,24 @@ class Plane:
 
     def constant(self, t: Tensor) -> Tensor:
         """A copy of ``t`` without imaginary part, to stand for a detached view of it."""
-        copy = t.clone()
-        copy.untyped_storage().__dict__[self._constant] = True
+        copy, source = t.clone(), t.untyped_storage()
+        copy.untyped_storage().__dict__[self._constant] = StorageWeakRef(source)
+        source.__dict__.setdefault(self._copies, []).append((Window(t), copy.view(copy.shape)))
         return copy
 
     def is_constant(self, t: Tensor) -> bool:
-        """Whether ``t`` is a copy standing for a detached view, so that writing to it would be lost."""
-        return t.layout is torch.strided and self._constant in t.untyped_storage().__dict__
+        """Whether ``t`` is a copy standing for a view of memory that is still there, so that writing would be lost."""
+        source = t.untyped_storage().__dict__.get(self._constant) if t.layout is torch.strided else None
+        return source is not None and not source.expired()
+
+    def renew(self, t: Tensor, before: Callable[[Tensor], None]) -> None:
+        """Let copies that stand for detached views show what the memory of ``t`` holds now; ``before`` each write."""
+        if t.layout is torch.strided:
+            for window, copy in t.untyped_storage().__dict__.get(self._copies, ()):
+                shown = window.onto(t)
+                if not torch.equal(copy, shown):
+                    before(copy)
+                    copy.copy_(shown)
 
     def drop(self, t: Tensor) -> None:
         """Forget the imaginary part of the storage of ``t``."""

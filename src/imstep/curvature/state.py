@@ -309,7 +309,9 @@ class WriteWatch(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             self._writes.before(kwargs["generator"])
         outputs = conjugating(func, args, kwargs) if any_complex(tensors) else func(*args, **kwargs)
-        if not (sig.view or sig.mutates):
+        if sig.mutates:
+            sig.count_writes(tensors)
+        elif not sig.view:
             self._mark(outputs)
         if self._recording is not None:
             self._recording.note(func, sig, tensors, args, kwargs, outputs)

@@ -54,6 +54,31 @@ def point() -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
 
 
+ZEROS = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1]])
+HELD = {
+    "cumprod": lambda x: modulus(torch.cumprod(as_complex(x) * ZEROS, 1)),
+    "prod": lambda x: modulus((as_complex(x) * ZEROS).prod(1) + as_complex(x).sum(0)),
+    "nothing": lambda x: modulus(as_complex(x)[3:].exp()) + modulus(torch.combinations(x[:1] + 1j)) + x @ x**2,
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_zeros_and_empty_tensors(name: str) -> None:
+    """Against central differences of the gradient: at zeros PyTorch's gradient of a product is a formula of its own."""
+    f = HELD[name]
+    x, v = point()
+    expected = (gradient(f, x + 1e-5 * v) - gradient(f, x - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close(imstep.hvp(f, x, v), expected, rtol=1e-6, atol=1e-6)
+    w = x.clone().requires_grad_()
+    block = Hessian(lambda: f(w), [w]) @ torch.stack([v, 2 * v], 1)
+    torch.testing.assert_close(block, torch.stack([expected, 2 * expected], 1), rtol=1e-6, atol=1e-6)
+
+
+def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    w = x.clone().requires_grad_()
+    return torch.autograd.grad(f(w), w)[0]
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_against_double_backward(name: str) -> None:
     f = LOSSES[name]

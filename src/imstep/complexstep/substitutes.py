@@ -192,7 +192,7 @@ def _real(*arguments: Any, **named: Any) -> bool:
 
 
 def _has_zeros(x: Tensor, *_: Any, **__: Any) -> bool:
-    return x.dim() > 0 and x.is_floating_point() and _any_zero(x)
+    return x.dim() > 0 and (x.is_floating_point() or x.is_complex()) and _any_zero(x)
 
 
 def _radius_has_zeros(r: Tensor, *_: Any, **__: Any) -> bool:

@@ -89,6 +89,8 @@ class Window:
         elif base.is_complex() and not self.dtype.is_complex:
             t = torch.view_as_real(base).as_strided(self.size, self.stride, self.offset + 2 * shift)
         elif self.dtype.is_complex and not base.is_complex():
+            if 0 in self.size:  # it may begin behind the end
+                return base.new_empty(self.size, dtype=self.dtype)
             pairs = base.as_strided((self._end(), 2), (2, 1), shift)
             # Nothing that is written to lies at odd places: see Replay._laid_out.
             pairs = torch.view_as_complex(pairs if _at_even_places(pairs) else pairs.clone())
@@ -103,8 +105,6 @@ class Window:
 
     def _end(self) -> int:
         """One more than the last entry of the storage that the window shows."""
-        if 0 in self.size:
-            return int(self.offset)
         return int(self.offset) + 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import imstep
-from imstep.curvature import Categorical, Empirical, MeanOverSamples, MonteCarlo, SumOverBatches
+from imstep.curvature import Categorical, Empirical, Exact, MeanOverSamples, MonteCarlo, SumOverBatches
 from imstep.curvature.operators import PointOperator
 
 X, LABELS = normal(10, 4), torch.arange(10) % 3
@@ -271,3 +271,104 @@ def test_refusals() -> None:
         imstep.Hessian.over([0, 1], lambda b: model(X).sum(), model)
     with pytest.raises(ValueError, match="0 samples together"):
         hessian(model, BATCHES, reduction=MeanOverSamples(count=lambda b: 0))
+
+
+# --- means that are not over samples ----------------------------------------------------------------------------------
+
+_W = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+_RAGGED = ((0, 3), (3, 6), (6, 8))
+_UNLIKE = {
+    "class weights": (lambda z, y, k: F.cross_entropy(z, y, weight=_W), lambda y, k: _W[y].sum()),
+    "ignored labels": (lambda z, y, k: F.cross_entropy(z, y.where(k, -100)), lambda y, k: k.sum()),
+    "beside a penalty": (lambda z, y, k: F.cross_entropy(z, y.where(k, -100)) / 2 + 1.0, lambda y, k: k.sum()),
+    "smoothed": (
+        lambda z, y, k: F.cross_entropy(z, y.where(k, -100), label_smoothing=0.1),
+        lambda y, k: k.sum(),
+    ),
+    "indexed by a mask": (lambda z, y, k: F.cross_entropy(z, y, reduction="none")[k].mean(), lambda y, k: k.sum()),
+    "times a mask": (
+        lambda z, y, k: (F.cross_entropy(z, y, reduction="none") * k).sum() / k.sum(),
+        lambda y, k: k.sum(),
+    ),
+    "squares by a mask": (lambda z, y, k: F.mse_loss(z[k], 0 * z[k].detach()), lambda y, k: k.sum()),
+}
+_ALIKE = {
+    "mean": lambda z, y, k: F.cross_entropy(z, y),
+    "beside a mean over parameters": lambda z, y, k: z.square().mean() + 0.1 * _W.square().mean(),
+    "sum by size": lambda z, y, k: z.square().sum() / len(z),
+    "a part of a mean": lambda z, y, k: F.mse_loss(z, 0 * z.detach()) / 4,
+}
+
+
+def _parts():
+    model, x = build("mlp")
+    labels, kept = torch.arange(8) % 3, torch.tensor([1, 1, 0, 1, 1, 0, 0, 1]).bool()
+    return model, (x, labels, kept), [(x[a:b], labels[a:b], kept[a:b]) for a, b in _RAGGED]
+
+
+@pytest.mark.parametrize("memory_budget", [0, None])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", _UNLIKE)
+def test_means_over_something_else_are_refused_unless_told(name, memory_budget, backward):
+    loss, count = _UNLIKE[name]
+    model, whole, parts = _parts()
+
+    def closure(batch):
+        found = loss(model(batch[0]), *batch[1:])
+        return found.backward() if backward else found
+
+    with pytest.raises(ValueError, match=r"is a mean over .* entries"):
+        imstep.Hessian.over(parts, closure, model, memory_budget=memory_budget)
+    told = MeanOverSamples(count=lambda batch: count(*batch[1:]))
+    H = imstep.Hessian.over(parts, closure, model, reduction=told, memory_budget=memory_budget)
+    assert relative_error(H.to_dense(), imstep.Hessian(lambda: closure(whole), model).to_dense()) < 1e-12
+
+
+@pytest.mark.parametrize("name", _ALIKE)
+def test_means_over_samples_are_taken(name):
+    model, whole, parts = _parts()
+    closure = lambda batch: _ALIKE[name](model(batch[0]), *batch[1:])
+    H = imstep.Hessian.over(parts, closure, model)
+    assert relative_error(H.to_dense(), imstep.Hessian(lambda: closure(whole), model).to_dense()) < 1e-12
+
+
+@pytest.mark.parametrize("memory_budget", [0, None])
+def test_means_of_outputs_are_looked_at(memory_budget):
+    model, _, parts = _parts()
+    labels = lambda batch: (model(batch[0]), batch[1].where(batch[2], -100))
+    with pytest.raises(ValueError, match="is a mean over 2 entries"):
+        imstep.GaussNewton.over(parts, labels, model, loss=nn.CrossEntropyLoss(), memory_budget=memory_budget)
+    for expectation in (Exact(), Empirical(), MonteCarlo()):
+        with pytest.raises(ValueError, match="is a mean over 2 entries"):
+            imstep.Fisher.over(parts, labels, model, Categorical(), expectation, memory_budget=memory_budget)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_sums_are_not_averaged(loss):
+    model, _, parts = _parts()
+    closure = lambda batch: loss(model(batch[0]), torch.ones(len(batch[0]), 3, dtype=torch.float64), reduction="sum")
+    with pytest.raises(ValueError, match=r"are sums .*SumOverBatches\(\)"):
+        imstep.Hessian.over(parts, closure, model)
+    imstep.Hessian.over(parts[:1], closure, model)
+
+
+@pytest.mark.parametrize("end", [0, 2])
+@pytest.mark.parametrize("memory_budget", [0, None])
+def test_batches_that_count_nothing_are_left_out(memory_budget, end):
+    model, whole, parts = _parts()
+    parts.insert(end, (whole[0][:2], whole[1][:2], torch.zeros(2, dtype=torch.bool)))
+    closure = lambda batch: F.cross_entropy(model(batch[0]), batch[1].where(batch[2], -100))
+    told = MeanOverSamples(count=lambda batch: batch[2].sum())
+    H = imstep.Hessian.over(parts, closure, model, reduction=told, memory_budget=memory_budget)
+    assert relative_error(H.to_dense(), imstep.Hessian(lambda: closure(whole), model).to_dense()) < 1e-12
+
+
+def test_lengths_that_contradict_each_other_are_refused():
+    """A list of pictures, or a table first; what another tensor goes with is taken."""
+    model, _, parts = _parts()
+    loss = lambda batch: model(batch["x"] if isinstance(batch, dict) else torch.stack(batch)).square().mean()
+    table = torch.ones(4)
+    for batches in ([{"t": table, "x": x} for x, *_ in parts], [list(x) for x, *_ in parts]):
+        with pytest.raises(ValueError, match="none of the other tensors goes with that"):
+            imstep.Hessian.over(batches, loss, model)
+    assert imstep.Hessian.over([{"x": x, "t": table, "y": y} for x, y, _ in parts], loss, model).batches == 3

@@ -63,8 +63,10 @@ class BackwardCalls(TorchFunctionMode):
         plain: bool = False,
         stale: bool = False,
         hidden: bool = False,
+        look: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         super().__init__()
+        self._look = look
         self._parameters, self._numbers = parameters, numbers
         self._skip, self._plain, self._stale = skip, plain, stale
         self._roots: list[Root] = []
@@ -121,6 +123,8 @@ class BackwardCalls(TorchFunctionMode):
 
     def look(self, outputs: Sequence[Tensor]) -> Survey:
         """What the graphs of ``outputs`` lead to; noted in :attr:`seen`, too."""
+        if self._look is not None:
+            self._look(outputs)
         found = survey(outputs, self._parameters, self._numbers())
         self.seen = self.seen + found
         return found

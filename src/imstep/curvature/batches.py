@@ -14,6 +14,7 @@ from torch import Tensor
 from imstep.complexstep.report import OperatorReport
 from imstep.curvature.evaluation import BatchCurvature, Point, checked_budget
 from imstep.curvature.frozen import Closure
+from imstep.curvature.means import Means
 from imstep.curvature.operators import PointOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.processes import Processes, check_parameters, digest
@@ -174,7 +175,7 @@ def _operator(
     series: Series, reduction: Reduction, tally: _Tally, guard: Callable[[], None] | None = None
 ) -> BatchOperator:
     """The operator of the batches of this process."""
-    _check_any(len(tally.weights))
+    _check_any(len(tally.weights) + tally.left_out)
     scale = reduction.scale(sum(tally.weights))
     parts = [(scale * weight, source) for weight, source in zip(tally.weights, tally.sources, strict=False)]
     if tally.visits:
@@ -195,15 +196,21 @@ def _gone_through(
     room, progress = checked_budget(memory_budget), progress or _quiet
     expected = len(series.batches) if isinstance(series.batches, Sized) else None
     tally, iterator = _Tally(room, series.random_state(), progress), iter(series.batches)
+    means, weighed = Means(reduction), itertools.count()
     for number in itertools.count():
         loading = series.random_state()
         batch = next(iterator, _END)
         if batch is _END:
             break
-        weight = reduction.weight(batch)
-        loss = tally.meet(series.curvature(batch, number), weight)
-        if tally.reason is not None:
-            tally.visits.append(Visit(number, loading, weight, loss))
+        weight = means.weigh(batch)
+        if weight == 0:  # its loss may be a mean over nothing
+            tally.left_out += 1
+        else:
+            curvature = series.curvature(batch, number)
+            curvature.frozen.user.look = partial(means.look, next(weighed))
+            loss = tally.meet(curvature, weight)
+            if tally.reason is not None:
+                tally.visits.append(Visit(number, loading, weight, loss))
         progress(number + 1, expected)
     return tally
 
@@ -216,6 +223,7 @@ class _Tally:
         self.weights: list[float] = []
         self.sources: list[Products] = []
         self.visits: list[Visit] = []
+        self.left_out = 0  # batches that count nothing
         self.reason: str | None = None
         self._room, self._definite = room, True
         self._loss = self._gradient = torch.zeros(())

@@ -29,6 +29,7 @@ class UserClosure:
     Attributes:
         surroundings: what it is called in.
         returned: what it returned first, as a 0-dim tensor; None where that is no number.
+        look: told the loss, or its parts, with their graphs, in the first call; to be set before.
         hook_factors: (n,), by which hooks on parameters multiply the gradient; None where they change nothing.
     """
 
@@ -41,6 +42,7 @@ class UserClosure:
         self._weights: list[Tensor] = []
         self._others: list[tuple[Tensor, Tensor | None]] = []
         self.returned: Tensor | None = None
+        self.look: Callable[[Sequence[Tensor]], None] | None = None
         self.hook_factors: Tensor | None = None
 
     def call(self) -> Any:
@@ -61,6 +63,7 @@ class UserClosure:
             plain=self._plain,
             stale=self._stale and not self._known,
             hidden=self._hidden,
+            look=None if self._known else self.look,
         )
         with graphs_recorded(), called:
             returned = self.call()

@@ -190,6 +190,8 @@ class BatchGaussNewton(BatchCurvature):
             given = [copies[id(t)].clone() if id(t) in copies else t for t in arguments]
             with self.frozen.user.surroundings.entered():
                 loss = scalar(self._model.loss(tree_unflatten(given, structure)))
+            if self.frozen.user.look is not None and not directions:
+                self.frozen.user.look([loss])
             gradients = arithmetic.gradient(loss, [*copies.values(), *tensors])
             parts = [None if g is None else part(g) for g in gradients]
         weights, around = parts[: len(copies)], parts[len(copies) :]

@@ -107,7 +107,8 @@ class Hessian(PointOperator):
 
         Raises:
             TypeError: ``batches`` is an iterator, which would be used up.
-            ValueError: there are no batches; and as for :class:`Hessian`.
+            ValueError: there are no batches; no ``reduction`` is told, and losses are means over what is not in
+                proportion to the lengths of batches, or sums; and as for :class:`Hessian`.
             RuntimeError: (in a product) the iterable gave other batches than at first.
             OtherProcessError, ProcessesLostError: as for :class:`~imstep.NewtonKrylov` with a ``process_group``.
 

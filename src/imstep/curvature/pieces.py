@@ -38,10 +38,12 @@ class Piece:
     Attributes:
         weight: how much its loss counts in the batch's, > 0.
         closure: returns its loss, or calls ``backward()`` on it.
+        look: told the loss, or its parts, with their graphs, when it is evaluated first.
     """
 
     weight: float
     closure: Closure
+    look: Callable[[Sequence[Tensor]], None] | None = None
 
 
 class FrozenPieces:
@@ -125,6 +127,7 @@ class FrozenPieces:
             if not again:  # not before its turn: it begins where random numbers are now
                 penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
                 self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
+                self._frozen[-1].user.look = piece.look
                 if self._doubted:
                     self._frozen[-1].doubt()
             self._parameters.weigh_piece(piece.weight)

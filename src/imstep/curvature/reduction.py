@@ -14,6 +14,11 @@ from torch.utils._pytree import tree_leaves
 class Reduction(ABC):
     """How much each batch counts in the whole."""
 
+    @property
+    def guessed(self) -> bool:
+        """Whether weights are read off batches, and not told."""
+        return False
+
     @abstractmethod
     def weight(self, batch: Any) -> float:
         """How much ``batch`` counts, before scaling."""
@@ -28,7 +33,8 @@ class MeanOverSamples(Reduction):
     """For losses that are means over samples: the whole is the mean over all, also where batches differ in size.
 
     Args:
-        count: how many samples a batch has; without it, the length of the first tensor in it.
+        count: how many samples a batch has; without it, the length of the first tensor in it. With a mean over labels
+            that is not over all of them alike, what it is over.
 
     Example:
         >>> import torch
@@ -40,7 +46,11 @@ class MeanOverSamples(Reduction):
     count: Callable[[Any], float] | None = None
 
     def weight(self, batch: Any) -> float:
-        return float((self.count or _length)(batch))
+        return float(self.count(batch) if self.count is not None else lengths(batch)[0])
+
+    @property
+    def guessed(self) -> bool:
+        return self.count is None
 
     def scale(self, total: float) -> float:
         if not total > 0:
@@ -69,11 +79,12 @@ def shares(reduction: Reduction, counts: Sequence[float]) -> list[float]:
     return [whole / reduction.scale(count) if count else 0.0 for count in counts]
 
 
-def _length(batch: Any) -> int:
-    lengths = [len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
-    if not lengths:
+def lengths(batch: Any) -> list[int]:
+    """Of the tensors in a batch, of which the first one's may be its number of samples."""
+    found = [len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0]
+    if not found:
         raise ValueError(
             f"a batch of type {type(batch).__name__} holds no tensor whose length could be its number of samples. "
             "Pass reduction=MeanOverSamples(count=...), or SumOverBatches()."
         )
-    return lengths[0]
+    return found

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.later import later_grad
 
-_LINEAR = (
+LINEAR = (
     *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
     *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
     *("Alias", "Split", "Unbind", "Where", "MaskedFill", "ViewAsReal"),
@@ -91,7 +91,7 @@ def form_of(root: Any) -> Form:
             found[node] = square
             continue
         parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
-        if name not in _LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
+        if name not in LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
             return Form((), obstacle=node.name() if parents else "a parameter")
         if name == "Div" and node.next_functions[0][0] is None:
             return Form((), obstacle=node.name())

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from imstep.curvature.batches import ROOM_FOR_RECORDS
 from imstep.curvature.evaluation import checked_budget
+from imstep.curvature.means import Means
 from imstep.curvature.pieces import Piece
 from imstep.curvature.reduction import MeanOverSamples, Reduction
 
@@ -34,7 +35,8 @@ class MicroBatches:
             recorded anew for every product. 0 for the least memory.
 
     Raises:
-        ValueError: a weight is not positive; the budget is negative. In a step: there are no pieces.
+        ValueError: a weight is not positive; the budget is negative; no weights are told, and those that are guessed do
+            not make the mean over all. In a step: that, and there are no pieces.
 
     Cost: that of the whole batch; for every product with a piece without a record, a linearisation of the piece, and
         one where the preconditioner is refreshed.
@@ -59,9 +61,11 @@ class MicroBatches:
         memory_budget: int | None = ROOM_FOR_RECORDS,
     ) -> None:
         reduction, kept = reduction or MeanOverSamples(), list(batches)
-        weights = [reduction.weight(batch) for batch in kept]
+        means = Means(reduction)
+        weights = [means.weigh(batch) for batch in kept]
         scale = reduction.scale(sum(weights)) if kept else 1.0
-        pieces = [Piece(scale * weight, partial(closure, batch)) for weight, batch in zip(weights, kept, strict=True)]
+        weighed = enumerate(zip(weights, kept, strict=True))
+        pieces = [Piece(scale * w, partial(closure, batch), partial(means.look, at)) for at, (w, batch) in weighed]
         self.reduction, self.count = reduction, sum(weights)
         self._fill(pieces, memory_budget)
 
@@ -113,8 +117,15 @@ class MicroBatches:
         """
         self.checked()
         with _NoBackward():
-            losses = [piece.weight * piece.closure() for piece in self.pieces]
-        return torch.stack(losses).sum()
+            losses = [_seen(piece) for piece in self.pieces]
+        return torch.stack([piece.weight * loss for piece, loss in zip(self.pieces, losses, strict=True)]).sum()
+
+
+def _seen(piece: Piece) -> Tensor:
+    loss: Tensor = piece.closure()
+    if piece.look is not None and isinstance(loss, Tensor):
+        piece.look([loss])
+    return loss
 
 
 class _NoBackward(TorchFunctionMode):

@@ -1,0 +1,143 @@
+"""Whether the losses of batches are means over what the batches are weighed by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from imstep.complexstep.islands import plain, unseen
+from imstep.curvature.reduction import Reduction, lengths
+from imstep.curvature.square_forms import LINEAR, operator
+
+_MEAN, _SUM = 1, 2  # how autograd's graph notes the reduction of a loss
+_OF_LABELS = ("NllLoss", "NllLoss2D")
+_VIEWS = ("View", "ReshapeAlias", "Alias", "UnsafeView", "Squeeze", "ToCopy")
+_TELL = "Pass reduction=MeanOverSamples(count=...), a function of a batch"
+
+
+class Means:
+    """Compares batches with the first one, where their weights are lengths of tensors, and nobody has told that.
+
+    A mean over labels divides by their number without the ignored ones, or by their class weights, a mean over what a
+    mask leaves by its number. Only what is in proportion to the weights of batches adds up to a mean over all. What is
+    the same for both is taken for something else, as a mean over parameters.
+
+    Args:
+        reduction: gives the weights.
+
+    Example:
+        >>> import torch
+        >>> from imstep.curvature import MeanOverSamples
+        >>> means = Means(MeanOverSamples())
+        >>> means.weigh((torch.zeros(3, 2), torch.zeros(3))), means.weigh((torch.zeros(2, 2), torch.zeros(2)))
+        (3.0, 2.0)
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction, self._guessed = reduction, reduction.guessed
+        self._lengths: list[int] = []
+        self._weights: list[float] = []
+        self._first: list[float] = []  # what the means of the first batch are over
+        self._number = self._met = 0  # the batch that was looked at last, and how many of its means
+
+    def weigh(self, batch: Any) -> float:
+        """The weight of the next batch.
+
+        Raises:
+            ValueError: it is the length of a tensor, and no other one's goes with it.
+        """
+        weight = self._reduction.weight(batch)
+        if self._guessed:
+            found = lengths(batch)
+            self._lengths = self._lengths or found
+            _check_lengths(self._lengths, found)
+        self._weights.append(weight)
+        return weight
+
+    def look(self, number: int, outputs: Sequence[Tensor]) -> None:
+        """Look at the loss of a batch that was weighed, or at parts of it; the first batch is looked at first.
+
+        Args:
+            number: of the batch.
+            outputs: with their graphs.
+
+        Raises:
+            ValueError: the loss is a mean over something else than that of the first batch, or a sum.
+        """
+        if not self._guessed:
+            return
+        self._met, self._number = self._met if number == self._number else 0, number
+        with unseen(), _disable_current_modes():
+            nodes = [_behind_views(plain(t).grad_fn) for t in outputs]
+            if number and any(getattr(node, "_saved_reduction", None) == _SUM for node in nodes):
+                raise ValueError(
+                    "the losses of batches are sums (reduction='sum'), and would be averaged. Pass "
+                    "reduction=SumOverBatches() to add them up."
+                )
+            for count in _means_over(nodes):
+                self._compare(count)
+
+    def _compare(self, count: float) -> None:
+        at, self._met = self._met, self._met + 1
+        if self._number == 0:
+            self._first.append(count)
+        elif at < len(self._first):
+            own, first, known = self._weights[self._number], self._weights[0], self._first[at]
+            if count != known and not math.isclose(count * first, known * own, rel_tol=1e-4):
+                raise ValueError(
+                    f"the loss of batch 0 is a mean over {known:g} entries (without ignored ones, or weighed by "
+                    f"class), and the batch counts as {first:g} samples; that of batch {self._number} is one over "
+                    f"{count:g}, and counts as {own:g}. So weighed they do not make the mean over all. {_TELL}: "
+                    "what its mean is over, such as (labels != -100).sum() or class_weights[labels].sum(); or its "
+                    "number of samples, to weigh it so all the same."
+                )
+
+
+def _check_lengths(first: list[int], found: list[int]) -> None:
+    if found == first:
+        return
+    alike = [a * first[0] == found[0] * b for a, b in zip(found, first, strict=False)]
+    if len(found) != len(first) or (len(found) > 1 and not any(alike[1:])):
+        raise ValueError(
+            f"a batch counts as many samples as its first tensor is long, {first[0]} and {found[0]}, but none of the "
+            f"other tensors goes with that: lengths are {first[:8]} and {found[:8]}. {_TELL} that returns its number "
+            "of samples."
+        )
+
+
+def _means_over(nodes: list[Any]) -> Iterator[float]:
+    """What the means that a loss is made of divide by."""
+    seen, waiting = set(), nodes[::-1]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        count = _count(node)
+        if count is not None:
+            yield count
+        elif operator(node) in LINEAR:
+            waiting += [parent for parent, _ in reversed(node.next_functions)]
+
+
+def _count(node: Any) -> float | None:
+    """What a node divides by, if it is a mean."""
+    name, (parent, _) = operator(node), node.next_functions[0] if node.next_functions else (None, 0)
+    if name in _OF_LABELS:
+        return float(node._saved_total_weight) if node._saved_reduction == _MEAN else None
+    if getattr(node, "_saved_reduction", None) == _MEAN and hasattr(node, "_saved_self"):
+        return float(node._saved_self.numel())
+    if node.name() == "MeanBackward0":
+        return float(node._saved_self_sym_numel)
+    divisor = node._saved_other if name == "Div" and operator(parent) == "Sum" else None
+    return float(divisor) if divisor is not None and divisor.numel() == 1 else None
+
+
+def _behind_views(node: Any) -> Any:
+    while operator(node) in _VIEWS:
+        node = node.next_functions[0][0]
+    return node

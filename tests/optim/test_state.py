@@ -188,3 +188,38 @@ def test_copies_go_on_as_the_original(kind: str, copied: Callable[[Any], Any]) -
     expected = after(3, model, optimizer)
     assert after(3, *twin) == expected
     assert twin[1].cost == optimizer.cost
+
+
+MAKERS = {
+    "newton_krylov": NewtonKrylov,
+    "for_batches": NewtonKrylov.for_batches,
+    "least_squares": LeastSquares,
+    **{name: getattr(methods, name) for name in ("lbfgs", "kfac", "soap", "adahessian", "halley", "bfgs")},
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_models_may_be_converted_after_the_optimizer_was_built(name: str) -> None:
+    """As by ``model.double()``: before the first step nothing is different, later it begins to learn anew."""
+
+    def taken(early: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        if early:
+            model.double()
+        optimizer = MAKERS[name](model.parameters())
+        model.double()
+        return model, optimizer
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        dtype = model[0].weight.dtype
+        x = torch.linspace(-1, 1, 24, dtype=dtype).reshape(8, 3)
+        for _ in range(3):
+            optimizer.step(lambda: (model(x) - x[:, :2].sin()).square().mean())
+        assert all(p.dtype == p.grad.dtype == dtype for p in model.parameters())
+
+    (model, optimizer), (other, plain) = taken(early=False), taken(early=True)
+    steps(model, optimizer)
+    steps(other, plain)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    steps(model.float(), optimizer)

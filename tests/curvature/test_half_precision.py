@@ -67,3 +67,20 @@ def test_straight_through_in_part_of_a_layer() -> None:
     optimizer = imstep.LeastSquares(model.parameters())
     losses = [float(optimizer.step(closure)) for _ in range(5)]
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_blocks_of_products_with_batch_normalisation(kind: type[nn.Module], affine: bool, training: bool) -> None:
+    """PyTorch's batched kernel takes one dtype, where inputs are of half precision and statistics are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2), kind(4, affine=affine), nn.Tanh(), nn.Conv1d(4, 2, 2)).train(training)
+    x = torch.randn(6, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        H = imstep.Hessian(lambda: model(x).square().mean(), model)
+        J = imstep.Jacobian(lambda: model(x), model)
+    for A in (H, J, J.T):
+        V = torch.randn(A.shape[1], 3)
+        one_by_one = torch.stack([A @ v for v in V.T], dim=1)
+        assert (A @ V - one_by_one).norm() < 0.02 * one_by_one.norm()

@@ -30,7 +30,16 @@ _ALL = [True, True, True]
 
 def _kernel(g, x, w, m, s, mask):
     """The fused backward kernel at given batch statistics."""
-    return aten.native_batch_norm_backward(g, x, w, None, None, m, s, True, 0.0, mask)
+    return _fused(g, x, w, None, None, m, s, True, 0.0, mask)
+
+
+def _fused(g, x, w, mean, var, m, s, training, eps, mask):
+    """The fused backward kernel, which takes a single dtype under vmap."""
+    op = aten.native_batch_norm_backward
+    if x.dtype == m.dtype or torch._C._functorch.maybe_current_level() is None:
+        return op(g, x, w, mean, var, m, s, training, eps, mask)
+    gx, gw, gb = op(g.to(m.dtype), x.to(m.dtype), w, mean, var, m, s, training, eps, mask)
+    return gx.to(x.dtype) if mask[0] else gx, gw, gb
 
 
 def _per_channel(v, x):
@@ -229,7 +238,7 @@ def _backward_training(g, x, w, m, s, mask):
 
 def _backward_evaluation(op, g, x, w, mean, var, eps, mask):
     s = torch.rsqrt(var + eps)
-    kernel = lambda dg, wanted: aten.native_batch_norm_backward(
+    kernel = lambda dg, wanted: _fused(
         dg, x, w, mean, var, mean, s, False, eps, wanted  # the statistics again: vmap insists on them
     )
     dims = [0, *range(2, x.dim())]

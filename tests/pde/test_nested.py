@@ -92,6 +92,11 @@ SINGLE = {
     "matrix norm": lambda x: torch.linalg.norm(NET(x)[:, :, None] * x[:, None], dim=(1, 2)),
     "of complex numbers": lambda x: torch.linalg.vector_norm(torch.complex(NET(x), 2 * NET(x)), dim=1),
     "other norms": lambda x: NET(x).norm(3, 1) + torch.linalg.vector_norm(NET(x), 1, dim=1),
+    "deviations": lambda x: NET(x).std(1) + torch.std(NET(x), dim=1, correction=0) * torch.std_mean(NET(x), 1)[0],
+    "cosine": lambda x: F.cosine_similarity(NET(x), MATRIX[:1], dim=1) + nn.CosineSimilarity()(NET(x), x[:, :1]),
+    "distances": lambda x: nn.PairwiseDistance(3.0)(NET(x), MATRIX[:1]) * F.pairwise_distance(NET(x), x[:, :1].sin()),
+    "distance": lambda x: torch.stack([torch.dist(row, MATRIX[0]) for row in NET(x)]),
+    "copied signs": lambda x: torch.copysign(NET(x), x[:, :1] - 0.5) + torch.copysign(x[:, :1], NET(x)),
 }
 
 

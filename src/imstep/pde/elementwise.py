@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imstep.pde.forward_mode import by_forward_mode
-from imstep.pde.jet import Jet, chain, rule
+from imstep.pde.jet import Jet, chain, rule, value_of
 
 Slopes = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -130,6 +130,15 @@ def _rsqrt(x: Tensor) -> Any:
     y = torch.rsqrt(x)
     slope = -0.5 * y / x
     return y, slope, -1.5 * slope / x
+
+
+@rule("copysign")
+def _copysign(input: Any, other: Any) -> Any:
+    """|x| with the sign of another, in which it does not vary."""
+    if not isinstance(input, Jet):
+        return torch.copysign(input, value_of(other))
+    sign = torch.copysign(torch.ones_like(input.value), value_of(other))
+    return input.abs() * sign
 
 
 @rule("glu")

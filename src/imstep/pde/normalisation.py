@@ -1,7 +1,7 @@
-"""Normalisation and norms, taken apart.
+"""Normalisation, norms, distances and deviations, taken apart.
 
-PyTorch's own forward mode over forward mode is wrong for the fused operators, and that of a norm cannot be
-differentiated once more by parameters.
+PyTorch's own forward mode over forward mode is wrong for the fused operators, and that of norms and what is made of
+them cannot be differentiated once more by parameters.
 """
 
 from __future__ import annotations
@@ -80,6 +80,35 @@ def _normalize(input: Jet, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out
     return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
 
 
+@rule("std")
+def _std(input: Jet, *args: Any, **kwargs: Any) -> Any:
+    return _root(torch.var(input, *args, **kwargs))
+
+
+@rule("std_mean")
+def _std_mean(input: Jet, *args: Any, **kwargs: Any) -> Any:
+    variance, mean = torch.var_mean(input, *args, **kwargs)
+    return _root(variance), mean
+
+
+@rule("dist")
+def _dist(input: Any, other: Any, p: float = 2) -> Any:
+    return _norm(input - other, p)
+
+
+@rule("pairwise_distance")
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    shape = torch.broadcast_shapes(x1.shape, x2.shape)
+    x1, x2 = x1.expand(shape), x2.expand(shape)
+    size = lambda x: torch.linalg.vector_norm(x, 2, dim).clamp_min(eps)
+    return (x1 * x2).sum(dim) / (size(x1) * size(x2))
+
+
 def _is_order(p: Any) -> bool:
     return isinstance(p, (int, float)) and 1 <= p < float("inf")
 
@@ -91,6 +120,11 @@ def _of_order(x: Any, p: float, dim: Any, keepdim: bool) -> Any:
         return x.abs().sum(dim, keepdim=keepdim)
     squares = x.real.square() + x.imag.square() if x.is_complex() else x.square()
     total = (squares if p == 2 else x.abs() ** p).sum(dim, keepdim=keepdim)
+    return _root(total, p)
+
+
+def _root(total: Any, p: float = 2) -> Any:
+    """total^(1/p) of what is no less than 0, without derivatives where it is 0."""
     at_zero = total == 0
     positive = total.masked_fill(at_zero, 1.0)
     return (positive.sqrt() if p == 2 else positive ** (1 / p)).masked_fill(at_zero, 0.0)

@@ -91,6 +91,8 @@ def test_options_are_checked_by_name(problem: Problem) -> None:
         spec.create(problem, mu=1.0)
     with pytest.raises(OptimizerError, match="sgd refuses"):
         spec.create(problem, lr=-1.0)
+    with pytest.raises(OptimizerError, match=r"history is a whole number, got 1\.5"):
+        get_optimizer("lbfgs").create(problem, history=1.5)
     with pytest.raises(OptimizerError, match="Did you mean 'lbfgs'"):
         get_optimizer("l-bfgs")
 

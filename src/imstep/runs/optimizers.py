@@ -13,7 +13,7 @@ from imstep.optim import EarlierDraws, EqualGradients, EqualTraces, ExponentialA
 from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.known_methods import known_methods
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
-from imstep.runs.passing import OptimizerError, shared, shared_options
+from imstep.runs.passing import OptimizerError, shared, shared_options, whole
 from imstep.runs.specs import OptimizerSpec
 from imstep.runs.steppers import (
     LOSS_COST,
@@ -60,7 +60,7 @@ def _least_squares(
             f"{options['balance']:g}."
         )
     more["balance"] = _BALANCES[chosen]
-    more |= {"damping": damping, "corrections": int(options["corrections"]), "process_group": process_group}
+    more |= {"damping": damping, "corrections": whole(options, "corrections"), "process_group": process_group}
     return CheckedStepper(LeastSquares(problem.parameters, **more), process_group)
 
 
@@ -85,8 +85,8 @@ def _lbfgs(problem: Problem, options: Mapping[str, float]) -> Stepper:
         torch.optim.LBFGS(
             problem.parameters,
             lr=options["lr"],
-            history_size=int(options["history"]),
-            max_iter=int(options["max_iter"]),
+            history_size=whole(options, "history"),
+            max_iter=whole(options, "max_iter"),
             # torch's defaults (1e-7, 1e-9) end steps early and stall the method before its best loss.
             tolerance_grad=0.0,
             tolerance_change=0.0,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["OptimizerError", "shared", "shared_options", "typed"]
+__all__ = ["OptimizerError", "shared", "shared_options", "typed", "whole"]
 
 _SHARED = ("lr", "weight_decay", "momentum", "max_step_norm")
 
@@ -42,6 +42,18 @@ def typed(constructor: Callable[..., Any], options: Mapping[str, float]) -> dict
     """
     parameters = inspect.signature(constructor).parameters
     return {name: _like(parameters[name].default, value) for name, value in options.items()}
+
+
+def whole(options: Mapping[str, float], name: str) -> int:
+    """An option that counts.
+
+    Raises:
+        OptimizerError: it is no whole number.
+    """
+    value = options[name]
+    if not float(value).is_integer():
+        raise OptimizerError(f"{name} is a whole number, got {value:g}.")
+    return int(value)
 
 
 def _like(default: Any, value: float) -> Any:

@@ -224,9 +224,10 @@ def test_a_backend_chosen_by_the_user_gives_way():
     _agree(lambda: loss(chosen), lambda: loss(SDPBackend.MATH), layer)
 
 
-def test_kernels_are_avoided_in_backward_passes():
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_kernels_are_avoided_in_backward_passes(kind):
     """What a Function evaluates in its backward pass is steered like anything else."""
-    module, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=D)
+    module, x = kind(3, 4).double(), torch.randn(5, 2, 3, dtype=D)
 
     class Again(Function):
         @staticmethod

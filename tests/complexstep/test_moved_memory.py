@@ -71,17 +71,18 @@ def _as_cudnn(weights, *sizes):
 
 
 @pytest.mark.parametrize("h", [None, 1e-20])
-def test_recurrent_networks_of_a_gpu(h):
+@pytest.mark.parametrize(("kind", "mode"), [(nn.LSTM, 2), (nn.GRU, 3)])
+def test_recurrent_networks_of_a_gpu(kind, mode, h):
     """Called with other weights than its own, one has cuDNN put them together in each forward pass."""
     torch.manual_seed(0)
-    module, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    module, x = kind(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64)
     point = {k: p.detach() for k, p in module.named_parameters()}
     direction = {k: torch.randn_like(p) for k, p in point.items()}
     loss = lambda q: functional_call(module, q, (x,))[0].pow(2).sum()
 
     def flattened(q: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            torch._cudnn_rnn_flatten_weight(list(q.values()), 4, 3, 2, 4, 0, 1, False, False)
+            torch._cudnn_rnn_flatten_weight(list(q.values()), 4, 3, mode, 4, 0, 1, False, False)
         return loss(q)
 
     library = torch.library.Library("aten", "IMPL")

@@ -49,9 +49,9 @@ class OnVector:
 class Last(nn.Module):
     """The outputs of a recurrent network at the end of a sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+        self.recurrent = kind(4, 3, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recurrent(x)[0][:, -1]
@@ -92,7 +92,8 @@ LOSSES = {
     "softmax": OnVector(mlp(nn.Sigmoid()), lambda net: (F.softmax(net(X), -1) ** 2).sum()),
     "logistic": OnVector(mlp(nn.ELU()), lambda net: F.binary_cross_entropy_with_logits(net(X), X[:, 1:].sigmoid())),
     "convolution": OnVector(convolution(), lambda net: F.cross_entropy(net(IMAGES), LABELS)),
-    "recurrent": OnVector(Last(), lambda net: F.cross_entropy(net(SEQUENCES), LABELS)),
+    "LSTM": OnVector(Last(nn.LSTM), lambda net: F.cross_entropy(net(SEQUENCES), LABELS)),
+    "GRU": OnVector(Last(nn.GRU), lambda net: F.cross_entropy(net(SEQUENCES), LABELS)),
     "derivatives inside": OnVector(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)), residual),
     "checkpoint": OnVector(mlp(nn.Tanh()), lambda net: classified(lambda x: checkpoint(net, x, use_reentrant=False))),
     "in place": OnVector(mlp(nn.ELU(inplace=True)), lambda net: net(X).mul_(2).tanh_().pow(3).sum()),

@@ -141,14 +141,15 @@ def test_one_function_whatever_the_closure_draws_and_overwrites(memory_budget: i
 
 
 @pytest.mark.parametrize("memory_budget", [None, 0])
-def test_checkpointed_kernels_of_single_precision(memory_budget: int | None) -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_checkpointed_kernels_of_single_precision(kind: type[nn.RNNBase], memory_budget: int | None) -> None:
     """What a checkpoint runs again must be what it ran first: not a fused kernel."""
-    lstm, x = nn.LSTM(3, 4, batch_first=True).double(), normal(5, 4, 3)
+    layer, x = kind(3, 4, batch_first=True).double(), normal(5, 4, 3)
     with differentiable_kernels():
-        dense = dense_jacobian(lstm(x)[0], list(lstm.parameters()))
-    lstm, x = lstm.float(), x.float()
-    closure = lambda: checkpoint(lambda t: lstm(t)[0], x, use_reentrant=False)
-    operator = imstep.Jacobian(closure, lstm, memory_budget)
+        dense = dense_jacobian(layer(x)[0], list(layer.parameters()))
+    layer, x = layer.float(), x.float()
+    closure = lambda: checkpoint(lambda t: layer(t)[0], x, use_reentrant=False)
+    operator = imstep.Jacobian(closure, layer, memory_budget)
     u = normal(len(dense), 2)
     assert relative_error((operator.T @ u.float()).double(), dense.T @ u) < 1e-5
 

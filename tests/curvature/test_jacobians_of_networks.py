@@ -410,6 +410,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "recurrent layer, relu": (lambda: Last(nn.RNN(7, 5, nonlinearity="relu", batch_first=True)), SERIES),
     "LSTM": (lambda: Last(nn.LSTM(7, 5, 2, batch_first=True, bidirectional=True)), SERIES),
     "GRU": (lambda: Last(nn.GRU(7, 5, batch_first=True)), SERIES),
+    "GRU, both ways": (lambda: Last(nn.GRU(7, 5, 2, batch_first=True, bidirectional=True)), SERIES),
+    "GRU without biases": (lambda: Last(nn.GRU(7, 5, batch_first=True, bias=False)), SERIES),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -129,26 +130,35 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _cell(q: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...], nonlinearity: str) -> tuple[Tensor, ...]:
-    a = sum(F.linear(v, q[f"weight_{n}_l0"], q.get(f"bias_{n}_l0")) for n, v in (("ih", x), ("hh", state[0])))
-    if nonlinearity:
-        return (getattr(torch, nonlinearity)(a),)
-    i, f, g, o = a.chunk(4, 1)
+def _cell(q: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...], kind: str) -> tuple[Tensor, ...]:
+    own, of_states = (F.linear(v, q[f"weight_{n}_l0"], q.get(f"bias_{n}_l0")) for n, v in (("ih", x), ("hh", state[0])))
+    if kind in ("tanh", "relu"):
+        return (getattr(torch, kind)(own + of_states),)
+    if kind == "gru":
+        (r, z), (p, q_n) = ((own + of_states)[:, :6].sigmoid().chunk(2, 1)), (t[:, 6:] for t in (own, of_states))
+        return ((1 - z) * (p + r * q_n).tanh() + z * state[0],)
+    i, f, g, o = (own + of_states).chunk(4, 1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-@pytest.mark.parametrize(("nonlinearity", "bias"), [("tanh", True), ("relu", False), ("", True), ("", False)])
-def test_recurrent_layers_have_the_factors_of_their_steps(nonlinearity: str, bias: bool) -> None:
+CELLS: dict[str, Callable[..., nn.RNNBase]] = {
+    "tanh": nn.RNN, "relu": partial(nn.RNN, nonlinearity="relu"), "lstm": nn.LSTM, "gru": nn.GRU
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"), [("tanh", True), ("relu", False), *((kind, bias) for kind in ("lstm", "gru") for bias in (True, False))]
+)
+def test_recurrent_layers_have_the_factors_of_their_steps(kind: str, bias: bool) -> None:
     """Those of the same cells called in a loop, for the sum over all steps."""
-    kind = nn.RNN if nonlinearity else nn.LSTM
-    layer = kind(2, 3, bias=bias, **({"nonlinearity": nonlinearity} if nonlinearity else {})).double()
+    layer = CELLS[kind](2, 3, bias=bias).double()
     x, y = normal(4, 5, 2), normal(5, 3, seed=1)
 
     def looped() -> Tensor:
         state: tuple[Tensor, ...] = (x.new_zeros(5, 3),) * 2
         for step in x:
-            state = _cell(dict(layer.named_parameters()), step, state, nonlinearity)
+            state = _cell(dict(layer.named_parameters()), step, state, kind)
         return F.mse_loss(state[0], y)
 
     found, _ = factors(lambda: F.mse_loss(layer(x)[0][-1], y), layer)

@@ -8,26 +8,23 @@ Backward, with gh' and gc' the gradients that reach h' and c' from outside and f
     u = gc' + gh' b,    ggates = (u, u, u, gh') m,    gc = u f,    gh = Wᵀ ggates
     b = o (1 - t²),    m = (g, c, i, t) (i (1 - i), f (1 - f), 1 - g², o (1 - o))
 
-PyTorch's own steps take a dozen operators and three times as many backward; each costs more than its arithmetic here.
-The formulas stand here twice: as operators that autograd and the arithmetics can look into, and as kernels that write
-into memory made for all steps at once.
+The formulas stand here twice, as :mod:`imstep.complexstep.layers_of_steps` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imstep.complexstep.gemm import multiply
+from imstep.complexstep.layers_of_steps import LIBRARY, StepsFunction, before, steps_of
 
 aten = torch.ops.aten
 
-_LIBRARY = torch.library.Library("imstep", "DEF")
-_LIBRARY.define("lstm_layer(Tensor p, Tensor h, Tensor c, Tensor w) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY.define("lstm_layer(Tensor p, Tensor h, Tensor c, Tensor w) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
     "lstm_layer_backward(Tensor gh, Tensor gc, Tensor a, Tensor cs, Tensor c, Tensor w, Tensor m, Tensor t) "
     "-> (Tensor, Tensor)"
 )
@@ -39,11 +36,6 @@ def apply(p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return hs, cs
 
 
-def before(first: Tensor, later: Tensor) -> Tensor:
-    """What each step starts from: the first state, and all others but the last."""
-    return torch.cat([first.unsqueeze(0), later[:-1]])
-
-
 def gates_of(t: Tensor) -> tuple[Tensor, ...]:
     """The parts of a tensor (..., 4 hidden) that belong to i, f, g and o."""
     return t.chunk(4, -1)
@@ -53,11 +45,6 @@ def by_factor(t: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of a tensor (..., 4 hidden) where a gradient has the factor u, (..., 3, hidden), and gh'."""
     u, h = t.unflatten(-1, (4, -1)).split((3, 1), -2)
     return u, h.squeeze(-2)
-
-
-def steps_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of tensors (time, ...), step by step."""
-    return zip(*(t.unbind(0) for t in tensors), strict=True)
 
 
 # --- as operators ---------------------------------------------------------------------------------------------------
@@ -104,20 +91,19 @@ def layer_backward(
     return torch.stack(steps[::-1]), carried
 
 
-class Layer(torch.autograd.Function):
-    """The operator, which autograd differentiates.
+class Layer(StepsFunction):
+    """The operator, which autograd differentiates."""
 
-    Attributes:
-        WEIGHT: which of its arguments the weight is.
-    """
-
-    WEIGHT = 3
+    WEIGHT, BIAS = 3, None
 
     @staticmethod
     def states(ctx: Any) -> Tensor:
-        """What the weight has multiplied, (time, batch, hidden)."""
         hs, _, _, h, *_ = ctx.saved_tensors
         return before(h, hs)
+
+    @staticmethod
+    def at_product(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -196,5 +182,5 @@ def _backward(
     return run_backward(gh, gc, a, w, m, slope_of_output(a, t))[:2]
 
 
-_LIBRARY.impl("lstm_layer", run, "CompositeExplicitAutograd")
-_LIBRARY.impl("lstm_layer_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("lstm_layer", run, "CompositeExplicitAutograd")
+LIBRARY.impl("lstm_layer_backward", _backward, "CompositeExplicitAutograd")

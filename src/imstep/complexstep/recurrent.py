@@ -12,40 +12,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from imstep.complexstep import lstm_layer, rnn_layer
-from imstep.complexstep.lstm_layer import before
+from imstep.complexstep import gru_layer, lstm_layer, rnn_layer
+from imstep.complexstep.layers_of_steps import before
 
 _Direction = tuple[Tensor, tuple[Tensor, ...]]  # all h (time, batch, hidden), and the last state
 
 
-def multiplied_within(weight: Tensor, bias: Tensor | None, inputs: Callable[[], Tensor], added: Tensor) -> None:
+def multiplied_within(
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Callable[[], Tensor],
+    added: Tensor,
+    at_product: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Tell whoever watches calls of layers that a weight has multiplied what no call shows.
 
     Args:
         weight, bias: of a product ``inputs @ weight.T + bias``.
         inputs: makes what was multiplied, (time, batch, in).
-        added: a sum that the product is a part of, (time, batch, out): its gradient is the product's.
+        added: what the product is added to, (time, batch, out).
+        at_product: from the gradient there to the product's; None where they are the same.
     """
     if has_torch_function((weight,)):
-        handle_torch_function(multiplied_within, (weight,), weight, bias, inputs, added)
+        handle_torch_function(multiplied_within, (weight,), weight, bias, inputs, added, at_product)
 
 
-def _projected(x: Tensor, weights: list[Tensor], backwards: bool) -> Tensor:
-    """The inputs times their weight, and both biases, in the order of the steps."""
-    rows, bias = x.flatten(0, 1), None
-    if len(weights) > 2:
-        bias = weights[2]
-        projected = torch.addmm(bias + weights[3], rows, weights[0].t())
-    else:
+def _biases(weights: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """That of the inputs, and that of the states."""
+    return (weights[2], weights[3]) if len(weights) > 2 else (None, None)
+
+
+def _projected(x: Tensor, weights: list[Tensor], backwards: bool, both: bool = True) -> Tensor:
+    """The inputs times their weight, and their bias or both, in the order of the steps."""
+    rows, (bias, of_states) = x.flatten(0, 1), _biases(weights)
+    if bias is None or of_states is None:
         projected = rows @ weights[0].t()
+    else:
+        projected = torch.addmm(bias + of_states if both else bias, rows, weights[0].t())
     projected = projected.unflatten(0, x.shape[:2])
     multiplied_within(weights[0], bias, lambda: x, projected)
     return projected.flip(0) if backwards else projected
 
 
-def _tell_recurrent(weights: list[Tensor], h: Tensor, hs: Tensor, projected: Tensor) -> None:
+def _tell_recurrent(
+    weights: list[Tensor],
+    h: Tensor,
+    hs: Tensor,
+    projected: Tensor,
+    at_product: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """That states were multiplied, from the first h to the last but one."""
-    multiplied_within(weights[1], weights[3] if len(weights) > 2 else None, lambda: before(h, hs), projected)
+    multiplied_within(weights[1], _biases(weights)[1], lambda: before(h, hs), projected, at_product)
 
 
 def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
@@ -58,17 +75,10 @@ def _lstm_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor],
 
 def _gru_direction(x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor], backwards: bool) -> _Direction:
     (h,) = state
-    bias, recurrent_bias = (weights[2], weights[3]) if len(weights) > 2 else (None, None)
-    size = h.shape[-1]
-    outputs = []
-    steps = F.linear(x, weights[0], bias).unbind(0)
-    for projected in reversed(steps) if backwards else steps:
-        own = F.linear(h, weights[1], recurrent_bias)
-        reset, update = torch.sigmoid(projected[:, : 2 * size] + own[:, : 2 * size]).chunk(2, 1)
-        new = torch.tanh(projected[:, 2 * size :] + reset * own[:, 2 * size :])
-        h = new + update * (h - new)
-        outputs.append(h)
-    return torch.stack(outputs[::-1] if backwards else outputs), (h,)
+    projected = _projected(x, weights, backwards, both=False)
+    hs, a = gru_layer.apply(projected, h, weights[1], _biases(weights)[1])
+    _tell_recurrent(weights, h, hs, projected, lambda gradient: gru_layer.at_product(gradient, a))
+    return hs.flip(0) if backwards else hs, (hs[-1],)
 
 
 def _plain_direction(

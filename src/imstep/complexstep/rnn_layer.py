@@ -6,8 +6,8 @@ Backward, with gh' the gradients that reach h' from outside:
 
     r = gh' + Wᵀ ga of the step after,    ga = φ' r,    gh = Wᵀ ga of the first step,    gW = Σ ga hᵀ
 
-φ' follows from h'. As in :mod:`imstep.complexstep.lstm_layer`, the formulas stand here twice: as operators, and as
-kernels that write into memory made for all steps at once. The gradient of W is one product for all steps.
+φ' follows from h'. As :mod:`imstep.complexstep.layers_of_steps` says, the formulas stand here twice. The gradient of W
+is one product for all steps.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.gemm import multiply
-from imstep.complexstep.lstm_layer import before, steps_of
+from imstep.complexstep.layers_of_steps import LIBRARY, StepsFunction, before, steps_of
 
 aten = torch.ops.aten
 
-_LIBRARY = torch.library.Library("imstep", "FRAGMENT")
-_LIBRARY.define("rnn_layer(Tensor p, Tensor h, Tensor w, bool relu) -> Tensor")
-_LIBRARY.define("rnn_layer_backward(Tensor gh, Tensor hs, Tensor w, bool relu) -> Tensor")
+LIBRARY.define("rnn_layer(Tensor p, Tensor h, Tensor w, bool relu) -> Tensor")
+LIBRARY.define("rnn_layer_backward(Tensor gh, Tensor hs, Tensor w, bool relu) -> Tensor")
 
 
 def apply(p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
@@ -55,20 +54,19 @@ def layer_backward(gh: Tensor, hs: Tensor, w: Tensor, relu: bool) -> Tensor:
     return torch.stack(steps[::-1])
 
 
-class Layer(torch.autograd.Function):
-    """The operator, which autograd differentiates.
+class Layer(StepsFunction):
+    """The operator, which autograd differentiates."""
 
-    Attributes:
-        WEIGHT: which of its arguments the weight is.
-    """
-
-    WEIGHT = 2
+    WEIGHT, BIAS = 2, None
 
     @staticmethod
     def states(ctx: Any) -> Tensor:
-        """What the weight has multiplied, (time, batch, hidden)."""
         hs, h, _ = ctx.saved_tensors
         return before(h, hs)
+
+    @staticmethod
+    def at_product(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
@@ -122,5 +120,5 @@ def _backward(gh: Tensor, hs: Tensor, w: Tensor, relu: bool) -> Tensor:
     return go_back_(gh.clone(memory_format=torch.contiguous_format), hs, w, relu)
 
 
-_LIBRARY.impl("rnn_layer", run, "CompositeExplicitAutograd")
-_LIBRARY.impl("rnn_layer_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("rnn_layer", run, "CompositeExplicitAutograd")
+LIBRARY.impl("rnn_layer_backward", _backward, "CompositeExplicitAutograd")

@@ -178,7 +178,7 @@ class EKFAC(KFAC):
             found = torch.autograd.grad([end.z for end in point.split.losses], edges, u, allow_unused=True)
             for total, block in zip(totals, blocks, strict=True):
                 own = [(use, g) for use, g in zip(observer.uses, found, strict=True) if use.weight == block.weight]
-                total += squared_cases(block, own) / samples
+                total += squared_cases(block, [(use, use.gradient(g)) for use, g in own]) / samples
         return [replace(block, values=values) for block, values in zip(blocks, totals, strict=True)]
 
 

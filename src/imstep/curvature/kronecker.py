@@ -120,15 +120,16 @@ class KroneckerFactors:
         for at, value in _direct_curvature(tensors, ends, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value
         inputs: list[Tensor | GradientEdge] = [*(use.edge for use in uses), *(tensors[at] for at in rest)]
-        gradients = later_grad([end.z for end in ends], inputs, u, keep=point.keeps_graph)
+        found = later_grad([end.z for end in ends], inputs, u, keep=point.keeps_graph)
+        gradients = [use.gradient(g) for use, g in zip(uses, found, strict=False)]
         # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
         dtype = self._parameters.dtype
-        for use, g in zip(uses, gradients, strict=False):
+        for use, g in zip(uses, gradients, strict=True):
             if g is not None:
                 into.take(weight, use, g, dtype)
         if self._inverses.needs_cases:
-            into.seen.append((weight, list(zip(uses, gradients, strict=False))))
-        for at, g in zip(rest, gradients[len(uses) :], strict=True):
+            into.seen.append((weight, list(zip(uses, gradients, strict=True))))
+        for at, g in zip(rest, found[len(uses) :], strict=True):
             old = into.squares.get(at)
             if g is not None:
                 gradient = as_reals(g.detach()).to(dtype)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep import lstm_layer, rnn_layer
 from imstep.complexstep.islands import plain
+from imstep.complexstep.layers_of_steps import StepsFunction
 from imstep.curvature.use import Found, Operand, Use, broadcast, signed
 
 Addends = Callable[[Tensor], Tensor]
@@ -113,14 +113,17 @@ def _patches(
 
 
 def _recurrent(p: Operand) -> Found:
-    """The weight of the states in a layer that is one operator: the gradient that reaches the inputs is of its gates.
-    """
+    """The weight and bias of the states in a layer that is one operator, by the gradient that reaches its inputs."""
     own = getattr(p.node, "_forward_cls", None)
     inputs, number = p.node.next_functions[0]
-    if own not in (lstm_layer.Layer, rnn_layer.Layer) or p.at != own.WEIGHT or inputs is None:
+    if inputs is None or not (isinstance(own, type) and issubclass(own, StepsFunction)):
         return None
-    states = lambda: own.states(p.node).detach().flatten(0, 1)
-    return Use(p.parameter, GradientEdge(inputs, number), lambda d: d.flatten(0, 1), states, p.transposed)
+    edge, spread = GradientEdge(inputs, number), lambda d: own.at_product(p.node, d).flatten(0, 1)
+    if p.at == own.BIAS:
+        return Use(p.parameter, edge, spread)
+    if p.at != own.WEIGHT:
+        return None
+    return Use(p.parameter, edge, spread, lambda: own.states(p.node).detach().flatten(0, 1), p.transposed)
 
 
 def _embedding(p: Operand) -> Found:

@@ -28,6 +28,7 @@ class LayerUse:
         inputs: a, (rows, in), with a column of ones appended if there is a bias.
         edge: where autograd's graph leaves the layer, before anything overwrites its output.
         channels: dimension of the output that W's rows belong to.
+        at_product: from the gradient at the edge to that at y; None where they are the same.
     """
 
     weight: int
@@ -35,6 +36,13 @@ class LayerUse:
     inputs: Tensor
     edge: GradientEdge
     channels: int
+    at_product: Callable[[Tensor], Tensor] | None = None
+
+    def gradient(self, at_edge: Tensor | None) -> Tensor | None:
+        """The gradient at y, from that at the edge; None for none."""
+        if at_edge is None or self.at_product is None:
+            return at_edge
+        return plain(self.at_product(at_edge)).detach()
 
 
 class LayerObserver(TorchFunctionMode):
@@ -63,8 +71,8 @@ class LayerObserver(TorchFunctionMode):
         if func is F.linear or func is torch.conv2d or func is torch.conv1d:
             self._note(func, output, *args, **kwargs)
         elif func is multiplied_within:
-            weight, bias, inputs, added = args
-            self._take(weight, bias, added, _LAST, lambda: plain(inputs()).detach())
+            weight, bias, inputs, added, at_product = args
+            self._take(weight, bias, added, _LAST, lambda: plain(inputs()).detach(), at_product)
         return output
 
     def _note(
@@ -84,7 +92,13 @@ class LayerObserver(TorchFunctionMode):
             self._take(weight, bias, output, 1, lambda: _patches(func, rows(), weight, *args, **kwargs))
 
     def _take(
-        self, weight: Tensor, bias: Tensor | None, output: Tensor, channels: int, rows: Callable[[], Tensor | None]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        output: Tensor,
+        channels: int,
+        rows: Callable[[], Tensor | None],
+        at_product: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Keep a use, if the weight is one of those looked for, and autograd's graph leads to the output."""
         at = self._position.get(id(weight))
@@ -105,7 +119,7 @@ class LayerObserver(TorchFunctionMode):
             found = found.reshape(-1, found.shape[-1])
             if at_bias is not None:
                 found = torch.cat([found, found.new_ones(len(found), 1)], dim=1)
-        self.uses.append(LayerUse(at, at_bias, found, edge, channels))
+        self.uses.append(LayerUse(at, at_bias, found, edge, channels, at_product))
 
 
 def _patches(

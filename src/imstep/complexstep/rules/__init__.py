@@ -40,6 +40,7 @@ _FAMILIES = (
     "bags",
     "segments",
     "recurrence",
+    "gated_units",
     "cells",
     "random",
     "quantised",

@@ -26,8 +26,8 @@ import torch
 
 from imstep.complexstep import rnn_layer
 from imstep.complexstep.gemm import multiply
+from imstep.complexstep.layers_of_steps import before, steps_of
 from imstep.complexstep.lstm_layer import (
-    before,
     by_factor,
     gates_of,
     layer,
@@ -36,7 +36,6 @@ from imstep.complexstep.lstm_layer import (
     run_backward,
     slope_of_output,
     slopes_,
-    steps_of,
 )
 from imstep.complexstep.registry import defined_as, rule
 from imstep.complexstep.rules.blocks import in_front
@@ -50,7 +49,7 @@ defined_as(_plain)(rnn_layer.layer)
 defined_as(_plain_backward)(rnn_layer.layer_backward)
 
 
-def _behind_time(change, ims, like):
+def behind_time(change, ims, like):
     """A copy of ``change`` (block, time, ...) with the block behind the time; zeros, shaped as all steps, for None."""
     if change is not None:
         return change.movedim(0, 1).clone(memory_format=torch.contiguous_format)
@@ -58,18 +57,18 @@ def _behind_time(change, ims, like):
     return like.new_zeros(like.shape[0], k, *like.shape[1:])
 
 
-def _by_rows(a, b):
+def by_rows(a, b):
     """a (..., m) times b (m, n)."""
     return multiply(a.reshape(-1, a.shape[-1]), b).unflatten(0, a.shape[:-1])
 
 
-def _product(a, bs):
+def product(a, bs):
     """a (time, batch, m) times each of bs (block, m, n), (time, block, batch, n)."""
-    each = [_by_rows(a, b) for b in bs]
+    each = [by_rows(a, b) for b in bs]
     return each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, 1)
 
 
-def _write(into, change, factor):
+def write(into, change, factor):
     """Write change times factor over ``into``, nothing counting as zero."""
     if change is None:
         into.zero_()
@@ -87,14 +86,14 @@ def lstm_layer(p, h, c, w):
 
     @in_front
     def push(dp, dh, dc, dw):
-        d = _behind_time(dp, (dh, dc), p) if dw is None else _product(before(h, hs), dw.mT)
+        d = behind_time(dp, (dh, dc), p) if dw is None else product(before(h, hs), dw.mT)
         if dp is not None and dw is not None:
             d.add_(dp.movedim(0, 1))
         dhs, dcs = d.new_empty(*d.shape[:-1], hidden), d.new_empty(*d.shape[:-1], hidden)
         parts = d, *gates_of(d), *gates_of(m), gates_of(a)[1], b, dcs, dhs
         for gates, di, df, dg, do, mi, mf, mg, mo, f, back, after_c, after_h in steps_of(*parts):
             if dh is not None:
-                gates.add_(_by_rows(dh, recurrent))
+                gates.add_(by_rows(dh, recurrent))
             torch.mul(di, mi, out=after_c).addcmul_(df, mf).addcmul_(dg, mg)
             dc = after_c if dc is None else after_c.addcmul_(dc, f)
             dh = torch.mul(do, mo, out=after_h).addcmul_(dc, back)
@@ -118,9 +117,9 @@ def lstm_layer_backward(gh, gc, a, cs, c, w, m, t):
     @in_front
     def push(dgh, dgc, da, dcs, dc, dw, *_):
         ims = dgh, dgc, da, dcs, dc, dw
-        to_h, to_u = _behind_time(dgh, ims, u), _behind_time(dgc, ims, u)
+        to_h, to_u = behind_time(dgh, ims, u), behind_time(dgc, ims, u)
         if dw is not None:
-            to_h[:-1].add_(_product(gates[1:], dw))
+            to_h[:-1].add_(product(gates[1:], dw))
         di, df, dg, do = (None,) * 4 if da is None else gates_of(da.movedim(0, 1))
         if dcs is not None:
             dcs = dcs.movedim(0, 1)
@@ -130,12 +129,12 @@ def lstm_layer_backward(gh, gc, a, cs, c, w, m, t):
         changes = a.new_empty(len(a), to_u.shape[1], *a.shape[1:])
         forgotten = torch.empty_like(to_u)
         of_i, of_f, of_g, of_o = gates_of(changes)
-        _write(forgotten, df, u)
-        _write(of_i, dg, u)
-        _write(of_g, di, u)
-        _write(of_o, dcs, by_output)
-        _write(of_f[1:], None if dcs is None else dcs[:-1], u[1:])
-        _write(of_f[:1], None if dc is None else dc.unsqueeze(0), u[:1])
+        write(forgotten, df, u)
+        write(of_i, dg, u)
+        write(of_g, di, u)
+        write(of_o, dcs, by_output)
+        write(of_f[1:], None if dcs is None else dcs[:-1], u[1:])
+        write(of_f[:1], None if dc is None else dc.unsqueeze(0), u[:1])
         slopes_(changes, gates_of(changes), a.unsqueeze(1).expand(changes.shape))
         if da is not None:
             changes.addcmul_(da.movedim(0, 1), turn.unsqueeze(1))
@@ -150,7 +149,7 @@ def _go_back(changes, to_h, to_u, forgotten, w, f, m, b):
     parts = changes, *by_factor(changes), *by_factor(m), to_h, to_u, forgotten, f, b
     for gates, by_u, by_h, m_u, m_h, reached, du, forgot, kept, back in reversed(list(steps_of(*parts))):
         if after is not None:
-            reached.add_(_by_rows(after, w))
+            reached.add_(by_rows(after, w))
             du.add_(carried)
         du.addcmul_(reached, back)
         by_u.addcmul_(du.unsqueeze(-2), m_u)
@@ -169,12 +168,12 @@ def plain_layer(p, h, w, relu):
 
     @in_front
     def push(dp, dh, dw):
-        d = _behind_time(dp, (dh, dw), p) if dw is None else _product(before(h, hs), dw.mT)
+        d = behind_time(dp, (dh, dw), p) if dw is None else product(before(h, hs), dw.mT)
         if dp is not None and dw is not None:
             d.add_(dp.movedim(0, 1))
         for change, h_ in steps_of(d, hs):
             if dh is not None:
-                change.add_(_by_rows(dh, recurrent))
+                change.add_(by_rows(dh, recurrent))
             dh = rnn_layer.by_slope_(change, h_.expand_as(change), relu)
         return (d.movedim(1, 0),)
 
@@ -187,15 +186,15 @@ def plain_layer_backward(gh, hs, w, relu):
     bend = None
     if not relu:
         reached = gh.clone(memory_format=torch.contiguous_format)
-        reached[:-1].flatten(0, 1).add_(_by_rows(ga[1:], w).flatten(0, 1))
+        reached[:-1].flatten(0, 1).add_(by_rows(ga[1:], w).flatten(0, 1))
         bend = reached.mul_(hs).mul_(-2)
 
     @in_front
     def push(dgh, dhs, dw):
-        d = _behind_time(dgh, (dhs, dw), gh)
+        d = behind_time(dgh, (dhs, dw), gh)
         if dw is not None:
-            d[:-1].add_(_product(ga[1:], dw))
-        more = None if dhs is None or bend is None else _behind_time(dhs, (), hs).mul_(bend.unsqueeze(1))
+            d[:-1].add_(product(ga[1:], dw))
+        more = None if dhs is None or bend is None else behind_time(dhs, (), hs).mul_(bend.unsqueeze(1))
         return (rnn_layer.go_back_(d, hs, w, relu, more).movedim(1, 0),)
 
     return ga, lambda *ims: push(*ims)[0]

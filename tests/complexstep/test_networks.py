@@ -179,6 +179,7 @@ NETWORKS = [
     Network("gpt", _GPT, _language_loss),
     Network("transformer", _transformer, _sequence_loss),
     Network("lstm", lambda: _Recurrent(nn.LSTM), _sequence_loss),
+    Network("gru", lambda: _Recurrent(nn.GRU), _sequence_loss),
     Network("gru-packed", lambda: _Recurrent(nn.GRU), _packed_loss),
     Network("rnn", lambda: _Recurrent(nn.RNN), _sequence_loss),
     Network("pinn", _pinn, _pinn_loss),

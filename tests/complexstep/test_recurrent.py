@@ -78,8 +78,22 @@ def _unbatched(module, q):
     return functional_call(module, q, (X[:, 0],))[0].pow(2).sum()
 
 
+def _twice(module, q):
+    call = lambda *args: functional_call(module, q, args)
+    y, state = call(X)
+    again, _ = call(X.flip(0), state)
+    return (y * again).sum() + again.pow(3).sum()
+
+
+def _one_step(module, q):
+    return functional_call(module, q, (X[:1],))[0].pow(2).sum()
+
+
+LOSSES = [_through_input_gradient, _through_transform, _through_checkpoint, _unbatched, _twice, _one_step]
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("loss", [_through_input_gradient, _through_transform, _through_checkpoint, _unbatched])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_compositions(loss, kind):
     module, point = _network(kind)
     _check(lambda q: loss(module, q), point)

@@ -358,6 +358,18 @@ class Last(nn.Module):
         return self.end(self.layer(x)[0][:, -1])
 
 
+class Twice(nn.Module):
+    """The last output of a recurrent layer that goes over its own outputs again."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.end = layer, nn.Linear(layer.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.layer(x)
+        return self.end(self.layer(y, state)[0][:, -1])
+
+
 class Grid(nn.Module):
     """Features between the corners of a table, by bilinear interpolation."""
 
@@ -411,6 +423,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "LSTM": (lambda: Last(nn.LSTM(7, 5, 2, batch_first=True, bidirectional=True)), SERIES),
     "GRU": (lambda: Last(nn.GRU(7, 5, batch_first=True)), SERIES),
     "GRU, both ways": (lambda: Last(nn.GRU(7, 5, 2, batch_first=True, bidirectional=True)), SERIES),
+    "GRU, twice": (lambda: Twice(nn.GRU(7, 7, batch_first=True)), SERIES),
     "GRU without biases": (lambda: Last(nn.GRU(7, 5, batch_first=True, bias=False)), SERIES),
 }
 
@@ -430,6 +443,21 @@ def test_layers(name: str) -> None:
     assert J.explicit == ()
     assert J.backward_passes <= 4
     assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
+
+
+@pytest.mark.parametrize("frozen", ["ih", "weight_ih bias"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_whose_inputs_are_constants(kind: type[nn.RNNBase], frozen: str) -> None:
+    """Rows of what is left are told as well."""
+    model = Last(kind(7, 5, 1, batch_first=True, bidirectional=True)).to(F64)
+    for name, p in model.layer.named_parameters():
+        p.requires_grad_(not any(part in name for part in frozen.split()))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    terms = lambda: [model(SERIES) - 1]
+    J = ResidualJacobian(lambda: terms()[0].square().mean(), parameters)
+    assert J.explicit == ()
+    assert J.backward_passes <= 4
+    assert relative_error(J.to_dense(), dense(terms(), parameters)) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["bilinear", "table between points"])

@@ -49,6 +49,8 @@ def _projected(x: Tensor, weights: list[Tensor], backwards: bool, both: bool = T
         projected = rows @ weights[0].t()
     else:
         projected = torch.addmm(bias + of_states if both else bias, rows, weights[0].t())
+    if not projected.requires_grad and torch.is_grad_enabled() and weights[1].requires_grad:
+        projected.requires_grad_()  # the gradient that reaches these tells the rows of the recurrent weight
     projected = projected.unflatten(0, x.shape[:2])
     multiplied_within(weights[0], bias, lambda: x, projected)
     return projected.flip(0) if backwards else projected

@@ -18,7 +18,6 @@ import torch
 
 from imstep.complexstep.gemm import multiply_onto
 from imstep.complexstep.gru_layer import (
-    by_gate,
     gates_of,
     go_back_,
     layer,

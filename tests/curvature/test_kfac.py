@@ -199,3 +199,19 @@ def test_block_diagonal_matrices() -> None:
     few = imstep.GaussNewton(lambda: (model(x[:1]), torch.zeros(1, 2).double()), model)
     with pytest.raises(NotSolvedError):
         few.block_diagonal().inverse() @ v
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_the_weight_of_a_gru_is_seen_at_its_own_product(kind) -> None:
+    """The reset gate multiplies what the weight of the states makes: one step is two linear layers."""
+    layer, x, h, y = nn.GRU(2, 3).double(), normal(1, 20, 2), normal(1, 20, 3, seed=1), normal(20, 3, seed=2)
+
+    def written_out() -> Tensor:
+        q = dict(layer.named_parameters())
+        a, b = (F.linear(v[0], q[f"weight_{n}_l0"], q[f"bias_{n}_l0"]) for n, v in (("ih", x), ("hh", h)))
+        r, z, _ = (a + b).sigmoid().chunk(3, 1)
+        n = (a.chunk(3, 1)[2] + r * b.chunk(3, 1)[2]).tanh()
+        return F.mse_loss((1 - z) * n + z * h[0], y)
+
+    found, expected = (kind(f, layer).to_dense() for f in (lambda: F.mse_loss(layer(x, h)[0][0], y), written_out))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)

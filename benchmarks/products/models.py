@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -102,25 +103,25 @@ def resnet18(device: torch.device) -> Subject:
     return Subject("ResNet-18", "evaluation mode, 16 x 3 x 32 x 32", model, x, labels, loss)
 
 
-# --- LSTM -----------------------------------------------------------------------------------------------------------
+# --- recurrent networks ---------------------------------------------------------------------------------------------
 
 
 class _Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(32, 128, batch_first=True)
+        self.layer = layer(32, 128, batch_first=True)
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
+        return self.head(self.layer(x)[0][:, -1])
 
 
-def lstm(device: torch.device) -> Subject:
-    """One LSTM layer and a linear classifier of its last state."""
-    model = _Recurrent().to(device)
+def recurrent(layer: type[nn.RNNBase], device: torch.device) -> Subject:
+    """One recurrent layer and a linear classifier of its last state."""
+    model = _Recurrent(layer).to(device)
     x, labels = torch.randn(64, 30, 32, device=device), torch.randint(10, (64,), device=device)
     loss = nn.CrossEntropyLoss()
-    return Subject("LSTM", "32 -> 128, batch 64, 30 steps", model, x, labels, loss)
+    return Subject(layer.__name__, "32 -> 128, batch 64, 30 steps", model, x, labels, loss)
 
 
 # --- GPT ------------------------------------------------------------------------------------------------------------
@@ -203,7 +204,8 @@ def pinn(device: torch.device) -> Subject:
 SUBJECTS: dict[str, Callable[[torch.device], Subject]] = {
     "MLP": autoencoder,
     "ResNet-18": resnet18,
-    "LSTM": lstm,
+    "LSTM": partial(recurrent, nn.LSTM),
+    "GRU": partial(recurrent, nn.GRU),
     "GPT": gpt,
     "PINN": pinn,
 }

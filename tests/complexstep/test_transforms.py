@@ -110,6 +110,29 @@ def test_derivatives_inside_the_loss(name):
     torch.testing.assert_close(hessian @ v, expected, rtol=1e-11, atol=1e-12)
 
 
+_OF_POINTS = {
+    "jacobian": lambda f, x: functional.jacobian(f, x, create_graph=True),
+    "hessian": lambda f, x: functional.hessian(lambda t: f(t).sum(), x, create_graph=True),
+    "vjp": lambda f, x: functional.vjp(f, x, x.cos(), create_graph=True)[1],
+    "jvp": lambda f, x: functional.jvp(f, x, x.cos(), create_graph=True)[1],
+    "hvp": lambda f, x: functional.hvp(lambda t: f(t).sum(), x, x.cos(), create_graph=True)[1],
+    "vhp": lambda f, x: functional.vhp(lambda t: f(t).sum(), x, x.cos(), create_graph=True)[1],
+}
+
+
+@pytest.mark.parametrize("name", _OF_POINTS)
+def test_points_that_functional_takes_up_move(name):
+    """Those of a jvp require no gradients, so that it detaches them, for a graph of its own."""
+    f = lambda x: _OF_POINTS[name](lambda t: t.sin() * t.roll(1), x).square().sum()
+    x, u = _normal(4), _normal(4, seed=1)
+    point = x.clone().requires_grad_()
+    value, tangent = imstep.jvp(f, (x,), (u,))
+    torch.testing.assert_close(value, f(x))
+    torch.testing.assert_close(tangent, torch.autograd.grad(f(point), point)[0] @ u)
+    apart = imstep.jvp(lambda x: f(x.detach()), (x,), (u,))[1]
+    assert float(apart) == 0
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_run_uncompiled(backend):
     """The same products before and after the model has been compiled, which it stays for the user."""

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import MOVED, NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
-from imstep.complexstep.regions import caller, functions_around, is_checkpoint, switch
+from imstep.complexstep.regions import caller, functions_around, is_checkpoint, keeps_graph, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks
 from imstep.complexstep.tensor import PLAIN, Plane
@@ -150,7 +150,7 @@ class Islands(TorchFunctionMode):
     def _may_cut(self) -> bool:
         """Whether code that runs now can cut the graph: not within a Function or a hook."""
         frame = caller()
-        return not is_checkpoint(frame) and functions_around(frame) <= self._outside
+        return not (is_checkpoint(frame) or keeps_graph(frame)) and functions_around(frame) <= self._outside
 
     @contextmanager
     def cut(self) -> Iterator[None]:

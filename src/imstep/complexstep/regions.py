@@ -14,7 +14,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import grad_mode, graph
+from torch.autograd import functional, grad_mode, graph
 from torch.autograd.function import BackwardCFunction, Function
 from torch.utils import checkpoint
 
@@ -26,6 +26,7 @@ _BACKWARD = {
     getattr(BackwardCFunction, name).__code__ for name in _PASSES_BACK if hasattr(BackwardCFunction, name)
 }
 _PASS = graph._engine_run_backward.__code__
+_TAKES_UP = functional._grad_preprocess.__code__
 _CONTEXTS = {"__enter__", "__exit__"}
 _AGAIN = {"backward", "unpack_hook"}  # where a checkpoint runs what it was given once more
 
@@ -45,6 +46,12 @@ def caller() -> FrameType | None:
 def is_checkpoint(frame: FrameType | None) -> bool:
     """Whether ``frame`` is one of PyTorch's checkpoints."""
     return frame is not None and frame.f_code.co_filename == checkpoint.__file__
+
+
+def keeps_graph(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is where ``torch.autograd.functional``, with ``create_graph=True``, takes up what does not
+    require gradients: it detaches it for a graph of its own, but what it finds is to depend on it."""
+    return frame is not None and frame.f_code is _TAKES_UP and bool(frame.f_locals.get("create_graph"))
 
 
 def functions_around(frame: FrameType | None) -> int:

@@ -171,8 +171,8 @@ def test_entries_at_one_place() -> None:
         assert ParameterVector([nn.Parameter(apart)]).size == apart.numel()
 
 
-def test_tensors_without_memory_share_none() -> None:
-    none = [nn.Parameter(torch.zeros(2, device="meta")) for _ in "ab"]
-    assert ParameterVector(none).size == 4
+def test_tensors_without_memory() -> None:
+    with pytest.raises(ValueError, match=r"parameter 0 has no memory yet .* Call model.to_empty"):
+        ParameterVector([nn.Parameter(torch.zeros(2, device="meta")) for _ in "ab"][:1])
     with FakeTensorMode():
         assert ParameterVector([nn.Parameter(torch.zeros(2)) for _ in "ab"]).size == 4

@@ -25,11 +25,17 @@ class _Window:
 
 
 def check_apart(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise where an entry of parameters lies in the memory of another one.
+    """Raise where an entry of parameters lies in the memory of another one, or in none.
 
     Raises:
-        ValueError: two of them share memory, or one shows the same memory as several entries.
+        ValueError: two of them share memory, one shows the same memory as several entries, or is on the meta device.
     """
+    for t, name in zip(tensors, names, strict=True):
+        if t.is_meta:
+            raise ValueError(
+                f"parameter {name} has no memory yet (device meta), and no numbers. Call model.to_empty(device=...), and "
+                "load or initialise the model, before it is trained or differentiated."
+            )
     windows = sorted(_windows(tensors, names), key=lambda w: w.start)
     near: list[_Window] = []  # whose ends overlap one after the other
     for window in windows:

@@ -122,11 +122,6 @@ def _managed(p: Any, holder: Any, processes: Processes) -> Managed:
             "fully_shard was given a CPUOffloadPolicy, by which parameters are on another device than the model "
             "computes on; this is not supported. Leave offload_policy out."
         )
-    if p.is_meta:
-        raise ValueError(
-            "a sharded parameter has no memory yet (device meta). Call model.to_empty(device=...) and initialise the "
-            "model before the optimizer is built."
-        )
     return Managed(holder, p.shape, p.placements[0].dim)
 
 

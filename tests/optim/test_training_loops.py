@@ -638,3 +638,19 @@ def test_factors_of_half_precision_models_are_wider(half: torch.dtype) -> None:
     optimizer = NewtonKrylov(model.parameters())
     losses = [float(optimizer.step(lambda: F.mse_loss(model(x), y))) for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+def test_compiled_models() -> None:
+    """The first step's second evaluation, for comparison, is beyond what looks at layers, which would be compiled."""
+
+    def stepped(wrap: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        optimizer, x = NewtonKrylov(model.parameters()), torch.linspace(-1, 1, 24).double().reshape(8, 3)
+        seen = wrap(model)
+        for _ in range(2):
+            optimizer.step(lambda: F.cross_entropy(seen(x), torch.arange(8) % 2))
+        return [p.detach() for p in model.parameters()]
+
+    compiled = stepped(lambda model: torch.compile(model, backend="eager"))
+    torch.testing.assert_close(compiled, stepped(lambda model: model))

@@ -109,6 +109,7 @@ class FrozenClosure:
 
         with observer or nullcontext():
             loss, gradients = self._differentiate(arithmetic, note=note)
+        self._compare(loss)  # unobserved
         split = split_loss(tape, arithmetic.reference(loss))
         if self.hook_factors is not None:  # gradients of parameters are not those at outputs times inputs
             tape.cotangents = None
@@ -126,6 +127,7 @@ class FrozenClosure:
         directions, part = self._parameters.unflatten(direction), lambda g: arithmetic.value(g).im
         with self.beside():
             loss, parts = self._differentiate(arithmetic, directions, arithmetic.product, part)
+            self._compare(loss)
         self.report = arithmetic.report()
         product = self._parameters.flatten(parts)
         if self.penalty is None:
@@ -143,6 +145,7 @@ class FrozenClosure:
         """As :meth:`gradient`, noting what the closure overwrites; for a first evaluation without a tape."""
         with self.beside():
             loss, gradients = self._differentiate(self.arithmetic())
+            self._compare(loss)
         return self._penalised(loss.detach(), gradients)
 
     def loss(self) -> Tensor:
@@ -184,7 +187,6 @@ class FrozenClosure:
             loss, called = self.user.loss(self._numbers)
             gradients = self._gradients_of(loss, called, take or arithmetic.gradient, part, note)
             self._check_sight(called.seen, arithmetic)
-        self._compare(loss)
         return loss, gradients
 
     def doubt(self) -> None:
@@ -192,10 +194,9 @@ class FrozenClosure:
         self._doubted = True
 
     def _compare(self, loss: Tensor) -> None:
-        if not self._doubted:
-            return
-        self._doubted = False
-        require_function(float(loss.detach()), self._once_more, torch.finfo(loss.dtype).eps)
+        doubted, self._doubted = self._doubted, False
+        if doubted:
+            require_function(float(loss.detach()), self._once_more, torch.finfo(loss.dtype).eps)
 
     def _once_more(self, recorded: bool) -> float:
         self.compared += 1
@@ -212,8 +213,7 @@ class FrozenClosure:
     ) -> list[Tensor | None]:
         """What ``take`` finds; where the closure has called ``backward()`` itself, ``part`` of what that has found."""
         self.gradients += 1
-        self._taken = []
-        inputs = self._parameters.tensors
+        self._taken, inputs = [], self._parameters.tensors
         if called.called:
             return [None if g is None else part(g) for g in usable([p.grad for p in inputs])]
         with unseen():

@@ -33,8 +33,8 @@ def check_apart(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     for t, name in zip(tensors, names, strict=True):
         if t.is_meta:
             raise ValueError(
-                f"parameter {name} has no memory yet (device meta), and no numbers. Call model.to_empty(device=...), and "
-                "load or initialise the model, before it is trained or differentiated."
+                f"parameter {name} has no memory yet (device meta), and no numbers. Call model.to_empty(device=...), "
+                "and load or initialise the model, before it is trained or differentiated."
             )
     windows = sorted(_windows(tensors, names), key=lambda w: w.start)
     near: list[_Window] = []  # whose ends overlap one after the other

@@ -325,6 +325,20 @@ def test_derivatives_within_a_transform_are_refused(take, transform):
         around(torch.ones(2, 3) if transform == "vmap" else torch.ones(3))
 
 
+@pytest.mark.parametrize("name", ["jvp", "hvp", "derivative"])
+def test_dual_numbers_are_refused(name):
+    x, v = torch.randn(2, 3, dtype=torch.float64)
+    takes = {
+        "jvp": lambda x: imstep.jvp(torch.sin, (x,), (v,)),
+        "hvp": lambda x: imstep.hvp(lambda t: t.sin().sum(), x, v),
+        "derivative": lambda x: imstep.derivative(torch.sin, x[0]),
+    }
+    with torch.autograd.forward_ad.dual_level():
+        takes[name](x)
+        with pytest.raises(ComplexStepError, match=f"imstep.{name} is called on dual numbers"):
+            takes[name](torch.autograd.forward_ad.make_dual(x, v))
+
+
 def test_leaves_that_are_no_tensors_are_refused():
     v = torch.ones(3)
     f = lambda d: (d["w"] * d["n"]).sum()

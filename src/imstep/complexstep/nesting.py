@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from imstep.complexstep.dispatch import Dispatch
@@ -51,19 +52,24 @@ def refuse_lost_graph(name: str, tensors: Iterable[Tensor], own: Iterable[Tensor
 
 
 def refuse_transforms(name: str, tensors: Iterable[Tensor], alone: bool) -> None:
-    """Raise if a derivative is taken within a transform of ``torch.func`` that it depends on.
+    """Raise if a derivative is taken within a transform of ``torch.func``, or of dual numbers, that it depends on.
 
     Args:
         name: of the function that takes the derivative.
         tensors: what it is given.
         alone: whether it needs that there be no transform at all, as a backward pass does.
     """
-    if torch._C._functorch.maybe_current_level() is None:
-        return
-    if alone or any(torch._C._functorch.is_functorch_wrapped_tensor(t.clone()) for t in tensors):
+    tensors, wrapped = list(tensors), torch._C._functorch.is_functorch_wrapped_tensor
+    within = torch._C._functorch.maybe_current_level() is not None
+    if within and (alone or any(wrapped(t.clone()) for t in tensors)):
         raise ComplexStepError(
             f"imstep.{name} is called within a transform of torch.func, such as vmap or grad, which hides the memory "
             "that imaginary parts lie beside. Call it outside of the transform: for several directions imstep.Hessian "
             "multiplies a block, H @ V, and functions of a batch take it as a whole; derivatives of derivatives are "
             "imstep.jvp around it, or torch.func alone."
+        )
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors if forward_ad._current_level >= 0):
+        raise ComplexStepError(
+            f"imstep.{name} is called on dual numbers of torch.autograd.forward_ad, whose tangents would be lost: its "
+            "result is no dual number. Take the outer derivative by imstep.jvp, or both by torch."
         )

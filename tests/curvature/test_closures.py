@@ -339,3 +339,48 @@ def test_parameters_that_share_memory_since_the_optimizer_was_built(method: Any)
     with pytest.raises(ValueError, match="0 and 1 share memory"):
         optimizer.step(lambda: (first * second - 2).square().sum())
     assert first.tolist() == [1, 1]
+
+
+OUTSIDE: dict[str, Callable[[Tensor, nn.Parameter], Tensor]] = {
+    "what it was made of": lambda x0, w: x0,
+    "detached": lambda x0, w: w.detach(),
+    "data": lambda x0, w: w.data.view(2, 1),
+    "part": lambda x0, w: w.data[1:],
+}
+USES: dict[str, Callable[[nn.Parameter, Tensor], Tensor]] = {
+    "difference": lambda w, c: (w - c + 1).square().sum(),
+    "product": lambda w, c: (w * c).sum() + (w**4).sum(),
+    "number": lambda w, c: w.square().sum() * (1 + float(c.sum()) ** 2),
+    "in a list": lambda w, c: torch.cat([w.reshape(-1), c.reshape(-1)]).square().sum(),
+}
+
+
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares, methods.lbfgs, Hessian])
+@pytest.mark.parametrize("made", OUTSIDE)
+def test_constants_in_the_memory_of_a_parameter_are_refused(made: str, method: Any) -> None:
+    x0 = torch.ones(2)
+    w = nn.Parameter(x0)
+    constant = OUTSIDE[made](x0, w)
+    del x0
+    for use in USES.values():
+        with pytest.raises(ValueError, match=r"lies in the memory of parameter 0.* Keep a copy"):
+            Hessian(lambda use=use: use(w, constant), [w]) if method is Hessian else method([w]).step(
+                lambda use=use: use(w, constant)
+            )
+    assert w.tolist() == [1, 1]
+
+
+INSIDE: dict[str, Callable[[nn.Parameter], Tensor]] = {
+    "detached": lambda w: w.detach(),
+    "data": lambda w: w.data.view(2),
+    "entries": lambda w: torch.stack(list(w.detach())),
+    "without graph": torch.no_grad()(lambda w: w.view(2)),
+}
+
+
+@pytest.mark.parametrize("made", INSIDE)
+def test_constants_that_the_closure_makes_are_taken(made: str) -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    kept = {"w": w.detach()}  # as model.state_dict() is
+    H = Hessian(lambda: (w * INSIDE[made](w)).square().sum() + w.new_zeros(kept["w"].shape).sum(), [w])
+    torch.testing.assert_close(H.to_dense(), torch.diag(torch.tensor([2.0, 8.0])))

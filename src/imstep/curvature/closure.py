@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from imstep.complexstep.islands import unseen
 from imstep.curvature.backward import BackwardCalls, number
 from imstep.curvature.hooks import REMEDY, HookWatch
+from imstep.curvature.outsiders import refusing_outsiders
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.surroundings import Surroundings
 
@@ -46,8 +47,14 @@ class UserClosure:
         self.hook_factors: Tensor | None = None
 
     def call(self) -> Any:
-        """What it returns, as it is."""
-        with self.surroundings.entered():
+        """What it returns, as it is.
+
+        Raises:
+            ValueError: it computes with constants in the memory of the parameters.
+        """
+        own = self._parameters
+        first = nullcontext() if self._known else refusing_outsiders(own.tensors, own.names)
+        with self.surroundings.entered(), first:
             return self._function()
 
     def loss(self, numbers: Callable[[], range], skip: bool = False) -> tuple[Tensor, BackwardCalls]:

@@ -6,6 +6,7 @@ with both is another function than its derivatives tell of, which take x0 for a 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -52,12 +53,13 @@ class _Refusing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        if torch._C._current_graph_task_id() != -1:  # what a backward pass is given was made within
-            return results
+        if torch._C._current_graph_task_id() != -1:
+            return results  # what a backward pass is given was made within
         made = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
-        if made or getattr(func, "__name__", "") in _NUMBERS:  # else it looks at a form
-            for t in tree_leaves((args, kwargs)):
-                self._check(t)
+        looks = not made and getattr(func, "__name__", "") not in _NUMBERS  # at a form
+        ours = sys._getframe(1).f_globals.get("__name__", "").startswith("imstep.")  # with views made out of sight
+        for t in [] if looks or ours else tree_leaves((args, kwargs)):
+            self._check(t)
         with unseen():
             self._own |= {id(t): t for t in made if _is_plain(t) and _memory(t) in self._memory}
         return results

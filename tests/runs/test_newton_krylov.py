@@ -1,12 +1,14 @@
 """NewtonKrylov in the loop: its costs are counted from outside, its options reach it, and it converges."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from imstep.optim import LeastSquares, NewtonKrylov
 from imstep.runs.optimizers import OptimizerError, get_optimizer
 from imstep.runs.runner import Ending, Limits, StepRow, Trainer
 from imstep.tasks import Batch, ExampleProblem, Problem, get_task
@@ -89,3 +91,16 @@ def test_options_are_numbers_with_a_range() -> None:
             SPEC.create(problem, **{name: value})
     with pytest.raises(OptimizerError, match="newton-krylov has no option 'speed'"):
         SPEC.create(problem, speed=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("newton-krylov", NewtonKrylov),
+        ("newton-krylov-batches", NewtonKrylov.for_batches),
+        ("least-squares", LeastSquares),
+    ],
+)
+def test_names_mean_the_defaults_of_the_library(name: str, own: Callable[..., object]) -> None:
+    problem = regression(nn.Linear(6, 1))
+    assert repr(get_optimizer(name).create(problem).optimizer) == repr(own(problem.parameters))

@@ -11,7 +11,6 @@ from imstep.optim import (
     ExactHessian,
     ExponentialAverage,
     GaussNewtonFirst,
-    Kronecker,
     NewtonKrylov,
     NoPreconditioning,
 )
@@ -79,7 +78,7 @@ def make_newton_krylov(
         curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
         step=TaylorMonitor(theta=options["theta"]),
         damping=LevenbergMarquardt(initial=options["damping"]),
-        preconditioning=Kronecker() if options["kronecker"] else NoPreconditioning(),
+        preconditioning=None if options["kronecker"] else NoPreconditioning(),  # None for the default
         process_group=process_group,
         **shared(NewtonKrylov, options),
     )

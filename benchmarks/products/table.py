@@ -24,7 +24,8 @@ class Target:
 
 
 def _bounds(*values: float) -> dict[str, float]:
-    return dict(zip(("MLP", "ResNet-18", "LSTM", "GPT", "PINN"), values, strict=True))
+    found = dict(zip(("MLP", "ResNet-18", "LSTM", "GPT", "PINN"), values, strict=True))
+    return {**found, "GRU": found["LSTM"]}
 
 
 def best_peer(sides: Sides) -> str:

@@ -23,7 +23,7 @@ LINEAR = (
 
 _BILINEAR = ("Mul", "Div")
 _MULTIPLES = ("Mul", "Div", "Neg")
-_OF_ONE = ("Add", "Sub", "Mul", "Div", "View", "Clone", "ToCopy", "Squeeze", "Select")  # linear, entry by entry
+_OF_ONE = ("Add", "Mul", "Div", "View", "Clone", "ToCopy", "Squeeze", "Select")  # linear, entry by entry, mostly rising
 _TRANSPOSITIONS = ("T", "Transpose", "Permute")
 _ADDING = ("Add", "Sub", "Stack", "Cat", "Where")
 """Those that join arguments, of which one may be a constant for autograd."""

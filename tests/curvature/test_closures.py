@@ -384,3 +384,14 @@ def test_constants_that_the_closure_makes_are_taken(made: str) -> None:
     kept = {"w": w.detach()}  # as model.state_dict() is
     H = Hessian(lambda: (w * INSIDE[made](w)).square().sum() + w.new_zeros(kept["w"].shape).sum(), [w])
     torch.testing.assert_close(H.to_dense(), torch.diag(torch.tensor([2.0, 8.0])))
+
+
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares, methods.lbfgs, Hessian])
+def test_parameters_keep_nothing_of_an_evaluation(method: Any) -> None:
+    """Not even copies that stand for detached views of them, of which each evaluation makes its own."""
+    w = nn.Parameter(torch.ones(3))
+    loss = lambda: (w * (w - w.detach() + 1) - 2 * w.data.exp()).square().sum()
+    optimizer = None if method is Hessian else method([w])
+    for _ in range(3):
+        Hessian(loss, [w]) if optimizer is None else optimizer.step(loss)
+    assert not [key for key in w.untyped_storage().__dict__ if key.startswith("_imstep")]

@@ -252,5 +252,5 @@ class Arithmetic:
         return self.ledger.report()
 
     def release(self, t: Tensor) -> None:
-        """Forget the imaginary part of ``t``."""
-        self._plane.drop(t)
+        """Forget the imaginary part of ``t``, and what stood for detached views of it."""
+        self._plane.forget(t)

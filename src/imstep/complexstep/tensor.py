@@ -281,6 +281,12 @@ class Plane:
         if t.layout is torch.strided:
             t.untyped_storage().__dict__.pop(self._key, None)
 
+    def forget(self, t: Tensor) -> None:
+        """Forget all about the storage of ``t``, which outlives the evaluation."""
+        self.drop(t)
+        if t.layout is torch.strided:
+            t.untyped_storage().__dict__.pop(self._copies, None)
+
 
 def _at_even_places(pairs: Tensor) -> bool:
     """Whether pairs of reals begin where complex numbers can, under ``vmap`` those of every direction."""

@@ -12,6 +12,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from benchmarks.termination.unguarded import unguarded_solve
+from imstep.curvature import GaussNewton, Hessian
 from imstep.globalization import FixedStep, NoDamping
 from imstep.linalg import (
     DenseOperator,
@@ -23,6 +24,7 @@ from imstep.linalg import (
     conjugate_gradient,
 )
 from imstep.optim import (
+    BlockDiagonal,
     ConjugateGradient,
     Direct,
     ExactHessian,
@@ -32,6 +34,7 @@ from imstep.optim import (
     NewtonSystem,
     NoPreconditioning,
     PreconditionedGradient,
+    ResidualForcing,
     SteihaugToint,
 )
 from imstep.optim.direction import combined, descent
@@ -157,6 +160,41 @@ def test_trust_region_solvers_stay_within_the_radius(solver) -> None:
     assert direction.norm == pytest.approx(0.25)
     assert direction.slope < 0
     assert direction.curvature == pytest.approx(float(direction.vector @ matrix @ direction.vector))
+
+
+@pytest.mark.parametrize("curvature", [None, ExactHessian()])
+def test_a_block_diagonal_solve_is_that_of_each_parameter_by_itself(curvature) -> None:
+    net, before = network(), network()
+    parameters = list(net.parameters())
+    closure = lambda: F.cross_entropy(net(X), LABELS) + sum(p.square().sum() for p in parameters) / 2
+    hessian = Hessian(closure, parameters)
+    gradient, matrix = hessian.gradient, hessian.to_dense()
+    if curvature is None:
+        matrix = GaussNewton(lambda: (net(X), LABELS), parameters, F.cross_entropy).to_dense()
+        matrix = matrix + torch.eye(len(matrix), dtype=F64)
+    optimizer = NewtonKrylov(
+        parameters,
+        curvature=curvature,
+        solver=BlockDiagonal(),
+        forcing=ResidualForcing(1e-12),
+        step=FixedStep(1.0),
+        damping=NoDamping(),
+        preconditioning=NoPreconditioning(),
+    )
+    optimizer.step(closure)
+    entries = torch.arange(len(matrix)).split([p.numel() for p in parameters])
+    wanted = torch.cat([torch.linalg.solve(matrix[at][:, at], -gradient[at]) for at in entries])
+    move = torch.cat([(p - q).detach().flatten() for p, q in zip(parameters, before.parameters(), strict=True)])
+    torch.testing.assert_close(move, wanted, rtol=1e-8, atol=1e-10)
+    step = optimizer.last_step
+    assert step.curvature == pytest.approx(float(wanted @ matrix @ wanted))
+    products = step.cost.hessian_products if curvature else step.cost.gauss_newton_products
+    assert products >= len(parameters) * step.iterations > 0
+
+
+def test_blocks_belong_to_parameters() -> None:
+    with pytest.raises(TypeError, match="solver of NewtonKrylov"):
+        BlockDiagonal().solve(system(torch.eye(3, dtype=F64), torch.ones(3, dtype=F64)))
 
 
 @pytest.mark.parametrize("options", [{"momentum": True}, {"solver": ConjugateGradient(warm_start=0.9)}])

@@ -5,6 +5,7 @@ from imstep.optim.averaging import ExponentialAverage, TailAverage
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.balancing import Balancing, EqualGradients, EqualTraces
 from imstep.optim.between import QuasiNewtonSteps
+from imstep.optim.block_diagonal import BlockDiagonal
 from imstep.optim.box import Box
 from imstep.optim.checking import OverfittingWarning
 from imstep.optim.diagonal_newton import DiagonalNewton
@@ -78,6 +79,7 @@ __all__ = [
     "BestRateForcing",
     "BlendedConjugateGradient",
     "BlockBFGS",
+    "BlockDiagonal",
     "Box",
     "ChebyshevHalley",
     "ColumnNorms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -54,6 +55,8 @@ _SYSTEMS = ("adamw", "soap", PUBLIC_SOAP, "lbfgs", "adam-lbfgs")
 _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", PUBLIC_SOAP, "hessian-free", "lstm-adam")
 _STATES = Range(0.3, 30.0)
 """Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
+_PRODUCTS = Range(1, 32, whole=True)
+"""Of a step of ours, tuned as the peers' rates are: how many pay depends on the batch."""
 _SWEEP = ("adamw", "muon", "soap", PUBLIC_SOAP)
 _LONG = ("addition-150", "multiplication-150")
 
@@ -73,14 +76,14 @@ def _table(task: str, gradient: float) -> Entry:
     return Entry(task, budget=500, measure=EXPLAINED, decay=True, extra=others, gradient=gradient)
 
 
-def _sweep(task: str, sizes: tuple[int, ...], target: float, gradient: float, epochs: float) -> list[Entry]:
-    """A task by batches of many sizes, to one loss; all sizes see as many examples for each gradient-equivalent."""
+def _sweep(task: str, passes: Mapping[int, float], target: float, gradient: float) -> list[Entry]:
+    """A task by batches of many sizes, each for as many passes over the examples, to one loss."""
     return [
         Entry(
-            task, f"{task}-{size}", budget=epochs, trial=epochs / 2, batch_size=size, measure=HELDOUT, target=target,
-            sides=_SWEEP, gradient=gradient, sweep=task,
+            task, f"{task}-{size}", budget=budget, trial=budget / 2, batch_size=size, measure=HELDOUT, target=target,
+            sides=_SWEEP, ranges={OWN: {"products": _PRODUCTS}}, gradient=gradient, sweep=task,
         )
-        for size in sizes
+        for size, budget in passes.items()
     ]  # fmt: skip
 
 
@@ -132,7 +135,7 @@ _ALL = (
     Entry("picture-sines", seconds=75, trial=100, measure=PSNR, gradient=0.2),
     Entry("picture-fourier", seconds=75, trial=100, measure=PSNR, gradient=0.2),
     _modular("modular-addition-59", 800, 400, 0.094),
-    *_sweep("shakespeare-small", (16, 64, 256, 1024, 4096), 2.4, 1.2, 32),
+    *_sweep("shakespeare-small", {16: 32, 64: 32, 256: 32, 1024: 64, 4096: 128}, 2.4, 0.7),
     _pictures("fashion-resnet8", 90, 1, 12.0),
     _pictures("fashion-mixer", 80, 1, 8.0),
     _table("census-house", 0.02),
@@ -164,7 +167,7 @@ _AT_LENGTH = (
     _longer("picture-sines", seconds=120, trial=150),
     _longer("picture-fourier", seconds=120, trial=150),
     _modular("modular-addition-97", 3000, 1500, 0.25),
-    *_sweep("shakespeare-gpt", (16, 64, 256, 1024, 4096), 1.9, 40.0, 8),
+    *_sweep("shakespeare-gpt", dict.fromkeys((16, 64, 256, 1024, 4096), 8), 1.9, 40.0),
     _pictures("fashion-resnet8", 300, 1, 120.0, None),
     _pictures("fashion-resnet20", 600, 1, 400.0, None),
     _pictures("fashion-mixer", 200, 2, 120.0, None),

@@ -10,11 +10,12 @@ from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     ExactHessian,
     ExponentialAverage,
+    FixedProducts,
     GaussNewtonFirst,
     NewtonKrylov,
     NoPreconditioning,
 )
-from imstep.runs.passing import shared, shared_options
+from imstep.runs.passing import shared, shared_options, whole
 from imstep.runs.steppers import AveragedStepper, Stepper, StepwiseStepper
 from imstep.tasks import Problem
 
@@ -42,7 +43,8 @@ def make_for_batches(
 
     Args:
         problem: whose parameters are trained.
-        options: ``decay``, the weight of the past in the average, ``weight_decay`` and ``structural``.
+        options: ``decay``, the weight of the past in the average, ``products`` of a step, ``weight_decay`` and
+            ``structural``.
         process_group: whose processes share out each batch; None for one process.
 
     Raises:
@@ -51,7 +53,11 @@ def make_for_batches(
     structural = _structural(problem, options, process_group)
     average, decay = ExponentialAverage(options["decay"]), options["weight_decay"]
     optimizer = NewtonKrylov.for_batches(
-        problem.parameters, average=average, weight_decay=decay, process_group=process_group
+        problem.parameters,
+        forcing=FixedProducts(whole(options, "products")),
+        average=average,
+        weight_decay=decay,
+        process_group=process_group,
     )
     return AveragedStepper(optimizer, process_group, structural)
 

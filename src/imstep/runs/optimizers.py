@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from imstep.globalization import ContractionDamping
-from imstep.optim import EarlierDraws, EqualGradients, EqualTraces, ExponentialAverage, LeastSquares
+from imstep.optim import EarlierDraws, EqualGradients, EqualTraces, ExponentialAverage, FixedProducts, LeastSquares
 from imstep.runs.foreign import FirstOrder, first_order
 from imstep.runs.known_methods import known_methods
 from imstep.runs.newton_krylov import OPTIONS, make_for_batches, make_newton_krylov
@@ -111,7 +111,12 @@ _ALL = (
         "NK.for_batches",
         "NewtonKrylov.for_batches, short solves for mini-batches, evaluated at the average of the iterates.",
         make_for_batches,
-        {"decay": ExponentialAverage().decay, "weight_decay": 0.0, "structural": 0.0},
+        {
+            "decay": ExponentialAverage().decay,
+            "products": FixedProducts().count,
+            "weight_decay": 0.0,
+            "structural": 0.0,
+        },
         mini_batches=True,
         several=True,
     ),

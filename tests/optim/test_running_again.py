@@ -72,6 +72,13 @@ def batched(model: nn.Module) -> Closure:
     return lambda: slopes(torch.rand(20, 2, dtype=F64)).square().sum()
 
 
+def bent(model: nn.Module) -> Closure:
+    """By forward mode over reverse mode, which asks for the shapes of tangents that are zero."""
+    features = lambda p: torch.cat([p.sin(), model(p) * (1 - model[0].bias[:1])])
+    bends = torch.func.vmap(torch.func.hessian(lambda p: features(p).square().sum()))
+    return lambda: bends(torch.rand(9, 2, dtype=F64)).square().mean()
+
+
 def weighted(model: nn.Module) -> Closure:
     """With weights that depend on the parameters, though no derivative does."""
 
@@ -96,7 +103,7 @@ def moved(model: nn.Module) -> None:
             p += 0.3 * normal(*p.shape, seed=at)
 
 
-@pytest.mark.parametrize("make", [transport, laplace, in_place, batched, weighted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [transport, laplace, in_place, batched, bent, weighted], ids=lambda f: f.__name__)
 def test_comes_to_what_the_closure_does(make: Callable[[nn.Module], Closure]) -> None:
     model = network(2, 6, 5, 1)
     known = KnownOwners()

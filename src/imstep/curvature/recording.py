@@ -39,19 +39,27 @@ _LIBRARIES = ("aten", "prims")
 """Whose operators are functions of their arguments."""
 
 
+_HUGE = 64.0
+"""What a constant adds at least where it switches off an exponential or a hyperbolic tangent, as masks of scores do:
+those of -inf and of -1e9, and of -100 in float32."""
+
+
 class Keep(Enum):
     """What of a constant says which entry goes where."""
 
     NOTHING = 0
     ZEROS = 1
     VALUES = 2
+    HUGE = 3
 
 
 def _keep(t: Tensor, kind: Kind, of_parameters: bool) -> Keep:
     """What to keep of a constant among arguments that are parameters otherwise, or not."""
     if not (t.is_floating_point() or t.is_complex()):
         return Keep.VALUES
-    return Keep.NOTHING if kind.adds or (kind.multiplies and of_parameters) else Keep.ZEROS
+    if kind.adds:
+        return Keep.HUGE
+    return Keep.NOTHING if kind.multiplies and of_parameters else Keep.ZEROS
 
 
 class Recording:
@@ -64,8 +72,8 @@ class Recording:
     Attributes:
         unfit: why it cannot be run again, a sentence; None while it can.
         form: of each operator the name, the arguments and where they come from: all but the numbers in tensors.
-        fixed: constants that say which entry goes where: integers, and where those with zeros have them; None for one
-            without zeros.
+        fixed: constants that say which entry goes where: integers, and where factors have zeros and addends huge
+            numbers; None for one that has none.
         smooth: whether the derivatives of all operators are finite wherever values are, and vanish nowhere in a region.
     """
 
@@ -94,9 +102,11 @@ class Recording:
         found = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         if self._outline is not None and self._foreseen(self._outline, func, args, kwargs, found):
             return
-        if not self._concern(tensors):
-            return
+        if not self._concern(tensors) or any(isinstance(t, Tensor) and t.is_meta for t in found):
+            return  # on the meta device: forward mode asks for the shape of a tangent that is zero
         kind = kind_of(func)
+        if kind.of_windows and self._is_own(found[0]):
+            return  # the same memory, which what follows is noted to look at as it is now
         if kind.of_shapes or (not sig.mutates and found and self._slot(found[0]) is not None):
             return  # another window, whatever the schema says
         self._outline = None
@@ -191,7 +201,8 @@ class Recording:
             if keep is Keep.VALUES or not (part.is_floating_point() or part.is_complex()):
                 self.fixed.append(part.clone())
             else:
-                self.fixed.append(None if bool(part.all()) else part == 0)
+                noted = part == 0 if keep is Keep.ZEROS else part.abs() >= _HUGE
+                self.fixed.append(noted if bool(noted.any()) else None)
 
     def _is_own(self, t: Tensor) -> bool:
         """Whether the memory of ``t`` is filled anew in each run."""

@@ -19,7 +19,7 @@ from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.uses import Rows, Use, find_uses
-from imstep.curvature.writing_out import Check, Evaluation, write_out
+from imstep.curvature.writing_out import Check, Evaluation, Owned, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import full_precision
 
@@ -286,13 +286,11 @@ def _parts(
         parts, addends = gathered(groups)
         if not uses.unknown and course.has_known_rows and not any(p._backward_hooks for p in tensors):
             return parts, [], None
-        check = Check.of(residuals, tensors)
+        check = Check.of(residuals, tensors, parts)
         if uses.unknown.issuperset(check.wrong(parts, addends)):
             if not uses.unknown:
                 course.know_rows()
             return parts, sorted(uses.unknown), check
-    else:
-        check = Check.of(residuals, tensors)
     shorter = min(len(residuals.values), sum(p.numel() for p in tensors))
     # A group works on the rows of every use, one after the other; columns, or rows, are made all at once.
     dear = _AT_ONCE * shorter / max(len(told), 1) if shorter <= AFFORDABLE else math.inf
@@ -303,7 +301,7 @@ def _parts(
             known.lone = False
             return _parts(evaluation, tensors, known)
         known.at_once = True
-        return none, list(range(len(tensors))), check
+        return none, list(range(len(tensors))), Check.of(residuals, tensors)
     if uses.lone and (groups is None or len(groups) > _FEW):
         known.lone = False
         return _parts(evaluation, tensors, known)
@@ -316,9 +314,10 @@ def _parts(
                 "that needs no residuals."
             )
         known.dependent = True
-        return none, list(range(len(tensors))), check
+        return none, list(range(len(tensors))), Check.of(residuals, tensors)
     known.remember(groups)
     parts, addends = gathered(groups)
+    check = Check.of(residuals, tensors, parts)
     return parts, sorted(uses.unknown.union(check.wrong(parts, addends))), check
 
 
@@ -328,7 +327,7 @@ def _gathered(
     derived: Sequence[Derived],
     tensors: Sequence[Tensor],
     places: KnownPlaces,
-) -> tuple[list[GradientRows | None], list[list[Rows]]]:
+) -> tuple[list[GradientRows | None], list[list[Owned]]]:
     """The rows for each parameter, None where it has none; and what they were added up from, as far as it is known."""
     sizes = [*(p.numel() for p in tensors), *(theta.shape.numel() for theta in derived)]
     pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
@@ -340,7 +339,7 @@ def _gathered(
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
     met = {at for theta in derived for at in theta.parameters}
-    addends = [[] if at in met else [rows for own in of.values() for rows, _ in own] for at, of in enumerate(pieces)]
+    addends = [[] if at in met else [owned for own in of.values() for owned in own] for at, of in enumerate(pieces)]
     with unseen():  # what follows is nothing that a checkpoint runs again
         return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places), addends
 

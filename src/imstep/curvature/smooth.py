@@ -22,6 +22,7 @@ _SMOOTH = {
 _ADDING = ("add", "sub", "rsub", "cat", "stack", "mse_loss")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _OF_SHAPES = ("ones_like", "full_like")
+_OF_WINDOWS = ("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_")
 
 
 class Kind:
@@ -30,6 +31,7 @@ class Kind:
     Attributes:
         name: its own.
         of_shapes: whether it looks at the shape of its argument alone, and its result is rarely written to.
+        of_windows: whether it changes the shape of its argument in place, and none of its entries.
         adds: whether zeros among its arguments leave alone what depends on what.
         multiplies: the same if all of them but constants are parameters: a layer that is applied to data.
     """
@@ -38,6 +40,7 @@ class Kind:
         name = func.overloadpacket.__name__
         plain = name.removesuffix("_")
         self.name, self.of_shapes, self.adds = str(func), name in _OF_SHAPES, plain in _ADDING
+        self.of_windows = name in _OF_WINDOWS
         self.multiplies, self._power = name in _PRODUCTS, plain == "pow"
         self._smooth = name in _SMOOTH or plain in _SMOOTH
 

@@ -25,12 +25,12 @@ class Rows:
     right: Tensor | None
 
     @property
-    def size(self) -> float:
-        """The sum of the norms of the addends."""
+    def norms(self) -> Tensor:
+        """Of the addends, (R,)."""
         norms = torch.linalg.vector_norm(self.left, dim=1, dtype=torch.float64)
         if self.right is not None:
             norms = norms * torch.linalg.vector_norm(self.right, dim=1, dtype=torch.float64)
-        return float(norms.sum())
+        return norms
 
 
 @dataclass(frozen=True, eq=False)

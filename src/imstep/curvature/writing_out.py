@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +28,17 @@ from imstep.curvature.squares import Residuals, require_residuals
 from imstep.curvature.use import Rows
 
 _SLACK = 1e3
-"""Times the rounding of a sum of row norms: by so much two sums of the same rows may differ."""
+"""Times the rounding of rows, root-mean-square: by so much two sums of the same rows, with factors of both signs, may
+differ. Rounding of sums with one sign would grow as their length, in which few rows at the wrong place hide."""
 
 _COARSE = 0.05
 """What that comes to at most, in dtypes of few digits."""
 
 _GOLDEN = (5**0.5 - 1) / 2
 """The fractions of its multiples are spread evenly, and all differ."""
+
+_SILVER = 2**0.5 - 1
+"""The same, for signs."""
 
 _MANY = 64
 """Products or passes from which a Jacobian is dear."""
@@ -42,11 +47,16 @@ _BLOCK = 2**22
 """Entries of rows that a block of backward passes makes at most; our choice."""
 
 
+Owned = tuple[Rows, Tensor]
+"""Addends to rows of J, and the residuals (R,) that they belong to; -1 for none."""
+
+
 @dataclass(frozen=True, eq=False)
 class Check:
     """A combination of the rows of J by autograd, against which rows are checked.
 
-    Factors that differ tell a row that belongs to another residual, or to several.
+    Factors that differ tell a row that belongs to another residual, or to several. Those of small rows are larger, by
+    the root of their size, so that rows are told down to rounding beside rows that are much larger.
 
     Attributes:
         factors: (N,).
@@ -59,14 +69,22 @@ class Check:
     hooked: bool = False
 
     @classmethod
-    def of(cls, residuals: Residuals, tensors: Sequence[Tensor]) -> Check:
+    def of(
+        cls, residuals: Residuals, tensors: Sequence[Tensor], parts: Sequence[GradientRows | None] = ()
+    ) -> Check:
         """By a backward pass.
+
+        Args:
+            parts: the rows of each parameter, as far as they are known, for the sizes of factors.
 
         Raises:
             ValueError: the residuals depend on none of the tensors.
         """
         values = residuals.values
-        factors = 1 + (_GOLDEN * torch.arange(len(values), dtype=values.dtype, device=values.device)).frac()
+        with unseen():
+            index = torch.arange(len(values), dtype=torch.float64, device=values.device)
+            signs = 1 - 2 * (_SILVER * index).frac().round()
+            factors = (signs * (1 + (_GOLDEN * index).frac()) * _weights(parts, values)).to(values.dtype)
         hooks = HookWatch(tensors)
         with hooks.watching():
             exact = usable(list(residuals.pull_back(factors, tensors)))
@@ -76,13 +94,13 @@ class Check:
                 mask_of(factor)
         return cls(factors, exact, hooked=masks is not None)
 
-    def wrong(self, parts: Sequence[GradientRows | None], addends: Sequence[Sequence[Rows]] = ()) -> list[int]:
+    def wrong(self, parts: Sequence[GradientRows | None], addends: Sequence[Sequence[Owned]] = ()) -> list[int]:
         """The parameters whose rows, times the factors, do not add up to what autograd says.
 
         Args:
             parts: the rows of each parameter.
-            addends: what these were added up from, as far as it is known. Where it has cancelled, as in differences of
-                values nearby, its size is the scale of rounding.
+            addends: what these were added up from, with the residuals it belongs to, as far as it is known. Where it
+                has cancelled, as in differences of values nearby, its size is the scale of rounding.
         """
         limit = lambda g: min(_SLACK * torch.finfo(g.dtype).eps, _COARSE)
         with unseen():
@@ -92,7 +110,7 @@ class Check:
             # What is not finite is not wrong: the gradient will show it.
             pairs = zip(known, values, strict=True)
             suspects = [(at, g, missed) for (at, g), (missed, size) in pairs if missed > limit(g) * size]
-            size_of = lambda at: sum(rows.size for rows in addends[at]) if at < len(addends) else 0.0
+            size_of = lambda at: math.hypot(*map(self._size, addends[at])) if at < len(addends) else 0.0
             return [at for at, g, missed in suspects if missed > limit(g) * size_of(at)]
 
     def _missed(self, part: GradientRows | None, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +118,22 @@ class Check:
         exact = as_reals(g).double().reshape(-1)
         if part is None:
             return exact.norm(), exact.new_zeros(())
-        return (exact - part.rmatvec(self.factors.double())).norm(), part.squared_norms.sqrt().sum()
+        factors = self.factors.double()
+        return (exact - part.rmatvec(factors)).norm(), (factors.square() @ part.squared_norms.clamp(min=0)).sqrt()
+
+    def _size(self, owned: Owned) -> float:
+        rows, owner = owned
+        return float((rows.norms * self.factors.double()[owner] * (owner >= 0)).norm())
+
+
+def _weights(parts: Sequence[GradientRows | None], values: Tensor) -> Tensor:
+    """One over the root of the norm of each row, (N,), up to a factor; 1 where nothing is known of it."""
+    found = [part.squared_norms for part in parts if part is not None]
+    norms = sum(found, torch.zeros(len(values), dtype=torch.float64, device=values.device))
+    largest = norms.max() if len(norms) else norms.new_ones(())
+    told = norms.isfinite() & (norms > 0) & largest.isfinite()
+    most = torch.finfo(values.dtype).max ** 0.25
+    return torch.where(told, (largest / norms) ** 0.25, 1.0).clamp(max=most)
 
 
 @dataclass(frozen=True, eq=False)

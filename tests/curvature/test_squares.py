@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imstep.curvature import NoResidualsError, ResidualJacobian
 
 SCALE = normal(6, seed=5).abs() + 0.5
+KEPT = torch.tensor([0, 1, 0, 1])
 
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "norm": (lambda r: r.norm() ** 2, lambda r: r),
@@ -43,6 +44,24 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "inner product": (lambda r: (lambda z: z @ z)(r.reshape(-1)), lambda r: r),
     "row times column": (lambda r: (lambda z: z.T @ z)(r.reshape(-1, 1)), lambda r: r),
     "row times its transpose": (lambda r: (lambda z: (z @ z.mT).squeeze())(r.reshape(1, -1)), lambda r: r),
+    "rows times columns": (lambda r: torch.bmm(r[:, None], r[:, :, None]).sum(), lambda r: r),
+    "by einsum": (lambda r: torch.einsum("ij,ij->", r, r), lambda r: r),
+    "inner product of views": (lambda r: torch.inner(r.flatten(), r.flatten()), lambda r: r),
+    "contraction": (lambda r: torch.tensordot(r, r, 2), lambda r: r),
+    "products of columns": (lambda r: (r[:, 0] * r[:, 0] + r[:, 1] * r[:, 1]).sum(), lambda r: r),
+    "products of copies": (lambda r: (r.T.flatten() * r.T.flatten() + r.abs().T.flatten() * r.abs().T.flatten()).sum(),
+                           lambda r: 2**0.5 * r),
+    "products of entries": (lambda r: (r[KEPT] * r[KEPT]).sum(), lambda r: r[KEPT]),
+    "quadrature": (lambda r: (r.square() @ torch.ones(2).double()) @ SCALE, lambda r: SCALE.sqrt()[:, None] * r),
+    "quadrature by einsum": (lambda r: torch.einsum("ij,i->", r**2, SCALE), lambda r: SCALE.sqrt()[:, None] * r),
+    "weights first": (lambda r: (SCALE @ r.square()).sum(), lambda r: SCALE.sqrt()[:, None] * r),
+    "the worst": (lambda r: r.square().sum(1).topk(3)[0].sum() + r.square().sum(1).sort()[0][3:].sum(),
+                  lambda r: 2**0.5 * r[r.square().sum(1).argsort()[3:]]),
+    "cumulated": (lambda r: r.square().sum(1).cumsum(0).sum(),
+                  lambda r: torch.arange(6, 0, -1).double().sqrt()[:, None] * r),
+    "groups": (lambda r: torch.zeros(2).double().index_add(0, KEPT, r[:4].square().sum(1)) @ SCALE[:2],
+               lambda r: SCALE[:2][KEPT].sqrt()[:, None] * r[:4]),
+    "gathered": (lambda r: r.square().gather(0, KEPT[:, None]).sum(), lambda r: r[KEPT, 0]),
     "complex modulus": (lambda r: torch.view_as_complex(r).abs().square().mean(), lambda r: r / 6**0.5),
     "complex norm": (lambda r: (torch.fft.fft(r, dim=0).norm() ** 2) / 6, lambda r: r),
     "complex norms": (lambda r: torch.view_as_complex(r).norm(dim=0) ** 2, lambda r: r),
@@ -95,3 +114,29 @@ def test_the_square_of_a_complex_number_is_no_residual(square: Callable[[Tensor]
     w = nn.Parameter(normal(6, 2))
     with pytest.raises(NoResidualsError, match="not recognised"):
         ResidualJacobian(lambda: square(torch.view_as_complex(w)), [w])
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda r: (r[:, 0] * r[:, 1]).sum(),
+        lambda r: (r[:3, 0] * r[3:, 0]).sum(),
+        lambda r: (r[:2] * r[:2].T).sum(),
+        lambda r: (r[KEPT] * r[KEPT.flip(0)]).sum(),
+        lambda r: (r[:, 0, None] * r[None, :, 0]).sum(),
+        lambda r: torch.inner(r.flatten(), r.T.flatten()),
+        lambda r: torch.einsum("ij,ik,kj->", r, torch.eye(6).double(), r),
+        lambda r: torch.bmm(r[:, None], r.flip(1)[:, :, None]).sum(),
+        lambda r: torch.dot(r[:, 0], r[:, 1]),
+    ],
+)
+def test_products_of_two_are_no_squares(product: Callable[[Tensor], Tensor]) -> None:
+    model, output = network()
+    with pytest.raises(NoResidualsError, match="not recognised"):
+        ResidualJacobian(lambda: product(output()), model)
+
+
+def test_a_quadratic_form_is_told() -> None:
+    model, output = network()
+    with pytest.raises(NoResidualsError, match=r"return \(L.T @ r\).square"):
+        ResidualJacobian(lambda: (lambda r: r @ torch.eye(6).double() @ r)(output()[:, 0]), model)

@@ -17,15 +17,23 @@ from imstep.complexstep.later import later_grad
 LINEAR = (
     *("Add", "Sub", "Neg", "Sum", "Mean", "Mul", "Div", "Stack", "Cat", "View", "UnsafeView", "ReshapeAlias"),
     *("Squeeze", "Unsqueeze", "Expand", "Select", "Slice", "Index", "Permute", "T", "Transpose", "Clone", "ToCopy"),
-    *("Alias", "Split", "Unbind", "Where", "MaskedFill", "ViewAsReal"),
+    *("Alias", "Split", "Unbind", "Where", "MaskedFill", "ViewAsReal", "Dot", "Mv", "Mm", "Bmm", "Trace", "Diagonal"),
+    *("Cumsum", "IndexSelect", "Gather", "MaskedSelect", "IndexAdd", "ScatterAdd", "Flip", "Roll", "Repeat", "Unfold"),
+    *("Nansum", "Sort", "Topk", "AvgPool2D", "AvgPool3D", "ConstantPadNd", "Tril", "Triu"),
 )
 """Autograd nodes, by the name of their operator, that are linear in each of their differentiable arguments."""
 
-_BILINEAR = ("Mul", "Div")
+_BILINEAR = ("Mul", "Div", "Dot", "Mv", "Mm", "Bmm")
 _MULTIPLES = ("Mul", "Div", "Neg")
 _OF_ONE = ("Add", "Mul", "Div", "View", "Clone", "ToCopy", "Squeeze", "Select")  # linear, entry by entry, mostly rising
-_TRANSPOSITIONS = ("T", "Transpose", "Permute")
-_ADDING = ("Add", "Sub", "Stack", "Cat", "Where")
+_VIEWS = (
+    *("View", "UnsafeView", "ReshapeAlias", "Alias", "Select", "Slice", "Split", "SplitWithSizes", "Unbind"),
+    *("Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Expand", "AsStrided", "Unfold", "Diagonal"),
+)
+_PLAIN = (*_VIEWS, "Clone", "Neg", "Abs", "Index", "IndexSelect")
+"""Functions of one differentiable argument, told by what their nodes keep."""
+
+_ADDING = ("Add", "Sub", "Stack", "Cat", "Where", "IndexAdd", "ScatterAdd")
 """Those that join arguments, of which one may be a constant for autograd."""
 
 _MONOTONE = ("Sqrt", "LinalgVectorNorm", "Norm", "Dist", "Log", "Log1P", "Log2", "Log10")
@@ -142,9 +150,9 @@ def _product(node: Any) -> Square | None:
     edges = node.next_functions
     if edges[0][0] is None or edges[1][0] is None:
         return None
-    if edges[0] == edges[1]:
+    if _alike(*edges):
         z = plain(node._saved_self)
-        return _square_of(node, z) if _same(z, node._saved_other) else None
+        return _square_of(node, z) if edges[0] != edges[1] or _same(z, node._saved_other) else None
     for one, other, saved in ((0, 1, "_saved_self"), (1, 0, "_saved_other")):
         if operator(edges[other][0]) == "Conj" and edges[other][0].next_functions[0] == edges[one]:
             return _entries(node, plain(getattr(node, saved)))
@@ -153,21 +161,25 @@ def _product(node: Any) -> Square | None:
 
 def _inner_product(node: Any) -> Square | None:
     """z · z of a vector, or the conjugate of z times z."""
-    z, edges = plain(node._saved_self), node.next_functions
-    other = node._saved_other if operator(node) == "Vdot" else node._saved_tensor
-    if edges[0] != edges[1] or not _same(z, other) or (z.is_complex() and operator(node) == "Dot"):
+    edges = node.next_functions
+    if edges[0][0] is None or edges[1][0] is None:
+        return None
+    z, other = plain(node._saved_self), node._saved_other if operator(node) == "Vdot" else node._saved_tensor
+    same = _base(edges[0]) == _base(edges[1]) and _same(z, other)
+    if not (same or (edges[0] != edges[1] and _alike(*edges))) or (z.is_complex() and operator(node) == "Dot"):
         return None
     return _entries(node, z, (1,))
 
 
 def _matrix_product(node: Any) -> Square | None:
-    """The product of a row and the column that it is the transpose of."""
-    first, second = node.next_functions
-    is_transpose = lambda edge, of: operator(edge[0]) in _TRANSPOSITIONS and edge[0].next_functions[0] == of
-    if not (is_transpose(first, second) or is_transpose(second, first)):
+    """The product of a row and the column that it is the transpose of, or of several."""
+    edges = node.next_functions
+    if edges[0][0] is None or edges[1][0] is None or _base(edges[0]) != _base(edges[1]):
         return None
     z, other = plain(node._saved_self), plain(node._saved_mat2)
-    return None if z.is_complex() or len(z) != 1 or other.shape[1] != 1 else _entries(node, z)
+    if z.is_complex() or z.shape[-2] != 1 or other.shape[-1] != 1:
+        return None
+    return _entries(node, z) if _same(z.mT, other) else None
 
 
 def _mean_squared_error(node: Any) -> Square:
@@ -181,6 +193,7 @@ _FORMS: dict[str, Callable[[Any], Square | None]] = {
     "Dot": _inner_product,
     "Vdot": _inner_product,
     "Mm": _matrix_product,
+    "Bmm": _matrix_product,
     "MseLoss": _mean_squared_error,
 }
 
@@ -262,5 +275,40 @@ def _signed(dim: int) -> int:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same entries of the same memory."""
     a, b = plain(a), plain(b)
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    steps = [[step for n, step in zip(t.shape, t.stride(), strict=True) if n != 1] for t in (a, b)]
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and steps[0] == steps[1]
+
+
+def _base(edge: Any) -> Any:
+    """What a tensor is a view of."""
+    while operator(edge[0]) in _VIEWS:
+        edge = edge[0].next_functions[0]
+    return edge
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two edges are of the same tensor, as far as autograd's graph shows it: x[:, 0] and another x[:, 0]."""
+    while a != b:
+        (one, number), (other, its_number) = a, b
+        if number != its_number or operator(one) != operator(other) or operator(one) not in _PLAIN:
+            return False
+        if one.name() != other.name() or _kept(one) != _kept(other):
+            return False
+        a, b = one.next_functions[0], other.next_functions[0]
+    return True
+
+
+def _kept(node: Any) -> list[Any]:
+    """What a node keeps: shapes, numbers, and of tensors where they lie."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    shapes = [(tuple(of.shape), of.dtype) for of in node._input_metadata]
+    return [shapes, *(_shown(getattr(node, name)) for name in names)]
+
+
+def _shown(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        a = plain(a)
+        return a.data_ptr(), a.shape, a.stride()
+    return tuple(map(_shown, a)) if isinstance(a, (list, tuple)) else a

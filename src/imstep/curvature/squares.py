@@ -149,6 +149,12 @@ def _why_none(loss: Tensor) -> str:
         )
     obstacle = form_of(loss.grad_fn).obstacle
     where = f"at {obstacle}" if obstacle else "a factor is negative"
+    if obstacle.startswith(("Dot", "Mv", "Mm", "Bmm")):
+        return (
+            f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. If it is a quadratic "
+            "form r @ A @ r, return (L.T @ r).square().sum() with L = torch.linalg.cholesky(A); else build it from "
+            "squares and mean squared errors by sums, means and positive factors."
+        )
     return (
         f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. Build it from squares and "
         "mean squared errors by sums, means and positive factors, detach() factors that another optimizer trains, as "

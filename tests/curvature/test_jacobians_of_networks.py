@@ -37,8 +37,16 @@ def nested(net: Callable[[Tensor], Tensor]) -> Terms:
     return [equation, net(normal(5, 2, seed=9)) - 1]
 
 
+def sloped(net: Callable[[Tensor], Tensor]) -> Terms:
+    """u_t + u u_x, by autograd, and values at other points."""
+    x = POINTS.clone().requires_grad_()
+    u = net(x)
+    d = slopes(u, x)
+    return [d[:, 1:] + u * d[:, :1], net(normal(5, 2, seed=9)) - 1]
+
+
 def forward(net: Callable[[Tensor], Tensor]) -> Terms:
-    """The same by forward propagation."""
+    """The equation of :func:`nested`, by forward propagation."""
     e = pde.expand(net, POINTS, second=[0])
     assert e.second is not None
     equation = e.first[..., 1] + e.value * e.first[..., 0] - e.second[..., 0]
@@ -266,7 +274,7 @@ CASES = {
     "one slope": of(lambda: Adaptive()),
     "slope of one entry": of(lambda: Adaptive(1)),
     "slope a unit": of(lambda: Adaptive(6)),
-    "layer norm": of(lambda: Normalised(nn.LayerNorm)),
+    "layer norm": of(lambda: Normalised(nn.LayerNorm), sloped),
     "RMS norm": of(lambda: Normalised(nn.RMSNorm)),
     "layer norm, values only": of(lambda: Normalised(nn.LayerNorm), lambda net: [net(POINTS)]),
     "RMS norm, values only": of(lambda: Normalised(nn.RMSNorm), lambda net: [net(POINTS)]),

@@ -1,0 +1,90 @@
+"""Derivatives of normalisations by their inputs that PyTorch differentiates no further, though it seems to.
+
+What a second backward pass makes of layer and batch normalisation takes mean and deviation for constants, and so does
+what forward mode makes of them. Both are right, and their derivatives by the parameters are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from imstep.complexstep.errors import UnsupportedOperatorError
+
+_NODES = {
+    "NativeLayerNormBackwardBackward": "layer_norm",
+    "NativeBatchNormBackwardBackward": "batch_norm",
+    "CudnnBatchNormBackwardBackward": "batch_norm",
+    "MiopenBatchNormBackwardBackward": "batch_norm",
+    "BatchNormBackwardBackward": "batch_norm",
+}
+"""By the node of their backward pass, without its number."""
+
+_CALLS = {F.layer_norm, F.batch_norm, F.instance_norm, torch.layer_norm, torch.batch_norm, torch.instance_norm}
+_FLAG = 5
+"""Where a call says whether statistics are those of its input."""
+
+_CREATE_GRAPH = {"grad": 4, "backward": 3}
+"""Where a pass takes ``create_graph``, by the name of its function."""
+
+_functorch = torch._C._functorch
+
+
+def refuse_nested_pass(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise where a backward pass goes through that of a normalisation, and is to be differentiated.
+
+    Args:
+        func: ``torch.autograd.grad`` or ``backward``, with its arguments.
+    """
+    at = _CREATE_GRAPH[func.__name__]
+    if not kwargs.get("create_graph", args[at] if len(args) > at else False):
+        return
+    roots = args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))
+    waiting = [t.grad_fn for t in ([roots] if isinstance(roots, Tensor) else roots) if isinstance(t, Tensor)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+        norm = _NODES.get(node.name().rstrip("0123456789"))
+        if norm is not None and getattr(node, "_saved_train", getattr(node, "_saved_training", True)):
+            raise _refusal(norm, "second derivatives by its inputs by two backward passes")
+
+
+def refuse_forward_mode(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise where a normalisation is called within forward mode."""
+    if func not in _CALLS:
+        return
+    default = func is F.instance_norm or "layer" in func.__name__
+    own = kwargs.get("training", kwargs.get("use_input_stats", args[_FLAG] if len(args) > _FLAG else default))
+    if ("layer" in func.__name__ or own) and _is_dual(args[0] if args else kwargs["input"]):
+        raise _refusal(func.__name__, "derivatives by its inputs by forward mode, as of torch.func.jvp and hessian,")
+
+
+def _is_dual(t: Any) -> bool:
+    """Whether a tensor has a tangent; beneath other transforms, whether it may have one."""
+    stack = _functorch.get_interpreter_stack() or []
+    jvps = [i.level() for i in stack if i.key() == _functorch.TransformType.Jvp]
+    if not jvps or stack[-1].level() == jvps[-1]:
+        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t, level=0).tangent is not None
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.maybe_get_level(t) in jvps:
+            return True
+        t = _functorch.get_unwrapped(t)
+    return False
+
+
+def _refusal(norm: str, derivatives: str) -> UnsupportedOperatorError:
+    return UnsupportedOperatorError(
+        norm,
+        f"{derivatives} have wrong derivatives in PyTorch, which takes mean and deviation for constants there, so that "
+        "the gradient of the loss is wrong.",
+        "Take derivatives by the inputs by imstep.pde, or first ones by torch.autograd.grad, or write the "
+        "normalisation with mean() and var().",
+    )

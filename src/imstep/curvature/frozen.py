@@ -196,7 +196,7 @@ class FrozenClosure:
     def _compare(self, loss: Tensor) -> None:
         doubted, self._doubted = self._doubted, False
         if doubted:
-            require_function(float(loss.detach()), self._once_more, torch.finfo(loss.dtype).eps)
+            require_function(float(loss.detach()), self._once_more, [loss, *self._parameters.tensors])
 
     def _once_more(self, recorded: bool) -> float:
         self.compared += 1

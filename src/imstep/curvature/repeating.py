@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from imstep.linalg.precision import coarsest_eps
 
 
-def require_function(first: float, evaluate: Callable[[bool], float], eps: float) -> None:
+def require_function(first: float, evaluate: Callable[[bool], float], tensors: Iterable[Tensor]) -> None:
     """Raise where further evaluations at the same parameters have other losses.
 
     Evaluations that are recorded have simpler operators in place of some kernels, such as those of recurrent networks.
@@ -18,12 +22,12 @@ def require_function(first: float, evaluate: Callable[[bool], float], eps: float
         first: the loss of an evaluation.
         evaluate: makes another one of the same parameters, recorded or not; called with False, and where the loss is
             apart, with both.
-        eps: of the losses' precision.
+        tensors: a loss and the parameters, of whose dtypes the coarsest is the losses' precision.
 
     Raises:
         ValueError: the losses are apart.
     """
-    again, rounding = evaluate(False), math.sqrt(eps)
+    again, rounding = evaluate(False), math.sqrt(coarsest_eps(tensors))
     same = lambda a, b: _apart(a, b) <= rounding
     if not (same(first, again) or (same(again, evaluate(False)) and same(first, evaluate(True)))):
         raise ValueError(_ANOTHER.format(first, again))

@@ -21,7 +21,7 @@ from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.uses import Rows, Use, find_uses
 from imstep.curvature.writing_out import Check, Evaluation, Owned, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
-from imstep.linalg.precision import full_precision
+from imstep.linalg.precision import coarsest_eps, full_precision
 
 F64 = torch.float64
 _CHUNK = 256
@@ -196,6 +196,7 @@ class ResidualJacobian(JacobianRows):
         course: how the residuals came about.
         explicit: positions of parameters whose uses were not recognised, and whose part of J is written out.
         hooked: whether hooks set entries of gradients to zero.
+        eps: rounding of the residuals, that of the coarsest dtype among loss, parameters and what is squared.
 
     Raises:
         NoResidualsError: the loss is no sum of squares; or the residuals depend on each other, as with batch
@@ -254,6 +255,7 @@ class ResidualJacobian(JacobianRows):
         self.loss, self.residuals, self.explicit = evaluation.loss.detach(), residuals.values.double(), tuple(wrong)
         self.backward_passes, self.evaluations = residuals.passes, frozen.losses - before
         self.course = evaluation.course
+        self.eps = coarsest_eps([evaluation.loss, *tensors, *(o.z for o in residuals.outputs)])
         self.used = [part is not None for part in parts]
         self.hooked = check is not None and check.hooked
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)

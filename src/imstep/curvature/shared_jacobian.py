@@ -29,6 +29,7 @@ class _Facts:
         evaluations, passes: made here.
         smooth: whether finite residuals have finite derivatives.
         hooked: whether a hook changes gradients.
+        eps: rounding of its residuals.
         returned: its share of what closures returned; None where that is no number.
     """
 
@@ -40,6 +41,7 @@ class _Facts:
     passes: int = 0
     smooth: bool = True
     hooked: bool = False
+    eps: float = 0.0
     returned: float | None = 0.0
 
 
@@ -89,6 +91,7 @@ class SharedJacobian(SharedRows):
                 passes=own.backward_passes,
                 smooth=own.course.finite,
                 hooked=own.hooked,
+                eps=own.eps,
                 returned=None if returned is None else batch.share * float(returned),
             )
 
@@ -110,6 +113,7 @@ class SharedJacobian(SharedRows):
         self.used = [any(uses) for uses in zip(*(facts.used for facts in active), strict=True)]
         self.evaluations = max(facts.evaluations for facts in active)
         self.backward_passes = max(facts.passes for facts in active)
+        self.eps = max(facts.eps for facts in active)
         self.smooth = all(facts.smooth for facts in active)
         loss, self.gradient, self.residuals = self._evaluated(batch)
         self.loss = loss.to(active[0].dtype)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def coarsest_eps(tensors: Iterable[Tensor]) -> float:
+    """The rounding of what is computed from all of them, as of a loss in float64 of parameters in float32."""
+    return max(torch.finfo(dtype).eps for dtype in {t.dtype for t in tensors})
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:

@@ -20,6 +20,7 @@ from imstep.curvature.third import derivatives_along, third_derivative_along
 from imstep.curvature.variance import gradient_variance
 from imstep.globalization import LineDerivatives, LineModel
 from imstep.linalg import IndefinitePreconditionerError, LinearOperator
+from imstep.linalg.precision import coarsest_eps
 from imstep.optim.direction import Direction, combined, downhill
 from imstep.optim.forcing import Situation
 from imstep.optim.masked import masked
@@ -178,7 +179,7 @@ class Attempt(StepAttempt):
 
     def _goes_on(self, loss: float) -> bool:
         """Whether the step starts where the last one ended; another loss there is that of another batch."""
-        return abs(loss - self._memory.loss) <= 1e2 * torch.finfo(self.loss.dtype).eps * abs(loss)
+        return abs(loss - self._memory.loss) <= 1e2 * coarsest_eps([self.loss, *self._parameters.tensors]) * abs(loss)
 
     def _contraction(self, gradient_norm: float) -> float:
         """How much the last full Newton steps tell that accuracy pays: a factor on the gradient, 1 for nothing."""

@@ -103,7 +103,7 @@ class ResidualAttempt(StepAttempt):
         if not new_points(record.loss, memory.loss):
             self._recall = None
         self._earlier = None if self._recall is None else memory.earlier
-        eps = torch.finfo(jacobian.loss.dtype).eps
+        eps = jacobian.eps
         if self._earlier is None:
             ground, memory = ground_at(jacobian, jacobian.residuals, eps, self._penalty, *where)
         else:

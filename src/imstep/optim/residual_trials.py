@@ -49,7 +49,7 @@ class ResidualTrials:
     ) -> None:
         self._frozen, self._parameters, self._snapshot = frozen, parameters, snapshot
         self._course, self._start, self._rest = jacobian.course, jacobian.residuals, jacobian.rest
-        self._loss = jacobian.loss
+        self._loss, self._eps = jacobian.loss, jacobian.eps
         self.spent, self.follows = Cost(), False
         # The closure's last step (n,), its loss with its graph, and the buffers that this has read.
         self._there: tuple[Tensor, Tensor, State] | None = None
@@ -127,7 +127,7 @@ class ResidualTrials:
         """Whether what the loss is more than ρᵀρ/2 is what it was where the step begins; or refuse."""
         before, loss = self._rest or 0.0, float(self._loss)
         size = max(abs(rest), abs(before), abs(loss), float(values @ values) / 2)
-        if abs(rest - before) > min(_SLACK * torch.finfo(self._loss.dtype).eps, _COARSE) * size:
+        if abs(rest - before) > min(_SLACK * self._eps, _COARSE) * size:
             raise NoResidualsError(
                 "the loss has a part besides its squares that follows the parameters and has no derivative: it is "
                 f"{before:.6g} where the step begins and {rest:.6g} at a trial point. Put it into a square, as in "

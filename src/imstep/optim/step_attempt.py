@@ -14,6 +14,7 @@ from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.globalization import Armijo, LineModel, StepSearch
+from imstep.linalg.precision import coarsest_eps
 from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.evaluable import failing_as
 from imstep.optim.masked import masked
@@ -130,7 +131,7 @@ class StepAttempt(ABC):
 
     def _line(self, direction: Direction) -> LineModel:
         loss = self.start[0]
-        roundoff = torch.finfo(loss.dtype).eps / 2
+        roundoff = coarsest_eps([loss, *self._parameters.tensors]) / 2
         return LineModel(float(loss), direction.slope, direction.curvature, direction.norm, roundoff)
 
     @failing_as(math.nan)

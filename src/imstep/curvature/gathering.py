@@ -114,6 +114,14 @@ class KnownPlaces:
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, int], Places] = {}
+        self._runs: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def run(self, start: int, end: int, device: torch.device) -> Tensor:
+        """The residuals from one to another, in the same tensor each time."""
+        key = start, end, device
+        if key not in self._runs:
+            self._runs[key] = torch.arange(start, end, device=device)
+        return self._runs[key]
 
     def gather(
         self, at: tuple[int, int], pieces: Sequence[tuple[Rows, Tensor]], count: int, entries: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
 from imstep.curvature.derived import Derived
+from imstep.curvature.direct import entry_rows
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gathering import KnownPlaces
 from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows
@@ -282,7 +283,9 @@ def _parts(
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
     uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone)
     told = [use for use in uses.known if use.parameter not in uses.unknown]
-    gathered = lambda groups: _gathered(groups, told, uses.derived, tensors, known.places)
+    entries = [one for one in uses.direct if one.parameter not in uses.unknown]
+    direct = [one.addends(residuals.outputs, tensors[one.parameter]) for one in entries]
+    gathered = lambda groups: _gathered(groups, told, direct, uses.derived, tensors, known.places)
     groups = known.groups(residuals, told)
     if groups is not None:
         parts, addends = gathered(groups)
@@ -326,6 +329,7 @@ def _parts(
 def _gathered(
     groups: Sequence[Group],
     uses: Sequence[Use],
+    direct: Sequence[tuple[int, int, Tensor]],
     derived: Sequence[Derived],
     tensors: Sequence[Tensor],
     places: KnownPlaces,
@@ -340,6 +344,12 @@ def _gathered(
                 continue
             e, members[use.parameter] = use.member
             pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
+    for at, start, entries in direct:
+        for e, part in enumerate(entries.chunk(members[at])):
+            own, first = pieces[at].setdefault(e, []), start + e * len(part)
+            widths = [rows.left.shape[1] for rows, _ in own if rows.right is not None]
+            owner = places.run(first, first + len(part), part.device)
+            own.append((entry_rows(part, widths[0] if widths else None), owner))
     met = {at for theta in derived for at in theta.parameters}
     addends = [[] if at in met else [owned for own in of.values() for owned in own] for at, of in enumerate(pieces)]
     with unseen():  # what follows is nothing that a checkpoint runs again

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.derived import LEAF, Derived, derived_nodes
+from imstep.curvature.direct import Direct, direct_in
 from imstep.curvature.use import Operand, Rows, Use, signed
 from imstep.curvature.use_rules import RULES
 
@@ -32,12 +33,14 @@ class Uses:
         known: those whose rows can be told. Positions from the number of parameters on are those of ``derived``.
         unknown: positions of parameters that are used in other ways as well.
         derived: what is computed from parameters alone and used in their place, such as a weight that is normalised.
+        direct: parameters that outputs consist of, each of whose entries is a residual.
         lone: whether some of ``known`` are of a batch of one row, whose entries may yet be of one residual each.
     """
 
     known: list[Use]
     unknown: set[int]
     derived: list[Derived]
+    direct: list[Direct]
     lone: bool = False
 
 
@@ -47,8 +50,8 @@ def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: boo
     Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
     ensemble), convolutions with one group, bilinear layers, tables that are looked up by indices, the scale and shift
     of normalisations, and parameters that are added to, multiply or divide a larger tensor; so are the uses of what is
-    computed from parameters alone. An output that is a parameter itself counts as unknown. A batch of one row counts
-    with ``lone``, where the parameter meets larger ones as well.
+    computed from parameters alone, and outputs that are parameters themselves. A batch of one row counts with
+    ``lone``, where the parameter meets larger ones as well.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.
@@ -64,8 +67,10 @@ class _Walk:
         self._position = {id(p): at for at, p in enumerate(parameters)}
         self._pure = derived_nodes(outputs, self._position)
         self._derived: dict[tuple[Any, int], int] = {}
-        self.uses = Uses([], {self._position[id(z)] for z in outputs if id(z) in self._position}, [])
-        waiting = [z.grad_fn for z in outputs]
+        direct = [direct_in(z, number, self._position) for number, z in enumerate(outputs)]
+        complex_ones = {self._position[id(z)] for z in outputs if z.is_complex() and id(z) in self._position}
+        self.uses = Uses([], complex_ones, [], [one for found in direct for one in found or []])
+        waiting = [z.grad_fn for z, found in zip(outputs, direct, strict=True) if found is None]
         seen: set[Any] = set()
         while waiting:
             node = waiting.pop()

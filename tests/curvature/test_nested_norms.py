@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import imstep
 from imstep import pde
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import ResidualJacobian
@@ -72,6 +73,30 @@ def test_refused_within_transforms(second: Callable[[nn.Module], Tensor]) -> Non
     net = network(nn.LayerNorm(6))
     with pytest.raises(UnsupportedOperatorError, match=r"layer_norm .*(two backward passes|forward mode)"):
         ResidualJacobian(lambda: second(net).square().mean(), net)
+
+
+@pytest.mark.parametrize("second", [twice, reverse_over_reverse, forward_over_reverse])
+def test_other_derivatives_of_a_loss_are_refused(second: Callable[[nn.Module], Tensor]) -> None:
+    net = network(nn.LayerNorm(6))
+    loss = lambda: second(net).square().mean()
+    with pytest.raises(UnsupportedOperatorError, match=r"layer_norm .*(two backward passes|forward mode)"):
+        imstep.NewtonKrylov(net.parameters()).step(loss)
+    with pytest.raises(UnsupportedOperatorError, match=r"layer_norm .*(two backward passes|forward mode)"):
+        imstep.Hessian(loss, net) @ torch.ones(37, dtype=torch.float64)
+
+
+def test_jvp_of_second_derivatives_is_right() -> None:
+    """It takes no gradient."""
+    weight, bias = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    x = POINTS.clone().requires_grad_()
+
+    def second(w: Tensor) -> Tensor:
+        values = torch.tanh(nn.functional.layer_norm(x @ w.T + bias, (6,)))
+        return slope(slope(values, x)[:, 0], x)[:, 0]
+
+    direction, h = torch.randn_like(weight), 1e-6
+    expected = (second(weight + h * direction) - second(weight - h * direction)) / (2 * h)
+    assert torch.allclose(imstep.jvp(second, (weight,), (direction,))[1], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", [forward, dual])

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import MOVED, NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
+from imstep.complexstep.nested_norms import NORMS, refusal
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, keeps_graph, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks
@@ -37,7 +38,7 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _HOOKS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
 _HOOKS.add(getattr(Tensor, "grad_fn").__get__)  # noqa: B009 (its type is that of the attribute)
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *_HOOKS, *STEERED, *gradients.PASSES}
-_WATCHED |= {F.gumbel_softmax, _SET_DATA, Tensor.clamp_}
+_WATCHED |= {F.gumbel_softmax, _SET_DATA, Tensor.clamp_, *NORMS}
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _DETACH = torch.ops.aten.detach.default
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -73,6 +74,7 @@ class Islands(TorchFunctionMode):
         self.passes = False  # whether the user has asked for a backward pass
         self.hooked = False  # whether hooks of the user's or of a checkpoint are on what autograd saves
         self.touched = False  # whether code of the user's may run in the backward pass: hooks, or subclasses of Tensor
+        self.wrong: UnsupportedOperatorError | None = None  # why a gradient of what was computed would be
         self.at_last: WeakMethod[Callable[[Sequence[Any]], list[Any]]]  # told where that begins
         self._stack = ExitStack()
 
@@ -137,7 +139,10 @@ class Islands(TorchFunctionMode):
         elif func in STEERED:
             return steer(func, args, kwargs, self._ledger)
         elif func in gradients.PASSES:
+            self.wrong = self.wrong or refusal(func, args, kwargs)
             return self._backward_pass(func, args, kwargs)
+        elif func in NORMS:
+            self.wrong = self.wrong or refusal(func, args, kwargs)
         elif func is F.gumbel_softmax and self._may_cut():
             return self._gumbel_softmax(*args, **kwargs)
         elif func == _SET_DATA:
@@ -243,7 +248,7 @@ class Islands(TorchFunctionMode):
 
     def follow(self, forward: Islands) -> None:
         """Take over from the evaluation whose backward pass is to come."""
-        self.hooked, self.subclasses = forward.hooked, forward.subclasses
+        self.hooked, self.subclasses, self.wrong = forward.hooked, forward.subclasses, forward.wrong
 
     def _runs_code(self, outputs: Any) -> bool:
         """Whether the backward pass of outputs runs code that must be seen: of Functions, or hooks on saved tensors."""
@@ -251,6 +256,8 @@ class Islands(TorchFunctionMode):
 
     @contextmanager
     def _final_pass(self, outputs: Sequence[Any]) -> Iterator[None]:
+        if self.wrong is not None:
+            raise self.wrong
         begin = self.at_last()
         assert begin is not None
         handles = begin(outputs)

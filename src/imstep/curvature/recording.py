@@ -20,10 +20,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import PASSES, runs_functions
+from imstep.complexstep.nested_norms import NORMS, refusal
 from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window, parts
-from imstep.curvature.nested_norms import refuse_forward_mode, refuse_nested_pass
 from imstep.curvature.outline import Noted, Outline, arranged, layout_of
 from imstep.curvature.rerun import Rerun
 from imstep.curvature.smooth import Kind, kind_of
@@ -277,12 +277,11 @@ class Looking(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKS:
             self._recording.unfit = f"{func.__name__} leads past the operators"
-        elif func in PASSES:
-            refuse_nested_pass(func, args, kwargs or {})
-            if runs_functions(tensors_in([*args[:1], *(kwargs or {}).values()])):
-                self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
-        else:
-            refuse_forward_mode(func, args, kwargs or {})
+        elif func in PASSES and runs_functions(tensors_in([*args[:1], *(kwargs or {}).values()])):
+            self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
+        wrong = refusal(func, args, kwargs or {}) if func in PASSES or func in NORMS else None
+        if wrong is not None:
+            raise wrong
         return func(*args, **(kwargs or {}))
 
 

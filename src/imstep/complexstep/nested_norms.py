@@ -24,7 +24,7 @@ _NODES = {
 }
 """By the node of their backward pass, without its number."""
 
-_CALLS = {F.layer_norm, F.batch_norm, F.instance_norm, torch.layer_norm, torch.batch_norm, torch.instance_norm}
+NORMS = {F.layer_norm, F.batch_norm, F.instance_norm, torch.layer_norm, torch.batch_norm, torch.instance_norm}
 _FLAG = 5
 """Where a call says whether statistics are those of its input."""
 
@@ -34,15 +34,20 @@ _CREATE_GRAPH = {"grad": 4, "backward": 3}
 _functorch = torch._C._functorch
 
 
-def refuse_nested_pass(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise where a backward pass goes through that of a normalisation, and is to be differentiated.
+def refusal(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | None:
+    """Why the gradient of what a call makes would be wrong; None where it would not.
 
     Args:
-        func: ``torch.autograd.grad`` or ``backward``, with its arguments.
+        func: one of :data:`NORMS`, ``torch.autograd.grad`` or ``backward``, with its arguments.
     """
+    return _of_call(func, args, kwargs) if func in NORMS else _of_pass(func, args, kwargs)
+
+
+def _of_pass(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | None:
+    """A backward pass that goes through that of a normalisation, and is to be differentiated."""
     at = _CREATE_GRAPH[func.__name__]
     if not kwargs.get("create_graph", args[at] if len(args) > at else False):
-        return
+        return None
     roots = args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))
     waiting = [t.grad_fn for t in ([roots] if isinstance(roots, Tensor) else roots) if isinstance(t, Tensor)]
     seen: set[Any] = set()
@@ -54,17 +59,17 @@ def refuse_nested_pass(func: Any, args: Any, kwargs: Any) -> None:
         waiting += [parent for parent, _ in node.next_functions]
         norm = _NODES.get(node.name().rstrip("0123456789"))
         if norm is not None and getattr(node, "_saved_train", getattr(node, "_saved_training", True)):
-            raise _refusal(norm, "second derivatives by its inputs by two backward passes")
+            return _wrong(norm, "second derivatives by its inputs by two backward passes")
+    return None
 
 
-def refuse_forward_mode(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise where a normalisation is called within forward mode."""
-    if func not in _CALLS:
-        return
+def _of_call(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | None:
+    """A normalisation within forward mode."""
     default = func is F.instance_norm or "layer" in func.__name__
     own = kwargs.get("training", kwargs.get("use_input_stats", args[_FLAG] if len(args) > _FLAG else default))
     if ("layer" in func.__name__ or own) and _is_dual(args[0] if args else kwargs["input"]):
-        raise _refusal(func.__name__, "derivatives by its inputs by forward mode, as of torch.func.jvp and hessian,")
+        return _wrong(func.__name__, "derivatives by its inputs by forward mode, as of torch.func.jvp and hessian,")
+    return None
 
 
 def _is_dual(t: Any) -> bool:
@@ -80,7 +85,7 @@ def _is_dual(t: Any) -> bool:
     return False
 
 
-def _refusal(norm: str, derivatives: str) -> UnsupportedOperatorError:
+def _wrong(norm: str, derivatives: str) -> UnsupportedOperatorError:
     return UnsupportedOperatorError(
         norm,
         f"{derivatives} have wrong derivatives in PyTorch, which takes mean and deviation for constants there, so that "

@@ -33,6 +33,7 @@ class Net(nn.Module):
 
 
 START = [p.detach().clone() + 0.1 for p in Net().parameters()]
+SCALE = torch.rand(sum(p.numel() for p in START), dtype=F64) + 1
 PENALTIES: dict[str, Callable[[Net], list[Tensor]]] = {
     "all": lambda net: list(net.parameters()),
     "one": lambda net: [net.first.weight],
@@ -40,7 +41,12 @@ PENALTIES: dict[str, Callable[[Net], list[Tensor]]] = {
     "some, flat": lambda net: [torch.cat([net.first.weight.view(-1), 2 * net.spare, net.conv.weight.flatten()])],
     "from the start": lambda net: [p - p0 for p, p0 in zip(net.parameters(), START, strict=True)],
     "scaled": lambda net: [-0.3 * (p - 1) / 2 + 1 for p in net.parameters()],
-    "weighed": lambda net: [p * p.detach().square() for p in net.parameters()],
+    "weighed": lambda net: [p0.abs().sqrt() * (p - p0) for p, p0 in zip(net.parameters(), START, strict=True)],
+    "weighed, flat": lambda net: [
+        torch.linspace(1, 2, len(SCALE), dtype=F64) * nn.utils.parameters_to_vector(net.parameters()) / SCALE
+    ],
+    "weighed by themselves": lambda net: [p * p.detach().square() for p in net.parameters()],
+    "weighed by rows": lambda net: [net.first.weight * START[1][:, :1], net.first.weight / START[1][:1]],
     "entries": lambda net: [net.first.weight[:, 0], net.first.weight.T, net.spare.flip(0)],
     "of one layer twice": lambda net: [net.first.weight, net.first.weight - 1, net.first.bias],
     "tied": lambda net: [net.first.weight[:4] - net.first.weight[4:], net.first.bias],
@@ -70,7 +76,7 @@ def test_rows(name: str) -> None:
     assert torch.allclose(J.gradient, rows.T @ residuals)
 
 
-@pytest.mark.parametrize("name", [*list(PENALTIES)[:6], "of one layer twice"])
+@pytest.mark.parametrize("name", [*list(PENALTIES)[:9], "of one layer twice"])
 def test_no_pass_for_each_entry(name: str) -> None:
     net = Net()
     loss = lambda: (net(POINTS) - 1).square().mean() + sum(t.square().sum() for t in PENALTIES[name](net))

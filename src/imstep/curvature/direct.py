@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.islands import plain
 from imstep.curvature.derived import LEAF
 from imstep.curvature.squares import Output
 from imstep.curvature.use import Rows
@@ -25,7 +26,7 @@ _SHIFTS, _SCALES = {"AddBackward0", "SubBackward0"}, {"MulBackward0", "DivBackwa
 """Operators of two arguments, of which the other one is a constant."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Direct:
     """A parameter within an output.
 
@@ -33,23 +34,23 @@ class Direct:
         parameter: its position.
         output: the number of the output.
         offset: the entry of it that the first one of the parameter is; the others follow in row-major order.
-        scale: times the parameter.
+        scale: times the parameter; a number, or one for each entry, (entries,).
     """
 
     parameter: int
     output: int
     offset: int
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     def addends(self, outputs: Sequence[Output], like: Tensor) -> tuple[int, int, Tensor]:
         """The parameter; the residual of its first entry, which those of the others follow; the entries of the rows."""
         output = outputs[self.output]
         factor = output.factor.expand(output.z.shape).reshape(-1)[self.offset : self.offset + like.numel()]
-        return self.parameter, output.start + self.offset, factor.to(like.dtype) * self.scale
+        return self.parameter, output.start + self.offset, (factor * self.scale).to(like.dtype)
 
 
 def direct_in(z: Tensor, number: int, position: Mapping[int, int]) -> list[Direct] | None:
-    """The parameters that an output consists of, times numbers and plus constants; None where it is made of more.
+    """The parameters that an output consists of, times and plus constants; None where it is made of more.
 
     Args:
         z: the output, and its number.
@@ -69,8 +70,10 @@ def direct_in(z: Tensor, number: int, position: Mapping[int, int]) -> list[Direc
         own = _leaf(below, position)
         if own is None or _entries(below) != math.prod(parent._input_metadata[at].shape):
             return None
-        found.append(Direct(own, number, offset, scale * factor))
-        offset += _entries(below)
+        end = offset + _entries(below)
+        whole = scale[offset:end] if isinstance(scale, Tensor) else scale
+        found.append(Direct(own, number, offset, whole * factor))
+        offset = end
     return found
 
 
@@ -85,23 +88,38 @@ def entry_rows(addends: Tensor, width: int | None) -> Rows:
     return Rows(left, right)
 
 
-def _stripped(node: Any) -> tuple[Any, float]:
-    """Beneath operators that leave the entries where they are, and multiply them all by a number; the number."""
-    scale = 1.0
+def _stripped(node: Any) -> tuple[Any, float | Tensor]:
+    """Beneath operators that leave the entries where they are; by what constants they multiply them."""
+    scale: float | Tensor = 1.0
     while node is not None:
         edges, name = node.next_functions, node.name()
+        below: Any = edges[0] if edges else None
         if name in _SHIFTS or name in _SCALES:
-            if edges[0][0] is None or edges[1][0] is not None or not _same_shape(node, edges[0]):
+            if name == "MulBackward0" and edges[0][0] is None:
+                below = edges[1]
+            elif edges[1][0] is not None:
+                break
+            if below[0] is None or not _same_shape(node, below):
                 break
         elif name not in _IN_ORDER:
             break
         if name in _SCALES:
-            if node._saved_other is None or node._saved_other.numel() != 1:
+            other = _factor(node._saved_self if below is edges[1] else node._saved_other, node)
+            if other is None:
                 break
-            other = float(node._saved_other.detach())
             scale = scale * other if name == "MulBackward0" else scale / other
-        node = edges[0][0]
+        node = below[0]
     return node, scale
+
+
+def _factor(other: Tensor | None, node: Any) -> float | Tensor | None:
+    """A constant as a number, or as one for each entry of what a node makes; None where it is neither."""
+    if other is None or other.is_complex():
+        return None
+    other = plain(other).detach()
+    if other.numel() == 1:
+        return float(other)
+    return other.reshape(-1) if tuple(other.shape) == tuple(node._input_metadata[0].shape) else None
 
 
 def _same_shape(node: Any, edge: Any) -> bool:

@@ -89,3 +89,27 @@ def test_masks_that_are_added_to_scores(masked):
     closures = [lambda draw=draw: means(*draw).square().sum() / 2 for draw in draws]
     for draw, (J, _) in zip(draws, jacobians(model, closures), strict=True):
         assert torch.allclose(J, by_rows(means(*draw), model))
+
+
+def test_rows_that_cancel_are_none_of_others():
+    """Rotations between poses, some between a pose and itself, whose rows are rounding, and no sign of a fault."""
+    torch.manual_seed(0)
+    poses = nn.Parameter(torch.randn(40, 3, dtype=F64) * 0.3)
+    first, second = torch.arange(39), torch.arange(1, 40)
+    second[::5] = first[::5]
+    known = torch.matrix_exp(torch.randn(39, 3, 3, dtype=F64).mul(0.1).tril(-1))
+    known = torch.linalg.qr(known)[0]
+
+    def rotations(index: Tensor) -> Tensor:
+        x, y, z = poses[index].unbind(1)
+        none = torch.zeros_like(x)
+        return torch.matrix_exp(torch.stack([none, -z, y, z, none, -x, -y, x, none], 1).view(-1, 3, 3))
+
+    def angles() -> Tensor:
+        turn = known.mT @ rotations(first).mT @ rotations(second)
+        return torch.stack([turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0]], 1)
+
+    J = ResidualJacobian(lambda: angles().square().sum() / 2, [poses])
+    assert J.explicit == ()
+    exact = torch.stack([torch.autograd.grad(r, poses, retain_graph=True)[0].reshape(-1) for r in angles().flatten()])
+    assert torch.allclose(J.to_dense(), exact)

@@ -127,12 +127,14 @@ class Check:
 
 
 def _weights(parts: Sequence[GradientRows | None], values: Tensor) -> Tensor:
-    """One over the root of the norm of each row, (N,), up to a factor; 1 where nothing is known of it."""
+    """One over the root of the norm of each row, (N,), up to a factor; 1 where nothing is known of it, or where it is
+    rounding, as that of a difference that is zero. No more than tells rows of all sizes above that.
+    """
     found = [part.squared_norms for part in parts if part is not None]
     norms = sum(found, torch.zeros(len(values), dtype=torch.float64, device=values.device))
     largest = norms.max() if len(norms) else norms.new_ones(())
-    told = norms.isfinite() & (norms > 0) & largest.isfinite()
-    most = torch.finfo(values.dtype).max ** 0.25
+    told = norms.isfinite() & largest.isfinite() & (norms > largest * (10 * torch.finfo(values.dtype).eps) ** 2)
+    most = min(_SLACK, torch.finfo(values.dtype).max ** 0.25)
     return torch.where(told, (largest / norms) ** 0.25, 1.0).clamp(max=most)
 
 

@@ -251,6 +251,38 @@ def test_constants_may_have_other_values(static):
     assert static(net, closure_of) == [False, False, True, True]
 
 
+SAME = {
+    "an autoencoder's input and target": lambda net, x, other: F.mse_loss(net(x), other),
+    "two inputs": lambda net, x, other: (net(x) * net(other)).square().mean(),
+    "parts of one tensor": lambda net, x, other: (net(x[:4]) * net(other[4:])).square().mean(),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_one_constant_at_two_places_may_be_two_the_next_time(static, kind):
+    net = nn.Linear(6, 6)
+
+    def closure_of(number: int) -> Closure:
+        x = torch.randn(8, 6)
+        other = torch.randn(8, 6) if number in CHANGED else x
+        return lambda: SAME[kind](net, x, other)
+
+    found = static(net, closure_of, 5)
+    assert found[FIRST]
+    assert not found[CHANGED[0]]
+
+
+def test_dropout_of_inputs_comes_after_evaluation_mode(static):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 6))
+
+    def closure_of(number: int) -> Closure:
+        net.train(number >= CHANGED[0])
+        x = torch.randn(8, 6)
+        return lambda: F.mse_loss(net(x), x)
+
+    assert static(net, closure_of, 5)[FIRST]
+
+
 def test_a_constant_overwritten_after_its_use_is_noticed():
     net, scale, late = nn.Linear(3, 3), torch.ones(3), []
 

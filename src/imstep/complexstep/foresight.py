@@ -56,10 +56,9 @@ class Gathering:
             arguments, results = tensors_in(sig.gather(args, kwargs)), entries(outputs)
             for need in needs:
                 t = need.of(arguments, results)
-                if t is None or t.is_inference():
+                if t is None or t.is_inference() or not _shares(self.values.setdefault(need.number, t), t):
                     self.fit = False
                     return
-                self.values[need.number] = t
                 self._versions.append((t, t._version))
 
     def complete(self, tape: Tape) -> bool:
@@ -82,7 +81,7 @@ class Notes:
         self._literals: list[Any] = []
         self._lines: list[tuple[Operation, Step | None]] = []
         self._windows: list[Window] = []
-        self._origins: dict[int, tuple[int, int, Window]] = {}  # by number: the step, the place, and the window there
+        self._origins: dict[int, list[tuple[int, int, Window]]] = {}  # by number: steps, places, and windows there
         self.unfit: str | None = None
 
     # --- the forward pass ---------------------------------------------------------------------------------------
@@ -97,23 +96,26 @@ class Notes:
                 self._mark(t, (number, place))
         for place, (t, slot) in enumerate(zip(entries(outputs), entries(defined), strict=True)):
             if slot is not None:
-                self._origins[slot] = number, ~place, Window(t)
+                self._origins[slot] = [(number, ~place, Window(t))]
             elif isinstance(t, Tensor) and self._plane.find(t) is None:
                 self._mark(t, (number, ~place))
 
     def _mark(self, t: Tensor, origin: tuple[int, int] | None) -> int | None:
-        """The number of the constant in the storage of ``t``, a new one where it has none."""
+        """The number of the constant in the storage of ``t``, if it is a new one.
+
+        One that is met at several places may be another tensor at each of them the next time: all places are kept.
+        """
         if t.layout is not torch.strided:
             self.unfit = "a tensor has no strides"
             return None
-        beside = t.untyped_storage().__dict__
-        if self._key in beside:
-            return None
-        self._windows.append(Window(t))
-        number = beside[self._key] = -len(self._windows)
+        beside, window = t.untyped_storage().__dict__, Window(t)
+        number, known = beside.get(self._key), self._key in beside
+        if number is None:
+            self._windows.append(window)
+            number = beside[self._key] = -len(self._windows)
         if origin is not None:
-            self._origins[number] = *origin, self._windows[-1]
-        return number
+            self._origins.setdefault(number, []).append((*origin, window))
+        return None if known else number
 
     # --- the backward pass --------------------------------------------------------------------------------------
 
@@ -185,9 +187,14 @@ class Notes:
             if number not in self._origins:
                 self.unfit = "a tensor comes from elsewhere"
                 return None
-            step, place, window = self._origins[number]
-            needs[step].append(Need(place, number, window))
+            for step, place, window in self._origins[number]:
+                needs[step].append(Need(place, number, window))
         return Program(self._literals, needs, anatomy, lines, results)
+
+
+def _shares(some: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return some is other or some.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def observer_of(tape: Tape, plane: Plane) -> Notes | Gathering | None:

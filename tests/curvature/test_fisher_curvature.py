@@ -217,6 +217,15 @@ def test_half_precision_of_outputs() -> None:
 
 
 @pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(), Empirical()])
+def test_targets_that_require_gradients_of_others_are_constants(expectation: Expectation) -> None:
+    teacher = normal(N, C).requires_grad_()
+    expected = matrix(expectation, lambda: F.mse_loss(NET(X), teacher.detach()))
+    assert expected.any()
+    for closure in (lambda: F.mse_loss(NET(X), teacher), lambda: F.mse_loss(teacher, NET(X))):
+        torch.testing.assert_close(matrix(expectation, closure), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(), Empirical()])
 def test_what_is_no_likelihood_is_refused(expectation: Expectation) -> None:
     for closure, words in (
         (lambda: NET(X).sin().sum(), "not recognised as one.*GaussNewtonFirst"),

@@ -246,6 +246,10 @@ NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "product of losses": lambda z: F.mse_loss(z, Y) * F.huber_loss(z, Y),
     "log-likelihood, to be minimised": lambda z: -F.cross_entropy(z, LABELS),
     "targets that depend on the model": lambda z: F.binary_cross_entropy_with_logits(z, z.flip(1).sigmoid()),
+    "targets alone": lambda z: F.binary_cross_entropy_with_logits(Y, z.sigmoid()),
+    "probabilities as targets": lambda z: F.binary_cross_entropy(SOFT, z.sigmoid()),
+    "squares within an operator": lambda z: F.multi_margin_loss(z, LABELS, p=2),
+    "squares in place": lambda z: (z - Y).square_().mean(),
 }
 
 

@@ -215,3 +215,33 @@ def test_the_weight_of_a_gru_is_seen_at_its_own_product(kind) -> None:
 
     found, expected = (kind(f, layer).to_dense() for f in (lambda: F.mse_loss(layer(x, h)[0][0], y), written_out))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+ERRORS = {"squared": F.mse_loss, "Huber": F.huber_loss, "smooth": F.smooth_l1_loss}
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_targets_that_require_gradients_of_others_are_constants(kind, error) -> None:
+    """As the outputs of a teacher that another optimizer trains, on either side of the loss."""
+    (model, x), teacher = mlp(), nn.Linear(3, 2).double()
+    forms = (
+        lambda: error(model(x), teacher(x).detach()),
+        lambda: error(model(x), teacher(x)),
+        lambda: error(teacher(x), model(x)),
+    )
+    expected, *found = (kind(f, model).to_dense() for f in forms)
+    assert expected.any()
+    for matrix in found:
+        torch.testing.assert_close(matrix, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_both_sides_of_an_error_are_outputs(kind) -> None:
+    (model, x), other = mlp(), nn.Linear(3, 2).double()
+    y, parameters = normal(12, 3, seed=1), [*model.parameters(), *other.parameters()]
+    for pair in (lambda: (model(x), other(x)), lambda: (model(x), model(y) + other(y))):
+        forms = lambda: F.mse_loss(*pair()), lambda: torch.sub(*pair()).square().mean()  # noqa: B023
+        found, expected = (kind(f, parameters).to_dense() for f in forms)
+        assert expected.diagonal().all()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.islands import plain
+from imstep.complexstep.registry import signature
 from imstep.complexstep.steps import Reference, Step, flat, slot_of
 from imstep.complexstep.tape import Tape
 
@@ -31,11 +32,11 @@ _SUMS |= {aten.select_backward, aten.masked_fill, aten.where}
 _ROOTS = {aten.linalg_vector_norm, aten.norm, aten.dist, aten.sqrt, aten.hypot}
 _NLL = {aten.nll_loss_forward, aten.nll_loss2d_forward}
 _JOINTLY_CONVEX = {aten.mse_loss, aten.huber_loss, aten.smooth_l1_loss}  # in both arguments
-_CONVEX = _JOINTLY_CONVEX | {
+_CONVEX = {
     aten.binary_cross_entropy,
     aten.binary_cross_entropy_with_logits,
     aten.softplus,
-}
+}  # in the first; cross entropies are linear in the second
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +48,15 @@ class ConvexLoss:
         args: its arguments, real parts.
         result: its value.
         references: how the arguments that depend on the parameters look onto the tape's slots.
+        positions: which arguments these are. Others may require gradients, too, as targets that a model makes do which
+            another optimizer trains.
     """
 
     func: Any
     args: tuple[Any, ...]
     result: Tensor
     references: tuple[Reference, ...]
-
-    @property
-    def positions(self) -> list[int]:
-        """Which arguments depend on the parameters."""
-        return [at for at, a in enumerate(self.args) if _differentiated(a)]
+    positions: tuple[int, ...]
 
     @property
     def position(self) -> int:
@@ -68,6 +67,14 @@ class ConvexLoss:
     def z(self) -> Tensor:
         """The output z."""
         return self.args[self.position]
+
+    @property
+    def sides(self) -> list[tuple[Reference, Tensor, int]]:
+        """What the loss takes of the parameters, with signs: both sides of an error may depend on them."""
+        if self.func.overloadpacket not in _JOINTLY_CONVEX:
+            return [(self.references[0], self.z, 1)]
+        signs = [1, -1]
+        return [(ref, self.args[at], signs[at]) for ref, at in zip(self.references, self.positions, strict=True)]
 
     @property
     def outputs(self) -> list[int]:
@@ -120,8 +127,7 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
             if not squared.isdisjoint(step.writes()):
                 if _is_root(step):
                     return []  # the square of a norm is many residuals, of which this split would see one
-                packet = step.func.overloadpacket
-                multiple = packet is aten.neg or _factor(packet, step.args) is not None
+                multiple = step.func.overloadpacket is aten.neg or _factor(step) is not None
                 squared.update(step.reads() if multiple else ())
             continue
         sign = signs.pop() if len(signs) == 1 else 0
@@ -171,10 +177,19 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
     )
     # An exponential of one number is no likelihood of many cases: its Hessian says more than a matrix of rank one.
     several = packet is aten.exp and result.numel() > 1
-    convex = square or several or packet in _JOINTLY_CONVEX or (packet in _CONVEX and len(slots) == 1)
-    if (convex and sign > 0) or (func is aten._log_softmax.default and sign < 0):
-        return ConvexLoss(func, args, result, tuple(flat(step.inputs)))
+    places = _places(step)
+    convex = square or several or packet in _JOINTLY_CONVEX or (packet in _CONVEX and places == (0,))
+    # What an operator without a rule is computed by, or one in place, has no place in autograd's graph.
+    seen = result.requires_grad and all(_differentiated(args[at]) for at in places)
+    if seen and ((convex and sign > 0) or (func is aten._log_softmax.default and sign < 0)):
+        return ConvexLoss(func, args, result, tuple(flat(step.inputs)), places)
     return None
+
+
+def _places(step: Step) -> tuple[int, ...]:
+    """Which arguments of a step's operator depend on the parameters."""
+    pairs = zip(signature(step.func).tensors, step.inputs, strict=False)
+    return tuple(at for (at, *_), ref in pairs if ref is not None and at >= 0)
 
 
 def _is_root(step: Step) -> bool:
@@ -197,7 +212,7 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
         return [(slots[0], -sign)] if len(slots) == 1 else None
     if packet is aten.copy_:
         return [(slot, sign) for slot in slots] if type(step.target) is int else None
-    factor = _factor(packet, step.args)
+    factor = _factor(step)
     if factor is None:
         return None
     if packet is aten.mul and not bool(factor.any()):
@@ -206,14 +221,12 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
     return [(slot, sign * part) for slot in slots]
 
 
-def _factor(packet: Any, args: tuple[Any, ...]) -> Tensor | None:
+def _factor(step: Step) -> Tensor | None:
     """The constant factor of a product, or divisor of a quotient; None if there is none."""
-    if packet not in (aten.mul, aten.div):
+    packet, places = step.func.overloadpacket, _places(step) if step.args else ()
+    if len(places) != 1 or not (packet is aten.mul or (packet is aten.div and places == (0,))):
         return None
-    factors = [a for a in (args[:2] if packet is aten.mul else args[1:2]) if not _differentiated(a)]
-    if len(factors) != 1 or not _differentiated(args[0] if factors[0] is args[1] else args[1]):
-        return None
-    factor = plain(torch.as_tensor(factors[0]))
+    factor = plain(torch.as_tensor(step.args[1 - places[0]])).detach()
     return None if factor.is_complex() else factor
 
 

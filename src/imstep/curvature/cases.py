@@ -17,7 +17,6 @@ from torch import Tensor
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
-from imstep.complexstep.steps import Reference
 from imstep.curvature.families import Family, family, is_penalty
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator
@@ -25,8 +24,6 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.products import Products, ShiftedProducts
 from imstep.curvature.sampling import end_weights
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +105,7 @@ class _CaseProducts(Products):
     def __init__(self, at: Linearisation, parameters: ParameterVector, rows: Sequence[Rows]) -> None:
         super().__init__(parameters, parameters)
         self._parameters, self._rows = parameters, rows
-        self._outputs = [output for row in rows for output in _outputs(row.end)]
+        self._outputs = [output for row in rows for output in row.end.sides]
         self._tape = at.tape.reaching([reference for reference, *_ in self._outputs])
         self.nbytes = self._tape.nbytes
 
@@ -119,7 +116,7 @@ class _CaseProducts(Products):
         changes = iter(self._tape.replay(self._parameters.unflatten(direction)))
         pulled: list[Tensor] = []
         for row in self._rows:
-            outputs = _outputs(row.end)
+            outputs = row.end.sides
             total = torch.zeros_like(plain(row.end.z).detach())
             for _, _, sign in outputs:
                 change = next(changes)
@@ -128,14 +125,6 @@ class _CaseProducts(Products):
             pulled += [(sign * image).expand(z.shape) for _, z, sign in outputs]
         gradients = later_grad([z for _, z, _ in self._outputs], self._parameters.tensors, pulled)
         return self._parameters.flatten(gradients)
-
-
-def _outputs(end: ConvexLoss) -> list[tuple[Reference, Tensor, int]]:
-    """What ℓ takes of the parameters, with its signs: both sides of a squared error may depend on them."""
-    if end.func is not aten.mse_loss.default:
-        return [(end.references[0], end.z, 1)]
-    signs = [1, -1]
-    return [(ref, end.args[at], signs[at]) for ref, at in zip(end.references, end.positions, strict=True)]
 
 
 def _ends(at: Linearisation) -> list[tuple[ConvexLoss, Family, Tensor]]:

@@ -14,7 +14,7 @@ from imstep.curvature.kronecker_blocks import EigenBlock, decomposed, disjoint, 
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector
-from imstep.curvature.sampling import sample_output_gradients
+from imstep.curvature.sampling import pulled, sample_output_gradients
 from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.linalg.inverse import DirectSolver
 from imstep.linalg.space import Space
@@ -173,9 +173,10 @@ class EKFAC(KFAC):
         for _ in range(samples):
             point, observer = self._evaluate()
             assert point.split is not None
-            u = sample_output_gradients(point.loss, point.split.losses, generator)
+            ends = point.split.losses
+            outputs, u = pulled(ends, sample_output_gradients(point.loss, ends, generator))
             edges = [use.edge for use in observer.uses]
-            found = torch.autograd.grad([end.z for end in point.split.losses], edges, u, allow_unused=True)
+            found = torch.autograd.grad(outputs, edges, u, allow_unused=True)
             for total, block in zip(totals, blocks, strict=True):
                 own = [(use, g) for use, g in zip(observer.uses, found, strict=True) if use.weight == block.weight]
                 total += squared_cases(block, [(use, use.gradient(g)) for use, g in own]) / samples

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.later import later_grad
 from imstep.curvature.dealt import inverse_of, sharing_of
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
@@ -22,7 +21,7 @@ from imstep.curvature.layers import LayerObserver, LayerUse
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import Place, sample_output_gradients
+from imstep.curvature.sampling import Place, pulled, sample_output_gradients
 from imstep.linalg import LinearOperator
 
 
@@ -115,12 +114,12 @@ class KroneckerFactors:
         assert point.split is not None
         ends, tensors = point.split.losses, self._parameters.evaluated.tensors
         sample = sample_output_gradients if places is None else partial(sample_output_gradients, places=places)
-        u = sample(point.loss, ends, generator)
+        outputs, u = pulled(ends, sample(point.loss, ends, generator))
         rest = self._not_layers(uses)
-        for at, value in _direct_curvature(tensors, ends, u).items():
+        for at, value in _direct_curvature(tensors, outputs, u).items():
             into.direct[at] = into.direct.get(at, 0.0) + weight * value
         inputs: list[Tensor | GradientEdge] = [*(use.edge for use in uses), *(tensors[at] for at in rest)]
-        found = later_grad([end.z for end in ends], inputs, u, keep=point.keeps_graph)
+        found = later_grad(outputs, inputs, u, keep=point.keeps_graph)
         gradients = [use.gradient(g) for use, g in zip(uses, found, strict=False)]
         # Layers may compute in half precision, whose products overflow or lose digits; averages are in the vector's.
         dtype = self._parameters.dtype
@@ -187,12 +186,12 @@ class KroneckerFactors:
         self._inverses.load_state_dict(state.get("moments", []), self._sharing)
 
 
-def _direct_curvature(tensors: list[Tensor], ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> dict[int, float]:
+def _direct_curvature(tensors: list[Tensor], outputs: Sequence[Tensor], u: Sequence[Tensor]) -> dict[int, float]:
     """The mean curvature of losses whose output is a parameter; u² is the exact diagonal there."""
     position = {id(p): at for at, p in enumerate(tensors)}
     found: dict[int, float] = {}
-    for end, signs in zip(ends, u, strict=True):
-        at = position.get(id(end.z))
+    for z, signs in zip(outputs, u, strict=True):
+        at = position.get(id(z))
         if at is not None:
             found[at] = found.get(at, 0.0) + float((signs.double() ** 2).mean())
     return found

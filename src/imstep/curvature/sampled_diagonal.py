@@ -12,7 +12,7 @@ from imstep.complexstep.later import later_grad
 from imstep.curvature.kronecker_totals import places_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
-from imstep.curvature.sampling import Place, sample_output_gradients
+from imstep.curvature.sampling import Place, pulled, sample_output_gradients
 from imstep.curvature.shared import SharedLinearisation
 
 
@@ -51,8 +51,8 @@ def _of_evaluations(
     for weight, at, _ in point.evaluations(None):
         assert at.split is not None
         ends = at.split.losses
-        u = sample_output_gradients(at.loss, ends, generator, places)
-        gradients = later_grad([end.z for end in ends], list(parameters.tensors), u, keep=at.keeps_graph)
+        outputs, u = pulled(ends, sample_output_gradients(at.loss, ends, generator, places))
+        gradients = later_grad(outputs, list(parameters.tensors), u, keep=at.keeps_graph)
         found = parameters.flatten(gradients)
         total += weight * found.square() if places is None else math.sqrt(weight) * found
     return total

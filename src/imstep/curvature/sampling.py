@@ -55,6 +55,12 @@ def sample_output_gradients(
     return [_sample(end, weight, generator, place) for end, weight, place in given]
 
 
+def pulled(ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Where output gradients enter autograd's graph, and what enters there: with both sides of an error, u and -u."""
+    found = [(z, v if sign > 0 else -v) for end, v in zip(ends, u, strict=True) for _, z, sign in end.sides]
+    return [z for z, _ in found], [v for _, v in found]
+
+
 def end_weights(loss: Tensor, ends: Sequence[ConvexLoss]) -> list[Tensor]:
     """With which weights the results of convex operators enter the loss; the loss's graph is kept."""
     weights = later_grad(loss, [end.result for end in ends])

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from imstep import LeastSquares, NewtonKrylov, methods
-from imstep.curvature import FrozenClosure, GaussNewton, Hessian, ParameterVector
+from imstep.curvature import FrozenClosure, GaussNewton, Hessian, ParameterVector, StaleLossError
 
 F64 = torch.float64
 
@@ -266,3 +267,49 @@ def test_records_of_batches_whose_buffers_are_put_back(batches: list[Tensor], op
 
     for found, expected in zip(matrices(write), matrices("assigned"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+KEPT = {
+    "a feature": lambda kept, model: kept.setdefault("z", model[0](X)),
+    "a penalty": lambda kept, model: model[0](X) * (1 + kept.setdefault("p", model[0].weight.square().mean())),
+    "an activation from a hook": lambda kept, model: (kept.setdefault("z", []).append(model[0](X)), kept["z"][0])[1],
+}
+
+
+@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, methods.lbfgs, LeastSquares])
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_is_kept_from_one_call_to_the_next_is_refused(make: Any, kind: str) -> None:
+    """It is of this step, so that the first evaluation shows nothing."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    before, kept = [p.detach().clone() for p in model.parameters()], {}
+    optimizer = make(model.parameters())
+    with pytest.raises(StaleLossError, match="kept from one call to the next"):
+        optimizer.step(lambda: F.mse_loss(model[1](KEPT[kind](kept, model)), Y))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_weights_that_a_parametrization_keeps_are_refused() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double())
+    optimizer = NewtonKrylov(layer.parameters())
+    with parametrize.cached(), pytest.raises(StaleLossError, match="inside the closure"):
+        optimizer.step(lambda: F.mse_loss(layer(X), Y))
+
+    def closure() -> Tensor:
+        with parametrize.cached():
+            return F.mse_loss(layer(X) + layer(-X).tanh(), Y)
+
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+    assert optimizer.last_step.new_loss == pytest.approx(float(closure().detach()), rel=1e-12)
+
+
+def test_what_is_kept_without_a_derivative_is_a_constant() -> None:
+    layer, other, kept = nn.Linear(4, 3).double(), nn.Linear(4, 3).double(), {}
+
+    def closure() -> Tensor:
+        target = kept.setdefault("target", layer(X).detach()) + kept.setdefault("other", other(X))
+        return F.mse_loss(layer(X), Y) + F.mse_loss(layer(X), target)
+
+    optimizer = NewtonKrylov(layer.parameters())
+    optimizer.step(closure)
+    assert optimizer.last_step.new_loss == pytest.approx(float(closure().detach()), rel=1e-12)

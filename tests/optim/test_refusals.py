@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from imstep.complexstep import UnsupportedOperatorError
 from imstep.globalization import LevenbergMarquardt, TaylorMonitor
 from imstep.optim import (
     BestRateForcing,
     ConjugateGradient,
     Cost,
+    Hutchinson,
     Kronecker,
     LeastSquares,
     NewtonKrylov,
@@ -187,3 +191,26 @@ def test_strategies_out_of_range(make: Callable[[], Any]) -> None:
 def test_a_device_without_double_precision():
     with pytest.raises(ValueError, match=r"live on mps, which has no float64.*Move model and data"):
         check_device(torch.device("mps"))
+
+
+def test_selective_checkpoints_take_one_pass() -> None:
+    layer, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 3)
+    save = lambda context, func, *args, **kwargs: CheckpointPolicy.PREFER_SAVE
+    contexts = partial(create_selective_checkpoint_contexts, save)
+    closure = lambda: checkpoint(layer, x, use_reentrant=False, context_fn=contexts).square().sum()
+    with pytest.raises(ValueError, match="selective checkpoint .*Hutchinson"):
+        NewtonKrylov(layer.parameters()).step(closure)
+    optimizer = NewtonKrylov(layer.parameters(), preconditioning=Hutchinson())
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+
+
+def test_operators_of_other_packages_are_told_a_way() -> None:
+    cube = torch.library.custom_op("imstep_tests::cube", lambda x: x**3, mutates_args=(), schema="(Tensor x) -> Tensor")
+    cube.register_autograd(
+        lambda ctx, g: 3 * ctx.saved_tensors[0] ** 2 * g,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(UnsupportedOperatorError, match=r"cube.*of your own.*extending\.md"):
+        NewtonKrylov([w]).step(lambda: cube(w).sum())

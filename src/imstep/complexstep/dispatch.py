@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from imstep.complexstep import rules
-from imstep.complexstep.errors import COLLECTIVE, DENSE, MOVED, NESTED, REPORT, UnsupportedOperatorError
+from imstep.complexstep.errors import COLLECTIVE, DENSE, MOVED, NESTED, OWN, REPORT, UnsupportedOperatorError
 from imstep.complexstep.gradients import nodes
 from imstep.complexstep.islands import Islands, plain, unseen
 from imstep.complexstep.jumps import JUMPS, Jumps, at_zero
@@ -379,4 +379,5 @@ def _remedy(func: OpOverload) -> str:
     """What a user can do about an operator without a rule."""
     if "c10d" in func.namespace:
         return COLLECTIVE
-    return next((way for kind, way in _REMEDIES.items() if kind in func.__name__), REPORT)
+    usual = REPORT if func.namespace in ("aten", "prims") else OWN
+    return next((way for kind, way in _REMEDIES.items() if kind in func.__name__), usual)

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 REPORT = "Please report the operator; CONTRIBUTING.md shows how a rule is added."
+OWN = (
+    "It is an operator of your own, or of another package: write a rule for it, as docs/extending.md shows, or compute "
+    "the same with torch functions."
+)
 DENSE = "Use dense tensors; for gradients of embeddings, sparse=False."
 NESTED = "Use dense tensors: sequences padded to one length, with a mask."
 COLLECTIVE = (

@@ -79,7 +79,19 @@ def later_grad(
             else that is left out.
 
     Raises:
-        ValueError: see ``whole``.
+        ValueError: see ``whole``; a checkpoint allows one pass only.
     """
-    with plain_attention(), _Later(whole), in_sight_of(_Later):
-        return grad(outputs, inputs, weights, retain_graph=keep, allow_unused=True)
+    try:
+        with plain_attention(), _Later(whole), in_sight_of(_Later):
+            return grad(outputs, inputs, weights, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if "selective activation checkpoint" in str(error):
+            raise ValueError(_SELECTIVE) from error
+        raise
+
+
+_SELECTIVE = (
+    "the graph of the loss is gone through more than once, as for Kronecker factors, and a selective checkpoint (one "
+    "with context_fn) can be gone through once only. Leave context_fn out, or take a preconditioning that looks at "
+    "products alone, such as preconditioning=imstep.optim.Hutchinson()."
+)

@@ -38,6 +38,7 @@ from imstep.curvature.parameters import CHANGED, ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.recording import Recording
 from imstep.curvature.repeating import require_function
+from imstep.curvature.staleness import ELSEWHERE, check_anew
 from imstep.curvature.state import RandomState, State, Writes, WriteWatch
 
 
@@ -68,7 +69,7 @@ class FrozenClosure:
         self._random_after: RandomState | None = None
         self._writes = Writes(parameters.tensors)
         self._started = 0  # the number of the next node of autograd's graph when the evaluation began
-        self._doubted = False  # whether the next evaluation is to be followed by another one
+        self._doubted = self._in_sight = False  # whether another one is to follow the next; the first is of this thread
         self._settled = False  # whether it is known which parameters the penalty is of
         self.used: list[bool] = []
         self._taken: list[bool] = []  # gradients of the last evaluation that are summed over processes already
@@ -201,7 +202,9 @@ class FrozenClosure:
     def _once_more(self, recorded: bool) -> float:
         self.compared += 1
         with self.beside(), self.perturbed(self.arithmetic(tape=Tape())) if recorded else nullcontext():
-            return float(self._loss_with_graph().detach())
+            loss = self._loss_with_graph()
+            check_anew(loss, self._parameters.tensors, self._numbers() if self._in_sight else None)
+            return float(loss.detach())
 
     def _gradients_of(
         self,
@@ -263,12 +266,9 @@ class FrozenClosure:
             raise ValueError(FROM_OUTSIDE)
         with unseen():
             check_others(seen.others, self._parameters.tensors, self._parameters.names)
+        self._in_sight = not seen.foreign if self._first else self._in_sight
         if seen.foreign and not arithmetic.elsewhere(self._numbers()):
-            raise ValueError(
-                "part of what the closure returned was computed in another thread, or before the closure was called; "
-                "products would miss it. Evaluate the model in the thread that calls the closure, and compute all that "
-                "depends on the parameters inside the closure."
-            )
+            raise ValueError(ELSEWHERE)
 
     def _numbers(self) -> range:
         """Those that this thread has given to nodes of autograd's graph since the evaluation began."""

@@ -7,11 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
+from imstep.complexstep.islands import unseen
+
+ELSEWHERE = (
+    "part of what the closure returned was computed in another thread, or before the closure was called; "
+    "products would miss it. Evaluate the model in the thread that calls the closure, and compute all that "
+    "depends on the parameters inside the closure."
+)
+"""What is said of a first evaluation; of a second one see :func:`check_anew`."""
+
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
 class StaleLossError(ValueError):
     """The closure's value does not follow the parameters that its derivative is taken of."""
+
+
+_STALE = (
+    "part of what the loss is computed from was computed before the closure was called, or is kept from one "
+    "call to the next (at {}): it has a derivative, but does not follow the parameters. "
+    "Compute all that depends on the parameters inside the closure, each time anew."
+)
 
 
 def nodes_of(loss: Tensor) -> set[tuple[str, int]]:
@@ -32,11 +48,27 @@ def check_fresh(loss: Tensor, again: Tensor, parameters: Sequence[Tensor]) -> No
     ours = {id(p) for p in parameters}
     shared = [node for node in _walk([again.grad_fn]) if node in first]
     if any(_is_leaf(node) and id(node.variable) in ours for node in _walk(shared, leaves=True)):
-        raise StaleLossError(
-            "part of what the loss is computed from was computed before the closure was called, or is kept from one "
-            f"call to the next (at {shared[0].name()}): it has a derivative, but does not follow the parameters. "
-            "Compute all that depends on the parameters inside the closure, each time anew."
-        )
+        raise StaleLossError(_STALE.format(shared[0].name()))
+
+
+def check_anew(loss: Tensor, parameters: Sequence[Tensor], numbers: range | None) -> None:
+    """Raise if part of the way from the parameters to the loss of a further evaluation, in this thread, is older.
+
+    Args:
+        numbers: those that this thread has given to nodes of the graph since the evaluation began; None where other
+            threads have a part in it, which cannot be told.
+
+    Raises:
+        StaleLossError: a part was kept from an earlier call.
+    """
+    if numbers is None:
+        return
+    with unseen():
+        ours, root = {id(p) for p in parameters}, loss.grad_fn
+    for node in _walk([root]):
+        stale = node._sequence_nr() not in numbers
+        if stale and any(_is_leaf(leaf) and id(leaf.variable) in ours for leaf in _walk([node], leaves=True)):
+            raise StaleLossError(_STALE.format(node.name()))
 
 
 def _walk(roots: Sequence[Any], leaves: bool = False) -> list[Any]:

@@ -102,3 +102,37 @@ def test_point_is_still_watched():
 def test_negative_budget():
     with pytest.raises(ValueError, match="memory_budget"):
         imstep.Hessian(lambda: torch.zeros(()), [nn.Parameter(torch.ones(1))], memory_budget=-1)
+
+
+def test_products_of_another_function_are_refused():
+    """What a closure looks up may be another one when it is called again: a mode, or the variable of a loop."""
+    model, x = _network()
+    operators, jacobians = [], []
+    for batch in x.split([6, 6, 4]):
+        loss, outputs = (lambda: model(batch).pow(2).mean()), (lambda: model(batch))  # noqa: B023
+        operators.append(imstep.Hessian(loss, model, memory_budget=0))
+        operators.append(imstep.GaussNewton(lambda: (model(batch), 0.0), model, lambda z, y: z.pow(2).mean(), 0))  # noqa: B023
+        jacobians.append(imstep.Jacobian(outputs, model, memory_budget=0))
+    v = torch.ones(operators[0].size).double()
+    for number, (A, J) in enumerate(zip(operators, [jacobians[n // 2] for n in range(6)], strict=True)):
+        if number < 4:
+            for product in (lambda: A @ v, lambda: J @ v, lambda: J.T @ torch.ones(J.shape[0]).double()):  # noqa: B023
+                with pytest.raises(RuntimeError, match="the closure is another function"):
+                    product()
+        else:
+            assert (A @ v).isfinite().all()
+            assert (J @ v).isfinite().all()
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"train\(\) and eval\(\)"):
+        operators[-1] @ v
+    model.train()
+    assert (operators[-1] @ v).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_what_rounding_leaves_of_a_loss_is_no_other_function(kind):
+    torch.manual_seed(0)
+    model, x = kind(4, 24, batch_first=True), torch.randn(16, 10, 4)
+    y = model(x)[0].detach() + 1e-7 * torch.randn(16, 10, 24)
+    H = imstep.Hessian(lambda: F.mse_loss(model(x)[0], y), model, memory_budget=0)
+    assert (H @ torch.ones(H.size)).isfinite().all()

@@ -198,7 +198,7 @@ def test_selective_checkpoints_take_one_pass() -> None:
     save = lambda context, func, *args, **kwargs: CheckpointPolicy.PREFER_SAVE
     contexts = partial(create_selective_checkpoint_contexts, save)
     closure = lambda: checkpoint(layer, x, use_reentrant=False, context_fn=contexts).square().sum()
-    with pytest.raises(ValueError, match="selective checkpoint .*Hutchinson"):
+    with pytest.raises(ValueError, match=r"selective checkpoint .*Hutchinson"):
         NewtonKrylov(layer.parameters()).step(closure)
     optimizer = NewtonKrylov(layer.parameters(), preconditioning=Hutchinson())
     optimizer.step(closure)

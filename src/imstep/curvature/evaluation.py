@@ -13,6 +13,7 @@ from imstep.complexstep.tape import TapeChangedError, TapeTooLargeError
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import Products, RecomputedProducts
+from imstep.curvature.repeating import require_unchanged
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,9 @@ class BatchCurvature(ABC):
 
         def product(direction: Tensor) -> Tensor:
             with self.frozen.aside():
-                return self.loss_and_product(direction)[1]
+                now, image = self.loss_and_product(direction)
+            require_unchanged(loss, now)
+            return image
 
         self.frozen.doubt()
         source = RecomputedProducts(product, self.parameters, self.parameters)

@@ -27,6 +27,7 @@ from imstep.curvature.products import (
     ReplayedProducts,
     StackedProducts,
 )
+from imstep.curvature.repeating import require_unchanged
 from imstep.curvature.rows_of_processes import GatheredProducts, ScatteredProducts
 from imstep.curvature.sharded import parameters_of, shown_for
 from imstep.curvature.unmoved import Unmoved
@@ -278,20 +279,25 @@ class _Evaluation:
             self._frozen.check_sight([outputs], arithmetic)
         rows = self._rows(outputs)
         usable(arithmetic.pullback([outputs], vector.tensors, [torch.zeros_like(outputs)]), "the output")
-        forward = RecomputedProducts(lambda v: rows.flatten([self._push(vector.unflatten(v))]), rows, vector)
-        transposed = RecomputedProducts(lambda u: vector.flatten(self._pull(*rows.unflatten(u))), vector, rows)
-        return _Outputs(outputs.detach(), forward, transposed, arithmetic.report(), reason)
+        first = outputs.detach()
+        forward = RecomputedProducts(lambda v: rows.flatten([self._push(first, vector.unflatten(v))]), rows, vector)
+        transposed = RecomputedProducts(lambda u: vector.flatten(self._pull(first, *rows.unflatten(u))), vector, rows)
+        return _Outputs(first, forward, transposed, arithmetic.report(), reason)
 
-    def _push(self, directions: list[Tensor]) -> Tensor | None:
+    def _push(self, first: Tensor, directions: list[Tensor]) -> Tensor | None:
         arithmetic = self._frozen.arithmetic()
-        with self._frozen.aside(), self._frozen.perturbed(arithmetic, directions):
-            return arithmetic.value(self._evaluate()).im
+        with self._frozen.aside():
+            with self._frozen.perturbed(arithmetic, directions):
+                now = arithmetic.value(self._evaluate())
+            require_unchanged(first, now.re)
+            return now.im
 
-    def _pull(self, weight: Tensor) -> list[Tensor | None]:
+    def _pull(self, first: Tensor, weight: Tensor) -> list[Tensor | None]:
         arithmetic = self._frozen.arithmetic()
         with self._frozen.aside():
             with self._frozen.perturbed(arithmetic, []):
                 outputs = self._evaluate()
+            require_unchanged(first, outputs)
             return arithmetic.pullback([outputs], self._parameters.tensors, [weight])
 
     def _rows(self, outputs: Tensor) -> TensorVector:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from imstep.linalg.precision import coarsest_eps
 
+import torch
+from torch import Tensor
+
 
 def require_function(first: float, evaluate: Callable[[bool], float], tensors: Iterable[Tensor]) -> None:
     """Raise where further evaluations at the same parameters have other losses.
@@ -33,11 +36,32 @@ def require_function(first: float, evaluate: Callable[[bool], float], tensors: I
         raise ValueError(_ANOTHER.format(first, again))
 
 
+def require_unchanged(first: Tensor, now: Tensor) -> None:
+    """Raise where an evaluation for a product does not come to what the first one came to, a loss or outputs.
+
+    Raises:
+        RuntimeError: both are finite, and apart by more than rounding.
+    """
+    if first.shape == now.shape:
+        rounding = math.sqrt(torch.finfo(first.dtype).eps)
+        apart, size = float((now - first).detach().norm()), float(first.detach().norm())
+        if not rounding * size + sys.float_info.min < apart < math.inf:
+            return
+    raise RuntimeError(_CHANGED)
+
+
 def _apart(a: float, b: float) -> float:
     """How far numbers are apart, as a share of the larger one; 0 if one of them is not finite."""
     apart = abs(a - b) / max(abs(a), abs(b), sys.float_info.min)
     return apart if math.isfinite(apart) else 0.0
 
+
+_CHANGED = (
+    "the closure is another function than when the operator was built: it was called again for a product, and came to "
+    "another value. The model was switched between train() and eval(), say, or a variable that the closure looks up, "
+    "such as its batch, is another one now. Bind variables to the closure, as functools.partial does, and leave the "
+    "model as it is while there are products to make; or raise memory_budget, so that a record is kept."
+)
 
 _ANOTHER = (
     "closure has the loss {:.6g} when it is called first, and {:.6g} when it is called again at the same parameters: "

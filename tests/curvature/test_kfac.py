@@ -245,3 +245,36 @@ def test_both_sides_of_an_error_are_outputs(kind) -> None:
         found, expected = (kind(f, parameters).to_dense() for f in forms)
         assert expected.diagonal().all()
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+ALONE = {
+    "table": (nn.Embedding(5, 3), torch.tensor([[0, 1, 3]])),
+    "norm": (nn.LayerNorm(3), normal(1, 3)),
+    "groups": (nn.Conv1d(2, 2, 3, groups=2), normal(1, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", ALONE)
+def test_parameters_of_no_layer_have_a_diagonal_without_layers(name, kind) -> None:
+    model, x = ALONE[name][0].double(), ALONE[name][1]
+    y, closure = torch.ones_like(model(x)), lambda: F.mse_loss(model(x), y)
+    expected = imstep.GaussNewton(lambda: (model(x), y), model, F.mse_loss).to_dense().diagonal()
+    found = kind(closure, model, samples=200).to_dense()
+    assert torch.equal(found, torch.diag(found.diagonal()))
+    assert relative_error(found.diagonal(), expected) < 0.3
+
+
+@pytest.mark.parametrize("kernel", [3, 4, (2, 5)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_convolutions_that_keep_their_size_have_factors(kernel, dilation) -> None:
+    layer, x = nn.Conv2d(2, 3, kernel, padding="same", dilation=dilation).double(), normal(3, 2, 6, 7)
+    before, after = layer._reversed_padding_repeated_twice[::2], layer._reversed_padding_repeated_twice[1::2]
+    wide = F.pad(x, [n for pair in zip(before, after, strict=True) for n in pair])
+    plain = lambda: F.conv2d(wide, layer.weight, layer.bias, dilation=dilation)
+    torch.testing.assert_close(layer(x), plain())
+    found, expected = (KFAC(lambda f=f: f().square().mean(), layer) for f in (lambda: layer(x), plain))
+    assert len(found.blocks) == 1
+    torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-10, atol=1e-14)
+    flat = nn.Conv1d(2, 3, 4, padding="same", dilation=dilation).double()
+    assert len(KFAC(lambda: flat(x[:, :, 0]).square().mean(), flat).blocks) == 1

@@ -73,7 +73,7 @@ class KFAC(LinearOperator):
         super().__init__(self.parameters.size, self.parameters.dtype, self.parameters.device)
         self._frozen, self._largest = FrozenClosure(closure, self.parameters), largest
         generator = torch.Generator(self.device).manual_seed(seed)
-        factors = KroneckerFactors(self.parameters, decay=1 - 1 / (samples + 1))
+        factors = KroneckerFactors(self.parameters, decay=1 - 1 / (samples + 1), alone=True)
         try:
             for _ in range(samples):
                 point, observer = self._evaluate()
@@ -170,7 +170,7 @@ class EKFAC(KFAC):
 
     def _rescaled(self, blocks: list[EigenBlock], samples: int, generator: torch.Generator) -> list[EigenBlock]:
         totals = [torch.zeros_like(block.values) for block in blocks]
-        for _ in range(samples):
+        for _ in range(samples if blocks else 0):
             point, observer = self._evaluate()
             assert point.split is not None
             ends = point.split.losses

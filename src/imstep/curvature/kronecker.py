@@ -34,17 +34,23 @@ class KroneckerFactors:
         parameters: the vector the preconditioner works on.
         decay: weight of the past in the running averages, in [0, 1); the first estimates are averaged evenly.
         inverses: how the damped matrices of layers are inverted.
+        alone: whether the diagonal is found also where no layer is met; it takes a backward pass as well.
 
     Source: Martens and Grosse, ICML 2015 (arXiv 1503.05671), sections 3 and 5; for convolutions Grosse and Martens,
         ICML 2016 (arXiv 1602.01407). The factors only precondition: products stay exact.
     """
 
     def __init__(
-        self, parameters: ParameterVector, decay: float = 0.8, inverses: LayerInverses | None = None
+        self,
+        parameters: ParameterVector,
+        decay: float = 0.8,
+        inverses: LayerInverses | None = None,
+        alone: bool = False,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}.")
         self._parameters, self._decay, self._inverses = parameters, decay, inverses or FactoredDamping()
+        self._alone = alone
         self._sharing = sharing_of(parameters)
         self._blocks: dict[int, Block] = {}
         self._diagonals: dict[int, Tensor] = {}
@@ -93,7 +99,7 @@ class KroneckerFactors:
         """What the evaluations of this process tell."""
         found = Totals(later=later)
         for weight, at, own in point.evaluations(observer):
-            if own.uses:
+            if own.uses or self._alone:
                 self._sample(weight, at, own.uses, generator, found, places)
             del at, own  # before the next evaluation takes their place
         return found

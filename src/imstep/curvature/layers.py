@@ -132,11 +132,23 @@ def _patches(
     groups: int = 1,
 ) -> Tensor | None:
     """The rows (batch, positions, in · kernel) that a convolution multiplies; None where that is not so simple."""
-    if groups != 1 or isinstance(padding, str) or input.ndim != weight.ndim:
+    if groups != 1 or input.ndim != weight.ndim:
         return None
+    if isinstance(padding, str):
+        input, padding = _padded(input, weight, dilation) if padding == "same" else input, 0
     flat = func is torch.conv1d
     pair = lambda v, fill: (fill, v if isinstance(v, int) else v[0]) if flat else v
     if flat:
         input, weight = input.unsqueeze(2), weight.unsqueeze(2)
     patches = F.unfold(input, weight.shape[2:], pair(dilation, 1), pair(padding, 0), pair(stride, 1))
     return patches.transpose(1, 2)
+
+
+def _padded(input: Tensor, weight: Tensor, dilation: Any) -> Tensor:
+    """The input with the zeros of padding="same"; where their number is odd, one more comes after it than before."""
+    added: list[int] = []
+    for at in reversed(range(weight.ndim - 2)):  # the last dimension first
+        step = dilation if isinstance(dilation, int) else dilation[at]
+        total = step * (weight.shape[at + 2] - 1)
+        added += [total // 2, total - total // 2]
+    return F.pad(input, added)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from optim_cases import F64, normal
-from torch import nn
+from torch import Tensor, nn
 
 from imstep import Hessian, NewtonKrylov
 from imstep.optim import VarianceReduction
@@ -115,3 +117,33 @@ def test_complex_parameters_are_pairs_of_reals() -> None:
         w.copy_(before)
     anchor = torch.autograd.grad(loss(data[:2]), w)[0]
     torch.testing.assert_close(found, own - anchor + torch.autograd.grad(loss(data), w)[0])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_snapshots_leave_statistics_and_random_numbers_as_they_are(backward: bool) -> None:
+    """Gradients at other points are none of the model's evaluations, and have the dropout mask of the step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).to(F64)
+    twin, full = copy.deepcopy(net), lambda: F.mse_loss(net(X), Y)
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(net(X[:6]), Y[:6])
+        if backward:
+            optimizer.zero_grad()
+            loss.backward()
+        return loss
+
+    optimizer = NewtonKrylov(net.parameters(), variance_reduction=VarianceReduction(None, full, 1))
+    state = torch.get_rng_state()
+    twin(X[:6])
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(list(net.buffers()), list(twin.buffers()), rtol=1e-14, atol=0)
+    # At the snapshot the batch's own gradient cancels, where both have one mask.
+    torch.set_rng_state(state)
+    expected = torch.autograd.grad(F.mse_loss(twin(X), Y), tuple(twin.parameters()))
+    for p, g in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)

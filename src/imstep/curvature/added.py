@@ -47,13 +47,5 @@ def with_term(closure: Callable[[], Any], term: Callable[[], Tensor]) -> Any:
     return returned
 
 
-def function_of(closure: Callable[[], Any]) -> Any:
-    """What a closure calls ``backward()`` on, which is left out; what it returns where it does not."""
-    kept = _Kept()
-    with kept:
-        returned = closure()
-    return _total([root.term() for root in kept.roots]) if kept.roots else returned
-
-
 def _total(terms: list[Tensor]) -> Tensor:
     return reduce(torch.add, terms)

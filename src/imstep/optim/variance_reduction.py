@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.curvature.added import function_of, with_term
+from imstep.curvature.added import with_term
+from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector, as_reals
 
 
@@ -34,8 +35,8 @@ class VarianceReduction:
         ValueError: every is below 1; at a call: there are no parameters.
         TypeError: at a call: no function.
 
-    Cost: a gradient of the batch each time, and of all data for a snapshot. Models with dropout or batch statistics
-        evaluate other functions there, and are not for it.
+    Cost: a gradient of the batch each time, and of all data for a snapshot. These leave random numbers and buffers as
+        they were. Models with dropout or batch statistics evaluate other functions there, and are not for it.
 
     Source: Johnson and Zhang, NeurIPS 2013; the term, which is the same to any order, is our choice.
 
@@ -104,5 +105,10 @@ class VarianceReduction:
 
 
 def _gradient(closure: Callable[[], Any], parameters: ParameterVector) -> list[Tensor]:
-    with torch.enable_grad():
-        return list(torch.autograd.grad(function_of(closure), parameters.tensors, materialize_grads=True))
+    """The gradient; random numbers and buffers are left as they were, so that the step's own evaluations find them."""
+    frozen = FrozenClosure(closure, parameters)
+    try:
+        loss = frozen.loss_with_graph(frozen.watch())
+        return list(torch.autograd.grad(loss, parameters.tensors, materialize_grads=True))
+    finally:
+        frozen.undo()

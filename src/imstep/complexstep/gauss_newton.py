@@ -28,7 +28,10 @@ from imstep.complexstep.tape import Tape
 aten = torch.ops.aten
 
 _SUMS = {aten.sum, aten.mean, aten.add, aten.clone, aten._to_copy, aten.stack, aten.cat, aten.index}
-_SUMS |= {aten.select_backward, aten.masked_fill, aten.where}
+_SUMS |= {aten.select_backward, aten.masked_fill, aten.where, aten.gather, aten.index_select, aten.masked_select}
+_SUMS |= {aten.topk, aten.sort, aten.flip, aten.roll, aten.repeat, aten.cumsum, aten.constant_pad_nd}
+_SUMS |= {aten.scatter_add, aten.index_add}
+_PRODUCTS = {aten.mul, aten.dot, aten.mv}  # whose factor is the other argument
 _ROOTS = {aten.linalg_vector_norm, aten.norm, aten.dist, aten.sqrt, aten.hypot}
 _NLL = {aten.nll_loss_forward, aten.nll_loss2d_forward}
 _JOINTLY_CONVEX = {aten.mse_loss, aten.huber_loss, aten.smooth_l1_loss}  # in both arguments
@@ -202,13 +205,15 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
     """The slots that a linear operator adds up, each with its sign; None for another operator."""
     packet, alpha = step.func.overloadpacket, step.alpha
     slots = step.reads()
+    if alpha != 1 and packet not in (aten.add, aten.sub):
+        return None
     if packet in _SUMS or packet is aten.sub:
         second = alpha if packet is not aten.sub else -alpha
         if second == 1:
             return [(slot, sign) for slot in slots]
         refs = [pair for pair in zip(step.inputs, (1, second), strict=False) if pair[0] is not None and pair[1] != 0]
         return [(slot_of(ref), sign if factor > 0 else -sign) for ref, factor in refs]
-    if packet is aten.neg or packet in _NLL:
+    if packet is aten.neg or packet is aten.rsub or packet in _NLL:
         return [(slots[0], -sign)] if len(slots) == 1 else None
     if packet is aten.copy_:
         return [(slot, sign) for slot in slots] if type(step.target) is int else None
@@ -224,7 +229,7 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
 def _factor(step: Step) -> Tensor | None:
     """The constant factor of a product, or divisor of a quotient; None if there is none."""
     packet, places = step.func.overloadpacket, _places(step) if step.args else ()
-    if len(places) != 1 or not (packet is aten.mul or (packet is aten.div and places == (0,))):
+    if len(places) != 1 or not (packet in _PRODUCTS or (packet is aten.div and places == (0,))):
         return None
     factor = plain(torch.as_tensor(step.args[1 - places[0]])).detach()
     return None if factor.is_complex() else factor

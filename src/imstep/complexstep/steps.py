@@ -24,6 +24,8 @@ LOSS_OPERATORS = {
     _aten.mul.Scalar,
     _aten.div.Tensor,
     _aten.div.Scalar,
+    _aten.dot.default,
+    _aten.mv.default,
     _aten.pow.Tensor_Scalar,
     _aten.mse_loss.default,
     _aten.huber_loss.default,

@@ -226,6 +226,19 @@ def test_targets_that_require_gradients_of_others_are_constants(expectation: Exp
 
 
 @pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(), Empirical()])
+def test_cross_entropies_that_are_written_out(expectation: Expectation) -> None:
+    z = lambda: NET(X)
+    expected = matrix(expectation, lambda: F.cross_entropy(z(), LABELS))
+    written_out = lambda z: (z.logsumexp(1) - z.gather(1, LABELS[:, None])[:, 0]).mean()
+    for closure in (
+        lambda: written_out(z()),
+        lambda: -torch.distributions.Categorical(logits=z()).log_prob(LABELS).mean(),
+        lambda: -z().log_softmax(1).gather(1, LABELS[:, None]).mean(),
+    ):
+        torch.testing.assert_close(matrix(expectation, closure), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(), Empirical()])
 def test_what_is_no_likelihood_is_refused(expectation: Expectation) -> None:
     for closure, words in (
         (lambda: NET(X).sin().sum(), "not recognised as one.*GaussNewtonFirst"),

@@ -278,3 +278,17 @@ def test_convolutions_that_keep_their_size_have_factors(kernel, dilation) -> Non
     torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-10, atol=1e-14)
     flat = nn.Conv1d(2, 3, 4, padding="same", dilation=dilation).double()
     assert len(KFAC(lambda: flat(x[:, :, 0]).square().mean(), flat).blocks) == 1
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_cross_entropy_that_is_written_out_has_the_same_factors(kind) -> None:
+    (model, x), y = mlp(), torch.arange(12) % 2
+    written_out = lambda z: (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+    forms = (
+        lambda: F.cross_entropy(model(x), y),
+        lambda: written_out(model(x)),
+        lambda: -torch.distributions.Categorical(logits=model(x)).log_prob(y).mean(),
+    )
+    expected, *found = (kind(f, model).to_dense() for f in forms)
+    for matrix in found:
+        torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-14)

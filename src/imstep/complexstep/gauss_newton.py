@@ -145,7 +145,9 @@ def _convex_ends(tape: Tape, loss: Reference | None) -> list[ConvexLoss]:
             return []
         for slot, part in parts:
             wanted[slot] = part if wanted.get(slot, part) == part else 0
-    return found if outputs.issuperset(wanted) else []
+    # With its z left out again it is a cross entropy; alone it may be of losses, whose own curvature would be lost.
+    alone = any(wanted.get(end.outputs[0]) != -1 for end in found if end.func.overloadpacket is aten.logsumexp)
+    return found if outputs.issuperset(wanted) and not alone else []
 
 
 def gauss_newton(tape: Tape, nodes: Container[int]) -> Tape:
@@ -182,6 +184,7 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
     several = packet is aten.exp and result.numel() > 1
     places = _places(step)
     convex = square or several or packet in _JOINTLY_CONVEX or (packet in _CONVEX and places == (0,))
+    convex = convex or (packet is aten.logsumexp and len(args[1]) == 1 and args[0].ndim > 0)
     # What an operator without a rule is computed by, or one in place, has no place in autograd's graph.
     seen = result.requires_grad and all(_differentiated(args[at]) for at in places)
     if seen and ((convex and sign > 0) or (func is aten._log_softmax.default and sign < 0)):

@@ -35,6 +35,7 @@ LOSS_OPERATORS = {
     _aten.softplus.default,
     _aten.exp.default,
     _aten._log_softmax.default,
+    _aten.logsumexp.default,
 }
 """Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""
 

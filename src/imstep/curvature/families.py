@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
-from imstep.curvature.sampling import drawn_labels
+from imstep.curvature.sampling import drawn_labels, kept_dimension
 
 aten = torch.ops.aten
 _MEAN = 1  # how PyTorch numbers the reductions of its losses
@@ -63,6 +63,20 @@ class _Categorical(Family):
 
     def summed(self, end: ConvexLoss) -> list[int]:
         return [end.args[1] % max(end.z.ndim, 1)] if end.z.ndim else []
+
+
+class _LogSumExp(Family):
+    """The same where z_y is another term of the loss."""
+
+    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
+        return kept_dimension(end, passed).clamp(min=0)
+
+    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
+        z = _z(end)
+        return drawn_labels(z, end.args[1][0], generator).to(z.dtype)
+
+    def summed(self, end: ConvexLoss) -> list[int]:
+        return [end.args[1][0] % end.z.ndim]
 
 
 class _Bernoulli(Family):
@@ -126,6 +140,7 @@ FAMILIES: dict[Any, Family] = {
     aten.pow: _Gaussian(),
     aten.mul: _Gaussian(),
     aten._log_softmax: _Categorical(),
+    aten.logsumexp: _LogSumExp(),
     aten.binary_cross_entropy_with_logits: _Bernoulli(),
     aten.binary_cross_entropy: _Probability(),
     aten.softplus: _Softplus(),

@@ -71,6 +71,8 @@ def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator, place: 
     z = plain(end.z).detach()
     if end.func is torch.ops.aten._log_softmax.default:
         return _softmax_sample(z, end.args[1], weight, generator, place)
+    if end.func is torch.ops.aten.logsumexp.default:
+        return _softmax_sample(z, end.args[1][0], -kept_dimension(end, weight), generator, place)
     if end.func is torch.ops.aten.mul.Tensor:
         diagonal = 2 * weight
     else:
@@ -78,6 +80,11 @@ def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator, place: 
         diagonal = hvp(lambda t: (end.value(t, *others) * weight).sum(), z, torch.ones_like(z))
     signs = place.drawn(z, lambda t: t.bernoulli_(0.5, generator=generator)).mul_(2).sub_(1)
     return diagonal.clamp_(min=0).sqrt_().mul_(signs)
+
+
+def kept_dimension(end: ConvexLoss, weight: Tensor) -> Tensor:
+    """The weight of a logarithm of a sum of exponentials, with the dimension of the sum, of size 1."""
+    return weight if len(end.args) > 2 and end.args[2] else weight.unsqueeze(end.args[1][0])
 
 
 def _softmax_sample(z: Tensor, dim: int, weight: Tensor, generator: torch.Generator, place: Place) -> Tensor:

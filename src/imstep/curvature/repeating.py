@@ -6,12 +6,10 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from imstep.linalg.precision import coarsest_eps
-
-import torch
-from torch import Tensor
 
 
 def require_function(first: float, evaluate: Callable[[bool], float], tensors: Iterable[Tensor]) -> None:

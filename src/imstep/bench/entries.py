@@ -56,7 +56,7 @@ _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", PUBLIC_SOAP, "hessian-f
 _STATES = Range(0.3, 30.0)
 """Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
 _PRODUCTS = Range(1, 32, whole=True)
-"""Of a step of ours, tuned as the peers' rates are: how many pay depends on the batch."""
+"""Of a step of ours, tuned as the peers' rates are on large batches: how many pay depends on the batch."""
 _SWEEP = ("adamw", "muon", "soap", PUBLIC_SOAP)
 _LONG = ("addition-150", "multiplication-150")
 
@@ -81,7 +81,7 @@ def _sweep(task: str, passes: Mapping[int, float], target: float, gradient: floa
     return [
         Entry(
             task, f"{task}-{size}", budget=budget, trial=budget / 2, batch_size=size, measure=HELDOUT, target=target,
-            sides=_SWEEP, ranges={OWN: {"products": _PRODUCTS}}, gradient=gradient, sweep=task,
+            sides=_SWEEP, ranges={OWN: {"products": _PRODUCTS}} if size >= 256 else {}, gradient=gradient, sweep=task,
         )
         for size, budget in passes.items()
     ]  # fmt: skip

@@ -53,10 +53,10 @@ SIDES = (
     Side("`for_batches`: 2 products", ours(NewtonKrylov.for_batches)),
     Side("`NewtonKrylov()`: products as they pay", ours(), sizes=(*SIZES, LARGEST)),
     Side("the same with 30 products", ours(forcing=THIRTY)),
-    Side("each parameter by itself, 30 iterations", ours(solver=BlockDiagonal(), forcing=THIRTY)),
     Side("AdamW", lambda p, rate: torch.optim.AdamW(p, rate, weight_decay=0.0), (3e-3, 1e-2, 3e-2)),
-    Side("Muon", MuonAndAdamW, (3e-3, 1e-2, 3e-2)),
+    Side("Muon", MuonAndAdamW, (1e-2, 3e-2, 1e-1)),
     Side("SOAP", lambda p, rate: soap(p, lr=rate), (1e-2, 3e-2, 1e-1), (*SIZES, LARGEST)),
+    Side("each parameter by itself, 30 iterations", ours(solver=BlockDiagonal(), forcing=THIRTY)),
 )
 
 

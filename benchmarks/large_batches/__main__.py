@@ -23,7 +23,7 @@ from benchmarks.record_page import Row, command, table
 from imstep import NewtonKrylov
 from imstep.bench.peers import MuonAndAdamW
 from imstep.methods import soap
-from imstep.optim import BlockDiagonal, FixedProducts
+from imstep.optim import BlockDiagonal, FixedProducts, PreconditionedMomentum
 from imstep.tasks import get_task
 
 NAME = "large-batches"
@@ -62,7 +62,7 @@ SIDES = (
 
 def take(optimizer: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]) -> float:
     """Take a step; what it cost in gradients."""
-    if isinstance(optimizer, NewtonKrylov):
+    if isinstance(optimizer, (NewtonKrylov, PreconditionedMomentum)):
         optimizer.step(closure)
         return optimizer.last_step.cost.gradient_equivalents
     optimizer.zero_grad()

@@ -157,6 +157,37 @@ def test_files_that_are_no_such_tables_are_told(tmp_path: Path, head: str, rows:
     assert message in refused(csv(tmp_path, rows, head), target="b")
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ("2024-01-05", "2024-02-05"),
+        ("5.1.2024 12:30", "5.2.2024 12:30"),
+        ("1/31/24", "2/28/24"),
+        ("05-Jan-2024", "Feb 5, 2024"),
+        ("12:30", "7:05 pm"),
+    ],
+)
+def test_dates_and_times_are_refused_though_few_are_different(tmp_path: Path, entries: tuple[str, str]) -> None:
+    rows = [f'"{entries[at % 2]}",{at}' for at in range(20)]
+    assert f"column 'a' holds dates or times, such as '{entries[0]}'" in refused(csv(tmp_path, rows, "a,b"), target="b")
+
+
+@pytest.mark.parametrize(
+    "entries", [("0,5", "1"), ("1,500", "12,500.25"), ("5%", "10 %"), ("$5", "-$7"), ("1 000", "2 000")]
+)
+def test_numbers_in_another_form_are_no_categories(tmp_path: Path, entries: tuple[str, str]) -> None:
+    rows = [f'"{entries[at % 2]}",{at}' for at in range(20)]
+    message = f"column 'a' holds numbers in a form that is not read, such as '{entries[0]}'"
+    assert message in refused(csv(tmp_path, rows, "a,b"), target="b")
+
+
+def test_words_with_digits_are_categories(tmp_path: Path) -> None:
+    kinds = ("1.2.3", "18-25", "65+", "16:9", "A1", "12345-6789", "2024-Q1", "5%", "12:30")
+    rows = [f"{kinds[at % len(kinds)]},{at}" for at in range(45)]
+    problem = get_task(csv(tmp_path, rows, "a,b"), TableOptions(target="b")).build(seed=0)
+    assert problem.train.inputs.shape[1] == len(kinds)
+
+
 def test_delimiters_decimal_commas_quotes_and_byte_order_marks_are_read(tmp_path: Path) -> None:
     file = tmp_path / "export.csv"
     file.write_bytes(b'\xef\xbb\xbfsize;"kind of; town"\r\n1,5;"a;b"\r\n-2;c\r\n\r\n')

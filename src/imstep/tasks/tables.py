@@ -24,6 +24,17 @@ UNNAMED = "column "
 _DELIMITERS = ",;\t|"
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 _FEWER = re.compile(r"[+-]?\d{1,3}")
+_NUMERAL = re.compile(r"[$€£¥]?\s?[+-]?[$€£¥]?(\d+|\d{1,3}([., '\u00a0\u202f]\d{3})+)([.,]\d+)?\s?[%‰$€£¥]?")
+_CLOCK = r"\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?( ?[ap]\.?m\.?)?"
+_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_DATES = (
+    r"\d{4}(?P<after_year>[-/.])\d{1,2}(?P=after_year)\d{1,2}",
+    r"\d{1,2}(?P<after_day>[-/.])\d{1,2}(?P=after_day)\d{4}",
+    r"\d{1,2}/\d{1,2}/\d{2}",
+    rf"\d{{1,2}}\.?[ -]{_MONTH}[ -]\d{{2,4}}",
+    rf"{_MONTH} \d{{1,2}}, ?\d{{4}}",
+)
+_MOMENT = re.compile(rf"{_CLOCK}|({'|'.join(_DATES)})([t ]\d{{1,2}}:.*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +188,24 @@ def _thousands(file: Path, name: str, words: Sequence[str | None], lines: Sequen
 def _words(name: str, words: Sequence[str | None], fault: str = "") -> Column:
     values = np.empty(len(words), dtype=object)
     values[:] = words
-    return Column(name, values, fault)
+    return Column(name, values, fault or _not_words(name, words))
+
+
+def _not_words(name: str, words: Sequence[str | None]) -> str:
+    """Why words are no categories, as most have an order that would be lost; "" if they may be."""
+    odd = [word for word in words if word is not None and _number(word) is None]
+    numerals, moments = ([word for word in odd if form.fullmatch(word)] for form in (_NUMERAL, _MOMENT))
+    if 2 * len(moments) > len(odd):
+        return (
+            f"column {name!r} holds dates or times, such as {moments[0]!r}: leave it out by --drop {name}, or write "
+            "numbers, such as days since the first."
+        )
+    if 2 * len(numerals) > len(odd):
+        return (
+            f"column {name!r} holds numbers in a form that is not read, such as {numerals[0]!r}: write digits and a "
+            f"decimal point alone, or leave it out by --drop {name}."
+        )
+    return ""
 
 
 def _number(word: str, comma: bool = False) -> float | None:

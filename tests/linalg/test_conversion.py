@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from imstep import spectral
-from imstep.linalg import DiagonalOperator, as_operator, conjugate_gradient, lanczos
+from imstep.linalg import (
+    DenseOperator,
+    DiagonalOperator,
+    LowRankOperator,
+    RelativeResidual,
+    as_operator,
+    conjugate_gradient,
+    lanczos,
+)
 
 MATRIX = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SYMMETRIC = MATRIX.mT @ MATRIX + torch.eye(4, dtype=torch.float64)
@@ -55,6 +63,38 @@ def test_dtypes_are_kept_and_whole_numbers_are_double() -> None:
         assert torch.equal(as_operator(whole).to_dense(), torch.eye(3, dtype=torch.float64))
     operator = DiagonalOperator(torch.ones(3))
     assert as_operator(operator) is operator
+
+
+@pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", ">i4", np.longdouble])
+def test_numbers_as_files_hold_them(dtype: object) -> None:
+    whole = np.array([[2.0, 1.0], [1.0, 3.0]]).astype(dtype)
+    assert as_operator(whole).to_dense().tolist() == [[2.0, 1.0], [1.0, 3.0]]
+
+
+@pytest.mark.parametrize("kind", [DenseOperator, lambda m: DiagonalOperator(m[0])])
+def test_an_operator_is_of_real_numbers_with_fractions(kind: object) -> None:
+    with pytest.raises(TypeError, match="twice the size"):
+        kind(SYMMETRIC + 0j)
+    with pytest.raises(TypeError, match=r"Convert the matrix by \.double"):
+        kind(torch.eye(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="as_operator"):
+        kind([[1.0, 2.0], [2.0, 3.0]])
+    with pytest.raises(TypeError, match=r"Pass v\.to_dense"):
+        DenseOperator(SYMMETRIC) @ torch.ones(4, dtype=torch.float64).to_sparse()
+
+
+def test_a_stored_matrix_is_a_constant_and_no_solution_has_half_of_its_derivative() -> None:
+    matrix, b = SYMMETRIC.clone().requires_grad_(), MATRIX[0].clone().requires_grad_()
+    operator = DenseOperator(matrix)
+    solved = conjugate_gradient(operator, b.detach(), stopping=[RelativeResidual(1e-12)]).solution
+    assert torch.allclose(SYMMETRIC @ solved, b)
+    assert not solved.requires_grad
+    assert not (operator.inverse() @ b.detach()).requires_grad
+    assert not spectral.eigenpairs(operator, k=2).values.requires_grad
+    assert not (DiagonalOperator(matrix[0]) @ b.detach()).requires_grad
+    assert not LowRankOperator(matrix[:, :2], matrix[0, :2]).to_dense().requires_grad
+    (gradient,) = torch.autograd.grad((operator @ b).sum(), b)
+    assert torch.allclose(gradient, SYMMETRIC.sum(0))
 
 
 def test_refusals() -> None:

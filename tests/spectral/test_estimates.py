@@ -35,6 +35,23 @@ def test_the_errors_cover_the_diagonal_in_nineteen_of_twenty_cases(name):
         assert one.error.norm() <= 0.1 * one.value.norm() * 1.001
 
 
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_units_whose_squares_leave_the_range_of_the_dtype_change_nothing(name, unit):
+    matrix = planted(SPECTRA[name]).float()
+    one, other = (spectral.diagonal(DenseOperator(u * matrix), rtol=0.1) for u in (1, unit))
+    assert other.converged
+    assert other.products == one.products
+    assert torch.allclose(other.value / unit, one.value, rtol=1e-4)
+    assert torch.allclose(other.error / unit, one.error, rtol=1e-2)
+    for shape in ((len(matrix), len(matrix)), (len(matrix), 30), (30, len(matrix))):
+        part = matrix[: shape[0], : shape[1]]
+        norm = spectral.frobenius_norm(DenseOperator(unit * part), rtol=0.02)
+        assert norm.converged
+        assert abs(norm.value / unit - float(part.norm())) < 0.06 * float(part.norm())
+        assert 0 < norm.error / unit < 0.021 * float(part.norm())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_of_low_rank_is_done_with_few_products(dtype):
     matrix = planted(SPECTRA["few"]).to(dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.explicit import DenseOperator
+from imstep.linalg.fitting import check_real
 from imstep.linalg.operator import LinearOperator
 
 
@@ -35,7 +36,7 @@ def as_operator(matrix: Any) -> LinearOperator:
     if isinstance(matrix, LinearOperator):
         return matrix
     if isinstance(matrix, np.ndarray):
-        matrix = torch.from_numpy(np.ascontiguousarray(matrix))
+        matrix = torch.from_numpy(_known_to_torch(matrix))
     if isinstance(matrix, Tensor):
         return DenseOperator(_real(matrix.detach()))
     if not all(hasattr(matrix, name) for name in ("shape", "dtype", "T", "__matmul__")):
@@ -49,11 +50,15 @@ def as_operator(matrix: Any) -> LinearOperator:
 
 def _real(matrix: Tensor) -> Tensor:
     if matrix.is_complex():
-        raise TypeError(
-            "operators are of real numbers, and this matrix is complex. Take its real part, or the real matrix "
-            "[[Re, -Im], [Im, Re]] of twice the size."
-        )
+        check_real(matrix.dtype)
     return matrix if matrix.is_floating_point() else matrix.double()
+
+
+def _known_to_torch(array: np.ndarray) -> np.ndarray:
+    """An array of numbers as the machine has them: files may hold others, such as FITS the bytes from the other end."""
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        return array.astype(np.float64)
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 class ArrayOperator(LinearOperator):

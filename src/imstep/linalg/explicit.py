@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from imstep.linalg.fitting import stored
 from imstep.linalg.operator import LinearOperator
 
 if TYPE_CHECKING:
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 class DenseOperator(LinearOperator):
     """A matrix that is stored, (m, n); symmetric where it is to be solved with.
 
+    Products have derivatives by the vector alone: the matrix is a constant.
+
     Raises:
-        ValueError: the matrix has not two dimensions.
+        TypeError: the matrix is no tensor of real floating-point numbers.
+        ValueError: it has not two dimensions.
 
     Example:
         >>> DenseOperator(torch.eye(3)).size
@@ -26,6 +30,7 @@ class DenseOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor) -> None:
+        matrix = stored(matrix, "DenseOperator")
         if matrix.ndim != 2:
             raise ValueError(f"a DenseOperator needs a matrix (m, n), got shape {tuple(matrix.shape)}.")
         super().__init__((matrix.shape[0], matrix.shape[1]), matrix.dtype, matrix.device)
@@ -45,10 +50,11 @@ class DenseOperator(LinearOperator):
 
 
 class DiagonalOperator(LinearOperator):
-    """diag(d) for a vector d of shape (n,).
+    """diag(d) for a vector d of shape (n,), a constant.
 
     Raises:
-        ValueError: d is not a vector.
+        TypeError: d is no tensor of real floating-point numbers.
+        ValueError: it is not a vector.
 
     Example:
         >>> DiagonalOperator(torch.tensor([1.0, 4.0])) @ torch.ones(2)
@@ -56,6 +62,7 @@ class DiagonalOperator(LinearOperator):
     """
 
     def __init__(self, diagonal: Tensor) -> None:
+        diagonal = stored(diagonal, "DiagonalOperator")
         if diagonal.ndim != 1:
             raise ValueError(f"a DiagonalOperator needs a vector of shape (n,), got {tuple(diagonal.shape)}.")
         super().__init__(diagonal.shape[0], diagonal.dtype, diagonal.device)
@@ -93,6 +100,7 @@ class LowRankOperator(LinearOperator):
     """
 
     def __init__(self, vectors: Tensor, values: Tensor, space: Space | None = None) -> None:
+        vectors, values = stored(vectors, "LowRankOperator"), stored(values, "LowRankOperator")
         if vectors.ndim != 2 or values.shape != vectors.shape[1:]:
             raise ValueError(
                 f"a LowRankOperator takes vectors (n, k) and values (k,), got {tuple(vectors.shape)} and "

@@ -16,6 +16,27 @@ class Matrix(Protocol):
     device: torch.device
 
 
+def check_real(dtype: torch.dtype) -> None:
+    """Raise unless vectors of this dtype are of real numbers with fractions."""
+    if dtype.is_complex:
+        raise TypeError(
+            "operators are of real numbers, and this matrix is complex. Take its real part, or the real matrix "
+            "[[Re, -Im], [Im, Re]] of twice the size."
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(f"operators are of floating-point numbers, not of {dtype}. Convert the matrix by .double().")
+
+
+def stored(entries: object, what: str) -> Tensor:
+    """Entries of a matrix as an operator keeps them: a tensor that has no graph, as solvers' results have none."""
+    if not isinstance(entries, Tensor):
+        raise TypeError(
+            f"a {what} keeps a tensor, not {type(entries).__name__}. Pass torch.as_tensor of it; matrices of any kind "
+            "are taken by imstep.linalg.as_operator(matrix)."
+        )
+    return entries.detach()
+
+
 def check_vectors(operator: Matrix, vectors: object) -> None:
     """Raise unless `vectors`, (n,) or (n, k), can be multiplied by the operator as they are."""
     if isinstance(operator, Tensor) or not isinstance(getattr(operator, "dtype", None), torch.dtype):
@@ -28,6 +49,8 @@ def check_vectors(operator: Matrix, vectors: object) -> None:
             f"an operator multiplies torch tensors, not {type(vectors).__name__}. "
             "Convert with torch.as_tensor."
         )
+    if vectors.layout is not torch.strided:
+        raise TypeError(f"an operator multiplies dense tensors, and this one is {vectors.layout}. Pass v.to_dense().")
     m, n = operator.shape
     if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
         raise ValueError(

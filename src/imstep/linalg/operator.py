@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from imstep.linalg.fitting import check_vectors
+from imstep.linalg.fitting import check_real, check_vectors
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -30,8 +30,11 @@ class LinearOperator(ABC):
 
     Args:
         size: the number n of rows and of columns; for a rectangular matrix (m, n).
-        dtype: of the vectors.
+        dtype: of the vectors; real floating point.
         device: of the vectors.
+
+    Raises:
+        TypeError: another dtype.
 
     Attributes:
         shape: (m, n).
@@ -53,6 +56,7 @@ class LinearOperator(ABC):
         self.shape = (size, size) if isinstance(size, int) else size
         if min(self.shape) < 0:
             raise ValueError(f"the size of an operator is at least 0, got {size}.")
+        check_real(dtype)
         self.dtype = dtype
         self.device = torch.device(device)
 

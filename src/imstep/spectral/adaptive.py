@@ -131,7 +131,8 @@ class Adaptive:
 
     def _missing(self, rtol: float, atol: float) -> float:
         """How many more samples would reach the error, were they spread as those before; nan if some are not finite."""
-        error, value = float(self._rest.half_width.norm()), float((self._known + self._rest.mean).norm())
+        norm = lambda t: float(torch.linalg.vector_norm(t, dtype=torch.float64))
+        error, value = norm(self._rest.half_width), norm(self._known + self._rest.mean)
         target = max(atol, rtol * value)
         if error <= target:
             return 0

@@ -11,7 +11,7 @@ from imstep.linalg.arguments import check_not_negative
 from imstep.spectral.eigenpairs import eigenpairs
 from imstep.spectral.estimates import Estimate, trace
 from imstep.spectral.groups import per_group
-from imstep.spectral.probes import generator_of
+from imstep.spectral.probes import generator_of, images, norms, signs
 from imstep.spectral.quadrature import quadrature
 
 
@@ -45,10 +45,27 @@ def frobenius_norm(
         >>> round(frobenius_norm(DenseOperator(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))).value, 4)
         5.0
     """
-    wide = operator.shape[0] < operator.shape[1]
-    gram = operator @ operator.T if wide else operator.T @ operator
-    limit = max(1, max_products // 2)
-    squared = trace(gram, 2 * rtol, seed=seed, generator=generator, max_products=limit)
+    generator = generator_of(seed, generator)
+    tall = operator.T if operator.shape[0] < operator.shape[1] else operator
+    found = _root_of_gram(tall, rtol, generator, max_products)
+    limits, n = torch.finfo(operator.dtype), min(operator.shape)
+    if n == 0 or n * limits.tiny / limits.eps < found.value**2 < limits.eps * limits.max:
+        return found
+    # Entries of AᵀA leave the range of the dtype where those of A do not: a power of two brings them back, exactly.
+    probe = signs(tall.T @ tall, 1, generator)
+    size = float(norms(images(tall, probe))[0])
+    if not 0 < size < math.inf:
+        return found
+    most = math.frexp(limits.max)[1] - 2
+    unit = 2.0 ** min(max(math.frexp(size)[1], -most), most)
+    again = _root_of_gram((1 / unit) * tall, rtol, generator, max_products)
+    return Estimate(unit * again.value, unit * again.error, found.products + 1 + again.products, again.converged)
+
+
+def _root_of_gram(operator: LinearOperator, rtol: float, generator: torch.Generator, max_products: int) -> Estimate:
+    """‖A‖_F as the root of the trace of AᵀA."""
+    gram = operator.T @ operator
+    squared = trace(gram, 2 * rtol, generator=generator, max_products=max(1, max_products // 2))
     norm = math.sqrt(max(squared.value, 0.0)) if math.isfinite(squared.value) else math.nan
     # Of an interval about the square; where that reaches zero, so does the norm's.
     error = norm - math.sqrt(max(squared.value - squared.error, 0.0)) if math.isfinite(norm) else math.nan

@@ -81,7 +81,7 @@ def orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     to matrix products. A first pass bounds the factors by what the dtype resolves; the next two see the rest.
     """
     eps = torch.finfo(rows.dtype).eps
-    largest = float(rows.norm(dim=1).max()) if len(rows) else 0.0
+    largest = float(norms(rows).max()) if len(rows) else 0.0
     if not largest > 0:
         return rows[:0]
     rows = rows / largest
@@ -113,12 +113,13 @@ class Samples:
     def add(self, batch: Tensor) -> None:
         """Take in samples (b, ...)."""
         mean, total = batch.mean(0), self.count + len(batch)
+        # Squares of float32 leave its range where the samples do not.
+        squares = (batch - mean).double().square_().sum(0)
         if self.count == 0:
-            self.mean, self._squares = mean, (batch - mean).square_().sum(0)
+            self.mean, self._squares = mean, squares
         else:
             shift = mean - self.mean
-            self._squares = self._squares + (batch - mean).square_().sum(0)
-            self._squares = self._squares + shift**2 * (self.count * len(batch) / total)
+            self._squares = self._squares + squares + shift.double() ** 2 * (self.count * len(batch) / total)
             self.mean = self.mean + shift * (len(batch) / total)
         self.count = total
 
@@ -127,11 +128,11 @@ class Samples:
         """Half of the width of the interval that holds the true mean in 95 % of cases; infinite for one sample."""
         if self.count < 2:
             return torch.full_like(self.mean, math.inf)
-        return student(self.count - 1) * (self.variance / self.count).sqrt()
+        return (student(self.count - 1) * (self.variance / self.count).sqrt()).to(self.mean.dtype)
 
     @property
     def variance(self) -> Tensor:
-        """Of one sample, by at least two."""
+        """Of one sample, by at least two; float64."""
         return self._squares / (self.count - 1)
 
 

@@ -284,6 +284,8 @@ def test_the_covariance_of_a_fit_is_that_of_scipy() -> None:
     [
         ({"variance": -1.0}, "a number >= 0, got -1.0"),
         ({"variance": math.nan}, "a number >= 0, got nan"),
+        ({"variance": torch.ones(9)}, r"divided by them, in the fit, too, and pass variance=1\.0"),
+        ({"variance": "absolute"}, "a number >= 0, got 'absolute'"),
         ({"free": []}, "names no parameter"),
         ({"free": [3]}, "the position 3, and there are 3 parameters"),
         ({"free": [0, -3]}, r"once, got \[0, 0\]"),
@@ -298,9 +300,22 @@ def test_arguments_of_a_covariance_are_checked(options: dict[str, object], messa
         insight.parameter_covariance(residuals, b, **options)
     with pytest.raises(TypeError, match=r"got ndarray. Pass torch\.as_tensor"):
         insight.parameter_covariance(residuals, b.numpy())
+    with pytest.raises(TypeError, match=r"torch\.int64; parameters of a fit are real floating point"):
+        insight.parameter_covariance(residuals, b.long())
     mask = insight.parameter_covariance(residuals, b, free=torch.tensor([[True], [False], [True]]))
     for free in ([0, 2], [-3, -1], torch.tensor([0, 2]), [True, False, True]):
         assert torch.equal(mask.matrix, insight.parameter_covariance(residuals, b, free=free).matrix)
+
+
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**80])
+def test_errors_whose_squares_leave_the_range_of_single_precision(unit: float) -> None:
+    t = torch.linspace(0, 4, 30)
+    y, line = 3 + 2 * t + 0.1 * torch.sin(40 * t), lambda b: b[0] + b[1] * t
+    one = insight.parameter_covariance(lambda b: line(b) - y, torch.tensor([3.0, 2.0]))
+    fit = insight.parameter_covariance(lambda b: line(b / unit) - y, torch.tensor([3.0, 2.0]) * unit)
+    torch.testing.assert_close(fit.standard_errors / unit, one.standard_errors)
+    torch.testing.assert_close(fit.correlation, one.correlation)
+    torch.testing.assert_close(fit.standard_errors_of(line) / unit, one.standard_errors_of(line))
 
 
 def test_a_covariance_that_is_not_there_is_refused() -> None:
@@ -310,6 +325,8 @@ def test_a_covariance_that_is_not_there_is_refused() -> None:
         insight.parameter_covariance(lambda b: (b[0] + b[1]) * t + b[2], b)
     with pytest.raises(ValueError, match="do not depend on parameter 1"):
         insight.parameter_covariance(lambda b: b[0] * t + b[2], b)
+    with pytest.raises(ValueError, match="Return the residuals, not the sum of their squares"):
+        insight.parameter_covariance(lambda b: (b[0] + b[1] * t + b[2]).square().sum(), b)
     with pytest.raises(ValueError, match="Pass variance="):
         insight.parameter_covariance(lambda b: b * t[1:4], b)
     with pytest.raises(ValueError, match="names no parameter"):

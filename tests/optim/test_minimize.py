@@ -432,7 +432,11 @@ def test_a_callback_stops(scale: float | None) -> None:
     result = imstep.minimize(rosenbrock, vector(-1.2, 1.0), callback=third, scale=scale)
     assert (result.nit, result.status, result.success) == (3, 99, False)
     assert torch.equal(result.x, seen[-1])
-    assert imstep.minimize(rosenbrock, vector(-1.2, 1.0), callback=lambda x: True).nit == 1
+    for yes in (True, np.bool_(True), torch.tensor(True), torch.tensor([True])):
+        assert imstep.minimize(rosenbrock, vector(-1.2, 1.0), callback=lambda x, yes=yes: yes).nit == 1
+    numbers = (np.bool_(False), torch.tensor(False), torch.tensor(1.0), torch.tensor([True, True]))
+    for other in (False, 1, "stop", *numbers):
+        assert imstep.minimize(rosenbrock, vector(-1.2, 1.0), callback=lambda x, other=other: other).success
 
 
 def test_the_result_reads_as_a_table() -> None:

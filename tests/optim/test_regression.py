@@ -275,6 +275,16 @@ def test_forms_of_bounds(bounds: Any, options: dict[str, Any]) -> None:
     torch.testing.assert_close(result.x[1, 0], (Y - 1.5 * T).mean())
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, lambda pairs: np.array(pairs, dtype=object)])
+def test_bounds_as_an_array_of_pairs(kind: Any) -> None:
+    pairs = [(0.0, 1.5), (-1.0, 9.0), (0.0, 0.0)]
+    squares = lambda x: (x[0] * T + x[1] + x[2] * T**2 - Y).square().sum()
+    result, same = (fit(squares, torch.zeros(3, dtype=F64), bounds=b) for b in (kind(pairs), pairs))
+    assert torch.equal(result.x, same.x)
+    one = fit(lambda x: (x * T - Y).square().sum(), torch.zeros(1, dtype=F64), bounds=kind([(0.0, 0.5)]))
+    assert float(one.x) == 0.5
+
+
 def test_bounds_in_single_precision() -> None:
     result = fit(lambda x: (x[0] * T.float() + x[1] - Y.float()).square().sum(), torch.zeros(2), bounds=(-5.0, 1.1))
     assert result.success
@@ -292,6 +302,8 @@ def test_bounds_in_single_precision() -> None:
         (([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]), "x0"),
         ((float("nan"), 1.0), "nan"),
         (3.0, "one pair"),
+        (np.array([[0.0, 1.0], [0.0, 1.0]]), r"whose rows may be.*bounds\.tolist"),
+        (torch.ones(2, 2), r"whose rows may be.*bounds\.tolist"),
     ],
 )
 def test_bounds_that_are_refused(bounds: Any, says: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ class ParameterCovariance:
     """The covariance of fitted parameters.
 
     Attributes:
-        matrix: C, (n, n); zero for parameters that were held.
+        matrix: C, (n, n), of the dtype of the parameters; zero for those that were held. What else is told here is
+            computed in float64, as squares of small or large errors leave the range of float32.
         variance: s², of a residual.
         distance: how far the minimum is from here, in standard errors, if the residuals were linear; about 0 for a fit
             that has come to its end.
@@ -28,17 +30,18 @@ class ParameterCovariance:
     variance: float
     distance: float
     _x: Tensor
+    _exact: Tensor
 
     @property
     def standard_errors(self) -> Tensor:
         """Of each parameter, of the shape of the parameters."""
-        return self.matrix.diagonal().sqrt().reshape(self._x.shape)
+        return self._exact.diagonal().sqrt().to(self._x.dtype).reshape(self._x.shape)
 
     @property
     def correlation(self) -> Tensor:
         """Of the parameters with each other, (n, n); nan for those that were held."""
-        errors = self.matrix.diagonal().sqrt()
-        return self.matrix / torch.outer(errors, errors)
+        errors = self._exact.diagonal().sqrt()
+        return (self._exact / errors[:, None] / errors).to(self._x.dtype)
 
     def standard_errors_of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Standard errors of a function of the parameters, such as the fitted curve; of the shape of its values.
@@ -47,7 +50,9 @@ class ParameterCovariance:
             function: called with the parameters.
         """
         rows, values = _derivative(function, self._x)
-        return ((rows @ self.matrix) * rows).sum(1).clamp(min=0).sqrt().reshape(values.shape)
+        rows = rows.double()
+        variances = ((rows @ self._exact) * rows).sum(1).clamp(min=0)
+        return variances.sqrt().to(values.dtype).reshape(values.shape)
 
 
 def parameter_covariance(
@@ -71,7 +76,7 @@ def parameter_covariance(
         ValueError: the data do not determine the parameters, with the combination that is free; there are no more
             residuals than parameters, and the variance is not given; the variance is no number >= 0; ``free`` names no
             parameters, others than there are, or one twice.
-        TypeError: ``x`` is no tensor.
+        TypeError: ``x`` is no real floating-point tensor.
 
     Cost: min(m, n) products with J; a singular value decomposition of m by n.
 
@@ -85,8 +90,9 @@ def parameter_covariance(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is the tensor of fitted parameters, got {type(x).__name__}. Pass torch.as_tensor(x).")
-    if variance is not None and not 0 <= variance < math.inf:
-        raise ValueError(f"variance is a number >= 0, got {variance}: that of a residual, or None to estimate it.")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; parameters of a fit are real floating point. Pass x.double().")
+    variance = None if variance is None else _checked(variance)
     every = torch.arange(x.numel(), device=x.device)
     own = every if free is None else chosen(free, x.numel(), x.device, "free")
     if not len(own):
@@ -101,6 +107,7 @@ def parameter_covariance(
         raise ValueError(
             f"{m} residuals and {n} free parameters leave nothing to estimate the variance from. Pass variance=, or "
             "hold parameters by free=."
+            + (" Return the residuals, not the sum of their squares." if m == 1 else "")
         )
     sizes = J.norm(dim=0)
     if not bool((sizes > 0).all()):
@@ -125,7 +132,23 @@ def parameter_covariance(
     matrix[own[:, None], own] = variance * (root.mT @ root)
     away = float((left.mT @ r).norm())
     distance = away / variance**0.5 if variance > 0 else (0.0 if away == 0 else float("inf"))
-    return ParameterCovariance(matrix.to(x.dtype), variance, distance, x.detach())
+    return ParameterCovariance(matrix.to(x.dtype), variance, distance, x.detach(), matrix)
+
+
+def _checked(variance: Any) -> float:
+    """The variance of a residual as a number."""
+    if isinstance(variance, (list, tuple)) or math.prod(getattr(variance, "shape", ())) != 1:
+        raise ValueError(
+            "variance is one number, that of each residual. Where measurements have errors of their own, let residuals "
+            "be divided by them, in the fit, too, and pass variance=1.0."
+        )
+    try:
+        number = float(variance)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"variance is a number >= 0, got {variance!r}: that of a residual, or None to estimate it.")
+    return number
 
 
 def _derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,12 +72,19 @@ def told(
         try:
             if by_name:
                 result = IntermediateResult(x, loss, len(records), records[-1])
-                return callback(intermediate_result=result) is True
-            return callback(x) is True
+                return _wants_to_stop(callback(intermediate_result=result))
+            return _wants_to_stop(callback(x))
         except StopIteration:
             return True
 
     return stops
+
+
+def _wants_to_stop(answer: Any) -> bool:
+    """Whether a callback returned True, as Python, NumPy or PyTorch have it; other answers say nothing."""
+    if isinstance(answer, Tensor):
+        return answer.dtype == torch.bool and answer.numel() == 1 and bool(answer)
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 _NOT_THERE = {"params", "box", "lr", "weight_decay"}

@@ -106,7 +106,7 @@ def box_of(bounds: Any, start: Tensor, units: Tensor) -> Box | None:
     Args:
         bounds: an object with ``lb`` and ``ub``, such as ``scipy.optimize.Bounds``; a pair of numbers, arrays or
             tensors (lower, upper), each for all entries or like ``start``; or one pair (lower, upper) for each entry,
-            None where there is no bound. None for no bounds.
+            None where there is no bound, or an array of such pairs. None for no bounds.
 
     Raises:
         ValueError, TypeError: it is none of these, or :class:`Box` refuses it.
@@ -144,6 +144,14 @@ def _outside(outside: Tensor, w: Tensor, box: Box) -> str:
 
 def _sides(bounds: Any, count: int) -> tuple[Any, Any]:
     """The lower and the upper bounds."""
+    shape = tuple(getattr(bounds, "shape", ()))
+    if shape == (2, 2) and count == 2:
+        raise ValueError(
+            "bounds are an array (2, 2), whose rows may be lower and upper bounds, or the pairs of two entries. Pass "
+            "(lower, upper), or the pairs as bounds.tolist()."
+        )
+    if shape == (count, 2):
+        bounds = bounds.tolist()
     try:
         return bounds.lb, bounds.ub
     except AttributeError:

@@ -68,8 +68,9 @@ def minimize(
         tol: an absolute bound on ‖scale ∇f‖, in the units of f, for that test alone in place of the defaults.
         maxiter: steps at most, >= 0; 0 to look at ``x0`` only.
         bounds: for "least-squares", as SciPy takes them: an object with ``lb`` and ``ub`` (``scipy.optimize.Bounds``);
-            a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, which is
-            also how two pairs of plain numbers for two entries are read. Equal ones hold an entry. ``x0`` lies within.
+            a pair (lower, upper) of tensors, arrays or numbers; or one pair for each entry, None for no bound, or an
+            array (n, 2) of pairs. Two pairs of plain numbers for two entries are one for each entry. Equal ones hold an
+            entry. ``x0`` lies within.
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
             damping and the records' norms are then those of ``x / scale``. None for what the columns of the Jacobian
             say, :class:`ColumnNorms`, with "least-squares"; else for ``x0.abs()`` where the sizes of up to 100 entries

@@ -143,6 +143,17 @@ def test_a_refusal_leaves_no_run_directory(
 
 
 @pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("command", ["train", "compare", "spectrum", "tasks"])
+def test_an_error_of_the_network_or_loss_is_told(program: Path, command: str) -> None:
+    words = [] if command in ("spectrum", "tasks") else ["--budget", "5"]
+    text = program.read_text()
+    program.write_text(text.replace("nn.MSELoss()", "lambda outputs, targets: outputs @ targets"))
+    assert "problem.py, line 8: RuntimeError: mat1 and mat2 shapes" in output(command, str(program), *words, code=2)
+    program.write_text(text.replace("nn.Linear(1, 1)", "nn.Linear(3, 1)"))
+    assert "of 'my line': RuntimeError: mat1 and mat2 shapes" in output(command, str(program), *words, code=2)
+
+
+@pytest.mark.usefixtures("no_pages")
 def test_compare_races_any_optimizers_on_it(program: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     racers = "least-squares,torch.optim:RMSprop"

@@ -116,6 +116,11 @@ def test_classification_has_no_reconstructions() -> None:
     assert result.runs[0].pictures == ()
 
 
+def test_verdict_on_a_rival_that_got_nowhere_divides_by_nothing() -> None:
+    verdict = judge((run_of("New", 8, 2, 1), run_of("Old", 8)), 2.0)
+    assert verdict.details[0] == "Old did not get below the loss at the start (8.00) within the budget."
+
+
 def test_verdict_names_the_winner_and_the_factor() -> None:
     verdict = judge((run_of("New", 8, 2, 1), run_of("Old", 8, 6, 4)), 2.0)
     assert verdict.won

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -256,5 +257,44 @@ X = torch.linspace(-1, 1, 20)[:, None]
 def test_parts_of_a_task_that_are_something_else_are_refused(changed: dict[str, object], says: str) -> None:
     parts = {"load": lambda data: held_out(X, 2 * X), "model": lambda: torch.nn.Linear(1, 1)}
     task = ExampleTask("t", "t", "d.", **{**parts, "loss": torch.nn.MSELoss(), **changed})
+    with pytest.raises(TaskError, match=re.escape(says)):
+        (lambda problem: problem.evaluate(problem.train))(task.build())
+
+
+def _fails(*_: object) -> torch.Tensor:
+    raise RuntimeError("not here")
+
+
+HERE = f"{__file__}, line {_fails.__code__.co_firstlineno + 1}: RuntimeError: not here"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"load": _fails}, HERE),
+        ({"model": _fails}, HERE),
+        ({"loss": _fails}, HERE),
+        ({"start": _fails}, HERE),
+        ({"model": lambda: torch.nn.Linear(3, 1)}, "network, loss or data of 't': RuntimeError: mat1 and mat2 shapes"),
+    ],
+)
+def test_errors_in_parts_of_a_task_are_told_with_their_line(changed: dict[str, object], says: str) -> None:
+    parts = {"load": lambda data: held_out(X, 2 * X), "model": lambda: torch.nn.Linear(1, 1)}
+    task = ExampleTask("t", "t", "d.", **{**parts, "loss": torch.nn.MSELoss(), **changed})
+    with pytest.raises(TaskError, match=re.escape(says)):
+        (lambda problem: problem.evaluate(problem.train))(task.build())
+
+
+@pytest.mark.parametrize(
+    ("network", "residual", "says"),
+    [
+        (lambda: torch.nn.Linear(1, 1), lambda u, x: _fails(), HERE),
+        (_fails, lambda u, x: u(x), HERE),
+        (lambda: torch.nn.Linear(2, 1), lambda u, x: u(x), "test_own.py, line"),
+    ],
+)
+def test_errors_in_an_equation_are_told_with_their_line(network: Any, residual: Any, says: str) -> None:
+    condition = Condition("c", residual, box([(0, 1)]), 20)
+    task = PhysicsTask("t", "t", "d.", network, (condition,))
     with pytest.raises(TaskError, match=re.escape(says)):
         (lambda problem: problem.evaluate(problem.train))(task.build())

@@ -14,6 +14,7 @@ from imstep.linalg import LinearOperator
 from imstep.runs.matrices import MATRICES, curvature, undisturbed
 from imstep.runs.rows import TrainingError
 from imstep.tasks import Problem
+from imstep.tasks.blame import in_parts_of
 
 __all__ = ["Point", "Questions", "measure"]
 
@@ -104,7 +105,8 @@ def measure(
     """
     with undisturbed(problem):
         tell("building the matrix")
-        point = earlier or Point(step, float(problem.closure(problem.train)().detach()))
+        with in_parts_of(problem.task):
+            point = earlier or Point(step, float(problem.closure(problem.train)().detach()))
         wanted = {name: ask for name, ask in _QUESTIONS.items() if name != "layers" or questions.by is not None}
         missing = {name: ask for name, ask in wanted.items() if name not in point.answers}
         matrix = curvature(problem, questions.of) if missing else None

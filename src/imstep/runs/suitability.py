@@ -44,6 +44,7 @@ def rehearse(
 
     Raises:
         NoResidualsError, OptimizerError, UnsupportedOperatorError: the optimizer cannot train the problem.
+        TaskError: nothing can, as its network or loss fails.
     """
     stepper = spec.create(problem, **dict(options or {}))
     if not isinstance(stepper, StepwiseStepper):
@@ -56,6 +57,10 @@ def rehearse(
             stepper.step(problem, next(problem.batches(0, batch_size)))
     except (NoResidualsError, RefusedError) as error:
         raise type(error)(f"{spec.name} does not suit {problem.task}: {error}") from error
+    except Exception as error:
+        if not isinstance(error, REFUSALS):
+            problem.evaluate(problem.train)  # where the problem itself is at fault, that says so, with its line
+        raise
     finally:
         problem.model.load_state_dict(before)
         problem.model.zero_grad(set_to_none=True)

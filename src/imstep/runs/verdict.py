@@ -79,6 +79,8 @@ def _crossing(subject: Run, rival: Run) -> str:
     here = subject.first_below(there.train)
     if here is None:
         return f"{subject.label} never reached the loss of {rival.label} ({short(_loss(rival))})."
+    if not there.cost:
+        return f"{rival.label} did not get below the loss at the start ({short(there.train)}) within the budget."
     cost = there.cost / here.cost if here.cost else math.inf
     return (
         f"{subject.label} passed the best of {rival.label} ({short(there.train)}) after {here.cost:,.0f} "

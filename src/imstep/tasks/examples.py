@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imstep.curvature import MeanOverSamples
 from imstep.optim import MicroBatches
 from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
+from imstep.tasks.blame import in_parts_of
 
 __all__ = ["ACCURACY", "Batch", "ExampleProblem", "ExampleTask", "held_out"]
 
@@ -195,7 +196,7 @@ class ExampleProblem(Problem):
 
     def evaluate(self, batch: Batch) -> Evaluation:
         loss = metric = 0.0
-        with self.evaluating():
+        with self.evaluating(), in_parts_of(self.task):
             size = self.chunk or EVALUATION_CHUNK
             for start in range(0, len(batch), size):
                 chunk = batch.take(slice(start, start + size))
@@ -287,13 +288,15 @@ class ExampleTask(Task):
                 f"the model of {self.name!r} is a network: give a function that makes one, such as lambda: "
                 "nn.Linear(1, 1), so that each run begins with weights of its seed."
             )
-        return self.model()
+        with in_parts_of(self.name):
+            return self.model()
 
     def _loaded(self, data: Path | None) -> tuple[Batch, Batch]:
         """What `load` gives; or refuse."""
         if not callable(self.load):
             raise TaskError(f"load of {self.name!r} is a function of a folder, or None, that gives the examples.")
-        found: Any = self.load(data)
+        with in_parts_of(self.name):
+            found: Any = self.load(data)
         if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(isinstance(b, Batch) for b in found):
             raise TaskError(
                 f"load of {self.name!r} gives a batch to train on and one to hold out, such as held_out(inputs, "
@@ -313,7 +316,8 @@ class ExampleTask(Task):
         train, heldout = self._loaded(data)
         train = train.take(slice(0, examples))
         if self.start is not None:
-            self.start(model, train)
+            with in_parts_of(self.name):
+                self.start(model, train)
         train, heldout = (batch.to(device, dtype) for batch in (train, heldout))
         redraw, count = self.redraw, len(train)
         return ExampleProblem(

@@ -15,6 +15,7 @@ from imstep import pde
 from imstep.curvature import SumOverBatches
 from imstep.optim import GrowingPoints, MicroBatches
 from imstep.tasks.base import Evaluation, Metric, Problem, Surface, Task, TaskError, mix, span
+from imstep.tasks.blame import in_parts_of
 
 __all__ = ["Condition", "PhysicsProblem", "PhysicsTask", "Points", "Reference"]
 
@@ -264,7 +265,8 @@ class PhysicsProblem(Problem):
 
     def evaluate(self, batch: Points | Reference) -> Evaluation:
         if isinstance(batch, Points):
-            with self.evaluating(), torch.enable_grad():  # residuals may take derivatives by autograd
+            # Residuals may take derivatives by autograd.
+            with self.evaluating(), torch.enable_grad(), in_parts_of(self.task):
                 return Evaluation(float(self._loss(batch).detach()), None, len(batch))
         found, wanted = self._values(batch)[:, : batch.values.shape[1]], batch.values
         if found.shape != wanted.shape:
@@ -289,7 +291,7 @@ class PhysicsProblem(Problem):
 
     def _values(self, reference: Reference) -> Tensor:
         """The network at the points of the reference, float64, on the CPU."""
-        with self.evaluating():
+        with self.evaluating(), in_parts_of(self.task):
             chunks = reference.points.to(self.device, self.dtype).split(8192)
             return torch.cat([self.model(x) for x in chunks]).double().cpu()
 
@@ -348,7 +350,8 @@ class PhysicsTask(Task):
         return True
 
     def _model(self) -> nn.Module:
-        return self.network()
+        with in_parts_of(self.name):
+            return self.network()
 
     def _problem(
         self,
@@ -362,8 +365,9 @@ class PhysicsTask(Task):
         conditions = self.conditions
         if examples is not None:
             conditions = of_all(conditions, examples)
-        train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
-        heldout = other if self.reference is None else self.reference()
+        with in_parts_of(self.name):
+            train, other = (draw(conditions, mix(number, CHECK), device, dtype) for number in (0, 1))
+            heldout = other if self.reference is None else self.reference()
         total, own = (sum(c.count for c in of) for of in (conditions, self.conditions))
         first, last = (None if n is None else max(1, n * total // own) for n in (self.first, self.last))
         settings = self.redrawn, first, last, self.balanced

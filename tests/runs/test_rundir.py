@@ -101,6 +101,11 @@ def of_another_run(run: Path) -> None:
     shutil.copytree(run.with_name("another") / "checkpoint", run / "checkpoint")
 
 
+def cut_log(run: Path, end: int) -> None:
+    file = run / "steps.jsonl"
+    file.write_bytes(file.read_bytes()[:end])
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated model": (cut("model.safetensors"), "model.safetensors is truncated or overwritten"),
     "truncated optimizer": (cut("optimizer.json"), "optimizer.json is truncated or overwritten"),
@@ -118,6 +123,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer version": (newer, "has checkpoint version 99"),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoint"), "no checkpoint to resume from"),
     "another run": (of_another_run, "is another run's checkpoint"),
+    "torn line": (lambda run: cut_log(run, -5), r"steps\.jsonl, line \d+, is damaged"),
+    "line without an end": (lambda run: cut_log(run, -1), r"steps\.jsonl, line \d+, is damaged"),
     "lost lines": (lambda run: (run / "steps.jsonl").write_text(""), "has 0 lines, the checkpoint"),
 }
 

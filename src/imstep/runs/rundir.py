@@ -266,8 +266,19 @@ class RunDirectory:
                 f"{file} has {len(lines)} lines, the checkpoint was written after {rows}: lines were lost. "
                 "Restore the file from a copy."
             )
+        for number, line in enumerate(lines[:rows], 1):
+            if not (line.endswith(b"\n") and _is_json(line)):  # what is written next would be joined to it
+                raise CheckpointError(f"{file}, line {number}, is damaged. Restore the file from a copy.")
         write_atomically(file, b"".join(lines[:rows]))
         self._rows = rows
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:

@@ -95,3 +95,14 @@ def test_arguments_are_checked():
         with pytest.raises(ValueError, match="sigma, the weight"):
             cubic_regularization(operator, rhs, sigma)
     assert cubic_regularization(operator, torch.zeros(3), 1.0).solution.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_no_solution_is_called_one_where_norms_are_beyond_single_precision():
+    """Rounding that is infinite was above any residual."""
+    matrix = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)).double()
+    matrix = matrix + matrix.mT
+    rhs = torch.randn(20, generator=torch.Generator().manual_seed(1))
+    expected = float(dense_cubic_regularization(DenseOperator(2.0**60 * matrix.float()), rhs, 2.0**60).solution.norm())
+    found = cubic_regularization(DenseOperator(2.0**60 * matrix.float()), rhs, 2.0**60)
+    right = float(found.solution.norm()) == pytest.approx(expected, rel=1e-3)
+    assert right or found.status is KrylovStatus.NON_FINITE

@@ -100,3 +100,14 @@ def test_a_product_that_is_not_finite_is_a_value():
 def test_misuse_is_explained(start, steps, message):
     with pytest.raises(ValueError, match=message):
         lanczos(DenseOperator(torch.eye(2)), start, steps)
+
+
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
+def test_units_whose_squares_leave_the_range_of_single_precision_change_nothing(with_spectrum, normal, unit):
+    matrix, _ = with_spectrum(torch.linspace(-3.0, 4.0, 30))
+    one, other = (lanczos(DenseOperator(u * matrix.float()), normal(30).float() / u, 12) for u in (1.0, unit))
+    assert other.steps == 12
+    torch.testing.assert_close(other.alphas / unit, one.alphas)
+    torch.testing.assert_close(other.betas / unit, one.betas)
+    pair = largest_eigenpair(DenseOperator(unit * matrix.float()))
+    assert pair.value / unit == pytest.approx(4.0, rel=1e-5)

@@ -203,3 +203,13 @@ def test_any_preconditioner_is_positive_definite(n, rank, seed, spread, damping,
         assert (vector @ (P @ vector)).item() > 0
     error = torch.linalg.eigvalsh(matrix - matrix_of(approximation))
     assert error[0] >= -1e3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**90])
+def test_units_whose_squares_leave_the_range_of_single_precision_change_nothing(with_spectrum, unit):
+    matrix, _ = with_spectrum(DECAYING)
+    one, other = (nystrom(DenseOperator(u * matrix.float()), 10, generator=seeded()) for u in (1, unit))
+    torch.testing.assert_close(other.values / unit, one.values, rtol=1e-4, atol=0)
+    assert float(one.values[0]) > 50
+    adaptive = adaptive_nystrom(DenseOperator(unit * matrix.float()), unit, generator=seeded())
+    assert adaptive.rank == adaptive_nystrom(DenseOperator(matrix.float()), 1.0, generator=seeded()).rank

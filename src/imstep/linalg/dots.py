@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,21 @@ def dots(*pairs: tuple[Tensor, Tensor]) -> tuple[float, ...]:
     if sharded:
         return tuple(sharded[0].dots(pairs).tolist())
     return tuple(torch.stack([torch.dot(a, b) for a, b in pairs]).tolist())
+
+
+def norm_in_range(vector: Tensor, norm: float | None = None) -> float:
+    """The Euclidean norm of a vector (n,), also where the squares of its entries leave the range of its dtype.
+
+    Args:
+        vector: any.
+        norm: as the dtype has it, where that is known already.
+    """
+    norm = float(vector.norm()) if norm is None else norm
+    limits = torch.finfo(vector.dtype)
+    if math.sqrt(limits.tiny / limits.eps) < norm < math.inf:
+        return norm
+    unit = 2.0 ** (math.frexp(limits.max)[1] // 2)
+    return float((vector / unit).norm()) * unit if norm > 1 else float((vector * unit).norm()) / unit
 
 
 _STRETCH = 2**16

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.fitting import check_vectors
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
@@ -90,7 +91,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
         [1.0, 2.0, 4.0]
     """
     check_vectors(operator, start)
-    norm = start.norm().item()
+    norm = norm_in_range(start)
     if start.ndim != 1 or not 0 < norm < math.inf:
         raise ValueError(
             f"lanczos needs one finite start vector that is not zero, got shape {tuple(start.shape)} and "
@@ -112,6 +113,7 @@ def lanczos(operator: LinearOperator, start: Tensor, steps: int) -> LanczosResul
         for _ in range(2):
             image = image - known.mT @ (known @ image)
         alpha, beta = torch.stack([along, image.norm()]).tolist()
+        beta = norm_in_range(image, beta)
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             break
         alphas.append(alpha)

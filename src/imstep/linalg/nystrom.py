@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.arguments import check_not_negative
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
 
@@ -193,6 +194,10 @@ def _decomposed(test: Tensor, images: Tensor) -> NystromApproximation:
     size, rank = test.shape
     if not bool(torch.isfinite(images).all()):
         return NystromApproximation(test, torch.full_like(test[0], math.nan), rank)
+    # In units of A, by a power of four, whose root is exact: squares may leave the range of the dtype.
+    most = math.frexp(torch.finfo(test.dtype).max)[1] // 2 - 1
+    unit = 4.0 ** min(max(math.frexp(norm_in_range(images))[1] // 2, -most), most)
+    images = images / unit
     core = (test.mT @ images).double()
     core = (core + core.mT) / 2
     least = float(torch.linalg.eigvalsh(core)[0])
@@ -205,4 +210,5 @@ def _decomposed(test: Tensor, images: Tensor) -> NystromApproximation:
     # The singular values of the tall matrix from its small factor, in float64: their squares keep all digits.
     basis, small = torch.linalg.qr(root)
     rotation, values, _ = torch.linalg.svd(small.double())
-    return NystromApproximation(basis @ rotation.to(basis), (values**2 - shift).clamp(min=0).to(basis), rank)
+    values = unit * (values**2 - shift).clamp(min=0)
+    return NystromApproximation(basis @ rotation.to(basis), values.to(basis), rank)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.arguments import IndefinitePreconditionerError, check_limit, check_preconditioner
-from imstep.linalg.dots import dots
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.linalg.lanczos import smallest_eigenpair
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovResult, KrylovStatus, measured_result
@@ -59,15 +59,18 @@ class Subproblem(ABC):
     def solve(self, space: Subspace) -> Point:
         """The solution over the space: no product."""
         eps = torch.finfo(self.rhs.dtype).eps
-        values, vectors = torch.linalg.eigh(space.projected + self.damping * torch.eye(space.size).double())
-        coefficients = vectors.mT @ (space.basis @ self.rhs).double().cpu()
+        values, rotation = torch.linalg.eigh(space.projected + self.damping * torch.eye(space.size).double())
+        coefficients = rotation.mT @ (space.basis @ self.rhs).double().cpu()
         y, multiplier = self.in_eigenbasis(values, coefficients, eps)
-        h = vectors @ y
+        h = rotation @ y
         solution, image = space.combined(h)
         shift = self.damping + multiplier
         residual = self.rhs - image - shift * solution
-        norms = dots((residual, residual), (self.rhs, self.rhs), (image, image), (solution, solution))
-        residual_norm, rhs_norm, image_norm, norm = (math.sqrt(square) for square in norms)
+        vectors = (residual, self.rhs, image, solution)
+        squares = dots(*((vector, vector) for vector in vectors))
+        residual_norm, rhs_norm, image_norm, norm = (
+            norm_in_range(vector, math.sqrt(square)) for vector, square in zip(vectors, squares, strict=True)
+        )
         return Point(
             coordinates=h,
             solution=solution,
@@ -192,7 +195,7 @@ class ProjectedSearch:
             direction, squared_norm = self._problem.preconditioned(self._point.residual)
             if squared_norm <= 0 and self._space.products == 0:
                 raise IndefinitePreconditionerError(squared_norm)
-            if not squared_norm > 0:  # or nan
+            if not 0 < squared_norm < math.inf:  # or nan
                 return KrylovStatus.BREAKDOWN if squared_norm <= 0 else KrylovStatus.NON_FINITE
             if (status := self._advance(direction)) is not None:
                 return status
@@ -230,7 +233,7 @@ class ProjectedSearch:
 
     def _ending(self, stopping: Sequence[StoppingRule], limit: int) -> KrylovStatus | None:
         point = self._point
-        if point.residual_norm <= point.rounding:
+        if point.residual_norm <= point.rounding < math.inf:
             return KrylovStatus.CONVERGED
         progress = Progress(self._space.products + self._probes, point.residual_norm, point.scale, self._decreases)
         status = first_answer(stopping, progress)

@@ -439,6 +439,12 @@ def test_a_callback_stops(scale: float | None) -> None:
         assert imstep.minimize(rosenbrock, vector(-1.2, 1.0), callback=lambda x, other=other: other).success
 
 
+@pytest.mark.parametrize("dtype", [">f8", np.longdouble])
+def test_a_start_may_be_an_array_as_files_hold_it(dtype: object) -> None:
+    result = imstep.minimize(rosenbrock, np.array([-1.2, 1.0]).astype(dtype))
+    assert torch.equal(result.x, imstep.minimize(rosenbrock, vector(-1.2, 1.0)).x)
+
+
 def test_the_result_reads_as_a_table() -> None:
     result = imstep.minimize(rosenbrock, np.array([-1.2, 1.0]))
     lines = repr(result).splitlines()

@@ -36,7 +36,7 @@ def as_operator(matrix: Any) -> LinearOperator:
     if isinstance(matrix, LinearOperator):
         return matrix
     if isinstance(matrix, np.ndarray):
-        matrix = torch.from_numpy(_known_to_torch(matrix))
+        matrix = torch.from_numpy(known_to_torch(matrix))
     if isinstance(matrix, Tensor):
         return DenseOperator(_real(matrix.detach()))
     if not all(hasattr(matrix, name) for name in ("shape", "dtype", "T", "__matmul__")):
@@ -54,7 +54,7 @@ def _real(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_floating_point() else matrix.double()
 
 
-def _known_to_torch(array: np.ndarray) -> np.ndarray:
+def known_to_torch(array: np.ndarray) -> np.ndarray:
     """An array of numbers as the machine has them: files may hold others, such as FITS the bytes from the other end."""
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         return array.astype(np.float64)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imstep.linalg.conversion import known_to_torch
 from imstep.optim.minimize_result import IntermediateResult
 from imstep.optim.record import StepRecord
 from imstep.optim.stationarity import MATRIX_LIMIT
@@ -22,7 +23,7 @@ SPREAD = 1e4
 def start_of(x0: Any) -> Tensor:
     """x0 as a tensor of real numbers."""
     try:
-        start = torch.as_tensor(x0)
+        start = torch.as_tensor(known_to_torch(x0) if isinstance(x0, np.ndarray) else x0)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"x0 must be one tensor or what torch.as_tensor makes one of, got {type(x0).__name__}. Join several "

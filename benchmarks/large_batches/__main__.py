@@ -1,6 +1,6 @@
 """Steps to a loss on large batches: how accurate solves pay, what curvature between parameters is worth, and peers.
 
-python -m benchmarks.large_batches           # what the record lacks, an hour for all; writes docs/mini-batches.md
+python -m benchmarks.large_batches           # what the record lacks, two hours for all; writes docs/mini-batches.md
 python -m benchmarks.large_batches --table   # the page again, from the record
 
 A character model of Shakespeare's plays (`imstep tasks`), 4,096 pieces; the last iterate's held-out loss, looked at

@@ -56,7 +56,8 @@ _RECURRENT = ("adam-clipped", "adam-orthogonal", "soap", PUBLIC_SOAP, "hessian-f
 _STATES = Range(0.3, 30.0)
 """Weights of the damping of hidden states, for our side, K-FAC and Hessian-free: all have as many trials."""
 _PRODUCTS = Range(1, 32, whole=True)
-"""Of a step of ours, tuned as the peers' rates are on large batches: how many pay depends on the batch."""
+"""Of a step of ours, tuned as the peers' rates are from batches of 256 on: how many pay depends on the batch. Smaller
+ones have those of the configuration."""
 _SWEEP = ("adamw", "muon", "soap", PUBLIC_SOAP)
 _LONG = ("addition-150", "multiplication-150")
 

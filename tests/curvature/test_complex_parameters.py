@@ -12,7 +12,7 @@ from curvature_cases import F64, normal, relative_error
 from torch import Tensor, nn
 
 import imstep
-from imstep.curvature import Gaussian, ParameterVector
+from imstep.curvature import Gaussian, ParameterVector, ResidualJacobian
 from imstep.optim import Hutchinson, Kronecker, NoPreconditioning, Nystrom, Recycling, SquaredGradients
 
 C128 = torch.complex128
@@ -260,6 +260,49 @@ def test_least_squares_takes_the_same_steps(name: str) -> None:
         losses.append([float(optimizer.step(lambda m=m: F.mse_loss(m(x), target))) for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][-1] < 0.5 * losses[0][0]
+
+
+def complex_normal(*shape: int, seed: int) -> Tensor:
+    return torch.view_as_complex(normal(*shape, 2, seed=seed))
+
+
+X = complex_normal(11, 2, seed=20)
+
+ROWS: dict[str, Callable[..., Tensor]] = {
+    "layers": lambda w, v: F.linear(torch.tanh(F.linear(X, w)), v[None], v[:1]).real,
+    "both parts": lambda w, v: torch.view_as_real(F.linear(X, w) @ v),
+    "modulus": lambda w, v: (w @ X.mT + v[:, None]).abs().prod(0) - 1,
+    "conjugates": lambda w, v: ((X @ w.mH) @ v).imag,
+    "factors": lambda w, v: (X[:, :1] * v).exp().sum(1).real + (X @ (w[0] * w[1])).imag,
+    "quotients": lambda w, v: (v / (3 + X[:, :1]) + X[:, :1] / (3 + v)).sum(1).real,
+    "differences": lambda w, v: (X[:, :1] - v).square().sum(1).imag,
+    "parts of a weight": lambda w, v: (X.real @ w.real.mT - X.imag @ w.imag.mT).tanh().sum(1),
+    "made of parts": lambda w, v: ((X @ torch.complex(w.real, w.imag).mT).sin() @ torch.polar(v.real, v.imag)).real,
+    "convolution": lambda w, v: F.conv1d(X[:, None], w[:, None], padding=1).tanh().real.sum((1, 2)) + (X @ v[:2]).imag,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind", ["complex", "pairs", "real"])
+def test_rows_take_no_pass_for_each_residual(name: str, kind: str) -> None:
+    """Of complex parameters, of pairs of real ones seen as complex, and of real ones that meet complex numbers."""
+    weights = [complex_normal(4, 2, seed=21), complex_normal(4, seed=22)]
+    if kind == "pairs":
+        params = [nn.Parameter(torch.view_as_real(w).clone()) for w in weights]
+        seen = lambda: map(torch.view_as_complex, params)
+    else:
+        params = [nn.Parameter(w if kind == "complex" else w.real.clone()) for w in weights]
+        seen = lambda: (p.to(C128) for p in params)
+    residuals = lambda: ROWS[name](*seen())
+    J = ResidualJacobian(lambda: residuals().square().sum() / 2, params)
+    rows = [torch.autograd.grad(r, params, retain_graph=True, allow_unused=True) for r in residuals().reshape(-1)]
+    as_row = lambda p, g: torch.zeros_like(p) if g is None else g.resolve_conj()
+    reals = lambda t: (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
+    expected = torch.stack([torch.cat([reals(as_row(p, g)) for p, g in zip(params, row, strict=True)]) for row in rows])
+    assert J.explicit == ()
+    assert J.backward_passes <= 9
+    assert relative_error(J.to_dense(), expected) < 1e-14
+    assert relative_error(J.gram().dense(), expected @ expected.mT) < 1e-14
 
 
 def test_minimize_names_the_way_out() -> None:

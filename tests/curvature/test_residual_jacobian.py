@@ -466,8 +466,10 @@ def test_dependent_residuals_are_written_out(make: Callable[[], Case]) -> None:
     assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
 
 
-def test_residuals_of_many_times_are_written_out_at_once() -> None:
+@pytest.mark.parametrize("affordable", [8, 1000])
+def test_residuals_of_many_times_are_written_out_at_once(affordable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 24 times would be a group of its own, which all use the same layer as often as there are times before."""
+    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", affordable)
     layer, x = nn.Linear(3, 2).double(), normal(4, 24, 1)
 
     def residuals() -> Weighted:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from imstep.curvature.parameters import as_reals
+
 LEAF = "torch::autograd::AccumulateGrad"
 
 _PRODUCTS = {"Mm", "Bmm", "Mv", "Dot", "Addmm"}
@@ -24,6 +26,7 @@ _PURE = _PRODUCTS | {
     *("Rsqrt", "Reciprocal", "Abs", "Relu", "Sin", "Cos", "Clamp", "ClampMin", "Square", "Softmax", "Where", "Elu"),
     *("View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Permute", "T", "Transpose", "Select"),
     *("Slice", "Clone", "Alias", "Cat", "Stack", "Split", "Unbind", "ToCopy", "Tril", "Triu", "Diagonal", "Repeat"),
+    *("Complex", "Polar", "ViewAsComplex", "ViewAsReal", "Real", "Imag", "Conj", "ResolveConj"),
     *("Sum", "Mean", "LinalgVectorNorm", "Norm", "WeightNormInterface", "Mul", "Div", "Add", "Sub"),
 }
 """Autograd nodes, by the name of their operator, that what is derived from parameters may consist of."""
@@ -38,33 +41,47 @@ class Derived:
 
     Attributes:
         node, number: the node of autograd's graph that computes it, and which of its outputs it is.
-        shape: of θ.
         parameters: positions of those that it depends on.
     """
 
     node: Any
     number: int
-    shape: torch.Size
     parameters: frozenset[int]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of θ."""
+        return torch.Size(self.node._input_metadata[self.number].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of θ."""
+        return self.node._input_metadata[self.number].dtype
+
+    @property
+    def entries(self) -> int:
+        """Real numbers of θ."""
+        return self.shape.numel() * (2 if self.dtype.is_complex else 1)
 
     def pull_back(self, rows: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """From rows (N, entries) with respect to θ to those of each parameter: position and (N, entries)."""
         positions = sorted(self.parameters)
-        dtype = self.node._input_metadata[self.number].dtype
         made: list[tuple[Tensor, ...]] = []
         for block in rows.split(max(1, _BLOCK // max(rows.shape[1], 1))):
-            weights = block.to(dtype).reshape(-1, *self.shape)
+            weights = block.to(self.dtype.to_real())
+            if self.dtype.is_complex:
+                weights = torch.view_as_complex(weights.reshape(-1, 2))
             made.append(
                 torch.autograd.grad(
                     [GradientEdge(self.node, self.number)],
                     [tensors[at] for at in positions],
-                    [weights],
+                    [weights.reshape(-1, *self.shape)],
                     retain_graph=True,
                     is_grads_batched=True,
                 )
             )
         for at, *pieces in zip(positions, *made, strict=True):
-            yield at, torch.cat([piece.reshape(len(piece), -1).double() for piece in pieces])
+            yield at, torch.cat([as_reals(piece).reshape(len(piece), -1).double() for piece in pieces])
 
 
 def derived_nodes(outputs: Sequence[Tensor], position: dict[int, int]) -> dict[Any, frozenset[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,35 @@ class Use:
             return Rows(spread, None)
         other = self.other()
         return Rows(other, spread) if self.transposed else Rows(spread, other)
+
+
+def in_reals(use: Use, of_complex: bool) -> list[Use] | None:
+    """A use in an operator whose output is complex, as uses that add real rows; None where that cannot be told.
+
+    The two parts of each entry of a complex parameter stand beside each other: l ⊗ r is Re(l) ⊗ r + Im(l) ⊗ ir.
+
+    Args:
+        of_complex: whether the parameter is complex; the gradient of a real one is the real part of the addends.
+    """
+    spread, other = use.spread, use.other
+    if other is None:
+        return [replace(use, spread=lambda d: _pairs(spread(d)) if of_complex else spread(d).real)]
+    if not of_complex:
+        return None
+    if use.transposed:
+        return [
+            replace(use, spread=lambda d: _pairs(spread(d)), other=lambda: other().real),
+            replace(use, spread=lambda d: _pairs(1j * spread(d)), other=lambda: other().imag),
+        ]
+    return [
+        replace(use, spread=lambda d: spread(d).real, other=lambda: _pairs(other())),
+        replace(use, spread=lambda d: spread(d).imag, other=lambda: _pairs(1j * other())),
+    ]
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """Complex rows (R, k) as real ones, (R, 2k)."""
+    return torch.view_as_real(rows.resolve_conj()).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,14 +59,14 @@ def _difference(p: Operand) -> Found:
 
 def _mul(p: Operand) -> Found:
     other = p.node._saved_other if p.at == 0 else p.node._saved_self
-    return None if other is None else broadcast(p, lambda d: plain(other).detach() * d)
+    return None if other is None else broadcast(p, lambda d: plain(other).detach().conj() * d)
 
 
 def _div(p: Operand) -> Found:
-    below = lambda: plain(p.node._saved_other).detach()
+    below = lambda: plain(p.node._saved_other).detach().conj()
     if p.at == 0:
         return broadcast(p, lambda d: d / below())
-    return broadcast(p, lambda d: -d * plain(p.node._saved_self).detach() / below().square())
+    return broadcast(p, lambda d: -d * plain(p.node._saved_self).detach().conj() / below().square())
 
 
 def _expand(p: Operand) -> Found:
@@ -88,22 +88,22 @@ def _mv(p: Operand) -> Found:
     """A matrix times a vector: the rows of a parameter that is the vector are those of the matrix."""
     matrix, vector = p.node._saved_self, p.node._saved_vec
     if p.at == 0:
-        return Use(p.parameter, p.edge, lambda d: d[None], lambda: plain(vector).detach()[None], p.transposed)
+        return Use(p.parameter, p.edge, lambda d: d[None], lambda: plain(vector).detach().conj()[None], p.transposed)
     return Use(p.parameter, p.edge, lambda d: d[:, None] * _dense(plain(matrix)))
 
 
 def _dot(p: Operand) -> Found:
     other = p.node._saved_tensor if p.at == 0 else p.node._saved_self
-    return Use(p.parameter, p.edge, lambda d: (d * plain(other).detach())[None])
+    return Use(p.parameter, p.edge, lambda d: (d * plain(other).detach().conj())[None])
 
 
 def _dense(t: Tensor) -> Tensor:
-    """A constant that is multiplied with a parameter; rows of J are as long as those of a sparse one written out."""
-    return t.detach() if t.layout is torch.strided else t.detach().to_dense()
+    """What is multiplied with a parameter, as it stands in the gradient: conjugated; a sparse constant written out."""
+    return (t.detach() if t.layout is torch.strided else t.detach().to_dense()).conj()
 
 
 def _times(factor: Any, d: Tensor) -> Tensor:
-    return d if factor == 1 else factor * d
+    return d if factor == 1 else factor.conjugate() * d
 
 
 RULES: dict[str, Callable[[Operand], Found]] = {

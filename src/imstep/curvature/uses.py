@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imstep.curvature.derived import LEAF, Derived, derived_nodes
 from imstep.curvature.direct import Direct, direct_in
-from imstep.curvature.use import Operand, Rows, Use, signed
+from imstep.curvature.use import Operand, Rows, Use, in_reals, signed
 from imstep.curvature.use_rules import RULES
 
 __all__ = ["Rows", "Use", "Uses", "find_uses"]
@@ -92,7 +92,8 @@ class _Walk:
         leaf = _leaf(parent, self._position)
         if leaf is not None:
             found, transposed, stacked = leaf
-            own = _use(Operand(node, at, transposed, self._parameters[found].shape, found, stacked))
+            weight = self._parameters[found]
+            own = _use(Operand(node, at, transposed, weight.shape, found, stacked), weight.dtype)
             if own is None:
                 self.uses.unknown.add(found)
         else:
@@ -100,13 +101,13 @@ class _Walk:
                 return False
             key = parent, number
             index = self._derived.get(key, len(self._derived))
-            shape = torch.Size(parent._input_metadata[number].shape)
-            own = _use(Operand(node, at, False, shape, len(self._parameters) + index, False))
+            theta = Derived(parent, number, self._pure[parent])
+            own = _use(Operand(node, at, False, theta.shape, len(self._parameters) + index, False), theta.dtype)
             if own is None:
                 return False
             if key not in self._derived:
                 self._derived[key] = index
-                self.uses.derived.append(Derived(parent, number, shape, self._pure[parent]))
+                self.uses.derived.append(theta)
         self.uses.known.extend(own or [])
         return True
 
@@ -129,13 +130,16 @@ class _Walk:
                 uses.unknown.update(derived.parameters)
 
 
-def _use(p: Operand) -> list[Use] | None:
-    """How a parameter is used; None where that cannot be told."""
-    # Rows are real numbers, and products of complex ones have conjugates in their gradients.
-    if p.node.name() not in RULES or _is_complex(p.node):
+def _use(p: Operand, dtype: torch.dtype) -> list[Use] | None:
+    """How a parameter of some dtype is used; None where that cannot be told."""
+    if p.node.name() not in RULES:
         return None
     own = RULES[p.node.name()](p)
-    return [own] if isinstance(own, Use) else own
+    uses = [own] if isinstance(own, Use) else own
+    if uses is None or not any(output.dtype.is_complex for output in p.node._input_metadata):
+        return uses
+    made = [in_reals(use, dtype.is_complex) for use in uses]
+    return None if None in made else [use for two in made for use in two or []]
 
 
 def _leaf(node: Any, position: dict[int, int]) -> tuple[int, bool, bool] | None:
@@ -178,8 +182,3 @@ def _same_shape(node: Any) -> bool:
 def _gains_rows(node: Any) -> bool:
     before, after = tuple(node._saved_self_sym_sizes), tuple(node._input_metadata[0].shape)
     return len(before) == 2 and after == (before[0], 1, before[1])
-
-
-def _is_complex(node: Any) -> bool:
-    """Whether what a node has computed is complex; all that is computed from complex numbers by a product is."""
-    return any(output.dtype.is_complex for output in node._input_metadata)

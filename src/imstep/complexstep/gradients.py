@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from imstep.complexstep.graph import walk
 from imstep.complexstep.tensor import PLAIN
 
 _LIBRARY = __name__.split(".")[0]
@@ -153,11 +154,4 @@ def leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 def nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of autograd's graph behind tensors."""
     with torch._C.DisableTorchFunction():
-        nodes, seen = [t.grad_fn for t in tensors], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        nodes.extend(following for following, _ in node.next_functions)
+        return walk([t.grad_fn for t in tensors])

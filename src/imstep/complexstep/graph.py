@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,16 +42,11 @@ def survey(outputs: Sequence[Tensor], parameters: Sequence[Tensor], numbers: ran
     """
     own = {id(p) for p in parameters}
     with torch._C.DisableTorchFunction():
-        waiting = [t.grad_fn for t in outputs]
-        leaves = [t for t, node in zip(outputs, waiting, strict=True) if node is None and t.requires_grad]
-    seen: set[Any] = set()
+        roots = [t.grad_fn for t in outputs]
+        leaves = [t for t, node in zip(outputs, roots, strict=True) if node is None and t.requires_grad]
     taken: set[int] = set()
     foreign = []
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in walk(roots):
         number = node._sequence_nr()
         if number == _UNNUMBERED:
             leaves.append(node.variable)
@@ -59,21 +54,18 @@ def survey(outputs: Sequence[Tensor], parameters: Sequence[Tensor], numbers: ran
         if number not in numbers or number in taken:
             foreign.append(node)
         taken.add(number)
-        waiting += [following for following, _ in node.next_functions]
     found = [t for t in leaves if id(t) in own]
     others = [t for t in leaves if id(t) not in own]
-    return Survey(bool(found), others, bool(found) and any(_leads_to(node, own) for node in foreign))
+    ours = lambda node: any(id(getattr(below, "variable", None)) in own for below in walk([node]))
+    return Survey(bool(found), others, bool(found) and any(map(ours, foreign)))
 
 
-def _leads_to(node: Any, leaves: set[int]) -> bool:
-    """Whether a node's graph has one of the leaves, given by their ids."""
-    waiting, seen = [node], set()
+def walk(roots: Iterable[Any]) -> Iterator[Any]:
+    """The nodes that some lead to, and these themselves, each once; a root may be None."""
+    waiting, seen = list(roots), {None}
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in leaves:
-            return True
-        waiting += [following for following, _ in node.next_functions]
-    return False
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.graph import walk
 
 _NODES = {
     "NativeLayerNormBackwardBackward": "layer_norm",
@@ -49,14 +50,7 @@ def _of_pass(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | No
     if not kwargs.get("create_graph", args[at] if len(args) > at else False):
         return None
     roots = args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))
-    waiting = [t.grad_fn for t in ([roots] if isinstance(roots, Tensor) else roots) if isinstance(t, Tensor)]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [parent for parent, _ in node.next_functions]
+    for node in walk(t.grad_fn for t in ([roots] if isinstance(roots, Tensor) else roots) if isinstance(t, Tensor)):
         norm = _NODES.get(node.name().rstrip("0123456789"))
         if norm is not None and getattr(node, "_saved_train", getattr(node, "_saved_training", True)):
             return _wrong(norm, "second derivatives by its inputs by two backward passes")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from imstep.complexstep.graph import walk
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import later_grad
 from imstep.curvature.square_forms import Square, form_of, is_monotone, operator
@@ -136,7 +137,7 @@ def _why_none(loss: Tensor) -> str:
             "closure returned a loss without a graph (grad_fn is None); its residuals are found in it. "
             "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
         )
-    names = {operator(node) for node in _nodes(loss.grad_fn)}
+    names = {operator(node) for node in walk([loss.grad_fn])}
     if "CompiledFunction" in names:
         return (
             "the loss is computed inside a compiled function (torch.compile), whose graph hides the squares. "
@@ -197,15 +198,3 @@ def _factors(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _nodes(root: Any) -> set[Any]:
-    """The nodes of a graph."""
-    seen: set[Any] = set()
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return seen

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from imstep.complexstep.graph import walk
 from imstep.complexstep.islands import unseen
 
 ELSEWHERE = (
@@ -32,7 +33,7 @@ _STALE = (
 
 def nodes_of(loss: Tensor) -> set[tuple[str, int]]:
     """The nodes of a graph but its leaves, by name and number, so that none is kept alive."""
-    return {_key(node) for node in _walk([loss.grad_fn])}
+    return {_key(node) for node in _computed(loss.grad_fn)}
 
 
 def check_fresh(loss: Tensor, again: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -44,10 +45,10 @@ def check_fresh(loss: Tensor, again: Tensor, parameters: Sequence[Tensor]) -> No
     Raises:
         StaleLossError: a part was computed outside the closure, or kept from one call to the next.
     """
-    first = set(_walk([loss.grad_fn]))
+    first = set(_computed(loss.grad_fn))
     ours = {id(p) for p in parameters}
-    shared = [node for node in _walk([again.grad_fn]) if node in first]
-    if any(_is_leaf(node) and id(node.variable) in ours for node in _walk(shared, leaves=True)):
+    shared = [node for node in _computed(again.grad_fn) if node in first]
+    if any(_is_leaf(node) and id(node.variable) in ours for node in walk(shared)):
         raise StaleLossError(_STALE.format(shared[0].name()))
 
 
@@ -65,23 +66,15 @@ def check_anew(loss: Tensor, parameters: Sequence[Tensor], numbers: range | None
         return
     with unseen():
         ours, root = {id(p) for p in parameters}, loss.grad_fn
-    for node in _walk([root]):
+    for node in _computed(root):
         stale = node._sequence_nr() not in numbers
-        if stale and any(_is_leaf(leaf) and id(leaf.variable) in ours for leaf in _walk([node], leaves=True)):
+        if stale and any(_is_leaf(leaf) and id(leaf.variable) in ours for leaf in walk([node])):
             raise StaleLossError(_STALE.format(node.name()))
 
 
-def _walk(roots: Sequence[Any], leaves: bool = False) -> list[Any]:
-    """The nodes that roots depend on, each once."""
-    found: dict[Any, None] = {}
-    waiting = [root for root in roots if root is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in found or (not leaves and _is_leaf(node)):
-            continue
-        found[node] = None
-        waiting += [parent for parent, _ in node.next_functions if parent is not None]
-    return list(found)
+def _computed(root: Any) -> list[Any]:
+    """The nodes of a graph but its leaves."""
+    return [node for node in walk([root]) if not _is_leaf(node)]
 
 
 def _is_leaf(node: Any) -> bool:

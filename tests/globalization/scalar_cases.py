@@ -50,7 +50,6 @@ def minimise(problem: Scalar, x: float, search: StepSearch, steps: int = 100, to
 
 
 LOG_COSH = Scalar(lambda x: abs(x) + math.log1p(math.exp(-2 * abs(x))), math.tanh, lambda x: 1 - math.tanh(x) ** 2)
-QUARTIC = Scalar(lambda x: x**4, lambda x: 4 * x**3, lambda x: 12 * x**2)
 DOUBLE_WELL = Scalar(lambda x: (x * x - 1) ** 2, lambda x: 4 * x * (x * x - 1), lambda x: 12 * x * x - 4)
 EXPONENTIAL = Scalar(lambda x: math.exp(x) - x if x < 700 else math.inf, lambda x: math.expm1(min(x, 700)), math.exp)
 BARRIER = Scalar(

@@ -45,8 +45,6 @@ class Tape:
         kin: all tapes that have maps in common with this one.
     """
 
-    replays_blocks = True  # maps can be applied to many directions at once, by vmap
-
     @property
     def exchanges(self) -> bool:
         """Whether replays wait for those of other processes, which therefore take the same directions at once."""

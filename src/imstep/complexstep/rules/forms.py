@@ -45,11 +45,6 @@ def plus_times_(c, d, factor):
     return addcmul_(c, d, factor) if d.shape == c.shape == factor.shape else c + d * factor
 
 
-def real_like(d, x):
-    """What autograd keeps of a tangent of a real tensor that went through a complex formula."""
-    return d.real if d is not None and d.is_complex() and not x.is_complex() else d
-
-
 def dagger(a):
     """The conjugate transpose, made at once: below dispatch, where rules run, a lazy one (``.mH``) goes unnoticed."""
     return a.mT.conj_physical()
@@ -138,16 +133,6 @@ def jointly_linear(*names, scalar=None):
         return outputs, push
 
     return linearize
-
-
-def shaped(operator):
-    """Rule of an operator linear in its first argument, of whose other tensors only the shape matters."""
-
-    def linearize(func, args, kwargs):
-        rest = tuple(zeros_of(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args[1:])
-        return func(*args, **kwargs), lambda dx, *_: None if dx is None else func(dx, *rest, **kwargs)
-
-    register([operator], Rule("linear", linearize, exact(linearize)))
 
 
 def register_linear(rule_of, *operators):

@@ -21,10 +21,6 @@ linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_
 linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding, aten.embedding_dense_backward)
 
 
-def times(dx, factor):
-    return dx if factor == 1 or dx is None else dx * factor
-
-
 def _scaled(dx, factor):
     return dx if factor == 1 or dx is None else dx * factor
 

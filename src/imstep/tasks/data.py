@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ from imstep.tasks.base import DataNotFoundError, TaskError
 from imstep.tasks.examples import Batch
 from imstep.tasks.idx import read_idx
 
-__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures"]
+__all__ = ["Loader", "digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures", "reconstruction"]
+
+Loader = Callable[[Path | None], tuple[Batch, Batch]]
+"""Batches to train on and to hold out, from a folder of data."""
 
 DIGITS_HELDOUT = 297
 _FASHION_FILES = {
@@ -63,6 +67,12 @@ def fashion_mnist(data: Path | None = None) -> tuple[Batch, Batch]:
         TaskError: the files are whole but are not 28x28 pictures with one label 0..9 each.
     """
     return idx_pictures("Fashion-MNIST", _LAYOUTS, data, _GET_FASHION)
+
+
+def reconstruction(load: Loader, data: Path | None) -> tuple[Batch, Batch]:
+    """The same pictures as inputs and targets."""
+    train, heldout = load(data)
+    return Batch(train.inputs, train.inputs), Batch(heldout.inputs, heldout.inputs)
 
 
 def find_fashion_mnist(data: Path | None = None) -> Path:

@@ -13,7 +13,7 @@ from torch import nn
 
 from imstep.tasks.base import Task, TaskError
 from imstep.tasks.convection import convection_model, convection_points, uniform
-from imstep.tasks.data import digits, fashion_mnist
+from imstep.tasks.data import Loader, digits, fashion_mnist, reconstruction
 from imstep.tasks.equations import EQUATIONS
 from imstep.tasks.examples import ACCURACY, Batch, ExampleTask
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
@@ -24,17 +24,9 @@ from imstep.tasks.tables import is_table
 
 __all__ = ["TASKS", "Origin", "UnknownTaskError", "find_task", "get_task"]
 
-Loader = Callable[[Path | None], tuple[Batch, Batch]]
-
 
 class UnknownTaskError(TaskError):
     """There is no task of that name; the message lists those that there are."""
-
-
-def _reconstruction(load: Loader, data: Path | None) -> tuple[Batch, Batch]:
-    """The same pictures as inputs and targets."""
-    train, heldout = load(data)
-    return Batch(train.inputs, train.inputs), Batch(heldout.inputs, heldout.inputs)
 
 
 def _as_images(load: Loader, side: int, data: Path | None) -> tuple[Batch, Batch]:
@@ -51,7 +43,7 @@ _ALL = (
         "digits-autoencoder",
         "Handwritten digits, autoencoder",
         "1,500 digits (8x8, scikit-learn); MLP 64-128-64-12-64-128-64, tanh; mean squared error.",
-        partial(_reconstruction, digits),
+        partial(reconstruction, digits),
         partial(autoencoder, (64, 128, 64, 12)),
         nn.MSELoss(),
         image_shape=(8, 8),
@@ -80,7 +72,7 @@ _ALL = (
         "fashion-autoencoder",
         "Fashion-MNIST, autoencoder",
         "60,000 pictures (28x28); MLP 784-128-32-128-784, tanh; mean squared error.",
-        partial(_reconstruction, fashion_mnist),
+        partial(reconstruction, fashion_mnist),
         partial(autoencoder, (784, 128, 32)),
         nn.MSELoss(),
         image_shape=(28, 28),

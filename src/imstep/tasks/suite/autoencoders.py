@@ -6,7 +6,7 @@ Hinton, ICML 2013, Table 1 (training errors).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from imstep.tasks.base import Metric
-from imstep.tasks.data import fashion_mnist
+from imstep.tasks.data import Loader, fashion_mnist, reconstruction
 from imstep.tasks.examples import Batch, ExampleTask
 from imstep.tasks.mnist import mnist
 
@@ -67,14 +67,7 @@ def _curves(data: Path | None) -> tuple[Batch, Batch]:
     return Batch(train, train), Batch(heldout, heldout)
 
 
-def _same(load: Callable[[Path | None], tuple[Batch, Batch]], data: Path | None) -> tuple[Batch, Batch]:
-    train, heldout = load(data)
-    return Batch(train.inputs, train.inputs), Batch(heldout.inputs, heldout.inputs)
-
-
-def _task(
-    name: str, title: str, words: str, load: Callable[[Path | None], tuple[Batch, Batch]], widths: Sequence[int]
-) -> ExampleTask:
+def _task(name: str, title: str, words: str, load: Loader, widths: Sequence[int]) -> ExampleTask:
     return ExampleTask(
         name, title, f"{words}; sigmoid MLP {'-'.join(map(str, widths))} and back; mean squared error. Metric: squared "
         "error a picture.", load, partial(deep_autoencoder, widths), nn.MSELoss(),
@@ -92,10 +85,10 @@ TASKS = (
     ),
     _task(
         "mnist-deep-autoencoder", "MNIST, deep autoencoder", "60,000 handwritten digits (28x28)",
-        partial(_same, mnist), _MNIST_WIDTHS,
+        partial(reconstruction, mnist), _MNIST_WIDTHS,
     ),
     _task(
         "fashion-deep-autoencoder", "Fashion-MNIST, deep autoencoder", "60,000 pictures (28x28)",
-        partial(_same, fashion_mnist), _MNIST_WIDTHS,
+        partial(reconstruction, fashion_mnist), _MNIST_WIDTHS,
     ),
 )  # fmt: skip

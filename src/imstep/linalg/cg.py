@@ -137,10 +137,7 @@ def _ending(
     if state.residual_norm <= system.rounding * system.rhs_norm:
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
-    status = first_answer(stopping, progress)
-    if status is None and state.iteration >= limit:
-        return KrylovStatus.MAX_ITERATIONS
-    return status
+    return first_answer(stopping, progress, limit)
 
 
 def _result(system: DampedSystem, state: CGState, status: KrylovStatus, probe: Probe | None) -> KrylovResult:

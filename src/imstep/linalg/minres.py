@@ -110,8 +110,7 @@ def _ending(
     if state.residual_norm <= system.rounding * system.rhs_norm:
         return KrylovStatus.CONVERGED
     progress = Progress(state.products, state.residual_norm, system.rhs_norm, state.decreases)
-    status = first_answer(stopping, progress)
-    return KrylovStatus.MAX_ITERATIONS if status is None and state.iteration >= limit else status
+    return first_answer(stopping, progress, limit)
 
 
 def _result(system: ShiftedSystem, state: MinresState, status: KrylovStatus, probe: Probe | None) -> KrylovResult:

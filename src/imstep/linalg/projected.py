@@ -236,8 +236,7 @@ class ProjectedSearch:
         if point.residual_norm <= point.rounding < math.inf:
             return KrylovStatus.CONVERGED
         progress = Progress(self._space.products + self._probes, point.residual_norm, point.scale, self._decreases)
-        status = first_answer(stopping, progress)
-        return KrylovStatus.MAX_ITERATIONS if status is None and progress.iteration >= limit else status
+        return first_answer(stopping, progress, limit)
 
     def _advance(self, vector: Tensor) -> KrylovStatus | None:
         """Take a vector into the space and solve there; a status where that cannot be."""

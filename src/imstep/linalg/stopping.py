@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ class StoppingRule(ABC):
         """The status to end with, or None to go on."""
 
 
-def first_answer(rules: Sequence[StoppingRule], progress: Progress) -> KrylovStatus | None:
-    """The status that the first rule to answer gives; None if all would go on."""
+def first_answer(
+    rules: Sequence[StoppingRule], progress: Progress, limit: float = math.inf
+) -> KrylovStatus | None:
+    """The status that the first rule to answer gives, or that of a limit on iterations; None if all would go on."""
     answers = (rule.check(progress) for rule in rules)
-    return next((answer for answer in answers if answer is not None), None)
+    reached = KrylovStatus.MAX_ITERATIONS if progress.iteration >= limit else None
+    return next((answer for answer in answers if answer is not None), reached)
 
 
 @dataclass(frozen=True)

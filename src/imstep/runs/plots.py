@@ -22,14 +22,7 @@ __all__ = ["heldout_panel", "loss_panel", "shown_pictures", "strip", "summary_fi
 
 def loss_panel(comparison: Comparison, clock: str, axes: Axes, theme: Theme) -> None:
     """Training loss over `clock`, "cost" or "seconds": one line per optimizer."""
-    for index, run in enumerate(comparison.runs):
-        x, y = _series(run.points, clock, "train")
-        color = theme.series[index % len(theme.series)]
-        axes.plot(x, y, color=color, label=run.label, **_emphasis(index))
-        axes.plot(x[-1:], y[-1:], "o", ms=4.5, color=color, zorder=5)
-    _loss_axis(axes, [y for run in comparison.runs for y in _series(run.points, clock, "train")[1]])
-    linear_axis(axes, "x", whole=clock == "cost")
-    axes.set_xlim(left=0)
+    _curves(comparison, clock, "train", axes, theme, ms=4.5)
     if clock == "cost":
         axes.set(title="Training loss by cost", xlabel="gradient-equivalents", ylabel="training loss")
     else:
@@ -38,15 +31,20 @@ def loss_panel(comparison: Comparison, clock: str, axes: Axes, theme: Theme) -> 
 
 def heldout_panel(comparison: Comparison, axes: Axes, theme: Theme) -> None:
     """Held-out loss over gradient-equivalents."""
-    for index, run in enumerate(comparison.runs):
-        x, y = _series(run.points, "cost", "heldout")
+    _curves(comparison, "cost", "heldout", axes, theme, ms=4.0)
+    axes.set(title="Held-out loss by cost", xlabel="gradient-equivalents", ylabel="held-out loss")
+
+
+def _curves(comparison: Comparison, clock: str, loss: str, axes: Axes, theme: Theme, ms: float) -> None:
+    """One line per optimizer, with a dot of size ``ms`` at its end."""
+    series = [_series(run.points, clock, loss) for run in comparison.runs]
+    for index, (run, (x, y)) in enumerate(zip(comparison.runs, series, strict=True)):
         color = theme.series[index % len(theme.series)]
         axes.plot(x, y, color=color, label=run.label, **_emphasis(index))
-        axes.plot(x[-1:], y[-1:], "o", ms=4, color=color, zorder=5)
-    _loss_axis(axes, [y for run in comparison.runs for y in _series(run.points, "cost", "heldout")[1]])
-    linear_axis(axes, "x", whole=True)
+        axes.plot(x[-1:], y[-1:], "o", ms=ms, color=color, zorder=5)
+    _loss_axis(axes, [value for _, y in series for value in y])
+    linear_axis(axes, "x", whole=clock == "cost")
     axes.set_xlim(left=0)
-    axes.set(title="Held-out loss by cost", xlabel="gradient-equivalents", ylabel="held-out loss")
 
 
 def sweep_panel(comparison: Comparison, axes: Axes, theme: Theme) -> None:

@@ -99,6 +99,7 @@ class FisherCurvature(CurvatureChoice):
             :class:`~imstep.curvature.MonteCarlo`, drawn anew in each step, or :class:`~imstep.curvature.Empirical`.
 
     Raises:
+        TypeError: it is no expectation.
         ValueError: (in a step) the loss is not recognised as a likelihood.
 
     Cost: 4/3 of a gradient a product. Of a batch in pieces, all but :class:`~imstep.curvature.Exact` evaluate each

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from curvature_cases import F64, dense_jacobian, normal, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import imstep
 from imstep import spectral
@@ -292,3 +295,14 @@ def test_a_cross_entropy_that_is_written_out_has_the_same_factors(kind) -> None:
     expected, *found = (kind(f, model).to_dense() for f in forms)
     for matrix in found:
         torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_checkpointed_attention_runs_again_as_it_ran_first(kind) -> None:
+    projection, head, x = nn.Linear(4, 12), nn.Linear(4, 3), normal(5, 6, 4).float()
+    attend = lambda x: F.scaled_dot_product_attention(*projection(x).unsqueeze(1).chunk(3, -1)).squeeze(1)
+    checkpointed = lambda x: checkpoint(attend, x, use_reentrant=False)
+    params = [*projection.parameters(), *head.parameters()]
+    loss = lambda own: F.cross_entropy(head(own(x)).mean(1), torch.arange(5) % 3)
+    plain, again = (kind(partial(loss, own), params).to_dense() for own in (attend, checkpointed))
+    assert torch.equal(again, plain)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from imstep.complexstep.later import later_grad
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.kronecker_blocks import EigenBlock, decomposed, disjoint, squared_cases
@@ -176,7 +177,7 @@ class EKFAC(KFAC):
             ends = point.split.losses
             outputs, u = pulled(ends, sample_output_gradients(point.loss, ends, generator))
             edges = [use.edge for use in observer.uses]
-            found = torch.autograd.grad(outputs, edges, u, allow_unused=True)
+            found = later_grad(outputs, edges, u, keep=point.keeps_graph)
             for total, block in zip(totals, blocks, strict=True):
                 own = [(use, g) for use, g in zip(observer.uses, found, strict=True) if use.weight == block.weight]
                 total += squared_cases(block, [(use, use.gradient(g)) for use, g in own]) / samples

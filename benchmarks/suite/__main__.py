@@ -21,7 +21,8 @@ from rich.console import Console
 from benchmarks.record_page import DOCS, put, table
 from imstep.bench.entries import ENTRIES, entries_of
 from imstep.bench.entry import Entry
-from imstep.bench.session import BenchRequest, estimate, gather, run_bench
+from imstep.bench.request import BenchRequest, estimate, gather
+from imstep.bench.session import run_bench
 from imstep.bench.sides import OWN
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import HEAD, summarise

@@ -26,7 +26,8 @@ from imstep.bench.entries import FULL, entries_of, entry_of
 from imstep.bench.entry import ACCURACY, TRAIN
 from imstep.bench.peers import MuonAndAdamW
 from imstep.bench.references import Fitted
-from imstep.bench.session import FULL_TRIALS, BenchRequest, chosen, estimate, gather, run_bench, trials_of
+from imstep.bench.request import FULL_TRIALS, BenchRequest, chosen, estimate, gather, trials_of
+from imstep.bench.session import run_bench
 from imstep.bench.sides import OWN, SIDES, Side, side_of
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import Duel, summarise

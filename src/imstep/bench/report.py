@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from imstep.bench.entry import Entry
+from imstep.bench.request import BenchRequest, Results, gather
 from imstep.bench.store import BenchRun, Store
 from imstep.bench.summary import CLOCKS, HEAD, Standing, Summary, summarise
 from imstep.bench.sweep import HEAD as SWEEP_HEAD
@@ -25,9 +26,6 @@ from imstep.runs.seconds import Seconds
 from imstep.runs.theme import PAGE, Theme, linear_axis, log_axis
 from imstep.runs.verdict import short
 from imstep.tasks import get_task
-
-if TYPE_CHECKING:
-    from imstep.bench.session import BenchRequest, Results
 
 __all__ = ["write_report"]
 
@@ -45,8 +43,6 @@ _SECONDS = {
 
 def write_report(request: BenchRequest, store: Store) -> Table | None:
     """Write `index.html`, `summary.json`, `summary.md` and a page for each task; the table, or None without runs."""
-    from imstep.bench.session import gather
-
     summaries, every = [], {}
     for entry in request.entries:
         tuning, runs = gather(request, entry, store)

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from imstep.bench.entries import ENTRIES, FULL, entries_of
 from imstep.bench.entry import Entry
-from imstep.bench.session import FULL_TRIALS, SEEDS, TRIALS, BenchRequest, estimate, run_bench, shortened
+from imstep.bench.request import FULL_TRIALS, SEEDS, TRIALS, BenchRequest, estimate, shortened
+from imstep.bench.session import run_bench
 from imstep.bench.sides import OWN, SIDES
 from imstep.cli.options import complete_task, explained
 from imstep.cli.terminal import terminal

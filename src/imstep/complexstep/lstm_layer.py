@@ -102,10 +102,6 @@ class Layer(StepsFunction):
         return before(h, hs)
 
     @staticmethod
-    def at_product(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-    @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         hs, cs, a, m, t = torch.ops.imstep.lstm_layer(p, h, c, w)
         ctx.save_for_backward(hs, cs, a, h, c, w, m, t)

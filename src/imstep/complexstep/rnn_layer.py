@@ -65,10 +65,6 @@ class Layer(StepsFunction):
         return before(h, hs)
 
     @staticmethod
-    def at_product(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-    @staticmethod
     def forward(ctx: Any, p: Tensor, h: Tensor, w: Tensor, relu: bool) -> Tensor:
         hs: Tensor = torch.ops.imstep.rnn_layer(p, h, w, relu)
         ctx.save_for_backward(hs, h, w)

@@ -71,9 +71,6 @@ class IterativeLeastSquares(DampedLeastSquares):
     def image(self, coordinates: Tensor) -> Tensor:
         return self._jacobian @ coordinates
 
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
-
     def vector(self, coordinates: Tensor) -> Tensor:
         """d, (n,)."""
         return coordinates

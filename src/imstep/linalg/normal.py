@@ -53,9 +53,6 @@ class NormalLeastSquares(DampedLeastSquares):
     def image(self, coordinates: Tensor) -> Tensor:
         return self._jacobian @ coordinates
 
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
-
     def dual_norm(self, gradient: Tensor, damping: float) -> float:
         return float((gradient @ self._inverse(gradient, damping)).clamp(min=0).sqrt())
 

@@ -38,9 +38,12 @@ class DampedLeastSquares(ABC):
     def image(self, coordinates: Tensor) -> Tensor:
         """J d, (N,)."""
 
-    @abstractmethod
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        """Inner products dᵀd' of the steps of coordinates (k, a) and (k, b): (a, b)."""
+        """Inner products dᵀd' of the steps of coordinates (k, a) and (k, b): (a, b).
+
+        By default coordinates are those in an orthonormal basis.
+        """
+        return first.mT @ second
 
     def project(self, coordinates: Tensor) -> Tensor:
         """The coordinates, or the nearest that are allowed."""
@@ -121,9 +124,6 @@ class ReducedLeastSquares(GramLeastSquares):
 
     def nearest(self, products: Tensor) -> Tensor:
         return self._combination.mT @ products
-
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
 
 
 class DenseLeastSquares(GramLeastSquares):

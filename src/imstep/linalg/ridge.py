@@ -67,9 +67,6 @@ class RidgeLeastSquares(DampedLeastSquares):
     def image(self, coordinates: Tensor) -> Tensor:
         return self._jacobian @ coordinates
 
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
-
     def dual_norm(self, gradient: Tensor, damping: float) -> float:
         return self._space.reduced.dual_norm(gradient, damping + self._more)
 

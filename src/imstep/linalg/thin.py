@@ -44,9 +44,6 @@ class ThinLeastSquares(DampedLeastSquares):
     def image(self, coordinates: Tensor) -> Tensor:
         return self._left @ (self._values * coordinates)
 
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
-
     def dual_norm(self, gradient: Tensor, damping: float) -> float:
         if self._right.shape[0] < self._right.shape[1]:  # a new gradient need not lie in the span
             return super().dual_norm(gradient, damping)
@@ -86,9 +83,6 @@ class BoxLeastSquares(DampedLeastSquares):
 
     def image(self, coordinates: Tensor) -> Tensor:
         return self._left @ (self._triangle @ coordinates)
-
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
 
     def dual_norm(self, gradient: Tensor, damping: float) -> float:
         """Of the entries of a gradient that are not zero: those that are may be held by their bounds."""

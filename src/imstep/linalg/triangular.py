@@ -140,9 +140,6 @@ class TriangularLeastSquares(DampedLeastSquares):
     def image(self, coordinates: Tensor) -> Tensor:
         return self._qr.lift(self._qr.triangle @ coordinates)
 
-    def inner(self, first: Tensor, second: Tensor) -> Tensor:
-        return first.mT @ second
-
     def dual_norm(self, gradient: Tensor, damping: float) -> float:
         upper = self._factor(damping).triangle
         return float(torch.linalg.solve_triangular(upper.mT, gradient[:, None], upper=False).norm())

@@ -113,7 +113,7 @@ class Attempt(StepAttempt):
         memory = self._memory
         gradient_norm = record.gradient_norm
         if not record.finite:
-            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+            return self._not_finite(record)
         same = self._goes_on(record.loss)
         if not same:
             self._preconditioner.forget()

@@ -17,7 +17,7 @@ from imstep.optim.diagonal_rules import DiagonalRule
 from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
-from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.record import Cost, StepRecord
 from imstep.optim.step_attempt import StepAttempt
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class _DiagonalAttempt(FixedRateAttempt):
             self._at = self._frozen.watched_gradient()
             record = self._opened(Cost(gradients=1))
         if not record.finite:
-            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+            return self._not_finite(record)
         if point is not None:
             sample, spent = rule.estimate(point, self._parameters, means.generator)
             means.curvature = rule.beta2 * means.curvature + (1 - rule.beta2) * sample

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from imstep.optim.fixed_rate import FixedRateAttempt, FixedRateOptimizer
 from imstep.optim.memory import Memory
 from imstep.optim.pace import Pace
 from imstep.optim.preconditioning.gradient_factors import GradientFactors, GradientPreconditioner
-from imstep.optim.record import Cost, StepOutcome, StepRecord
+from imstep.optim.record import Cost, StepRecord
 from imstep.optim.step_attempt import StepAttempt
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class _Attempt(FixedRateAttempt):
         self._at = self._frozen.watched_gradient()
         record = self._opened(Cost(gradients=1))
         if not record.finite:
-            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+            return self._not_finite(record)
         gradient = self._at[1]
         means.preconditioner.take(gradient)
         means.gradient = self._beta * means.gradient + (1 - self._beta) * gradient

@@ -88,7 +88,7 @@ class ResidualAttempt(StepAttempt):
         record = self._started(self._linearise)
         memory, jacobian = self._memory, self._jacobian
         if not record.finite:
-            return replace(record, outcome=StepOutcome.NON_FINITE), replace(memory, refusals=memory.refusals + 1)
+            return self._not_finite(record)
         memory = memory.meet(record.gradient_norm)
         if record.gradient_norm <= self._settings.tolerance:
             record = replace(record, cost=record.cost + Cost(linearisations=1))

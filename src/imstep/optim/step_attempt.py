@@ -123,6 +123,11 @@ class StepAttempt(ABC):
         record = evaluate()
         return replace(record, went_back=True, cost=record.cost + spent)
 
+    def _not_finite(self, record: StepRecord) -> tuple[StepRecord, Memory]:
+        """A step that ends where it has begun, since loss or gradient are not finite there."""
+        memory = replace(self._memory, refusals=self._memory.refusals + 1)
+        return replace(record, outcome=StepOutcome.NON_FINITE), memory
+
     @failing_as(False)
     def _finite_here(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self._frozen.gradient())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from optim_cases import F64, normal
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import imstep
 from imstep.curvature.squares import NoResidualsError
@@ -590,3 +591,25 @@ def test_constants_that_stay(dtype: torch.dtype) -> None:
         ends.append(flat(model))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("balance", [None, EqualTraces()], ids=["plain", "balanced"])
+def test_gradients_at_trial_points_of_checkpointed_layers(balance) -> None:
+    """A checkpoint runs again what the trial has run, and no other kernel than that, where the next step must start."""
+
+    def losses(own: Callable[..., Tensor]) -> list[float]:
+        torch.manual_seed(0)
+        layer, head, x = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2), normal(6, 4, 2).float()
+        run = lambda x: layer(x)[0][:, -1]
+
+        def loss() -> Tensor:
+            z, last = head(own(run, x)).unbind(1)
+            # A square root may have a derivative that is not finite: every step that is taken is looked at.
+            return (torch.where(z > 0, z.clamp(min=1e-3).sqrt(), 0.1 * z) - 0.5).square().mean() + last.square().mean()
+
+        optimizer = LeastSquares([*layer.parameters(), *head.parameters()], balance=balance)
+        return [float(optimizer.step(loss)) for _ in range(3)]
+
+    again, plain = losses(lambda run, x: checkpoint(run, x, use_reentrant=False)), losses(lambda run, x: run(x))
+    assert again[:2] == pytest.approx(plain[:2], rel=1e-3)
+    assert again[2] < again[0] / 10

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from optim_cases import F64, normal
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imstep import Hessian, NewtonKrylov
 from imstep.optim import VarianceReduction
@@ -147,3 +148,17 @@ def test_snapshots_leave_statistics_and_random_numbers_as_they_are(backward: boo
     expected = torch.autograd.grad(F.mse_loss(twin(X), Y), tuple(twin.parameters()))
     for p, g in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_checkpointed_attention_runs_again_as_it_ran_first() -> None:
+    def gradient(own) -> Tensor:
+        torch.manual_seed(0)
+        projection, x = nn.Linear(4, 12), normal(5, 6, 4).float()
+        attend = lambda x: F.scaled_dot_product_attention(*projection(x).unsqueeze(1).chunk(3, -1))
+        loss = lambda: own(attend, x).square().mean()
+        optimizer = NewtonKrylov(projection.parameters(), variance_reduction=VarianceReduction(None, loss, every=2))
+        optimizer.step(loss)
+        return projection.weight.grad
+
+    expected = gradient(lambda attend, x: attend(x))
+    torch.testing.assert_close(gradient(lambda attend, x: checkpoint(attend, x, use_reentrant=False)), expected)

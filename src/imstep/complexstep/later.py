@@ -25,16 +25,17 @@ class _Later(TorchFunctionMode):
 
     Args:
         whole: whether the gradients must hold what such calls add to ``.grad``, which they do not.
+        steers: see :func:`later_grad`.
     """
 
-    def __init__(self, whole: bool) -> None:
+    def __init__(self, whole: bool, steers: bool = True) -> None:
         super().__init__()
-        self._whole = whole
+        self._whole, self._steers = whole, steers
         self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in STEERED:
+        if self._steers and func in STEERED:
             return steer(func, args, kwargs, Ledger())
         if func in PASSES and func is not torch.autograd.grad:
             self._note([t for t in tree_leaves((args[:1], kwargs)) if isinstance(t, Tensor)])
@@ -69,6 +70,7 @@ def later_grad(
     weights: Sequence[Tensor] | None = None,
     keep: bool = True,
     whole: bool = False,
+    steered: bool = True,
 ) -> tuple[Any, ...]:
     """:func:`torch.autograd.grad` after the evaluation; None for an input that the outputs do not depend on.
 
@@ -77,12 +79,13 @@ def later_grad(
         keep: whether the graph is kept.
         whole: whether to refuse where a Function's own ``backward()`` adds to ``.grad`` what belongs to a gradient;
             else that is left out.
+        steered: whether the evaluation was one of an arithmetic, or :func:`as_evaluated`.
 
     Raises:
         ValueError: see ``whole``; a checkpoint allows one pass only.
     """
     try:
-        with plain_attention(), _Later(whole), in_sight_of(_Later):
+        with plain_attention(), _Later(whole, steered), in_sight_of(_Later):
             return grad(outputs, inputs, weights, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         if "selective activation checkpoint" in str(error):

@@ -59,13 +59,19 @@ class Residuals:
     whole: Tensor
     passes: int = 0
 
-    def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge]) -> tuple[Tensor | None, ...]:
-        """The gradient of uᵀρ with respect to ``inputs``, for a constant u (N,); the graph is kept."""
+    def pull_back(
+        self, cotangent: Tensor, inputs: Sequence[Tensor | GradientEdge], steered: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of uᵀρ with respect to ``inputs``, for a constant u (N,); the graph is kept.
+
+        Args:
+            steered: see :func:`~imstep.complexstep.later.later_grad`.
+        """
         self.passes += 1
         with unseen():
             parts = [cotangent[o.start : o.start + o.z.numel()].view(o.z.shape) * o.factor for o in self.outputs]
         outputs = [o.z for o in self.outputs]
-        return later_grad(outputs, inputs, parts, whole=True)
+        return later_grad(outputs, inputs, parts, whole=True, steered=steered)
 
     def pull_back_block(
         self, cotangents: Tensor, inputs: Sequence[Tensor | GradientEdge]

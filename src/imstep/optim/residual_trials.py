@@ -93,9 +93,10 @@ class ResidualTrials:
         (_, loss, state), tensors = self._there, self._parameters.tensors
         with self._frozen.as_in(state):
             if weighted is None:
-                return self._parameters.flatten(later_grad(loss, tensors, whole=True))
+                return self._parameters.flatten(later_grad(loss, tensors, whole=True, steered=False))
             residuals = require_residuals(loss)
-            return self._parameters.flatten(residuals.pull_back(weighted.cotangent(residuals.values), tensors))
+            cotangent = weighted.cotangent(residuals.values)
+            return self._parameters.flatten(residuals.pull_back(cotangent, tensors, steered=False))
 
     def finite_at(self, step: Tensor) -> bool:
         """Whether the gradient at w + d, where the residuals are, is finite; leaves the parameters there."""

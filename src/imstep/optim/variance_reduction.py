@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.gradients import gradients
+from imstep.complexstep.kernels import plain_attention
 from imstep.curvature.added import with_term
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector, as_reals
@@ -109,6 +111,8 @@ def _gradient(closure: Callable[[], Any], parameters: ParameterVector) -> list[T
     frozen = FrozenClosure(closure, parameters)
     try:
         loss = frozen.loss_with_graph(frozen.watch())
-        return list(torch.autograd.grad(loss, parameters.tensors, materialize_grads=True))
+        with plain_attention():  # as in the evaluation, for what a checkpoint runs again
+            found = gradients([loss], parameters.tensors)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.tensors, found, strict=True)]
     finally:
         frozen.undo()

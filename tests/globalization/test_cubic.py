@@ -48,6 +48,19 @@ def test_what_is_not_finite_is_cut_to_a_tenth():
     assert AdaptiveCubic().propose(state, MODEL) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("norm", [1e-95, 1e105, 1e200])
+@pytest.mark.parametrize("loss", [9.0, 9.4, 12.0, math.inf])
+def test_the_unit_of_the_step_does_not_matter(loss, norm):
+    """Its cube may leave the range of numbers."""
+    model = LineModel(loss=MODEL.loss, slope=MODEL.slope, curvature=MODEL.curvature, norm=norm)
+    search, trial = AdaptiveCubic(), Trial(1.0, loss)
+    found, expected = search.judge(SearchState(), model, trial), search.judge(SearchState(), MODEL, trial)
+    assert (found.accepted, found.reason) == (expected.accepted, expected.reason)
+    if norm < 1:  # else sigma is below all numbers
+        sigma = found.state.third_derivative * norm * norm * norm
+        assert sigma == pytest.approx(expected.state.third_derivative * MODEL.norm**3)
+
+
 def test_a_step_given_up_raises_sigma():
     assert AdaptiveCubic().reject(SearchState(third_derivative=2.0), MODEL, 1.0).third_derivative == 4.0
 

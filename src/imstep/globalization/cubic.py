@@ -67,22 +67,23 @@ class AdaptiveCubic(StepSearch):
 
     def judge(self, state: SearchState, model: LineModel, trial: Trial) -> Verdict:
         t, error = trial.step_length, model.taylor_error(trial)
-        cube = (t * model.norm) ** 3
+        length = t * model.norm  # of which no cube is formed, which could overflow or vanish
+        over_cube = lambda value: value / length / length / length
         if not math.isfinite(error):
             # The σ for which the minimiser along d is a tenth as long.
-            least = (-model.slope - model.curvature * t / 10) / (model.norm**3 * (t / 10) ** 2)
+            least = over_cube(-model.slope - model.curvature * t / 10) * t * 100
             raised = replace(state, third_derivative=max(self.factor * state.third_derivative, 2 * least))
             return Verdict(False, t / 10, -math.inf, error, raised, Reason.NON_FINITE)
-        promised = model.decrease(t) - state.third_derivative * cube / 6
+        promised = model.decrease(t) - state.third_derivative * length * length * length / 6
         rho = (model.decrease(t) - error) / promised if promised > 0 else math.nan
         if rho >= self.acceptance:
             sigma = state.third_derivative
             if rho > self.success:
                 sigma /= self.factor
             elif sigma == 0:
-                sigma = max(6 * error / cube, 0.0)
+                sigma = max(over_cube(6 * error), 0.0)
             return Verdict(True, t, rho, error, replace(state, third_derivative=sigma), Reason.ACCEPTED)
-        raised = replace(state, third_derivative=max(self.factor * state.third_derivative, 6 * error / cube))
+        raised = replace(state, third_derivative=max(self.factor * state.third_derivative, over_cube(6 * error)))
         shorter = min(max(_minimizer(raised, model), t / 10), t / 2)
         return Verdict(False, shorter, rho, error, raised, Reason.INSUFFICIENT_DECREASE)
 

@@ -1,10 +1,13 @@
 """For commands of which a test does not look at the page: without the drawing, which takes most of their time."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from imstep.runs import report, run_report, spectrum_report
+
+sys.path.insert(0, str(Path(__file__).parent))  # the folder's helpers can be imported
 
 
 @pytest.fixture

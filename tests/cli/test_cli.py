@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from cli_cases import imstep_command, refused
+from typer.testing import Result
 
 import imstep
-from imstep.cli import app, main
+from imstep.cli import main
 from imstep.runs.optimizers import METHODS, OPTIMIZERS
 from imstep.tasks import TASKS
 
 SMALL = ["--examples", "40", "--threads", "1"]
-
-
-def imstep_command(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
-
-
-def refused(*words: str) -> str:
-    """The error message of a command that must be refused."""
-    result = imstep_command(*words)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from cli_cases import imstep_command, output
 
 from imstep.cli import app
 from imstep.cli.options import complete_optimizer, complete_task
@@ -25,17 +25,6 @@ from .slope import SLOPE
 x = torch.linspace(-1, 1, 50)[:, None]
 task = ExampleTask("my line", "A line", "50 points.", lambda d: held_out(x, SLOPE * x), lambda: nn.Linear(1, 1), LOSS)
 """
-
-
-def imstep_command(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
-
-
-def output(*words: str, code: int = 0) -> str:
-    result = imstep_command(*words)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture

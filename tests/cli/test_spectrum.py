@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import imstep_command as command
+from cli_cases import refused
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from imstep import spectral
-from imstep.cli import app
 from imstep.runs import spectra
 from imstep.runs.watch import edge_of_stability
 from imstep.tasks import Problem, get_task
@@ -39,17 +39,6 @@ def program(tmp_path: Path) -> Path:
     file = tmp_path / "wave.py"
     file.write_text(PROGRAM)
     return file
-
-
-def command(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def refused(*words: object) -> str:
-    result = command(*words)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
 
 
 def record(out: Path) -> dict[str, Any]:

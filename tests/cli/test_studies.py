@@ -6,17 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from cli_cases import imstep_command
 
-from imstep.cli import app
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.studies import ComparisonRequest
 from imstep.tasks import TableOptions
-
-
-def imstep_command(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
-
 
 QUICK = ["--optimizers", "lbfgs,adam", "--budget", "12", "--examples", "30", "--threads", "1", "--no-tune"]
 

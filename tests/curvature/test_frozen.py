@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_cases import F64, normal
 from torch import Tensor, nn
 
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import FrozenClosure, Hessian, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
-
-F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
 
 X, Y = normal(8, 4), normal(8, 3, seed=1)
 

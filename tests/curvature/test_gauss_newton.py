@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_cases import F64, normal
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from imstep.curvature import FrozenClosure, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of
 
-F64 = torch.float64
 EXAMPLES, INPUTS, OUTPUTS = 6, 3, 4
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
 
 X = normal(EXAMPLES, INPUTS)
 Y = normal(EXAMPLES, OUTPUTS, seed=1)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_cases import F64, normal
 from torch import Tensor, nn
 
 from imstep.curvature import FrozenClosure, Hessian, ParameterVector
@@ -15,12 +16,6 @@ from imstep.curvature.hessian import gauss_newton_of, hessian_of
 from imstep.curvature.kronecker import KroneckerFactors
 from imstep.curvature.layers import LayerObserver
 from imstep.linalg import LinearOperator, RelativeResidual, conjugate_gradient
-
-F64 = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 @pytest.fixture(autouse=True)

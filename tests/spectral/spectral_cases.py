@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imstep.linalg import DenseOperator
+from tests.linalg.linalg_cases import Counted as CountedProducts
 
 F64 = torch.float64
 
@@ -23,20 +23,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class Counted(DenseOperator):
-    """A matrix that counts its products, a block of k as k."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__(matrix)
-        self.products = 0
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        self.products += 1
-        return super().matvec(vector)
-
-    def matmat(self, block: Tensor) -> Tensor:
-        self.products += block.shape[1]
-        return super().matmat(block)
+class Counted(CountedProducts):
+    """Which counts products with its transpose, too."""
 
     def rmatmat(self, block: Tensor) -> Tensor:
         self.products += block.shape[1]

@@ -35,7 +35,7 @@ def complete(name: str, about: Mapping[str, Any], runs: Mapping[str, Callable[[]
     made: dict[str, Row] = load(name)["runs"] if path.exists() else {}
     for key, run in runs.items():
         if key not in made:
-            made[key] = {k: _writable(v) for k, v in run().items()}
+            made[key] = {k: writable(v) for k, v in run().items()}
             ordered = {key: made[key] for key in runs if key in made}
             record = {"date": now(), "environment": environment(), **about, "runs": ordered}
             write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
@@ -48,7 +48,8 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _writable(value: Any) -> Any:
+def writable(value: Any) -> Any:
+    """A number of a row as JSON has it; text where it is not finite."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.gpu import checks, costs, stream, training
 from benchmarks.gpu.table import text_of
-from benchmarks.record_page import Row, load, now, path_of, show
+from benchmarks.record_page import Row, load, now, path_of, show, writable
 from imstep.runs.environment import environment
 from imstep.runs.files import write_json
 
@@ -105,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.section:
         for row in work(SECTIONS[options.section][0](torch.device(options.device), options.short)):
-            print(json.dumps({key: _writable(value) for key, value in row.items()}), flush=True)
+            print(json.dumps({key: writable(value) for key, value in row.items()}), flush=True)
         return
     if options.table:
         show(NAME, PAGE, text_of(load(NAME)))
@@ -124,10 +124,6 @@ def main() -> None:
     print(text_of(record))
     if path_of(NAME).exists() and not (options.only or options.short or options.device == "cpu"):
         show(NAME, PAGE, text_of(record))
-
-
-def _writable(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ forward pass alone is 1/3 (a backward pass does twice the matrix products of a f
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -102,7 +103,7 @@ class GradientStepper(Stepper):
         self._optimizer.zero_grad(set_to_none=True)
         loss = problem.closure(batch)()
         value = loss.item()
-        if not _finite(value):
+        if not math.isfinite(value):
             return StepResult(value, LOSS_COST, losses=1, status="non_finite")
         loss.backward()
         self._optimizer.step()
@@ -125,7 +126,7 @@ class LBFGSStepper(Stepper):
     """
 
     def __init__(self, optimizer: torch.optim.LBFGS, weight_decay: float = 0.0) -> None:
-        if not 0 <= weight_decay < float("inf"):
+        if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}.")
         self._optimizer, self._decay = optimizer, weight_decay
 
@@ -140,7 +141,7 @@ class LBFGSStepper(Stepper):
             nonlocal calls
             self._optimizer.zero_grad(set_to_none=True)
             loss = evaluate()
-            if calls == 0 and not _finite(loss.detach().item()):
+            if calls == 0 and not math.isfinite(loss.detach().item()):
                 # torch would go on and write nan into the parameters; its state is untouched up to here.
                 raise _NonFiniteStartError(loss.detach().item())
             calls += 1
@@ -234,7 +235,3 @@ class AveragedStepper(StepwiseStepper):
 
     def evaluating(self) -> AbstractContextManager[None]:
         return self._optimizer.averaged()
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0

@@ -48,8 +48,8 @@ def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: boo
     """The uses of parameters in what ``outputs`` are computed from.
 
     Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
-    ensemble), convolutions with one group, bilinear layers, tables that are looked up by indices, the scale and shift
-    of normalisations, and parameters that are added to, multiply or divide a larger tensor; so are the uses of what is
+    ensemble), convolutions, recurrent and bilinear layers, tables that are looked up by indices, the scale and shift of
+    normalisations, and parameters that are added to, multiply or divide a larger tensor; so are the uses of what is
     computed from parameters alone, and outputs that are parameters themselves. A batch of one row counts with
     ``lone``, where the parameter meets larger ones as well.
 

@@ -178,13 +178,9 @@ class ResidualAttempt(StepAttempt):
             there = place(step.coordinates)
             fine = 0 < step.promise <= _FINE * ground.rounding
             if self._stays(step, ground, there, record.damping, fine):
-                image = step.image if shift is None else step.image + ground.jacobian @ shift
-                share = self._pace.share(there)
-                excess = float(share.norm()) / self._pace.longest
-                share = share / excess if excess > 1 else share
-                as_it_is = self._pace.whole and excess <= 1
-                left = step.decrease if as_it_is else self._decrease_at(share, residuals)
+                share, left = self._share_of(step, there, residuals)
                 if left >= 0 or (fine and left >= -ground.rounding):
+                    image = step.image if shift is None else step.image + ground.jacobian @ shift
                     memory = replace(memory, damping=rule.after(damping, step.ratio, again=failures > 0))
                     return self._accept(record, memory, step, residuals, there, image, share, left)
                 step = replace(step, ratio=math.inf)
@@ -219,6 +215,15 @@ class ResidualAttempt(StepAttempt):
             gradient = gradient + self._penalty.factors * self._parameters.get()
         before, after = (self._free(g) for g in (self._judged, gradient))
         return ground.size(after, damping) <= _LOWER * ground.size(before, damping)
+
+    def _share_of(self, step: ChordStep, there: Tensor, residuals: Tensor) -> tuple[Tensor, float]:
+        """What is taken of a step d = ``there``, and by how much that lowers the loss; leaves the parameters there."""
+        share = self._pace.share(there)
+        excess = float(share.norm()) / self._pace.longest
+        if self._pace.whole and excess <= 1:
+            return share, step.decrease
+        share = share / excess if excess > 1 else share
+        return share, self._decrease_at(share, residuals)
 
     def _accept(
         self,

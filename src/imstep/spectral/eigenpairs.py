@@ -276,9 +276,7 @@ class _Search:
 def _certified(operator: LinearOperator, search: _Search, found: bool, state: dict[str, Any] | None) -> Eigenpairs:
     space, k = search.space, search.k
     if space.size < k:
-        nowhere = torch.full((k,), torch.nan, dtype=F64)
-        vectors = no_rows(operator).new_empty(k, operator.size).fill_(torch.nan)
-        return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), space.products, False, state)
+        return _nowhere(operator, k, space.products, state)
     # Pairs that are found come first in the basis; a Ritz vector might mix the last one with another of its eigenvalue.
     coordinates = torch.eye(space.size, dtype=F64) if found else search.wanted()[1]
     aim = search.tol * space.scale if found else math.inf
@@ -287,14 +285,18 @@ def _certified(operator: LinearOperator, search: _Search, found: bool, state: di
     return Eigenpairs(pairs.values, pairs.vectors.mT, residuals, space.products + spent, good, state)
 
 
+def _nowhere(operator: LinearOperator, k: int, products: int, state: dict[str, Any] | None = None) -> Eigenpairs:
+    """What is said where products are not finite."""
+    values, vectors = torch.full((k,), torch.nan, dtype=F64), no_rows(operator).new_empty(k, operator.size)
+    return Eigenpairs(values, vectors.fill_(torch.nan).mT, torch.full_like(values, torch.inf), products, False, state)
+
+
 def _by_all_products(operator: LinearOperator, k: int, which: str, tol: float) -> Eigenpairs:
     """From the matrix itself."""
     size = operator.size
     matrix = images(operator, torch.eye(size, dtype=operator.dtype, device=operator.device)).to(F64).cpu()
     if not bool(torch.isfinite(matrix).all()):
-        nowhere = torch.full((k,), torch.nan, dtype=F64)
-        vectors = no_rows(operator).new_empty(k, size).fill_(torch.nan)
-        return Eigenpairs(nowhere, vectors.mT, torch.full_like(nowhere, torch.inf), size, False)
+        return _nowhere(operator, k, size)
     values, vectors = torch.linalg.eigh(symmetric_part(matrix, operator.dtype))
     order = _KEYS[which](values).argsort(descending=True, stable=True)[:k]
     largest = float(values.abs().max())

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from imstep.tasks.base import DataNotFoundError, TaskError
-from imstep.tasks.examples import Batch
+from imstep.tasks.examples import Batch, Loader
 from imstep.tasks.idx import read_idx
 
-__all__ = ["Loader", "digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures", "reconstruction"]
-
-Loader = Callable[[Path | None], tuple[Batch, Batch]]
-"""Batches to train on and to hold out, from a folder of data."""
+__all__ = ["digits", "fashion_mnist", "find_fashion_mnist", "idx_pictures", "reconstruction"]
 
 DIGITS_HELDOUT = 297
 _FASHION_FILES = {

@@ -58,6 +58,10 @@ class Batch:
         return Batch(_cast(self.inputs, device, dtype), _cast(self.targets, device, dtype))
 
 
+Loader = Callable[[Path | None], tuple[Batch, Batch]]
+"""Batches to train on and to hold out, from a folder of data."""
+
+
 def held_out(inputs: Tensor, targets: Tensor, share: float = 0.2, *, seed: int = 0) -> tuple[Batch, Batch]:
     """(train, heldout): examples split at random, the same way for the same seed.
 
@@ -258,7 +262,7 @@ class ExampleTask(Task):
             gives them; None for none.
     """
 
-    load: Callable[[Path | None], tuple[Batch, Batch]]
+    load: Loader
     model: Callable[[], nn.Module]
     loss: Loss
     metric: Metric | None = None

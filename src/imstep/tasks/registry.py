@@ -13,9 +13,9 @@ from torch import nn
 
 from imstep.tasks.base import Task, TaskError
 from imstep.tasks.convection import convection_model, convection_points, uniform
-from imstep.tasks.data import Loader, digits, fashion_mnist, reconstruction
+from imstep.tasks.data import digits, fashion_mnist, reconstruction
 from imstep.tasks.equations import EQUATIONS
-from imstep.tasks.examples import ACCURACY, Batch, ExampleTask
+from imstep.tasks.examples import ACCURACY, Batch, ExampleTask, Loader
 from imstep.tasks.models import autoencoder, convolutional_classifier, mlp
 from imstep.tasks.own import is_program, load_program
 from imstep.tasks.suite import SUITE

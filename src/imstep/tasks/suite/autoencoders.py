@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from imstep.tasks.base import Metric
-from imstep.tasks.data import Loader, fashion_mnist, reconstruction
-from imstep.tasks.examples import Batch, ExampleTask
+from imstep.tasks.data import fashion_mnist, reconstruction
+from imstep.tasks.examples import Batch, ExampleTask, Loader
 from imstep.tasks.mnist import mnist
 
 __all__ = ["TASKS", "curves", "deep_autoencoder"]

@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from imstep.tasks.base import DataNotFoundError, Metric
-from imstep.tasks.examples import Batch, ExampleTask
+from imstep.tasks.examples import Batch, ExampleTask, Loader
 from imstep.tasks.models import mlp
 
 __all__ = ["TASKS", "LinearSystem", "StateSpace", "silverbox", "wiener_hammerstein"]
@@ -208,8 +208,8 @@ _OVER_NOISE = Metric(
 
 
 def _task(
-    name: str, title: str, description: str, load: Callable[[Path | None], tuple[Batch, Batch]],
-    model: Callable[[], nn.Module], start: Callable[[Any, Batch], None],
+    name: str, title: str, description: str, load: Loader, model: Callable[[], nn.Module],
+    start: Callable[[Any, Batch], None],
 ) -> ExampleTask:  # fmt: skip
     return ExampleTask(
         name, title, f"{description} Mean squared error; the noise leaves {NOISE**2:g}.", load, model, nn.MSELoss(),

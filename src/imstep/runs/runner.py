@@ -199,7 +199,7 @@ class Trainer:
         seconds = self.peers.of_first(self.seconds.now() - start)
         if self._points is not None and result.new_loss is not None:
             self._points.observe_losses(result.loss, result.new_loss)
-        self._non_finite = self._non_finite + 1 if result.loss - result.loss != 0.0 else 0
+        self._non_finite = 0 if math.isfinite(result.loss) else self._non_finite + 1
         # A mini-batch at its own minimum says nothing about the next one.
         self._converged = result.converged and self._batches_per_epoch == 1 and not self.problem.redrawn
         totals, statuses = self.totals, dict(self.totals.statuses)

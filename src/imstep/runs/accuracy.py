@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from imstep.runs.environment import environment
-from imstep.runs.subjects import NETWORKS, Network, Scalar, Subject
+from imstep.runs.subjects import NETWORKS, Scalar, Subject
 
 __all__ = [
     "METHODS",
@@ -177,26 +177,18 @@ def _curve_dict(curve: Curve) -> dict[str, object]:
     }
 
 
-def measure_accuracy(
-    *,
-    seed: int = 0,
-    networks: Iterable[Network] = NETWORKS,
-    methods: dict[str, Method] = METHODS,
-    progress: Callable[[str], None] = lambda _: None,
-) -> AccuracyResult:
+def measure_accuracy(*, seed: int = 0, progress: Callable[[str], None] = lambda _: None) -> AccuracyResult:
     """Every method on every network in float64 and float32 (about ten seconds).
 
     Args:
         seed: decides weights, data and directions.
-        networks: what is differentiated.
-        methods: name -> method; exchangeable for tests.
         progress: called with a line before each curve.
     """
     curves = []
-    for network in networks:
+    for network in NETWORKS:
         subject = network.subject(seed)
         for dtype in _DTYPES:
-            for name, method in methods.items():
+            for name, method in METHODS.items():
                 progress(f"{network.name}, {dtype}: {name}")
                 steps = steps_of(dtype)
                 curves.append(Curve(network.name, dtype, name, steps, measure(subject, method, dtype, steps)))

@@ -112,12 +112,10 @@ def style(theme: Theme) -> Any:
     }
 
 
-def save_png(make: Callable[[Theme], Figure], path: Path, theme: Theme = LIGHT) -> None:
-    """Draw and write a PNG on the theme's background, 160 dots per inch."""
-    with matplotlib.rc_context(style(theme)):
-        make(theme).savefig(
-            path, format="png", dpi=160, facecolor=theme.paper, bbox_inches="tight", pad_inches=0.2
-        )
+def save_png(make: Callable[[Theme], Figure], path: Path) -> None:
+    """Draw and write a PNG on a light background, 160 dots per inch."""
+    with matplotlib.rc_context(style(LIGHT)):
+        make(LIGHT).savefig(path, format="png", dpi=160, facecolor=LIGHT.paper, bbox_inches="tight", pad_inches=0.2)
 
 
 def svg(make: Callable[[Theme], Figure], name: str, title: str) -> str:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 import imstep
 from imstep.complexstep.tape import TapeChangedError
-from imstep.curvature import FrozenClosure, Hessian, ParameterVector
+from imstep.curvature import FrozenClosure, Hessian, Jacobian, ParameterVector
 from imstep.linalg import conjugate_gradient
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -187,6 +187,29 @@ def test_parameters_that_the_loss_ignores() -> None:
     H = Hessian(lambda: (used**2).sum(), [used, unused])
     assert H.to_dense().diagonal().tolist() == [2, 2, 2, 0, 0]
     assert H.gradient[3:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_row_for_padding_is_a_constant_where_it_is_looked_up(tied: bool) -> None:
+    table, head = nn.Embedding(6, 4, padding_idx=0).double(), nn.Linear(4, 6).double()
+    with torch.no_grad():
+        table.weight.copy_(normal(6, 4, seed=1))
+    head.weight = table.weight if tied else head.weight
+    words, labels = torch.tensor([[1, 2, 0], [3, 0, 0], [5, 4, 1]]), torch.tensor([2, 0, 4])
+    padding = table.weight[:1].detach().clone()
+
+    def loss(weight: Tensor, outputs: Tensor) -> Tensor:
+        rows = torch.cat([padding, weight[1:]])[words]
+        return F.cross_entropy(F.linear(rows.tanh().mean(1), outputs), labels)
+
+    modules = nn.ModuleList([table, head])
+    H = Hessian(lambda: F.cross_entropy(F.linear(table(words).tanh().mean(1), head.weight), labels), modules)
+    params = [table.weight] if tied else [table.weight, head.weight]
+    n = 24 * len(params)
+    expected = hessian_products(loss(table.weight, head.weight), params, torch.eye(n).double())
+    assert close(H.to_dense()[:n, :n], expected, 1e-12)
+    J = Jacobian(lambda: table(words).sin(), table)
+    assert close(J @ torch.eye(24).double(), (J.T @ torch.eye(36).double()).mT, 1e-12)
 
 
 def overwrite(model: nn.Sequential) -> None:

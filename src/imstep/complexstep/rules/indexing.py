@@ -29,6 +29,17 @@ register_linear(_at_places(jointly_linear("self")), aten.index_select.default)
 linear(aten._unsafe_index.Tensor, aten.masked_scatter_backward.default, aten.unfold_copy.default)
 register_linear(jointly_linear("self", scalar="fill"), aten._unsafe_masked_index.default)
 
+@rule(aten.embedding.default, family="linear", finite=exact)
+def embedding(w, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    """The row of padding is a constant where it is looked up, as it is to autograd, which gives it no gradient."""
+
+    def push(dw, *_):
+        rows = aten.embedding(dw, indices)
+        return rows if padding_idx < 0 else rows.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+
+    return aten.embedding(w, indices, padding_idx, scale_grad_by_freq, sparse), push
+
+
 # Writing over.
 register_linear(jointly_linear("self", scalar="value"), aten.masked_fill.Scalar, aten.scatter.value)
 register_linear(jointly_linear("self", scalar="value"), aten.index_fill.int_Scalar)

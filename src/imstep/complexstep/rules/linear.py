@@ -18,7 +18,7 @@ linear(aten.select_copy.int, aten.slice_copy.Tensor)
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum)
 linear(aten.gather, aten.take, aten.masked_select, aten.index.Tensor)
 linear(aten.tril, aten.triu, aten.diag_embed, aten.unfold_backward, aten.select_backward, aten.slice_backward)
-linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding, aten.embedding_dense_backward)
+linear(aten.diagonal_backward, aten.value_selecting_reduction_backward, aten.embedding_dense_backward)
 
 
 def _scaled(dx, factor):

@@ -70,7 +70,9 @@ def _group_norm(p: Operand) -> Found:
     def normal() -> Tensor:
         x = plain(node._saved_input).detach()
         grouped = x.reshape(node._saved_N, node._saved_group, -1)
-        return ((grouped - node._saved_result1[..., None]) * node._saved_result2[..., None]).view_as(x)
+        # Those of groups have derivatives of their own, other than those of layers.
+        mean, rate = (t.detach()[..., None] for t in (node._saved_result1, node._saved_result2))
+        return ((grouped - mean) * rate).view_as(x)
 
     return _scale_or_shift(p, _channels, normal)
 

@@ -85,6 +85,17 @@ def test_by_default_float32_may_leave_a_thousandth(with_spectrum, way):
         DenseOperator(matrix).inverse(damping=1e-3, rtol=1e-8) @ b
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [30, 200])
+def test_half_precision_claims_no_more_than_a_tenth(with_spectrum, way, dtype, size):
+    matrix, b = with_spectrum(torch.linspace(0.01, 1, size))[0].to(dtype), block(size, 3, dtype)
+    found = DenseOperator(matrix).inverse(damping=0.25).solve(b)
+    assert bool(found.converged.all())
+    assert float((found.solution.double() - solved(matrix, 0.25, b)).norm() / found.solution.double().norm()) < 0.1
+    hard = DenseOperator(matrix).inverse().solve(b)
+    assert bool((hard.residual_norms[hard.converged] <= 0.1).all())
+
+
 def test_certificates_are_true_residuals_and_products_are_counted(with_spectrum, way):
     A = Counted(with_spectrum(SPECTRA["definite"])[0])
     B, b = A.inverse(damping=0.1, rtol=1e-8), block(60, 4)

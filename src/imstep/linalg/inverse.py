@@ -30,6 +30,9 @@ _AIM = 1e-5
 _ROUNDING = 2.0**13
 """Units of rounding that a residual may have by default: 1e-3 in float32."""
 
+_COARSEST = 0.1
+"""The largest residual that is accepted by default: so many units of float16 or bfloat16 would be more than b."""
+
 _ROUNDS = 2
 """Corrections at most: the first takes away what rounding left, and a second that of the first."""
 
@@ -80,8 +83,9 @@ def inverse(
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"rtol, the largest relative residual of a product, lies in (0, 1), got {rtol}.")
     limit = min(10 * operator.size, 10_000) if max_iterations is None else max_iterations
-    # What is aimed at by default is more than float32 may reach; then a thousandth has to do.
-    accepted = max(_AIM, _ROUNDING * torch.finfo(operator.dtype).eps) if rtol is None else rtol
+    # What is aimed at by default is more than float32 may reach; then a thousandth has to do, and a tenth
+    # in half precision.
+    accepted = max(_AIM, min(_ROUNDING * torch.finfo(operator.dtype).eps, _COARSEST)) if rtol is None else rtol
     aim, direct = _AIM if rtol is None else rtol, operator.direct_solver(damping, rtol, limit)
     return InverseOperator(operator, damping, preconditioner, accepted, limit, aim=aim, direct=direct)
 
@@ -282,8 +286,10 @@ class _Decomposed(DirectSolver):
             return
         values, self._vectors = torch.linalg.eigh(symmetric_part(matrix, dtype))
         shifted = values + damping
-        # Eigenvalues that are rounding have no inverse; what they leave unsolved shows in the residual.
-        regular = shifted.abs() > len(matrix) * torch.finfo(dtype).eps * float(shifted.abs().max())
+        # Eigenvalues that are rounding have no inverse; what they leave unsolved shows in the residual. The root is for
+        # half precision, where as many units as there are rows would be all eigenvalues.
+        eps = torch.finfo(dtype).eps
+        regular = shifted.abs() > min(len(matrix) * eps, eps**0.5) * float(shifted.abs().max())
         self._inverses = torch.where(regular, 1 / shifted, 0.0)
         self._singular = not bool(regular.all())
 

@@ -120,3 +120,16 @@ def test_unusable_closures(budget: int | None) -> None:
         GaussNewton(lambda: (model(x), Y), model, lambda z, y: z - y, budget)
     with pytest.raises(ValueError, match=r"without a graph|none of the parameters"):
         GaussNewton(lambda: (model(x).detach(), Y), model, F.mse_loss, budget)
+    with pytest.raises(ValueError, match="does not depend on the parameters, and the loss does"):
+        GaussNewton(lambda: (x, Y), model, lambda z, y: F.mse_loss(model(z), y), budget)
+
+
+def test_outputs_in_an_object_are_seen_or_refused() -> None:
+    """As a distribution; a part of the Hessian stood for the matrix where no record was kept."""
+    model, x, params = network()
+    closure = lambda: (torch.distributions.Normal(model(x), 2.0), Y)
+    loss = lambda p, y: -p.log_prob(y).mean()
+    expected = dense_gauss_newton(model(x), params, lambda t: F.mse_loss(t, Y) / 8)
+    assert_dense(GaussNewton(closure, model, loss).to_dense(), expected)
+    with pytest.raises(TypeError, match=r"tuples, lists and dictionaries.*raise memory_budget"):
+        GaussNewton(closure, model, loss, 0)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.gauss_newton import LossSplit, gauss_newton, split_loss
-from imstep.complexstep.islands import plain
+from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import scalar
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
@@ -44,7 +45,8 @@ class GaussNewton(PointOperator):
         squares, exponentials, PyTorch's mean squared error, cross entropy, binary cross entropy, Huber or smooth L1
         losses of the outputs themselves, by sums, means and positive factors, and of terms linear in the outputs.
 
-    Raises: as for :class:`Hessian`; ``TypeError`` where the closure returned no pair.
+    Raises: as for :class:`Hessian`; ``TypeError`` where the closure returned no pair; ``ValueError`` where what it
+        returned does not depend on the parameters.
 
     Cost: as :class:`Hessian` to build; 4/3 of a gradient a product; beyond the memory budget about two gradients.
 
@@ -133,7 +135,29 @@ class LossOfOutputs:
         first = torch.autograd._get_sequence_nr()
         loss = self._loss(*arguments)
         self.nodes = range(first, torch.autograd._get_sequence_nr())
+        given = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(arguments))
+        if not given and isinstance(loss, Tensor) and loss.requires_grad and not self.sources(loss):
+            raise ValueError(
+                "what the closure returned does not depend on the parameters, and the loss does: it would count as "
+                "terms of the parameters alone, and the Gauss-Newton matrix be the Hessian. Let the closure run the "
+                "model and return (outputs, targets); the loss is a function of these."
+            )
         return loss
+
+    def sources(self, loss: Tensor) -> set[Any]:
+        """Nodes of autograd's graph that the loss of the last evaluation is computed from, parameters apart."""
+        with unseen(), _disable_current_modes():
+            waiting, seen, found = [plain(loss).grad_fn], set(), set()
+            while waiting:
+                node = waiting.pop()
+                if node is None or node in seen or node.name() == "torch::autograd::AccumulateGrad":
+                    continue
+                seen.add(node)
+                if node._sequence_nr() < self.nodes.start:
+                    found.add(node)
+                else:
+                    waiting += [parent for parent, _ in node.next_functions]
+        return found
 
 
 class BatchGaussNewton(BatchCurvature):
@@ -188,8 +212,14 @@ class BatchGaussNewton(BatchCurvature):
                     arithmetic.attach(p)
             # Another copy, so that the loss may overwrite it.
             given = [copies[id(t)].clone() if id(t) in copies else t for t in arguments]
+            known = {plain(t).grad_fn for t in given if isinstance(t, Tensor)}
             with self.frozen.user.surroundings.entered():
                 loss = scalar(self._model.loss(tree_unflatten(given, structure)))
+            if not self._model.sources(loss) <= known:
+                raise TypeError(
+                    "products without a record see the model's outputs in tuples, lists and dictionaries alone, and "
+                    "this loss reads others. Return outputs as such, or raise memory_budget."
+                )
             if self.frozen.user.look is not None and not directions:
                 self.frozen.user.look([loss])
             gradients = arithmetic.gradient(loss, [*copies.values(), *tensors])

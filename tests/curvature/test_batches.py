@@ -372,3 +372,41 @@ def test_lengths_that_contradict_each_other_are_refused():
         with pytest.raises(ValueError, match="none of the other tensors goes with that"):
             imstep.Hessian.over(batches, loss, model)
     assert imstep.Hessian.over([{"x": x, "t": table, "y": y} for x, y, _ in parts], loss, model).batches == 3
+
+
+def squares(z: torch.Tensor) -> torch.Tensor:
+    return (z - 1) ** 2
+
+
+SUMS = {
+    "squares": lambda z: squares(z).sum(),
+    "half of them": lambda z: 0.5 * squares(z).sum(),
+    "entries, then samples": lambda z: squares(z).sum(1).sum(),
+    "log-probabilities": lambda z: -torch.distributions.Normal(z, 1.0).log_prob(torch.ones_like(z)).sum(),
+    "an evidence bound": lambda z: F.mse_loss(z, z.detach() + 1, reduction="sum") - 0.5 * torch.sum(1 + z - z.exp()),
+}
+MEANS = {
+    "a quotient": lambda z: squares(z).sum() / len(z),
+    "a multiple": lambda z: (1 / len(z)) * squares(z).sum(),
+    "scaled residuals": lambda z: (((z - 1) / len(z) ** 0.5) ** 2).sum(),
+    "weights": lambda z: (squares(z) * torch.full((len(z), 1), 1 / len(z))).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_by_hand_are_not_averaged(name: str) -> None:
+    model = network()
+    batches = [torch.randn(4, 4, dtype=torch.float64) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"are sums .*SumOverBatches\(\)"):
+        imstep.Hessian.over(batches, lambda x: SUMS[name](model(x)), model)
+    imstep.Hessian.over(batches, lambda x: SUMS[name](model(x)), model, reduction=SumOverBatches())
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_by_hand_are_taken(name: str) -> None:
+    model = network()
+    batches = [torch.randn(n, 4, dtype=torch.float64) for n in (4, 4, 3)]
+    whole = imstep.Hessian(lambda: MEANS[name](model(torch.cat(batches))), model)
+    torch.testing.assert_close(
+        imstep.Hessian.over(batches, lambda x: MEANS[name](model(x)), model).to_dense(), whole.to_dense()
+    )

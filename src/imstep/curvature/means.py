@@ -24,7 +24,7 @@ class Means:
 
     A mean over labels divides by their number without the ignored ones, or by their class weights, a mean over what a
     mask leaves by its number. Only what is in proportion to the weights of batches adds up to a mean over all. What is
-    the same for both is taken for something else, as a mean over parameters.
+    the same for both is taken for something else, as a mean over parameters. A sum is told where it is plain.
 
     Args:
         reduction: gives the weights.
@@ -73,12 +73,14 @@ class Means:
         self._met, self._number = self._met if number == self._number else 0, number
         with unseen(), _disable_current_modes():
             nodes = [_behind_views(plain(t).grad_fn) for t in outputs]
-            if number and any(getattr(node, "_saved_reduction", None) == _SUM for node in nodes):
+            counts = list(_means_over(nodes))
+            if number and _is_sum(nodes, self._weights[number], by_hand=not counts):
                 raise ValueError(
-                    "the losses of batches are sums (reduction='sum'), and would be averaged. Pass "
-                    "reduction=SumOverBatches() to add them up."
+                    "the losses of batches are sums over samples (reduction='sum', or .sum()), and would be averaged. "
+                    "Pass reduction=SumOverBatches() to add them up; or reduction=MeanOverSamples(count=...), to weigh "
+                    "them by a number of samples all the same."
                 )
-            for count in _means_over(nodes):
+            for count in counts:
                 self._compare(count)
 
     def _compare(self, count: float) -> None:
@@ -122,6 +124,50 @@ def _means_over(nodes: list[Any]) -> Iterator[float]:
             yield count
         elif operator(node) in LINEAR:
             waiting += [parent for parent, _ in reversed(node.next_functions)]
+
+
+def _is_sum(nodes: list[Any], samples: float, by_hand: bool) -> bool:
+    """Whether a term of a loss is a sum over samples, and no mean written as a multiple of one.
+
+    Args:
+        nodes: that the loss is made of.
+        samples: of the batch.
+        by_hand: whether sums count that are no part of a loss of PyTorch's.
+    """
+    waiting = [(node, 1.0) for node in nodes]
+    while waiting:
+        node, multiple = waiting.pop()
+        name = operator(node)
+        plainly = by_hand and name == "Sum" and _of_samples(node, samples)
+        if plainly or getattr(node, "_saved_reduction", None) == _SUM:
+            if multiple * samples > 1 + 1e-6:
+                return True
+        elif name in ("Add", "Sub", "Neg", "Mul", *_VIEWS):
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            factor = _factor(node) if name == "Mul" else 1.0
+            waiting += [(parent, multiple * factor) for parent in parents if factor is not None]
+    return False
+
+
+def _of_samples(node: Any, samples: float) -> bool:
+    """Whether a sum is over what each sample has, without weights that might make it a mean."""
+    sizes, below = node._saved_self_sym_sizes, node.next_functions[0][0]
+    while (name := operator(below)) in ("Pow", "Neg", "Abs", "Sum", "Mul", *_VIEWS):
+        parents = below.next_functions
+        if name == "Mul" and (len(parents) == 1 or parents[0] != parents[1]):
+            return False
+        below = parents[0][0]
+    computed = below is not None and len(below.next_functions) > 0  # other than a parameter
+    return computed and name != "Div" and len(sizes) > 0 and sizes[0] == samples
+
+
+def _factor(node: Any) -> float | None:
+    """The size of the number that a product is a multiple by; None if it is another product."""
+    parents = [parent for parent, _ in node.next_functions]
+    if len(parents) > 1 and None not in parents:
+        return None
+    other = node._saved_self if parents[0] is None else node._saved_other
+    return abs(float(other)) if not isinstance(other, Tensor) or other.numel() == 1 else None
 
 
 def _count(node: Any) -> float | None:

@@ -201,6 +201,25 @@ def test_an_embedding_whose_rows_are_short_enough():
     assert torch.equal(table.weight, weight)
 
 
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_blocks_of_products_with_bags_are_batched(mode, padding, capfd):
+    """PyTorch falls back to a loop over directions for the kernels, with a warning on the terminal for each."""
+    bags = torch.nn.EmbeddingBag(5, 3, mode=mode, padding_idx=padding).double()
+    at, starts = torch.tensor([0, 1, 1, 3, 2, 1]), torch.tensor([0, 3, 3])
+    kept = torch.ones(6, dtype=torch.float64) if padding is None else (at != padding).double()
+    shares = torch.zeros(3, 6, dtype=torch.float64)
+    shares[0, :3], shares[2, 3:] = kept[:3], kept[3:]
+    if mode == "mean":
+        shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
+    loss = lambda y: (y.sum(1).exp() * y[:, 0]).sum()
+    w = bags.weight.detach().clone()
+    expected = torch.autograd.functional.hessian(lambda t: loss(shares @ t[at]), w).reshape(15, 15)
+    matrix = imstep.Hessian(lambda: loss(bags(at, starts)), bags).to_dense()
+    torch.testing.assert_close(matrix, expected)
+    assert "BatchedFallback" not in capfd.readouterr().err
+
+
 def test_nested_tensors_are_refused():
     rows = torch.randn(5, 3, dtype=torch.float64)
 

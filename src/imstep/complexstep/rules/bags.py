@@ -15,13 +15,33 @@ from imstep.complexstep.rules.forms import plus
 
 aten = torch.ops.aten
 
-_MAX = 2
+_MEAN, _MAX = 1, 2
+
+
+def _shares(indices, bag, bags, mode, s, padding):
+    """What each row counts in its bag, (N,)."""
+    kept = indices != padding
+    if mode == _MEAN:
+        counts = torch.zeros(bags, dtype=torch.long, device=bag.device).index_add(0, bag, kept.long())
+        return kept / counts.clamp(min=1)[bag]
+    return kept if s is None else kept * s
+
+
+def _bag_of(indices, offsets):
+    """The bag that each index is in, (N,); the kernel leaves it out where it can do without."""
+    places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, places, right=True).to(indices.dtype) - 1
 
 
 def _bag(op):
     def forward(w, indices, offsets, by_freq=False, mode=0, sparse=False, s=None, include_last=False, padding=-1):
-        arrangement = (indices, offsets, by_freq, mode, sparse)
-        outputs = op(w, *arrangement, s, include_last, padding)
+        outputs = op(w, indices, offsets, by_freq, mode, sparse, s, include_last, padding)
+
+        def total(table, s):
+            """By operators that blocks of directions are batched over, which the kernel is not."""
+            bag, bags = _bag_of(indices, offsets), len(outputs[0])
+            rows = table.index_select(0, indices) * _shares(indices, bag, bags, mode, s, padding).to(table)[:, None]
+            return rows.new_zeros(bags, table.shape[1]).index_add(0, bag, rows)
 
         def push(dw, _, __, ds):
             dy = None
@@ -29,9 +49,9 @@ def _bag(op):
                 filled = (outputs[2] > 0).unsqueeze(-1)
                 dy = dw.gather(0, outputs[3].clamp(min=0)) * filled
             elif dw is not None:
-                dy = op(dw, *arrangement, s, include_last, padding)[0]
+                dy = total(dw, s)
             if ds is not None:
-                dy = plus(dy, op(w, *arrangement, ds, include_last, padding)[0])
+                dy = plus(dy, total(w, ds))
             return dy, None, None, None
 
         return outputs, push
@@ -46,15 +66,21 @@ multilinear(aten._embedding_bag_per_sample_weights_backward.default, factors=(0,
 
 @rule(aten._embedding_bag_dense_backward.default, family="multilinear")
 def embedding_bag_backward(g, indices, bag, size, maxima, rows, by_freq, mode, s, padding=-1):
-    scatter = lambda g, s: aten._embedding_bag_dense_backward(
+    kernel = lambda g, s: aten._embedding_bag_dense_backward(
         g, indices, bag, size, maxima, rows, by_freq, mode, s, padding
     )
+
+    def scatter(g, s):
+        if mode == _MAX or by_freq:
+            return kernel(g, s)
+        shares = _shares(indices, bag, len(g), mode, s, padding).to(g)
+        return g.new_zeros(rows, g.shape[1]).index_add(0, indices, g.index_select(0, bag) * shares[:, None])
 
     def push(dg, _, __, ___, ____, ds):
         first = None if dg is None else scatter(dg, s)
         return first if ds is None else plus(first, scatter(g, ds))
 
-    return scatter(g, s), push
+    return kernel(g, s), push
 
 
 @defined_as(aten._embedding_bag_backward.default)
@@ -65,9 +91,8 @@ def embedding_bag_backward_of_any_layout(
         raise UnsupportedOperatorError(
             aten._embedding_bag_backward.default, "a sparse gradient carries no imaginary part.", "Use sparse=False."
         )
-    if bag.numel() == 0:  # the kernel leaves it out where it can do without
-        places = torch.arange(indices.numel(), device=indices.device, dtype=offsets.dtype)
-        bag = torch.searchsorted(offsets, places, right=True).to(indices.dtype) - 1
+    if bag.numel() == 0:
+        bag = _bag_of(indices, offsets)
     return aten._embedding_bag_dense_backward(g, indices, bag, size, maxima, rows, by_freq, mode, s, padding)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imstep import methods
 from imstep.curvature import ParameterVector
 from imstep.globalization import ContractionDamping, ExactEstimate, StrongWolfe, TaylorMonitor
 from imstep.linalg import (
@@ -287,6 +289,27 @@ def test_frozen_and_unused_parameters_do_not_decay() -> None:
         used = [p for p in model.parameters() if p.requires_grad]
         penalty = sum(0.25 * float(p.detach().square().sum()) for p in used)
         assert optimizer.last_step.new_penalty == pytest.approx(penalty)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(NewtonKrylov, preconditioning=NoPreconditioning()), LeastSquares, methods.gauss_newton]
+)
+def test_what_later_pieces_alone_depend_on_decays(make: Callable[..., Any]) -> None:
+    def run(pieces: bool) -> Tensor:
+        torch.manual_seed(0)
+        trunk = nn.Sequential(nn.Linear(3, 5), nn.Tanh()).to(F64)
+        first, second = nn.Linear(5, 2).to(F64), nn.Linear(5, 2).to(F64)
+        x = torch.randn(30, 3, dtype=F64)
+        parameters = [p for module in (trunk, first, second) for p in module.parameters()]
+        tasks = [partial(lambda head: (head(trunk(x)) - x[:, :2].sin()).square().mean(), h) for h in (first, second)]
+        optimizer = make(parameters, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.step(tasks if pieces else lambda: tasks[0]() + tasks[1]())
+        penalty = 0.05 * float(sum(p.detach().square().sum() for p in parameters))
+        assert optimizer.last_step.new_penalty == pytest.approx(penalty, rel=1e-12)
+        return torch.cat([p.detach().flatten() for p in parameters])
+
+    torch.testing.assert_close(run(pieces=True), run(pieces=False), rtol=1e-7, atol=1e-9)
 
 
 def test_entries_that_hooks_hold_do_not_decay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -49,7 +50,7 @@ class Piece:
 class FrozenPieces:
     """f = Σ w_k f_k over the pieces of a batch, evaluated one after the other; the counterpart of `FrozenClosure`.
 
-    A penalty is added by the first piece, divided by its weight.
+    A penalty is added to the sum, on the parameters that some piece depends on.
 
     Each piece is evaluated on the random numbers and buffers that the pieces before it have left in the first
     evaluation, so that f is one function.
@@ -70,7 +71,7 @@ class FrozenPieces:
         room: int | None,
     ) -> None:
         self._given, self._parameters, self._stale, self._room = list(pieces), parameters, stale, room
-        self._penalty = penalty
+        self.penalty, self._settled = penalty, False
         self._frozen: list[FrozenClosure] = []
         self._repeats, self._doubted = 0, False
 
@@ -84,33 +85,42 @@ class FrozenPieces:
         records: list[Linearisation | None] = []
         convex: list[bool] = []
         for piece, frozen in self.each():
-            at = replace(frozen.linearise(), penalty=None)
+            at = frozen.linearise()
             total.add(piece.weight, at.loss, at.gradient)
             convex.append(at.convex)
             fits = at.tape.nbytes <= room
             room -= at.tape.nbytes if fits else 0
             records.append(at if fits else None)
             del at  # before the next piece takes its place
-        loss, gradient = total.terms
+        loss, gradient = self._penalised(*total.terms)
         return JointLinearisation(loss, gradient, self, tuple(records), all(convex), self.penalty)
 
     def watched_gradient(self) -> tuple[Tensor, Tensor]:
         """As :meth:`gradient`, for a first evaluation without a record."""
-        loss, gradient = self._total(FrozenClosure.watched_gradient)
-        return loss, gradient
+        return self._penalised(*self._total(FrozenClosure.watched_gradient))
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Loss (0-dim) and gradient (n,) at the current parameters."""
-        loss, gradient = self._total(FrozenClosure.gradient)
-        return loss, gradient
+        return self._penalised(*self._total(FrozenClosure.gradient))
 
     def loss(self) -> Tensor:
         """The loss alone (0-dim) at the current parameters."""
-        return self._total(lambda frozen: (frozen.loss(),))[0]
+        loss = self._total(lambda frozen: (frozen.loss(),))[0]
+        return loss if self.penalty is None else loss + self.penalty.value(self._parameters.get())
 
     def product(self, direction: Tensor) -> Tensor:
         """The Hessian product with ``direction`` (n,), by an evaluation of its own."""
-        return self._total(lambda frozen: (frozen.product(direction),))[0]
+        product = self._total(lambda frozen: (frozen.product(direction),))[0]
+        return product if self.penalty is None else product.addcmul_(self.penalty.factors, direction)
+
+    def _penalised(self, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of the sum and the penalty together."""
+        if self.penalty is not None and not self._settled:
+            self.take_penalty(self.penalty.within(self.used, self.hook_factors))
+        if self.penalty is None:
+            return loss, gradient
+        w = self._parameters.get()
+        return loss + self.penalty.value(w), gradient.addcmul_(self.penalty.factors, w)
 
     def _total(self, evaluate: Callable[[FrozenClosure], tuple[Tensor, ...]]) -> list[Tensor]:
         total = _Sum()
@@ -125,8 +135,7 @@ class FrozenPieces:
             self._rewind()
         for number, piece in enumerate(self._given):
             if not again:  # not before its turn: it begins where random numbers are now
-                penalty = None if number or self._penalty is None else self._penalty.times(1 / piece.weight)
-                self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale, penalty))
+                self._frozen.append(FrozenClosure(piece.closure, self._parameters, self._stale))
                 self._frozen[-1].user.look = piece.look
                 if self._doubted:
                     self._frozen[-1].doubt()
@@ -149,22 +158,16 @@ class FrozenPieces:
         """The record of a piece once more."""
         self._repeats += 1
         number = next(at for at, other in enumerate(self._frozen) if other is frozen)
-        return replace(frozen.linearise(observer, keep_graph=graph), penalty=None, piece=number)
+        return replace(frozen.linearise(observer, keep_graph=graph), piece=number)
 
     @property
     def repeated(self) -> int:
         """Evaluations made anew for products or for a preconditioner, in batches, rounded up."""
         return -(-self._repeats // len(self._given))
 
-    @property
-    def penalty(self) -> Penalty | None:
-        """What is added to the loss; after the first evaluation without the parameters that have no gradient."""
-        first = self._frozen[0].penalty if self._frozen else None
-        return self._penalty if first is None else first.times(self._given[0].weight)
-
     def take_penalty(self, penalty: Penalty) -> None:
         """Add another penalty from now on, as it is."""
-        self._frozen[0].take_penalty(penalty.times(1 / self._given[0].weight))
+        self.penalty, self._settled = penalty, True
 
     # --- what the first evaluation has shown --------------------------------------------------------------------
 
@@ -183,7 +186,8 @@ class FrozenPieces:
     @property
     def hook_factors(self) -> Tensor | None:
         """(n,), by which hooks on parameters multiply the gradient; None where they change nothing."""
-        return self._frozen[0].hook_factors
+        found = [f for frozen in self._frozen if (f := frozen.hook_factors) is not None]
+        return functools.reduce(torch.mul, found) if found else None
 
     # --- the same state for every evaluation --------------------------------------------------------------------
 

@@ -131,7 +131,10 @@ class UserClosure:
         hooks = HookWatch(self._parameters.tensors)
         with hooks.watching():
             yield
-        factors = hooks.factors()
+        self.take_hooks(hooks.factors())
+
+    def take_hooks(self, factors: Sequence[Tensor | None] | None) -> None:
+        """Keep what a first backward pass has shown of hooks, by parameter, as :attr:`hook_factors`."""
         if factors is not None:
             whole = zip(factors, self._parameters.tensors, strict=True)
             self.hook_factors = self._parameters.flatten([torch.ones_like(p) if f is None else f for f, p in whole])

@@ -264,7 +264,8 @@ class ResidualJacobian(JacobianRows):
         self.course = evaluation.course
         self.eps = coarsest_eps([evaluation.loss, *tensors, *(o.z for o in residuals.outputs)])
         self.used = [part is not None for part in parts]
-        self.hooked = check is not None and check.hooked
+        frozen.user.take_hooks(None if check is None else check.masks)
+        self.hooked = frozen.hook_factors is not None
         super().__init__(parts, parameters.sizes, len(residuals.values), parameters.device)
 
     def weighted(self, weights: Tensor) -> ResidualJacobian:

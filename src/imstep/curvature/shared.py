@@ -46,6 +46,7 @@ class SharedBatch:
         self._parameters, self.processes = parameters, parameters.processes
         self.penalty = penalty
         self.returned: Tensor | None = None
+        self.used: list[bool] = []
         self._begun = False
 
     hook_factors = None
@@ -153,6 +154,7 @@ class SharedBatch:
 
         Each process then adds its share of it to what it evaluates, unless vectors are sharded.
         """
+        self.used = self.used or list(used)
         if self.penalty is not None and not self._begun:
             self.penalty = self.penalty.within(used, None)
             if self.own is not None and self.penalty_apart is None:

@@ -61,12 +61,13 @@ class Check:
     Attributes:
         factors: (N,).
         exact: Jᵀ times them, by parameter.
-        hooked: whether hooks of users have set entries of that to zero.
+        masks: by parameter, zeros for the entries of that which hooks of users have set to zero, None for none; None
+            where there is none at all.
     """
 
     factors: Tensor
     exact: Sequence[Tensor | None]
-    hooked: bool = False
+    masks: Sequence[Tensor | None] | None = None
 
     @classmethod
     def of(
@@ -92,7 +93,7 @@ class Check:
         for factor in masks or []:
             if factor is not None:
                 mask_of(factor)
-        return cls(factors, exact, hooked=masks is not None)
+        return cls(factors, exact, masks)
 
     def wrong(self, parts: Sequence[GradientRows | None], addends: Sequence[Sequence[Owned]] = ()) -> list[int]:
         """The parameters whose rows, times the factors, do not add up to what autograd says.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from imstep.curvature.deferred import DeferredLinearisation
-from imstep.curvature.hooks import mask_of
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.operators import SymmetricOperator
 from imstep.curvature.parameters import ParameterVector
@@ -162,13 +161,8 @@ class Attempt(StepAttempt):
         self.point = replace(self.point, penalty=self._frozen.penalty)
         return self._opened(Cost(gradients=1, linearisations=1), radius)
 
-    def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
-        factors = self._frozen.hook_factors
-        self._mask = None if factors is None else mask_of(factors)
-        return super()._opened(cost, radius)
-
     def _held(self, operator: LinearOperator | None) -> LinearOperator | None:
-        """It, without the entries that hooks hold fixed."""
+        """It, without the entries that are held fixed."""
         return None if operator is None else masked(operator, self._mask)
 
     def _needs_no_record(self) -> bool:
@@ -246,8 +240,9 @@ class Attempt(StepAttempt):
                 partial(third_derivative_along, self._part or self._frozen, self._parameters),
                 setting.model,
                 memory.steps,
+                self._mask,
             )
-            direction = self._solved(system)
+            direction = self._within(self._solved(system))
             if not direction.status.disturbing:
                 break
         tried = len(setting.candidates) > 1

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.fully_sharded import refuse_sharded
-from imstep.curvature.hooks import mask_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.penalty import Penalty
 from imstep.curvature.processes import Processes
@@ -100,9 +99,8 @@ class FixedRateAttempt(StepAttempt):
     def _moved(self, record: StepRecord, step: Tensor) -> StepRecord:
         """Go against ``step`` as far as learning rates say."""
         taken = -self._pace.share(step)
-        factors = self._frozen.hook_factors
-        if factors is not None and (mask := mask_of(factors)) is not None:
-            taken = mask * taken
+        if self._mask is not None:
+            taken = self._mask * taken
         norm = float(taken.norm())
         if not math.isfinite(norm):
             return replace(record, outcome=StepOutcome.REJECTED)

@@ -22,6 +22,10 @@ class MaskedOperator(LinearOperator):
     def matvec(self, vector: Tensor) -> Tensor:
         return self._mask * self._operator.matvec(self._mask * vector)
 
+    def matmat(self, block: Tensor) -> Tensor:
+        mask = self._mask[:, None]
+        return mask * self._operator.matmat(mask * block)
+
 
 def masked(operator: LinearOperator, mask: Tensor | None) -> LinearOperator:
     """M A M; A itself without a mask."""

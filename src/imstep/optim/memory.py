@@ -171,6 +171,13 @@ class Memory:
             return replace(self, probe_in=0, probe_wait=1)
         return replace(self, probe_in=self.probe_wait, probe_wait=min(2 * self.probe_wait, LONGEST_WAIT))
 
+    def within(self, mask: Tensor | None) -> Memory:
+        """Without what earlier steps have left of the entries that are held fixed now: zeros of ``mask`` (n,)."""
+        if mask is None:
+            return self
+        move, rows = (None if v is None else mask * v for v in (self.last_move, self.earlier))
+        return replace(self, last_move=move, earlier=rows)
+
     def held(self, own: Callable[[Tensor], Tensor]) -> Memory:
         """With vectors as ``own`` keeps those that are the same in all processes."""
         vectors: dict[str, Any] = {name: own(v) for name, v in vars(self).items() if isinstance(v, Tensor)}

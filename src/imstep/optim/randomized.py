@@ -41,5 +41,6 @@ class RandomSubspace(Solver):
         generator = torch.Generator(device=rhs.device).manual_seed(1_000_003 * self.seed + system.step)
         shape = operator.size, min(self.dimension, operator.size)
         sketch = torch.randn(shape, generator=generator, dtype=rhs.dtype, device=rhs.device)
+        sketch = sketch if system.mask is None else system.mask[:, None] * sketch
         result = sketched_newton(operator, rhs, sketch, damping=system.damping, indefinite=self.indefinite)
         return descent(operator, system.gradient, result)

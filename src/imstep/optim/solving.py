@@ -30,6 +30,7 @@ from imstep.linalg import (
 )
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.direction import Direction, descent
+from imstep.optim.masked import masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class NewtonSystem:
         third_derivative: (u, v) -> D³f[u, v, ·], (n,) each, of the loss that the curvature is taken from.
         model: B ≈ A that the preconditioner has learnt, for solvers that work on it in place of A; or None.
         step: the number of the step, from 0.
+        mask: zeros for the entries (n,) that are held fixed, as in g and P; None where none is.
     """
 
     operator: LinearOperator
@@ -67,6 +69,7 @@ class NewtonSystem:
     third_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
     model: LinearOperator | None = None
     step: int = 0
+    mask: Tensor | None = None
 
 
 class Solver(ABC):
@@ -278,7 +281,7 @@ class Direct(Solver):
             raise ValueError(f"limit, the largest number of parameters, is at least 1, got {self.limit}.")
 
     def solve(self, system: NewtonSystem) -> Direction:
-        operator, rhs, damping = system.operator, -system.gradient, system.damping
+        operator, rhs, damping = masked(system.operator, system.mask), -system.gradient, system.damping
         if operator.size > self.limit:
             raise ValueError(
                 f"Direct() forms the curvature matrix itself, by a product for each parameter, and there are "

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from imstep.curvature.held import free_entries
 from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
@@ -43,7 +44,7 @@ class StepAttempt(ABC):
         self._memory, self._parameters, self._frozen, self._pace = memory, parameters, frozen, pace or Pace()
         self._snapshot = self._found = parameters.snapshot()
         self._keep = False
-        self._mask: Tensor | None = None  # zeros for the entries that hooks hold fixed, (n,)
+        self._mask: Tensor | None = None  # zeros for the entries that are held fixed, (n,)
 
     @abstractmethod
     def run(self) -> tuple[StepRecord, Memory]:
@@ -89,6 +90,8 @@ class StepAttempt(ABC):
 
     def _opened(self, cost: Cost, radius: float = math.nan) -> StepRecord:
         """The record of a step that has evaluated its start."""
+        self._mask = free_entries(self._frozen, self._parameters)
+        self._memory = self._memory.within(self._mask)
         loss, gradient = self.start
         value = float(loss)
         return StepRecord(
@@ -133,6 +136,10 @@ class StepAttempt(ABC):
         return all(bool(t.isfinite().all()) for t in self._frozen.gradient())
 
     # --- along a direction --------------------------------------------------------------------------------------
+
+    def _within(self, direction: Direction) -> Direction:
+        """It, without what rounding has left of the entries that are held fixed."""
+        return direction if self._mask is None else replace(direction, vector=self._mask * direction.vector)
 
     def _line(self, direction: Direction) -> LineModel:
         loss = self.start[0]
@@ -198,9 +205,7 @@ class StepAttempt(ABC):
     def _escape(self, record: StepRecord, memory: Memory, escape: Escape | None) -> tuple[StepRecord, Memory]:
         """Leave, if the loss falls measurably: curvature whose promise drowns in rounding is none."""
         if escape is not None:
-            direction, size = escape.direction, float(self._parameters.get().norm())
-            if self._mask is not None:  # rounding may have left traces
-                direction = replace(direction, vector=self._mask * direction.vector)
+            direction, size = self._within(escape.direction), float(self._parameters.get().norm())
             model = self._line(direction)
             # What rounding makes of the loss where x is rounded comes on top of the rounding of the loss itself.
             blur = torch.finfo(self.start[0].dtype).eps * size

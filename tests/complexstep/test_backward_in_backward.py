@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -265,6 +267,29 @@ def test_saved_tensors_elsewhere(hooks):
             return (module.plain(x) - target).pow(2).mean()
 
     _agree(loss, lambda: (module.plain(x) - target).pow(2).mean(), module)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("method", [imstep.NewtonKrylov, imstep.LeastSquares, imstep.methods.natural_gradient])
+@pytest.mark.parametrize("hooks", [lambda: saved_tensors_hooks(_save, torch.Tensor.detach), save_on_cpu])
+def test_steps_with_saved_tensors_elsewhere(hooks, method, around):
+    """Graphs are gone through again after the evaluation, as for Kronecker factors."""
+    results = []
+    for kind in (nullcontext, hooks):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        x, target = torch.randn(9, 3, dtype=D), torch.randn(9, 2, dtype=D)
+        optimizer = method(module.parameters())
+
+        def loss(kind=kind, module=module, x=x, target=target):
+            with nullcontext() if around else kind():
+                return (module(x) - target).square().mean()
+
+        for _ in range(3):
+            with kind() if around else nullcontext():
+                optimizer.step(loss)
+        results.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("unpack", [torch.from_numpy, torch.tensor])

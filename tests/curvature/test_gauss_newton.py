@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from curvature_cases import F64, normal
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -202,6 +203,18 @@ def test_checkpointed_model() -> None:
     plain = case(LOSSES["cross entropy"], model)
     again = lambda: F.cross_entropy(checkpoint(model, X, use_reentrant=False), LABELS)
     assert_dense(products(again, model), plain.dense())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_copies_of_what_autograd_saves(name: str) -> None:
+    """As ``save_on_cpu()`` makes them on a GPU."""
+    c = case(LOSSES[name])
+
+    def closure() -> Tensor:
+        with saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+            return c.closure()
+
+    assert_dense(products(closure, c.model), c.dense())
 
 
 def test_two_models_share_a_loss() -> None:

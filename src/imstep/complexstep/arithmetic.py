@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from imstep.complexstep.dispatch import Dispatch
 from imstep.complexstep.errors import COLD, MOVED, UnsupportedOperatorError
@@ -89,10 +89,12 @@ class Arithmetic:
             stack.enter_context(self._dispatch)
             stack.enter_context(self._islands)
             self._stack = stack.pop_all()
+        self._plane.open = True
         self.ledger.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self._plane.open = False
         self.ledger.stop()
         self._stack.close()
         torch.clear_autocast_cache()

@@ -112,7 +112,8 @@ def split_loss(tape: Tape, loss: Reference | None) -> LossSplit | None:
     of_loss: dict[int, bool] = {}
     for step, is_inner in zip(tape.steps, inner, strict=True):
         if not step.backward:
-            of_loss.setdefault(step.node, not is_inner)
+            # Hooks on what autograd saves may copy it, in the name of the node that saves it.
+            of_loss[step.node] = of_loss.get(step.node, True) and not is_inner
     return LossSplit(losses, frozenset(node for node, outer in of_loss.items() if outer))
 
 

@@ -26,7 +26,7 @@ def checked_hooks(plane: Plane) -> AbstractContextManager[Any]:
 
     def unpacked(held: tuple[bool, Any]) -> Tensor:
         t: Tensor = unpack(held[1])
-        if held[0] and plane.find(t) is None:
+        if held[0] and plane.open and plane.find(t) is None:  # later passes through the graph want values alone
             raise UnsupportedOperatorError(
                 "saved_tensors_hooks",
                 "what the hooks return for a tensor that is being differentiated comes from outside PyTorch, without "

@@ -148,6 +148,7 @@ class Plane:
         number = next(_points)
         self._key, self._constant = f"_imstep_imaginary_{number}", f"_imstep_constant_{number}"
         self._copies = f"_imstep_copies_{number}"
+        self.open = False  # whether its evaluation is under way
 
     def find(self, t: Tensor) -> Any:
         """What is attached to the storage of ``t``, whole; None where there is nothing."""

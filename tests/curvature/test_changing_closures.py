@@ -36,6 +36,31 @@ def test_codes_that_move_by_themselves_move_once_a_step() -> None:
     torch.testing.assert_close(model.codes.detach(), expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, methods.lbfgs, methods.soap, LeastSquares])
+def test_a_teacher_that_moves_by_its_data_moves_once_a_step(make: Any) -> None:
+    """As published programs of momentum contrast write it; at first it is the student, and nothing is seen of it."""
+    student, teacher = nn.Linear(4, 3).double(), nn.Linear(4, 3).double().requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            for q, k in zip(student.parameters(), teacher.parameters(), strict=True):
+                k.data = k.data * 0.9 + q.data * 0.1
+            target = teacher(X)
+        return F.mse_loss(student(X), Y) + F.mse_loss(student(X), target)
+
+    optimizer = make(student.parameters())
+    expected = [p.clone() for p in teacher.parameters()]
+    for _ in range(10):
+        before = expected
+        expected = [0.9 * k + 0.1 * q.detach() for k, q in zip(before, student.parameters(), strict=True)]
+        loss = F.mse_loss(student(X), Y) + F.mse_loss(student(X), F.linear(X, *expected))
+        assert float(optimizer.step(closure)) == pytest.approx(float(loss), rel=1e-12)
+        expected = expected if optimizer.last_step.accepted else before
+        for k, e in zip(teacher.parameters(), expected, strict=True):
+            torch.testing.assert_close(k.detach(), e, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("first", ["linearise", "watch"])
 def test_a_sum_that_begins_in_the_closure_is_none_of_the_model_s(first: str) -> None:
     model = nn.Linear(4, 3).double()

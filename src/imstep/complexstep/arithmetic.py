@@ -61,7 +61,7 @@ class Arithmetic:
         self,
         h: float | None = None,
         tape: Tape | None = None,
-        before_write: Callable[[Tensor | Generator], None] | None = None,
+        before_write: Callable[..., None] | None = None,
         keep_graph: bool = False,
         witness: Callable[..., None] | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class Arithmetic:
         self.ledger = Ledger()
         self._plane = Plane()
         self._tape, self._before_write, self._keep_graph = tape, before_write, keep_graph
-        self._islands = Islands(self._plane, self.ledger, keep_graph)
+        self._islands = Islands(self._plane, self.ledger, keep_graph, before_write)
         self._dispatch = Dispatch(self._plane, self._islands, self.ledger, h, tape, before_write, witness)
         self._islands.at_last = WeakMethod(self._dispatch.begin_last)  # a cycle would keep tapes alive
         self._inputs: list[tuple[Tensor, torch.UntypedStorage]] = []  # and the memory in which each is

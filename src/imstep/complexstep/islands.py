@@ -62,9 +62,15 @@ def plain(t: Tensor) -> Tensor:
 class Islands(TorchFunctionMode):
     """Watches Python-level calls for cuts of the graph and steers around kernels without a derivative."""
 
-    def __init__(self, plane: Plane, ledger: Ledger, keep_graph: bool = False) -> None:
+    def __init__(
+        self,
+        plane: Plane,
+        ledger: Ledger,
+        keep_graph: bool = False,
+        before_write: Callable[..., None] | None = None,
+    ) -> None:
         super().__init__()
-        self._plane, self._ledger, self._keep_graph = plane, ledger, keep_graph
+        self._plane, self._ledger, self._keep_graph, self._before_write = plane, ledger, keep_graph, before_write
         self._cut, self._task = False, -1  # whether code is in an island, and in which of autograd's passes
         self._before = False, -1
         self._contexts: list[tuple[bool, int]] = []
@@ -206,6 +212,8 @@ class Islands(TorchFunctionMode):
 
     def _set_data(self, t: Tensor, data: Tensor) -> None:
         live = not is_lazy(t) and self._plane.find(t) is not None
+        if self._before_write is not None:
+            self._before_write(t, moved=True)
         t.data = data
         if live and self._plane.find(t) is None:
             raise UnsupportedOperatorError("Tensor.data = ...", *MOVED)

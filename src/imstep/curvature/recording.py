@@ -10,7 +10,7 @@ Where code may look at a number that depends on the parameters and go another wa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -35,6 +35,8 @@ _LOOKS = {
     *(Tensor.storage, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.register_hook),
 }
 """Ways to the memory of a tensor that lead past the operators; a number that is read is an operator."""
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 _LIBRARIES = ("aten", "prims")
 """Whose operators are functions of their arguments."""
@@ -268,15 +270,23 @@ class Recording:
 
 
 class Looking(TorchFunctionMode):
-    """Notes in a recording that code may have looked at numbers past the operators; refuses passes that are wrong."""
+    """Notes in a recording that code may have looked at numbers past the operators; refuses passes that are wrong.
 
-    def __init__(self, recording: Recording) -> None:
+    Args:
+        recording: where to note it.
+        moved: told of each tensor before it is given other memory.
+    """
+
+    def __init__(self, recording: Recording, moved: Callable[[Tensor], None] = lambda t: None) -> None:
         super().__init__()
-        self._recording = recording
+        self._recording, self._moved = recording, moved
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOOKS:
             self._recording.unfit = f"{func.__name__} leads past the operators"
+        elif func == _SET_DATA:
+            self._recording.unfit = "a tensor is given other memory"
+            self._moved(args[0])
         elif func in PASSES and runs_functions(tensors_in([*args[:1], *(kwargs or {}).values()])):
             self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
         wrong = refusal(func, args, kwargs or {}) if func in PASSES or func in NORMS else None

@@ -121,6 +121,21 @@ class _Attribute:
         self._tensors[self._name] = t
 
 
+class _Data:
+    """A tensor that is given other memory, as by ``t.data = ...``."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._tensor = t
+
+    def read(self) -> Tensor:
+        """A tensor in the memory that it has."""
+        return self._tensor.data
+
+    def write(self, t: Tensor) -> None:
+        """Give it the memory of ``t``."""
+        self._tensor.data = t
+
+
 class _Stream:
     """A generator of the user's."""
 
@@ -136,7 +151,7 @@ class _Stream:
         self._generator.set_state(state)
 
 
-_Place: TypeAlias = _Memory | _Attribute | _Stream
+_Place: TypeAlias = _Memory | _Attribute | _Data | _Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,14 +185,24 @@ class Writes:
         self._tapes: list[WeakSet[Tape]] = []
         self._written: dict[int, tuple[Tensor, int]] = {}  # tensors that memory is overwritten through, and versions
 
-    def before(self, t: Tensor | torch.Generator) -> None:
-        """Note a generator, or the whole storage of a tensor, that is about to change, unless it is known."""
+    def before(self, t: Tensor | torch.Generator, moved: bool = False) -> None:
+        """Note a generator, or the whole storage of a tensor, that is about to change, unless it is known.
+
+        Args:
+            moved: whether a tensor is about to be given other memory, in place of other contents.
+        """
         if isinstance(t, torch.Generator):
             if id(t) not in self._before:
                 self._note(id(t), _Stream(t))
             return
+        if moved and (is_lazy(t) or t.layout is not torch.strided or not t.is_leaf):
+            return
         key = t.untyped_storage()._cdata
         if key in self._parameters:
+            return
+        if moved:
+            if id(t) not in self._before:
+                self._note(id(t), _Data(t))
             return
         if key not in self._before:
             self._note(key, _Memory(t))
@@ -316,6 +341,10 @@ class WriteWatch(TorchDispatchMode):
         if self._recording is not None:
             self._recording.note(func, sig, tensors, args, kwargs, outputs)
         return outputs
+
+    def moved(self, t: Tensor) -> None:
+        """Note that a tensor is about to be given other memory, as by ``t.data = ...``, which is no operator."""
+        self._writes.before(t, moved=True)
 
     def _note(self, t: Any) -> None:
         for u in t if isinstance(t, (list, tuple)) else [t]:

@@ -164,7 +164,7 @@ class Evaluation:
         recording = known.courses.recording(parameters.tensors)
         watch = frozen.watch(recording)
         try:
-            with Looking(recording):
+            with Looking(recording, watch.moved):
                 loss = frozen.loss_with_graph(watch)
             with watch:
                 residuals = require_residuals(loss)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from curvature_cases import F64, normal
 from torch import Tensor, nn
 
+from imstep import NewtonKrylov
 from imstep.curvature import FrozenClosure, Hessian, ParameterVector
 from imstep.curvature.hessian import gauss_newton_of, hessian_of
 from imstep.curvature.kronecker import KroneckerFactors
@@ -279,6 +280,18 @@ def test_checkpointed_layers_are_seen() -> None:
     for at, block in blocks_of(plain).items():
         for name in ("inputs", "outputs"):
             torch.testing.assert_close(blocks_of(checkpointed)[at][name], block[name])
+
+
+def test_a_layer_without_inputs() -> None:
+    """As where a table has no categories: its bias is all that is trained."""
+    torch.manual_seed(0)
+    empty, full = nn.Linear(0, 2), nn.Linear(3, 2)
+    x = torch.randn(8, 3)
+    optimizer = NewtonKrylov([*empty.parameters(), *full.parameters()])
+    closure = lambda: (empty(x[:, :0]) + full(x) - x[:, :2].exp()).square().mean()
+    first = float(optimizer.step(closure))
+    assert optimizer.last_step.new_loss < 0.9 * first
+    assert bool(empty.bias.any())
 
 
 def test_closure_that_calls_backward() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from optim_cases import F64, LABELS, X, network, normal
+from optim_cases import F64, X, network, normal
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -63,11 +63,13 @@ def test_gradient_that_is_not_finite() -> None:
     assert not w.any()
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("method", [NewtonKrylov, LeastSquares])
+@pytest.mark.parametrize("loss_of", [lambda u: F.mse_loss(u, u.detach() + 1), lambda u: (u - 1).square().mean()])
+def test_empty_batch(method: Any, loss_of: Callable[[Tensor], Tensor]) -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = NewtonKrylov(model.parameters())
-    loss = optimizer.step(lambda: F.cross_entropy(model(X[:0]), LABELS[:0]))
+    optimizer = method(model.parameters())
+    loss = optimizer.step(lambda: loss_of(model(X[:0])))
     assert math.isnan(loss)
     assert optimizer.last_step.outcome is StepOutcome.NON_FINITE
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

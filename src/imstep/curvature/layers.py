@@ -116,7 +116,7 @@ class LayerObserver(TorchFunctionMode):
             found = rows()
             if found is None:
                 return
-            found = found.reshape(-1, found.shape[-1])
+            found = found.reshape(found.shape[:-1].numel(), found.shape[-1])  # of a layer without inputs, too
             if at_bias is not None:
                 found = torch.cat([found, found.new_ones(len(found), 1)], dim=1)
         self.uses.append(LayerUse(at, at_bias, found, edge, channels, at_product))

@@ -184,7 +184,7 @@ def _matrix_product(node: Any) -> Square | None:
 
 def _mean_squared_error(node: Any) -> Square:
     z, target = plain(node._saved_self), plain(node._saved_target)
-    return Square(node, (z, target), 1 / z.numel() if node._saved_reduction == _MEAN else 1.0)
+    return Square(node, (z, target), 1 / max(z.numel(), 1) if node._saved_reduction == _MEAN else 1.0)
 
 
 _FORMS: dict[str, Callable[[Any], Square | None]] = {

@@ -56,8 +56,13 @@ def survey(outputs: Sequence[Tensor], parameters: Sequence[Tensor], numbers: ran
         taken.add(number)
     found = [t for t in leaves if id(t) in own]
     others = [t for t in leaves if id(t) not in own]
-    ours = lambda node: any(id(getattr(below, "variable", None)) in own for below in walk([node]))
-    return Survey(bool(found), others, bool(found) and any(map(ours, foreign)))
+    return Survey(bool(found), others, bool(found) and any(leads_to(node, parameters) for node in foreign))
+
+
+def leads_to(node: Any, parameters: Sequence[Tensor]) -> bool:
+    """Whether a node depends on one of the parameters."""
+    own = {id(p) for p in parameters}
+    return any(id(getattr(below, "variable", None)) in own for below in walk([node]))
 
 
 def walk(roots: Iterable[Any]) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import _disable_current_modes
 
+from imstep.complexstep.graph import leads_to
 from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.later import later_grad
 
@@ -84,8 +85,13 @@ class Form:
     obstacle: str = ""
 
 
-def form_of(root: Any) -> Form:
-    """The squares that a node is a linear combination of, as far as autograd's graph shows it."""
+def form_of(root: Any, parameters: Sequence[Tensor] | None = None) -> Form:
+    """The squares that a node is a linear combination of, as far as autograd's graph shows it.
+
+    Args:
+        parameters: what the squares are functions of; what depends on none of them is a constant, though it requires
+            gradients: weights that another optimizer trains, a zero that a sum begins with. None: all that does.
+    """
     found: dict[Any, Square] = {}
     seen, waiting, constants = set(), [root], False
     while waiting:
@@ -99,12 +105,17 @@ def form_of(root: Any) -> Form:
             found[node] = square
             continue
         parents = [parent for parent, _ in node.next_functions if parent is not None] if node is not None else []
-        if name not in LINEAR or not parents or (name in _BILINEAR and len(parents) > 1):
-            return Form((), obstacle=node.name() if parents else "a parameter")
-        if name == "Div" and node.next_functions[0][0] is None:
-            return Form((), obstacle=node.name())
+        leaf = not parents
+        if name in _BILINEAR and len(parents) > 1 and parameters is not None:
+            parents = [parent for parent in parents if leads_to(parent, parameters)]
+        divides = name == "Div" and node.next_functions[0][0] not in parents
+        if name not in LINEAR or not parents or divides or (name in _BILINEAR and len(parents) > 1):
+            if parameters is not None and not leads_to(node, parameters):
+                constants = True
+                continue
+            return Form((), obstacle="a parameter" if leaf else node.name())
         if name == "Mul":
-            within = form_of(parents[0])
+            within = form_of(parents[0], parameters)
             if not within.squares and not _by_zero(node):  # as 0 * p.sum(), so that each parameter has a gradient
                 return within
             found.update({square.node: square for square in within.squares})
@@ -122,6 +133,8 @@ def operator(node: Any) -> str:
 
 def _by_zero(node: Any) -> bool:
     """Whether a product is that of one differentiable factor and of zeros."""
+    if None not in [parent for parent, _ in node.next_functions]:
+        return False
     factor = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
     with unseen(), _disable_current_modes():  # to which a number that a node keeps is no tensor
         return factor is not None and not bool(plain(factor).any())

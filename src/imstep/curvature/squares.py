@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from imstep.complexstep.graph import walk
+from imstep.complexstep.graph import leads_to, walk
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import later_grad
 from imstep.curvature.square_forms import Square, form_of, is_monotone, operator
@@ -86,18 +86,19 @@ class Residuals:
         )
 
 
-def residuals_of(loss: Tensor) -> Residuals | None:
+def residuals_of(loss: Tensor, parameters: Sequence[Tensor] | None = None) -> Residuals | None:
     """The residuals of a loss; None where it is no positive combination of squares.
 
     Args:
         loss: 0-dim, with its graph, which is kept.
+        parameters: see :func:`~imstep.curvature.square_forms.form_of`.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> residuals_of(3 * (w ** 2).sum() + torch.nn.functional.mse_loss(w, torch.zeros(2))).values
         tensor([2.4495, 4.8990, 1.0000, 2.0000])
     """
-    weighed, constants = _weighed(loss, loss.grad_fn)
+    weighed, constants = _weighed(loss, loss.grad_fn, parameters)
     if not weighed:
         return None
     values: list[Tensor] = []
@@ -119,19 +120,19 @@ def residuals_of(loss: Tensor) -> Residuals | None:
         return Residuals(joined, tuple(outputs), tuple(map(len, values)), whole)
 
 
-def require_residuals(loss: Tensor) -> Residuals:
-    """The residuals of a loss.
+def require_residuals(loss: Tensor, parameters: Sequence[Tensor] | None = None) -> Residuals:
+    """The residuals of a loss as a function of the parameters.
 
     Raises:
         NoResidualsError: the loss is no sum of squares, or has no graph that shows it.
     """
-    residuals = None if loss.grad_fn is None else residuals_of(loss)
+    residuals = None if loss.grad_fn is None else residuals_of(loss, parameters)
     if residuals is None:
-        raise NoResidualsError(_why_none(loss))
+        raise NoResidualsError(_why_none(loss, parameters))
     return residuals
 
 
-def _why_none(loss: Tensor) -> str:
+def _why_none(loss: Tensor, parameters: Sequence[Tensor] | None) -> str:
     """What is in the way of residuals, and what to do."""
     if loss.is_inference() or torch.is_inference_mode_enabled():
         return (
@@ -142,6 +143,11 @@ def _why_none(loss: Tensor) -> str:
         return (
             "closure returned a loss without a graph (grad_fn is None); its residuals are found in it. "
             "Return the loss itself, not loss.item() or loss.detach(), and do not compute it under no_grad."
+        )
+    if parameters is not None and not leads_to(loss.grad_fn, parameters):
+        return (
+            "the loss depends on none of the parameters. Check that the closure evaluates the model whose parameters "
+            "were given."
         )
     names = {operator(node) for node in walk([loss.grad_fn])}
     if "CompiledFunction" in names:
@@ -154,7 +160,7 @@ def _why_none(loss: Tensor) -> str:
             "the loss is the root or the logarithm of what may be a sum of squares. Return the sum of squares itself, "
             "such as ((u - y) ** 2).mean() in place of its root: both have the same minima."
         )
-    obstacle = form_of(loss.grad_fn).obstacle
+    obstacle = form_of(loss.grad_fn, parameters).obstacle
     where = f"at {obstacle}" if obstacle else "a factor is negative"
     if obstacle.startswith(("Dot", "Mv", "Mm", "Bmm")):
         return (
@@ -164,13 +170,12 @@ def _why_none(loss: Tensor) -> str:
         )
     return (
         f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. Build it from squares and "
-        "mean squared errors by sums, means and positive factors, detach() factors that another optimizer trains, as "
-        "self-adaptive weights are, or use an optimizer that needs no residuals."
+        "mean squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
     )
 
 
 def _weighed(
-    result: Tensor | GradientEdge, root: Any, cotangent: Tensor | None = None
+    result: Tensor | GradientEdge, root: Any, parameters: Sequence[Tensor] | None, cotangent: Tensor | None = None
 ) -> tuple[list[tuple[Square, Tensor]], bool]:
     """The squares that a result is a sum of, each with its factor; whether constants are added to them.
 
@@ -178,14 +183,14 @@ def _weighed(
         result: of a node ``root``.
         cotangent: of the result; None where it is a scalar.
     """
-    form = form_of(root)
+    form = form_of(root, parameters)
     found, constants = [], form.constants
     for square, passed in zip(form.squares, _factors(result, form.squares, cotangent), strict=True):
         factor = square.factor(passed)
         if square.beneath is None:
             found.append((square, factor))
         else:
-            inner, more = _weighed(square.beneath, square.beneath.node, factor)
+            inner, more = _weighed(square.beneath, square.beneath.node, parameters, factor)
             found, constants = found + inner, constants or more
     return found, constants
 

@@ -167,7 +167,7 @@ class Evaluation:
             with Looking(recording, watch.moved):
                 loss = frozen.loss_with_graph(watch)
             with watch:
-                residuals = require_residuals(loss)
+                residuals = require_residuals(loss, parameters.tensors)
             return cls(loss, residuals, None, Course(recording, loss, residuals.whole, known.courses))
         finally:
             recording.forget()
@@ -184,7 +184,7 @@ class Evaluation:
             with Looking(recording):
                 loss = frozen.loss_with_graph(arithmetic)
             with frozen.watch(recording):
-                residuals = require_residuals(loss)
+                residuals = require_residuals(loss, parameters.tensors)
             course = Course(recording, loss, residuals.whole, known.courses)
             with unseen():
                 arithmetic.finish([o.z for o in residuals.outputs])

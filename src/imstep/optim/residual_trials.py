@@ -94,7 +94,7 @@ class ResidualTrials:
         with self._frozen.as_in(state):
             if weighted is None:
                 return self._parameters.flatten(later_grad(loss, tensors, whole=True, steered=False))
-            residuals = require_residuals(loss)
+            residuals = require_residuals(loss, tensors)
             cotangent = weighted.cotangent(residuals.values)
             return self._parameters.flatten(residuals.pull_back(cotangent, tensors, steered=False))
 
@@ -117,7 +117,7 @@ class ResidualTrials:
                 if not outside_the_domain(error):
                     raise
                 return torch.full_like(self._start, math.nan), False
-            state, residuals = self._frozen.state(), require_residuals(loss)
+            state, residuals = self._frozen.state(), require_residuals(loss, self._parameters.tensors)
             if self._there is None and not self._course.nodes.isdisjoint(nodes_of(loss)):
                 self.spent += Cost(losses=1)  # the numbers of nodes may agree by chance, the nodes themselves do not
                 check_fresh(loss, self._frozen.loss_with_graph(), self._parameters.tensors)

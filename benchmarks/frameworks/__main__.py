@@ -35,6 +35,7 @@ FRAMEWORKS = {
     "neurodiffeq": ("neurodiffeq", "neurodiffeq"),
     "pina": ("pina-mathlab", "PINA"),
     "scimba": ("scimba", "Scimba"),
+    "torchphysics": ("torchphysics", "TorchPhysics"),
 }
 
 

@@ -282,6 +282,29 @@ def test_checkpointed_layers_are_seen() -> None:
             torch.testing.assert_close(blocks_of(checkpointed)[at][name], block[name])
 
 
+class Points:
+    """Stands for a tensor, as objects of frameworks do."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        return func(*(a.entries if isinstance(a, Points) else a for a in args), **(kwargs or {}))  # type: ignore[dict-item]
+
+
+def test_what_stands_for_a_tensor_is_seen() -> None:
+    def losses(seen: Callable[[Tensor], object]) -> list[float]:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double(), normal(20, 2)
+        optimizer = NewtonKrylov(model.parameters())
+        return [float(optimizer.step(lambda: (model(seen(x)) - x.sum(1, True)).square().mean())) for _ in range(3)]
+
+    assert losses(Points) == losses(lambda x: x)
+
+
 def test_a_layer_without_inputs() -> None:
     """As where a table has no categories: its bias is all that is trained."""
     torch.manual_seed(0)

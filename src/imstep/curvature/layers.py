@@ -67,6 +67,10 @@ class LayerObserver(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        like = next((kind for kind in types if not issubclass(kind, Tensor)), None)
+        if like is not None:  # an object in place of a tensor, which calls the function with what it stands for
+            with self:
+                return like.__torch_function__(func, types, args, kwargs)
         output = func(*args, **kwargs)
         if func is F.linear or func is torch.conv2d or func is torch.conv1d:
             self._note(func, output, *args, **kwargs)

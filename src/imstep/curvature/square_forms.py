@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,7 @@ class Square:
         share: factor of each square in the result: 1, or 1/n for a mean.
         shape: the one to which what is passed back to the node is brought before it is spread over z; None as it is.
         scale: c where the node squares c ‖z‖, of the shape of the norms; None for 1.
+        weights: c where the node multiplies z by c z, of the shape of z; None for 1.
         beneath: S where the node squares c √S, and S is a sum of squares; there are no parts then.
     """
 
@@ -61,13 +63,15 @@ class Square:
     share: float = 1.0
     shape: tuple[int, ...] | None = None
     scale: Tensor | None = None
+    weights: Tensor | None = None
     beneath: GradientEdge | None = None
 
     def factor(self, passed: Tensor) -> Tensor:
         """Of each z², or of S, from what is passed back to the node."""
         passed = passed.real if passed.is_complex() else passed
         passed = passed if self.scale is None else passed.reshape(self.scale.shape) * self.scale.square()
-        return passed if self.shape is None else passed.reshape(self.shape)
+        passed = passed if self.shape is None else passed.reshape(self.shape)
+        return passed if self.weights is None else passed * self.weights
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _power(node: Any) -> Square | None:
 
 
 def _product(node: Any) -> Square | None:
-    """z z, or z times its conjugate."""
+    """z z, z times its conjugate, or z times a multiple of it."""
     edges = node.next_functions
     if edges[0][0] is None or edges[1][0] is None:
         return None
@@ -169,30 +173,58 @@ def _product(node: Any) -> Square | None:
     for one, other, saved in ((0, 1, "_saved_self"), (1, 0, "_saved_other")):
         if operator(edges[other][0]) == "Conj" and edges[other][0].next_functions[0] == edges[one]:
             return _entries(node, plain(getattr(node, saved)))
-    return None
+    return _with_multiple(node, (plain(node._saved_self), plain(node._saved_other)), summed=False)
 
 
 def _inner_product(node: Any) -> Square | None:
-    """z · z of a vector, or the conjugate of z times z."""
+    """z · z of a vector, the conjugate of z times z, or z · c z."""
     edges = node.next_functions
     if edges[0][0] is None or edges[1][0] is None:
         return None
     z, other = plain(node._saved_self), node._saved_other if operator(node) == "Vdot" else node._saved_tensor
     same = _base(edges[0]) == _base(edges[1]) and _same(z, other)
-    if not (same or (edges[0] != edges[1] and _alike(*edges))) or (z.is_complex() and operator(node) == "Dot"):
-        return None
-    return _entries(node, z, (1,))
+    if same or (edges[0] != edges[1] and _alike(*edges)):
+        return None if z.is_complex() and operator(node) == "Dot" else _entries(node, z, (1,))
+    return _with_multiple(node, (z, plain(other)), summed=True) if edges[0] != edges[1] else None
 
 
 def _matrix_product(node: Any) -> Square | None:
-    """The product of a row and the column that it is the transpose of, or of several."""
+    """The product of a row and the column that it, or a multiple of it, is the transpose of, or of several rows."""
     edges = node.next_functions
-    if edges[0][0] is None or edges[1][0] is None or _base(edges[0]) != _base(edges[1]):
+    if edges[0][0] is None or edges[1][0] is None:
         return None
     z, other = plain(node._saved_self), plain(node._saved_mat2)
     if z.is_complex() or z.shape[-2] != 1 or other.shape[-1] != 1:
         return None
-    return _entries(node, z) if _same(z.mT, other) else None
+    if _base(edges[0]) == _base(edges[1]) and _same(z.mT, other):
+        return _entries(node, z)
+    return _with_multiple(node, (z, other), summed=True) if z.shape[:-2].numel() == 1 else None
+
+
+def _with_multiple(node: Any, factors: tuple[Tensor, Tensor], summed: bool) -> Square | None:
+    """The products of the entries of z and those of c z, with a constant c.
+
+    Args:
+        summed: whether the node adds them up: then one may be a row and the other a column or a vector.
+    """
+    views = _VIEWS if summed else ()
+    for z, cz, edge, multiple in ((*factors, *node.next_functions), (*factors[::-1], *node.next_functions[::-1])):
+        below = _entries_of(multiple, z, (*views, *_MULTIPLES))
+        if not cz.is_complex() and z.numel() == cz.numel() and _alike(_entries_of(edge, z, views), below):
+            (weights,) = later_grad([cz], [GradientEdge(*below)], [torch.ones_like(cz)])
+            return Square(node, (z,), shape=(1,) * z.dim() if summed else None, weights=weights.reshape(z.shape))
+    return None
+
+
+def _entries_of(edge: Any, z: Tensor, through: tuple[str, ...]) -> Any:
+    """What a tensor is made of entry by entry; through views only where it is a vector, whose order they keep."""
+    while operator(edge[0]) in through and (below := _only_factor(edge[0])) is not None:
+        shape = tuple(below[0]._input_metadata[below[1]].shape)
+        line = math.prod(shape) == z.numel() == max(shape, default=1) and operator(edge[0]) != "AsStrided"
+        if not line and (shape != z.shape or operator(edge[0]) in _VIEWS):
+            break
+        edge = below
+    return edge
 
 
 def _mean_squared_error(node: Any) -> Square:

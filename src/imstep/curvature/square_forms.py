@@ -167,13 +167,15 @@ def _product(node: Any) -> Square | None:
     edges = node.next_functions
     if edges[0][0] is None or edges[1][0] is None:
         return None
-    if _alike(*edges):
-        z = plain(node._saved_self)
-        return _square_of(node, z) if edges[0] != edges[1] or _same(z, node._saved_other) else None
-    for one, other, saved in ((0, 1, "_saved_self"), (1, 0, "_saved_other")):
-        if operator(edges[other][0]) == "Conj" and edges[other][0].next_functions[0] == edges[one]:
-            return _entries(node, plain(getattr(node, saved)))
-    return _with_multiple(node, (plain(node._saved_self), plain(node._saved_other)), summed=False)
+    z, other = plain(node._saved_self), plain(node._saved_other)
+    if edges[0] == edges[1]:
+        return _square_of(node, z) if _same(z, other) else None
+    if _is_repeated(edges, z, other):
+        return _square_of(node, z)
+    for one, conjugate, factor in ((*edges, z), (*edges[::-1], other)):
+        if operator(conjugate[0]) == "Conj" and conjugate[0].next_functions[0] == one:
+            return _entries(node, factor)
+    return _with_multiple(node, (z, other), summed=False)
 
 
 def _inner_product(node: Any) -> Square | None:
@@ -181,11 +183,11 @@ def _inner_product(node: Any) -> Square | None:
     edges = node.next_functions
     if edges[0][0] is None or edges[1][0] is None:
         return None
-    z, other = plain(node._saved_self), node._saved_other if operator(node) == "Vdot" else node._saved_tensor
+    z, other = plain(node._saved_self), plain(node._saved_other if operator(node) == "Vdot" else node._saved_tensor)
     same = _base(edges[0]) == _base(edges[1]) and _same(z, other)
-    if same or (edges[0] != edges[1] and _alike(*edges)):
+    if same or (edges[0] != edges[1] and _is_repeated(edges, z, other)):
         return None if z.is_complex() and operator(node) == "Dot" else _entries(node, z, (1,))
-    return _with_multiple(node, (z, plain(other)), summed=True) if edges[0] != edges[1] else None
+    return _with_multiple(node, (z, other), summed=True) if edges[0] != edges[1] else None
 
 
 def _matrix_product(node: Any) -> Square | None:
@@ -209,10 +211,13 @@ def _with_multiple(node: Any, factors: tuple[Tensor, Tensor], summed: bool) -> S
     """
     views = _VIEWS if summed else ()
     for z, cz, edge, multiple in ((*factors, *node.next_functions), (*factors[::-1], *node.next_functions[::-1])):
-        below = _entries_of(multiple, z, (*views, *_MULTIPLES))
-        if not cz.is_complex() and z.numel() == cz.numel() and _alike(_entries_of(edge, z, views), below):
-            (weights,) = later_grad([cz], [GradientEdge(*below)], [torch.ones_like(cz)])
-            return Square(node, (z,), shape=(1,) * z.dim() if summed else None, weights=weights.reshape(z.shape))
+        above, below = _entries_of(edge, z, views), _entries_of(multiple, z, (*views, *_MULTIPLES))
+        if cz.is_complex() or z.numel() != cz.numel() or not _alike(above, below, sums=True):
+            continue
+        (weights,) = later_grad([cz], [GradientEdge(*below)], [torch.ones_like(cz)])
+        weights = weights.reshape(z.shape)
+        if _alike(above, below) or _equal(cz.detach().reshape(z.shape), weights * z.detach()):
+            return Square(node, (z,), shape=(1,) * z.dim() if summed else None, weights=weights)
     return None
 
 
@@ -333,16 +338,33 @@ def _base(edge: Any) -> Any:
     return edge
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two edges are of the same tensor, as far as autograd's graph shows it: x[:, 0] and another x[:, 0]."""
-    while a != b:
-        (one, number), (other, its_number) = a, b
-        if number != its_number or operator(one) != operator(other) or operator(one) not in _PLAIN:
-            return False
-        if one.name() != other.name() or _kept(one) != _kept(other):
-            return False
-        a, b = one.next_functions[0], other.next_functions[0]
-    return True
+def _alike(a: Any, b: Any, sums: bool = False) -> bool:
+    """Whether two edges are of the same tensor, as far as autograd's graph shows it: x[:, 0] and another x[:, 0].
+
+    Args:
+        sums: whether they may differ by a constant, as x - y and x - z, whose graphs do not keep y and z.
+    """
+    if a == b:
+        return True
+    (one, number), (other, its_number) = a, b
+    added = sums and operator(one) in ("Add", "Sub", "Rsub")
+    if number != its_number or operator(one) != operator(other) or not (added or operator(one) in _PLAIN):
+        return False
+    if one.name() != other.name() or _kept(one) != _kept(other):
+        return False
+    sums = sums and operator(one) != "Abs"  # of x - y and y - x
+    return all(_alike(x, y, sums) for x, y in zip(one.next_functions, other.next_functions, strict=True))
+
+
+def _is_repeated(edges: Any, z: Tensor, other: Tensor) -> bool:
+    """Whether two tensors from different edges are the same: of sums, that they have the same entries tells it."""
+    return _alike(*edges) or (_alike(edges[0], edges[1], sums=True) and _equal(z, other))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the entries of two tensors are the same, but for rounding; those that are not numbers, too."""
+    with unseen(), _disable_current_modes():
+        return a.shape == b.shape and torch.allclose(a, b, 8 * torch.finfo(a.dtype).eps, 0, equal_nan=True)
 
 
 def _kept(node: Any) -> list[Any]:

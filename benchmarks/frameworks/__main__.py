@@ -56,6 +56,8 @@ def tried(name: str) -> dict[str, Any]:
     failed = {case.attrib["name"].split("[")[0] for case in cases if any(c.tag in ("failure", "error") for c in case)}
     ran = {case.attrib["name"].split("[")[0] for case in cases if not any(c.tag == "skipped" for c in case)}
     said = claims(tests)
+    if not ran:
+        raise SystemExit(f"no test of {tests.name} ran; see above what is in the way.")
     return {
         "version": metadata.version(FRAMEWORKS[name][0]),
         "works": [text for test, text in said.items() if test in ran - failed],

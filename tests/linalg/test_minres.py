@@ -289,10 +289,17 @@ def test_other_sources_of_non_finite_numbers():
         minres(operator, nan),
         minres(operator, torch.ones(2), x0=nan),
         minres(operator, torch.ones(2), preconditioner=DiagonalOperator(nan)),
-        minres(DenseOperator(1e30 * torch.eye(2)), torch.full((2,), 1e30)),
+        minres(DenseOperator(3e38 * torch.ones(2, 2)), torch.ones(2)),
     ):
         assert result.status is KrylovStatus.NON_FINITE
         assert result.solution.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_may_leave_the_range_of_single_precision(scale):
+    result = minres(DenseOperator(scale * torch.eye(2)), torch.full((2,), scale))
+    assert result.status is KrylovStatus.CONVERGED
+    assert result.solution.tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +12,22 @@ from imstep.linalg.sharded import ShardedTensor, summed_over_rows
 
 
 def dots(*pairs: tuple[Tensor, Tensor]) -> tuple[float, ...]:
-    """Inner products of pairs of vectors (n,), with one synchronisation of the device for all of them."""
+    """Inner products of pairs of vectors (n,), also where those of entries leave the range of float32.
+
+    With one synchronisation of the device for all of them; with two outside that range.
+    """
+    dtype = pairs[0][0].dtype
+    found, limits = _dots(pairs, dtype), torch.finfo(dtype)
+    if dtype is torch.float64 or all(limits.tiny / limits.eps < abs(x) < math.inf for x in found):
+        return found
+    return _dots(pairs, torch.float64)
+
+
+def _dots(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[float, ...]:
     sharded = [v for pair in pairs for v in pair if isinstance(v, ShardedTensor)]
     if sharded:
-        return tuple(sharded[0].dots(pairs).tolist())
-    return tuple(torch.stack([torch.dot(a, b) for a, b in pairs]).tolist())
+        return tuple(sharded[0].dots(pairs, dtype).tolist())
+    return tuple(torch.stack([torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]).tolist())
 
 
 def norm_in_range(vector: Tensor, norm: float | None = None) -> float:

@@ -71,9 +71,9 @@ class ShardedTensor(Tensor):
         """All entries, in every process; all call this together."""
         return self._cut.join(self._own.movedim(self._dim, -1)).movedim(-1, self._dim)
 
-    def dots(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Inner products of pairs of vectors (n,), by one sum over the processes."""
-        locals_ = [torch.dot(_matched(a, self), _matched(b, self)) for a, b in pairs]
+    def dots(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+        """Inner products of pairs of vectors (n,), computed in ``dtype``, by one sum over the processes."""
+        locals_ = [torch.dot(_matched(a, self).to(dtype), _matched(b, self).to(dtype)) for a, b in pairs]
         return self._cut.total(torch.stack(locals_))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.operator import LinearOperator
 
 
@@ -40,11 +41,11 @@ class Subspace:
 
     def direction(self, vector: Tensor) -> Tensor | None:
         """The part of a vector that is orthogonal to the space, normalised; None if it is rounding only."""
-        norm = vector.norm()
+        norm = norm_in_range(vector)
         for _ in range(2):
             vector = vector - self.basis.mT @ (self.basis @ vector)
-        rest = vector.norm()
-        if not float(rest) > 10 * torch.finfo(vector.dtype).eps * float(norm):
+        rest = norm_in_range(vector)
+        if not rest > 10 * torch.finfo(vector.dtype).eps * norm:
             return None
         return vector / rest
 

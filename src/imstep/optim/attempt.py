@@ -122,7 +122,7 @@ class Attempt(StepAttempt):
         if self._strategies.measures(memory.steps):
             variance = gradient_variance(self.point, self._parameters)
             record = replace(record, gradient_variance=variance, cost=record.cost + Cost(variances=1))
-        if gradient_norm <= self._strategies.tolerance:
+        if memory.at_rest(gradient_norm, self._strategies.tolerance):
             return self._stationary(record, memory, self.point)
         setting, memory = self._set_up(memory, record.cost, contraction)
         direction, taken, memory = self._solve(setting, memory)

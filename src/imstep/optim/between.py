@@ -88,7 +88,8 @@ class EnrichedAttempt(Attempt):
         self.loss, self.gradient = self.point.loss, self.point.gradient
         record, memory = replace(self._opened(Cost(gradients=1)), damping=0.0), self._memory
         failed = lambda record: (record, _after(memory, 0.0, record))
-        if not self._goes_on(record.loss) or not self._strategies.tolerance < record.gradient_norm < math.inf:
+        norm = record.gradient_norm
+        if not self._goes_on(record.loss) or memory.at_rest(norm, self._strategies.tolerance) or not norm < math.inf:
             return failed(record)
         self._learn(True)
         direction = self._direction()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg import KrylovResult, KrylovStatus, LinearOperator, smallest_eigenpair
-from imstep.linalg.dots import dots
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.optim.record import Cost
 
 LANCZOS_STEPS = 32
@@ -73,7 +73,7 @@ class Direction:
 
     def descends(self, gradient: Tensor) -> bool:
         """Whether s < 0, measurably: s <= -1e-10 ‖g‖‖d‖."""
-        return 0 < self.norm < math.inf and self.slope <= -_SLANT * float(gradient.norm()) * self.norm
+        return 0 < self.norm < math.inf and self.slope <= -_SLANT * norm_in_range(gradient) * self.norm
 
 
 def descent(operator: LinearOperator, gradient: Tensor, result: KrylovResult) -> Direction:

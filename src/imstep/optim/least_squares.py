@@ -78,7 +78,8 @@ class LeastSquares(StepwiseOptimizer):
             boundary values: each step lowers a sum with weights chosen so that none is left behind. They take the
             place of factors that the closure gives, are kept for a step, and told in ``last_step.weights``. What
             :meth:`step` returns, ``.grad`` and checks are without them. None for the sum as it is.
-        tolerance: ‖g‖ at which a point counts as stationary, >= 0.
+        tolerance: ‖g‖ at which a point counts as stationary, >= 0; where no gradient has been as large as 1, as a
+            fraction of the largest.
         max_trials: values of λ tried per step, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.

@@ -143,6 +143,10 @@ class Memory:
             largest_gradient_norm=max(self.largest_gradient_norm, gradient_norm),
         )
 
+    def at_rest(self, gradient_norm: float, tolerance: float) -> bool:
+        """Whether ‖g‖ is within the tolerance: also of the largest met, where no gradient has been as large as 1."""
+        return gradient_norm <= tolerance * min(1.0, max(self.largest_gradient_norm, gradient_norm))
+
     def safeguarded(self, before: Memory, accepted: bool) -> Memory:
         """The memory after a step, made such that the next step is another one if this one was not accepted."""
         if accepted:

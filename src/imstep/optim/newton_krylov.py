@@ -85,7 +85,8 @@ class NewtonKrylov(StepwiseOptimizer):
         preconditioning: of the Krylov iteration.
         momentum: whether the direction is the model's minimiser over the solution and the last step together, for a
             product more.
-        tolerance: ‖g‖ at which a point counts as stationary, >= 0; then negative curvature is looked for.
+        tolerance: ‖g‖ at which a point counts as stationary, >= 0; where no gradient has been as large as 1, as a
+            fraction of the largest. Then negative curvature is looked for.
         max_trials: step lengths tried per step, >= 1.
         max_refusals: consecutive steps with a loss or gradient that is not finite before an exception, >= 1.
         average: of the iterates, such as :class:`ExponentialAverage`, evaluated in :meth:`averaged`; None for none.

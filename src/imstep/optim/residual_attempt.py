@@ -17,6 +17,7 @@ from imstep.curvature.shared import SharedBatch
 from imstep.curvature.shared_jacobian import SharedJacobian
 from imstep.curvature.staleness import StaleLossError
 from imstep.linalg import DampedLeastSquares
+from imstep.linalg.dots import norm_in_range
 from imstep.optim.balancing import Balancing, Weighted
 from imstep.optim.box import Box
 from imstep.optim.chord import ChordStep, chord_iterations, decrease_of, no_relief
@@ -90,13 +91,13 @@ class ResidualAttempt(StepAttempt):
         if not record.finite:
             return self._not_finite(record)
         memory = memory.meet(record.gradient_norm)
-        if record.gradient_norm <= self._settings.tolerance:
+        if memory.at_rest(record.gradient_norm, self._settings.tolerance):
             record = replace(record, cost=record.cost + Cost(linearisations=1))
             return self._stationary(record, memory, self._frozen.linearise())
         if self._settings.balance is not None:
             record, memory = self._balance(record, memory, self._settings.balance)
             jacobian = self._jacobian
-            if float(self._free(self._judged).norm()) <= self._settings.tolerance:
+            if memory.at_rest(norm_in_range(self._free(self._judged)), self._settings.tolerance):
                 self._keep = True
                 return replace(record, outcome=StepOutcome.CONVERGED), memory
         where = self._parameters, self._settings, memory, self._box
@@ -130,7 +131,7 @@ class ResidualAttempt(StepAttempt):
             self._loss = jacobian.loss + self._penalty.value(w)
             self._gradient = self._judged = self._gradient + self._penalty.factors * w
         record = self._opened(Cost(losses=jacobian.evaluations, jacobian_passes=jacobian.backward_passes))
-        return replace(record, gradient_norm=float(self._free(self._gradient).norm()))
+        return replace(record, gradient_norm=norm_in_range(self._free(self._gradient)))
 
     def _balance(self, record: StepRecord, memory: Memory, rule: Balancing) -> tuple[StepRecord, Memory]:
         """Weights for the terms of the loss; what is linearised has them from here on."""

@@ -15,6 +15,7 @@ from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import FrozenBatch, Linearised
 from imstep.globalization import Armijo, LineModel, StepSearch
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.linalg.precision import coarsest_eps
 from imstep.optim.direction import Direction, Escape, escape_direction
 from imstep.optim.evaluable import failing_as
@@ -100,7 +101,7 @@ class StepAttempt(ABC):
             status=None,
             loss=value,
             new_loss=value,
-            gradient_norm=float(gradient.norm()),
+            gradient_norm=norm_in_range(gradient),
             penalty=self.penalty_now(),
             radius=radius,
             cost=cost,
@@ -155,7 +156,8 @@ class StepAttempt(ABC):
     def _gradient_at(self, direction: Direction, step_length: float) -> tuple[float, float]:
         self._parameters.move(self._snapshot, direction.vector, step_length)
         loss, gradient = self._frozen.gradient()
-        return float(loss), float(gradient @ direction.vector)
+        (slope,) = dots((gradient, direction.vector))
+        return float(loss), slope
 
     def _along(self, direction: Direction) -> Line:
         return Line(

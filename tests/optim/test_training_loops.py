@@ -301,8 +301,9 @@ def test_gradients_left_over_do_no_harm(method: Any, loop: Loop) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-12])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gradient_that_is_a_derivative_itself_is_refused(method: Any) -> None:
+def test_a_gradient_that_is_a_derivative_itself_is_refused(method: Any, unit: float) -> None:
     """Gradient caching: z.backward(dL/dz) has the gradient of L, but <z, dL/dz> is not L."""
 
     def loop(returned: Callable[[Tensor], Any]) -> Loop:
@@ -311,7 +312,7 @@ def test_a_gradient_that_is_a_derivative_itself_is_refused(method: Any) -> None:
                 optimizer.zero_grad()
                 z = model(INPUTS)
                 copied = z.detach().requires_grad_()
-                loss = F.mse_loss(copied, TARGETS)
+                loss = unit * F.mse_loss(copied, TARGETS)
                 loss.backward()
                 z.backward(copied.grad)
                 return returned(loss)

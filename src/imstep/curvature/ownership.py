@@ -189,7 +189,7 @@ def _groups(residuals: Residuals, uses: Sequence[Use], parts: Iterable[Tensor]) 
 def _entries(z: Tensor) -> Tensor:
     """The numbers of the entries of z in row-major order, of its shape before it was flattened."""
     shape, node = z.shape, z.grad_fn
-    while node is not None and len(shape) < 2 and _operator(node) in _IN_ORDER:
+    while node is not None and sum(n > 1 for n in shape) < 2 and _operator(node) in (*_IN_ORDER, *_MOVES):
         shape = getattr(node, "_saved_self_sym_sizes", shape)
         node = node.next_functions[0][0]
     return torch.arange(z.numel(), device=z.device).view(torch.Size(shape))
@@ -239,6 +239,9 @@ _PARTINGS = (_whole, _joined, _by_component, _by_row)
 
 _IN_ORDER = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias")
 """Operators that leave the entries in row-major order."""
+
+_MOVES = ("Permute", "Transpose", "T")
+"""And those that do where all dimensions but one are of one entry."""
 
 
 def _operator(node: Any) -> str:

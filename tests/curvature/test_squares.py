@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imstep.curvature import NoResidualsError, ResidualJacobian
 
 SCALE = normal(6, seed=5).abs() + 0.5
+TRAINED = SCALE.clone().requires_grad_()  # by another optimizer
 KEPT = torch.tensor([0, 1, 0, 1])
 
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -89,6 +90,46 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "its conjugate times": (lambda r: (lambda z: (SCALE * (z.conj() * z)).real.sum())(torch.view_as_complex(r) * 2j),
                             lambda r: 2 * SCALE.sqrt()[:, None] * r),
     "complex inner product": (lambda r: (lambda z: torch.vdot(z, z).real)(torch.view_as_complex(r)), lambda r: r),
+    "trained weights": (lambda r: (TRAINED[:, None] * r * r).sum() + torch.dot(r[:, 0], TRAINED * r[:, 0])
+                        + (r[:, 1] / TRAINED * r[:, 1]).sum(),
+                        lambda r: torch.cat([(SCALE.sqrt()[:, None] * r).flatten(), SCALE.sqrt() * r[:, 0],
+                                             r[:, 1] / SCALE.sqrt()])),
+    "over trained norms": (lambda r: (r.norm() / TRAINED.norm()) ** 2 + (r.norm(dim=1) * TRAINED).square().sum(),
+                           lambda r: torch.cat([r / SCALE.norm(), SCALE[:, None] * r])),
+    "trained targets, twice": (lambda r: ((r[:, 0] - TRAINED) * (r[:, 0] - TRAINED)).sum(), lambda r: r[:, 0] - SCALE),
+    "a function, twice": (lambda r: ((2 * r.sin() - 1) * (2 * r.sin() - 1)).sum() + r.norm() * r.norm()
+                          + ((r.tanh() @ r.mT - SCALE) * (r.tanh() @ r.mT - SCALE)).sum(),
+                          lambda r: torch.cat([t.flatten() for t in (2 * r.sin() - 1, r, r.tanh() @ r.mT - SCALE)])),
+    "trace": (lambda r: torch.trace(r @ r.mT) + (r.mT @ r).trace(), lambda r: torch.cat([r, r])),
+    "diagonal": (lambda r: (SCALE * (r @ r.mT).diagonal()).sum() + (r.mT @ r).diag()[0],
+                 lambda r: torch.cat([(SCALE.sqrt()[:, None] * r).flatten(), r[:, 0]])),
+    "contraction of vectors": (lambda r: torch.tensordot(r[:, 0], r[:, 0], dims=1), lambda r: r[:, 0]),
+    "inner products with the conjugate": (
+        lambda r: (lambda z: (z @ z.conj() + z.conj() @ z).real + (z[:, None].mH @ z[:, None]).real.squeeze()
+                   + torch.einsum("i,i->", z, z.conj()).real)(torch.view_as_complex(r)), lambda r: 2 * r),
+    "variance": (lambda r: r.var() + (SCALE[:2] * r.var(0, unbiased=False)).sum() + r.var(-1, keepdim=True).mean(),
+                 lambda r: torch.cat([(r - r.mean()) / 11**0.5, SCALE[:2].sqrt() * (r - r.mean(0)) / 6**0.5,
+                                      (r - r.mean(1, keepdim=True)) / 6**0.5])),
+    "standard deviation": (lambda r: 2 * r.std() ** 2 + (r.std(0) * SCALE[:2]).square().sum(),
+                           lambda r: torch.cat([(r - r.mean()) * (2 / 11) ** 0.5,
+                                                SCALE[:2] * (r - r.mean(0)) / 5**0.5])),
+    "complex variance": (lambda r: torch.view_as_complex(r).var(), lambda r: (r - r.mean(0)) / 5**0.5),
+    "even powers": (lambda r: (r**4).mean() + r.pow(6).sum(), lambda r: torch.cat([r**2 / 12**0.5, r**3])),
+    "hypotenuse": (lambda r: (SCALE * torch.hypot(r[:, 0], r[:, 1])).square().sum(), lambda r: SCALE[:, None] * r),
+    "distances of all pairs": (lambda r: (torch.cdist(r, r[:2] * 2) ** 2).mean(),
+                               lambda r: (r[:, None] - 2 * r[:2]) / 12**0.5),
+    "written into a tensor": (lambda r: (lambda t: (t.__setitem__(0, r.square().sum()),
+                                                    t[1].add_(r[:, 0].square().sum()), t.sum())[-1])(
+                                  torch.zeros(2).double()), lambda r: torch.cat([r.flatten(), r[:, 0]])),
+    "put": (lambda r: torch.zeros(6).double().index_put((KEPT,), r[:4, 0] ** 2, accumulate=True).sum()
+            + (r**2).take(KEPT).sum(), lambda r: torch.cat([r[:4, 0], r.flatten()[KEPT]])),
+    "between": (lambda r: torch.lerp(r[:, 0].square().mean(), r[:, 1].square().mean(), 0.3),
+                lambda r: torch.cat([(0.7 / 6) ** 0.5 * r[:, 0], (0.3 / 6) ** 0.5 * r[:, 1]])),
+    "added products": (lambda r: torch.addcmul(r.square().mean(), r**2, SCALE[:, None], value=2).sum(),
+                       lambda r: torch.cat([r, (2 * SCALE).sqrt()[:, None] * r])),
+    "cut off": (lambda r: r.square().clamp(max=1e3).mean() + torch.nan_to_num(r**2).mean(), lambda r: r / 6**0.5),
+    "one step apart": (lambda r: torch.trapezoid(r[:, 0] ** 2, dx=0.1),
+                       lambda r: r[:, 0] * SCALE.new_tensor([0.05, 0.1, 0.1, 0.1, 0.1, 0.05]).sqrt()),
 }  # fmt: skip
 
 
@@ -159,12 +200,58 @@ def test_the_square_of_a_complex_number_is_no_residual(square: Callable[[Tensor]
         lambda r: torch.dot(r[:, 0], SCALE * r[:, 0].flip(0)),
         lambda r: torch.dot(2 * r[:, 0], r[:, 0].contiguous().as_strided((6,), (0,))),
         lambda r: torch.dot(r.flatten(), (2 * r).T.flatten()),
+        lambda r: ((r - 1).tanh() * (r - 2).tanh()).sum(),
+        lambda r: ((r - 100).relu() * (r - 101).relu()).sum(),
+        lambda r: torch.cat([r, r[:1] * 0 + 1]).prod(),
+        lambda r: ((r - 1).sin() * (r - 2).sin()).sum(),
+        lambda r: (r @ r[:2].mT).diagonal(1).sum() + (r @ r.mT).diagonal(1).sum(),
+        lambda r: torch.trace(r[:2] @ r[:2]),
     ],
 )
 def test_products_of_two_are_no_squares(product: Callable[[Tensor], Tensor]) -> None:
     model, output = network()
     with pytest.raises(NoResidualsError, match="not recognised"):
         ResidualJacobian(lambda: product(output()), model)
+
+
+@pytest.mark.parametrize("write", [lambda t, r: t[0].mul_(r.mean()), lambda t, r: t[0].pow_(2)])
+def test_what_is_written_over_is_no_square(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, output = network()
+
+    def loss() -> Tensor:
+        r, sums = output(), torch.zeros(2).double()
+        sums[0] = r.square().sum()
+        write(sums, r)
+        return sums.sum()
+
+    with pytest.raises(NoResidualsError, match="CopySlices"):
+        ResidualJacobian(loss, model)
+
+
+def test_functions_of_points_are_constants() -> None:
+    model, points = network()[0], normal(6, 3).requires_grad_()
+    source = lambda: points.prod(1, keepdim=True)
+    loss = lambda: (lambda r: (points[:, :1] ** 2 * r * r).sum() + (r.norm() / source().norm()) ** 2)(
+        model(points) - source()
+    )
+    plain = lambda: (lambda r: torch.cat([points[:, :1] * r, r / source().norm()]))(model(points) - source())
+    J, same = ResidualJacobian(loss, model), ResidualJacobian(lambda: plain().square().sum(), model)
+    torch.testing.assert_close(J.gram().dense().trace(), same.gram().dense().trace())
+    torch.testing.assert_close(J.T @ J.residuals, same.T @ same.residuals)
+
+
+def test_weights_among_the_parameters_are_told() -> None:
+    (model, output), s = network(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+    with pytest.raises(NoResidualsError, match="step it by an optimizer of its own"):
+        ResidualJacobian(lambda: (-s).exp() * output().square().mean() + s, [*model.parameters(), s])
+
+
+def test_columns_of_what_is_computed_after_the_loss() -> None:
+    t, w = torch.linspace(0, 1, 20).double(), nn.Parameter(normal(3))
+    r = lambda: (w[0] * (w[1] * t).exp() + w[2]).cumsum(0)
+    rows = [torch.autograd.grad(one, w, retain_graph=True)[0] for one in r() - r().mean()]
+    matrix, expected = ResidualJacobian(lambda: r().var(), [w]).to_dense(), torch.stack(rows)
+    assert relative_error(matrix.T @ matrix, expected.T @ expected * 2 / 19) < 1e-12
 
 
 def test_a_quadratic_form_is_told() -> None:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from imstep.complexstep.islands import plain, unseen
 from imstep.curvature.reduction import Reduction, lengths
-from imstep.curvature.square_forms import LINEAR, operator
+from imstep.curvature.sameness import operator
+from imstep.curvature.square_forms import LINEAR
 
 _MEAN, _SUM = 1, 2  # how autograd's graph notes the reduction of a loss
 _OF_LABELS = ("NllLoss", "NllLoss2D")

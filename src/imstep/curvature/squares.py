@@ -19,7 +19,8 @@ from torch.autograd.graph import GradientEdge
 from imstep.complexstep.graph import leads_to, walk
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import later_grad
-from imstep.curvature.square_forms import Square, form_of, is_monotone, operator
+from imstep.curvature.sameness import operator
+from imstep.curvature.square_forms import Square, form_of, is_monotone
 
 
 class NoResidualsError(ValueError):
@@ -155,7 +156,7 @@ def _why_none(loss: Tensor, parameters: Sequence[Tensor] | None) -> str:
             "the loss is computed inside a compiled function (torch.compile), whose graph hides the squares. "
             "Compile the model alone, and compute residuals and loss outside of it."
         )
-    if is_monotone(loss.grad_fn):
+    if is_monotone(loss.grad_fn, parameters):
         return (
             "the loss is the root or the logarithm of what may be a sum of squares. Return the sum of squares itself, "
             "such as ((u - y) ** 2).mean() in place of its root: both have the same minima."
@@ -167,6 +168,13 @@ def _why_none(loss: Tensor, parameters: Sequence[Tensor] | None) -> str:
             f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. If it is a quadratic "
             "form r @ A @ r, return (L.T @ r).square().sum() with L = torch.linalg.cholesky(A); else build it from "
             "squares and mean squared errors by sums, means and positive factors."
+        )
+    if obstacle.startswith(("Mul", "Div")):
+        return (
+            f"the loss is not recognised as a sum of squares ({where}): both factors depend on the parameters, and are "
+            "not the same. If one is the weight of a term, such as exp(-s) in exp(-s) * mse + s, leave s out of the "
+            "parameters given here and step it by an optimizer of its own: it is a constant of these steps then. Else "
+            "use an optimizer that needs no residuals."
         )
     return (
         f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. Build it from squares and "

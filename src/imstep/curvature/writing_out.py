@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.errors import UnsupportedOperatorError
+from imstep.complexstep.graph import leads_to
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.tape import Tape, TapeChangedError
@@ -175,16 +176,19 @@ class Evaluation:
     @classmethod
     def recorded(cls, frozen: FrozenClosure, parameters: ParameterVector, known: KnownOwners) -> Evaluation | None:
         """One that is recorded; None where the closure cannot be."""
-        tape = Tape(patterns=patterns_of(parameters.tensors))
-        recording = known.courses.recording(parameters.tensors)
+        tensors = parameters.tensors
+        tape = Tape(patterns=patterns_of(tensors))
+        recording = known.courses.recording(tensors)
         arithmetic = frozen.arithmetic(tape=tape, recording=recording)
-        for p in parameters.tensors:
+        for p in tensors:
             arithmetic.attach(p, lent=True)
         try:
             with Looking(recording):
                 loss = frozen.loss_with_graph(arithmetic)
             with frozen.watch(recording):
-                residuals = require_residuals(loss, parameters.tensors)
+                residuals = require_residuals(loss, tensors)
+            if any(arithmetic.reference(o.z) is None for o in residuals.outputs if leads_to(o.z.grad_fn, tensors)):
+                raise TapeChangedError("what is squared was computed after the loss, as r - r.mean() of r.var().")
             course = Course(recording, loss, residuals.whole, known.courses)
             with unseen():
                 arithmetic.finish([o.z for o in residuals.outputs])
@@ -194,7 +198,7 @@ class Evaluation:
             return None
         finally:
             recording.forget()
-            for p in parameters.tensors:
+            for p in tensors:
                 arithmetic.release(p)
         return cls(loss, residuals, tape, course)
 

@@ -246,6 +246,13 @@ def test_weights_among_the_parameters_are_told() -> None:
         ResidualJacobian(lambda: (-s).exp() * output().square().mean() + s, [*model.parameters(), s])
 
 
+def test_components_are_parted_where_einsum_lays_them_out_flat() -> None:
+    model, output = network()
+    plain = ResidualJacobian(lambda: output().square().sum(), model)
+    J = ResidualJacobian(lambda: (lambda r: torch.einsum("ij,ij->", r, r))(output()), model)
+    assert J.backward_passes == plain.backward_passes and not J.explicit
+
+
 def test_columns_of_what_is_computed_after_the_loss() -> None:
     t, w = torch.linspace(0, 1, 20).double(), nn.Parameter(normal(3))
     r = lambda: (w[0] * (w[1] * t).exp() + w[2]).cumsum(0)

@@ -181,7 +181,8 @@ class LeastSquares(StepwiseOptimizer):
 
         Args:
             closure: returns the loss, a tensor with one entry, or calls ``backward()`` on it; evaluated several times.
-                See docs/closures.md. For a batch in pieces a :class:`MicroBatches`, or a list of closures.
+                See docs/closures.md. For a batch in pieces a :class:`MicroBatches`, or a list of closures, which
+                return their losses and call no ``backward()``.
             check: returns the same loss at other points, as a tensor with one entry or a number; the same points in all
                 steps, or new ones. It is evaluated without a gradient, where the step ends, and where the first one
                 begins; it changes nothing in steps. ``last_step`` has the losses, ``check_loss`` before the step and

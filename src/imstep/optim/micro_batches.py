@@ -27,7 +27,8 @@ class MicroBatches:
     and its running statistics are updated once for each.
 
     Args:
-        closure: called with a piece, returns its loss; or calls ``backward()`` on it.
+        closure: called with a piece, returns its loss; or calls ``backward()`` on it, where the optimizer does not take
+            the pieces at once, as ``LeastSquares`` does.
         batches: the pieces. They are gone through once, and kept for the step: a generator will do, such as
             ``itertools.islice`` of a loader's iterator.
         reduction: how losses of pieces make up the whole: ``MeanOverSamples()``, the default, or ``SumOverBatches()``.

@@ -41,6 +41,11 @@ PENALTIES: dict[str, Callable[[Net], list[Tensor]]] = {
     "some, flat": lambda net: [torch.cat([net.first.weight.view(-1), 2 * net.spare, net.conv.weight.flatten()])],
     "from the start": lambda net: [p - p0 for p, p0 in zip(net.parameters(), START, strict=True)],
     "scaled": lambda net: [-0.3 * (p - 1) / 2 + 1 for p in net.parameters()],
+    "to the start": lambda net: [
+        f(p, p0)
+        for f in (lambda p, c: c - p, lambda p, c: 0.3 - 2 * p, lambda p, c: -torch.add(c, p, alpha=3))
+        for p, p0 in zip(net.parameters(), START, strict=True)
+    ],
     "weighed": lambda net: [p0.abs().sqrt() * (p - p0) for p, p0 in zip(net.parameters(), START, strict=True)],
     "weighed, flat": lambda net: [
         torch.linspace(1, 2, len(SCALE), dtype=F64) * nn.utils.parameters_to_vector(net.parameters()) / SCALE
@@ -76,7 +81,7 @@ def test_rows(name: str) -> None:
     assert torch.allclose(J.gradient, rows.T @ residuals)
 
 
-@pytest.mark.parametrize("name", [*list(PENALTIES)[:9], "of one layer twice"])
+@pytest.mark.parametrize("name", [*list(PENALTIES)[:10], "of one layer twice"])
 def test_no_pass_for_each_entry(name: str) -> None:
     net = Net()
     loss = lambda: (net(POINTS) - 1).square().mean() + sum(t.square().sum() for t in PENALTIES[name](net))

@@ -160,11 +160,12 @@ def test_monte_carlo_is_unbiased(name: str) -> None:
     assert relative_error(matrix(MonteCarlo(400, 1), closure), expected) < 0.2
 
 
+@pytest.mark.parametrize("moved", [lambda p: p, lambda p: p - 0.3, lambda p: (0.3 - 2 * p) / 2])
 @pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(2), Empirical()])
-def test_what_a_loss_adds_of_parameters_alone_stays_exact(expectation: Expectation) -> None:
+def test_what_a_loss_adds_of_parameters_alone_stays_exact(expectation: Expectation, moved) -> None:
     data = lambda: F.cross_entropy(NET(X), LABELS)
     plain, eye = matrix(expectation, data), torch.eye(27, dtype=F64)
-    decayed = matrix(expectation, lambda: data() + 0.35 * sum(p.square().sum() for p in PARAMETERS))
+    decayed = matrix(expectation, lambda: data() + 0.35 * sum(moved(p).square().sum() for p in PARAMETERS))
     assert relative_error(decayed, plain + 0.7 * eye) < 1e-12
     penalty = Penalty.of([0.3] * 4, ParameterVector(PARAMETERS))
     assert relative_error(matrix(expectation, data, penalty=penalty), plain + 0.3 * eye) < 1e-12

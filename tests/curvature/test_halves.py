@@ -91,12 +91,14 @@ def test_the_hessian_has_the_spread_of_its_gauss_newton_part() -> None:
     assert first - second == pytest.approx(spread[0] - spread[1], rel=1e-12)
 
 
-def test_weight_decay_is_without_noise() -> None:
+@pytest.mark.parametrize("values", [0, 0.3])
+def test_weight_decay_is_without_noise(values: float) -> None:
     net = nn.Linear(3, 3).to(F64)
     parameters = ParameterVector(net)
     spreads = []
     for decay in (0.0, 10.0):
-        loss = lambda decay=decay: F.mse_loss(net(X), X) + decay * sum((p**2).sum() for p in net.parameters())
+        penalty = lambda: sum(((p - values) ** 2).sum() for p in net.parameters())
+        loss = lambda decay=decay, penalty=penalty: F.mse_loss(net(X), X) + decay * penalty()
         point = FrozenClosure(loss, parameters).linearise(keep_graph=True)
         _, first, second = HalvedTapeOperator(gauss_newton_of(point, parameters), point).measure(
             torch.ones(parameters.size, dtype=F64)

@@ -154,11 +154,22 @@ def test_what_is_no_layer_has_a_diagonal() -> None:
     assert rows[:, own].count_nonzero() == rows.count_nonzero() == 3
 
 
+PENALTIES = {
+    "decay": lambda params: sum(p.square().sum() for p in params),
+    "pull": lambda params: sum((p - 0.3).square().sum() for p in params),
+    "mean of a pull": lambda params: sum(p.numel() * F.mse_loss(p - 0.1, torch.ones_like(p)) for p in params),
+    "weighed pull": lambda params: sum((4 * (p - 0.3) ** 2 / 4).sum() for p in params),
+    "multiples": lambda params: sum(((2 * p - 0.3) / 2).pow(2).sum() for p in params),
+    "joined": lambda params: (nn.utils.parameters_to_vector(params) - 0.3).square().sum(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
-def test_weight_decay_is_added(kind: type[KFAC]) -> None:
+def test_weight_decay_is_added(kind: type[KFAC], penalty) -> None:
     layer, x = nn.Linear(4, 1).double(), normal(9, 4)
     plain = imstep.GaussNewton(lambda: (layer(x), torch.zeros(9, 1).double()), layer).to_dense()
-    loss = lambda: layer(x).square().mean() + 0.35 * sum(p.square().sum() for p in layer.parameters())
+    loss = lambda: layer(x).square().mean() + 0.35 * penalty(list(layer.parameters()))
     assert relative_error(kind(loss, layer).to_dense(), plain + 0.7 * torch.eye(5, dtype=F64)) < 1e-12
 
 

@@ -80,9 +80,10 @@ def test_over_all_halves_the_mean_is_the_variance_of_a_mean_of_examples() -> Non
     assert max(found) > 1.2 * min(found)
 
 
-def test_weight_decay_is_without_variance_and_a_single_example_tells_none() -> None:
+@pytest.mark.parametrize("values", [0, 0.3])
+def test_weight_decay_is_without_variance_and_a_single_example_tells_none(values: float) -> None:
     model, plain = TwoEnds(), LOSSES["mse"]
-    decay = lambda *batch: plain(*batch) + sum((p**2).sum() for p in model.parameters())
+    decay = lambda *batch: plain(*batch) + sum(((p - values) ** 2).sum() for p in model.parameters())
     at = torch.arange(N)
     assert measured(model, decay, at) == pytest.approx(measured(model, plain, at), rel=1e-12)
     assert math.isnan(measured(model, plain, at[:1]))

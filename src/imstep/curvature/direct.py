@@ -7,7 +7,7 @@ compact as the rows of a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,16 @@ from imstep.curvature.use import Rows
 _IN_ORDER = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0"}
 """Operators that leave entries in row-major order."""
 
-_SHIFTS, _SCALES = {"AddBackward0", "SubBackward0"}, {"MulBackward0", "DivBackward0"}
+_SHIFTS: dict[str, Callable[[Any], tuple[float, float]]] = {
+    "AddBackward0": lambda node: (1, node._saved_alpha),
+    "SubBackward0": lambda node: (1, -node._saved_alpha),
+    "RsubBackward0": lambda node: (-node._saved_alpha, 1),
+    "RsubBackward1": lambda node: (-node._saved_alpha, 1),
+    "NegBackward0": lambda _: (-1, 1),
+}
+"""Operators that add a constant to one of their arguments, and by what each is multiplied."""
+
+_SCALES = {"MulBackward0", "DivBackward0"}
 """Operators of two arguments, of which the other one is a constant."""
 
 
@@ -56,23 +65,36 @@ def direct_in(z: Tensor, number: int, position: Mapping[int, int]) -> list[Direc
         z: the output, and its number.
         position: of parameters, by identity.
     """
-    if id(z) in position:
-        return None if z.is_complex() else [Direct(position[id(z)], number, 0)]
+    found = _leaves_in(z)
+    if found is None or any(id(leaf) not in position for leaf, *_ in found):
+        return None
+    return [Direct(position[id(leaf)], number, offset, scale) for leaf, offset, scale in found]
+
+
+def of_parameters(z: Tensor) -> bool:
+    """Whether an output consists of parameters, times and plus constants, as that of a penalty on weights does."""
+    return _leaves_in(z) is not None
+
+
+def _leaves_in(z: Tensor) -> list[tuple[Tensor, int, float | Tensor]] | None:
+    """The leaves that an output consists of, each with its offset and scale; None where it is made of more."""
+    if z.is_leaf:
+        return None if z.is_complex() else [(z, 0, 1.0)]
     node, scale = _stripped(z.grad_fn)
-    own = _leaf(node, position)
-    if own is not None:
-        return [Direct(own, number, 0, scale)] if _entries(node) == z.numel() else None
+    leaf = _leaf(node)
+    if leaf is not None:
+        return [(leaf, 0, scale)] if leaf.numel() == z.numel() else None
     if node is None or node.name() != "CatBackward0" or len(node._input_metadata[0].shape) != 1:
         return None
     found, offset = [], 0
     for parent, at in node.next_functions:
         below, factor = _stripped(parent)
-        own = _leaf(below, position)
-        if own is None or _entries(below) != math.prod(parent._input_metadata[at].shape):
+        leaf = _leaf(below)
+        if leaf is None or leaf.numel() != math.prod(parent._input_metadata[at].shape):
             return None
-        end = offset + _entries(below)
+        end = offset + leaf.numel()
         whole = scale[offset:end] if isinstance(scale, Tensor) else scale
-        found.append(Direct(own, number, offset, whole * factor))
+        found.append((leaf, offset, whole * factor))
         offset = end
     return found
 
@@ -92,24 +114,29 @@ def _stripped(node: Any) -> tuple[Any, float | Tensor]:
     """Beneath operators that leave the entries where they are; by what constants they multiply them."""
     scale: float | Tensor = 1.0
     while node is not None:
-        edges, name = node.next_functions, node.name()
-        below: Any = edges[0] if edges else None
-        if name in _SHIFTS or name in _SCALES:
-            if name == "MulBackward0" and edges[0][0] is None:
-                below = edges[1]
-            elif edges[1][0] is not None:
-                break
-            if below[0] is None or not _same_shape(node, below):
-                break
-        elif name not in _IN_ORDER:
+        kept = _kept(node)
+        if kept is None:
             break
-        if name in _SCALES:
-            other = _factor(node._saved_self if below is edges[1] else node._saved_other, node)
-            if other is None:
-                break
-            scale = scale * other if name == "MulBackward0" else scale / other
-        node = below[0]
+        at, factor = kept
+        node, scale = node.next_functions[at][0], scale * factor
     return node, scale
+
+
+def _kept(node: Any) -> tuple[int, float | Tensor] | None:
+    """The argument whose entries an operator leaves where they are, and their factor; None where it does more."""
+    name, edges = node.name(), node.next_functions
+    if name in _IN_ORDER:
+        return 0, 1.0
+    if name not in _SHIFTS and name not in _SCALES:
+        return None
+    own = [at for at, (below, _) in enumerate(edges) if below is not None]
+    if len(own) != 1 or not _same_shape(node, edges[own[0]]):
+        return None
+    (at,) = own
+    if name in _SHIFTS:
+        return at, float(_SHIFTS[name](node)[at])
+    other = None if at and name == "DivBackward0" else _factor(node._saved_self if at else node._saved_other, node)
+    return None if other is None else (at, other if name == "MulBackward0" else 1 / other)
 
 
 def _factor(other: Tensor | None, node: Any) -> float | Tensor | None:
@@ -128,11 +155,5 @@ def _same_shape(node: Any, edge: Any) -> bool:
     return tuple(shape) == tuple(node._input_metadata[0].shape)
 
 
-def _leaf(node: Any, position: Mapping[int, int]) -> int | None:
-    if node is None or node.name() != LEAF or node.variable.is_complex():
-        return None
-    return position.get(id(node.variable))
-
-
-def _entries(node: Any) -> int:
-    return int(node.variable.numel())
+def _leaf(node: Any) -> Tensor | None:
+    return None if node is None or node.name() != LEAF or node.variable.is_complex() else node.variable

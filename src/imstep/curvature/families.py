@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
+from imstep.curvature.direct import of_parameters
 from imstep.curvature.sampling import drawn_labels, kept_dimension
 
 aten = torch.ops.aten
@@ -155,8 +156,8 @@ def family(end: ConvexLoss) -> Family | None:
 
 
 def is_penalty(end: ConvexLoss) -> bool:
-    """Whether an end is the square of a parameter itself, as in weight decay."""
-    return end.z.is_leaf and isinstance(family(end), _Gaussian)
+    """Whether an end is the square of parameters themselves, or of how far they are from constants."""
+    return isinstance(family(end), _Gaussian) and of_parameters(end.z)
 
 
 def _z(end: ConvexLoss) -> Tensor:

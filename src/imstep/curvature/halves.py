@@ -10,6 +10,7 @@ from torch import Tensor
 from imstep.complexstep import hvp
 from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
+from imstep.curvature.direct import of_parameters
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator, TapeOperator
 from imstep.curvature.pieces import Linearised
@@ -57,8 +58,8 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
                 "convex function of outputs, one for each example. Use a loss made of squares, cross entropies or "
                 "Huber terms, or leave the test out (noise=None)."
             )
-        self._ends = point.split.losses
-        self._weights = end_weights(point.loss, self._ends)
+        self._ends = [end for end in point.split.losses if not of_parameters(end.z)]  # weight decay is of no examples
+        self._weights = end_weights(point.loss, self._ends) if self._ends else []
         self._watched = operator.tape.watching([reference for end in self._ends for reference in end.references])
         super().__init__(operator.parameters, operator.tape, operator.definite, operator.penalty)
 
@@ -79,9 +80,7 @@ class HalvedTapeOperator(TapeOperator, HalvedOperator):
 
 
 def _by_example(end: ConvexLoss, weight: Tensor, changes: list[Tensor | None]) -> Tensor:
-    """(Jv)ᵢᵀ L''ᵢ (Jv)ᵢ of every example, (examples,); one entry where the loss is of no examples."""
-    if end.z.is_leaf:  # a parameter itself, as in weight decay
-        return end.z.new_zeros(1)
+    """(Jv)ᵢᵀ L''ᵢ (Jv)ᵢ of every example, (examples,)."""
     values = [plain(end.args[at]).detach() for at in end.positions]
     given = [torch.zeros_like(z) if change is None else change for z, change in zip(values, changes, strict=True)]
     if end.func is torch.ops.aten.mul.Tensor:  # z times itself

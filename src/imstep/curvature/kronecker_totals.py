@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imstep.curvature.direct import of_parameters
 from imstep.curvature.kronecker_blocks import Block, Seen
 from imstep.curvature.kronecker_sharing import Sharing
 from imstep.curvature.layers import LayerUse
@@ -135,13 +136,13 @@ def places_of(point: Linearised, processes: Processes) -> list[Place] | None:
 
 
 def _shapes(point: Linearised) -> list[tuple[bool, tuple[int, ...]]] | None:
-    """Of the outputs that convex losses are of, and whether they are leaves; None for a batch in pieces."""
+    """Of the outputs that convex losses are of, and whether these are of parameters alone; None for pieces."""
     assert isinstance(point, SharedLinearisation)
     if point.own is None:
         return []
     if isinstance(point.own, JointLinearisation) or point.own.split is None:
         return None
-    return [(end.z.is_leaf, tuple(end.z.shape)) for end in point.own.split.losses]
+    return [(of_parameters(end.z), tuple(end.z.shape)) for end in point.own.split.losses]
 
 
 def _places(shapes: list[list[tuple[bool, tuple[int, ...]]] | None], rank: int) -> list[Place] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep.later import later_grad
+from imstep.curvature.direct import of_parameters
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
@@ -71,7 +72,7 @@ def _variance(point: Linearisation, parameters: ParameterVector) -> float:
             "or leave it out (variance_every=0)."
         )
     arguments = [end.args[at] for end in point.split.losses for at in end.positions]
-    outputs = list({id(z): z for z in arguments if not z.is_leaf and z.ndim > 0 and len(z) > 1}.values())
+    outputs = list({id(z): z for z in arguments if not of_parameters(z) and z.ndim > 0 and len(z) > 1}.values())
     if not outputs:
         return math.nan
     contrasts = [_contrast(g) for g in _gradients_at(outputs, point.loss)]

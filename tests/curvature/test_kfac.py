@@ -173,6 +173,28 @@ def test_weight_decay_is_added(kind: type[KFAC], penalty) -> None:
     assert relative_error(kind(loss, layer).to_dense(), plain + 0.7 * torch.eye(5, dtype=F64)) < 1e-12
 
 
+LABELS = torch.tensor([0, 1, -100, 1, -100, 0, -100, -100])
+KEPT = LABELS >= 0
+PARTIAL = {
+    "ignored labels": lambda z: F.cross_entropy(z, LABELS),
+    "selected": lambda z: z[KEPT].square().mean(),
+    "weights of zero": lambda z: (KEPT[:, None] * z.square()).sum(),
+    "masked": lambda z: F.binary_cross_entropy_with_logits(z, z.detach() + 0.5, weight=KEPT[:, None].double()),
+    "tokens": lambda z: F.cross_entropy(z.view(2, 4, 2).mT, LABELS.view(2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_rows_that_the_loss_ignores_are_none(kind: type[KFAC], name: str) -> None:
+    """Where all outputs are zero, factors are exact: the curvature of all rows that count is the same."""
+    layer, x = nn.Linear(3, 2).double(), normal(8, 3) * torch.where(KEPT, 1.0, 30.0).double()[:, None]
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    exact = imstep.GaussNewton(lambda: (layer(x), None), layer, lambda z, _: PARTIAL[name](z)).to_dense()
+    found = kind(lambda: PARTIAL[name](layer(x)), layer, samples=100).to_dense()
+    assert relative_error(found, exact) < 0.15
+
+
 def test_numbers_are_those_of_the_seed_and_states_are_left() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2)).double()
     x, state = normal(12, 3), torch.get_rng_state()

@@ -26,10 +26,11 @@ class KFAC(LinearOperator):
 
         block of a layer = A ⊗ G,   A = E[a aᵀ] of its inputs,   G = Σ E[g gᵀ] of sampled gradients at its outputs
 
-    Linear and recurrent layers and convolutions (1d and 2d, one group) have factors; all other parameters, and those of
-    recurrent layers in a checkpoint, a diagonal, of squared gradients of the same samples. Weight decay that is part of
-    the loss, or a pull towards other values, is added by its mean over a weight; that of a layer's weight counts for
-    its bias, too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
+    Rows of inputs whose outputs the loss ignores, such as those of padding, are left out of the expectation. Linear and
+    recurrent layers and convolutions (1d and 2d, one group) have factors; all other parameters, and those of recurrent
+    layers in a checkpoint, a diagonal, of squared gradients of the same samples. Weight decay that is part of the loss,
+    or a pull towards other values, is added by its mean over a weight; that of a layer's weight counts for its bias,
+    too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
 
     Args:
         closure: returns the loss, a convex function of the model's outputs made of PyTorch's mean squared error, cross

@@ -80,7 +80,7 @@ class KroneckerFactors:
         keep = min(1 - 1 / (self._updates + 1), self._decay)
         self._updates += 1
         for number, block in found.finite().items():  # products of large numbers overflow before a gradient does
-            block = replace(block, inputs=block.inputs / found.rows[number])
+            block = replace(block, inputs=block.inputs / found.rows[number].clamp(min=1))
             self._blocks[number] = _average(self._blocks.get(number), block, keep)
         for number, square in found.squares.items():
             old = self._diagonals.get(number)

@@ -37,7 +37,7 @@ class Block:
 
     Attributes:
         weight, bias: positions among the parameters.
-        inputs: A = E[a aᵀ] over the rows a that the weight multiplies, (in, in).
+        inputs: A = E[a aᵀ] over the rows a that the weight multiplies and the loss depends on, (in, in).
         outputs: G = Σ g gᵀ over the gradients g of sampled targets at its outputs, (out, out).
     """
 

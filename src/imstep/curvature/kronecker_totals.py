@@ -33,7 +33,7 @@ class Totals:
 
     Attributes:
         blocks: the factors of each weight over all its uses, those of inputs summed over rows.
-        rows: how many these are.
+        rows: how many these are, of those that the loss depends on; 0-dim.
         squares: squared gradients of the other parameters.
         direct: mean curvature of losses of a parameter itself.
         seen: the uses themselves, of this process, where they are asked for.
@@ -42,7 +42,7 @@ class Totals:
     """
 
     blocks: dict[int, Block] = field(default_factory=dict)
-    rows: dict[int, float] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     direct: dict[int, float] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
@@ -64,12 +64,13 @@ class Totals:
         a = use.inputs.to(dtype)
         g = gradient.detach().movedim(use.channels, -1)
         g = g.reshape(-1, g.shape[-1]).to(dtype)
-        block = Block(use.weight, use.bias, a.T @ a, weight * (g.T @ g))
+        seen = g.any(1, keepdim=True)  # padding, ignored labels and the like are no rows of the curvature
+        block = Block(use.weight, use.bias, (a * seen).T @ a, weight * (g.T @ g))
         old = self.blocks.get(use.weight)
         if old is not None and old.inputs.shape == block.inputs.shape:
             block = Block(use.weight, use.bias, old.inputs + block.inputs, old.outputs + block.outputs)
         self.blocks[use.weight] = block
-        self.rows[use.weight] = self.rows.get(use.weight, 0) + len(a)
+        self.rows[use.weight] = self.rows.get(use.weight, 0) + seen.sum()
 
     @property
     def forms(self) -> list[Form]:
@@ -90,7 +91,8 @@ class Totals:
         """The factors that are, by weight, with one synchronisation of the device for all of them."""
         if self.looked_at:
             return self.blocks
-        sums = [block.inputs.sum() / self.rows[at] + block.outputs.sum() for at, block in self.blocks.items()]
+        counts = {at: rows.clamp(min=1) for at, rows in self.rows.items()}
+        sums = [block.inputs.sum() / counts[at] + block.outputs.sum() for at, block in self.blocks.items()]
         usable = torch.stack(sums).isfinite().tolist() if sums else []
         return {at: block for (at, block), good in zip(self.blocks.items(), usable, strict=True) if good}
 
@@ -216,7 +218,7 @@ def _summed(
         at, bias, m, n = form
 
         def take(found: Sequence[Tensor]) -> None:
-            whole = Totals({at: Block(at, bias, *found[1:])}, {at: float(found[0])})
+            whole = Totals({at: Block(at, bias, *found[1:])}, {at: found[0][0]})
             total.rows.update(whole.rows)
             for usable in (whole.finite() if one_by_one else whole.blocks).values():
                 total.blocks[at] = sharing.held(usable)

@@ -24,7 +24,7 @@ class _Kept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in BACKWARD:
             return func(*args, **kwargs)
-        roots, _, inputs = parsed(*args, **kwargs)
+        roots, _, inputs, _ = parsed(*args, **kwargs)
         if inputs is not None:  # gradients of something else
             return func(*args, **kwargs)
         self.roots += roots

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import runs_functions
-from imstep.complexstep.graph import Survey, survey
+from imstep.complexstep.graph import Survey, survey, walk
 from imstep.complexstep.islands import plain, unseen
 from imstep.curvature.hooks import accumulation_watched, plain_copy, same_values
 
@@ -74,6 +74,7 @@ class BackwardCalls(TorchFunctionMode):
         self._parameters, self._numbers = parameters, numbers
         self._skip, self._plain, self._stale = skip, plain, stale
         self._roots: list[Root] = []
+        self._freed: list[Tensor] = []  # whose graphs backward() has freed
         self._create_graph = False
         self._left = self._gradients()
         self.seen, self.hidden = Survey(), hidden
@@ -85,7 +86,7 @@ class BackwardCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
-        roots, create_graph, inputs = parsed(*args, **kwargs)
+        roots, create_graph, inputs, kept = parsed(*args, **kwargs)
         own = {id(p) for p in self._parameters}
         if inputs is not None and own.isdisjoint(map(id, inputs)):
             return func(*args, **kwargs)
@@ -102,8 +103,10 @@ class BackwardCalls(TorchFunctionMode):
             given = [] if maybe else found.others
             others = [t for t in given if inputs is None or any(t is i for i in inputs)]
             if others:
+                # A reentrant checkpoint refuses a pass for some leaves alone.
+                alone = others if inputs is not None or not runs_functions(values) else None
                 torch.autograd.backward(
-                    [r.value for r in roots], [r.weight for r in roots], retain_graph=True, inputs=others
+                    [r.value for r in roots], [r.weight for r in roots], retain_graph=True, inputs=alone
                 )
             for p in self._parameters:
                 p.grad = torch.ones_like(p, requires_grad=False)
@@ -114,6 +117,7 @@ class BackwardCalls(TorchFunctionMode):
             if maybe and self._untouched():
                 return None
             self.hidden |= maybe
+            self._freed += [] if kept else values
         self._roots += roots
         self._create_graph |= create_graph
         self._left = self._gradients()
@@ -152,10 +156,13 @@ class BackwardCalls(TorchFunctionMode):
         """The function that the closure differentiates, 0-dim, with its graph; what it returned where it does not.
 
         Raises:
-            ValueError: it returned no loss, or one that its gradients do not belong to; it changed the gradients.
+            ValueError: it returned no loss, or one that its gradients do not belong to, or whose graph is freed; it
+                changed the gradients.
         """
         self._settle()
         if not self._roots:
+            if isinstance(returned, Tensor) and self._is_freed(returned):
+                raise ValueError(_EMPTIED)
             return scalar(returned)
         alone = self._roots[0].value if len(self._roots) == 1 and self._roots[0].weight is None else None
         node = plain(returned).grad_fn if isinstance(returned, Tensor) else None
@@ -168,6 +175,12 @@ class BackwardCalls(TorchFunctionMode):
         loss = alone.reshape(()) if alone is not None else reduce(torch.add, [root.term() for root in self._roots])
         self._compare(returned, loss)
         return scalar(loss)
+
+    def _is_freed(self, returned: Tensor) -> bool:
+        """Whether the graph of what is returned holds one that is freed."""
+        with unseen():
+            gone = {t.grad_fn for t in self._freed}
+            return bool(gone) and not gone.isdisjoint(walk([returned.grad_fn]))
 
     def _compare(self, returned: Any, loss: Tensor) -> None:
         """A gradient given for many entries may be a derivative itself; then its inner product is not the loss."""
@@ -196,7 +209,7 @@ class BackwardCalls(TorchFunctionMode):
         if self._untouched():
             return
         if any(p.grad is not None and bool(plain_copy(p.grad).any()) for p in self._parameters):
-            raise ValueError(_CHANGED)
+            raise ValueError(_CHANGED if self._roots else _ASSIGNED)
         self._roots, self._create_graph, self._stale = [], False, False
         for p in self._parameters:
             p.grad = None
@@ -207,6 +220,15 @@ _CHANGED = (
     "closure changed .grad other than by backward(), by clipping or scaling for instance; products and trial losses "
     "would be those of another function. Leave it out: max_step_norm of the optimizer bounds the length of a step in "
     "place of clipping, a factor belongs in the loss, and parameters are held fixed by requires_grad=False."
+)
+_ASSIGNED = (
+    "closure gave .grad values without backward(), as by torch.autograd.grad and p.grad = g: which function they are "
+    "the gradient of is not known, and products and trial losses need it. Return the loss and leave .grad alone, since "
+    "a step takes the gradient itself; or call loss.backward()."
+)
+_EMPTIED = (
+    "closure called backward() on what it returns, and emptied .grad afterwards: neither the gradient nor the graph is "
+    "there any more. Call zero_grad() before backward(), or leave both out."
 )
 _ACCUMULATED = (
     "closure calls backward() without zero_grad(), and .grad holds a gradient from before the step: that of earlier "
@@ -222,8 +244,8 @@ def parsed(
     create_graph: bool = False,
     *rest: Any,
     **named: Any,
-) -> tuple[list[Root], bool, Sequence[Tensor] | None]:
-    """Roots, ``create_graph`` and ``inputs`` of ``Tensor.backward`` or ``torch.autograd.backward``."""
+) -> tuple[list[Root], bool, Sequence[Tensor] | None, bool]:
+    """Roots, ``create_graph`` and ``inputs`` of a call of ``backward``, and whether it leaves graphs in place."""
     roots = named.get("self", named.get("tensors", roots))
     weights = next((named[k] for k in ("gradient", "grad_tensors") if k in named), weights)
     inputs = named.get("inputs", rest[-1] if rest else None)
@@ -234,7 +256,7 @@ def parsed(
     if inputs is not None:
         inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     roots = [Root(plain(t), None if w is None else plain(w)) for t, w in zip(tensors, given, strict=True)]
-    return roots, create_graph, inputs
+    return roots, create_graph, inputs, create_graph if retain_graph is None else retain_graph
 
 
 def number(value: Any) -> Tensor | None:

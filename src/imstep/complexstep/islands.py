@@ -191,7 +191,7 @@ class Islands(TorchFunctionMode):
         if not self.active and self._plane.find(t) is not None:
             remedy = "call .detach() first to treat the values as constants"
             if not self._may_cut():
-                remedy = "leave the Function out: within it .detach() changes nothing"
+                remedy = "leave the Function or hook out: within it .detach() changes nothing"
             raise UnsupportedOperatorError(
                 f"Tensor.{func.__name__}",
                 "the imaginary part of a tensor that is being differentiated would be lost outside PyTorch.",

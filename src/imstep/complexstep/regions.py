@@ -11,7 +11,7 @@ import sys
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd import functional, grad_mode, graph
@@ -23,8 +23,9 @@ _APPLY = getattr(Function.apply, "__func__", None)  # without a frame, being bui
 _FORWARD = None if _APPLY is None else _APPLY.__code__
 _PASSES_BACK = ("apply", "apply_boxed", "apply_jvp")  # the second as of PyTorch 2.13
 _BACKWARD = {
-    getattr(BackwardCFunction, name).__code__ for name in _PASSES_BACK if hasattr(BackwardCFunction, name)
+    id(getattr(BackwardCFunction, name).__code__) for name in _PASSES_BACK if hasattr(BackwardCFunction, name)
 }
+_Forwards: TypeAlias = dict[int, tuple[CodeType, bool]]  # by id, since code that a compiler writes may have no hash
 _PASS = graph._engine_run_backward.__code__
 _TAKES_UP = functional._grad_preprocess.__code__
 _CONTEXTS = {"__enter__", "__exit__"}
@@ -67,7 +68,7 @@ def functions_around(frame: FrameType | None) -> int:
             in_pass, found, again = True, found + (not again), False
         elif code is _FORWARD and own:
             own = False
-        elif not again and (code in _BACKWARD or (code is _FORWARD if _APPLY else _enters(frame, forwards))):
+        elif not again and (id(code) in _BACKWARD or (code is _FORWARD if _APPLY else _enters(frame, forwards))):
             found += 1
         frame = frame.f_back
     # A thread of the engine's own, for another device, does not show who asked for the pass.
@@ -75,9 +76,9 @@ def functions_around(frame: FrameType | None) -> int:
     return found + alone
 
 
-def _enters(frame: FrameType, forwards: dict[CodeType, bool]) -> bool:
+def _enters(frame: FrameType, forwards: _Forwards) -> bool:
     """Whether a Function's built-in ``apply`` has called ``frame``; ``forwards`` are those of :func:`_forwards`."""
-    own = forwards.get(frame.f_code)
+    _, own = forwards.get(id(frame.f_code), (None, None))
     if own is not False:  # f_locals are read where needed only: Python keeps what they hold as long as the frame
         return bool(own)
     values = frame.f_locals
@@ -85,13 +86,13 @@ def _enters(frame: FrameType, forwards: dict[CodeType, bool]) -> bool:
     if isinstance(given[0] if isinstance(given, tuple) and given else given, BackwardCFunction):
         return True
     around = [values[name] for name in frame.f_code.co_freevars if callable(values.get(name))]
-    return any(getattr(unwrap(decorated), "__code__", None) in forwards for decorated in around)
+    return any(id(getattr(unwrap(decorated), "__code__", None)) in forwards for decorated in around)
 
 
-_LATEST: dict[tuple[int, ...], dict[CodeType, bool]] = {}
+_LATEST: dict[tuple[int, ...], _Forwards] = {}
 
 
-def _forwards() -> dict[CodeType, bool]:
+def _forwards() -> _Forwards:
     """The code that Functions run forward, and whether it is theirs alone, as that of a decorator is not."""
     kinds = Function.__subclasses__()
     for kind in kinds:  # it grows
@@ -99,7 +100,7 @@ def _forwards() -> dict[CodeType, bool]:
     key = tuple(map(id, kinds))
     found = _LATEST.get(key)
     if found is None:
-        found = {code: own for kind in kinds for code, own in _run_forward(kind).items()}
+        found = {id(code): (code, own) for kind in kinds for code, own in _run_forward(kind).items()}
         _LATEST.clear()
         _LATEST[key] = found
     return found

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from optim_cases import F64, normal
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imstep.optim import ExactHessian, LeastSquares, NewtonKrylov, NoPreconditioning, StepOutcome
 
@@ -249,6 +250,75 @@ def test_gradients_changed_after_backward_are_refused(method: Any, change: Calla
         optimizer.step(closure)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert optimizer.last_step is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("emptied", [False, True])
+def test_gradients_written_by_hand_are_refused(method: Any, emptied: bool) -> None:
+    model = net()
+    optimizer = method(model.parameters())
+
+    def closure() -> Tensor:
+        if emptied:
+            optimizer.zero_grad()
+        loss = error(model)
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            p.grad = g
+        return loss
+
+    with pytest.raises(ValueError, match=r"without backward\(\), as by torch\.autograd\.grad.*Return the loss"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradients_emptied_after_backward_are_refused(set_to_none: bool, share: bool) -> None:
+    model = net()
+    optimizer = NewtonKrylov(model.parameters())
+
+    def closure() -> Tensor:
+        loss = error(model)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        return loss / 2 if share else loss
+
+    with pytest.raises(ValueError, match=r"emptied \.grad afterwards.*zero_grad\(\) before backward\(\)"):
+        optimizer.step(closure)
+
+
+def test_a_graph_that_outlives_backward_is_taken() -> None:
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        def closure() -> Tensor:
+            loss = error(model)
+            loss.backward(retain_graph=True)
+            optimizer.zero_grad()
+            return loss
+
+        return closure
+
+    for p, q in zip(train(NewtonKrylov, loop)[0], train(NewtonKrylov, plainly)[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_reentrant_checkpoints_of_inputs_that_require_gradients() -> None:
+    """Trials make a pass for the inputs, and such a checkpoint takes none for some leaves alone."""
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            x = INPUTS.clone().requires_grad_()
+            hidden = checkpoint(lambda x: model[0](x).tanh(), x, use_reentrant=True)
+            loss = F.mse_loss(model[2](hidden), TARGETS)
+            loss.backward()
+            assert x.grad is not None
+            return loss
+
+        return closure
+
+    options = {"preconditioning": NoPreconditioning()}
+    expected = train(NewtonKrylov, plainly, **options)[0]
+    for p, q in zip(train(NewtonKrylov, loop, **options)[0], expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
 def test_gradients_that_are_looked_at_are_not_changed() -> None:
@@ -584,6 +654,44 @@ def test_compiled_models_run_uncompiled(method: Any, backend: str, warm: bool) -
 
     for p, q in zip(train(method, loop)[0], train(method, plainly)[0], strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_steps_in_compiled_code_run_uncompiled(method: Any, whole: bool) -> None:
+    model = net()
+    optimizer = method(model.parameters())
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    compiled = torch.compile(train_step if whole else optimizer.step, backend="eager")
+    for _ in range(4):
+        compiled(INPUTS, TARGETS) if whole else compiled(lambda: error(model))
+    for p, q in zip(model.parameters(), train(method, plainly)[0], strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closure_under_inference_mode_leaves_statistics(method: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), *net()).to(F64)
+    optimizer = method(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+
+    def closure() -> Tensor:
+        with torch.inference_mode():
+            return error(model)
+
+    with pytest.raises(ValueError, match=r"without a graph|under torch\.inference_mode\(\)"):
+        optimizer.step(closure)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,13 +28,20 @@ def check_apart(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise where an entry of parameters lies in the memory of another one, or in none.
 
     Raises:
-        ValueError: two of them share memory, one shows the same memory as several entries, or is on the meta device.
+        ValueError: two of them share memory, one shows the same memory as several entries, is on the meta device,
+            or was made under inference mode.
     """
     for t, name in zip(tensors, names, strict=True):
         if t.is_meta:
             raise ValueError(
                 f"parameter {name} has no memory yet (device meta), and no numbers. Call model.to_empty(device=...), "
                 "and load or initialise the model, before it is trained or differentiated."
+            )
+        if t.is_inference():
+            raise ValueError(
+                f"parameter {name} was made under torch.inference_mode(), and PyTorch neither differentiates nor "
+                "overwrites it. Make the model outside of it, or give it parameters of its own there, by "
+                "nn.Parameter(w.clone())."
             )
     windows = sorted(_windows(tensors, names), key=lambda w: w.start)
     near: list[_Window] = []  # whose ends overlap one after the other

@@ -95,7 +95,8 @@ class _Memory:
     """A storage that is overwritten in place."""
 
     def __init__(self, t: Tensor) -> None:
-        self.whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+        with torch.inference_mode(False):  # there it could not be written to afterwards
+            self.whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
 
     def read(self) -> Tensor:
         """A copy of what it holds."""

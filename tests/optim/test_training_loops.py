@@ -266,7 +266,7 @@ def test_gradients_written_by_hand_are_refused(method: Any, emptied: bool) -> No
             p.grad = g
         return loss
 
-    with pytest.raises(ValueError, match=r"without backward\(\), as by torch\.autograd\.grad.*Return the loss"):
+    with pytest.raises(ValueError, match=r"in its own thread, as by torch\.autograd\.grad.*Return the loss"):
         optimizer.step(closure)
 
 

@@ -222,9 +222,9 @@ _CHANGED = (
     "place of clipping, a factor belongs in the loss, and parameters are held fixed by requires_grad=False."
 )
 _ASSIGNED = (
-    "closure gave .grad values without backward(), as by torch.autograd.grad and p.grad = g: which function they are "
-    "the gradient of is not known, and products and trial losses need it. Return the loss and leave .grad alone, since "
-    "a step takes the gradient itself; or call loss.backward()."
+    "closure gave .grad values other than by backward() in its own thread, as by torch.autograd.grad and p.grad = g: "
+    "which function they are the gradient of is not known, and products and trial losses need it. Return the loss and "
+    "leave .grad alone, since a step takes the gradient itself; or call loss.backward()."
 )
 _EMPTIED = (
     "closure called backward() on what it returns, and emptied .grad afterwards: neither the gradient nor the graph is "

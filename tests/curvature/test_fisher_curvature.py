@@ -76,6 +76,10 @@ def exact(name: str) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bernoulli": bernoulli,
     "logistic": logistic,
+    "log-sigmoid": lambda z, y: -F.logsigmoid((2 * y - 1) * z),
+    "soft margin": lambda z, y: F.soft_margin_loss(z, 2 * y - 1, reduction="none"),
+    "logarithm of an exponential": lambda z, y: (1 + ((1 - 2 * y) * z).exp()).log(),
+    "logarithms of a sigmoid": lambda z, y: -torch.where(y > 0, z.sigmoid().log(), torch.log1p(-z.sigmoid())),
     "poisson": poisson,
     "gaussian": gaussian,
 }
@@ -111,9 +115,10 @@ def test_empirical_is_of_the_gradients_of_cases() -> None:
         (lambda: F.cross_entropy(NET(X), LABELS, reduction="sum"), torch.ones(N, dtype=F64)),
         (lambda: F.cross_entropy(NET(X), LABELS, torch.tensor([1.0, 2.0, 0.5], dtype=F64)), w / w.sum()),
         (lambda: -NET(X).log_softmax(1)[torch.arange(N), LABELS].mean(), torch.full((N,), 1 / N, dtype=F64)),
+        (lambda: -NET(X).softmax(1)[torch.arange(N), LABELS].log().mean(), torch.full((N,), 1 / N, dtype=F64)),
     ):
         assert relative_error(matrix(Empirical(), closure), (g.T * c) @ g) < 1e-12
-    for loss in (bernoulli, logistic, poisson, probability):
+    for loss in (bernoulli, logistic, poisson, probability, LOSSES["log-sigmoid"], LOSSES["soft margin"]):
         g = rows(loss(NET(X), ONES).sum(1))
         for scale in (1.0, 0.1):
             found = matrix(Empirical(), lambda loss=loss, scale=scale: scale * loss(NET(X), ONES).sum(1).mean())
@@ -169,6 +174,16 @@ def test_what_a_loss_adds_of_parameters_alone_stays_exact(expectation: Expectati
     assert relative_error(decayed, plain + 0.7 * eye) < 1e-12
     penalty = Penalty.of([0.3] * 4, ParameterVector(PARAMETERS))
     assert relative_error(matrix(expectation, data, penalty=penalty), plain + 0.3 * eye) < 1e-12
+
+
+@pytest.mark.parametrize("expectation", [MonteCarlo(2), Empirical()])
+def test_sharing_between_parameters_stays_exact(expectation: Expectation) -> None:
+    p, q, x, y = normal(3).requires_grad_(), normal(3, seed=1).requires_grad_(), normal(5, 3, seed=2), normal(5, seed=3)
+    data = lambda: F.mse_loss(x @ p, y) + 0 * q.sum()
+    eye = 2 * torch.eye(3, dtype=F64)
+    shared = torch.cat([torch.cat([eye, -eye], 1), torch.cat([-eye, eye], 1)])
+    found = matrix(expectation, lambda: data() + (p - q).square().sum(), [p, q])
+    assert relative_error(found, matrix(expectation, data, [p, q]) + shared) < 1e-12
 
 
 @pytest.mark.parametrize("expectation", [Exact(), MonteCarlo(200), Empirical()])

@@ -133,3 +133,12 @@ def test_outputs_in_an_object_are_seen_or_refused() -> None:
     assert_dense(GaussNewton(closure, model, loss).to_dense(), expected)
     with pytest.raises(TypeError, match=r"tuples, lists and dictionaries.*raise memory_budget"):
         GaussNewton(closure, model, loss, 0)
+
+
+def test_a_logarithm_of_exponentials_that_are_outputs_is_not_convex_in_them() -> None:
+    model, x = torch.nn.Linear(2, 2).double(), normal(5, 2)
+    of = lambda outputs, loss: GaussNewton(lambda: (outputs(model(x)), None), model, loss)
+    concave = of(torch.exp, lambda e, _: e.log1p().mean())
+    assert not concave.definite
+    assert torch.linalg.eigvalsh(concave.to_dense()).min() < -1e-6
+    assert of(lambda z: z, lambda z, _: z.exp().log1p().mean()).definite

@@ -173,6 +173,25 @@ def test_weight_decay_is_added(kind: type[KFAC], penalty) -> None:
     assert relative_error(kind(loss, layer).to_dense(), plain + 0.7 * torch.eye(5, dtype=F64)) < 1e-12
 
 
+SHARING = {
+    "squares": lambda p, q: (p - q).square().sum(),
+    "mean": lambda p, q: p.numel() * F.mse_loss(p - 0.1, q),
+    "a sum in parts": lambda p, q: ((q - torch.add(p, q, alpha=2) + 0.3) / 2 + (p - q) / 2 - p).square().sum(),
+}
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", SHARING)
+def test_sharing_between_weights_is_added_to_each(kind: type[KFAC], name: str) -> None:
+    first, second, x = nn.Linear(4, 1).double(), nn.Linear(4, 1).double(), normal(9, 4)
+    both, share = nn.ModuleList([first, second]), SHARING[name]
+    data = lambda: first(x).square().mean() + second(2 * x).square().mean()
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    loss = lambda: data() + 0.35 * sum(share(p, q) for p, q in pairs)
+    expected = kind(data, both).to_dense() + 0.7 * torch.eye(10, dtype=F64)
+    assert relative_error(kind(loss, both).to_dense(), expected) < 1e-12
+
+
 LABELS = torch.tensor([0, 1, -100, 1, -100, 0, -100, -100])
 KEPT = LABELS >= 0
 PARTIAL = {
@@ -324,10 +343,29 @@ def test_a_cross_entropy_that_is_written_out_has_the_same_factors(kind) -> None:
         lambda: F.cross_entropy(model(x), y),
         lambda: written_out(model(x)),
         lambda: -torch.distributions.Categorical(logits=model(x)).log_prob(y).mean(),
+        lambda: -model(x).softmax(1).log()[torch.arange(12), y].mean(),
+        lambda: -sum(p[at].log() for p in [model(x).softmax(1)] for at in enumerate(y)) / 12,
     )
     expected, *found = (kind(f, model).to_dense() for f in forms)
     for matrix in found:
         torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_binary_cross_entropy_that_is_written_out_has_the_same_factors(kind) -> None:
+    (model, x), y = mlp(), (torch.arange(12) % 2).double()[:, None].expand(12, 2)
+    sign = 2 * y - 1
+    forms = (
+        lambda z: F.binary_cross_entropy_with_logits(z, y),
+        lambda z: -F.logsigmoid(sign * z).mean(),
+        lambda z: F.soft_margin_loss(z, sign),
+        lambda z: torch.log1p((-sign * z).exp()).mean(),
+        lambda z: -(sign * z).sigmoid().log().mean(),
+        lambda z: -(1 - (-sign * z).sigmoid()).log().mean(),
+    )
+    expected, *found = (kind(lambda form=form: form(model(x)), model).to_dense() for form in forms)
+    for matrix in found:
+        torch.testing.assert_close(matrix.abs(), expected.abs(), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])

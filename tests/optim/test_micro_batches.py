@@ -14,7 +14,7 @@ from optim_cases import F64, LABELS, X, network, normal
 from torch import Tensor, nn
 
 from imstep import LeastSquares, MicroBatches, NewtonKrylov
-from imstep.complexstep.gauss_newton import ConvexLoss
+from imstep.complexstep.loss_split import ConvexLoss
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.reduction import SumOverBatches

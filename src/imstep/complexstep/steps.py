@@ -36,6 +36,12 @@ LOSS_OPERATORS = {
     _aten.exp.default,
     _aten._log_softmax.default,
     _aten.logsumexp.default,
+    _aten._softmax.default,
+    _aten.sigmoid.default,
+    _aten.log_sigmoid_forward.default,
+    _aten.log.default,
+    _aten.log1p.default,
+    _aten.soft_margin_loss.default,
 }
 """Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
+from imstep.complexstep.loss_split import ConvexLoss
 from imstep.curvature.families import Family, family, is_penalty
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator

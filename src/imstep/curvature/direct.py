@@ -31,6 +31,9 @@ _SHIFTS: dict[str, Callable[[Any], tuple[float, float]]] = {
 }
 """Operators that add a constant to one of their arguments, and by what each is multiplied."""
 
+_MOST_ADDED = 64
+"""Terms of a sum of parameters that are looked at."""
+
 _SCALES = {"MulBackward0", "DivBackward0"}
 """Operators of two arguments, of which the other one is a constant."""
 
@@ -68,11 +71,29 @@ def direct_in(z: Tensor, number: int, position: Mapping[int, int]) -> list[Direc
     found = _leaves_in(z)
     if found is None or any(id(leaf) not in position for leaf, *_ in found):
         return None
+    offsets = [offset for leaf, offset, _ in found if leaf.numel()]
+    if len(set(offsets)) < len(offsets):
+        return None  # several in one entry
     return [Direct(position[id(leaf)], number, offset, scale) for leaf, offset, scale in found]
 
 
+def diagonal_in(z: Tensor, second: Tensor, position: Mapping[int, int]) -> list[tuple[int, Tensor]]:
+    """What a loss of parameters alone adds to their own curvature: positions and diagonals; none if it is of more.
+
+    Args:
+        z: its output, which may also be a sum of parameters.
+        second: its second derivative in each entry of z.
+        position: of parameters, by identity.
+    """
+    flat, found = second.reshape(-1), []
+    for leaf, offset, scale in _leaves_in(z) or ():
+        if id(leaf) in position:
+            found.append((position[id(leaf)], flat[offset : offset + leaf.numel()] * scale * scale))
+    return found
+
+
 def of_parameters(z: Tensor) -> bool:
-    """Whether an output consists of parameters, times and plus constants, as that of a penalty on weights does."""
+    """Whether an output consists of parameters or their sums, times and plus constants, as in penalties on weights."""
     return _leaves_in(z) is not None
 
 
@@ -80,10 +101,10 @@ def _leaves_in(z: Tensor) -> list[tuple[Tensor, int, float | Tensor]] | None:
     """The leaves that an output consists of, each with its offset and scale; None where it is made of more."""
     if z.is_leaf:
         return None if z.is_complex() else [(z, 0, 1.0)]
+    added = _added(z.grad_fn)
+    if added is not None:
+        return [(leaf, 0, scale) for leaf, scale in added] if all(p.numel() == z.numel() for p, _ in added) else None
     node, scale = _stripped(z.grad_fn)
-    leaf = _leaf(node)
-    if leaf is not None:
-        return [(leaf, 0, scale)] if leaf.numel() == z.numel() else None
     if node is None or node.name() != "CatBackward0" or len(node._input_metadata[0].shape) != 1:
         return None
     found, offset = [], 0
@@ -97,6 +118,25 @@ def _leaves_in(z: Tensor) -> list[tuple[Tensor, int, float | Tensor]] | None:
         found.append((leaf, offset, whole * factor))
         offset = end
     return found
+
+
+def _added(node: Any) -> list[tuple[Tensor, float | Tensor]] | None:
+    """The leaves whose sum a node makes, entry by entry, each once and with its factor; None where it makes more."""
+    found: dict[int, tuple[Tensor, float | Tensor]] = {}
+    waiting: list[tuple[Any, float | Tensor]] = [(node, 1.0)]
+    while waiting:
+        above, scale = waiting.pop()
+        below, factor = _stripped(above)
+        leaf, edges = _leaf(below), [] if below is None else below.next_functions
+        if leaf is not None:
+            found[id(leaf)] = leaf, scale * factor + (found[id(leaf)][1] if id(leaf) in found else 0.0)
+        elif below is None or below.name() not in _SHIFTS or len(waiting) > _MOST_ADDED:
+            return None
+        elif any(parent is None or not _same_shape(below, (parent, at)) for parent, at in edges):
+            return None
+        else:
+            waiting += [(e[0], scale * factor * s) for e, s in zip(edges, _SHIFTS[below.name()](below), strict=False)]
+    return list(found.values())
 
 
 def entry_rows(addends: Tensor, width: int | None) -> Rows:

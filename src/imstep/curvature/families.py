@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
+from imstep.complexstep.loss_split import ConvexLoss
 from imstep.curvature.direct import of_parameters
 from imstep.curvature.sampling import drawn_labels, kept_dimension
 
@@ -109,6 +109,24 @@ class _Softplus(Family):
         return end.args[1] if len(end.args) > 1 else 1
 
 
+class _LogSigmoid(_Bernoulli):
+    """The same for a y of 1, the loss -log sigmoid z."""
+
+    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
+        return -passed
+
+
+class _SoftMargin(Family):
+    """The same as log(1 + exp(-yz)), for a y of -1 and 1."""
+
+    def weights(self, end: ConvexLoss, passed: Tensor) -> Tensor:
+        return passed * _share(end, 2)
+
+    def drawn(self, end: ConvexLoss, generator: torch.Generator) -> Tensor:
+        p = (end.args[1] * _z(end)).sigmoid()
+        return end.args[1] * (p - torch.bernoulli(p, generator=generator))
+
+
 class _Probability(Family):
     """ℓ = -y log z - (1 - y) log(1 - z): not of natural parameters."""
 
@@ -145,6 +163,8 @@ FAMILIES: dict[Any, Family] = {
     aten.binary_cross_entropy_with_logits: _Bernoulli(),
     aten.binary_cross_entropy: _Probability(),
     aten.softplus: _Softplus(),
+    aten.log_sigmoid_forward: _LogSigmoid(),
+    aten.soft_margin_loss: _SoftMargin(),
     aten.exp: _Poisson(),
 }
 """By the operator that computes ℓ; the others, such as Huber's loss, are of no distribution in natural use."""

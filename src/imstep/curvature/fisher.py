@@ -229,8 +229,9 @@ def _recognised(point: Linearised) -> Linearised:
         raise ValueError(
             "a Fisher matrix is that of a likelihood, and this loss is not recognised as one: it is no sum of squared "
             "errors, cross entropies, exponentials and the like. Build it from those of the model's outputs by sums, "
-            "means and positive factors (weight decay as squares of parameters, not of norms); or take "
-            "GaussNewtonFirst() or ExactHessian() as the curvature."
+            "means and positive factors (weight decay as squares of parameters, not of norms), logarithms of "
+            "probabilities by cross_entropy, log_softmax, binary_cross_entropy_with_logits, logsigmoid or softplus of "
+            "outputs; or take GaussNewtonFirst() or ExactHessian() as the curvature."
         )
     return point
 

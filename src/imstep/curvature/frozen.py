@@ -18,12 +18,12 @@ from torch import Tensor
 
 from imstep.complexstep import Arithmetic
 from imstep.complexstep.cotangents import Cotangents
-from imstep.complexstep.gauss_newton import split_loss
 from imstep.complexstep.gradients import gradients as gradients_of
 from imstep.complexstep.gradients import runs_functions
 from imstep.complexstep.graph import Survey, survey
 from imstep.complexstep.islands import unseen
 from imstep.complexstep.kernels import plain_attention
+from imstep.complexstep.loss_split import split_loss
 from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.steps import Reference

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from imstep.complexstep import Arithmetic
-from imstep.complexstep.gauss_newton import LossSplit, gauss_newton, split_loss
+from imstep.complexstep.gauss_newton import gauss_newton
 from imstep.complexstep.islands import plain, unseen
+from imstep.complexstep.loss_split import LossSplit, split_loss
 from imstep.complexstep.tape import Tape
 from imstep.curvature.backward import scalar
 from imstep.curvature.batches import ROOM_FOR_RECORDS, BatchOperator, ProgressCallback, Series, over
@@ -42,8 +43,9 @@ class GaussNewton(PointOperator):
         memory_budget: as for :class:`Hessian`.
 
     Attributes: see :class:`PointOperator`; ``definite`` is True where the loss is recognised as convex, made of
-        squares, exponentials, PyTorch's mean squared error, cross entropy, binary cross entropy, Huber or smooth L1
-        losses of the outputs themselves, by sums, means and positive factors, and of terms linear in the outputs.
+        squares, exponentials, PyTorch's mean squared error, cross entropy, binary cross entropy, soft margin, Huber or
+        smooth L1 losses of the outputs themselves, by sums, means and positive factors, and of terms linear in the
+        outputs.
 
     Raises: as for :class:`Hessian`; ``TypeError`` where the closure returned no pair; ``ValueError`` where what it
         returned does not depend on the parameters.
@@ -193,7 +195,7 @@ class BatchGaussNewton(BatchCurvature):
         if self._model.convex or split is None:
             return self._model.convex
         own = {step.node for step in tape.steps if not step.backward}
-        return own.intersection(self._model.nodes) <= split.nodes
+        return split.between.issubset(self._model.nodes) and own.intersection(self._model.nodes) <= split.nodes
 
     def _differentiate(
         self, arithmetic: Arithmetic, directions: Sequence[Tensor], part: Callable[[Tensor], Tensor | None]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep import hvp
-from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
+from imstep.complexstep.loss_split import ConvexLoss
 from imstep.curvature.direct import of_parameters
 from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import SymmetricOperator, TapeOperator

@@ -29,8 +29,8 @@ class KFAC(LinearOperator):
     Rows of inputs whose outputs the loss ignores, such as those of padding, are left out of the expectation. Linear and
     recurrent layers and convolutions (1d and 2d, one group) have factors; all other parameters, and those of recurrent
     layers in a checkpoint, a diagonal, of squared gradients of the same samples. Weight decay that is part of the loss,
-    or a pull towards other values, is added by its mean over a weight; that of a layer's weight counts for its bias,
-    too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
+    or a pull towards other values or weights, is added by its mean over a weight; that of a layer's weight counts for
+    its bias, too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
 
     Args:
         closure: returns the loss, a convex function of the model's outputs made of PyTorch's mean squared error, cross
@@ -98,7 +98,9 @@ class KFAC(LinearOperator):
         if point.split is None:
             raise ValueError(
                 "Kronecker factors are of a loss that is a convex function of outputs, and this one is not recognised "
-                "as such. Build it from mean squared errors, cross entropies and the like, or use GaussNewton."
+                "as such. Build it from mean squared errors, cross entropies and the like, and write logarithms of "
+                "probabilities as cross_entropy, log_softmax, binary_cross_entropy_with_logits, logsigmoid or softplus "
+                "of outputs; or use GaussNewton."
             )
         return point, observer
 

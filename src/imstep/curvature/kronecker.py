@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from imstep.complexstep.later import later_grad
 from imstep.curvature.dealt import inverse_of, sharing_of
-from imstep.curvature.direct import direct_in
+from imstep.curvature.direct import diagonal_in
 from imstep.curvature.kronecker_blocks import Block, FactoredDamping, LayerInverses, disjoint
 from imstep.curvature.kronecker_inverse import DampedFactors
 from imstep.curvature.kronecker_totals import Totals, found_together
@@ -197,11 +197,9 @@ def _direct_curvature(tensors: list[Tensor], outputs: Sequence[Tensor], u: Seque
     """The mean curvature of losses whose output is made of parameters alone; u² is the exact diagonal there."""
     position = {id(p): at for at, p in enumerate(tensors)}
     found: dict[int, float] = {}
-    for number, (z, signs) in enumerate(zip(outputs, u, strict=True)):
-        for own in direct_in(z, number, position) or ():
-            size = tensors[own.parameter].numel()
-            squares = (own.scale * signs.double().reshape(-1)[own.offset : own.offset + size]).square()
-            found[own.parameter] = found.get(own.parameter, 0.0) + float(squares.sum()) / max(size, 1)
+    for z, signs in zip(outputs, u, strict=True):
+        for at, diagonal in diagonal_in(z, signs.double().square(), position):
+            found[at] = found.get(at, 0.0) + float(diagonal.sum()) / max(diagonal.numel(), 1)
     return found
 
 

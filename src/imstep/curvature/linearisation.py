@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from imstep.complexstep.gauss_newton import LossSplit
+from imstep.complexstep.loss_split import LossSplit
 from imstep.complexstep.report import OperatorReport
 from imstep.complexstep.tape import Tape
 from imstep.curvature.parameters import ParameterVector

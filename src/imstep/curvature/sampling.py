@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from imstep.complexstep import hvp
-from imstep.complexstep.gauss_newton import ConvexLoss
 from imstep.complexstep.islands import plain
 from imstep.complexstep.later import later_grad
+from imstep.complexstep.loss_split import ConvexLoss
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def pulled(ends: Sequence[ConvexLoss], u: Sequence[Tensor]) -> tuple[list[Tensor
 
 
 def end_weights(loss: Tensor, ends: Sequence[ConvexLoss]) -> list[Tensor]:
-    """With which weights the results of convex operators enter the loss; the loss's graph is kept."""
+    """With which weights the values of convex operators enter the loss; the loss's graph is kept."""
     weights = later_grad(loss, [end.result for end in ends])
-    return [weight.detach() for weight in weights]
+    return [weight.detach() * end.slope for weight, end in zip(weights, ends, strict=True)]
 
 
 def _sample(end: ConvexLoss, weight: Tensor, generator: torch.Generator, place: Place) -> Tensor:

@@ -160,3 +160,33 @@ def binary_cross_entropy(x, t, weight=None, reduction=_MEAN):
         return _reduce(total, reduction)
 
     return y, push
+
+
+# --- soft margin --------------------------------------------------------------------------------------------
+
+
+@rule(aten.soft_margin_loss.default, family="loss")
+def soft_margin_loss(x, t, reduction=_MEAN):
+    """l = log(1 + exp v), v = -tx."""
+    slope = torch.sigmoid(-t * x)
+    return aten.soft_margin_loss(x, t, reduction), lambda dx, dt: _reduce(slope * _of_product(x, t, dx, dt), reduction)
+
+
+@rule(aten.soft_margin_loss_backward.default, family="loss")
+def soft_margin_loss_backward(g, x, t, reduction=_MEAN):
+    """gx = -k g t s, s = sigmoid v."""
+    k = 1 / max(x.numel(), 1) if reduction == _MEAN else 1.0
+    s, rest = torch.sigmoid(-t * x), torch.sigmoid(t * x)
+
+    def push(dg, dx, dt):
+        total = None if dg is None else -k * dg * t * s
+        if dx is not None or dt is not None:
+            total = plus(total, -k * g * t * s * rest * _of_product(x, t, dx, dt))
+        return total if dt is None else plus(total, -k * g * dt * s)
+
+    return aten.soft_margin_loss_backward(g, x, t, reduction), push
+
+
+def _of_product(x, t, dx, dt):
+    """dv of v = -tx."""
+    return -plus(None if dx is None else t * dx, None if dt is None else x * dt)

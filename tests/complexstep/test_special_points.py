@@ -170,3 +170,20 @@ def test_elementwise(name: str) -> None:
     ):
         expected = torch.tensor([exact(reference, p, order) for p in points], dtype=F64)
         assert ((found - expected).abs() <= 1e-7 * expected.abs() + max(bound, 1e-22)).all(), (order, found, expected)
+
+
+SINGLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
+    "reciprocal": (lambda p: 1 / p, lambda p: 2 / p**3),
+    "rsqrt": (torch.rsqrt, lambda p: 0.75 * p**-2.5),
+    "power": (lambda p: p**-0.5, lambda p: 0.75 * p**-2.5),
+    "atan2": (lambda p: torch.atan2(p, 2 * p.detach()), lambda p: -0.16 / p**2),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("at", [1e-9, 1e12])
+def test_second_derivatives_of_large_numbers_in_single_precision(name: str, at: float) -> None:
+    """Where slopes of slopes leave the range of float32, and second derivatives do not."""
+    f, second = SINGLE[name]
+    p = torch.tensor(at)
+    assert float(imstep.hvp(f, p, torch.ones_like(p))) == pytest.approx(second(at), rel=1e-5)

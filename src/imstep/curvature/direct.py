@@ -130,12 +130,13 @@ def _added(node: Any) -> list[tuple[Tensor, float | Tensor]] | None:
         leaf, edges = _leaf(below), [] if below is None else below.next_functions
         if leaf is not None:
             found[id(leaf)] = leaf, scale * factor + (found[id(leaf)][1] if id(leaf) in found else 0.0)
-        elif below is None or below.name() not in _SHIFTS or len(waiting) > _MOST_ADDED:
+            continue
+        if below is None or below.name() not in _SHIFTS or len(waiting) > _MOST_ADDED:
             return None
-        elif any(parent is None or not _same_shape(below, (parent, at)) for parent, at in edges):
+        if any(parent is None or not _same_shape(below, (parent, at)) for parent, at in edges):
             return None
-        else:
-            waiting += [(e[0], scale * factor * s) for e, s in zip(edges, _SHIFTS[below.name()](below), strict=False)]
+        factors = _SHIFTS[below.name()](below)
+        waiting += [(parent, scale * factor * own) for (parent, _), own in zip(edges, factors, strict=False)]
     return list(found.values())
 
 

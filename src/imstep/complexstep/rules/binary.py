@@ -104,8 +104,12 @@ def power_on_complex(z, c):
 def power(x, c):
     if c == 0:
         return torch.pow(x, c), None
+    y = torch.pow(x, c)
+    if c < 0:  # the slope may leave the range of numbers before its product does
+        rate = c / x
+        return y, lambda dx: dx * y * rate
     slope = 2 * x if c == 2 else c * torch.pow(x, c - 1)
-    return torch.pow(x, c), lambda dx: dx * slope
+    return y, lambda dx: dx * slope
 
 
 def _log(x):
@@ -164,10 +168,11 @@ def _atan2_on_complex(y, x):
 
 @rule(aten.atan2.default, family="elementwise", finite=evaluated(_atan2_on_complex))
 def atan2(y, x):
-    squared = x * x + y * y
+    length = torch.hypot(x, y)  # squares leave the range of numbers sooner
     # PyTorch's gradient at the origin is zero.
-    scale = torch.where(squared == 0, 0, 1 / squared)
-    return torch.atan2(y, x), lambda dy, dx: scale * total(times(dy, x), times(dx, -y))
+    scale = torch.where(length == 0, 0, 1 / length)
+    by_y, by_x = x * scale, -y * scale
+    return torch.atan2(y, x), lambda dy, dx: scale * total(times(dy, by_y), times(dx, by_x))
 
 
 @rule(aten.hypot.default, family="elementwise", finite=evaluated(lambda x, y: torch.sqrt(x * x + y * y)))

@@ -120,25 +120,21 @@ class KFAC(LinearOperator):
 
     def scaled(self, rows: Tensor, factors: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows (k, n) multiplied by a function of the matrix."""
-        count, made = len(rows), torch.zeros_like(rows)
-        places = self.parameters.entries
-        for at, d in self._diagonals.items():
-            own = places([at])
-            made[:, own] = rows[:, own] * factors(d.reshape(-1).to(rows))
-        covered = [self._diagonals.keys(), *({b.weight, b.bias} for b in self.blocks)]
-        for at in set(range(len(self.parameters.tensors))).difference(*covered):
-            own = places([at])
-            made[:, own] = rows[:, own] * factors(rows.new_zeros(len(own)))
+        made = torch.zeros_like(rows)
+        given, into = (t.split(self.parameters.sizes, dim=1) for t in (rows, made))
+        covered = {at for block in self.blocks for at in (block.weight, block.bias)}
+        for at in set(range(len(given))) - covered:
+            d = self._diagonals.get(at, rows.new_zeros(given[at].shape[1]))
+            into[at].copy_(given[at] * factors(d.reshape(-1).to(rows)))
         for block in self.blocks:
-            weight, bias = places([block.weight]), None if block.bias is None else places([block.bias])
-            matrices = rows[:, weight].view(count, len(block.outputs), -1)
-            if bias is not None:
-                matrices = torch.cat([matrices, rows[:, bias][:, :, None]], dim=2)
+            matrices = given[block.weight].reshape(len(rows), len(block.outputs), -1)
+            if block.bias is not None:
+                matrices = torch.cat([matrices, given[block.bias][:, :, None]], dim=2)
             solved = block.applied(matrices, factors(block.values))
-            if bias is not None:
-                made[:, bias] = solved[:, :, -1]
+            if block.bias is not None:
+                into[block.bias].copy_(solved[:, :, -1])
                 solved = solved[:, :, :-1]
-            made[:, weight] = solved.reshape(count, -1)
+            into[block.weight].copy_(solved.reshape(len(rows), -1))
         return made
 
     def preconditioner(self, damping: float) -> LinearOperator:

@@ -362,3 +362,13 @@ def test_no_weights_at_all_may_be_asked_about(none: list[int] | Tensor) -> None:
     assert not cut.update.any()
     with pytest.raises(ValueError, match="free names no parameter"):
         insight.parameter_covariance(lambda b: b.sum() * torch.ones(3) - 1, torch.ones(2), free=none)
+
+
+def test_evidence_converges_by_its_own_value() -> None:
+    w, x = nn.Parameter(torch.zeros(1200, dtype=F64)), normal(50, 1200)
+    fisher = imstep.Fisher(lambda: (x @ w, torch.zeros(50, dtype=F64)), [w], Gaussian())
+    posterior = insight.Laplace(fisher, 50, 1.0)
+    found = posterior.log_evidence(0.0)
+    assert found.error > 0
+    assert posterior.log_evidence(1e9 * found.error).converged
+    assert not posterior.log_evidence(-found.value).converged

@@ -118,13 +118,14 @@ class Laplace:
         covariance = jacobian @ (self.covariance @ rows_of(jacobian))
         return Predictive(jacobian.outputs, (covariance + covariance.mT) / 2)
 
-    def log_evidence(self, log_likelihood: float, *, seed: int = 0) -> Estimate:
+    def log_evidence(self, log_likelihood: float, *, rtol: float = 1e-2, seed: int = 0) -> Estimate:
         """The logarithm of the marginal likelihood, by which priors and models can be compared.
 
             log p(data) ≈ Σ log p(yᵢ | zᵢ) - τ/2 ‖w‖² + n/2 log τ - 1/2 log det(N A + τI)
 
         Args:
             log_likelihood: Σ log p(yᵢ | zᵢ) at the trained weights, with its constants.
+            rtol: error, relative to the logarithm itself, below which it counts as converged.
             seed: of the estimate of the determinant; exact for small models.
 
         Returns:
@@ -141,7 +142,7 @@ class Laplace:
         determinant = found.value + size * math.log(self.cases)
         prior = size / 2 * math.log(precision) - precision / 2 * self.parameters.norm() ** 2
         value = log_likelihood + prior - determinant / 2
-        return Estimate(value, found.error / 2, found.products, found.converged)
+        return Estimate(value, found.error / 2, found.products, found.error / 2 <= rtol * abs(value))
 
 
 def _check_definite(curvature: LinearOperator, damping: float) -> None:

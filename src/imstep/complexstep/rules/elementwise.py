@@ -10,20 +10,8 @@ import math
 import torch
 
 from imstep.complexstep.registry import elementwise, rule
-from imstep.complexstep.rules.forms import evaluated
 
 aten = torch.ops.aten
-
-
-def in_two(op, factors):
-    """A function whose slope is a product of two, ``factors(x, y)``, by which changes are multiplied in turn."""
-
-    @rule(op, family="elementwise", finite=evaluated(op))
-    def linearize(x):
-        y = op(x)
-        first, second = factors(x, y)
-        return y, lambda dx: dx * first * second
-
 
 # Exponentials and logarithms.
 elementwise(aten.exp.default, lambda x, y: y)
@@ -36,9 +24,9 @@ elementwise(aten.log1p.default, lambda x, y: 1 / (1 + x))
 
 # Roots.
 elementwise(aten.sqrt.default, lambda x, y: 0.5 / y)
-# Slopes of negative powers leave the range of numbers before slope times change does.
-in_two(aten.rsqrt.default, lambda x, y: (y, -0.5 / x))
-in_two(aten.reciprocal.default, lambda x, y: (y, -y))
+# Slopes of these leave the range of numbers before slope times change does.
+elementwise(aten.rsqrt.default, lambda x, y: -0.5 * y / x, kernel=lambda dx, y: dx * y * (-0.5 * y) * y)
+elementwise(aten.reciprocal.default, lambda x, y: -y * y, kernel=lambda dx, y: dx * y * -y)
 
 # Circular and hyperbolic functions and their inverses.
 elementwise(aten.sin.default, lambda x, y: torch.cos(x))

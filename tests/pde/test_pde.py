@@ -70,6 +70,11 @@ def _norm(x: Tensor, dims: int = -1) -> Tensor:
     return centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
 
 
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
 WEIGHT = torch.arange(12, dtype=F64).reshape(3, 4) / 10 - 0.4
 BATCH_NORM = seeded(lambda: nn.BatchNorm1d(3)).eval()
 BATCH_NORM.running_mean.fill_(0.2), BATCH_NORM.running_var.fill_(1.7)
@@ -130,6 +135,8 @@ FIELDS = {
     "integers of the points": lambda x: x**2 * (3 * x).to(torch.long) + x**3 * (2 * x).type(torch.int),
     "looked up by the points": lambda x: WEIGHT[:, 0][(x[:, 0] > 0).to(torch.int64)] * x[:, 1] ** 2,
     "the form of another": lambda x: x[:, :1].expand_as(x) * x.reshape(-1, 1, 3).view_as(x).type_as(x).to(x),
+    "TorchScript": (torch.jit.script(HARD), HARD),
+    "functions of TorchScript": lambda x: swish(swish(x) * x),
     "batch normalisation": (BATCH_NORM, lambda x: (x - 0.2) / (1.7 + 1e-5) ** 0.5),
 }
 

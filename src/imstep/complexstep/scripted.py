@@ -12,10 +12,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 
-_KINDS = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+SCRIPTED = (torch._C.ScriptFunction, torch._C.ScriptMethod)
+"""What TorchScript makes of functions and methods."""
+
 _lock = Lock()
 _open = 0  # contexts, in all threads
 _calls: dict[type, Callable[..., Any]] = {}  # what calls each kind where there are none
@@ -37,16 +40,24 @@ def _count(change: int) -> None:
     with _lock:
         _open += change
         if _open == change == 1:
-            _calls.update((kind, kind.__call__) for kind in _KINDS)
-            for kind in _KINDS:
+            _calls.update((kind, kind.__call__) for kind in SCRIPTED)
+            for kind in SCRIPTED:
                 kind.__call__ = _run  # type: ignore[method-assign, assignment]
         elif _open == 0:
-            for kind in _KINDS:
+            for kind in SCRIPTED:
                 kind.__call__ = _calls[kind]  # type: ignore[method-assign]
 
 
 def _run(function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    given = _positional(function, args, kwargs) if torch._C._len_torch_dispatch_stack() else None
+    if has_torch_function(given := (*args, *kwargs.values())):  # methods ask their arguments, functions do not
+        return handle_torch_function(function, given, *args, **kwargs)
+    chosen = by_operators if torch._C._len_torch_dispatch_stack() else _calls[type(function)]
+    return chosen(function, *args, **kwargs)
+
+
+def by_operators(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Call one of ``SCRIPTED``, operator by operator; within :func:`unoptimised`."""
+    given = _positional(function, args, kwargs)
     if given is None:  # one that does not fit is told there
         return _calls[type(function)](function, *args, **kwargs)
     known = _copies.get(function)

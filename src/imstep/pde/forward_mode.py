@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from imstep.complexstep.generators import Generators
+from imstep.complexstep.scripted import SCRIPTED, by_operators
 from imstep.pde.jet import Combination, ExpansionError, Jet, rebuilt, resolved, rule, shared
 
 _WRONG = {
@@ -23,6 +25,8 @@ _WRONG = {
 
 @rule("any")
 def _anything(func: Any, args: Any, kwargs: Any) -> Any:
+    if isinstance(func, SCRIPTED):  # their optimised plans lose derivatives, in silence
+        func = partial(by_operators, func)
     return by_forward_mode(func, args, kwargs)
 
 

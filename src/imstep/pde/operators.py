@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.complexstep.scripted import unoptimised
 from imstep.pde import elementwise, in_place, linear, normalisation, products  # noqa: F401  what functions do to jets
 from imstep.pde.jet import Combination, ExpansionError, Jet
 
@@ -87,7 +88,8 @@ def expand(
         coefficients[-1, laplacian] = 1
     lines = (lines if lines.dim() == 3 else lines[:, None]).expand(count, *points.shape).contiguous()
     try:
-        jet = field(Jet(points, lines, None, Combination(coefficients)))
+        with unoptimised():
+            jet = field(Jet(points, lines, None, Combination(coefficients)))
     except RuntimeError as error:
         if "already has a forward gradient" not in str(error):
             raise

@@ -35,6 +35,13 @@ def test_a_few_products_give_the_projected_matrix(with_spectrum, normal):
     assert saddle_free(DenseOperator(matrix), rhs, stopping=(), dimension=3).products == 3
 
 
+def test_squares_of_residuals_may_leave_the_range_of_float32(with_spectrum, normal):
+    matrix, _ = with_spectrum(INDEFINITE)
+    operator, rhs = DenseOperator(matrix.float()), normal(12).float()
+    plain, small = (saddle_free(operator, unit * rhs).solution for unit in (1.0, 2.0**-85))
+    torch.testing.assert_close(2.0**85 * small, plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("products", [1, 2, 5, 12])
 def test_it_descends_from_a_saddle(with_spectrum, normal, products):
     matrix, _ = with_spectrum(INDEFINITE)

@@ -56,6 +56,31 @@ def test_squares_of_gradients_may_leave_the_range_of_float32(make: Make, unit: f
     assert reached[1] < 2 * reached[0] + 0.01
 
 
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**85])
+@pytest.mark.parametrize(
+    "make",
+    [
+        NewtonKrylov,
+        methods.newton_cg,
+        methods.newton_mr,
+        methods.hessian_free,
+        methods.bfgs,
+        methods.lbfgs,
+        methods.sr1,
+        methods.lsr1,
+        methods.self_scaled_broyden,
+        methods.block_bfgs,
+        methods.shampoo,
+        methods.soap,
+        methods.kl_shampoo,
+    ],
+    ids=lambda make: make.__name__,
+)
+def test_products_with_gradients_may_leave_the_range_of_float32(make: Make, unit: float) -> None:
+    reached = [_reached(make, u, torch.float32, 12) for u in (1.0, unit)]
+    assert reached[1] < 1.5 * reached[0] + 0.01
+
+
 @pytest.mark.parametrize("unit", [1e-24, 1e-18, 1e18])
 @pytest.mark.parametrize("make", [NewtonKrylov, NewtonKrylov.for_batches, LeastSquares, methods.newton_cg])
 def test_a_small_loss_is_not_taken_for_a_minimum(make: Make, unit: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.arguments import IndefinitePreconditionerError
-from imstep.linalg.dots import dots
+from imstep.linalg.dots import dots, unit_of
 from imstep.linalg.halved import HalvedOperator, NoiseTest
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.result import KrylovStatus
@@ -39,6 +39,7 @@ class CGState:
     residual: Tensor  # b - (A + λI) x
     direction: Tensor
     descent: float  # rᵀz = rᵀp > 0, the rate at which the model gains along p; 0 before a first p
+    unit: float  # of z = unit · P r: the first is about 1 long
     norm: float  # ‖x‖
     residual_norm: float
     decreases: tuple[float, ...]
@@ -100,6 +101,9 @@ class DampedSystem:
         """
         residual = state.residual
         preconditioned = residual if self.preconditioner is None else self.preconditioner.matvec(residual)
+        # A power of two makes no other iterates. Without it A b may leave the range of the dtype.
+        unit = state.unit if state.descent > 0 else unit_of(preconditioned)
+        preconditioned = unit * preconditioned
         (descent,) = dots((residual, preconditioned))
         if not math.isfinite(descent):
             return state, KrylovStatus.NON_FINITE
@@ -113,7 +117,7 @@ class DampedSystem:
             if not ratio <= self.largest:
                 return state, KrylovStatus.NON_FINITE
             direction = torch.add(preconditioned, state.direction, alpha=ratio)
-        return replace(state, direction=direction, descent=descent), None
+        return replace(state, direction=direction, descent=descent, unit=unit), None
 
     def probe(self, direction: Tensor) -> Probe:
         """One product with A along a direction."""
@@ -184,6 +188,7 @@ class DampedSystem:
             residual=residual,
             direction=residual,
             descent=0.0,
+            unit=1.0,
             norm=0.0,
             residual_norm=self.rhs_norm,
             decreases=(0.0,),
@@ -202,6 +207,7 @@ class DampedSystem:
             residual=residual,
             direction=residual,
             descent=0.0,
+            unit=1.0,
             norm=math.sqrt(squared_norm),
             residual_norm=math.sqrt(residual_squared),
             decreases=((rhs_inner + residual_inner) / 2,),  # bᵀx - xᵀ(A + λI)x/2, the product being b - r

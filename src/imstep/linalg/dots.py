@@ -45,6 +45,12 @@ def norm_in_range(vector: Tensor, norm: float | None = None) -> float:
     return float((vector / unit).norm()) * unit if norm > 1 else float((vector * unit).norm()) / unit
 
 
+def unit_of(vector: Tensor) -> float:
+    """The power of two by which a vector (n,), times it, is about 1 long; 1 for one that vanishes or is not finite."""
+    norm = norm_in_range(vector)
+    return 2.0 ** -max(-126, min(round(math.log2(norm)), 126)) if 0 < norm < math.inf else 1.0
+
+
 _STRETCH = 2**16
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from imstep.linalg.arguments import check_limit, check_not_negative, check_preconditioner, check_vector
+from imstep.linalg.dots import unit_of
 from imstep.linalg.minres_system import MinresState, NullWatch, Probe, ShiftedSystem
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
@@ -118,6 +119,7 @@ def _result(system: ShiftedSystem, state: MinresState, status: KrylovStatus, pro
     if system.damping > 0:
         image.sub_(state.solution, alpha=system.damping)
     disturbing = probe if status.disturbing else None
+    unit = 1.0 if disturbing is None else unit_of(disturbing.direction)  # or A p may leave the range of the dtype
     return measured_result(
         system.damping,
         state.solution,
@@ -127,7 +129,7 @@ def _result(system: ShiftedSystem, state: MinresState, status: KrylovStatus, pro
         products=state.products,
         residual_norm=state.residual_norm,
         decreases=state.decreases,
-        disturbing_direction=None if disturbing is None else disturbing.direction,
-        disturbing_image=None if disturbing is None else system.image_of(state, disturbing),
-        disturbing_curvature=None if disturbing is None else disturbing.curvature,
+        disturbing_direction=None if disturbing is None else unit * disturbing.direction,
+        disturbing_image=None if disturbing is None else system.image_of(state, disturbing, unit),
+        disturbing_curvature=None if disturbing is None else unit**2 * disturbing.curvature,
     )

@@ -233,10 +233,10 @@ class ShiftedSystem:
         (squared,) = dots((step, step))
         return self.rounding * probe.matrix_norm * abs(cosine) * math.sqrt(squared) > 0.1
 
-    def image_of(self, state: MinresState, probe: Probe) -> Tensor:
-        """A p for the direction p of the residual, without damping."""
+    def image_of(self, state: MinresState, probe: Probe, unit: float) -> Tensor:
+        """A p, without damping, for the direction of the residual times ``unit``."""
         image = torch.mul(state.vector.u, probe.gamma).sub_(probe.vector.u, alpha=state.cosine * probe.beta)
-        return image.mul_(state.phi).sub_(probe.direction, alpha=self.damping)
+        return image.mul_(unit * state.phi).sub_(probe.direction, alpha=unit * self.damping)
 
     def shortened(self, state: MinresState) -> MinresState:
         """The state with the part of x along the null vector p = P r taken out, unless ‖r‖_P grows: one product."""

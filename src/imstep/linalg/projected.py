@@ -148,7 +148,7 @@ class AbsoluteValues(Subproblem):
             return point
         outside = space.basis.mT @ (space.basis @ point.image) - point.image
         decrease = float((space.basis @ self.rhs).double().cpu() @ point.coordinates) / 2
-        return replace(point, residual=outside, residual_norm=float(outside.norm()), decrease=decrease)
+        return replace(point, residual=outside, residual_norm=norm_in_range(outside), decrease=decrease)
 
 
 def solve_by_projections(

@@ -59,7 +59,8 @@ class KrylovResult:
         damped_decrease: bᵀx - xᵀ(A + λI)x/2, what the solver maximises.
         curvature: xᵀAx, without damping.
         decreases: the damped decrease at x₀, x₁, ..., one per iterate.
-        disturbing_direction: the search direction p, (n,), that ended a disturbed solve, else None.
+        disturbing_direction: the search direction p, (n,), that ended a disturbed solve, of any length, else
+            None.
         disturbing_image: A p, without damping, for that direction, else None.
         disturbing_curvature: pᵀAp, without damping, for that direction, else None.
         multiplier: μ >= 0 with (A + (λ + μ)I) x ≈ b, of a trust region or a shift; None where it is not known.

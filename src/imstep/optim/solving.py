@@ -28,6 +28,7 @@ from imstep.linalg import (
     minres,
     steihaug_toint,
 )
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.optim.backtracking import IterateBacktracking
 from imstep.optim.direction import Direction, descent
 from imstep.optim.masked import masked
@@ -318,7 +319,7 @@ def _led_on(system: NewtonSystem, result: KrylovResult) -> KrylovResult:
     p, image = result.disturbing_direction, result.disturbing_image
     if result.iterations > 0 or p is None or image is None:
         return result
-    fall, curvature, square = (float(x) for x in torch.stack([-system.gradient @ p, p @ image, p @ p]))
+    fall, curvature, square = dots((-system.gradient, p), (p, image), (p, p))
     size = abs(curvature) + system.damping * square
     factor = fall / size if size > 0 else math.inf
     if not 0 < factor * math.sqrt(square) <= torch.finfo(p.dtype).max:
@@ -333,10 +334,11 @@ def _followed(system: NewtonSystem, result: KrylovResult) -> KrylovResult:
     assert image is not None
     assert result.disturbing_curvature is not None
     residual = -system.gradient - result.image - system.damping * result.solution
-    curvature = abs(result.disturbing_curvature + system.damping * float(p @ p))
+    along, square = dots((residual, p), (p, p))
+    curvature = abs(result.disturbing_curvature + system.damping * square)
     # Curvature that happens to vanish must not carry the step away from all that is known.
-    longest = float(result.solution.norm() / p.norm())
-    factor = min(float(residual @ p) / max(curvature, torch.finfo(p.dtype).tiny), longest)
+    longest = norm_in_range(result.solution) / math.sqrt(square)
+    factor = min(along / max(curvature, torch.finfo(p.dtype).tiny), longest)
     return replace(
         result,
         solution=torch.add(result.solution, p, alpha=factor),

@@ -13,6 +13,7 @@ from torch import Tensor
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import IdentityOperator, LinearOperator
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
@@ -74,7 +75,7 @@ class _Rated(Preconditioner):
             if 0 < largest < math.inf:
                 self._rate = self._kind.share / largest
             elif self._rate == 0:
-                self._rate = 1 / (float(evidence.point.gradient.norm()) or 1.0)
+                self._rate = 1 / (norm_in_range(evidence.point.gradient) or 1.0)
         self._steps += 1
         return cost
 
@@ -85,7 +86,7 @@ class _Rated(Preconditioner):
         image, size = start, 0.0  # of which v is P times
         for iteration in range(self._kind.iterations + 1):
             vector = P.matvec(image)
-            size = max(float(image @ vector), 0.0) ** 0.5
+            size = max(dots((image, vector))[0], 0.0) ** 0.5
             if not 0 < size < math.inf:
                 return size
             if iteration < self._kind.iterations:

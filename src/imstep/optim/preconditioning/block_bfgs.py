@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import BlockBFGSPreconditioner, IdentityOperator, LinearOperator
+from imstep.linalg.dots import dots, norm_in_range
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
@@ -58,10 +59,11 @@ class _BlockBFGS(Preconditioner):
         Y = evidence.curvature.matmat(S).contiguous()
         if len(BlockBFGSPreconditioner(self._identity, [(S, Y)], evidence.damping)) == 1:
             damped = Y + evidence.damping * S
-            self._size = float((S * damped).sum() / damped.square().sum())
+            across, along = dots((S.flatten(), damped.flatten()), (damped.flatten(), damped.flatten()))
+            self._size = across / along
             self._blocks.append((S, Y))
         elif not self._blocks:
-            self._size = 1 / (float(gradient.norm()) or 1.0)
+            self._size = 1 / (norm_in_range(gradient) or 1.0)
         return Cost()
 
     def operator(self, damping: float) -> LinearOperator | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator, diagonal_preconditioner, hutchinson_diagonal
+from imstep.linalg.dots import norm_in_range, unit_of
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
@@ -127,16 +128,24 @@ class _Hutchinson(Preconditioner):
         self._mean.load_state_dict(state["diagonal"])
 
 
+_SQUARED = 1e-12
+"""Norm of a gradient from which the squares of its entries, also of the small ones, lie well within float32."""
+
+
 class _SquaredGradients(Preconditioner):
     def __init__(self, kind: SquaredGradients) -> None:
         self._kind, self._mean = kind, _RunningMean(kind.decay)
+        self._unit = 1.0  # of gradients whose squares would leave the range of float32; P is then in units of its own
 
     @property
     def needs_products(self) -> bool:
         return False
 
     def refresh(self, evidence: Evidence) -> Cost:
-        self._mean.take(evidence.point.gradient**2)
+        gradient = evidence.point.gradient
+        if self._mean.value is None and not _SQUARED < norm_in_range(gradient) < 1 / _SQUARED:
+            self._unit = unit_of(gradient)
+        self._mean.take((self._unit * gradient) ** 2)
         return Cost()
 
     def operator(self, damping: float) -> LinearOperator | None:
@@ -145,12 +154,13 @@ class _SquaredGradients(Preconditioner):
         return diagonal_preconditioner(self._mean.value, power=self._kind.power, floor=self._kind.floor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"squares": self._mean.state_dict()}
+        return {"squares": self._mean.state_dict(), "unit": self._unit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "squares" not in state:
             raise ValueError(OTHER_STATE)
         self._mean.load_state_dict(state["squares"])
+        self._unit = state.get("unit", 1.0)  # older states had no other
 
 
 def _check(decay: float, power: float, floor: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator
+from imstep.linalg.dots import unit_of
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.record import Cost
 
@@ -103,6 +104,7 @@ class GradientPreconditioner(Preconditioner):
     def __init__(self, kind: GradientFactors, parameters: ParameterVector) -> None:
         self._kind, self._parameters, self._steps = kind, parameters, 0
         self._factors: list[Factors] = []
+        self._unit = 1.0  # of gradients, whose squares may leave the range of their dtype
 
     @property
     def needs_products(self) -> bool:
@@ -114,6 +116,9 @@ class GradientPreconditioner(Preconditioner):
 
     def take(self, gradient: Tensor) -> None:
         """Learn from a gradient (n,); from none whose squares are not finite."""
+        if self._steps == 0:
+            self._unit = unit_of(gradient)
+        gradient = self._unit * gradient
         if not bool((gradient @ gradient).isfinite()):
             return
         views = self._parameters.views(gradient)
@@ -124,28 +129,30 @@ class GradientPreconditioner(Preconditioner):
         self._steps += 1
 
     def operator(self, damping: float) -> LinearOperator | None:
-        return _Operator(self._kind, self._parameters, self._factors) if self._steps else None
+        return _Operator(self._kind, self._parameters, self._factors, self._unit) if self._steps else None
 
     def state_dict(self) -> dict[str, Any]:
         saved = [{name: _copied(value) for name, value in vars(f).items()} for f in self._factors]
-        return {"rule": type(self._kind).__name__, "steps": self._steps, "tensors": saved}
+        return {"rule": type(self._kind).__name__, "steps": self._steps, "unit": self._unit, "tensors": saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("rule") != type(self._kind).__name__:
             raise ValueError(OTHER_STATE)
-        self._steps = state["steps"]
+        self._steps, self._unit = state["steps"], state.get("unit", 1.0)  # older states had no other
         self._factors = [Factors(**{name: _copied(v) for name, v in saved.items()}) for saved in state["tensors"]]
 
 
 class _Operator(LinearOperator):
     """P of all parameters, each by itself."""
 
-    def __init__(self, kind: GradientFactors, parameters: ParameterVector, factors: Sequence[Factors]) -> None:
+    def __init__(
+        self, kind: GradientFactors, parameters: ParameterVector, factors: Sequence[Factors], unit: float
+    ) -> None:
         super().__init__(parameters.size, parameters.dtype, parameters.device)
-        self._kind, self._parameters, self._factors = kind, parameters, factors
+        self._kind, self._parameters, self._factors, self._unit = kind, parameters, factors, unit
 
     def matvec(self, vector: Tensor) -> Tensor:
-        pairs = zip(self._factors, self._parameters.views(vector), strict=True)
+        pairs = zip(self._factors, self._parameters.views(self._unit * vector), strict=True)
         applied = [self._kind.applied(f, t) if t.numel() else t for f, t in pairs]
         return torch.cat([t.reshape(-1) for t in applied])
 

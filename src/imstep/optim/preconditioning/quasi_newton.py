@@ -22,6 +22,7 @@ from imstep.linalg import (
     self_scaled_update,
     sr1_update,
 )
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.quasi_newton import curved
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.preconditioning.recycling import inverse_size
@@ -180,7 +181,7 @@ class Secant(Preconditioner):
     def first(self) -> LinearOperator:
         """What makes a step of length 1 out of the gradient."""
         assert self._gradient is not None
-        parameters, norm = self._parameters, float(self._gradient.norm())
+        parameters, norm = self._parameters, norm_in_range(self._gradient)
         identity = IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
         return (1 / norm if norm > 0 else 1.0) * identity
 

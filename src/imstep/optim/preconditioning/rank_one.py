@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import DenseOperator, IdentityOperator, LinearOperator, RankOneOperator, sr1_update
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.quasi_newton import curved
 from imstep.optim.preconditioning.base import OTHER_STATE, Preconditioner, Preconditioning
 from imstep.optim.preconditioning.quasi_newton import LimitedSecants, Secant
@@ -70,7 +71,7 @@ class _Model(Secant):
     def identity(self) -> LinearOperator:
         """‖g‖ I, of which the first step has length 1."""
         parameters = self._parameters
-        norm = 1.0 if self._gradient is None else float(self._gradient.norm())
+        norm = 1.0 if self._gradient is None else norm_in_range(self._gradient)
         return (norm or 1.0) * IdentityOperator(parameters.size, dtype=parameters.dtype, device=parameters.device)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from imstep.curvature.layers import LayerObserver
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import IdentityOperator, LimitedMemoryPreconditioner, LinearOperator
+from imstep.linalg.dots import dots
 from imstep.optim.preconditioning.base import OTHER_STATE, Evidence, Preconditioner, Preconditioning
 from imstep.optim.preconditioning.kronecker import Kronecker
 from imstep.optim.record import Cost
@@ -99,7 +100,7 @@ def inverse_size(pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> floa
     """
     for direction, image in pairs:
         damped = torch.add(image, direction, alpha=damping)
-        across, along = float(direction @ damped), float(damped @ damped)
+        across, along = dots((direction, damped), (damped, damped))
         if across > 0 and 0 < along < math.inf:
             return across / along
     return 1.0  # no pair will be used

@@ -468,3 +468,11 @@ def test_least_squares_with_residuals_that_stay_large() -> None:
     result = imstep.minimize(lambda x: residuals(x).square().sum(), vector(25, 5, -5, -1), "least-squares", maxiter=100)
     assert result.success
     assert abs(result.fun - 85822.2) < 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"maxiter": None}, {"maxiter": "3"}, {"tol": "1e-3"}, {"xtol": [1e-3]}, {"callback": 3}]
+)
+def test_arguments_of_other_kinds_are_named(options) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        imstep.minimize(lambda x: x.square().sum(), torch.ones(2), **options)

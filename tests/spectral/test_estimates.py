@@ -159,6 +159,11 @@ def test_products_that_are_not_finite_are_a_value(estimate):
     assert found.products < 100
 
 
+def test_a_sum_beyond_the_range_of_the_dtype_has_not_converged():
+    estimate = spectral.diagonal(DenseOperator(1e36 * planted(torch.linspace(1.0, 120.0, 120, dtype=F64)).float()))
+    assert estimate.value.isfinite().all() or not estimate.converged
+
+
 def test_by_layer_and_parameter_of_every_matrix():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)).double()

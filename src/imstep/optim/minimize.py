@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -105,8 +106,10 @@ def minimize(
     """
     if method not in _METHODS:
         raise ValueError(f"there is no method {method!r}. Methods: {', '.join(map(repr, _METHODS))}.")
-    if maxiter < 0:
-        raise ValueError(f"maxiter is at least 0, got {maxiter}.")
+    if not (isinstance(maxiter, Real) and maxiter >= 0):
+        raise ValueError(f"maxiter is at least 0, the number of steps at most, got {maxiter!r}.")
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback is a function of x, called after every step, or None; got {callback!r}.")
     start = start_of(x0)
     tolerances = Tolerances.chosen(start.dtype, tol, ftol, xtol, gtol)
     units = units_of(scale, start, guess=method != "least-squares")

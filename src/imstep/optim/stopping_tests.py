@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is at least 0 and finite, got {value}. 0 switches the test off.")
+            if not (isinstance(value, Real) and 0 <= value < math.inf):
+                raise ValueError(f"{name} is a number, at least 0 and finite, got {value!r}. 0 switches the test off.")
 
     @classmethod
     def chosen(

@@ -134,10 +134,10 @@ class Adaptive:
         norm = lambda t: float(torch.linalg.vector_norm(t, dtype=torch.float64))
         error, value = norm(self._rest.half_width), norm(self._known + self._rest.mean)
         target = max(atol, rtol * value)
-        if error <= target:
-            return 0
         if not math.isfinite(value):
             return math.nan
+        if error <= target:
+            return 0
         excess = error / target if target > 0 else math.inf
         return math.ceil(self._rest.count * (excess**2 - 1)) if excess < _BEYOND else math.inf
 

@@ -168,13 +168,13 @@ def test_at_the_least_weighted_loss_it_has_converged() -> None:
     assert optimizer.last_step.gradient_norm > 1
 
 
-def test_a_term_that_no_parameter_moves_is_left_as_it_is() -> None:
+def test_a_term_that_follows_no_parameter_has_no_weight() -> None:
     model = network()
     constant = torch.ones(3, dtype=F64, requires_grad=True)
     optimizer = LeastSquares(model.parameters(), balance=EqualTraces())
     optimizer.step(lambda: fit(model)() + constant.square().sum())
     assert optimizer.last_step.accepted
-    assert optimizer.last_step.weights[2] == 1.0
+    assert len(optimizer.last_step.weights) == 2
 
 
 def test_nothing_to_balance_is_refused() -> None:

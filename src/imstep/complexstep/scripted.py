@@ -12,7 +12,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import _get_overloaded_args, handle_torch_function
 
 from imstep.complexstep.errors import UnsupportedOperatorError
 
@@ -49,7 +51,9 @@ def _count(change: int) -> None:
 
 
 def _run(function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    if has_torch_function(given := (*args, *kwargs.values())):  # methods ask their arguments, functions do not
+    given = (*args, *kwargs.values())
+    # Methods ask their arguments, functions do not. Modes see what is within.
+    if any(type(a) not in (Tensor, Parameter) for a in _get_overloaded_args(given)):
         return handle_torch_function(function, given, *args, **kwargs)
     chosen = by_operators if torch._C._len_torch_dispatch_stack() else _calls[type(function)]
     return chosen(function, *args, **kwargs)

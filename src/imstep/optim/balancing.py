@@ -43,7 +43,7 @@ class Balancing(ABC):
     def weights(self, jacobian: ResidualJacobian, last: Tensor | None) -> Tensor:
         """The w_k of a step, (m,), float64, given those of the last one, which count if there are as many.
 
-        A term that no parameter moves has the weight 1.
+        A term whose derivatives are zero has the weight 1.
 
         Raises:
             ValueError: the loss has one term.

@@ -82,7 +82,7 @@ class Tolerances:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-                raise ValueError(f"{name} is a number, at least 0 and finite, got {value!r}. 0 switches the test off.")
+                raise ValueError(f"{name} is at least 0, a finite number, got {value!r}. 0 switches the test off.")
 
     @classmethod
     def chosen(

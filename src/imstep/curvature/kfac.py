@@ -29,9 +29,9 @@ class KFAC(LinearOperator):
     Rows of inputs whose outputs the loss ignores, such as those of padding, are left out of the expectation. Linear and
     recurrent layers and convolutions (1d and 2d, one group) have factors; all other parameters, those of recurrent
     layers in a checkpoint, and those of a model in TorchScript, whose layers are not seen, a diagonal, of squared
-    gradients of the same samples; ``blocks`` tells. Weight decay that is part of the loss,
-    or a pull towards other values or weights, is added by its mean over a weight; that of a layer's weight counts for
-    its bias, too. Products and inverses are exact for this matrix, in the factors' eigenvectors.
+    gradients of the same samples; ``blocks`` tells. Weight decay that is part of the loss, or a pull towards other
+    values or weights, is added by its mean over a weight; that of a layer's weight counts for its bias, too. Products
+    and inverses are exact for this matrix, in the factors' eigenvectors.
 
     Args:
         closure: returns the loss, a convex function of the model's outputs made of PyTorch's mean squared error, cross

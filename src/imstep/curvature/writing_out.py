@@ -187,7 +187,8 @@ class Evaluation:
                 loss = frozen.loss_with_graph(arithmetic)
             with frozen.watch(recording):
                 residuals = require_residuals(loss, tensors)
-            if any(arithmetic.reference(o.z) is None for o in residuals.outputs if leads_to(o.z.grad_fn, tensors)):
+            late = [o.z.grad_fn for o in residuals.outputs if arithmetic.reference(o.z) is None]
+            if any(leads_to(node, tensors) for node in late):
                 raise TapeChangedError("what is squared was computed after the loss, as r - r.mean() of r.var().")
             course = Course(recording, loss, residuals.whole, known.courses)
             with unseen():

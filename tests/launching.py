@@ -27,11 +27,11 @@ _FORK = multiprocessing.get_context("fork")  # torch is there already
 def launch(size: int, *functions: Callable[[int], Any], timeout: float = 20.0) -> Outcomes:
     """Run the functions in each of ``size`` processes of a gloo group, one after the other; given the rank."""
     _first_step()
-    pipes = [_FORK.Pipe(duplex=False) for _ in range(size)]
+    pipes, met = [_FORK.Pipe(duplex=False) for _ in range(size)], _FORK.Barrier(size)
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
         workers = [
-            _FORK.Process(target=_work, args=(rank, size, meeting, functions, timeout, sender), daemon=True)
+            _FORK.Process(target=_work, args=(rank, size, meeting, met, functions, timeout, sender), daemon=True)
             for rank, (_, sender) in enumerate(pipes)
         ]
         for worker in workers:
@@ -68,9 +68,10 @@ def _received(receiver: Any) -> dict[str, Any]:
         return found
 
 
-def _work(rank: int, size: int, meeting: str, functions: Any, timeout: float, sender: Any) -> None:
+def _work(rank: int, size: int, meeting: str, met: Any, functions: Any, timeout: float, sender: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", meeting, timedelta(seconds=timeout), size, rank)
+    met.wait(timeout)  # one that ended at once would be lost to those that still connect to it
     for function in functions:
         torch.manual_seed(0)
         try:

@@ -218,7 +218,7 @@ def lost(rank: int, fail: Callable[[int], None] | None) -> list[str]:
 
 @pytest.mark.parametrize("check", [killed, absent])
 def test_a_process_that_is_lost(check: Callable[[int], list[str]]) -> None:
-    first, second = launch(2, check, timeout=1.0)[check.__name__]
+    first, second = launch(2, check, timeout=2.0)[check.__name__]
     assert len(first) == 2, first
     assert all("one has ended, or has not come to this point within the timeout" in text for text in first)
     assert second == ("ended" if check is killed else [])

@@ -156,6 +156,8 @@ def test_derivatives_agree_with_nested_reverse_mode(name: str) -> None:
     close(got.laplacian, second[..., 0] + second[..., 2])
     close(pde.laplacian(field, x), second.sum(-1))
     close(pde.laplacian(field, x, over=[1]), second[..., 1])
+    close(pde.laplacian(field, x, over={2: -4.0, -2: 1.0}), second[..., 1] - 4 * second[..., 2])
+    close(pde.expand(field, x, second=[1], laplacian={0: 0.5}).laplacian, second[..., 0] / 2)
     close(pde.gradient(field, x), first)
 
 
@@ -275,6 +277,9 @@ def test_positions_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match="once"):
             call()
+    for factor in (torch.tensor(2.0, requires_grad=True), torch.ones(4), "2", math.nan):
+        with pytest.raises(ValueError, match="numbers, got"):
+            pde.laplacian(cubes, x, over={0: factor})
     torch.testing.assert_close(pde.expand(cubes, x, laplacian=torch.tensor([1])).laplacian, 6 * x[:, 1])
     torch.testing.assert_close(pde.laplacian(cubes, x, over=[-1]), 6 * x[:, 1])
     torch.testing.assert_close(pde.directional(cubes, x, torch.tensor([1, 0]))[2], 6 * x[:, 0])

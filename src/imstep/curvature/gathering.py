@@ -14,6 +14,12 @@ from imstep.curvature.use import Rows
 Target = slice | Tensor
 """Rows of a matrix: at even distances, or one by one."""
 
+_PARALLEL = 64
+"""Roundings by which multiples of a vector may miss it."""
+
+_COMPARED = 8
+"""Products of a residual at most whose factors are compared; there are half as many pairs as their square."""
+
 
 def values_of(flags: Sequence[Tensor]) -> list[bool]:
     """The values of flags (0-dim), with one synchronisation of the device for all of them."""
@@ -37,6 +43,7 @@ class Places:
         self._targets = [_even(owner) for owner in own]
         self._slots: list[tuple[int | Tensor, Target]] = []  # of each outer product the slot, and the residual
         self._most, self._filled = 1, False
+        self._multiples: list[tuple[int, int]] | None = None  # slots, each with an earlier one; None where unknown
         products = [owner for owner, is_outer in zip(own, outer, strict=True) if is_outer]
         if products:
             self._number(products)
@@ -71,6 +78,8 @@ class Places:
         products = [(rows.left, rows.right) for rows in pieces if rows.right is not None]
         left, right = map(self._padded, zip(*products, strict=True)) if products else (None, None)
         plain = [(rows.left, at) for rows, at in zip(pieces, self._targets, strict=True) if rows.right is None]
+        if left is not None and right is not None:
+            left, right = self._merged(left, right, max(torch.finfo(part.dtype).eps for part, _ in products))
         if left is not None and right is not None and not plain:
             m, _, width = left.shape
             if m * m * (width + right.shape[2]) < entries:
@@ -93,6 +102,37 @@ class Places:
         for part, (slot, at) in zip(parts, self._slots, strict=True):
             whole[slot, at] = part.to(whole.dtype)
         return whole
+
+    def _merged(self, left: Tensor, right: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """One product of two with left factors that are multiples of each other but for rounding, ``eps``; as those of
+        derivatives are in which an equation is linear.
+
+            l rᵀ + c l qᵀ = l (r + c q)ᵀ
+        """
+        count = len(left)
+        pairs = self._multiples
+        if pairs is None:
+            pairs = [(t, s) for t in reversed(range(1, count)) for s in range(t) if count <= _COMPARED]
+        self._multiples = []
+        for t, s in pairs:
+            if all(t != other for other, _ in self._multiples):
+                factors = _multiple(left[t], left[s], _PARALLEL * eps)
+                if factors is not None:
+                    right[s].addcmul_(factors, right[t])
+                    self._multiples.append((t, s))
+        gone = {t for t, _ in self._multiples}
+        kept = [s for s in range(count) if s not in gone]
+        at = slice(len(kept)) if kept == list(range(len(kept))) else kept  # without a copy, mostly
+        return left[at], right[at]
+
+
+def _multiple(of: Tensor, other: Tensor, tolerance: float) -> Tensor | None:
+    """The factors (N, 1) that make rows of the others, (N, width); None where some are no multiples."""
+    length = other.square().sum(1, keepdim=True)
+    factors = torch.where(length > 0, (of * other).sum(1, keepdim=True) / length, 0.0)
+    missed = torch.addcmul(of, factors, other, value=-1).abs().amax(1)
+    close = missed <= tolerance * of.abs().amax(1)
+    return factors if bool(close.all()) else None
 
 
 def _even(owner: Tensor) -> Target:

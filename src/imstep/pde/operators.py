@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ def expand(
     *,
     directions: Tensor | None = None,
     second: Sequence[int] = (),
-    laplacian: Sequence[int] = (),
+    laplacian: Sequence[int] | Mapping[int, float] = (),
 ) -> Expansion:
     """Value, first and second derivatives of a field with respect to its points, by one forward pass.
 
@@ -55,13 +57,14 @@ def expand(
         points: (N, d), floating point.
         directions: (k, d), or (k, N, d) where they differ from point to point; None for the d coordinates.
         second: positions among the directions whose second derivatives are wanted one by one.
-        laplacian: positions among the directions whose second derivatives are wanted as a sum, each once.
+        laplacian: positions among the directions whose second derivatives are wanted as a sum, each once; with the
+            factors that they have in it, ``{0: -4.0, 1: 1.0}``, where these are not 1.
 
     Returns:
         An :class:`Expansion`.
 
     Raises:
-        ValueError: shapes do not fit, or a position is none, out of range or repeated.
+        ValueError: shapes do not fit, a position is none, out of range or repeated, or a factor no number.
         ExpansionError: the field does not depend on the points as far as can be seen, or derivatives would be lost.
 
     Cost: some 1 + k + r evaluations of the field, where nested ``torch.autograd.grad`` makes about 2 + 3 r of them in
@@ -78,14 +81,14 @@ def expand(
     _check(points, directions)
     lines = torch.eye(points.shape[1], device=points.device) if directions is None else directions
     lines, count = lines.to(points.dtype), len(lines)
-    second, laplacian = _positions("second", second, count), _positions("laplacian", laplacian, count)
-    if len(set(laplacian)) < len(laplacian):
-        raise ValueError(f"laplacian names each direction once, got {tuple(laplacian)}.")
-    coefficients = points.new_zeros(len(second) + bool(laplacian), count)
+    second, summed = _positions("second", second, count), _positions("laplacian", laplacian, count)
+    if len(set(summed)) < len(summed):
+        raise ValueError(f"laplacian names each direction once, got {tuple(summed)}.")
+    coefficients = points.new_zeros(len(second) + bool(summed), count)
     for row, at in enumerate(second):
         coefficients[row, at] = 1
-    if laplacian:
-        coefficients[-1, laplacian] = 1
+    if summed:
+        coefficients[-1, summed] = points.new_tensor(_factors("laplacian", laplacian))
     lines = (lines if lines.dim() == 3 else lines[:, None]).expand(count, *points.shape).contiguous()
     try:
         with unoptimised():
@@ -104,7 +107,7 @@ def expand(
         jet.value,
         jet.first.movedim(0, -1),
         sums[: len(second)].movedim(0, -1) if second else None,
-        sums[-1] if laplacian else None,
+        sums[-1] if summed else None,
     )
 
 
@@ -138,12 +141,13 @@ def divergence(field: Field, points: Tensor) -> Tensor:
     return first.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def laplacian(field: Field, points: Tensor, over: Sequence[int] | None = None) -> Tensor:
+def laplacian(field: Field, points: Tensor, over: Sequence[int] | Mapping[int, float] | None = None) -> Tensor:
     """Δu = Σ_i ∂²u/∂x_i² at points, of the shape of u.
 
     Args:
         field, points: as for :func:`expand`.
-        over: the coordinates that are summed over, each once; None for all.
+        over: the coordinates that are summed over, each once; None for all. With factors, as ``{0: -4.0, 1: 1.0}`` for
+            ∂²u/∂x_1² - 4 ∂²u/∂x_0², it is that sum.
 
     Example:
         >>> laplacian(lambda x: (x ** 3).sum(1, keepdim=True), torch.tensor([[1.0, 2.0]]))
@@ -155,7 +159,8 @@ def laplacian(field: Field, points: Tensor, over: Sequence[int] | None = None) -
         raise ValueError(f"over names one coordinate or more, each once, got {tuple(chosen)}; leave it out for all.")
     # Coordinates that no sum asks for need not be followed.
     lines = torch.eye(points.shape[1], dtype=points.dtype, device=points.device)[chosen]
-    result = expand(field, points, directions=lines, laplacian=range(len(lines))).laplacian
+    factors = dict(enumerate(_factors("over", over))) if isinstance(over, Mapping) else range(len(lines))
+    result = expand(field, points, directions=lines, laplacian=factors).laplacian
     assert result is not None
     return result
 
@@ -191,6 +196,17 @@ def _positions(name: str, positions: Any, count: int) -> list[int]:
             f"{name} holds positions of the {count} directions, from 0, such as [0, 1], got {positions!r}."
         )
     return [at % count for at in found]
+
+
+def _factors(name: str, positions: Sequence[int] | Mapping[int, float]) -> list[float]:
+    """Of the second derivatives in a sum."""
+    factors = list(positions.values()) if isinstance(positions, Mapping) else [1.0] * len(positions)
+    if not all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors):
+        raise ValueError(
+            f"the factors of {name} are numbers, got {factors!r}. One that is trained, or differs from point to point, "
+            "is multiplied with its derivative: ask for second=[...] and add these up."
+        )
+    return [float(factor) for factor in factors]
 
 
 def _check(points: Tensor, directions: Tensor | None) -> None:

@@ -39,11 +39,12 @@ def _string(x: Tensor) -> Tensor:
 
 
 def _convection(speed: float) -> Callable[[nn.Module, Tensor], Tensor]:
-    def equation(u: nn.Module, x: Tensor) -> Tensor:
-        slopes = pde.gradient(u, x)
-        return slopes[..., 1] + speed * slopes[..., 0]
+    return lambda u, x: _along(u, x, (speed, 1.0))
 
-    return equation
+
+def _along(u: nn.Module, x: Tensor, direction: tuple[float, float]) -> Tensor:
+    """(v·∇)u, which takes half the work of both entries of ∇u."""
+    return pde.expand(u, x, directions=x.new_tensor([direction])).first[..., 0]
 
 
 def _reaction(u: nn.Module, x: Tensor) -> Tensor:
@@ -52,14 +53,12 @@ def _reaction(u: nn.Module, x: Tensor) -> Tensor:
 
 
 def _wave(u: nn.Module, x: Tensor) -> Tensor:
-    second = pde.expand(u, x, second=[0, 1]).second
-    assert second is not None
-    return second[..., 1] - 4 * second[..., 0]
+    return pde.laplacian(u, x, over={0: -4.0, 1: 1.0})
 
 
 def _rest(u: nn.Module, x: Tensor) -> Tensor:
     """u_t, which is zero at the start."""
-    return pde.directional(u, x, x.new_tensor([0.0, 1.0]))[1]
+    return _along(u, x, (0.0, 1.0))
 
 
 def _jump(u: nn.Module, x: Tensor) -> Tensor:

@@ -73,6 +73,21 @@ def convection() -> Task:
     return net, imstep.LeastSquares(net.parameters()), closure
 
 
+def convection_forward() -> Task:
+    """The same by `imstep.pde`, with both entries of the gradient."""
+    torch.set_default_dtype(torch.float64)
+    net, scale = mlp((2, 50, 50, 50, 50, 1)), torch.tensor([2 * math.pi, 1.0])
+
+    def closure() -> Tensor:
+        slope = pde.gradient(net, torch.rand(2000, 2) * scale)[:, 0]
+        start, time_ = torch.rand(128, 2) * scale * torch.tensor([1.0, 0.0]), torch.rand(100, 1)
+        ends = [net(torch.cat([torch.full_like(time_, end), time_], 1)) for end in (0.0, 2 * math.pi)]
+        misses = slope[:, 1] + 30 * slope[:, 0], net(start) - start[:, :1].sin(), ends[0] - ends[1]
+        return sum((miss.square().mean() for miss in misses), torch.zeros(()))
+
+    return net, imstep.LeastSquares(net.parameters()), closure
+
+
 class StateSpace(nn.Module):
     """x⁺ = A (x, u) + V tanh(W (x, u) + b) + c, y = C (x, u) + d, from x = 0."""
 
@@ -120,7 +135,7 @@ def digits_cnn() -> Task:
     return _digits(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *convolutions, *head))
 
 
-_BUILDERS = (poisson_2d, convection, state_space, digits_mlp, poisson_2d_nested, digits_cnn)
+_BUILDERS = (poisson_2d, convection, convection_forward, state_space, digits_mlp, poisson_2d_nested, digits_cnn)
 STEPS = {f.__name__.replace("_", "-"): f for f in _BUILDERS}
 TASKS = (*STEPS, *SUBJECTS)
 """Steps, and the models of `benchmarks.products`, of which a step has no fixed number of products."""

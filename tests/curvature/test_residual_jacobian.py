@@ -672,17 +672,21 @@ def test_rows_are_put_where_they_belong(owners: list[list[int]], outer: tuple[bo
 @pytest.mark.parametrize("scale", [1.0, 1e-170, 1e170])
 def test_products_whose_factors_are_multiples_are_one(scale: float, dtype: torch.dtype) -> None:
     scale = scale if dtype == F64 else scale**0.1
-    known, owner = KnownPlaces(), torch.arange(6)
+    known, first, others = KnownPlaces(), torch.arange(6), torch.tensor([6, 8, 7])
+    owners = [first.repeat(2), first, others.repeat(2)]  # derivatives along two directions, the value; two places
     for multiples, terms in ((True, 2), (True, 2), (False, 3), (True, 3)):  # once it has failed it is not tried again
-        first, second, third = (scale * normal(6, 30, seed=seed) for seed in range(3))
-        lefts = [first, second, normal(6, 1) * first if multiples else third]
-        for rows in ([4], [4, 5]):
-            lefts[len(rows)][rows] = 0
-        first[4] = 0
-        pieces = [(Rows(left.to(dtype), normal(6, 40, seed=at)), owner) for at, left in enumerate(lefts)]
-        products = [torch.einsum("no,ni->noi", rows.left.double(), rows.right) for rows, _ in pieces]
-        expected = torch.stack(products).sum(0)
-        found = known.gather((0, 0), pieces, 6, 1200)
+        slopes = [scale * normal(6, 30), scale * normal(6, 30, seed=1)]
+        if multiples:
+            slopes[1] = normal(6, 1) * slopes[0]
+        slopes[0][4] = 0
+        for slope in slopes[1:]:
+            slope[[4, 5]] = 0
+        lefts = [torch.cat(slopes), scale * normal(6, 30, seed=2), scale * normal(6, 30, seed=3)]
+        pieces = [(Rows(lefts[at].to(dtype), normal(len(own), 40, seed=at)), own) for at, own in enumerate(owners)]
+        expected = torch.zeros(9, 30, 40, dtype=F64)
+        for rows, own in pieces:
+            expected.index_add_(0, own, torch.einsum("no,ni->noi", rows.left.double() / scale, rows.right))
+        found = known.gather((0, 0), pieces, 9, 1200)
         assert scale != 1 or found.form.terms == terms
-        error = found.written_out() / scale - expected.flatten(1) / scale
-        assert error.norm() <= 10 * torch.finfo(dtype).eps * (expected / scale).norm()
+        error = found.written_out() / scale - expected.flatten(1)
+        assert error.norm() <= 10 * torch.finfo(dtype).eps * expected.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import is_
 
 import torch
@@ -18,7 +19,7 @@ _PARALLEL = 64
 """Roundings by which multiples of a vector may miss it."""
 
 _COMPARED = 8
-"""Products of a residual at most whose factors are compared; there are half as many pairs as their square."""
+"""Products of a residual at most whose factors are compared: there are half as many pairs as their square."""
 
 
 def values_of(flags: Sequence[Tensor]) -> list[bool]:
@@ -28,6 +29,12 @@ def values_of(flags: Sequence[Tensor]) -> list[bool]:
 
 class Places:
     """Where the addends of a parameter go, given the residuals that they belong to.
+
+    Outer products are put side by side in slots, as few as do. Those with multiples of one left factor are one:
+
+        l rᵀ + c l qᵀ = l (r + c q)ᵀ
+
+    as those of derivatives are in which an equation is linear.
 
     Args:
         owners: of the addends of each use, (R,); -1 for none.
@@ -41,12 +48,11 @@ class Places:
         self._live = [None if all_ else owner >= 0 for owner, all_ in zip(owners, whole, strict=True)]
         own = [owner if live is None else owner[live] for owner, live in zip(owners, self._live, strict=True)]
         self._targets = [_even(owner) for owner in own]
-        self._slots: list[tuple[int | Tensor, Target]] = []  # of each outer product the slot, and the residual
-        self._most, self._filled = 1, False
-        self._multiples: list[tuple[int, int]] | None = None  # slots, each with an earlier one; None where unknown
         products = [owner for owner, is_outer in zip(own, outer, strict=True) if is_outer]
-        if products:
-            self._number(products)
+        self._lanes = [lane for use, owner in enumerate(products) for lane in _lanes(use, owner)]
+        self._multiples: list[tuple[int, int]] | None = None  # lanes, each with an earlier one; None where unknown
+        self._slots: list[tuple[int | Tensor, Target]] = []  # of each other lane's products the slot, and the residual
+        self._most, self._filled = 1, False
 
     def are_of(self, owners: Sequence[Tensor], outer: Sequence[bool], count: int) -> bool:
         """Whether these were found for the same owners, the very tensors."""
@@ -62,6 +68,7 @@ class Places:
         slot[order] = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes)[owner[order]]
         self._most = max(int(sizes.max()), 1)
         self._filled = self._most * count == len(owner)
+        self._slots = []
         for at, own in zip(slot.split([len(own) for own in owners]), owners, strict=True):
             slots = at.unique().tolist()
             several = len(slots) != 1
@@ -76,10 +83,8 @@ class Places:
         """
         pieces = [rows if live is None else _of(rows, live) for rows, live in zip(pieces, self._live, strict=True)]
         products = [(rows.left, rows.right) for rows in pieces if rows.right is not None]
-        left, right = map(self._padded, zip(*products, strict=True)) if products else (None, None)
+        left, right = self._in_slots(products) if products else (None, None)
         plain = [(rows.left, at) for rows, at in zip(pieces, self._targets, strict=True) if rows.right is None]
-        if left is not None and right is not None:
-            left, right = self._merged(left, right, max(torch.finfo(part.dtype).eps for part, _ in products))
         if left is not None and right is not None and not plain:
             m, _, width = left.shape
             if m * m * (width + right.shape[2]) < entries:
@@ -95,39 +100,67 @@ class Places:
             whole += sum_of_products(left, right)
         return PlainRows(whole)
 
+    def _in_slots(self, products: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The factors (m, N, out) and (m, N, in) of sums of m products."""
+        lanes = self._lanes
+        left = dict(enumerate(products[lane.use][0][lane.rows].double() for lane in lanes))
+        right = dict(enumerate(products[lane.use][1][lane.rows].double() for lane in lanes))
+        eps = max(torch.finfo(factor.dtype).eps for factor, _ in products)
+        found = []
+        for t, s in _pairs(lanes) if self._multiples is None else self._multiples:
+            factors = _multiple(left[t], left[s], _PARALLEL * eps) if t in left else None
+            if factors is not None:
+                right[s] = torch.addcmul(right[s], factors, right.pop(t))
+                del left[t]
+                found.append((t, s))
+        if found != self._multiples:
+            self._multiples = found
+            self._number([lanes[at].owner for at in left])
+        return self._padded(list(left.values())), self._padded(list(right.values()))
+
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
         make = torch.empty if self._filled else torch.zeros
         shape, device = (self._most, self._count, parts[0].shape[1]), self._owners[0].device
         whole = make(shape, dtype=torch.float64, device=device)
         for part, (slot, at) in zip(parts, self._slots, strict=True):
-            whole[slot, at] = part.to(whole.dtype)
+            whole[slot, at] = part
         return whole
 
-    def _merged(self, left: Tensor, right: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """One product of two with left factors that are multiples of each other but for rounding, ``eps``; as those of
-        derivatives are in which an equation is linear.
 
-            l rᵀ + c l qᵀ = l (r + c q)ᵀ
-        """
-        count = len(left)
-        pairs = self._multiples
-        if pairs is None:
-            pairs = [(t, s) for t in reversed(range(1, count)) for s in range(t) if count <= _COMPARED]
-        self._multiples = []
-        for t, s in pairs:
-            if all(t != other for other, _ in self._multiples):
-                factors = _multiple(left[t], left[s], _PARALLEL * eps)
-                if factors is not None:
-                    right[s].addcmul_(factors, right[t])
-                    self._multiples.append((t, s))
-        gone = {t for t, _ in self._multiples}
-        kept = [s for s in range(count) if s not in gone]
-        at = slice(len(kept)) if kept == list(range(len(kept))) else kept  # without a copy, mostly
-        return left[at], right[at]
+@dataclass(frozen=True, eq=False)
+class _Lane:
+    """Outer products of a use, one for each of some residuals; or all of them, in any order.
+
+    Attributes:
+        use: among those that add outer products.
+        rows: of the use.
+        owner: the residuals.
+    """
+
+    use: int
+    rows: slice
+    owner: Tensor
+
+
+def _lanes(use: int, owner: Tensor) -> list[_Lane]:
+    """The products of a use; apart where it has its residuals several times, in the same order."""
+    again = (owner[1:] == owner[:1]).nonzero()[:1, 0].tolist()
+    length = again[0] + 1 if again else len(owner)
+    times = len(owner) // max(length, 1)
+    if not 1 < times <= _COMPARED or not torch.equal(owner, owner[:length].repeat(times)):
+        return [_Lane(use, slice(None), owner)]
+    return [_Lane(use, slice(at * length, (at + 1) * length), owner[:length]) for at in range(times)]
+
+
+def _pairs(lanes: Sequence[_Lane]) -> list[tuple[int, int]]:
+    """Lanes of the same residuals, the later of two first."""
+    count = len(lanes) if len(lanes) <= _COMPARED else 0
+    pairs = ((t, s) for t in reversed(range(count)) for s in range(t))
+    return [(t, s) for t, s in pairs if torch.equal(lanes[t].owner, lanes[s].owner)]
 
 
 def _multiple(of: Tensor, other: Tensor, tolerance: float) -> Tensor | None:
-    """The factors (N, 1) that make rows of the others, (N, width); None where some are no multiples."""
+    """The factors (R, 1) that make rows of the others, (R, width); None where some are no multiples."""
     length = other.square().sum(1, keepdim=True)
     factors = torch.where(length > 0, (of * other).sum(1, keepdim=True) / length, 0.0)
     missed = torch.addcmul(of, factors, other, value=-1).abs().amax(1)

@@ -53,6 +53,16 @@ def forward(net: Callable[[Tensor], Tensor]) -> Terms:
     return [equation, net(normal(5, 2, seed=9)) - 1]
 
 
+def functional(net: Callable[[Tensor], Tensor]) -> Terms:
+    """The equation of :func:`nested`, by functions of one point."""
+
+    def equation(x: Tensor) -> Tensor:
+        u, d = net(x)[0], torch.func.jacrev(net)(x)[0]
+        return d[1] + u * d[0] - torch.func.hessian(lambda x: net(x)[0])(x)[0, 0]
+
+    return [torch.func.vmap(equation)(POINTS), net(normal(5, 2, seed=9)) - 1]
+
+
 class Net(nn.Module):
     """Two hidden layers, what a network of each kind is made of."""
 
@@ -149,6 +159,51 @@ class Factorised(nn.Module):
             x = x @ (V * s.exp()) + b
             x = torch.tanh(x) if at < 2 else x
         return x
+
+
+class FactorisedByMatrix(Factorised):
+    """The same, with the diagonal written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for at, (V, s, b) in enumerate(zip(self.V, self.s, self.b, strict=True)):
+            x = x @ (V @ torch.diag(s.exp())) + b
+            x = torch.tanh(x) if at < 2 else x
+        return x
+
+
+class Polynomials(nn.Module):
+    """A Kolmogorov-Arnold network: polynomials of each input, with coefficients of their own for each output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.C, self.c = nn.Parameter(normal(2, 5, 4)), nn.Parameter(normal(5, 1, 4, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for c in (self.C, self.c):
+            t = torch.tanh(x)
+            x = torch.einsum("...id,iod->...o", torch.stack([torch.ones_like(t), t, t**2, t**3], -1), c) / 3
+        return x
+
+
+class Ensemble(nn.Module):
+    """Networks side by side, whose layers are applied by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.w = nn.Parameter(normal(3, 2, 6)), nn.Parameter(normal(3, 6, 1, seed=1))
+        self.b, self.c = nn.Parameter(normal(3, 6, seed=2)), nn.Parameter(normal(3, 1, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("...i,eij->...ej", x, self.W) + self.b)
+        return (torch.einsum("...ej,ejo->...eo", h, self.w) + self.c).sum(-2)
+
+
+class Columns(Net):
+    """A weight that multiplies columns; sums of positive steps, as of points in order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.matmul(self.second.weight, torch.tanh(self.first(x))[..., None])[..., 0]
+        return self.last(torch.tanh(h + torch.cumsum(self.second.bias.exp(), 0)))
 
 
 def weight_normed() -> nn.Module:
@@ -296,6 +351,17 @@ CASES = {
     "forward: layer norm": of(lambda: Normalised(nn.LayerNorm), forward),
     "forward: factorised": of(Factorised, forward),
     "forward: weight norm": of(weight_normed, forward),
+    "factorised by a matrix": of(FactorisedByMatrix),
+    "polynomials": of(Polynomials),
+    "columns": of(Columns),
+    "ensemble": of(Ensemble),
+    "forward: factorised by a matrix": of(FactorisedByMatrix, forward),
+    "forward: polynomials": of(Polynomials, forward),
+    "forward: columns": of(Columns, forward),
+    "forward: ensemble": of(Ensemble, forward),
+    "functional: polynomials": of(Polynomials, functional),
+    "functional: columns": of(Columns, functional),
+    "functional: ensemble": of(Ensemble, functional),
     "Navier-Stokes, three terms": navier_stokes(list),
     "Navier-Stokes, one column an equation": navier_stokes(lambda r: [torch.stack(r, 1)]),
     "Navier-Stokes, one row an equation": navier_stokes(lambda r: [torch.stack(r)]),
@@ -555,12 +621,13 @@ def test_uses_that_share_rows_in_ways_of_their_own(name: str, monkeypatch: pytes
         known.load_state_dict(known.state_dict())
 
 
+@pytest.mark.parametrize("kind", [Net, Modified, Factorised, Polynomials, Ensemble])
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
-def test_differences_of_values_nearby(dtype: torch.dtype) -> None:
+def test_differences_of_values_nearby(dtype: torch.dtype, kind: Callable[[], nn.Module]) -> None:
     """What cancels in a difference quotient leaves its rounding in the rows, which are right all the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = Net().to(dtype)
+        net = kind().to(dtype)
     params, (x, h) = list(net.parameters()), (POINTS.to(dtype), torch.tensor([1e-2, 0], dtype=dtype))
     terms = lambda: [(net(x + h) - 2 * net(x) + net(x - h)) / 1e-4]
     J = ResidualJacobian(lambda: terms()[0].square().mean(), params)

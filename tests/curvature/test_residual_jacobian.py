@@ -200,7 +200,7 @@ def unrecognised() -> Case:
     x = normal(9, 3)
     params = [*model.parameters(), *norm.parameters(), bent]
     scaled = lambda h: torch.addcmul(norm.bias, h, norm.weight)
-    return params, lambda: [(1.0, model[1:](scaled(model[0](x @ bent.cumsum(0))))), (0.1, bent)]
+    return params, lambda: [(1.0, model[1:](scaled(model[0](x @ bent.cumprod(0))))), (0.1, bent)]
 
 
 def build(make: Callable[[], Case]) -> Case:
@@ -352,7 +352,7 @@ def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
     x, (inner, norm, bent) = normal(count, 3), (params[:6], params[6:8], params[8])
 
     def residuals() -> Weighted:
-        h = torch.addcmul(norm[1], F.linear(x @ bent.cumsum(0), *inner[:2]), norm[0])
+        h = torch.addcmul(norm[1], F.linear(x @ bent.cumprod(0), *inner[:2]), norm[0])
         return [(1.0, F.linear(F.linear(h.tanh(), *inner[2:4]).tanh(), *inner[4:])), (0.1, bent)]
 
     values, expected = dense((params, residuals))
@@ -408,7 +408,7 @@ def test_single_rows_whose_entries_are_residuals_by_themselves() -> None:
 def test_one_side_is_enough() -> None:
     """400 residuals and 2 parameters: two products, one pass to check them, and nothing a residual."""
     t, w = torch.linspace(0, 1, 400, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
-    model = lambda w: (t + 1) ** w.cumsum(0)[1] * w.cumsum(0)[0]
+    model = lambda w: (t + 1) ** w.cumprod(0)[1] * w.cumprod(0)[0]
     J = ResidualJacobian(lambda: (model(w) - 1).square().sum() / 2, [w])
     assert relative_error(J.to_dense(), torch.func.jacrev(model)(w.detach())) < 1e-14
     assert J.backward_passes == 3
@@ -623,6 +623,18 @@ def test_what_is_in_the_way_of_residuals_is_told() -> None:
         lambda: -(w**2).sum(): "a factor is negative",
     }.items():
         with pytest.raises(ValueError, match=rf"\({obstacle}\), so it has no residuals"):
+            ResidualJacobian(loss, [w])
+
+
+def test_what_takes_another_loss_is_told() -> None:
+    """An energy, multipliers, a weight that is trained as well."""
+    w = nn.Parameter(normal(6))
+    for loss in (
+        lambda: w.sin().square().mean() / 2 - w.sum(),
+        lambda: (w[0] - 1).square() + (normal(5) * w[1:]).sum(),
+        lambda: (-w[0]).exp() * w[1:].square().sum() + w[0],
+    ):
+        with pytest.raises(ValueError, match="use an optimizer that needs no residuals, such as NewtonKrylov"):
             ResidualJacobian(loss, [w])
 
 

@@ -28,6 +28,7 @@ _PURE = _PRODUCTS | {
     *("Slice", "Clone", "Alias", "Cat", "Stack", "Split", "Unbind", "ToCopy", "Tril", "Triu", "Diagonal", "Repeat"),
     *("Complex", "Polar", "ViewAsComplex", "ViewAsReal", "Real", "Imag", "Conj", "ResolveConj"),
     *("Sum", "Mean", "LinalgVectorNorm", "Norm", "WeightNormInterface", "Mul", "Div", "Add", "Sub"),
+    *("DiagEmbed", "Cumsum", "Flip", "Roll", "LogSoftmax", "Silu", "Gelu", "Maximum", "Minimum"),
 }
 """Autograd nodes, by the name of their operator, that what is derived from parameters may consist of."""
 
@@ -124,7 +125,7 @@ def _made_of(node: Any, found: dict[Any, frozenset[int] | None]) -> frozenset[in
         made |= own
         constants |= parent is None
         if parent is not None:
-            entries = max(entries, _shape(parent, number).numel())
+            entries = max(entries, shape_of(parent, number).numel())
     # What a constant or an expansion makes larger has rows for data, which are those of a use.
     larger = max(torch.Size(output.shape).numel() for output in node._input_metadata) > entries
     if (constants and (larger or name in _PRODUCTS)) or (larger and name in ("Expand", "Repeat")):
@@ -132,5 +133,6 @@ def _made_of(node: Any, found: dict[Any, frozenset[int] | None]) -> frozenset[in
     return frozenset(made)
 
 
-def _shape(node: Any, number: int) -> torch.Size:
+def shape_of(node: Any, number: int) -> torch.Size:
+    """Of an output of a node."""
     return node.variable.shape if node.name() == LEAF else torch.Size(node._input_metadata[number].shape)

@@ -20,7 +20,7 @@ from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.uses import Rows, Use, find_uses
-from imstep.curvature.writing_out import Check, Evaluation, Owned, write_out
+from imstep.curvature.writing_out import Addends, Check, Evaluation, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import coarsest_eps, full_precision
 
@@ -343,8 +343,8 @@ def _gathered(
     derived: Sequence[Derived],
     tensors: Sequence[Tensor],
     places: KnownPlaces,
-) -> tuple[list[GradientRows | None], list[list[Owned]]]:
-    """The rows for each parameter, None where it has none; and what they were added up from, as far as it is known."""
+) -> tuple[list[GradientRows | None], Addends]:
+    """The rows for each parameter, None where it has none; and what they were added up from."""
     sizes = [*(as_reals(p).numel() for p in tensors), *(theta.entries for theta in derived)]
     pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
     members = [1] * len(sizes)
@@ -360,10 +360,9 @@ def _gathered(
             widths = [rows.left.shape[1] for rows, _ in own if rows.right is not None]
             owner = places.run(first, first + len(part), part.device)
             own.append((entry_rows(part, widths[0] if widths else None), owner))
-    met = {at for theta in derived for at in theta.parameters}
-    addends = [[] if at in met else [owned for own in of.values() for owned in own] for at, of in enumerate(pieces)]
     with unseen():  # what follows is nothing that a checkpoint runs again
-        return _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places), addends
+        parts = _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places)
+    return parts, Addends(pieces, derived, tensors)
 
 
 def _summed(

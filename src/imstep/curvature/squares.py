@@ -174,11 +174,13 @@ def _why_none(loss: Tensor, parameters: Sequence[Tensor] | None) -> str:
             f"the loss is not recognised as a sum of squares ({where}): both factors depend on the parameters, and are "
             "not the same. If one is the weight of a term, such as exp(-s) in exp(-s) * mse + s, leave s out of the "
             "parameters given here and step it by an optimizer of its own: it is a constant of these steps then. Else "
-            "use an optimizer that needs no residuals."
+            "use an optimizer that needs no residuals, such as NewtonKrylov."
         )
     return (
         f"the loss is not recognised as a sum of squares ({where}), so it has no residuals. Build it from squares and "
-        "mean squared errors by sums, means and positive factors, or use an optimizer that needs no residuals."
+        "mean squared errors by sums, means and positive factors: a multiplier, c * v + k / 2 * v**2, as "
+        "k / 2 * (v + c / k)**2, a term that is positive as the square of its root. For another loss, such as an "
+        "energy (deep Ritz), use an optimizer that needs no residuals, such as NewtonKrylov."
     )
 
 

@@ -24,14 +24,6 @@ class Rows:
     left: Tensor
     right: Tensor | None
 
-    @property
-    def norms(self) -> Tensor:
-        """Of the addends, (R,)."""
-        norms = torch.linalg.vector_norm(self.left, dim=1, dtype=torch.float64)
-        if self.right is not None:
-            norms = norms * torch.linalg.vector_norm(self.right, dim=1, dtype=torch.float64)
-        return norms
-
 
 @dataclass(frozen=True, eq=False)
 class Use:
@@ -104,6 +96,7 @@ class Operand:
         shape: of the parameter.
         parameter: its position.
         stacked: whether it is (E, n), seen as (E, 1, n).
+        members: in a stack of matrix products, which of its matrices each takes; None for the first, second, ...
     """
 
     node: Any
@@ -112,6 +105,7 @@ class Operand:
     shape: torch.Size
     parameter: int
     stacked: bool = False
+    members: tuple[int, ...] | None = None
 
     @property
     def edge(self) -> GradientEdge:

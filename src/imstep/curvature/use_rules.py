@@ -32,19 +32,26 @@ def _product(p: Operand, at: int, other: Callable[[], Tensor], factor: Any) -> U
 
 
 def _bmm(p: Operand) -> list[Use] | None:
-    """A stack of matrix products: each member's slice has the rows that it multiplies."""
+    """A stack of matrix products: each matrix of the parameter has the rows of all products that take it."""
     first, second = p.node._saved_self, p.node._saved_mat2
     other = second if p.at == 0 else first
-    if p.stacked or other is None or len(p.shape) != 3:
+    if p.stacked or other is None or (p.members is None and len(p.shape) != 3):
         return None
-    members, transposed, uses = p.shape[0], p.transposed != (p.at == 1), []
-    for e in range(members):
+    members = range(p.shape[0]) if p.members is None else p.members
+    count, transposed, uses = max(members, default=0) + 1, p.transposed != (p.at == 1), []
+    for e in range(count):
+        own = [at for at, member in enumerate(members) if member == e]
         if p.at == 0:
-            spread, rows = (lambda d, e=e: d[e].mT), (lambda e=e: _dense(other[e]).mT)
+            spread, rows = (lambda d, own=own: _rows(d.mT, own)), (lambda own=own: _rows(_dense(other).mT, own))
         else:
-            spread, rows = (lambda d, e=e: d[e]), (lambda e=e: _dense(other[e]))
-        uses.append(Use(p.parameter, p.edge, spread, rows, transposed, (e, members)))
+            spread, rows = (lambda d, own=own: _rows(d, own)), (lambda own=own: _rows(_dense(other), own))
+        uses.append(Use(p.parameter, p.edge, spread, rows, transposed, (e, count)))
     return uses
+
+
+def _rows(stack: Tensor, members: list[int]) -> Tensor:
+    """Those of some matrices of a stack, one after the other."""
+    return stack[members[0]] if len(members) == 1 else stack[members].flatten(0, 1)
 
 
 def _sum(p: Operand) -> Found:

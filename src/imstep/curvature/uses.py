@@ -8,14 +8,14 @@ x = Wᵀ b, and its gradient is Σ b dᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imstep.curvature.derived import LEAF, Derived, derived_nodes
+from imstep.curvature.derived import LEAF, Derived, derived_nodes, shape_of
 from imstep.curvature.direct import Direct, direct_in
 from imstep.curvature.use import Operand, Rows, Use, in_reals, signed
 from imstep.curvature.use_rules import RULES
@@ -89,11 +89,13 @@ class _Walk:
 
     def _used(self, node: Any, at: int, parent: Any, number: int) -> bool:
         """Whether an argument of a node is a parameter, or made of some in a way that is known; noted if so."""
+        spread = _spread_matrices(node, parent, number, self._pure)
+        parent, number, turned, members = spread or (parent, number, False, None)
         leaf = _leaf(parent, self._position)
         if leaf is not None:
             found, transposed, stacked = leaf
             weight = self._parameters[found]
-            own = _use(Operand(node, at, transposed, weight.shape, found, stacked), weight.dtype)
+            own = _use(Operand(node, at, transposed != turned, weight.shape, found, stacked, members), weight.dtype)
             if own is None:
                 self.uses.unknown.add(found)
         else:
@@ -102,7 +104,8 @@ class _Walk:
             key = parent, number
             index = self._derived.get(key, len(self._derived))
             theta = Derived(parent, number, self._pure[parent])
-            own = _use(Operand(node, at, False, theta.shape, len(self._parameters) + index, False), theta.dtype)
+            place = len(self._parameters) + index
+            own = _use(Operand(node, at, turned, theta.shape, place, members=members), theta.dtype)
             if own is None:
                 return False
             if key not in self._derived:
@@ -165,6 +168,36 @@ def _leaf(node: Any, position: dict[int, int]) -> tuple[int, bool, bool] | None:
 
 
 _VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0"}
+_COPIES = {"CloneBackward0", "AliasBackward0", "UnsqueezeBackward0", "SqueezeBackward1"}
+
+
+def _spread_matrices(
+    node: Any, parent: Any, number: int, pure: Collection[Any]
+) -> tuple[Any, int, bool, tuple[int, ...]] | None:
+    """What a stack of matrix products takes a parameter from that is expanded for it, as vmap does.
+
+    Returns:
+        The node that makes the matrices, and its output; whether they are transposed; and which each product takes.
+        None where nothing is expanded, or otherwise than over the dimensions before a matrix's own two.
+    """
+    turned, spread, above = False, False, []
+    while node.name() == "BmmBackward0" and parent is not None and parent.name() != LEAF and parent not in pure:
+        name, shape = parent.name(), shape_of(parent, number)
+        below, number = parent.next_functions[0]
+        turns = name == "TransposeBackward0" and _swaps_last(parent)
+        matrix = shape[-2:][::-1] if turns else shape[-2:]
+        if not (turns or name in _VIEWS | _COPIES) or below is None or shape_of(below, number)[-2:] != matrix:
+            return None
+        turned, spread = turned != turns, spread or name == "ExpandBackward0"
+        above.append(shape[:-2])
+        parent = below
+    if not spread or parent is None:
+        return None
+    lead = shape_of(parent, number)[:-2]
+    members = torch.arange(lead.numel()).view(lead)
+    for shape in reversed(above):
+        members = members.reshape(shape) if members.numel() == shape.numel() else members.expand(shape)
+    return parent, number, turned, tuple(members.flatten().tolist())
 
 
 def _swaps_last(node: Any) -> bool:

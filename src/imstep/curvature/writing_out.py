@@ -18,6 +18,7 @@ from imstep.complexstep.pattern import patterns_of
 from imstep.complexstep.tape import Tape, TapeChangedError
 from imstep.curvature.closure import usable
 from imstep.curvature.course import Course
+from imstep.curvature.derived import Derived
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.gradient_rows import GradientRows, PlainRows
 from imstep.curvature.hooks import HookWatch, mask_of
@@ -53,6 +54,48 @@ Owned = tuple[Rows, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class Addends:
+    """What rows of J were added up from.
+
+    Attributes:
+        pieces: for each parameter, and then for what is derived from some, the addends to each member of a stack.
+        derived: what is computed from parameters alone.
+        tensors: the parameters.
+    """
+
+    pieces: Sequence[dict[int, list[Owned]]]
+    derived: Sequence[Derived]
+    tensors: Sequence[Tensor]
+
+    def size(self, at: int, factors: Tensor) -> float:
+        """Of what was added up for a parameter, each row times its factor."""
+        sizes = [] if not self.pieces[at] else [self._entries(at, factors)]
+        for number, theta in enumerate(self.derived, len(self.tensors)):
+            if at in theta.parameters and self.pieces[number]:
+                entries = self._entries(number, factors)
+                scattered = _signs(len(entries), entries.device) * entries
+                sizes += [rows for to, rows in theta.pull_back(scattered[None], self.tensors) if to == at]
+        return math.hypot(*(float(size.norm()) for size in sizes))
+
+    def _entries(self, number: int, factors: Tensor) -> Tensor:
+        """Of the addends to each entry, the root of the sum of squares."""
+        own = self.pieces[number]
+        return torch.cat([torch.stack([_squares(*one, factors) for one in own[e]]).sum(0) for e in sorted(own)]).sqrt()
+
+
+def _squares(rows: Rows, owner: Tensor, factors: Tensor) -> Tensor:
+    """The sum of the squares of addends, entry by entry, each times the factor of its residual."""
+    left = rows.left.double().square() * (factors[owner] * (owner >= 0)).square()[:, None]
+    return left.sum(0) if rows.right is None else (left.mT @ rows.right.double().square()).flatten()
+
+
+def _signs(count: int, device: torch.device) -> Tensor:
+    """Signs that come in no order."""
+    index = torch.arange(count, dtype=torch.float64, device=device)
+    return 1 - 2 * (_SILVER * index).frac().round()
+
+
+@dataclass(frozen=True, eq=False)
 class Check:
     """A combination of the rows of J by autograd, against which rows are checked.
 
@@ -85,7 +128,7 @@ class Check:
         values = residuals.values
         with unseen():
             index = torch.arange(len(values), dtype=torch.float64, device=values.device)
-            signs = 1 - 2 * (_SILVER * index).frac().round()
+            signs = _signs(len(values), values.device)
             factors = (signs * (1 + (_GOLDEN * index).frac()) * _weights(parts, values)).to(values.dtype)
         hooks = HookWatch(tensors)
         with hooks.watching():
@@ -96,13 +139,13 @@ class Check:
                 mask_of(factor)
         return cls(factors, exact, masks)
 
-    def wrong(self, parts: Sequence[GradientRows | None], addends: Sequence[Sequence[Owned]] = ()) -> list[int]:
+    def wrong(self, parts: Sequence[GradientRows | None], addends: Addends | None = None) -> list[int]:
         """The parameters whose rows, times the factors, do not add up to what autograd says.
 
         Args:
             parts: the rows of each parameter.
-            addends: what these were added up from, with the residuals it belongs to, as far as it is known. Where it
-                has cancelled, as in differences of values nearby, its size is the scale of rounding.
+            addends: what these were added up from, if known. Where it has cancelled, as in differences of values
+                nearby, its size is the scale of rounding.
         """
         limit = lambda g: min(_SLACK * torch.finfo(g.dtype).eps, _COARSE)
         with unseen():
@@ -112,7 +155,7 @@ class Check:
             # What is not finite is not wrong: the gradient will show it.
             pairs = zip(known, values, strict=True)
             suspects = [(at, g, missed) for (at, g), (missed, size) in pairs if missed > limit(g) * size]
-            size_of = lambda at: math.hypot(*map(self._size, addends[at])) if at < len(addends) else 0.0
+            size_of = lambda at: 0.0 if addends is None else addends.size(at, self.factors.double())
             return [at for at, g, missed in suspects if missed > limit(g) * size_of(at)]
 
     def _missed(self, part: GradientRows | None, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,10 +165,6 @@ class Check:
             return exact.norm(), exact.new_zeros(())
         factors = self.factors.double()
         return (exact - part.rmatvec(factors)).norm(), (factors.square() @ part.squared_norms.clamp(min=0)).sqrt()
-
-    def _size(self, owned: Owned) -> float:
-        rows, owner = owned
-        return float((rows.norms * self.factors.double()[owner] * (owner >= 0)).norm())
 
 
 def _weights(parts: Sequence[GradientRows | None], values: Tensor) -> Tensor:

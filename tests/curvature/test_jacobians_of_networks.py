@@ -586,6 +586,12 @@ def operator_equations(net: Operator) -> Terms:
     return [torch.stack([slopes(own, x) @ torch.ones(2, dtype=F64) for own in u]), net(normal(5, 3, seed=1), -x)]
 
 
+def operator_terms(net: Operator) -> Terms:
+    """The same equation and its values, with a term for each function."""
+    equations, values = operator_equations(net)
+    return [*equations, *values[:, :4, 0]]
+
+
 def separable(net: nn.Module) -> Terms:
     """Functions of one variable each, multiplied on a grid."""
     return [torch.einsum("ip,jp->ij", net.branch(normal(6, 3)), net.trunk(normal(7, 2))) - 1]
@@ -596,6 +602,7 @@ SHARED = {
     "operator, end to end": (Operator, lambda net: [operator_data(net)[0].flatten()]),
     "operator, two outputs": (lambda: Operator(2), operator_data),
     "operator, equations": (Operator, operator_equations),
+    "operator, function by function": (Operator, operator_terms),
     "separable": (Operator, separable),
 }
 

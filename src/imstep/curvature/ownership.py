@@ -118,7 +118,8 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
 
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself. Where values are those of some functions at some points, as of an
-    operator network, uses by function and uses by point are in groups of their own.
+    operator network, uses by function and uses by point are in groups of their own; also where each function is a term
+    of the loss by itself.
 
     Args:
         most: groups of an output at most.
@@ -133,16 +134,24 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
     if together is not None:
         return together
     groups: list[Group] = []
+    left: list[Tensor] = []
     for start, z in sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0]):
         partings = [part(z) for part in _PARTINGS]
         members = lambda part, start=start: (_members(residuals, start, entries) for entries in part)
         tried = (_groups(residuals, uses, members(part)) for part in partings if len(part) <= most)
         found = next(filter(None, tried), None)
         if found is None:
-            found = _by_use(residuals, uses, [members(part) for part in _along_axes(z) if len(part) <= most])
+            found = _by_use(residuals, uses, [members(part) for part in _along_axes(_entries(z)) if len(part) <= most])
         if found is None:
             if any(len(part) > most for part in partings):
                 raise DearGroupsError
+            left.append(start + _entries(z).reshape(-1))
+        groups += found or []
+    for size in dict.fromkeys(map(len, left)):  # functions one by one, at the same points
+        grid = torch.stack([entries for entries in left if len(entries) == size])
+        axes = [part for part in _along_axes(grid) if len(part) <= most]
+        found = _by_use(residuals, uses, [(_members(residuals, 0, entries) for entries in part) for part in axes])
+        if found is None or len(grid) == 1:
             return None
         groups += found
     return groups
@@ -227,9 +236,8 @@ def _by_row(z: Tensor) -> Sequence[Tensor]:
     return entries.unbind(0) if entries.ndim > 1 and len(entries) ** 2 <= entries.numel() else []
 
 
-def _along_axes(z: Tensor) -> list[Sequence[Tensor]]:
+def _along_axes(entries: Tensor) -> list[Sequence[Tensor]]:
     """For each dimension but those of one entry, what differs in no other."""
-    entries = _entries(z)
     dims = [at for at, n in enumerate(entries.shape) if n > 1] if entries.ndim > 1 else []
     return [entries.movedim(at, -1).flatten(0, -2).unbind(0) for at in dims]
 

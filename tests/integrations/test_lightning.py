@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 lightning = pytest.importorskip("lightning")
 
-from lightning.pytorch.callbacks import LearningRateMonitor  # noqa: E402
+from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import imstep  # noqa: E402
@@ -47,7 +47,32 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)]
 
 
-def fit(epochs: int = 3, size: int = 32, resume: Any = None, callbacks: Any = (), **options: Any) -> Any:
+class ByHand(Module):
+    """Two networks, each with an optimizer, by manual optimisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+
+            def closure(net: nn.Module = net, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(net(batch[0]), batch[1])
+                self.manual_backward(loss)
+                return loss
+
+            self.log("returned", optimizer.step(closure))
+
+    def configure_optimizers(self) -> Any:
+        return imstep.NewtonKrylov(self.net.parameters()), imstep.LeastSquares(self.other.parameters())
+
+
+def fit(
+    epochs: int = 3, size: int = 32, resume: Any = None, callbacks: Any = (), kind: Any = None, **options: Any
+) -> Any:
     options = {"logger": False, "enable_checkpointing": False, **options}
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -58,7 +83,7 @@ def fit(epochs: int = 3, size: int = 32, resume: Any = None, callbacks: Any = ()
         callbacks=list(callbacks),
         **options,
     )
-    module = Module()
+    module = (kind or Module)()
     trainer.fit(module, DataLoader(TensorDataset(X, Y), batch_size=size), ckpt_path=resume)
     return trainer, module
 
@@ -96,6 +121,35 @@ def test_a_module_logs_once_per_batch() -> None:
     step = trainer.optimizers[0].last_step
     assert float(trainer.callback_metrics["step/new_loss"]) == pytest.approx(step.new_loss)
     assert "log" not in module.__dict__
+
+
+def test_hooks_after_the_first_evaluation_log() -> None:
+    class Watched(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log("norm", torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm())
+
+    figures = fit(kind=Watched, callbacks=[StepMonitor()])[0].callback_metrics
+    assert float(figures["norm"]) == pytest.approx(float(figures["step/gradient_norm"]), rel=1e-5)
+
+
+def test_manual_optimisation_with_two_optimizers() -> None:
+    trainer, _ = fit(kind=ByHand, callbacks=[StepMonitor()])
+    figures = trainer.callback_metrics
+    for k, optimizer in enumerate(trainer.optimizers):
+        assert float(figures[f"step-{k}/loss"]) == pytest.approx(optimizer.last_step.loss)
+    assert float(figures["returned"]) == pytest.approx(trainer.optimizers[1].last_step.loss)
+
+
+def test_averaged_weights_with_batch_normalisation_are_refused() -> None:
+    class Normalised(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(10))
+
+    averaging = StochasticWeightAveraging(1.0, swa_epoch_start=1)
+    with pytest.raises(ValueError, match="WeightAveraging of the same package"):
+        fit(kind=Normalised, callbacks=[StepMonitor(), averaging])
+    assert len(fit(callbacks=[StepMonitor(), averaging])[1].losses) == 3
 
 
 def test_checkpoint_and_resume(tmp_path: Path) -> None:

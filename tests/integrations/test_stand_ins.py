@@ -194,25 +194,29 @@ def test_a_module_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "lightning",
         lightning={},
         lightning__pytorch={"Callback": Plain},
+        lightning__pytorch__callbacks={"StochasticWeightAveraging": type("Averaging", (), {})},
         lightning__pytorch__strategies={"SingleDeviceStrategy": single, "DDPStrategy": several},
     ).StepMonitor()
     logged: list[str] = []
-    module: Any = SimpleNamespace(log=lambda name, value: logged.append(name), log_dict=lambda d, **_: logged.extend(d))
     model = net()
-    optimizer = imstep.NewtonKrylov(model.parameters())
-    settings = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "precision_plugin": None, "strategy": single()}
-    trainer = SimpleNamespace(optimizers=[optimizer], precision="32", **settings)
 
-    def closure() -> Tensor:
+    def training_step() -> Tensor:
         loss = F.mse_loss(model(X), Y)
         module.log("loss", loss)
-        monitor.on_before_backward(trainer, module, loss)
         return loss
+
+    module: Any = SimpleNamespace(
+        log=lambda name, value: logged.append(name), log_dict=lambda d, **_: logged.extend(d),
+        training_step=training_step, modules=model.modules,
+    )  # fmt: skip
+    optimizer = imstep.NewtonKrylov(model.parameters())
+    settings = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "precision_plugin": None, "strategy": single()}
+    trainer = SimpleNamespace(optimizers=[optimizer], precision="32", callbacks=[], **settings)
 
     monitor.on_train_start(trainer, module)
     for _ in range(2):
         monitor.on_train_batch_start(trainer, module, None, 0)
-        optimizer.step(closure)
+        optimizer.step(lambda: module.training_step())
         monitor.on_train_batch_end(trainer, module, None, None, 0)
     monitor.teardown(trainer, module, "fit")
     assert logged.count("loss") == 2
@@ -223,5 +227,6 @@ def test_a_module_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         {"strategy": object()},
         {"strategy": several(), "world_size": 2},
     ):
+        differing = SimpleNamespace(optimizers=[optimizer], callbacks=[], **{**settings, **change})
         with pytest.raises(ValueError, match=r"Leave it out|process_group=torch.distributed.group.WORLD"):
-            monitor.on_train_start(SimpleNamespace(optimizers=[optimizer], **{**settings, **change}), module)
+            monitor.on_train_start(differing, module)

@@ -246,9 +246,18 @@ def test_the_usual_list_is_short_and_the_full_one_is_at_least_as_long() -> None:
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match="nothing can be made in"):
+        Store(tmp_path / "file" / "bench")
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(RunDirectoryError, match="other files"):
         Store(tmp_path)
+
+
+def test_short_and_full_forms_exclude_each_other() -> None:
+    result = imstep_command("digits-mlp", "--short", "--full", "--list")
+    assert result.exit_code == 2
+    assert "give one of them" in result.output
 
 
 @pytest.mark.parametrize("arguments", [{"trials": 0}, {"seeds": ()}, {"seeds": (1, 1)}, {"seeds": (100,)}])

@@ -132,6 +132,10 @@ REFUSED = {
         "adam has no option 'mu'. Its options: lr=",
     ),
     "malformed option": (["digits-mlp", "-o", "adam", "-O", "beta1"], "write NAME=NUMBER"),
+    "option twice": (["digits-mlp", "-o", "adam", "--lr", "1", "-O", "lr=2"], "lr=2: lr is given twice (--lr)"),
+    "endless option": (["digits-mlp", "-O", "max_step_norm=inf"], "max_step_norm=inf: give a finite number"),
+    "no optimizer yet": (["digits-mlp", "-o", "torch.optim:Optimizer"], "torch.optim:Optimizer refuses"),
+    "sparse gradients": (["digits-mlp", "-o", "torch.optim:SparseAdam"], "does not support dense gradients"),
     "rate without use": (["digits-mlp", "-o", "sgd", "--lr", "-1"], "sgd refuses"),
     "batch size": (["digits-mlp", "-o", "adam", "--batch-size", "0"], "a whole number above 0, or full"),
     "epochs": (["digits-mlp", "-o", "adam", "--epochs", "0"], "epochs=0.0: give a number above 0"),
@@ -141,6 +145,7 @@ REFUSED = {
     "dtype": (["digits-mlp", "-o", "adam", "--dtype", "half"], "float32 or float64"),
     "device": (["digits-mlp", "-o", "adam", "--device", "abacus"], "device='abacus' cannot be used here"),
     "threads": (["digits-mlp", "-o", "adam", "--threads", "0"], "threads=0: give at least one"),
+    "many threads": (["digits-mlp", "-o", "adam", "--threads", "100000"], "and at most 1024"),
     "examples": (["digits-mlp", "-o", "adam", "--examples", "0"], "examples=0"),
     "data": (["fashion-mlp", "-o", "adam", "--data", "absent"], "apt-get install dataset-fashion-mnist"),
     "evaluations": (["digits-mlp", "-o", "adam", "--evaluate-every", "-1"], "every -1.0 epochs"),
@@ -158,6 +163,24 @@ def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path, case: str) ->
     words, message = REFUSED[case]
     assert message in refused("train", *words, "--out", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_beyond_memory_is_explained(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("x,y\n" + "".join(f"{k}.5,{k * k}\n" for k in range(40)))
+    message = refused("train", str(table), "--target", "y", "--hidden", "9" * 13, "--out", str(tmp_path / "run"))
+    assert "there is not enough memory" in message
+    assert "a smaller network" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_limits_that_cannot_be_leave_a_run_as_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    imstep_command("train", "digits-mlp", "-o", "adam", "--epochs", "1", *SMALL, "--out", str(run))
+    before = (run / "config.json").read_bytes()
+    assert "budget=0.0: give a number above 0" in refused("train", "--resume", str(run), "--budget", "0")
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_an_unknown_flag_names_the_nearest() -> None:

@@ -172,7 +172,9 @@ def test_an_interrupted_one_goes_on(program: Path, tmp_path: Path, monkeypatch: 
 REFUSED = {
     "matrix": (["--of", "hessain"], "--of hessain: there are hessian, gauss-newton, fisher"),
     "group": (["--by", "module"], "give layer or parameter"),
-    "number": (["-k", "0"], "--k 0: give a whole number of at least 1"),
+    "number": (["-k", "0"], "-k 0: give a whole number of at least 1"),
+    "seed": (["--seed", "9" * 20], "give a whole number below 2**63"),
+    "step": (["--at", "3"], "--at says which steps of a run"),
     "accuracy": (["--rtol", "2"], "give a number between 0 and 1"),
 }
 

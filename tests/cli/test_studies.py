@@ -28,6 +28,33 @@ def test_compare_writes_a_report(tmp_path: Path, request: pytest.FixtureRequest)
     assert imstep_command("compare", "digits-mlp", *QUICK, "--out", str(out), "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize("command", [["compare", "digits-mlp", *QUICK], ["spectrum", "digits-mlp"], ["accuracy"]])
+def test_a_folder_that_cannot_be_made_and_a_seed_are_told_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    for computes in ("studies.compare", "studies.measure_accuracy", "spectrum.measure"):
+        monkeypatch.setattr(f"imstep.runs.{computes}", None)
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["--out", str(tmp_path / "file" / "c")], "nothing can be made in"),
+        (["--out", str(tmp_path / "c"), "--seed", "9" * 20], "give a whole number below 2**63"),
+    ):
+        if command[0] == "compare" and "--seed" in words:
+            monkeypatch.undo()  # whose seed is that of the task, which it builds
+        result = imstep_command(*command, *words)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_first_order_optimizer_that_refuses_says_so_before_any_has_run(tmp_path: Path) -> None:
+    words = ["--optimizers", "adam,torch.optim:SparseAdam", "--out", str(tmp_path / "c")]
+    result = imstep_command("compare", "digits-mlp", *QUICK[2:], *words)
+    assert result.exit_code == 2, result.output
+    assert "does not support dense gradients" in " ".join(result.output.split())
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_comparison_is_reported_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

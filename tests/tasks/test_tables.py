@@ -117,6 +117,7 @@ def test_missing_values_are_refused_or_filled_by_what_the_training_rows_hold(tmp
         ({}, {}, "say which column of {file} to predict: --target NAME. Columns: size, town, price."),
         ({"target": "cost"}, {}, "--target cost: {file} has no such column. Columns: size"),
         ({"target": "price", "drop": ("age",)}, {}, "--drop age: {file} has no such column"),
+        ({"target": "price", "drop": ("price",)}, {}, "--drop price: that is the column to predict"),
         ({"target": "price", "drop": ("size", "town")}, {}, "has no column left to predict from"),
         ({"target": "town", "kind": "regression"}, {}, "holds words: it can be classified only"),
         ({"target": "price", "kind": "classification"}, {}, "has 40 different values in 40 rows"),

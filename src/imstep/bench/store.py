@@ -11,7 +11,7 @@ from typing import Any
 
 from imstep.bench.entry import Measure
 from imstep.bench.work import FORMAT, Job
-from imstep.runs.files import write_atomically
+from imstep.runs.files import obstacle, write_atomically
 from imstep.runs.records import RecordError
 from imstep.runs.rundir import RunDirectoryError
 
@@ -62,13 +62,15 @@ class Store:
         root: the folder; made when the first run is kept.
 
     Raises:
-        RunDirectoryError: it holds other things than a bench.
+        RunDirectoryError: it holds other things than a bench, or cannot be written to.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         if root.exists() and not root.is_dir():
             raise RunDirectoryError(f"{root} is a file. Choose another --out.")
+        if (above := obstacle(root)) is not None:
+            raise RunDirectoryError(f"nothing can be made in {above}. Choose another --out.")
         if root.exists() and any(root.iterdir()) and not (root / "bench.json").exists():
             raise RunDirectoryError(f"{root} exists and holds other files. Choose another --out.")
 

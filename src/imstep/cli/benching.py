@@ -17,6 +17,7 @@ from imstep.bench.session import run_bench
 from imstep.bench.sides import OWN, SIDES
 from imstep.cli.options import complete_task, explained
 from imstep.cli.terminal import terminal
+from imstep.runs.rows import TrainingError
 from imstep.runs.seconds import Seconds
 
 __all__ = ["bench"]
@@ -75,6 +76,8 @@ def bench(
     what runs; the same command goes on."""
     console = terminal()
     with explained():
+        if full and short:
+            raise TrainingError("--full and --short ask for different things: give one of them.")
         named = tasks or ([SHORT_TASK] if short else list(FULL if full else ENTRIES))
         peers = None if sides is None else tuple(w for word in sides.split(",") if (w := word.strip()) and w != OWN)
         entries = list({entry.label: entry for name in named for entry in entries_of(name, full)}.values())

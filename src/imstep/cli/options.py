@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from imstep.cli.terminal import terminal
@@ -115,6 +116,13 @@ def explained() -> Iterator[None]:
         # What happened elsewhere is told there, and by the first of several processes.
         if not isinstance(error, OtherProcessError) or os.environ.get("RANK", "0") == "0":
             console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = f"there is not enough memory ({str(error).splitlines()[0]})" if str(error) else "memory is used up"
+        remedy = "Take fewer examples or points, smaller batches, or a smaller network."
+        console.print(f"error: {reason}. {remedy}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         console.print("stopped at once; what was saved before is kept.")

@@ -85,6 +85,8 @@ def spectrum(
             _refuse(ctx)
             request = SpectrumRequest(questions, run=Path(subject), at=at, words=words)
         else:
+            if "at" in _given(ctx):
+                raise TrainingError("--at says which steps of a run: of a task there are the initial weights only.")
             if "/" in subject and not Path(subject).suffix:
                 raise TrainingError(f"there is no folder {subject}. Give a run directory, which imstep train writes.")
             table = table_options(target, kind, drop, impute, hidden)

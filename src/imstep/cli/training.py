@@ -208,6 +208,8 @@ def _options(lr: float | None, pairs: list[str] | None) -> dict[str, float]:
     options = {} if lr is None else {"lr": lr}
     for pair in pairs or []:
         name, _, value = pair.partition("=")
+        if name in options:
+            raise OptimizerError(f"--option {pair}: {name} is given twice{' (--lr)' if name == 'lr' else ''}.")
         try:
             options[name] = float(value)
         except ValueError as error:

@@ -283,4 +283,7 @@ def scalar(loss: Any) -> Tensor:
 def _remedy(loss: Any) -> str:
     if isinstance(loss, (dict, tuple, list)) or hasattr(loss, "loss"):
         return "Return the loss alone, such as outputs['loss'] or outputs[0], or call backward() on it"
-    return "Return it, or call backward() on it in the closure"
+    return (
+        "Return it, or call backward() on it in the closure. A framework whose step() was called without a closure may "
+        "have passed on an empty one: call step(closure)"
+    )

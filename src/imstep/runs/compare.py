@@ -14,9 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from imstep.runs.config import torch_dtype
+from imstep.runs.config import set_threads, torch_dtype
 from imstep.runs.contestants import Contestant, contestants
 from imstep.runs.environment import environment
 from imstep.runs.records import Comparison, Point, Run, Sweep, SweepRow
@@ -119,9 +117,7 @@ def compare(
     if not rivals:
         raise TrainingError("a comparison needs at least one optimizer.")
     if threads is not None:
-        if threads < 1:
-            raise TrainingError(f"threads={threads}: give at least one.")
-        torch.set_num_threads(threads)
+        set_threads(threads)
     Limits(budget=budget)
     recipe, told = get_task(task) if isinstance(task, str) else task, listener or Silent()
     kind = torch_dtype(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,9 +18,10 @@ from imstep.runs.rows import Limits, Schedule, TrainingError
 from imstep.runs.runner import Trainer
 from imstep.tasks import Origin, TableOptions, Task, find_task
 
-__all__ = ["RunConfig", "torch_dtype"]
+__all__ = ["RunConfig", "set_threads", "torch_dtype"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MOST_THREADS = 1024
 _LIMITS = ("epochs", "budget", "seconds")
 _LATER: dict[str, Any] = {"table": None, "files": {}, "first_points": None}
 """Settings that runs of earlier versions do not have, and their values there."""
@@ -47,6 +49,17 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def set_threads(number: int) -> None:
+    """Let torch compute in so many threads.
+
+    Raises:
+        TrainingError: there are none, or so many that starting them ends the process.
+    """
+    if not 1 <= number <= MOST_THREADS:
+        raise TrainingError(f"threads={number}: give at least one, and at most {MOST_THREADS}.")
+    torch.set_num_threads(number)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's numbers.
@@ -67,6 +80,9 @@ class RunConfig:
         first_points: points of the first steps where points are drawn anew for each; None for as many in all.
         table: how a table becomes a task, as `TableOptions.to_dict` writes it; None for other tasks.
         files: SHA-256 of the files that a task of one's own is made from.
+
+    Raises:
+        TrainingError: an option is not finite.
     """
 
     task: str
@@ -86,6 +102,11 @@ class RunConfig:
     first_points: int | None = None
     table: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.options.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name}={value:g}: give a finite number, or leave it out for its default.")
 
     @property
     def limits(self) -> Limits:
@@ -145,11 +166,7 @@ class RunConfig:
         """
         spec = get_optimizer(self.optimizer)
         options, dtype, device = spec.resolve(self.options), torch_dtype(self.dtype), self._device()
-        if not -(2**63) <= self.seed < 2**63:
-            raise TrainingError(f"seed={self.seed}: give a whole number below 2**63.")
-        if self.threads < 1:
-            raise TrainingError(f"threads={self.threads}: give at least one.")
-        torch.set_num_threads(self.threads)
+        set_threads(self.threads)
         problem = (task or self.origin().task).build(
             self.seed, device=device, dtype=dtype, data=self.data, examples=self.examples
         )

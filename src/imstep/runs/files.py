@@ -7,7 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_atomically", "write_json"]
+__all__ = ["obstacle", "write_atomically", "write_json"]
+
+
+def obstacle(path: Path) -> Path | None:
+    """What keeps `path` from being a folder that one can write to: the file or folder where nothing can be made."""
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return None if above.is_dir() and os.access(above, os.W_OK) else above
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -30,8 +30,15 @@ class FirstOrder:
     options: Mapping[str, float]
 
     def make(self, parameters: Iterable[Any], options: Mapping[str, float]) -> torch.optim.Optimizer:
-        """An optimizer of that class."""
-        return self.kind(parameters, **typed(self.kind, options))
+        """An optimizer of that class.
+
+        Raises:
+            ValueError: it needs more than parameters and numbers.
+        """
+        try:
+            return self.kind(parameters, **typed(self.kind, options))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def first_order(name: str) -> FirstOrder:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from imstep.runs.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from imstep.runs.config import RunConfig
 from imstep.runs.environment import environment
-from imstep.runs.files import write_atomically, write_json
+from imstep.runs.files import obstacle, write_atomically, write_json
 from imstep.runs.rows import LogRow, TrainingError, present_status
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import Snapshot, keep, snapshot
@@ -72,15 +72,14 @@ class RunDirectory:
         """
         try:
             occupied = path.exists() and any(path.iterdir())
-            above = next(folder for folder in path.absolute().parents if folder.exists())
-            writable = above.is_dir() and os.access(above, os.W_OK)
+            above = obstacle(path)
         except OSError as error:
             raise RunDirectoryError(f"{path} cannot be used as a run directory: {error.strerror}.") from error
         if occupied:
             is_run = (path / "config.json").exists()
             resume = f", or continue that run with: imstep train --resume {shlex.quote(str(path))}" if is_run else ""
             raise RunDirectoryError(f"{path} exists and is not empty. Choose another --out{resume}.")
-        if not writable:
+        if above is not None:
             raise RunDirectoryError(f"{path} cannot be used as a run directory: nothing can be made in {above}.")
         run = cls(path, config, environment())
         run._origin, run._begun = origin, False
@@ -158,11 +157,17 @@ class RunDirectory:
         return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
 
     def extend(self, **limits: float | None) -> None:
-        """Replace the limits that are given, for a run that goes on longer than first asked."""
+        """Replace the limits that are given, for a run that goes on longer than first asked.
+
+        Raises:
+            TrainingError: one is not above zero; the run keeps its own.
+        """
         given = {name: value for name, value in limits.items() if value is not None}
         if given:
             merged = {"epochs": None, "budget": None, "seconds": None, **given}
-            self.config = RunConfig.from_dict({**self.config.to_dict(), **merged})
+            longer = RunConfig.from_dict({**self.config.to_dict(), **merged})
+            _ = longer.limits
+            self.config = longer
             self._write_config()
 
     def append(self, row: LogRow) -> None:

@@ -20,7 +20,7 @@ from imstep.runs.interrupt import Interrupt
 from imstep.runs.kept import Keeper
 from imstep.runs.peers import ALONE, Peers
 from imstep.runs.progress import LastStep, TrainingProgress
-from imstep.runs.rows import TrainingError
+from imstep.runs.rows import Ending, TrainingError
 from imstep.runs.rundir import RunDirectory
 from imstep.runs.runner import Trainer
 from imstep.runs.sources import origin_of
@@ -185,7 +185,9 @@ def _go(trainer: Trainer, run: RunDirectory, task: Task, manner: Manner) -> bool
         console.print("Interrupted and saved. Go on with:")
         _print_command(f"{_resuming(run, trainer.peers)}{manner.flags}", console)
     elif trainer.totals.steps == first:
-        console.print("There was nothing left to do. Give a higher --epochs or --budget to go on.")
+        longer = trainer.ending not in (Ending.CONVERGED, Ending.DIVERGED)
+        more = " Give a higher --epochs or --budget to go on." if longer else ""
+        console.print(f"There was nothing left to do.{more}")
     return trainer.ending is not None
 
 

@@ -14,6 +14,7 @@ from imstep.linalg import LinearOperator
 from imstep.runs.matrices import MATRICES, curvature, undisturbed
 from imstep.runs.rows import TrainingError
 from imstep.tasks import Problem
+from imstep.tasks.base import check_seed
 from imstep.tasks.blame import in_parts_of
 
 __all__ = ["Point", "Questions", "measure"]
@@ -53,9 +54,11 @@ class Questions:
             raise TrainingError(f"--of {self.of}: there are {', '.join(MATRICES)}.")
         if self.by not in (None, "layer", "parameter"):
             raise TrainingError(f"--by {self.by}: give layer or parameter.")
-        for name, least in (("k", 1), ("steps", 1), ("probes", 2)):
-            if getattr(self, name) < least:
-                raise TrainingError(f"--{name} {getattr(self, name)}: give a whole number of at least {least}.")
+        check_seed(self.seed)
+        for option, least in (("-k", 1), ("--steps", 1), ("--probes", 2)):
+            number = getattr(self, option.lstrip("-"))
+            if number < least:
+                raise TrainingError(f"{option} {number}: give a whole number of at least {least}.")
         for name in ("tol", "rtol"):
             if not 0 < getattr(self, name) < 1:
                 raise TrainingError(f"--{name} {getattr(self, name)}: give a number between 0 and 1.")

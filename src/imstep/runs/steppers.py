@@ -90,7 +90,11 @@ class Stepper(ABC):
 
 
 class GradientStepper(Stepper):
-    """One gradient a step: Adam, SGD and their kind. A loss that is not finite moves nothing."""
+    """One gradient a step: Adam, SGD and their kind. A loss that is not finite moves nothing.
+
+    Raises:
+        RefusedError: at a step: the optimizer does not take the gradients.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -106,7 +110,10 @@ class GradientStepper(Stepper):
         if not math.isfinite(value):
             return StepResult(value, LOSS_COST, losses=1, status="non_finite")
         loss.backward()
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        except (RuntimeError, TypeError, ValueError) as error:  # one of another package may want other gradients
+            raise RefusedError(f"{type(self._optimizer).__name__}.step() ended in {error!r}.") from error
         return StepResult(value, 1.0, gradients=1)
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from imstep.runs.accuracy import measure_accuracy
 from imstep.runs.compare import DEFAULT_BUDGET, compare
 from imstep.runs.contestants import MINIBATCH, RIVALS, Contestant, contestants
-from imstep.runs.files import write_json
+from imstep.runs.files import obstacle, write_json
 from imstep.runs.interrupt import Interrupt
 from imstep.runs.live import ComparisonProgress, endings, result_table
 from imstep.runs.records import Comparison
@@ -23,6 +23,7 @@ from imstep.runs.sources import hashes
 from imstep.runs.suitability import suited
 from imstep.runs.verdict import short
 from imstep.tasks import TableOptions, Task, find_task
+from imstep.tasks.base import check_seed
 
 __all__ = ["ComparisonRequest", "claim", "run_accuracy", "run_comparison"]
 
@@ -201,6 +202,7 @@ def run_accuracy(out: Path, console: Console, *, seed: int = 0, overwrite: bool 
     from imstep.runs.accuracy_report import save_accuracy
 
     claim(out, "accuracy.json", overwrite)
+    check_seed(seed)
     with console.status("") as status:
         result = measure_accuracy(seed=seed, progress=status.update)
     record, figure = save_accuracy(result, out)
@@ -215,11 +217,14 @@ def run_accuracy(out: Path, console: Console, *, seed: int = 0, overwrite: bool 
 
 
 def claim(out: Path, record: str, overwrite: bool) -> None:
-    """Refuse to mix with, or silently replace, what is there already."""
+    """Refuse to mix with, or silently replace, what is there already, and folders that cannot be made."""
     try:
         occupied = out.exists() and any(out.iterdir())
+        above = obstacle(out)
     except OSError as error:
         raise RunDirectoryError(f"{out} cannot be used as a folder: {error.strerror}.") from error
+    if above is not None:
+        raise RunDirectoryError(f"{out} cannot be used as a folder: nothing can be made in {above}.")
     if not occupied:
         return
     if not (out / record).exists():

@@ -10,7 +10,7 @@ import torch
 from imstep.complexstep import UnsupportedOperatorError
 from imstep.curvature import NoResidualsError
 from imstep.runs.optimizers import OptimizerError, OptimizerSpec
-from imstep.runs.steppers import RefusedError, StepwiseStepper
+from imstep.runs.steppers import GradientStepper, RefusedError, StepwiseStepper
 from imstep.tasks import Problem, Task
 
 __all__ = ["rehearse", "suited"]
@@ -37,7 +37,7 @@ def rehearse(
     """Make an optimizer's first step, and take it back: what it refuses, it refuses now.
 
     Args:
-        spec: the optimizer; gradients refuse nothing, so that only imstep's own are tried.
+        spec: the optimizer; torch's L-BFGS, of which a step is many, refuses nothing and is not tried.
         problem: left as it was.
         batch_size: of the run.
         options: of the optimizer.
@@ -47,7 +47,7 @@ def rehearse(
         TaskError: nothing can, as its network or loss fails.
     """
     stepper = spec.create(problem, **dict(options or {}))
-    if not isinstance(stepper, StepwiseStepper):
+    if not isinstance(stepper, GradientStepper | StepwiseStepper):
         return
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
     devices = [problem.device] if problem.device.type == "cuda" else []

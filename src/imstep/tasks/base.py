@@ -255,8 +255,9 @@ class Task(ABC):
 
         Raises:
             DataNotFoundError: the data set is not installed; says how to get it.
-            TaskError: `dtype` is not floating point, or `examples` is below 1.
+            TaskError: `dtype` is not floating point, `examples` is below 1, or `seed` is too large.
         """
+        check_seed(seed)
         if not dtype.is_floating_point:
             raise TaskError(f"dtype={dtype}: the model needs a floating-point type such as torch.float64.")
         if examples is not None and examples < 1:
@@ -282,6 +283,16 @@ class Task(ABC):
         examples: int | None,
     ) -> Problem:
         """The problem of training ``model``."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        TaskError: it has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise TaskError(f"seed={seed}: give a whole number below 2**63.")
 
 
 def span(count: int, rank: int, size: int) -> slice:

@@ -83,6 +83,8 @@ def table_task(file: Path, options: TableOptions) -> TableTask:
     unknown = [name for name in options.drop if name not in table.groups]
     if unknown:
         raise TaskError(f"--drop {unknown[0]}: {file} has no such column. Columns: {_listed(table.groups)}.")
+    if target in options.drop:
+        raise TaskError(f"--drop {target}: that is the column to predict. Leave it out, or name another --target.")
     left_out = {name for group in (*options.drop, target) for name in table.groups[group]}
     inputs = tuple(column for name, column in table.columns.items() if name not in left_out)
     targets = tuple(table.columns[name] for name in table.groups[target])

@@ -1,5 +1,6 @@
 """The commands do what they say, and what cannot be done is one line that says why."""
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_cases import imstep_command, refused
 from typer.testing import Result
 
@@ -165,13 +167,24 @@ def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path, case: str) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_beyond_memory_is_explained(tmp_path: Path) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text("x,y\n" + "".join(f"{k}.5,{k * k}\n" for k in range(40)))
-    message = refused("train", str(table), "--target", "y", "--hidden", "9" * 13, "--out", str(tmp_path / "run"))
+def test_a_network_beyond_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def beyond(*args: Any, **options: Any) -> None:
+        torch.empty(2**60)  # PyTorch's own error
+
+    monkeypatch.setattr("imstep.tasks.base.Task.build", beyond)
+    message = refused("train", "digits-mlp", "-o", "adam", "--out", str(tmp_path / "run"))
     assert "there is not enough memory" in message
     assert "a smaller network" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("imstep.runs.rundir.write_checkpoint", full)
+    message = refused("train", "digits-mlp", "-o", "adam", "--epochs", "1", *SMALL, "--out", str(tmp_path / "run"))
+    assert "make room, and go on from there" in message
 
 
 @pytest.mark.usefixtures("no_pages")

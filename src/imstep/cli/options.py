@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -106,6 +107,11 @@ def dated(name: str) -> Path:
     return Path("runs") / f"{word}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _full(error: Exception) -> bool:
+    """Whether a disk, or one's share of it, is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Errors of use as one line instead of a traceback; bugs keep theirs."""
@@ -115,7 +121,8 @@ def explained() -> Iterator[None]:
     except _EXPECTED as error:
         # What happened elsewhere is told there, and by the first of several processes.
         if not isinstance(error, OtherProcessError) or os.environ.get("RANK", "0") == "0":
-            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            room = ". What was saved before is kept: make room, and go on from there" if _full(error) else ""
+            console.print(f"error: {error}{room}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

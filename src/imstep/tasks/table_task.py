@@ -51,7 +51,7 @@ class TableOptions:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise TaskError(f"--kind {self.kind}: give {' or '.join(KINDS)}.")
-        if any(width < 1 for width in self.hidden):
+        if not all(1 <= width < 2**31 for width in self.hidden):
             raise TaskError(f"--hidden {','.join(map(str, self.hidden))}: give widths of at least 1, such as 64,64.")
 
     @property

@@ -80,6 +80,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "soft margin": lambda z, y: F.soft_margin_loss(z, 2 * y - 1, reduction="none"),
     "logarithm of an exponential": lambda z, y: (1 + ((1 - 2 * y) * z).exp()).log(),
     "logarithms of a sigmoid": lambda z, y: -torch.where(y > 0, z.sigmoid().log(), torch.log1p(-z.sigmoid())),
+    "logarithms of a clamped sigmoid": lambda z, y: -(lambda p: torch.xlogy(y, p) + torch.xlogy(1 - y, 1 - p))(
+        z.sigmoid().clamp(1e-7, 1 - 1e-7)
+    ),
     "poisson": poisson,
     "gaussian": gaussian,
 }

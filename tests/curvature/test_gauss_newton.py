@@ -100,6 +100,18 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "log of entries of a softmax": lambda z: (
         -(p := z.softmax(1)).gather(1, LABELS[:, None]).log().mean() - p[0, 1].log()
     ),
+    "bce of a clamped sigmoid": lambda z: (lambda p: -(SOFT * p.log() + (1 - SOFT) * (1 - p).log()).mean())(
+        z.sigmoid().clamp(0.45, 0.6)
+    ),
+    "bce of a sigmoid, clamped late": lambda z: -((1 - z.sigmoid()).clamp(min=0.5).log().sum()),
+    "log of a clamped softmax": lambda z: (
+        -z.softmax(1).clamp(0.2, 1 - 1e-7).log()[torch.arange(EXAMPLES), LABELS].mean()
+    ),
+    "bce by xlogy": lambda z: -(torch.xlogy(SOFT, z.sigmoid()) + torch.xlogy(1 - SOFT, 1 - z.sigmoid())).mean(),
+    "categorical distributions of probabilities": lambda z: -torch.xlogy(SOFT, z.softmax(1)).sum(),
+    "poisson distributions": lambda z: -torch.distributions.Poisson(z.exp()).log_prob(BINARY).mean(),
+    "exponential distributions": lambda z: -torch.distributions.Exponential(z.exp()).log_prob(BINARY + 0.1).mean(),
+    "gamma distributions of a known shape": lambda z: -torch.distributions.Gamma(2.0, z.exp()).log_prob(SOFT).mean(),
     "bce by hand": lambda z: (F.softplus(z) - BINARY * z).sum(),
     "poisson": lambda z: F.poisson_nll_loss(z, BINARY),
     "poisson, targets of both signs": lambda z: (z.exp() - Y * z).mean() + z[0].sum(),
@@ -293,6 +305,10 @@ NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "an exponential and more": lambda z: (z.exp() + 2).log().mean(),
     "less an exponential": lambda z: (1 - (z - 9).exp()).log().mean(),
     "logarithms of a sigmoid, to be maximised": lambda z: z.sigmoid().log().mean(),
+    "a sigmoid and a little": lambda z: -(z.sigmoid() + 1e-3).log().mean(),
+    "a sigmoid and more, clamped": lambda z: -(z.sigmoid() + SOFT).clamp(0.4, 0.7).log().mean(),
+    "weights of both signs in xlogy": lambda z: -torch.xlogy(Y, z.sigmoid()).mean(),
+    "a constant to an output": lambda z: -torch.xlogy(z.sigmoid(), SOFT).mean(),
     "a sigmoid and more": lambda z: -(z.sigmoid() + 1).log().mean(),
     "probabilities that are penalised, too": lambda z: -(p := z.softmax(1))[:, 0].log().mean() + p.square().sum(),
     "probabilities that are added, too": lambda z: -(p := z.softmax(1))[:, 0].log().mean() + p[0, 0],

@@ -37,9 +37,10 @@ _CONVEX = {
     aten.soft_margin_loss,
 }  # in the first; cross entropies are linear in the second
 _CONCAVE = {aten._log_softmax, aten.log_sigmoid_forward}
-_LOGARITHMS = {aten.log, aten.log1p}
+_LOGARITHMS = {aten.log, aten.log1p, aten.xlogy}
+_CLAMPS = {aten.clamp, aten.clamp_min, aten.clamp_max}
 _ONE_OFF = {aten.add, aten.sub, aten.rsub, aten.neg}  # 1 + e, 1 - p and -p
-_PICKS = {aten.index, aten.gather, aten.index_select, aten.masked_select, aten.clone, aten._to_copy}
+_PICKS = {aten.index, aten.gather, aten.index_select, aten.masked_select, aten.clone, aten._to_copy, *_CLAMPS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ class ConvexLoss:
         references: how the arguments that depend on the parameters look onto the tape's slots.
         positions: which arguments these are. Others may require gradients, too, as targets that a model makes do which
             another optimizer trains.
-        slope: of the result in the value of the operator: p where a loss takes -log p of p = softmax(z).
+        slope: of the result in the value of the operator: p where a loss takes -log p of p = softmax(z), 0 where p is
+            clamped.
     """
 
     func: Any
@@ -148,10 +150,10 @@ def _convex_ends(tape: Tape, loss: Reference | None, between: set[int]) -> list[
                 squared.update(step.reads() if multiple else ())
             continue
         sign = signs.pop() if len(signs) == 1 else 0
-        end = _convex(step, sign)
+        end, parts = _convex(step, sign), None if step.backward else _linear(step, sign)
         if end is None and step.func.overloadpacket in _LOGARITHMS and not step.backward:
             made = made or _makers(tape.steps)
-            end, slots = _of_probabilities(step, sign, made)
+            end, parts, slots = _of_logarithm(step, sign, made)
             between.update(slots)
         if end is not None:
             if all(end.result is not other.result for other in found):
@@ -159,7 +161,6 @@ def _convex_ends(tape: Tape, loss: Reference | None, between: set[int]) -> list[
             outputs.update(end.outputs)
             squared.update(end.outputs if end.func.overloadpacket in (aten.pow, aten.mul) else ())
             continue
-        parts = None if step.backward else _linear(step, sign)
         if parts is None:
             return []
         for slot, part in parts:
@@ -197,33 +198,54 @@ def _end(func: Any, step: Step, result: Tensor, slope: Tensor | int = 1) -> Conv
     return ConvexLoss(func, args, result, tuple(flat(step.inputs)), places, slope)
 
 
-def _of_probabilities(step: Step, sign: int, made: dict[int, Step | None]) -> tuple[ConvexLoss | None, list[int]]:
-    """A logarithm as a convex end of what its argument is made of, and the slots in between.
+def _of_logarithm(
+    step: Step, sign: int, made: dict[int, Step | None]
+) -> tuple[ConvexLoss | None, list[tuple[int, int]] | None, list[int]]:
+    """A logarithm as a convex end of what its argument is made of, or as linear in that, and the slots in between.
 
-    log(1 + exp z), -log sigmoid z, -log(1 - sigmoid z), and -log of entries of softmax z.
+    log(1 + exp z), -log sigmoid z, -log(1 - sigmoid z), -log of entries of softmax z, and log exp z, each times a
+    constant y as ``xlogy`` has it. Clamps of the probabilities, or of what is made of them, may lie between.
     """
-    base, between, is_log = _below(step, made, whole=False), step.reads(), step.func.overloadpacket is aten.log
-    while base is not None and base.func.overloadpacket in _PICKS:
-        between = [*between, *base.reads()]
-        base = _below(base, made, whole=False)
+    place = int(step.func.overloadpacket is aten.xlogy)
+    if _places(step) != (place,):
+        return None, None, []
+    y = plain(torch.as_tensor(step.args[0])).detach() if place else 1
+    sign, is_log = sign * _sign(y), step.func.overloadpacket is not aten.log1p
+    base, between, _ = _beneath(step, made, _PICKS, whole=False)
     if base is not None and base.func.overloadpacket is aten._softmax and is_log and sign < 0:
-        return _end(aten._log_softmax.default, base, base.result, plain(base.result).detach()), between
-    base, between, turned = _below(step, made), step.reads(), 1
+        return _end(aten._log_softmax.default, base, base.result, plain(base.result).detach()), None, between
+    base, between, inside = _beneath(step, made)
+    turned = 1
     if base is not None and base.func.overloadpacket in _ONE_OFF and base.alpha == 1:
         ((_, turned),) = _linear(base, 1) or [(0, 0)]
-        between = [*between, *base.reads()]
-        base = _below(base, made)
+        base, more, free = _beneath(base, made)
+        between, inside = [*between, *more], inside & free
     if base is None or base.func.overloadpacket not in (aten.exp, aten.sigmoid):
-        return None, []
-    argument, value, one = plain(step.args[0]).detach(), plain(base.result).detach(), int(is_log)
-    is_exp, end = base.func.overloadpacket is aten.exp, None
-    if is_exp and sign > 0 and turned > 0 and torch.equal(argument, one + value):
-        end = _end(aten.softplus.default, base, step.result)
-    elif not is_exp and sign < 0 and turned > 0 and is_log and torch.equal(argument, value):
-        end = _end(aten.log_sigmoid_forward.default, base, step.result)
-    elif not is_exp and sign < 0 and turned < 0 and torch.equal(argument, one - value):
-        end = _end(aten.softplus.default, base, step.result, slope=-1)
-    return end, between
+        return None, None, []
+    argument, value, one = plain(step.args[place]).detach(), plain(base.result).detach(), int(is_log)
+    is_exp, slope = base.func.overloadpacket is aten.exp, y * inside.to(value.dtype)
+    fits = lambda expected: bool(((argument == expected) | ~inside).all())
+    if is_exp and turned > 0 and is_log and torch.equal(argument, value):
+        return None, [(base.reads()[0], sign)], between
+    if is_exp and sign > 0 and turned > 0 and fits(one + value):
+        return _end(aten.softplus.default, base, step.result, slope), None, between
+    if not is_exp and sign < 0 and turned > 0 and is_log and fits(value):
+        return _end(aten.log_sigmoid_forward.default, base, step.result, slope), None, between
+    if not is_exp and sign < 0 and turned < 0 and fits(one - value):
+        return _end(aten.softplus.default, base, step.result, -slope), None, between
+    return None, None, between
+
+
+def _beneath(
+    step: Step, made: dict[int, Step | None], through: set[Any] = _CLAMPS, whole: bool = True
+) -> tuple[Step | None, list[int], Tensor]:
+    """The step that makes what a step looks at, past some operators; the slots on the way; where no clamp has cut."""
+    base, slots, inside = _below(step, made, whole), step.reads(), torch.tensor(True)
+    while base is not None and base.func.overloadpacket in through:
+        if base.func.overloadpacket in _CLAMPS and whole:
+            inside = inside.to(base.result.device) & (plain(base.result).detach() == plain(base.args[0]).detach())
+        slots, base = [*slots, *base.reads()], _below(base, made, whole)
+    return base, slots, inside
 
 
 def _below(step: Step, made: dict[int, Step | None], whole: bool = True) -> Step | None:
@@ -279,8 +301,13 @@ def _linear(step: Step, sign: int) -> list[tuple[int, int]] | None:
         return None
     if packet is aten.mul and not bool(factor.any()):
         return []  # 0 * p.sum(), so that each parameter has a gradient: no part of the loss
-    part = 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0
-    return [(slot, sign * part) for slot in slots]
+    return [(slot, sign * _sign(factor)) for slot in slots]
+
+
+def _sign(factor: Tensor | int) -> int:
+    """1 or -1 where no entry has another sign, else 0."""
+    factor = torch.as_tensor(factor)
+    return 1 if bool((factor >= 0).all()) else -1 if bool((factor <= 0).all()) else 0
 
 
 def _factor(step: Step) -> Tensor | None:

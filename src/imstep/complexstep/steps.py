@@ -41,6 +41,12 @@ LOSS_OPERATORS = {
     _aten.log_sigmoid_forward.default,
     _aten.log.default,
     _aten.log1p.default,
+    _aten.xlogy.Tensor,
+    _aten.xlogy.Scalar_Self,
+    _aten.clamp.default,
+    _aten.clamp.Tensor,
+    _aten.clamp_min.default,
+    _aten.clamp_max.default,
     _aten.soft_margin_loss.default,
 }
 """Operators that may stand between a model's outputs and the loss; their arguments are kept for a second look."""

@@ -231,7 +231,8 @@ def _recognised(point: Linearised) -> Linearised:
             "errors, cross entropies, exponentials and the like. Build it from those of the model's outputs by sums, "
             "means and positive factors (weight decay as squares of parameters, not of norms), logarithms of "
             "probabilities by cross_entropy, log_softmax, binary_cross_entropy_with_logits, logsigmoid or softplus of "
-            "outputs; or take GaussNewtonFirst() or ExactHessian() as the curvature."
+            "outputs, with clamp(min=eps) of a probability p in place of p + eps; or take GaussNewtonFirst() or "
+            "ExactHessian() as the curvature."
         )
     return point
 

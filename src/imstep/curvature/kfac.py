@@ -101,7 +101,7 @@ class KFAC(LinearOperator):
                 "Kronecker factors are of a loss that is a convex function of outputs, and this one is not recognised "
                 "as such. Build it from mean squared errors, cross entropies and the like, and write logarithms of "
                 "probabilities as cross_entropy, log_softmax, binary_cross_entropy_with_logits, logsigmoid or softplus "
-                "of outputs; or use GaussNewton."
+                "of outputs, with clamp(min=eps) of a probability p in place of p + eps; or use GaussNewton."
             )
         return point, observer
 

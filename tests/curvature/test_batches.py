@@ -402,6 +402,36 @@ def test_sums_by_hand_are_not_averaged(name: str) -> None:
     imstep.Hessian.over(batches, lambda x: SUMS[name](model(x)), model, reduction=SumOverBatches())
 
 
+FUNCTIONS_OF_MEANS = {
+    "root of a mean": lambda z: squares(z).mean().sqrt(),
+    "root of the mean squared error": lambda z: F.mse_loss(z, torch.ones_like(z)) ** 0.5 + 0.1 * z.square().mean(),
+    "norm": lambda z: 2 * (z - 1).norm() / len(z) ** 0.5,
+    "norms of columns": lambda z: (z - 1).norm(dim=0).sum(),
+    "variance": lambda z: z.var(),
+    "logarithm of a mean": lambda z: squares(z).mean().log(),
+    "roots of means of columns": lambda z: squares(z).mean(0).sqrt().mean(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_MEANS)
+def test_functions_of_means_are_not_averaged(name: str) -> None:
+    model = network()
+    batches = [torch.randn(4, 4, dtype=torch.float64) for _ in range(3)]
+    loss = lambda x: FUNCTIONS_OF_MEANS[name](model(x))
+    with pytest.raises(ValueError, match="no means over samples but functions of such"):
+        imstep.Hessian.over(batches, loss, model)
+    imstep.Hessian.over(batches[:1], loss, model)
+    imstep.Hessian.over(batches, loss, model, reduction=MeanOverSamples(count=len))
+
+
+def test_functions_of_each_sample_and_of_parameters_are_averaged() -> None:
+    model = network()
+    batches = [torch.randn(n, 4, dtype=torch.float64) for n in (4, 4, 3)]
+    rough = lambda x: (model(x) - 1).norm(dim=1).mean() + sum(p.norm() for p in model.parameters())
+    whole = imstep.Hessian(lambda: rough(torch.cat(batches)), model)
+    torch.testing.assert_close(imstep.Hessian.over(batches, rough, model).to_dense(), whole.to_dense())
+
+
 @pytest.mark.parametrize("name", MEANS)
 def test_means_by_hand_are_taken(name: str) -> None:
     model = network()

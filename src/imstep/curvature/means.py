@@ -16,6 +16,8 @@ from imstep.curvature.square_forms import LINEAR
 
 _MEAN, _SUM = 1, 2  # how autograd's graph notes the reduction of a loss
 _OF_LABELS = ("NllLoss", "NllLoss2D")
+_NUMBERS = ("Sum", "Mean", "LinalgVectorNorm", "Norm", "Dist", "Std", "Var", "Max", "Min", "Amax", "Amin")
+"""Operators that make one number of many, at least for each column; those from the third on are not linear."""
 _VIEWS = ("View", "ReshapeAlias", "Alias", "UnsafeView", "Squeeze", "ToCopy")
 _TELL = "Pass reduction=MeanOverSamples(count=...), a function of a batch"
 
@@ -67,7 +69,8 @@ class Means:
             outputs: with their graphs.
 
         Raises:
-            ValueError: the loss is a mean over something else than that of the first batch, or a sum.
+            ValueError: the loss is a mean over something else than that of the first batch, a sum, or another function
+                of those, such as a root.
         """
         if not self._guessed:
             return
@@ -80,6 +83,13 @@ class Means:
                     "the losses of batches are sums over samples (reduction='sum', or .sum()), and would be averaged. "
                     "Pass reduction=SumOverBatches() to add them up; or reduction=MeanOverSamples(count=...), to weigh "
                     "them by a number of samples all the same."
+                )
+            losses = [node for t, node in zip(outputs, nodes, strict=True) if t.ndim == 0]
+            if number and (outer := _curved(losses, self._weights[number])):
+                raise ValueError(
+                    f"the losses of batches are no means over samples but functions of such ({outer}), as the root of "
+                    "a mean is, and their average is not that of all samples. Take the mean itself, as of squares; or "
+                    "all samples as one batch; or reduction=MeanOverSamples(count=...), to average them all the same."
                 )
             for count in counts:
                 self._compare(count)
@@ -152,7 +162,7 @@ def _is_sum(nodes: list[Any], samples: float, by_hand: bool) -> bool:
 
 def _of_samples(node: Any, samples: float) -> bool:
     """Whether a sum is over what each sample has, without weights that might make it a mean."""
-    sizes, below = node._saved_self_sym_sizes, node.next_functions[0][0]
+    sizes, below = _sizes(node), node.next_functions[0][0]
     while (name := operator(below)) in ("Pow", "Neg", "Abs", "Sum", "Mul", *_VIEWS):
         parents = below.next_functions
         if name == "Mul" and (len(parents) == 1 or parents[0] != parents[1]):
@@ -160,6 +170,40 @@ def _of_samples(node: Any, samples: float) -> bool:
         below = parents[0][0]
     computed = below is not None and len(below.next_functions) > 0  # other than a parameter
     return computed and name != "Div" and len(sizes) > 0 and sizes[0] == samples
+
+
+def _curved(nodes: list[Any], samples: float) -> str:
+    """The operator, other than linear, that takes a number which stands for all samples; "" if there is none."""
+    waiting, seen = [(node, "") for node in nodes], set()
+    while waiting:
+        node, outer = waiting.pop()
+        name = operator(node)
+        if node is None or (node, outer) in seen:
+            continue
+        seen.add((node, outer))
+        if name in _NUMBERS or getattr(node, "_saved_reduction", None) in (_MEAN, _SUM):
+            outer = outer if name not in _NUMBERS[2:] else name
+            if outer and _over_first(node) and _of_samples(node, samples):
+                return outer
+            within = name in _NUMBERS[:2] and not (_over_first(node) and (*_sizes(node), 1)[0] % samples == 0)
+            waiting += [(parent, outer) for parent, _ in node.next_functions if within]
+        elif len(node.next_functions) == 1 or name in LINEAR:
+            outer = outer or (name if name not in LINEAR else "")
+            waiting += [(parent, outer) for parent, _ in node.next_functions]
+    return ""
+
+
+def _sizes(node: Any) -> Sequence[int]:
+    """Of what a node takes."""
+    return getattr(node, "_saved_self_sym_sizes", None) or node._saved_self.shape
+
+
+def _over_first(node: Any) -> bool:
+    """Whether a node makes one number of the first dimension of what it takes."""
+    dims = getattr(node, "_saved_dim", None)
+    dims = [dims] if isinstance(dims, int) else dims
+    rank = len(_sizes(node))
+    return not dims or any((d - 2**64 * (d >= 2**63)) % rank == 0 for d in dims)  # as if they had no signs
 
 
 def _factor(node: Any) -> float | None:

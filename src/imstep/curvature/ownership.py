@@ -19,6 +19,7 @@ from torch import Tensor
 from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
 from imstep.curvature.gathering import KnownPlaces, values_of
+from imstep.curvature.sameness import operator
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use import Use
 
@@ -198,7 +199,7 @@ def _groups(residuals: Residuals, uses: Sequence[Use], parts: Iterable[Tensor]) 
 def _entries(z: Tensor) -> Tensor:
     """The numbers of the entries of z in row-major order, of its shape before it was flattened."""
     shape, node = z.shape, z.grad_fn
-    while node is not None and sum(n > 1 for n in shape) < 2 and _operator(node) in (*_IN_ORDER, *_MOVES):
+    while node is not None and sum(n > 1 for n in shape) < 2 and operator(node) in (*_IN_ORDER, *_MOVES):
         shape = getattr(node, "_saved_self_sym_sizes", shape)
         node = node.next_functions[0][0]
     return torch.arange(z.numel(), device=z.device).view(torch.Size(shape))
@@ -211,13 +212,13 @@ def _whole(z: Tensor) -> Sequence[Tensor]:
 def _joined(z: Tensor) -> Sequence[Tensor]:
     """By what was put together by ``torch.cat`` or ``torch.stack``."""
     node: Any = z.grad_fn
-    while _operator(node) in _IN_ORDER:
+    while operator(node) in _IN_ORDER:
         node = node.next_functions[0][0]
-    if _operator(node) not in ("Cat", "Stack"):
+    if operator(node) not in ("Cat", "Stack"):
         return []
     entries = _entries(z).view(torch.Size(node._input_metadata[0].shape))
     dim = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
-    if _operator(node) == "Stack":
+    if operator(node) == "Stack":
         return entries.unbind(dim) if len(node.next_functions) ** 2 <= z.numel() else []
     if any(parent is None for parent, _ in node.next_functions) or len(node.next_functions) ** 2 > z.numel():
         return []
@@ -250,10 +251,6 @@ _IN_ORDER = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clon
 
 _MOVES = ("Permute", "Transpose", "T")
 """And those that do where all dimensions but one are of one entry."""
-
-
-def _operator(node: Any) -> str:
-    return "" if node is None else str(node.name().partition("Backward")[0])
 
 
 def _those(owners: Sequence[Tensor | None]) -> list[Tensor]:

@@ -309,6 +309,8 @@ NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "a sigmoid and more, clamped": lambda z: -(z.sigmoid() + SOFT).clamp(0.4, 0.7).log().mean(),
     "weights of both signs in xlogy": lambda z: -torch.xlogy(Y, z.sigmoid()).mean(),
     "a constant to an output": lambda z: -torch.xlogy(z.sigmoid(), SOFT).mean(),
+    "a difference of two sigmoids": lambda z: -((z + 2).sigmoid() - (z - 1).sigmoid()).log().mean(),
+    "a sum of two exponentials": lambda z: torch.log1p(z.exp() + (-z).exp()).mean(),
     "a sigmoid and more": lambda z: -(z.sigmoid() + 1).log().mean(),
     "probabilities that are penalised, too": lambda z: -(p := z.softmax(1))[:, 0].log().mean() + p.square().sum(),
     "probabilities that are added, too": lambda z: -(p := z.softmax(1))[:, 0].log().mean() + p[0, 0],

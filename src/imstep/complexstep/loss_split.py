@@ -217,7 +217,7 @@ def _of_logarithm(
     base, between, inside = _beneath(step, made)
     turned = 1
     if base is not None and base.func.overloadpacket in _ONE_OFF and base.alpha == 1:
-        ((_, turned),) = _linear(base, 1) or [(0, 0)]
+        turned = sum(part for _, part in _linear(base, 1) or ())
         base, more, free = _beneath(base, made)
         between, inside = [*between, *more], inside & free
     if base is None or base.func.overloadpacket not in (aten.exp, aten.sigmoid):

@@ -180,6 +180,22 @@ def test_an_interrupted_search_goes_on_where_it_was():
         spectral.eigenpairs(other, 6, resume=state)
 
 
+@pytest.mark.parametrize("unit", [2.0**-1000, 2.0**1000])
+def test_units_whose_squares_leave_the_range_of_float64_change_nothing(unit):
+    matrix, told = planted(spectrum()), []
+    one = spectral.eigenpairs(DenseOperator(matrix), 3)
+    part = spectral.eigenpairs(DenseOperator(unit * matrix), 3, max_products=20)
+    other = spectral.eigenpairs(DenseOperator(unit * matrix), 3, resume=part.state, progress=told.append)
+    assert other.converged
+    assert other.products == one.products
+    assert (other.residual_norms <= 1e-6 * unit * one.values.abs().max()).all()
+    torch.testing.assert_close(other.values / unit, one.values)
+    torch.testing.assert_close(told[-1].values / unit, one.values)
+    small = spectral.eigenpairs(DenseOperator(unit * matrix[:20, :20]), 3)
+    assert small.converged
+    torch.testing.assert_close(small.values / unit, spectral.eigenpairs(DenseOperator(matrix[:20, :20]), 3).values)
+
+
 def test_progress_is_told_after_each_product():
     told = []
     found = spectral.eigenpairs(DenseOperator(planted(spectrum())), 3, progress=told.append)

@@ -52,6 +52,26 @@ def test_units_whose_squares_leave_the_range_of_the_dtype_change_nothing(name, u
         assert 0 < norm.error / unit < 0.021 * float(part.norm())
 
 
+@pytest.mark.parametrize("unit", [2.0**-1000, 2.0**1000])
+def test_units_whose_squares_leave_the_range_of_float64_change_nothing(unit):
+    """Powers of two: digit by digit."""
+    for size in (10, 200):
+        matrix = planted(torch.linspace(0.1, 1, size, dtype=F64) ** 2)
+        near, far = DenseOperator(matrix), DenseOperator(unit * matrix)
+        for estimate in (spectral.trace, spectral.diagonal):
+            one, other = estimate(near, 0.01), estimate(far, 0.01)
+            assert other.converged
+            assert other.products == one.products
+            for name in ("value", "error"):
+                expected = torch.as_tensor(getattr(one, name), dtype=F64)
+                torch.testing.assert_close(torch.as_tensor(getattr(other, name), dtype=F64) / unit, expected)
+        loose = spectral.trace(far, 0.0, atol=0.2 * unit)
+        assert abs(loose.value / unit - float(matrix.trace())) < 0.4
+        one, other = spectral.condition_number(near), spectral.condition_number(far)
+        assert other.converged
+        assert abs(other.value - one.value) <= one.error + other.error
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_of_low_rank_is_done_with_few_products(dtype):
     matrix = planted(SPECTRA["few"]).to(dtype)

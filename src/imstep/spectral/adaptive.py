@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
 from imstep.spectral.probes import Samples, images, no_rows, orthonormal, outside, signs
+from imstep.spectral.units import InUnits
 
 _FIRST = 8
 """Probes before anything is decided; fewer would not tell their own spread."""
@@ -98,7 +99,7 @@ class Adaptive:
     """
 
     def __init__(self, operator: LinearOperator, functional: Functional, generator: torch.Generator) -> None:
-        self._operator, self._functional, self._generator = operator, functional, generator
+        self._operator, self._functional, self._generator = InUnits(operator), functional, generator
         self._basis = self._sketch = no_rows(operator)
         self._known, self._rest, self._products = torch.zeros((), device=operator.device), Samples(), 0
         self._most = max(_FIRST, _ROOM // max(1, operator.size * operator.dtype.itemsize))
@@ -106,6 +107,10 @@ class Adaptive:
     def to(self, rtol: float, atol: float, max_products: int) -> Mean:
         """The estimate whose error is at most max(atol, rtol · its size), or the best for so many products."""
         check_limits(rtol, atol, max_products)
+        found, unit = self._in_units(rtol, atol, max_products), self._operator.unit
+        return found if unit == 1 else replace(found, value=unit * found.value, error=unit * found.error)
+
+    def _in_units(self, rtol: float, atol: float, max_products: int) -> Mean:
         size = self._operator.size
         if size <= 2 * _FIRST:
             return self._exact()
@@ -133,7 +138,7 @@ class Adaptive:
         """How many more samples would reach the error, were they spread as those before; nan if some are not finite."""
         norm = lambda t: float(torch.linalg.vector_norm(t, dtype=torch.float64))
         error, value = norm(self._rest.half_width), norm(self._known + self._rest.mean)
-        target = max(atol, rtol * value)
+        target = max(atol / self._operator.unit, rtol * value)
         if not math.isfinite(value):
             return math.nan
         if error <= target:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from imstep.linalg.symmetry import symmetric_part
 from imstep.spectral.groups import per_group
 from imstep.spectral.krylov import F64, KrylovSpace, certified
 from imstep.spectral.probes import generator_of, images, no_rows
+from imstep.spectral.units import InUnits
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
     "LM": lambda values: values.abs(),
@@ -95,6 +96,9 @@ class EigenProgress:
     residual_norms: Tensor
 
 
+_Found = TypeVar("_Found", Eigenpairs, EigenProgress)
+
+
 @per_group
 def eigenpairs(
     operator: LinearOperator,
@@ -151,9 +155,36 @@ def eigenpairs(
         >>> found.values, found.converged
         (tensor([-5.,  3.], dtype=torch.float64), True)
     """
+    scaled, told = InUnits(operator), progress
+    scaled.unit = 0.0 if resume is None else resume.get("unit", 1.0)
+    if progress is not None:
+        told = lambda at: progress(_times(at, scaled.unit))
+    k = _whole_number(k) if by is None else min(_whole_number(k), operator.size)
+    _check(operator.size, k, which, tol)
+    found = _pairs(scaled, k, which, tol, generator_of(seed, generator), max_products, told, resume)
+    state = None if found.state is None else {**found.state, "unit": scaled.unit}
+    return _times(replace(found, state=state), scaled.unit)
+
+
+def _times(found: _Found, unit: float) -> _Found:
+    """Of A what was found of A / unit."""
+    if unit == 1:
+        return found
+    return replace(found, values=unit * found.values, residual_norms=unit * found.residual_norms)
+
+
+def _pairs(
+    operator: LinearOperator,
+    k: int,
+    which: str,
+    tol: float,
+    generator: torch.Generator,
+    max_products: int | None,
+    progress: Callable[[EigenProgress], None] | None,
+    resume: dict[str, Any] | None,
+) -> Eigenpairs:
+    """What :func:`eigenpairs` returns."""
     size = operator.size
-    k = _whole_number(k) if by is None else min(_whole_number(k), size)
-    _check(size, k, which, tol)
     tol = max(tol, _ROUNDING.get(operator.dtype, 8 * torch.finfo(operator.dtype).eps))
     capacity = max(2 * k + 8, min(max(50, 5 * k), _ROOM // max(1, size * operator.dtype.itemsize) - 1))
     if size <= 2 * capacity:
@@ -161,7 +192,7 @@ def eigenpairs(
     limit = 1000 + 100 * k if max_products is None else max_products
     if limit < 3 * k:
         raise ValueError(f"max_products is at least 3 k = {3 * k}, got {limit}.")
-    search = _Search(KrylovSpace(operator, capacity, generator_of(seed, generator)), k, which, tol, progress)
+    search = _Search(KrylovSpace(operator, capacity, generator), k, which, tol, progress)
     if resume is not None:
         search.load_state_dict(resume)
     # A small matrix is decomposed rather than searched for long, if the products that are left suffice for it.

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from imstep.linalg import LinearOperator
+from imstep.linalg.dots import norm_in_range
 from imstep.linalg.space import Space
 
 _FAR = 200
@@ -59,7 +60,7 @@ class InUnits(LinearOperator):
 
     def _divided(self, product: Tensor, vectors: Tensor) -> Tensor:
         if not self._unit and product.numel():
-            size = float(product.abs().max()) / (float(vectors.abs().max()) or 1.0)
+            size = norm_in_range(product) / (norm_in_range(vectors) or 1.0)
             exponent = math.frexp(size)[1] if math.isfinite(size) else 0
             # Powers beyond 1022 are no normal numbers, and have no reciprocal.
             within = 1.0 if abs(exponent) < _FAR else 2.0 ** max(-1022, min(exponent, 1022))

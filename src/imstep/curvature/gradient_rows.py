@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+_TILE = 2**16
+"""Entries of a Gram matrix at a time: half a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,13 @@ class OuterRows(GradientRows):
         return (weighted.mT @ self._right.flatten(0, 1)).reshape(-1)
 
     def add_gram(self, out: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> None:
-        for left, right in zip(self._left[:, rows], self._right[:, rows], strict=True):
-            for other_left, other_right in zip(self._left[:, columns], self._right[:, columns], strict=True):
-                out.addcmul_(left @ other_left.mT, right @ other_right.mT)
+        left, right, other_left, other_right = (
+            factor[:, at] for at in (rows, columns) for factor in (self._left, self._right)
+        )
+        for i, j in _tiles(out):
+            for a, b in zip(left[:, i], right[:, i], strict=True):
+                for c, d in zip(other_left[:, j], other_right[:, j], strict=True):
+                    out[i, j].addcmul_(a @ c.mT, b @ d.mT)
 
     @cached_property
     def squared_norms(self) -> Tensor:
@@ -238,6 +245,15 @@ class StackedRows(GradientRows):
     @property
     def form(self) -> Form:
         return Form(0, self._entries * len(self._slices))
+
+
+def _tiles(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of a matrix, part by part, such that a few of such size stay in a processor's cache."""
+    count, width = matrix.shape
+    length = max(1, _TILE // max(1, min(count, width))) if matrix.device.type == "cpu" else max(count, width, 1)
+    for start in range(0, max(count, width), length):
+        part, whole = slice(start, start + length), slice(None)
+        yield (part, whole) if count >= width else (whole, part)
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:

@@ -380,6 +380,16 @@ def test_entries_are_asked_for_by_pattern() -> None:
         entries_of("wafe*")
 
 
+def test_a_table_is_benched_by_a_program_that_names_its_target(tmp_path: Path) -> None:
+    table, program = tmp_path / "data.csv", tmp_path / "table.py"
+    table.write_text("a,b\n" + "".join(f"{i},{i % 7}\n" for i in range(60)))
+    with pytest.raises(TaskError, match="takes no options") as told:
+        entries_of(str(table))
+    call = str(told.value).partition("task = ")[2].partition("; or")[0]
+    program.write_text(f"import imstep.tasks\ntask = {call.replace('...', repr('b'))}\n")
+    assert entries_of(str(program))[0].task == str(program)
+
+
 class Limited:
     """A regressor that sees how many threads it may have."""
 

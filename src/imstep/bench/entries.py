@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from imstep.bench.entry import ACCURACY, EXPLAINED, HELDOUT, PSNR, WRONG, Entry
 from imstep.bench.sides import OWN, PUBLIC_SOAP, Range
 from imstep.tasks import TaskError, get_task
+from imstep.tasks.tables import is_table
 
 __all__ = ["ENTRIES", "FULL", "entries_of", "entry_of"]
 
@@ -27,7 +29,15 @@ def entry_of(name: str, full: bool = False) -> Entry:
     known = _known(full)
     if name in known:
         return known[name]
-    get_task(name)
+    try:
+        get_task(name)
+    except TaskError as error:
+        if not is_table(name):
+            raise
+        raise TaskError(
+            f"{error} Here a table takes no options: give a program, table.py, with task = imstep.tasks.get_task"
+            f"({str(Path(name).absolute())!r}, imstep.tasks.TableOptions(target=...)); or use imstep compare."
+        ) from error
     return Entry(name)
 
 

@@ -324,6 +324,7 @@ def build(result: Callable[[Tensor], Any]) -> Hessian:
         (lambda z: z.sum().detach(), ["without a graph", "loss.detach()"]),
         (lambda z: torch.tensor(float(z.sum())), ["without a graph"]),
         (lambda z: (z * 1j).sum(), ["complex128", ".abs()"]),
+        (lambda z: z.sum().long(), ["int64", "no derivative", "rounded"]),
         (lambda z: (X.clone().requires_grad_() ** 2).sum(), ["none of the parameters"]),
     ],
 )

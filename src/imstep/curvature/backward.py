@@ -277,6 +277,11 @@ def scalar(loss: Any) -> Tensor:
         raise ValueError(
             f"closure returned a loss of dtype {loss.dtype}; a loss is real. Return loss.real or loss.abs()."
         )
+    if not loss.is_floating_point():
+        raise ValueError(
+            f"closure returned a loss of dtype {loss.dtype}, which has no derivative. Return the loss before it is "
+            "rounded or counted, such as a mean of squares."
+        )
     return loss.reshape(())
 
 

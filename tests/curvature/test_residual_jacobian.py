@@ -200,7 +200,7 @@ def unrecognised() -> Case:
     x = normal(9, 3)
     params = [*model.parameters(), *norm.parameters(), bent]
     scaled = lambda h: torch.addcmul(norm.bias, h, norm.weight)
-    return params, lambda: [(1.0, model[1:](scaled(model[0](x @ bent.cumprod(0))))), (0.1, bent)]
+    return params, lambda: [(1.0, model[1:](scaled(model[0](x @ bent.logcumsumexp(0))))), (0.1, bent)]
 
 
 def build(make: Callable[[], Case]) -> Case:
@@ -345,6 +345,73 @@ def test_keeps_factors_where_that_is_less() -> None:
     assert kept < 0.1 * J.shape[0] * J.shape[1]
 
 
+def filled(entries: Tensor) -> Tensor:
+    """Of 6 x 6, symmetric."""
+    whole, index = torch.zeros(6, 6, dtype=F64), torch.triu_indices(6, 6)
+    whole[index[0], index[1]] = entries
+    return whole + whole.triu(1).T
+
+
+def spectral(W: Tensor) -> Tensor:
+    u = normal(6, seed=3)
+    return W / torch.vdot(u, W @ u)
+
+
+EYE = torch.eye(6, dtype=F64)
+APART = torch.arange(6)[:, None] - torch.arange(6)
+MADE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "circulant": ((6,), lambda c: c[APART % 6]),
+    "toeplitz": ((11,), lambda c: c[APART + 5]),
+    "hankel": ((11,), lambda c: c.take(torch.arange(6)[:, None] + torch.arange(6))),
+    "permuted": ((6, 6), lambda W: W[torch.arange(6).flip(0)]),
+    "gathered": ((6, 6), lambda W: W.gather(1, APART % 6)),
+    "symmetric": ((21,), filled),
+    "orthogonal": ((6, 6), lambda W: normal(6, 6, seed=2) @ torch.linalg.qr(W)[0]),
+    "rotation": ((6, 6), lambda W: torch.matrix_exp(W - W.T)),
+    "cayley": ((6, 6), lambda W: torch.linalg.solve(EYE + W - W.T, EYE)),
+    "subspace": ((4,), lambda c: (normal(36, 4, seed=2) @ c).view(6, 6)),
+    "blocks": ((3, 3), lambda W: torch.block_diag(W, W)),
+    "spectral": ((6, 6), spectral),
+    "fourier": ((6,), lambda c: torch.fft.irfft(torch.fft.rfft(c)[:, None] * torch.fft.rfft(EYE, dim=0), 6, 0)),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a table"])
+@pytest.mark.parametrize("count", [3, 9])
+@pytest.mark.parametrize("name", MADE)
+def test_weights_that_are_put_together_from_parameters(
+    name: str, count: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By indices and matrix functions, from fewer numbers than entries; not written out, however large."""
+    shape, make = MADE[name]
+    c, last, table = nn.Parameter(normal(*shape) / 2), nn.Linear(6, 1).double(), nn.Embedding(4, 6).double()
+    x, params = normal(count, 6), [c, *last.parameters(), *(table.parameters() if beside else ())]
+    inputs = lambda: x + table(torch.arange(count) % 4) if beside else x
+    residuals = lambda: [(1.0, last((inputs() @ make(c).T).tanh()))]
+    values, expected = dense((params, residuals))
+    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", 8)
+    vector, known = ParameterVector(params), KnownOwners()
+    for at in range(3):
+        J = jacobian_at(lambda: loss_of(residuals()), vector, known)
+        assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+        if count > 6:
+            assert J.explicit == ()
+            assert J.backward_passes <= (20, 2, 3)[at]
+        if at == 1:
+            state, known = known.state_dict(), KnownOwners()
+            known.load_state_dict(state)
+
+
+def test_a_network_that_makes_the_weights_of_another() -> None:
+    maker, last, given = mlp(3, 5, 12), nn.Linear(4, 1).double(), normal(3, seed=1)
+    x, params = normal(20, 3), [*maker.parameters(), *last.parameters()]
+    residuals = lambda: [(1.0, last((x @ maker(given).view(4, 3).T).tanh()))]
+    values, expected = dense((params, residuals))
+    J = ResidualJacobian(lambda: loss_of(residuals()), params)
+    assert J.explicit == ()
+    assert relative_error(J.to_dense()[in_order_of(J, values)], expected) < 1e-12
+
+
 @pytest.mark.parametrize("count", [9, 40])
 def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
     """By columns where there are fewer of them, 19, than rows."""
@@ -352,7 +419,7 @@ def test_uses_that_are_not_recognised_are_written_out(count: int) -> None:
     x, (inner, norm, bent) = normal(count, 3), (params[:6], params[6:8], params[8])
 
     def residuals() -> Weighted:
-        h = torch.addcmul(norm[1], F.linear(x @ bent.cumprod(0), *inner[:2]), norm[0])
+        h = torch.addcmul(norm[1], F.linear(x @ bent.logcumsumexp(0), *inner[:2]), norm[0])
         return [(1.0, F.linear(F.linear(h.tanh(), *inner[2:4]).tanh(), *inner[4:])), (0.1, bent)]
 
     values, expected = dense((params, residuals))
@@ -408,7 +475,7 @@ def test_single_rows_whose_entries_are_residuals_by_themselves() -> None:
 def test_one_side_is_enough() -> None:
     """400 residuals and 2 parameters: two products, one pass to check them, and nothing a residual."""
     t, w = torch.linspace(0, 1, 400, dtype=F64), nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
-    model = lambda w: (t + 1) ** w.cumprod(0)[1] * w.cumprod(0)[0]
+    model = lambda w: (t + 1) ** w.logcumsumexp(0)[1] * w.logcumsumexp(0)[0]
     J = ResidualJacobian(lambda: (model(w) - 1).square().sum() / 2, [w])
     assert relative_error(J.to_dense(), torch.func.jacrev(model)(w.detach())) < 1e-14
     assert J.backward_passes == 3

@@ -18,7 +18,7 @@ from imstep.curvature.parameters import as_reals
 
 LEAF = "torch::autograd::AccumulateGrad"
 
-_PRODUCTS = {"Mm", "Bmm", "Mv", "Dot", "Addmm"}
+_PRODUCTS = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "LinalgSolveEx", "LinalgSolveTriangular"}
 """Operators that mix entries: with a constant among their arguments they are a layer that is applied to data."""
 
 _PURE = _PRODUCTS | {
@@ -28,9 +28,19 @@ _PURE = _PRODUCTS | {
     *("Slice", "Clone", "Alias", "Cat", "Stack", "Split", "Unbind", "ToCopy", "Tril", "Triu", "Diagonal", "Repeat"),
     *("Complex", "Polar", "ViewAsComplex", "ViewAsReal", "Real", "Imag", "Conj", "ResolveConj"),
     *("Sum", "Mean", "LinalgVectorNorm", "Norm", "WeightNormInterface", "Mul", "Div", "Add", "Sub"),
-    *("DiagEmbed", "Cumsum", "Flip", "Roll", "LogSoftmax", "Silu", "Gelu", "Maximum", "Minimum"),
+    *("DiagEmbed", "Cumsum", "Cumprod", "Flip", "Roll", "Rot90", "LogSoftmax", "Silu", "Gelu", "Maximum", "Minimum"),
+    *("LinalgMatrixExp", "LinalgInvEx", "LinalgQr", "LinalgCholeskyEx", "LinalgHouseholderProduct", "MaskedFill"),
+    *("ConstantPadNd", "BlockDiag", "Atan", "Sinh", "Cosh", "Tan", "Erf", "Hardtanh", "LeakyRelu", "Exp2"),
+    *("FftR2C", "FftC2C", "FftC2R"),
 }
 """Autograd nodes, by the name of their operator, that what is derived from parameters may consist of."""
+
+_PLACED = {
+    *("Index", "IndexSelect", "Gather", "Take", "Embedding"),
+    *("IndexPut", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy", "MaskedScatter"),
+    *("SliceScatter", "DiagonalScatter", "SelectScatter", "torch::autograd::CopySlices"),
+}
+"""Operators that put entries at places given by indices: those of a weight, or what belongs to data."""
 
 _BLOCK = 2**22
 """Entries of rows that are pulled back at a time."""
@@ -85,13 +95,18 @@ class Derived:
             yield at, torch.cat([as_reals(piece).reshape(len(piece), -1).double() for piece in pieces])
 
 
-def derived_nodes(outputs: Sequence[Tensor], position: dict[int, int]) -> dict[Any, frozenset[int]]:
+def derived_nodes(
+    outputs: Sequence[Tensor], position: dict[int, int], sources: frozenset[int] = frozenset()
+) -> dict[Any, frozenset[int]]:
     """The nodes of a graph that compute something from parameters alone, with the positions of these.
 
     Args:
         outputs: where the graph begins.
         position: of each parameter, by its id.
+        sources: positions of parameters that no data meet: what is looked up in them by indices, or put at some places,
+            or comes of their products with constants, is derived from them as well.
     """
+    entries = dict.fromkeys(sources, 0)
     found: dict[Any, frozenset[int] | None] = {None: frozenset()}
     waiting: list[Any] = [z.grad_fn for z in outputs]
     while waiting:
@@ -102,19 +117,25 @@ def derived_nodes(outputs: Sequence[Tensor], position: dict[int, int]) -> dict[A
         if node.name() == LEAF:
             at = position.get(id(node.variable))
             found[node] = None if at is None else frozenset([at])
+            if at in entries:
+                entries[at] = node.variable.numel()
             continue
         missing = [parent for parent, _ in node.next_functions if parent not in found]
         if missing:
             waiting += missing
             continue
-        found[node] = _made_of(node, found)
+        found[node] = _made_of(node, found, entries)
     return {node: made for node, made in found.items() if made and node.name() != LEAF}
 
 
-def _made_of(node: Any, found: dict[Any, frozenset[int] | None]) -> frozenset[int] | None:
-    """The parameters that a node's result depends on; None where it depends on something else."""
+def _made_of(node: Any, found: dict[Any, frozenset[int] | None], sources: dict[int, int]) -> frozenset[int] | None:
+    """The parameters that a node's result depends on; None where it depends on something else.
+
+    Args:
+        sources: parameters that no data meet, with their entries.
+    """
     name = node.name().partition("Backward")[0]
-    if name not in _PURE:
+    if name not in _PURE and name not in _PLACED:
         return None
     made: set[int] = set()
     entries, constants = 0, False
@@ -127,8 +148,13 @@ def _made_of(node: Any, found: dict[Any, frozenset[int] | None]) -> frozenset[in
         if parent is not None:
             entries = max(entries, shape_of(parent, number).numel())
     # What a constant or an expansion makes larger has rows for data, which are those of a use.
-    larger = max(torch.Size(output.shape).numel() for output in node._input_metadata) > entries
-    if (constants and (larger or name in _PRODUCTS)) or (larger and name in ("Expand", "Repeat")):
+    largest = max(torch.Size(output.shape).numel() for output in node._input_metadata)
+    larger = largest > entries
+    layer = name in _PRODUCTS and constants and larger and sum(n > 1 for n in shape_of(node, 0)) > 1
+    few = name in _PRODUCTS or largest <= sum(sources.get(at, 0) for at in made) ** 2
+    if made.issubset(sources) and few and not layer:
+        return frozenset(made)
+    if name in _PLACED or (constants and (larger or name in _PRODUCTS)) or (larger and name in ("Expand", "Repeat")):
         return None
     return frozenset(made)
 

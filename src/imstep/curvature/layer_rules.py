@@ -142,6 +142,21 @@ def _index_select(p: Operand) -> Found:
     return _looked_up(p, p.shape[:1], lambda: plain(p.node._saved_index).detach())
 
 
+def _gather(p: Operand) -> Found:
+    dim, index = signed(p.node._saved_dim)[0], lambda: plain(p.node._saved_index).detach()
+    return _looked_up(p, p.shape, lambda: _numbers(p, index()).gather(dim, index()))
+
+
+def _take(p: Operand) -> Found:
+    index = lambda: plain(p.node._saved_index).detach()
+    return _looked_up(p, p.shape, lambda: _numbers(p, index()).take(index()))
+
+
+def _numbers(p: Operand, like: Tensor) -> Tensor:
+    """Of the entries of a parameter, in its shape."""
+    return torch.arange(p.shape.numel(), device=like.device).view(p.shape)
+
+
 def _index(p: Operand) -> Found:
     """A table that is looked up in its first dimensions."""
     saved = [None if t is None else plain(t) for t in p.node._saved_indices]
@@ -205,8 +220,10 @@ LAYER_RULES: dict[str, Callable[[Operand], Found]] = {
     "ConvolutionBackward0": _convolution,
     "LayerBackward": _recurrent,
     "EmbeddingBackward0": _embedding,
+    "GatherBackward0": _gather,
     "IndexBackward0": _index,
     "IndexSelectBackward0": _index_select,
+    "TakeBackward0": _take,
     "TrilinearBackward0": _trilinear,
 }
 """For each operator of a layer, what tells how a parameter is used in it."""

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
+from imstep.curvature.derived import derived_nodes
 from imstep.curvature.gathering import KnownPlaces, values_of
 from imstep.curvature.sameness import operator
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use import Use
+from imstep.curvature.uses import Uses
 
 _BITS = 6, 3
 """Of a digit; 2^63 times a gradient is a number in float32 as well, 2^7 times mostly in float16."""
@@ -50,6 +52,8 @@ class KnownOwners:
         dependent: whether residuals were found to depend on each other.
         at_once: whether residuals share so many rows of layers that J written out costs less than their groups.
         lone: whether the row of a batch of one is a row of one residual, as far as is known.
+        sources: positions of parameters that no data meet, only weights that are made of them; None where that has not
+            been looked at, none where it has not helped.
         courses: what was found of earlier evaluations.
         places: where rows go, given their owners.
     """
@@ -61,6 +65,7 @@ class KnownOwners:
         self.recorded: bool | None = False
         self.dependent = self.at_once = False
         self.lone = True
+        self.sources: frozenset[int] | None = None
 
     def groups(self, residuals: Residuals, uses: Sequence[Use]) -> list[Group] | None:
         """The rows with the owners that are remembered; None where there are none for them.
@@ -96,10 +101,12 @@ class KnownOwners:
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered: of each group its members and the owners of each use's rows; whether to record;
-        single rows; courses.
+        single rows; sources; courses.
         """
         state = {"groups": self._groups, "recorded": self.recorded, "dependent": self.dependent}
-        return {**state, "at_once": self.at_once, "lone": self.lone, "courses": self.courses.state_dict()}
+        state |= {"at_once": self.at_once, "lone": self.lone}
+        sources = None if self.sources is None else sorted(self.sources)
+        return {**state, "sources": sources, "courses": self.courses.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
@@ -107,7 +114,30 @@ class KnownOwners:
         self.recorded, self.dependent = state["recorded"], state["dependent"]
         self.at_once = state.get("at_once", False)  # older states have none of these
         self.lone = state.get("lone", False)  # their owners are for so many uses
+        self.sources = None if state.get("sources") is None else frozenset(state["sources"])
         self.courses.load_state_dict(state.get("courses", {}))
+
+
+def find_sources(residuals: Residuals, uses: Uses, parameters: Sequence[Tensor]) -> frozenset[int]:
+    """The parameters, by position, that only weights seem to be made of: all residuals have the same rows of them.
+
+    Cost: three backward passes, where there are any in question.
+    """
+    position, outputs = {id(p): at for at, p in enumerate(parameters)}, [o.z for o in residuals.outputs]
+    told = derived_nodes(outputs, position)
+    others = derived_nodes(outputs, position, frozenset(position.values()))
+    sources = frozenset[int]().union(*(made for node, made in others.items() if node not in told))
+    if not sources:
+        return sources
+    live: list[list[Tensor]] = [[] for _ in uses.known]
+    for at in (0, len(residuals.values) // 2, len(residuals.values) - 1):
+        one = torch.zeros_like(residuals.values)
+        one[at] = 1
+        for own, rows in zip(live, _spread(residuals, uses.known, one), strict=True):
+            own.append(rows.any(1))
+    with unseen():
+        shared = values_of([torch.stack(own).all(0).any() for own in live])
+    return sources - {use.parameter for use, by_all in zip(uses.known, shared, strict=True) if not by_all}
 
 
 class DearGroupsError(Exception):

@@ -16,7 +16,7 @@ from imstep.curvature.direct import entry_rows
 from imstep.curvature.frozen import Closure, FrozenClosure
 from imstep.curvature.gathering import KnownPlaces
 from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows
-from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups
+from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups, find_sources
 from imstep.curvature.parameters import ParameterVector, as_reals
 from imstep.curvature.squares import NoResidualsError
 from imstep.curvature.uses import Rows, Use, find_uses
@@ -288,7 +288,7 @@ def _parts(
         return none, [], None
     if known.dependent or known.at_once:
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
-    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone)
+    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone, known.sources or frozenset())
     told = [use for use in uses.known if use.parameter not in uses.unknown]
     entries = [one for one in uses.direct if one.parameter not in uses.unknown]
     direct = [one.addends(residuals.outputs, tensors[one.parameter]) for one in entries]
@@ -310,16 +310,22 @@ def _parts(
     if shorter > AFFORDABLE and count * columns > _ROOM:
         dear = math.inf
     try:
-        groups = find_groups(residuals, told, dear)
+        groups, too_many = find_groups(residuals, told, dear), False
     except DearGroupsError:
-        if uses.lone:
-            known.lone = False
-            return _parts(evaluation, tensors, known)
-        known.at_once = True
-        return none, list(range(len(tensors))), Check.of(residuals, tensors)
+        groups, too_many = None, True
     if uses.lone and (groups is None or len(groups) > _FEW):
         known.lone = False
         return _parts(evaluation, tensors, known)
+    if known.sources is None and (groups is None or uses.unknown):
+        known.sources = find_sources(residuals, uses, tensors)
+        if known.sources:
+            return _parts(evaluation, tensors, known)
+    if known.sources and groups is None:
+        known.sources = frozenset()
+        return _parts(evaluation, tensors, known)
+    if too_many:
+        known.at_once = True
+        return none, list(range(len(tensors))), Check.of(residuals, tensors)
     if groups is None:
         if shorter > AFFORDABLE:
             raise NoResidualsError(
@@ -330,10 +336,14 @@ def _parts(
             )
         known.dependent = True
         return none, list(range(len(tensors))), Check.of(residuals, tensors)
-    known.remember(groups)
     parts, addends = gathered(groups)
     check = Check.of(residuals, tensors, parts)
-    return parts, sorted(uses.unknown.union(check.wrong(parts, addends))), check
+    wrong = uses.unknown.union(check.wrong(parts, addends))
+    if known.sources and wrong > uses.unknown:
+        known.sources = frozenset()
+        return _parts(evaluation, tensors, known)
+    known.remember(groups)
+    return parts, sorted(wrong), check
 
 
 def _gathered(

@@ -44,28 +44,36 @@ class Uses:
     lone: bool = False
 
 
-def find_uses(outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: bool = True) -> Uses:
+def find_uses(
+    outputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    lone: bool = True,
+    sources: frozenset[int] = frozenset(),
+) -> Uses:
     """The uses of parameters in what ``outputs`` are computed from.
 
     Known are linear layers and products of matrices and vectors, stacks of them (as ``torch.func.vmap`` makes of an
     ensemble), convolutions, recurrent and bilinear layers, tables that are looked up by indices, the scale and shift of
     normalisations, and parameters that are added to, multiply or divide a larger tensor; so are the uses of what is
     computed from parameters alone, and outputs that are parameters themselves. A batch of one row counts with
-    ``lone``, where the parameter meets larger ones as well.
+    ``lone``, where the parameter meets larger ones as well. In ``sources`` are the positions of parameters that no data
+    meet, only weights that are made of them.
 
     Raises:
         ValueError: a reentrant checkpoint hides uses.
     """
-    return _Walk(outputs, parameters, lone).uses
+    return _Walk(outputs, parameters, lone, sources).uses
 
 
 class _Walk:
     """Through a graph, from its outputs to the uses of parameters."""
 
-    def __init__(self, outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: bool) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], parameters: Sequence[Tensor], lone: bool, sources: frozenset[int]
+    ) -> None:
         self._parameters = parameters
         self._position = {id(p): at for at, p in enumerate(parameters)}
-        self._pure = derived_nodes(outputs, self._position)
+        self._pure = derived_nodes(outputs, self._position, sources)
         self._derived: dict[tuple[Any, int], int] = {}
         direct = [direct_in(z, number, self._position) for number, z in enumerate(outputs)]
         complex_ones = {self._position[id(z)] for z in outputs if z.is_complex() and id(z) in self._position}

@@ -234,6 +234,18 @@ def test_polar_at_a_radius_of_zero() -> None:
         torch.testing.assert_close(imstep.jvp(f, (x,), (EYE[0, :2],))[1], torch.tensor(math.cos(angle), dtype=F64))
 
 
+def test_polar_at_a_negative_radius() -> None:
+    """PyTorch's own gradient by the radius has the wrong sign there."""
+    written = lambda t: torch.complex(t[0] * torch.cos(t[1]), t[0] * torch.sin(t[1]))
+    losses = [lambda t, f=f: (f(t) - 1 - 0.2j).abs().square() for f in (lambda t: torch.polar(t[0], t[1]), written)]
+    x = torch.tensor([-1.3, 0.3], dtype=F64)
+    torch.testing.assert_close(by_hvp(losses[0], x), by_hvp(losses[1], x))
+    w = x.clone().requires_grad_()
+    hessians = [imstep.Hessian(lambda f=f: f(w), [w]) for f in losses]
+    torch.testing.assert_close(hessians[0].gradient, hessians[1].gradient)
+    assert imstep.minimize(losses[0], x, method="least-squares").fun < 1e-20
+
+
 # What has no second derivative: the function, where, and the operator that is named.
 EDGES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
     "norm": (lambda t: t.norm(), ORIGIN, "linalg_vector_norm"),

@@ -129,7 +129,7 @@ def dist(x: Tensor, other: Tensor, p: float = 2.0) -> Tensor:
 
 
 def polar(r: Tensor, angle: Tensor) -> Tensor:
-    """:func:`torch.polar`, whose gradient by the angle and by the radius is 0 where the radius is."""
+    """The number of :func:`torch.polar`, whose gradient by the radius has the wrong sign below 0, and is 0 at 0."""
     return torch.complex(r * torch.cos(angle), r * torch.sin(angle))
 
 

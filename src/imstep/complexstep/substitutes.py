@@ -195,10 +195,6 @@ def _has_zeros(x: Tensor, *_: Any, **__: Any) -> bool:
     return x.dim() > 0 and (x.is_floating_point() or x.is_complex()) and _any_zero(x)
 
 
-def _radius_has_zeros(r: Tensor, *_: Any, **__: Any) -> bool:
-    return _any_zero(r)
-
-
 def _any_zero(x: Tensor) -> bool:
     # Under a transform the entries cannot be asked for.
     return torch._C._functorch.maybe_current_level() is None and bool((x == 0).any())
@@ -241,7 +237,7 @@ SUBSTITUTES: dict[Any, tuple[Callable[..., Tensor], Callable[..., bool]]] = {
     torch.segment_reduce: (segment_reduce, _segment_has_zeros),
     **dict.fromkeys((torch.det, torch.linalg.det, Tensor.det), (determinant, is_nearly_singular)),
     torch.special.i1: (bessel_i1, _real),
-    torch.polar: (polar, _radius_has_zeros),
+    torch.polar: (polar, _always),
     **dict.fromkeys((torch.dist, Tensor.dist), (dist, _not_euclidean)),
     F.lp_pool1d: (lp_pool(F.lp_pool1d, F.max_pool1d, 1), _has_zeros),
     F.lp_pool2d: (lp_pool(F.lp_pool2d, F.max_pool2d, 2), _has_zeros),

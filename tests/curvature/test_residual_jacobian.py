@@ -769,3 +769,14 @@ def test_products_whose_factors_are_multiples_are_one(scale: float, dtype: torch
         assert scale != 1 or found.form.terms == terms
         error = found.written_out() / scale - expected.flatten(1)
         assert error.norm() <= 10 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_squares_of_divisors_may_leave_the_range_of_float32() -> None:
+    """The rows of a parameter that divides, beside those of an entry whose rows are 10²⁴ times larger."""
+    p, x = nn.Parameter(torch.tensor([1.5e24, 2.0])), 1e24 * torch.linspace(-5, 5, 80)
+    jacobian = ResidualJacobian(lambda: (p[1] * torch.exp(-(x / p[0]).square()) - 1).square().sum() / 2, [p])
+    w, ratios = p.detach().double(), x.double() / p.detach().double()[0]
+    value = torch.exp(-ratios.square())
+    expected = torch.stack([w[1] * value * 2 * ratios.square() / w[0], value], 1)
+    for column, exact in zip(jacobian.written_out().mT, expected.mT, strict=True):
+        assert relative_error(column, exact) < 1e-6

@@ -73,7 +73,8 @@ def _div(p: Operand) -> Found:
     below = lambda: plain(p.node._saved_other).detach().conj()
     if p.at == 0:
         return broadcast(p, lambda d: d / below())
-    return broadcast(p, lambda d: -d * plain(p.node._saved_self).detach().conj() / below().square())
+    # Squares of what is below may leave the range of its dtype.
+    return broadcast(p, lambda d: -d * (plain(p.node._saved_self).detach().conj() / below() / below()))
 
 
 def _expand(p: Operand) -> Found:

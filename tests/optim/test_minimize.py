@@ -121,6 +121,39 @@ def test_a_peak_is_fitted_in_any_unit(unit: float, method: str) -> None:
     torch.testing.assert_close(result.x.abs(), vector(1.2e-8 * unit, 1.4, 0.11), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("time", "size"), [(1e12, 1e10), (1e30, 1.0)])
+def test_second_derivatives_of_a_decay_may_leave_the_range_of_float32(time: float, size: float, method: str) -> None:
+    t = torch.linspace(0, 4, 60, dtype=F64)
+    expected = vector(3 * size, 0.8 / time, 0.5 * size)
+    data = (expected[0] * torch.exp(-expected[1] * time * t) + expected[2]).float()
+    times = (time * t).float()
+    decay = lambda p: (p[0] * torch.exp(-p[1] * times) + p[2] - data).square().sum()
+    result = imstep.minimize(decay, vector(size, 0.5 / time, 0.1 * size).float(), method)
+    assert result.success
+    torch.testing.assert_close(result.x.double(), expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_line_at_a_large_frequency_is_fitted_in_float32(method: str) -> None:
+    frequencies = (1e25 * torch.linspace(0.5, 1.5, 80, dtype=F64)).float()
+    line = lambda p: p[0] / (1 + ((frequencies - p[1]) / p[2]).square()) + p[3]
+    expected = vector(2, 1.02e25, 1e24, 0.3)
+    data = line(expected.float())
+    start = vector(1, 1.05e25, 1.5e24, 0.1).float()
+    result = imstep.minimize(lambda p: (line(p) - data).square().sum(), start, method)
+    assert result.success
+    torch.testing.assert_close(result.x.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("unit", [1e-30, 1e18])
+def test_variables_of_one_size_may_be_far_from_1_in_float32(unit: float, method: str) -> None:
+    result = imstep.minimize(lambda x: rosenbrock(x / unit), torch.tensor([-1.2, 1.0]) * unit, method)
+    assert result.success
+    torch.testing.assert_close(result.x / unit, torch.ones(2), rtol=3e-4, atol=0)
+
+
 def test_a_fit_with_noise_ends_at_the_precision() -> None:
     A, b = normal(40, 3), normal(40, seed=1)
     result = imstep.minimize(lambda x: (A @ x - b).square().sum(), torch.zeros(3, dtype=F64))

@@ -43,7 +43,9 @@ def units_of(scale: Any, start: Tensor, guess: bool) -> Tensor:
     """The scale as a tensor like the start; where there is none, a ``guess`` from the sizes of few entries."""
     if scale is None and guess and 0 < start.numel() <= MATRIX_LIMIT:
         sizes = start.detach().abs()
-        if math.inf > float(sizes.max()) > SPREAD * float(sizes.min()) > 0:
+        largest, smallest = float(sizes.max()), float(sizes.min())
+        room = torch.finfo(start.dtype).max ** 0.25
+        if math.inf > largest and smallest > 0 and (largest > SPREAD * smallest or not 1 / room < largest < room):
             scale = sizes
     if isinstance(scale, str):
         raise ValueError(

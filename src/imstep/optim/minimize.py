@@ -75,7 +75,8 @@ def minimize(
         scale: the typical size of each entry, > 0, such as ``x0.abs()``; a number, or of the shape of ``x0``. Lengths,
             damping and the records' norms are then those of ``x / scale``. None for what the columns of the Jacobian
             say, :class:`ColumnNorms`, with "least-squares"; else for ``x0.abs()`` where the sizes of up to 100 entries
-            differ by more than 1e4, none of them 0, and for 1 otherwise.
+            differ by more than 1e4, or leave squares little room in the range of their dtype (4e9 and 2e-10 in
+            float32), none of them 0, and for 1 otherwise.
         callback: called after every step, as SciPy's: with a copy of x, or, if its only parameter is named
             ``intermediate_result``, with an object that has ``x``, ``fun``, ``nit`` and ``record``. Raising
             ``StopIteration``, or returning True, stops.

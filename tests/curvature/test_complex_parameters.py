@@ -277,7 +277,7 @@ ROWS: dict[str, Callable[..., Tensor]] = {
     "quotients": lambda w, v: (v / (3 + X[:, :1]) + X[:, :1] / (3 + v)).sum(1).real,
     "differences": lambda w, v: (X[:, :1] - v).square().sum(1).imag,
     "parts of a weight": lambda w, v: (X.real @ w.real.mT - X.imag @ w.imag.mT).tanh().sum(1),
-    "made of parts": lambda w, v: ((X @ torch.complex(w.real, w.imag).mT).sin() @ torch.polar(v.real.exp(), v.imag)).real,
+    "made of parts": lambda w, v: ((X @ torch.complex(w.real, w.imag).mT).sin() @ torch.polar(v.real**2, v.imag)).real,
     "convolution": lambda w, v: F.conv1d(X[:, None], w[:, None], padding=1).tanh().real.sum((1, 2)) + (X @ v[:2]).imag,
 }
 

@@ -37,6 +37,7 @@ class UserClosure:
     def __init__(self, function: Closure, parameters: ParameterVector, stale: bool) -> None:
         self.surroundings = Surroundings(parameters)
         self._function, self._parameters, self._stale = function, parameters, stale
+        self._refusing = refusing_outsiders(parameters.tensors, parameters.names)  # before our own views are made
         self._known = False
         self._plain = False  # whether its backward passes are for the parameters alone
         self._hidden = False  # whether they reach parameters that graphs do not lead to
@@ -52,9 +53,7 @@ class UserClosure:
         Raises:
             ValueError: it computes with constants in the memory of the parameters.
         """
-        own = self._parameters
-        first = nullcontext() if self._known else refusing_outsiders(own.tensors, own.names)
-        with self.surroundings.entered(), first:
+        with self.surroundings.entered(), nullcontext() if self._known else self._refusing:
             return self._function()
 
     def loss(self, numbers: Callable[[], range], skip: bool = False) -> tuple[Tensor, BackwardCalls]:

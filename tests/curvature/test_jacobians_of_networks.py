@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from imstep import pde
-from imstep.curvature import ResidualJacobian, residual_jacobian
+from imstep.curvature import ResidualJacobian, known_rows
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.ownership import KnownOwners
 from imstep.curvature.parameters import ParameterVector
@@ -610,8 +610,8 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_uses_that_share_rows_in_ways_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function has residuals at all points, and every point those of all functions: J is not written out."""
-    monkeypatch.setattr(residual_jacobian, "AFFORDABLE", 0)
-    monkeypatch.setattr(residual_jacobian, "_ROOM", 0)
+    monkeypatch.setattr(known_rows, "AFFORDABLE", 0)
+    monkeypatch.setattr(known_rows, "_ROOM", 0)
     make, residuals = SHARED[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -389,7 +389,7 @@ def test_weights_that_are_put_together_from_parameters(
     inputs = lambda: x + table(torch.arange(count) % 4) if beside else x
     residuals = lambda: [(1.0, last((inputs() @ make(c).T).tanh()))]
     values, expected = dense((params, residuals))
-    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", 8)
+    monkeypatch.setattr("imstep.curvature.known_rows.AFFORDABLE", 8)
     vector, known = ParameterVector(params), KnownOwners()
     for at in range(3):
         J = jacobian_at(lambda: loss_of(residuals()), vector, known)
@@ -536,7 +536,7 @@ def test_dependent_residuals_are_written_out(make: Callable[[], Case]) -> None:
 @pytest.mark.parametrize("affordable", [8, 1000])
 def test_residuals_of_many_times_are_written_out_at_once(affordable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 24 times would be a group of its own, which all use the same layer as often as there are times before."""
-    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", affordable)
+    monkeypatch.setattr("imstep.curvature.known_rows.AFFORDABLE", affordable)
     layer, x = nn.Linear(3, 2).double(), normal(4, 24, 1)
 
     def residuals() -> Weighted:
@@ -555,7 +555,7 @@ def test_residuals_of_many_times_are_written_out_at_once(affordable: int, monkey
 
 
 def test_dependent_residuals_are_refused_where_that_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", 8)
+    monkeypatch.setattr("imstep.curvature.known_rows.AFFORDABLE", 8)
     params, residuals = build(batch_normalised)
     with pytest.raises(ValueError, match="depend on each other"):
         ResidualJacobian(lambda: loss_of(residuals()), params)
@@ -564,7 +564,7 @@ def test_dependent_residuals_are_refused_where_that_is_dear(monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:.*not recognised")
 @pytest.mark.parametrize("affordable", [8, 1000])
 def test_buffers_are_left_as_one_evaluation_leaves_them(affordable: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imstep.curvature.residual_jacobian.AFFORDABLE", affordable)
+    monkeypatch.setattr("imstep.curvature.known_rows.AFFORDABLE", affordable)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)).double().train(), normal(9, 3)
     twin = nn.BatchNorm1d(4, affine=False).double()
     twin(model[0](x))

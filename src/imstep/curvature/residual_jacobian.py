@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from imstep.complexstep.islands import unseen
 from imstep.complexstep.later import as_evaluated
-from imstep.curvature.derived import Derived
-from imstep.curvature.direct import entry_rows
 from imstep.curvature.frozen import Closure, FrozenClosure
-from imstep.curvature.gathering import KnownPlaces
-from imstep.curvature.gradient_rows import Form, GradientRows, PlainRows, StackedRows
-from imstep.curvature.ownership import DearGroupsError, Group, KnownOwners, find_groups, find_sources
-from imstep.curvature.parameters import ParameterVector, as_reals
-from imstep.curvature.squares import NoResidualsError
-from imstep.curvature.uses import Rows, Use, find_uses
-from imstep.curvature.writing_out import Addends, Check, Evaluation, write_out
+from imstep.curvature.gradient_rows import Form, GradientRows
+from imstep.curvature.known_rows import known_rows
+from imstep.curvature.ownership import KnownOwners
+from imstep.curvature.parameters import ParameterVector
+from imstep.curvature.writing_out import Evaluation, write_out
 from imstep.linalg import GramMatrix, RowMatrix, ScaledRows
 from imstep.linalg.precision import coarsest_eps, full_precision
 
 F64 = torch.float64
 _CHUNK = 256
 """Rows of a Gram matrix at a time."""
-
-AFFORDABLE = 1000
-"""Rows or columns, whichever are fewer, up to which J is written out where residuals depend on each other."""
-
-_AT_ONCE = 4
-"""Uses of parameters, over all groups, for a column or row: with more, J written out is cheaper. Our choice: for a
-system of 108 parameters over 48 times, columns take 0.06 s and groups 2.4 s a step; for a Fourier neural operator of
-3,745 parameters and 1,024 residuals, rows take 1.9 s and groups more than a minute."""
-
-_LONG = 1000
-"""Residuals from which a pass takes the longer, the more there are."""
-
-_ROOM = 2**27
-"""Entries of J that are written out at most, in place of groups."""
-
-_FEW = 16
-"""Groups of residuals up to which the row of a batch of one is taken for one residual's; our choice."""
 
 
 class JacobianRows(RowMatrix):
@@ -254,7 +231,7 @@ class ResidualJacobian(JacobianRows):
         before = frozen.losses
         evaluation = Evaluation.of(frozen, parameters, known)
         residuals, tensors = evaluation.residuals, parameters.tensors
-        parts, wrong, check = _parts(evaluation, tensors, known)
+        parts, wrong, check = known_rows(evaluation, tensors, known)
         for at, part in zip(wrong, write_out(evaluation, wrong, frozen, parameters, known, check), strict=True):
             parts[at] = part
         self.terms = residuals.sizes
@@ -276,121 +253,3 @@ class ResidualJacobian(JacobianRows):
         other.residuals = factors * self.residuals
         other.loss = (other.residuals.square().sum() / 2).to(self.loss)
         return other
-
-
-def _parts(
-    evaluation: Evaluation, tensors: Sequence[Tensor], known: KnownOwners
-) -> tuple[list[GradientRows | None], list[int], Check | None]:
-    """The rows for each parameter, the positions of those whose rows are not known, and what they were checked by."""
-    residuals, course = evaluation.residuals, evaluation.course
-    none: list[GradientRows | None] = [None] * len(tensors)
-    if not len(residuals.values):
-        return none, [], None
-    if known.dependent or known.at_once:
-        return none, list(range(len(tensors))), Check.of(residuals, tensors)
-    uses = find_uses([o.z for o in residuals.outputs], tensors, known.lone, known.sources or frozenset())
-    told = [use for use in uses.known if use.parameter not in uses.unknown]
-    entries = [one for one in uses.direct if one.parameter not in uses.unknown]
-    direct = [one.addends(residuals.outputs, tensors[one.parameter]) for one in entries]
-    gathered = lambda groups: _gathered(groups, told, direct, uses.derived, tensors, known.places)
-    groups = known.groups(residuals, told)
-    if groups is not None:
-        parts, addends = gathered(groups)
-        if not uses.unknown and course.has_known_rows and not any(p._backward_hooks for p in tensors):
-            return parts, [], None
-        check = Check.of(residuals, tensors, parts)
-        if uses.unknown.issuperset(check.wrong(parts, addends)):
-            if not uses.unknown:
-                course.know_rows()
-            return parts, sorted(uses.unknown), check
-    count, columns = len(residuals.values), sum(as_reals(p).numel() for p in tensors)
-    shorter = min(count, columns)
-    # A group works on the rows of every use, one after the other; columns, or rows, are made all at once.
-    dear = _AT_ONCE * shorter * max(1, count / _LONG) / max(len(told), 1)
-    if shorter > AFFORDABLE and count * columns > _ROOM:
-        dear = math.inf
-    try:
-        groups, too_many = find_groups(residuals, told, dear), False
-    except DearGroupsError:
-        groups, too_many = None, True
-    if uses.lone and (groups is None or len(groups) > _FEW):
-        known.lone = False
-        return _parts(evaluation, tensors, known)
-    if known.sources is None and (groups is None or uses.unknown):
-        known.sources = find_sources(residuals, uses, tensors)
-        if known.sources:
-            return _parts(evaluation, tensors, known)
-    if known.sources and groups is None:
-        known.sources = frozenset()
-        return _parts(evaluation, tensors, known)
-    if too_many:
-        known.at_once = True
-        return none, list(range(len(tensors))), Check.of(residuals, tensors)
-    if groups is None:
-        if shorter > AFFORDABLE:
-            raise NoResidualsError(
-                "the residuals depend on each other: a row of a layer belongs to several of them, as with batch "
-                f"normalisation or attention across the batch; and J is too large to be written out ({shorter} rows "
-                f"or columns; up to {AFFORDABLE} are). Put normalisation into eval mode, or use an optimizer "
-                "that needs no residuals."
-            )
-        known.dependent = True
-        return none, list(range(len(tensors))), Check.of(residuals, tensors)
-    parts, addends = gathered(groups)
-    check = Check.of(residuals, tensors, parts)
-    wrong = uses.unknown.union(check.wrong(parts, addends))
-    if known.sources and wrong > uses.unknown:
-        known.sources = frozenset()
-        return _parts(evaluation, tensors, known)
-    known.remember(groups)
-    return parts, sorted(wrong), check
-
-
-def _gathered(
-    groups: Sequence[Group],
-    uses: Sequence[Use],
-    direct: Sequence[tuple[int, int, Tensor]],
-    derived: Sequence[Derived],
-    tensors: Sequence[Tensor],
-    places: KnownPlaces,
-) -> tuple[list[GradientRows | None], Addends]:
-    """The rows for each parameter, None where it has none; and what they were added up from."""
-    sizes = [*(as_reals(p).numel() for p in tensors), *(theta.entries for theta in derived)]
-    pieces: list[dict[int, list[tuple[Rows, Tensor]]]] = [{} for _ in sizes]
-    members = [1] * len(sizes)
-    for group in groups:
-        for use, rows, owner in zip(uses, group.rows, group.owners, strict=True):
-            if rows is None or owner is None:
-                continue
-            e, members[use.parameter] = use.member
-            pieces[use.parameter].setdefault(e, []).append((use.rows(rows), owner))
-    for at, start, entries in direct:
-        for e, part in enumerate(entries.chunk(members[at])):
-            own, first = pieces[at].setdefault(e, []), start + e * len(part)
-            widths = [rows.left.shape[1] for rows, _ in own if rows.right is not None]
-            owner = places.run(first, first + len(part), part.device)
-            own.append((entry_rows(part, widths[0] if widths else None), owner))
-    with unseen():  # what follows is nothing that a checkpoint runs again
-        parts = _summed(pieces, members, sizes, len(groups[0].members), derived, tensors, places)
-    return parts, Addends(pieces, derived, tensors)
-
-
-def _summed(
-    pieces: Sequence[dict[int, list[tuple[Rows, Tensor]]]],
-    members: Sequence[int],
-    sizes: Sequence[int],
-    count: int,
-    derived: Sequence[Derived],
-    tensors: Sequence[Tensor],
-    places: KnownPlaces,
-) -> list[GradientRows | None]:
-    """The rows for each parameter from what its uses add, those of what is derived from it included."""
-    parts: list[GradientRows | None] = []
-    for at, (own, of, size) in enumerate(zip(pieces, members, sizes, strict=True)):
-        gathered = [places.gather((at, e), own[e], count, size // of) for e in range(of)] if own else []
-        parts.append(None if not own else gathered[0] if of == 1 else StackedRows(gathered, size // of))
-    for theta, part in zip(derived, parts[len(tensors) :], strict=True):
-        for at, rows in theta.pull_back(part.written_out(), tensors) if part is not None else ():
-            before = parts[at]
-            parts[at] = PlainRows(rows if before is None else before.written_out() + rows)
-    return parts[: len(tensors)]

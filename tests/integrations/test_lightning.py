@@ -214,3 +214,33 @@ def test_several_processes() -> None:
     first, second = launch(2, losses, timeout=60.0)["losses"]
     assert first == second
     assert first == pytest.approx(fit()[1].losses, rel=5e-3)  # roundings of float32 grow from step to step
+
+
+@pytest.mark.parametrize("method", [imstep.LeastSquares, imstep.NewtonKrylov])
+def test_fabric(method: Any, tmp_path: Path) -> None:
+    from lightning.fabric import Fabric
+
+    def started() -> tuple[nn.Module, Any]:
+        model = Module().net
+        return model, method(model.parameters())
+
+    def stepped(model: Any, optimizer: Any, backward: Callable[[Tensor], None]) -> float:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(X), Y)
+            backward(loss)
+            return loss
+
+        return float(optimizer.step(closure))
+
+    model, optimizer = started()
+    expected = [stepped(model, optimizer, lambda loss: loss.backward()) for _ in range(4)]
+    fabric, losses = Fabric(accelerator="cpu", devices=1), []
+    for _ in range(2):  # the second continues the first
+        model, optimizer = fabric.setup(*started())
+        if losses:
+            fabric.load(tmp_path / "state", {"model": model, "optimizer": optimizer})
+        losses += [stepped(model, optimizer, fabric.backward) for _ in range(2)]
+        fabric.save(tmp_path / "state", {"model": model, "optimizer": optimizer})
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert optimizer.last_step.step == 3

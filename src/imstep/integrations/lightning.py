@@ -9,12 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 try:
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ImportError:  # the same package under its older name
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import StochasticWeightAveraging
-    from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from imstep.optim.stepwise import StepwiseOptimizer
 
@@ -93,6 +89,11 @@ def _figures(optimizer: StepwiseOptimizer, prefix: str) -> dict[str, float]:
     return {**figures, f"{prefix}/gradient_equivalents": optimizer.cost.gradient_equivalents}
 
 
+def _is_a(name: str, thing: Any) -> bool:
+    """Whether a thing is of a class of Lightning's, told by name: two packages have it, and both may be installed."""
+    return name in (kind.__name__ for kind in type(thing).__mro__)
+
+
 def _check(trainer: Any, module: Any) -> None:
     """Raise for settings that do not fit."""
     if trainer.gradient_clip_val:
@@ -112,14 +113,14 @@ def _check(trainer: Any, module: Any) -> None:
             f"precision={trainer.precision!r} scales the loss by a factor that changes from step to step, and calls "
             "step() without a closure. Use precision='bf16-mixed', which needs no scaling."
         )
-    averaged = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)
+    averaged = any(_is_a("StochasticWeightAveraging", callback) for callback in trainer.callbacks)
     if averaged and any(isinstance(part, _BatchNorm) for part in module.modules()):
         raise ValueError(
             "StochasticWeightAveraging adds an epoch for the statistics of batch normalisation, at whose end it calls "
             "the optimizer without a backward pass. Use WeightAveraging of the same package in its place."
         )
     ours = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, StepwiseOptimizer)]
-    alone, parallel = (isinstance(trainer.strategy, kind) for kind in (SingleDeviceStrategy, DDPStrategy))
+    alone, parallel = (_is_a(kind, trainer.strategy) for kind in ("SingleDeviceStrategy", "DDPStrategy"))
     if not (alone or (parallel and all(optimizer.processes == trainer.world_size for optimizer in ours))):
         raise ValueError(
             f"strategy {type(trainer.strategy).__name__} spreads a step over processes, and the optimizer does not add "

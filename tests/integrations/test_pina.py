@@ -64,3 +64,15 @@ def test_problems_of_its_zoo(method: Any) -> None:
     assert optimizer.last_step.new_loss < optimizer.last_step.loss
     assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(optimizer.last_step.loss, rel=1e-4)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_functions_that_make_an_optimizer() -> None:
+    # PINA's own wrapper takes classes alone.
+    model = FeedForward(1, 1, layers=[4])
+    wrapped = TorchOptimizer(imstep.NewtonKrylov.for_batches, max_step_norm=2.0)
+    wrapped.hook(model.parameters())
+    expected = imstep.NewtonKrylov.for_batches(model.parameters(), max_step_norm=2.0)
+    assert repr(wrapped.instance) == repr(expected)
+    for nothing in (torch.nn.Linear, expected):
+        with pytest.raises(ValueError, match="a Optimizer class was expected"):
+            TorchOptimizer(nothing)

@@ -152,6 +152,53 @@ def test_compiled_models_run_uncompiled(backend):
     torch.testing.assert_close(warm, plain @ v, rtol=1e-12, atol=1e-13)
 
 
+_A = _normal(5, 3, seed=3)
+_MODEL = nn.Linear(3, 2).double()
+
+
+def _loss() -> Tensor:
+    return (_MODEL(_A) ** 4).sum()
+
+
+def _of_outputs() -> tuple[Tensor, Tensor]:
+    return _MODEL(_A), _normal(5, 2, seed=4)
+
+
+def _matrix() -> imstep.Hessian:
+    return imstep.Hessian(_loss, _MODEL)
+
+
+_CALLS = {
+    "derivative": lambda w: imstep.derivative(torch.sin, w),
+    "jvp": lambda w: imstep.jvp(torch.tanh, (w,), (U,))[1],
+    "hvp": lambda w: imstep.hvp(lambda w: (_A @ w).tanh().square().sum(), w, U),
+    "third derivative": lambda w: imstep.third_derivative(lambda w: (_A @ w).tanh().sum(), w, U),
+    "product": lambda w: _matrix() @ torch.cat([w, w, U[:2]]),
+    "matrix": lambda w: _matrix().to_dense() * w[0],
+    "over batches": lambda w: imstep.Hessian.over([_A, 2 * _A], lambda a: (_MODEL(a) ** 4).mean(), _MODEL).to_dense(),
+    "inverse": lambda w: _matrix().inverse(damping=1.0) @ torch.cat([w, w, U[:2]]),
+    "Jacobian": lambda w: imstep.Jacobian(lambda: _MODEL(_A), _MODEL).to_dense() * w[0],
+    "Gauss-Newton": lambda w: (
+        imstep.GaussNewton(_of_outputs, _MODEL, loss=nn.functional.mse_loss) @ torch.cat([w, w, U[:2]])
+    ),
+    "K-FAC": lambda w: (
+        imstep.curvature.KFAC(lambda: nn.functional.mse_loss(*_of_outputs()), _MODEL) @ torch.cat([w, w, U[:2]])
+    ),
+    "trace": lambda w: imstep.spectral.trace(_matrix()).value * w,
+    "eigenpairs": lambda w: imstep.spectral.eigenpairs(_matrix(), 2).values * w[0],
+    "covariance": lambda w: imstep.insight.parameter_covariance(lambda w: (_A @ w).sin(), w).standard_errors,
+    "minimize": lambda w: imstep.minimize(lambda w: (_A @ w - _A[:, 0]).square().sum(), w, method="least-squares").x,
+}
+
+
+@pytest.mark.parametrize("name", _CALLS)
+@pytest.mark.filterwarnings("ignore")
+def test_calls_in_compiled_code_run_uncompiled(name):
+    torch._dynamo.reset()
+    call = lambda w: _CALLS[name](w + 1) * 2
+    torch.testing.assert_close(torch.compile(call, backend="eager")(X), call(X), rtol=1e-9, atol=1e-11)
+
+
 def _in_inference_mode(w: Tensor) -> Tensor:
     with torch.inference_mode():
         scale = w * 2.0

@@ -17,6 +17,7 @@ from imstep.complexstep.generators import Generators
 from imstep.complexstep.islands import plain, unseen
 from imstep.complexstep.nesting import is_nested, refuse_lost_graph, refuse_transforms
 from imstep.complexstep.sight import Threads, refuse_threads, traced
+from imstep.uncompiled import uncompiled
 
 DEFAULT_H = 1e-20
 
@@ -37,6 +38,7 @@ def derivative(f: Callable[[Any], Any], x: NDArray[_Float], h: float | None = No
 def derivative(f: Callable[[Any], Any], x: float, h: float | None = None) -> float: ...
 
 
+@uncompiled
 def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
     """The derivative of a function that acts on each entry by itself.
 
@@ -77,6 +79,7 @@ def derivative(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
     return np.imag(f(x + 1j * h)) / h
 
 
+@uncompiled
 def jvp(f: Callable[..., _Value], primals: Any, tangents: Any) -> tuple[_Value, _Value]:
     """The value and the directional derivative of a function, from one evaluation of it.
 
@@ -108,6 +111,7 @@ def jvp(f: Callable[..., _Value], primals: Any, tangents: Any) -> tuple[_Value, 
     return _jvp_flat(lambda inputs: f(*tree_unflatten(inputs, structure)), leaves, directions)
 
 
+@uncompiled
 def hvp(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, h: float | None = None) -> _Tree:
     """A Hessian-vector product, from one forward and one backward pass of ``f``.
 
@@ -182,6 +186,7 @@ def _over_branches(evaluate: Callable[[int], tuple[Any, bool]], leaves: list[Ten
     return tree_map(mean, found, evaluate(-1)[0])
 
 
+@uncompiled
 def third_derivative(f: Callable[[_Tree], Tensor], x: _Tree, v: _Tree, w: _Tree | None = None) -> _Tree:
     """The third derivative along two directions, from one forward and one backward pass on numbers nested once more.
 

@@ -18,11 +18,13 @@ from imstep.curvature.residual_jacobian import JacobianRows, ResidualJacobian
 from imstep.curvature.state import RandomState
 from imstep.linalg import DiagonalOperator
 from imstep.linalg.space import Space
+from imstep.uncompiled import uncompiled
 
 _ROOM = 2**26
 """Entries of rows, or of the Hessians of the cases' losses, that are formed at once."""
 
 
+@uncompiled
 class GaussNewtonDiagonal(DiagonalOperator):
     """The diagonal of the Gauss-Newton matrix of a loss L of a model's outputs, without a product for each entry.
 

@@ -23,6 +23,7 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.reduction import Reduction
 from imstep.curvature.sharded import parameters_of
+from imstep.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Pair = Callable[[], tuple[Tensor, Tensor]]
 
 
+@uncompiled
 class Fisher(PointOperator):
     """The Fisher matrix of a model's distribution of targets, at the parameters' values when it was built.
 

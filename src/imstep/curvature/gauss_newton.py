@@ -24,11 +24,13 @@ from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction, SumOverBatches
 from imstep.curvature.sharded import parameters_of
+from imstep.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@uncompiled
 class GaussNewton(PointOperator):
     """The Gauss-Newton matrix of a loss L of a model's outputs, at the parameters' values when it was built.
 

@@ -18,11 +18,13 @@ from imstep.curvature.pieces import Linearised
 from imstep.curvature.products import ReplayedProducts
 from imstep.curvature.reduction import Reduction
 from imstep.curvature.sharded import parameters_of
+from imstep.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@uncompiled
 class Hessian(PointOperator):
     """The Hessian of the loss that ``closure`` returns, at the parameters' values when it was built.
 

@@ -31,11 +31,13 @@ from imstep.curvature.repeating import require_unchanged
 from imstep.curvature.rows_of_processes import GatheredProducts, ScatteredProducts
 from imstep.curvature.sharded import parameters_of, shown_for
 from imstep.curvature.unmoved import Unmoved
+from imstep.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@uncompiled
 class Jacobian(ProductsOperator):
     """The Jacobian of the outputs that ``closure`` returns, at the parameters' values when it was built.
 

@@ -19,8 +19,10 @@ from imstep.curvature.sampling import pulled, sample_output_gradients
 from imstep.linalg import KrylovStatus, LinearOperator
 from imstep.linalg.inverse import DirectSolver
 from imstep.linalg.space import Space
+from imstep.uncompiled import uncompiled
 
 
+@uncompiled
 class KFAC(LinearOperator):
     """The Kronecker-factored approximation of a loss's Gauss-Newton matrix, layer by layer.
 
@@ -149,6 +151,7 @@ class KFAC(LinearOperator):
         return _ByEigenvalues(self, damping)
 
 
+@uncompiled
 class EKFAC(KFAC):
     """As :class:`KFAC`, with the eigenvalues of each layer replaced by the best ones in the same eigenvectors.
 

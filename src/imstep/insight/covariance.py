@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imstep.curvature import Jacobian
 from imstep.insight.outputs import chosen
+from imstep.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ class ParameterCovariance:
         return variances.sqrt().to(values.dtype).reshape(values.shape)
 
 
+@uncompiled
 def parameter_covariance(
     residuals: Callable[[Tensor], Tensor],
     x: Tensor,

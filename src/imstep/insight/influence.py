@@ -6,8 +6,10 @@ from torch import Tensor
 
 from imstep.insight.outputs import Outputs, linearised, parameters_of, rows_of
 from imstep.linalg import LinearOperator
+from imstep.uncompiled import uncompiled
 
 
+@uncompiled
 def influence(
     curvature: LinearOperator,
     losses: Outputs,

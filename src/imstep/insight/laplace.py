@@ -12,6 +12,7 @@ from imstep.curvature.operators import SymmetricOperator
 from imstep.insight.outputs import Outputs, linearised, parameters_of, rows_of
 from imstep.linalg import LinearOperator
 from imstep.spectral import Estimate, eigenpairs, log_determinant
+from imstep.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Predictive:
         return self.mean + moved.reshape(count, *self.mean.shape).to(self.mean)
 
 
+@uncompiled
 class Laplace:
     """The Laplace approximation: a Gaussian about the trained weights, with the curvature of the loss as precision.
 

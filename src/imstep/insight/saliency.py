@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imstep.insight.outputs import chosen, parameters_of
 from imstep.linalg import DiagonalOperator, InverseOperator, LinearOperator
+from imstep.uncompiled import uncompiled
 
 _CHUNK = 256
 """Columns of the inverse at a time."""
@@ -46,6 +47,7 @@ class Removal:
     update: Tensor
 
 
+@uncompiled
 def saliencies(
     curvature: LinearOperator,
     index: Tensor | Sequence[int] | None = None,
@@ -102,6 +104,7 @@ def saliencies(
     return Saliencies(wanted, parameters.get()[wanted] ** 2 / (2 * diagonal), diagonal)
 
 
+@uncompiled
 def removal(
     curvature: LinearOperator, index: Tensor | Sequence[int], *, damping: float = 0.0, rtol: float | None = None
 ) -> Removal:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.fitting import check_real, check_vectors
+from imstep.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from imstep.linalg.space import Space
 
 
+@uncompiled
 class LinearOperator(ABC):
     """A matrix A of shape (m, n) that is known by its products A v.
 

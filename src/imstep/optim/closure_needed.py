@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from imstep.uncompiled import uncompiled
+
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 def needs_closure(step: _Step) -> _Step:
     """A step that says what it needs where it is called without its closure, and that compiled code calls as it is."""
 
-    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with the library
+    @uncompiled
     @functools.wraps(step)
     def checked(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         closure = args[0] if args else kwargs.get("closure")

@@ -21,6 +21,7 @@ from imstep.optim.scaling import ColumnNorms
 from imstep.optim.stationarity import Stationarity
 from imstep.optim.stepwise import NonFiniteLossError, StepwiseOptimizer
 from imstep.optim.stopping_tests import Course, Termination, Tolerances
+from imstep.uncompiled import uncompiled
 
 PATIENCE = 8
 """Steps in a row that leave every entry as it was."""
@@ -34,6 +35,7 @@ FROM_AFAR = ContractionDamping(shrink=2.0, shrink_again=2.0)
 _METHODS = ("newton-krylov", "least-squares")
 
 
+@uncompiled
 def minimize(
     fun: Callable[[Tensor], Tensor],
     x0: Any,

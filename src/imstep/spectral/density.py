@@ -13,6 +13,7 @@ from imstep.linalg import LinearOperator
 from imstep.spectral.groups import per_group
 from imstep.spectral.probes import NORMAL, generator_of
 from imstep.spectral.quadrature import Rule, averaged, gauss, quadrature
+from imstep.uncompiled import uncompiled
 
 _REACH = 5.0
 """Widths beyond the extreme eigenvalues that the grid goes: less than 1e-5 of a peak is left there."""
@@ -46,6 +47,7 @@ class SpectralDensity:
     products: int
 
 
+@uncompiled
 @per_group
 def density(
     operator: LinearOperator,

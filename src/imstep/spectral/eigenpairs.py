@@ -17,6 +17,7 @@ from imstep.spectral.groups import per_group
 from imstep.spectral.krylov import F64, KrylovSpace, certified
 from imstep.spectral.probes import generator_of, images, no_rows
 from imstep.spectral.units import InUnits
+from imstep.uncompiled import uncompiled
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {
     "LM": lambda values: values.abs(),
@@ -99,6 +100,7 @@ class EigenProgress:
 _Found = TypeVar("_Found", Eigenpairs, EigenProgress)
 
 
+@uncompiled
 @per_group
 def eigenpairs(
     operator: LinearOperator,

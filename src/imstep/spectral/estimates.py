@@ -12,8 +12,10 @@ from imstep.spectral.groups import per_group
 from imstep.spectral.parts import traces_by_parts
 from imstep.spectral.probes import generator_of
 from imstep.spectral.results import DiagonalEstimate, Estimate
+from imstep.uncompiled import uncompiled
 
 
+@uncompiled
 @partial(per_group, at_once=traces_by_parts)
 def trace(
     operator: LinearOperator,
@@ -70,6 +72,7 @@ def trace(
     return Estimate(float(mean.value), float(mean.error), mean.products, mean.converged)
 
 
+@uncompiled
 @per_group
 def diagonal(
     operator: LinearOperator,

@@ -13,8 +13,10 @@ from imstep.spectral.estimates import Estimate, trace
 from imstep.spectral.groups import per_group
 from imstep.spectral.probes import generator_of, images, norms, signs
 from imstep.spectral.quadrature import quadrature
+from imstep.uncompiled import uncompiled
 
 
+@uncompiled
 @per_group
 def frobenius_norm(
     operator: LinearOperator,
@@ -72,6 +74,7 @@ def _root_of_gram(operator: LinearOperator, rtol: float, generator: torch.Genera
     return Estimate(norm, error, 2 * squared.products, squared.converged)
 
 
+@uncompiled
 @per_group
 def log_determinant(
     operator: LinearOperator,
@@ -132,6 +135,7 @@ def log_determinant(
     return Estimate(total, doubt, spectrum.products, doubt <= rtol * abs(total))
 
 
+@uncompiled
 @per_group
 def condition_number(
     operator: LinearOperator,

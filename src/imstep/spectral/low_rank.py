@@ -6,8 +6,10 @@ import torch
 
 from imstep.linalg import LinearOperator, LowRankOperator, as_operator
 from imstep.spectral.eigenpairs import eigenpairs
+from imstep.uncompiled import uncompiled
 
 
+@uncompiled
 def low_rank(
     operator: LinearOperator,
     k: int,

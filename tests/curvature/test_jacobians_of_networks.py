@@ -14,6 +14,7 @@ from curvature_cases import F64, normal, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import imstep
 from imstep import pde
 from imstep.curvature import ResidualJacobian, known_rows
 from imstep.curvature.frozen import FrozenClosure
@@ -554,12 +555,18 @@ def test_slopes_of_layers(name: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"scale_grad_by_freq": True}, {"padding_idx": 0, "scale_grad_by_freq": True}])
 def test_a_table_whose_gradient_is_scaled(settings: dict[str, Any]) -> None:
-    """Its rows are not those of its use: they are what autograd says."""
+    """What autograd passes back is no derivative."""
     model = signals(nn.Embedding(7, 4, **settings), width=12).to(F64)
-    terms = lambda: [model(WORDS) - 1]
-    J = ResidualJacobian(lambda: terms()[0].square().mean(), model)
-    assert J.explicit == (0,)
-    assert relative_error(J.to_dense(), dense(terms(), list(model.parameters()))) < 1e-12
+    loss = lambda: (model(WORDS) - 1).square().mean()
+    for curvature in (ResidualJacobian, imstep.Hessian):
+        with pytest.raises(imstep.UnsupportedOperatorError, match="scale_grad_by_freq"):
+            curvature(loss, model)
+    table, bag = torch.ones(7, 4, dtype=F64), nn.EmbeddingBag(7, 4, mode="sum", **settings).to(F64)
+    look_up = lambda w: nn.functional.embedding(WORDS, w, **settings)
+    with pytest.raises(imstep.UnsupportedOperatorError, match="scale_grad_by_freq"):
+        imstep.hvp(lambda w: look_up(w).square().sum(), table, table)
+    with pytest.raises(imstep.UnsupportedOperatorError, match="scale_grad_by_freq"):
+        imstep.LeastSquares(bag.parameters()).step(lambda: bag(WORDS).square().sum())
 
 
 class Operator(nn.Module):

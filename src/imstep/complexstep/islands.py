@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import MOVED, NESTED, UnsupportedOperatorError
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
-from imstep.complexstep.nested_norms import NORMS, refusal
+from imstep.complexstep.nested_norms import SUSPECTS, refusal
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, keeps_graph, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks
@@ -38,7 +38,7 @@ _EXITS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _HOOKS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
 _HOOKS.add(getattr(Tensor, "grad_fn").__get__)  # noqa: B009 (its type is that of the attribute)
 _WATCHED = {torch._C._set_grad_enabled, Tensor.detach_, *_CUTS, *_EXITS, *_HOOKS, *STEERED, *gradients.PASSES}
-_WATCHED |= {F.gumbel_softmax, _SET_DATA, Tensor.clamp_, *NORMS}
+_WATCHED |= {F.gumbel_softmax, _SET_DATA, Tensor.clamp_, *SUSPECTS}
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _DETACH = torch.ops.aten.detach.default
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -147,7 +147,7 @@ class Islands(TorchFunctionMode):
         elif func in gradients.PASSES:
             self.wrong = self.wrong or refusal(func, args, kwargs)
             return self._backward_pass(func, args, kwargs)
-        elif func in NORMS:
+        elif func in SUSPECTS:
             self.wrong = self.wrong or refusal(func, args, kwargs)
         elif func is F.gumbel_softmax and self._may_cut():
             return self._gumbel_softmax(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""Derivatives of normalisations by their inputs that PyTorch differentiates no further, though it seems to.
+"""Derivatives in PyTorch that are differentiated no further, though they seem to be.
 
 What a second backward pass makes of layer and batch normalisation takes mean and deviation for constants, and so does
-what forward mode makes of them. Both are right, and their derivatives by the parameters are not.
+what forward mode makes of them. Both are right, and their derivatives by the parameters are not. A look-up that scales
+gradients by frequencies has the gradient of no function.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ NORMS = {F.layer_norm, F.batch_norm, F.instance_norm, torch.layer_norm, torch.ba
 _FLAG = 5
 """Where a call says whether statistics are those of its input."""
 
+_BY_FREQUENCY = {F.embedding: 5, F.embedding_bag: 5, torch.embedding: 3, torch.embedding_bag: 3}
+"""Where a look-up says whether it scales its gradient."""
+
+SUSPECTS = {*NORMS, *_BY_FREQUENCY}
+"""Functions whose calls :func:`refusal` looks at."""
+
 _CREATE_GRAPH = {"grad": 4, "backward": 3}
 """Where a pass takes ``create_graph``, by the name of its function."""
 
@@ -39,9 +46,25 @@ def refusal(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | Non
     """Why the gradient of what a call makes would be wrong; None where it would not.
 
     Args:
-        func: one of :data:`NORMS`, ``torch.autograd.grad`` or ``backward``, with its arguments.
+        func: one of :data:`SUSPECTS`, ``torch.autograd.grad`` or ``backward``, with its arguments.
     """
+    if func in _BY_FREQUENCY:
+        return _of_look_up(func, args, kwargs)
     return _of_call(func, args, kwargs) if func in NORMS else _of_pass(func, args, kwargs)
+
+
+def _of_look_up(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | None:
+    """A look-up whose rows have gradients that are divided by how often they are looked up."""
+    at = _BY_FREQUENCY[func]
+    scaled = kwargs.get("scale_grad_by_freq", args[at] if len(args) > at else False)
+    if not (scaled and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values()))):
+        return None
+    return UnsupportedOperatorError(
+        func.__name__,
+        "with scale_grad_by_freq=True what it passes back is the gradient of no function, and has no Hessian or "
+        "Jacobian.",
+        "Leave scale_grad_by_freq out; a step by curvature accounts for how often a row is looked up.",
+    )
 
 
 def _of_pass(func: Any, args: Any, kwargs: Any) -> UnsupportedOperatorError | None:

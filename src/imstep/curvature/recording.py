@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from imstep.complexstep.gradients import PASSES, runs_functions
-from imstep.complexstep.nested_norms import NORMS, refusal
+from imstep.complexstep.nested_norms import SUSPECTS, refusal
 from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window, parts
@@ -289,7 +289,7 @@ class Looking(TorchFunctionMode):
             self._moved(args[0])
         elif func in PASSES and runs_functions(tensors_in([*args[:1], *(kwargs or {}).values()])):
             self._recording.unfit = "what a Function looks at in its backward pass is out of sight"
-        wrong = refusal(func, args, kwargs or {}) if func in PASSES or func in NORMS else None
+        wrong = refusal(func, args, kwargs or {}) if func in PASSES or func in SUSPECTS else None
         if wrong is not None:
             raise wrong
         return func(*args, **(kwargs or {}))

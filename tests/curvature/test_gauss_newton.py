@@ -96,6 +96,12 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "log of one and an exponential": lambda z: torch.log(1 + (-Y * z).exp()).mean() + (z.exp() + 1).log().sum(),
     "bce of a sigmoid": lambda z: (lambda p: -(SOFT * p.log() + (1 - SOFT) * (1 - p).log()).mean())(z.sigmoid()),
     "bce of a sigmoid by log1p": lambda z: -(z.sigmoid().log() + SOFT * torch.log1p(-z.sigmoid())).sum(),
+    "softplus by logaddexp": lambda z: (
+        torch.logaddexp(-Y * z, torch.zeros(())).mean() + torch.logaddexp(BINARY, z).sum()
+    ),
+    "cross entropy by exponentials": lambda z: (z.exp().sum(1).log() - z[torch.arange(EXAMPLES), LABELS]).mean(),
+    "cross entropy of one row by exponentials": lambda z: z[0].exp().sum().log() - z[0, 1],
+    "cross entropy by exponentials, transposed": lambda z: (z.T.exp().sum(0, keepdim=True).log() - z.T * SOFT.T).sum(),
     "log of a softmax": lambda z: -z.softmax(1).log()[torch.arange(EXAMPLES), LABELS].mean(),
     "log of entries of a softmax": lambda z: (
         -(p := z.softmax(1)).gather(1, LABELS[:, None]).log().mean() - p[0, 1].log()
@@ -300,6 +306,9 @@ NOT_CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "a soft maximum of losses": lambda z: F.mse_loss(z, Y, reduction="none").logsumexp(0).mean(),
     "a soft maximum of losses, less one": lambda z: (lambda e: (e.logsumexp(0) - e.sum(0)).mean().exp())((z - Y) ** 2),
     "a soft maximum and more": lambda z: (z.logsumexp(1) + z[:, 0]).mean(),
+    "mixtures by exponentials": lambda z: -(z + SOFT.log()).exp().sum(1).log().mean(),
+    "a soft maximum by exponentials": lambda z: z.square().exp().sum(1).log().mean(),
+    "all exponentials": lambda z: z.exp().sum().log() - (SOFT * z).sum() / SOFT.sum(),
     "mixtures": lambda z: -(z + SOFT.log()).logsumexp(1).mean(),
     "a logarithm of twice an exponential": lambda z: (2 * (0 * z).exp()).log().sum() + (2 * z.exp()).log().mean(),
     "an exponential and more": lambda z: (z.exp() + 2).log().mean(),

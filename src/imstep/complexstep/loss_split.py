@@ -188,13 +188,13 @@ def _convex(step: Step, sign: int) -> ConvexLoss | None:
     return None
 
 
-def _end(func: Any, step: Step, result: Tensor, slope: Tensor | int = 1) -> ConvexLoss | None:
-    """The operator ``func`` of a step's arguments as an end, where autograd sees it."""
+def _end(func: Any, step: Step, result: Tensor, slope: Tensor | int = 1, more: Any = ()) -> ConvexLoss | None:
+    """The operator ``func`` of a step's arguments, or of its first one and ``more``, where autograd sees it."""
     places = _places(step)
     # What an operator without a rule is computed by, or one in place, has no place in autograd's graph.
     if not (result.requires_grad and all(_differentiated(step.args[at]) for at in places)):
         return None
-    args = step.args if func is step.func or func is aten._log_softmax.default else step.args[:1]
+    args = step.args if func is step.func or func is aten._log_softmax.default else (*step.args[:1], *more)
     return ConvexLoss(func, args, result, tuple(flat(step.inputs)), places, slope)
 
 
@@ -204,7 +204,8 @@ def _of_logarithm(
     """A logarithm as a convex end of what its argument is made of, or as linear in that, and the slots in between.
 
     log(1 + exp z), -log sigmoid z, -log(1 - sigmoid z), -log of entries of softmax z, and log exp z, each times a
-    constant y as ``xlogy`` has it. Clamps of the probabilities, or of what is made of them, may lie between.
+    constant y as ``xlogy`` has it; log Σ exp z. Clamps of the probabilities, or of what is made of them, may lie
+    between.
     """
     place = int(step.func.overloadpacket is aten.xlogy)
     if _places(step) != (place,):
@@ -215,6 +216,9 @@ def _of_logarithm(
     if base is not None and base.func.overloadpacket is aten._softmax and is_log and sign < 0:
         return _end(aten._log_softmax.default, base, base.result, plain(base.result).detach()), None, between
     base, between, inside = _beneath(step, made)
+    if base is not None and base.func.overloadpacket is aten.sum:
+        whole = is_log and not place and len(between) == 1  # no clamp lies between
+        return _of_sum(step, base, made, sign if whole else 0), None, [*between, *base.reads()]
     turned = 1
     if base is not None and base.func.overloadpacket in _ONE_OFF and base.alpha == 1:
         turned = sum(part for _, part in _linear(base, 1) or ())
@@ -234,6 +238,18 @@ def _of_logarithm(
     if not is_exp and sign < 0 and turned < 0 and fits(one - value):
         return _end(aten.softplus.default, base, step.result, -slope), None, between
     return None, None, between
+
+
+def _of_sum(step: Step, total: Step, made: dict[int, Step | None], sign: int) -> ConvexLoss | None:
+    """The logarithm of a sum of exponentials along one dimension, which values tell, as a convex end."""
+    base = _below(total, made)
+    if sign <= 0 or base is None or base.func.overloadpacket is not aten.exp:
+        return None
+    exponentials, argument = (plain(t).detach() for t in (base.result, step.args[0]))
+    kept = argument.ndim == exponentials.ndim
+    sums = [exponentials.sum(dim, keepdim=kept) for dim in range(exponentials.ndim)]
+    fits = [dim for dim, s in enumerate(sums) if s.shape == argument.shape and torch.allclose(s, argument)]
+    return _end(aten.logsumexp.default, base, step.result, more=(fits, kept)) if len(fits) == 1 else None
 
 
 def _beneath(

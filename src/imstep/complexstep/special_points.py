@@ -108,6 +108,10 @@ def float_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """:func:`torch.logaddexp`, whose gradient overflows where one term is far below the other."""
+    for z, c in ((x, other), (other, x)):  # beside a constant, as of log(1 + exp z), a convex function of z is seen
+        alone = not c.requires_grad and torch._C._functorch.maybe_current_level() is None
+        if alone and bool(((c >= 0) & c.isfinite()).all()):
+            return c - F.logsigmoid(c - z)
     same = (x == other) & x.isinf()
     first, second = torch.where(same, 0, x), torch.where(same, 0, other)
     largest = torch.where(first > second, first, second)

@@ -17,7 +17,7 @@ import imstep
 from benchmarks.more_garbow_hillstrom.problems import FUNCTIONS
 from benchmarks.nist.problems import REGRESSIONS
 from imstep.curvature.staleness import StaleLossError
-from imstep.optim import ColumnNorms, LeastSquares, MinimizeResult, StepOutcome
+from imstep.optim import ColumnNorms, LeastSquares, MinimizeResult, StepOutcome, Termination
 
 SETS = {regression.name: regression for regression in REGRESSIONS}
 T = torch.linspace(0, 1, 50, dtype=F64)
@@ -51,6 +51,69 @@ def test_badly_scaled_functions(number: int) -> None:
     result = fit(function, function.start)
     assert result.success
     assert min(abs(result.fun - f) - 1e-5 * f for f in function.minima) < 1e-12
+
+
+@pytest.mark.parametrize(("number", "least"), [(3, 0.0), (10, 87.9458)])
+def test_badly_scaled_functions_in_single_precision(number: int, least: float) -> None:
+    function = next(f for f in FUNCTIONS if f.number == number)
+    result = fit(function, function.start.float())
+    assert result.success
+    assert result.fun < 1.001 * least + 1e-9
+
+
+# --- starts that are far --------------------------------------------------------------------------------------------
+
+TIMES = torch.linspace(0, 4, 40, dtype=F64)
+FAR: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float]]] = {
+    "a decay that explodes": (lambda b: b[0] * torch.exp(b[1] * TIMES), [2.0, -0.7], [1.0, 5.0]),
+    "a power that explodes": (lambda b: b[0] * (TIMES + 0.5) ** b[1], [3.0, 1.5], [1.0, 30.0]),
+    "a power that vanishes": (lambda b: b[0] * (TIMES + 0.5) ** b[1], [3.0, 1.5], [1.0, -50.0]),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_ridge_far_from_the_data_is_left(name: str) -> None:
+    """There one column of J is many orders of magnitude smaller than at the start."""
+    model, solution, start = FAR[name]
+    y = model(torch.tensor(solution, dtype=F64)) + 0.01 * normal(40)
+    result = fit(lambda b: (model(b) - y).square().sum(), torch.tensor(start, dtype=F64))
+    expected = scipy.optimize.least_squares(lambda b: (model(torch.tensor(b)) - y).numpy(), solution)
+    assert result.success
+    torch.testing.assert_close(result.x, torch.tensor(expected.x), rtol=1e-4, atol=0)
+
+
+def test_columns_that_vanish_tell_no_size() -> None:
+    """One exponential has died away; what is large about it makes no step of the others small."""
+    y = 2 * torch.exp(-0.5 * TIMES) + torch.exp(-3 * TIMES) + 0.01 * normal(40)
+    model = lambda b: b[0] * torch.exp(-b[1] * TIMES) + b[2] * torch.exp(-b[3] * TIMES)
+    result = fit(lambda b: (model(b) - y).square().sum(), torch.tensor([1.0, -10.0, 1.0, 5.0], dtype=F64))
+    J = torch.func.jacrev(model)(result.x)
+    assert result.success
+    assert float((J.T @ (model(result.x) - y)).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("start", [[1.0, 30.0, 0.3], [1.0, 2.0, 1e-3], [5.0, 2.0, 30.0]])
+def test_a_plateau_is_no_minimum(start: list[float]) -> None:
+    """A peak off the data, one between two of them, and a logistic curve off them."""
+    if start[0] == 1:
+        model = lambda b: b[0] * torch.exp(-(((TIMES - b[1]) / b[2]) ** 2) / 2)
+        y = model(torch.tensor([3.0, 2.0, 0.3], dtype=F64))
+    else:
+        model = lambda b: b[0] / (1 + torch.exp(-b[1] * (TIMES - b[2])))
+        y = model(torch.tensor([5.0, 2.0, 2.0], dtype=F64))
+    result = fit(lambda b: (model(b) - y).square().sum(), torch.tensor(start, dtype=F64))
+    assert not result.success
+    assert result.termination is Termination.FLAT
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e-25])
+def test_squares_that_vanish_are_refused(unit: float) -> None:
+    """In float32 the loss is 0 there, and its gradient; further up the fit is the same."""
+    y = 2 * torch.exp(-0.7 * TIMES.float())
+    f = lambda unit: lambda b: (unit * (b[0] * torch.exp(b[1] * TIMES.float()) - y)).square().sum()
+    with pytest.raises(ValueError, match=r"squares of residuals of .* leave the range of torch.float32"):
+        fit(f(unit), torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(fit(f(1e-17), torch.tensor([1.0, -2.0])).x, torch.tensor([2.0, -0.7]), rtol=1e-5, atol=0)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Escape:
 
     Attributes:
         direction: a unit direction of negative curvature, pointing downhill.
-        largest: the largest curvature that is known of, in magnitude.
+        largest: the largest curvature, or that along |x|, xᵀ|H|x / xᵀx, in magnitude, as far as it is known.
     """
 
     direction: Direction

@@ -184,7 +184,11 @@ class _Run:
             if record is None:
                 return Termination.NON_FINITE
             if record.outcome is StepOutcome.CONVERGED:
-                return Termination.CONVERGED if self._course.tolerances.tol else Termination.GRADIENT
+                steps, reached = len(self.records), self._course.tolerances.tol
+                end = self._look()
+                if end is not None or len(self.records) == steps:
+                    return end or (Termination.CONVERGED if reached else Termination.GRADIENT)
+                continue
             if self._took(before, record):
                 return Termination.STOPPED
             if self._course.unbounded:
@@ -214,7 +218,7 @@ class _Run:
 
     def _polished(self, end: Termination) -> Termination:
         """A last step for least squares, which takes the point from within the tolerances to within rounding."""
-        wanted = isinstance(self._optimizer, LeastSquares) and end is not Termination.PRECISION
+        wanted = isinstance(self._optimizer, LeastSquares) and end.success and end is not Termination.PRECISION
         if not wanted or len(self.records) >= self._maxiter:
             return end
         before = self._x.detach().clone()
@@ -256,7 +260,8 @@ class _Run:
         ends: list[Termination | None] = []
 
         def stationary(loss: float, found: Stationarity) -> bool:
-            ends.append(self._course.verdict(loss, found, stalled))
+            end = self._course.verdict(loss, found, stalled)
+            ends.append(Termination.FLAT if end and self._course.flat(loss, found) else end)
             return ends[0] is not None
 
         before = self._x.detach().clone()

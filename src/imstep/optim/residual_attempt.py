@@ -121,6 +121,8 @@ class ResidualAttempt(StepAttempt):
             self._trials = SharedTrials(self._frozen, self._parameters, self._snapshot, jacobian)
         else:
             jacobian = ResidualJacobian.at(self._frozen, self._parameters, self._owners)
+            if self._memory.steps == 0:
+                _check_range(jacobian)
             self._trials = ResidualTrials(self._frozen, self._parameters, self._snapshot, jacobian)
         self._jacobian = jacobian
         self._loss, self._residuals = jacobian.loss, jacobian.residuals
@@ -201,7 +203,7 @@ class ResidualAttempt(StepAttempt):
         spent = self._trials.spent
         record = replace(record, outcome=StepOutcome.REJECTED, trials=spent.losses, cost=record.cost + spent)
         # Not the last λ tried: where rounding is what fails steps, it says nothing of the next batch.
-        return record, replace(memory, damping=rule.again(memory.damping, math.inf))
+        return record, replace(memory, damping=rule.again(memory.damping, math.inf), column_norms=None)
 
     def _stays(self, step: ChordStep, ground: Ground, there: Tensor, damping: float, fine: bool) -> bool:
         """Whether a step is good enough. Where its decrease is rounding, ``fine``, the gradient decides."""
@@ -325,3 +327,13 @@ class ResidualAttempt(StepAttempt):
     def _free(self, gradient: Tensor) -> Tensor:
         """The gradient without the entries that bounds hold back."""
         return gradient if self._box is None else self._box.free(gradient, self._parameters.get())
+
+
+def _check_range(jacobian: ResidualJacobian) -> None:
+    """Raise where residuals that a fit begins with have squares too small for the loss, which has no gradient then."""
+    dtype, largest = jacobian.loss.dtype, float(jacobian.residuals.abs().max()) if len(jacobian.residuals) else 0.0
+    if 0 < largest * math.sqrt(len(jacobian.residuals)) < math.sqrt(torch.finfo(dtype).tiny):
+        raise ValueError(
+            f"squares of residuals of {largest:.0e} leave the range of {dtype}, so that the loss has no gradient. "
+            "Divide the residuals by a constant of their size, or use float64."
+        )

@@ -33,9 +33,12 @@ class Stationarity:
         gradient_norm: ‖g‖.
         decrease: how far Newton's full step s would lower f, by the model. Parts of g that are within what rounding x
             makes of it, u |H||x|, are left out.
-        step, size: ‖D s‖ and ‖D x‖, with D from the columns of H, so that units of x cancel; D = 1 beyond
-            ``MATRIX_LIMIT`` parameters.
+        step: ‖D s‖ / ‖D x‖, with D from the columns of H, so that units of x cancel; D = 1 beyond ``MATRIX_LIMIT``
+            parameters. With typical sizes y each entry is measured by what is larger, D_i y_i or ‖D x‖.
         at_rounding: whether all of g is within rounding.
+        hidden: whether any of it is, and was left out.
+        extent: xᵀ|H|x where entries are their magnitudes, what the model tells of moving x by its own size, where H is
+            0 or has negative curvature and no entry is held, so that f may be flat here; else infinite.
         escape: a direction of negative curvature, beyond what rounding may have made; None if none was found.
         newton: s itself, by the magnitudes of curvature; None beyond ``MATRIX_LIMIT`` parameters.
         products: spent.
@@ -44,8 +47,9 @@ class Stationarity:
     gradient_norm: float
     decrease: float
     step: float
-    size: float
     at_rounding: bool
+    hidden: bool
+    extent: float
     escape: Escape | None
     newton: Direction | None
     products: int
@@ -63,7 +67,7 @@ def stationarity_at(
     Args:
         point: loss, gradient and derivative at the parameters as they are.
         parameters: the vector.
-        typical: sizes (n,) in place of the entries' own for ``size``.
+        typical: sizes y (n,) that entries of ``step`` may be small beside; None for their own alone.
         held: entries (n,) that bounds hold back, which are left out.
         seed: of the random start of Lanczos' method, beyond ``MATRIX_LIMIT`` parameters.
 
@@ -72,10 +76,10 @@ def stationarity_at(
     whole = hessian_of(point, parameters)
     hessian: TapeOperator | _Face = whole
     x, gradient = parameters.get(), point.gradient
-    typical = x if typical is None else typical
+    typical = torch.zeros_like(x) if typical is None else typical
     if held is not None:
         hessian = _Face(whole, held)
-        gradient, typical = gradient.masked_fill(held, 0.0), typical.masked_fill(held, 0.0)
+        gradient, x = gradient.masked_fill(held, 0.0), x.masked_fill(held, 0.0)
     measure = _by_matrix if hessian.size <= MATRIX_LIMIT else _by_products
     return measure(hessian, gradient, x, typical, seed)
 
@@ -95,6 +99,11 @@ class _Face(LinearOperator):
         return (self._hessian @ block.masked_fill(held, 0.0)).masked_fill(held, 0.0)
 
     @property
+    def holds(self) -> bool:
+        """Whether it leaves any entry out."""
+        return bool(self._held.any())
+
+    @property
     def products(self) -> int:
         """As of the Hessian."""
         return self._hessian.products
@@ -102,30 +111,33 @@ class _Face(LinearOperator):
 
 def _by_matrix(operator: TapeOperator | _Face, gradient: Tensor, x: Tensor, typical: Tensor, seed: int) -> Stationarity:
     del seed
+    whole = not (isinstance(operator, _Face) and operator.holds)
     eps = torch.finfo(gradient.dtype).eps
     units = torch.where(x == 0, 1.0, x.abs())  # in which columns stay within the range of numbers, as g does
     matrix = (operator @ units.diag()).double() / units.double()
     matrix, g, x = (matrix + matrix.mT) / 2, gradient.double(), x.double()
     n, norm = operator.size, float(g.norm())
     if not bool(matrix.isfinite().all()):
-        return Stationarity(norm, math.inf, math.inf, 0.0, False, None, None, n)
+        return Stationarity(norm, math.inf, math.inf, False, False, math.inf, None, None, n)
     scale = equilibration(matrix)
     values, vectors = torch.linalg.eigh(matrix / scale / scale[:, None])
     parts, noise = vectors.mT @ (g / scale), vectors.mT.abs() @ (eps * (matrix.abs() @ x.abs()) / scale)
+    hidden = bool(((parts != 0) & (parts.abs() <= noise)).any())
     parts = torch.where(parts.abs() <= noise, 0.0, parts)
     floor = _FLOOR * n * eps
     divisors = values.abs().clamp(min=floor)
     step = parts / divisors
-    escape = None
+    escape, along_x = None, float(x.abs() @ matrix.abs() @ x.abs())
     if float(values[0]) < -floor:
         vector = vectors[:, 0] / scale
-        escape = Escape.along(vector, matrix @ vector, g, float(matrix.abs().sum(1).max()), gradient.dtype)
+        escape = Escape.along(vector, matrix @ vector, g, along_x / (float(x @ x) or 1.0), gradient.dtype)
     return Stationarity(
         gradient_norm=norm,
         decrease=float(parts @ step) / 2,
-        step=float(step.norm()),
-        size=float((scale * typical.double()).norm()),
+        step=_relative(step, scale * x * matrix.any(1), scale * typical.double()),
         at_rounding=not parts.any(),
+        hidden=hidden,
+        extent=along_x if whole and (escape or not matrix.any()) else math.inf,
         escape=escape,
         newton=Direction.along(-(vectors @ step) / scale, matrix, g, gradient.dtype),
         products=n,
@@ -143,10 +155,16 @@ def _by_products(
     if not at_rounding:
         rules = (RelativeResidual(_RESIDUAL), ProgressStall())
         solved = conjugate_gradient(operator, -gradient, stopping=rules, max_iterations=_PRODUCTS)
-        decrease, step = solved.predicted_decrease, float(solved.solution.norm())
+        decrease, step = solved.predicted_decrease, _relative(solved.solution, x, typical)
         if solved.iterations == 0:  # the curvature along g is not positive: nothing is known
             decrease = step = math.inf
-    return Stationarity(norm, decrease, step, float(typical.norm()), at_rounding, escape, None, operator.products)
+    return Stationarity(norm, decrease, step, at_rounding, False, math.inf, escape, None, operator.products)
+
+
+def _relative(step: Tensor, x: Tensor, typical: Tensor) -> float:
+    """The norm of a step (n,) whose entries are measured by ‖x‖, or by their typical sizes where these are larger."""
+    moved = step != 0
+    return float((step[moved] / typical.abs().clamp(min=float(x.norm()))[moved]).norm())
 
 
 def equilibration(matrix: Tensor) -> Tensor:

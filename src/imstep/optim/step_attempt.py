@@ -207,12 +207,13 @@ class StepAttempt(ABC):
     def _escape(self, record: StepRecord, memory: Memory, escape: Escape | None) -> tuple[StepRecord, Memory]:
         """Leave, if the loss falls measurably: curvature whose promise drowns in rounding is none."""
         if escape is not None:
-            direction, size = self._within(escape.direction), float(self._parameters.get().norm())
+            direction, x = self._within(escape.direction), self._parameters.get().double()
+            size = float(x.norm())
             model = self._line(direction)
             # What rounding makes of the loss where x is rounded comes on top of the rounding of the loss itself.
-            blur = torch.finfo(self.start[0].dtype).eps * size
-            least = model.rounding + blur * (record.gradient_norm + escape.largest * blur)
-            length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature)) or 1.0
+            eps, slope = torch.finfo(self.start[0].dtype).eps, float(self.start[1].double().abs() @ x.abs())
+            least = model.rounding + eps * (slope + escape.largest * eps * size**2)
+            length = max(size, math.sqrt(2 * abs(model.loss) / -model.curvature) or 1.0)
             share = self._pace.share(direction.vector)
             taken = direction if self._pace.whole else direction.moved(share, torch.zeros_like(share), self.start[1])
             length = min(length, memory.reach, self._pace.longest / taken.norm if taken.norm > 0 else math.inf)

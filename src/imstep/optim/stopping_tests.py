@@ -38,7 +38,15 @@ class Termination(Enum):
         "rounding: derivatives that are wrong or jump, or entries that differ by orders of magnitude (give minimize "
         "their scale)"
     )
-    NON_FINITE = "the function or its gradient is not finite at the last point"
+    FLAT = (
+        "within rounding the residuals do not depend on the variables here, and curvature tells no minimum: begin "
+        "elsewhere, such as nearer to the data"
+    )
+    NON_FINITE = (
+        "the function or its gradient is not finite at the last point (begin where they are, for instance with smaller "
+        "exponents, or bound the variables; where squares leave the range of the dtype, divide what is squared by a "
+        "constant, or use float64)"
+    )
     UNBOUNDED = (
         "the function falls without bound: it has no minimum where the steps went (bound its variables, for instance "
         "with a penalty, or begin elsewhere)"
@@ -64,6 +72,7 @@ class Termination(Enum):
 _STATUS = {
     Termination.MAX_ITERATIONS: 1,
     Termination.NO_PROGRESS: 2,
+    Termination.FLAT: 2,
     Termination.NON_FINITE: 3,
     Termination.UNBOUNDED: 4,
     Termination.STOPPED: 99,
@@ -186,21 +195,32 @@ class Course:
         t, size = self.tolerances, abs(loss)
         if found.gradient_norm <= t.tol:
             return Termination.CONVERGED if t.tol else Termination.GRADIENT
+        if self.by_residuals and found.hidden and self._falls():
+            return None
         if found.at_rounding:
             return Termination.PRECISION
         if found.decrease <= t.gtol**2 * size:
             return Termination.GRADIENT
-        if found.step <= t.xtol * found.size:
+        if found.step <= t.xtol:
             return Termination.STEP
         if found.decrease <= t.ftol * size and self._lowered_little():
             return Termination.DECREASE
         near = found.decrease <= 10 * self.unit_roundoff * size
-        near = near or found.step <= math.sqrt(self.unit_roundoff) * found.size
+        near = near or found.step <= math.sqrt(self.unit_roundoff)
         # Where f itself is rounded away, as at the minimum of log cosh x, what it was on the way tells of its rounding.
         record = self.record
         mute = record is not None and not record.accepted and record.actual_decrease == 0
         near = near or (mute and found.decrease <= 10 * self.unit_roundoff * self._highest)
         return Termination.PRECISION if stalled and near else None
+
+    def flat(self, loss: float, found: Stationarity) -> bool:
+        """Whether moving x by its own size changes a fit by no more than rounding, where curvature tells no minimum."""
+        return self.by_residuals and found.extent <= self.unit_roundoff * abs(loss) and loss != 0
+
+    def _falls(self) -> bool:
+        """Whether the last step has lowered the loss by much, so that what rounding hides of g may be a gradient."""
+        record = self.record
+        return record is not None and record.accepted and record.loss - record.new_loss > CRAWL * abs(record.new_loss)
 
     def _lowered_little(self) -> bool:
         """Whether the last step's decrease was within ftol, by the model and as far as rounding shows it."""

@@ -604,6 +604,19 @@ def separable(net: nn.Module) -> Terms:
     return [torch.einsum("ip,jp->ij", net.branch(normal(6, 3)), net.trunk(normal(7, 2))) - 1]
 
 
+def operator_conditions(net: Operator) -> Terms:
+    """The equation, and values at single points: a start, a period."""
+    functions, at = normal(5, 3, seed=1), lambda x: torch.full((1, 2), x, dtype=F64)
+    equations, around = operator_equations(net)[0], net(functions, POINTS[:2])[..., 0]
+    return [equations, net(functions, at(0.0))[..., 0] - 1, net(functions, at(1.0))[:, 0], around[:, 0] - around[:, 1]]
+
+
+def separable_edges(net: nn.Module) -> Terms:
+    """The grid, and its edges, where one of the factors has a single row."""
+    f, g, edge = net.branch(normal(8, 3)), net.trunk(normal(7, 2)), normal(1, 2, seed=3)
+    return [f @ g.mT - 1, f @ net.trunk(edge).mT, net.branch(normal(1, 3, seed=4)) @ g.mT, f @ net.trunk(-edge).mT]
+
+
 SHARED = {
     "operator": (Operator, operator_data),
     "operator, end to end": (Operator, lambda net: [operator_data(net)[0].flatten()]),
@@ -612,6 +625,17 @@ SHARED = {
     "operator, function by function": (Operator, operator_terms),
     "separable": (Operator, separable),
 }
+"""Where each function has residuals at several points only."""
+
+CONDITIONS = {
+    "operator": (Operator, operator_conditions),
+    "separable": (Operator, separable_edges),
+    "separable, end to end": (
+        Operator,
+        lambda net: [torch.cat([z.flatten() for z in separable_edges(net)])],
+    ),
+}
+"""Where there are values of all functions at one point, too."""
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -633,6 +657,25 @@ def test_uses_that_share_rows_in_ways_of_their_own(name: str, monkeypatch: pytes
         order = torch.cdist(expected, rows).argmin(1)
         assert relative_error(rows[order], expected) < 1e-12
         known.load_state_dict(known.state_dict())
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_conditions_on_functions_at_one_point(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value is a group by itself there, of what is computed of the point alone."""
+    monkeypatch.setattr(known_rows, "AFFORDABLE", 0)
+    monkeypatch.setattr(known_rows, "_ROOM", 0)
+    make, residuals = CONDITIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make().to(F64)
+    loss = lambda: sum((z.square().mean() for z in residuals(net)), torch.zeros((), dtype=F64))
+    vector, known = ParameterVector(net), KnownOwners()
+    for _ in range(2):
+        J = ResidualJacobian.at(FrozenClosure(loss, vector), vector, known)
+        biases = [at for at, p in enumerate(net.parameters()) if p.ndim < 2]
+        assert set(J.explicit) <= set(biases)
+        rows, expected = J.to_dense(), dense(residuals(net), list(net.parameters()))
+        assert relative_error(rows[torch.cdist(expected, rows).argmin(1)], expected) < 1e-12
 
 
 @pytest.mark.parametrize("kind", [Net, Modified, Factorised, Polynomials, Ensemble])

@@ -292,6 +292,17 @@ def test_resumes_bit_for_bit(break_at: int, options: dict[str, Any]) -> None:
     assert first.cost == resumed.cost
 
 
+def test_many_products_are_told_of_once_and_where_the_step_is_called() -> None:
+    model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 1)).to(F64)
+    t = torch.linspace(0, 1, 70, dtype=F64)[:, None]
+    kernel, optimizer = torch.exp(-((t - t.mT) ** 2)) / 70, LeastSquares(model.parameters())
+    closure = lambda: (model(t) - kernel @ model(t) - t.sin()).square().mean()
+    with pytest.warns(UserWarning, match="takes 70 products") as told:
+        optimizer.step(closure)
+    assert [one.filename for one in told] == [__file__]
+    optimizer.step(closure)  # without a warning, which would be an error
+
+
 @pytest.mark.filterwarnings("ignore:.*not recognised")
 def test_minimises_a_function_of_a_tensor() -> None:
     A, b = normal(9, 4), normal(9, seed=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 
+from imstep.callers import users_level
 from imstep.complexstep.errors import NotDifferentiableWarning
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.tape import Tape
@@ -47,7 +48,7 @@ class Missing:
         self._ledger.mark(root.operator)
         text = f"{root.operator} {self._reason}"
         if root.place is None:
-            warnings.warn(text, NotDifferentiableWarning, stacklevel=2)
+            warnings.warn(text, NotDifferentiableWarning, stacklevel=users_level())
         else:
             file, line, registry = root.place
             warnings.warn_explicit(text, NotDifferentiableWarning, file, line, registry=registry)

@@ -9,7 +9,7 @@ The next Jacobian of the same model on the same data has the same owners, and sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,16 @@ from imstep.complexstep.islands import unseen
 from imstep.curvature.course import KnownCourses
 from imstep.curvature.derived import derived_nodes
 from imstep.curvature.gathering import KnownPlaces, values_of
-from imstep.curvature.sameness import operator
+from imstep.curvature.partings import Parting, along_axes, partings, pieces
 from imstep.curvature.squares import Residuals
 from imstep.curvature.use import Use
 from imstep.curvature.uses import Uses
 
 _BITS = 6, 3
 """Of a digit; 2^63 times a gradient is a number in float32 as well, 2^7 times mostly in float16."""
+
+_SINGLE = 1000
+"""Values of functions at one point that are taken one by one, at most, and of four residuals one; our choice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class KnownOwners:
         recorded: whether evaluations are to be recorded, for columns by forward products; None where that is ruled out.
         dependent: whether residuals were found to depend on each other.
         at_once: whether residuals share so many rows of layers that J written out costs less than their groups.
+        warned: whether it was said that rows take many products.
         lone: whether the row of a batch of one is a row of one residual, as far as is known.
         sources: positions of parameters that no data meet, only weights that are made of them; None where that has not
             been looked at, none where it has not helped.
@@ -63,7 +67,7 @@ class KnownOwners:
         self._groups: list[tuple[Tensor, list[Tensor | None]]] = []
         self._partly: list[list[int]] | None = None  # of each group the uses of which not all rows are owned
         self.recorded: bool | None = False
-        self.dependent = self.at_once = False
+        self.dependent = self.at_once = self.warned = False
         self.lone = True
         self.sources: frozenset[int] | None = None
 
@@ -167,40 +171,49 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
     groups: list[Group] = []
     left: list[Tensor] = []
     for start, z in sorted({o.start: o.z for o in residuals.outputs}.items(), key=lambda span: span[0]):
-        partings = [part(z) for part in _PARTINGS]
-        members = lambda part, start=start: (_members(residuals, start, entries) for entries in part)
-        tried = (_groups(residuals, uses, members(part)) for part in partings if len(part) <= most)
+        known = partings(z)
+        tried = (_groups(residuals, uses, _members(residuals, start, part)) for part in known if len(part) <= most)
         found = next(filter(None, tried), None)
-        if found is None:
-            found = _by_use(residuals, uses, [members(part) for part in _along_axes(_entries(z)) if len(part) <= most])
-        if found is None:
-            if any(len(part) > most for part in partings):
+        for entries in pieces(z) if found is None else ():
+            own = _by_use(residuals, uses, start, along_axes(entries), most)
+            if own is None and any(len(part) > most for part in (*known, *along_axes(entries))):
                 raise DearGroupsError
-            left.append(start + _entries(z).reshape(-1))
+            if own is None:
+                left.append(start + entries.reshape(-1))
+            groups += own or []
         groups += found or []
     for size in dict.fromkeys(map(len, left)):  # functions one by one, at the same points
-        grid = torch.stack([entries for entries in left if len(entries) == size])
-        axes = [part for part in _along_axes(grid) if len(part) <= most]
-        found = _by_use(residuals, uses, [(_members(residuals, 0, entries) for entries in part) for part in axes])
-        if found is None or len(grid) == 1:
+        same = [entries for entries in left if len(entries) == size]
+        found = _by_use(residuals, uses, 0, along_axes(torch.stack(same)), most)
+        if found is None and size > min(most, _SINGLE, len(residuals.values) / 4):
             return None
-        groups += found
+        for entries in same if found is None else ():  # values of functions at one point
+            own = _by_use(residuals, uses, 0, [[entries], entries.split(1)], most)
+            if own is None:
+                return None
+            groups += own
+        groups += found or []
     return groups
 
 
-def _members(residuals: Residuals, start: int, entries: Tensor) -> Tensor:
-    """The members, (N,) ones and zeros, of a group of an output, given its entries."""
-    members = torch.zeros_like(residuals.values)
-    members[start + entries.reshape(-1)] = 1
-    return members
+def _members(residuals: Residuals, start: int, parting: Parting) -> Iterator[Tensor]:
+    """The members, (N,) ones and zeros, of each group of an output."""
+    for entries in parting:
+        members = torch.zeros_like(residuals.values)
+        members[start + entries.reshape(-1)] = 1
+        yield members
 
 
-def _by_use(residuals: Residuals, uses: Sequence[Use], partings: Sequence[Iterable[Tensor]]) -> list[Group] | None:
+def _by_use(
+    residuals: Residuals, uses: Sequence[Use], start: int, partings: Sequence[Parting], most: float
+) -> list[Group] | None:
     """The groups of an output, each use in those of a parting of its own; None where one is independent in none."""
     left, groups = list(range(len(uses))), []
-    for parts in partings:
+    for parting in partings:
+        if len(parting) > most:
+            continue
         found, taken = [], left
-        for members in parts:
+        for members in _members(residuals, start, parting):
             owned = _owned(residuals, [uses[at] for at in taken], members)
             taken = [at for at, own in zip(taken, owned, strict=True) if own is not None]
             if not taken:
@@ -224,63 +237,6 @@ def _groups(residuals: Residuals, uses: Sequence[Use], parts: Iterable[Tensor]) 
             return None
         groups.append(Group(members, [rows for rows, _ in owned], [owners for _, owners in owned]))
     return groups
-
-
-def _entries(z: Tensor) -> Tensor:
-    """The numbers of the entries of z in row-major order, of its shape before it was flattened."""
-    shape, node = z.shape, z.grad_fn
-    while node is not None and sum(n > 1 for n in shape) < 2 and operator(node) in (*_IN_ORDER, *_MOVES):
-        shape = getattr(node, "_saved_self_sym_sizes", shape)
-        node = node.next_functions[0][0]
-    return torch.arange(z.numel(), device=z.device).view(torch.Size(shape))
-
-
-def _whole(z: Tensor) -> Sequence[Tensor]:
-    return [_entries(z)]
-
-
-def _joined(z: Tensor) -> Sequence[Tensor]:
-    """By what was put together by ``torch.cat`` or ``torch.stack``."""
-    node: Any = z.grad_fn
-    while operator(node) in _IN_ORDER:
-        node = node.next_functions[0][0]
-    if operator(node) not in ("Cat", "Stack"):
-        return []
-    entries = _entries(z).view(torch.Size(node._input_metadata[0].shape))
-    dim = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
-    if operator(node) == "Stack":
-        return entries.unbind(dim) if len(node.next_functions) ** 2 <= z.numel() else []
-    if any(parent is None for parent, _ in node.next_functions) or len(node.next_functions) ** 2 > z.numel():
-        return []
-    shapes = [parent._input_metadata[number].shape for parent, number in node.next_functions]
-    return entries.split([int(shape[dim]) for shape in shapes], dim)
-
-
-def _by_component(z: Tensor) -> Sequence[Tensor]:
-    entries = _entries(z)
-    return entries.flatten(1).unbind(1) if entries.ndim > 1 else []
-
-
-def _by_row(z: Tensor) -> Sequence[Tensor]:
-    """Equation by equation, where points run along the second dimension; of few rows, that is."""
-    entries = _entries(z)
-    return entries.unbind(0) if entries.ndim > 1 and len(entries) ** 2 <= entries.numel() else []
-
-
-def _along_axes(entries: Tensor) -> list[Sequence[Tensor]]:
-    """For each dimension but those of one entry, what differs in no other."""
-    dims = [at for at, n in enumerate(entries.shape) if n > 1] if entries.ndim > 1 else []
-    return [entries.movedim(at, -1).flatten(0, -2).unbind(0) for at in dims]
-
-
-_PARTINGS = (_whole, _joined, _by_component, _by_row)
-"""Ways to part the entries of an output, from coarse to fine; none, where a way makes no sense of it."""
-
-_IN_ORDER = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias")
-"""Operators that leave the entries in row-major order."""
-
-_MOVES = ("Permute", "Transpose", "T")
-"""And those that do where all dimensions but one are of one entry."""
 
 
 def _those(owners: Sequence[Tensor | None]) -> list[Tensor]:

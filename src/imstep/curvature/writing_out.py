@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imstep.callers import users_level
 from imstep.complexstep.errors import UnsupportedOperatorError
 from imstep.complexstep.graph import leads_to
 from imstep.complexstep.islands import unseen
@@ -256,11 +257,12 @@ def write_out(
         return []
     residuals, tensors = evaluation.residuals, [parameters.tensors[at] for at in positions]
     count, columns = len(residuals.values), sum(as_reals(p).numel() for p in tensors)
-    if min(count, columns) > _MANY and not known.at_once:
+    if min(count, columns) > _MANY and not (known.at_once or known.warned):
+        known.warned = True
         warnings.warn(
             f"{len(positions)} of {len(parameters.tensors)} parameters are used in ways that are not recognised; "
             f"their part of the Jacobian takes {min(count, columns)} products.",
-            stacklevel=5,
+            stacklevel=users_level(),
         )
     if columns <= count and known.recorded is not None:
         known.recorded = True

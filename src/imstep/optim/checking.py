@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from imstep.callers import users_level
 from imstep.curvature.frozen import FrozenClosure
 from imstep.curvature.parameters import ParameterVector
 from imstep.optim.evaluable import failing_as
@@ -86,7 +87,7 @@ class CheckHistory:
             "network fits these points, and may be wrong between them. Draw new points for every step (outside of the "
             "closure), or more of them. See docs/redrawn-points.md.",
             OverfittingWarning,
-            stacklevel=_depth(),
+            stacklevel=users_level(),
         )
         return replace(self, warned=True)
 
@@ -130,17 +131,9 @@ class DrawHistory:
             f"are too few for {size:,} parameters. Draw more for each step (imstep.optim.GrowingPoints says how many). "
             "See docs/redrawn-points.md.",
             OverfittingWarning,
-            stacklevel=_depth(),
+            stacklevel=users_level(),
         )
         return replace(self, warned=True)
-
-
-def _depth() -> int:
-    """How far up the call of the user is from where a warning is given: schedulers and profilers wrap steps."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("imstep", "torch"):
-        frame, depth = frame.f_back, depth + 1
-    return depth
 
 
 class Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -300,7 +301,9 @@ def test_many_products_are_told_of_once_and_where_the_step_is_called() -> None:
     with pytest.warns(UserWarning, match="takes 70 products") as told:
         optimizer.step(closure)
     assert [one.filename for one in told] == [__file__]
-    optimizer.step(closure)  # without a warning, which would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
 
 
 @pytest.mark.filterwarnings("ignore:.*not recognised")

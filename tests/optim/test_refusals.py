@@ -170,6 +170,11 @@ def test_numbers_out_of_range(options: dict[str, Any]) -> None:
         NewtonKrylov([nn.Parameter(torch.ones(1))], **options)
 
 
+def test_momentum_is_no_number() -> None:
+    with pytest.raises(TypeError, match="momentum is True or False"):
+        NewtonKrylov([nn.Parameter(torch.ones(1))], momentum=0.9)
+
+
 @pytest.mark.parametrize(
     "make",
     [

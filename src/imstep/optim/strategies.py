@@ -39,6 +39,11 @@ class Strategies:
                     f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}. "
                     "Pass an instance of a strategy, or leave it out."
                 )
+        if not isinstance(self.momentum, bool):
+            raise TypeError(
+                f"momentum is True or False, got {self.momentum!r}: how much of the last step is taken comes from the "
+                "quadratic model."
+            )
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance is at least 0, got {self.tolerance}.")
         if self.max_trials < 1:

@@ -39,9 +39,12 @@ def typed(constructor: Callable[..., Any], options: Mapping[str, float]) -> dict
 
     >>> typed(lambda params, nesterov=False, steps=3, decay=0: None, {"nesterov": 1.0, "steps": 5.0, "decay": 0.1})
     {'nesterov': True, 'steps': 5, 'decay': 0.1}
+
+    Raises:
+        OptimizerError: a truth value is neither 0 nor 1.
     """
     parameters = inspect.signature(constructor).parameters
-    return {name: _like(parameters[name].default, value) for name, value in options.items()}
+    return {name: _like(name, parameters[name].default, value) for name, value in options.items()}
 
 
 def whole(options: Mapping[str, float], name: str) -> int:
@@ -56,7 +59,9 @@ def whole(options: Mapping[str, float], name: str) -> int:
     return int(value)
 
 
-def _like(default: Any, value: float) -> Any:
+def _like(name: str, default: Any, value: float) -> Any:
     if isinstance(default, bool):
+        if value not in (0, 1):
+            raise OptimizerError(f"{name} is 0 or 1 here, for no or yes, got {value:g}.")
         return bool(value)
     return int(value) if isinstance(default, int) and float(value).is_integer() else value

@@ -611,6 +611,11 @@ def operator_conditions(net: Operator) -> Terms:
     return [equations, net(functions, at(0.0))[..., 0] - 1, net(functions, at(1.0))[:, 0], around[:, 0] - around[:, 1]]
 
 
+def operator_and_points(net: Operator) -> Terms:
+    """Data, put end to end with what is independent from point to point."""
+    return [torch.cat([operator_data(net)[0].flatten(), net.trunk(normal(90, 2, seed=5))[:, 0] - 1])]
+
+
 def separable_edges(net: nn.Module) -> Terms:
     """The grid, and its edges, where one of the factors has a single row."""
     f, g, edge = net.branch(normal(8, 3)), net.trunk(normal(7, 2)), normal(1, 2, seed=3)
@@ -629,6 +634,7 @@ SHARED = {
 
 CONDITIONS = {
     "operator, conditions": (Operator, operator_conditions),
+    "operator, beside points": (Operator, operator_and_points),
     "separable, edges": (Operator, separable_edges),
     "separable, end to end": (Operator, lambda net: [torch.cat([z.flatten() for z in separable_edges(net)])]),
 }

@@ -175,8 +175,9 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
         tried = (_groups(residuals, uses, _members(residuals, start, part)) for part in known if len(part) <= most)
         found = next(filter(None, tried), None)
         for entries in pieces(z) if found is None else ():
-            own = _by_use(residuals, uses, start, along_axes(entries), most)
-            if own is None and any(len(part) > most for part in (*known, *along_axes(entries))):
+            ways: list[Parting] = [[entries], *along_axes(entries)]
+            own = _by_use(residuals, uses, start, ways, most)
+            if own is None and any(len(part) > most for part in (*known, *ways)):
                 raise DearGroupsError
             if own is None:
                 left.append(start + entries.reshape(-1))

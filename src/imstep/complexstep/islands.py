@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from imstep.complexstep import gradients
 from imstep.complexstep.errors import MOVED, NESTED, UnsupportedOperatorError
+from imstep.complexstep.false_gradients import SUSPECTS, refusal
 from imstep.complexstep.kernels import STEERED, plain_attention, steer
-from imstep.complexstep.nested_norms import SUSPECTS, refusal
 from imstep.complexstep.regions import caller, functions_around, is_checkpoint, keeps_graph, switch
 from imstep.complexstep.report import Ledger
 from imstep.complexstep.saved import checked_hooks

@@ -154,7 +154,7 @@ def find_groups(residuals: Residuals, uses: Sequence[Use], most: float) -> list[
     Residuals that share rows, such as the components of a vector or two conditions at the same points, are taken in
     groups of which each is independent in itself. Where values are those of some functions at some points, as of an
     operator network, uses by function and uses by point are in groups of their own; also where each function is a term
-    of the loss by itself.
+    of the loss by itself. Values of all functions at one point are groups of one, for what is computed of the point.
 
     Args:
         most: groups of an output at most.

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from imstep.complexstep.false_gradients import SUSPECTS, refusal
 from imstep.complexstep.gradients import PASSES, runs_functions
-from imstep.complexstep.nested_norms import SUSPECTS, refusal
 from imstep.complexstep.operations import Operation, Reference, tensors_in
 from imstep.complexstep.registry import Signature
 from imstep.complexstep.tensor import PLAIN, Window, parts

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from imstep.linalg.random_maps import random_signs, sketch
+
 _TILE = 2**16
 """Entries of a Gram matrix at a time: half a megabyte."""
 
@@ -81,6 +83,10 @@ class GradientRows(ABC):
     @abstractmethod
     def written_out(self) -> Tensor:
         """B itself, (N, entries)."""
+
+    def sketched(self, width: int, generator: torch.Generator) -> Tensor:
+        """B Ω, (N, width), for a random Ω with E ΩΩᵀ = I."""
+        return sketch(self.written_out(), width, generator)
 
     @property
     @abstractmethod
@@ -185,6 +191,15 @@ class OuterRows(GradientRows):
     def written_out(self) -> Tensor:
         return sum_of_products(self._left, self._right)
 
+    def sketched(self, width: int, generator: torch.Generator) -> Tensor:
+        """By products Ω_oi,j = A_oj B_ij / √width of signs: Σ_s (left_s A) * (right_s B) / √width."""
+        shape, dtype = (self._left.shape[1], width), self._left.dtype
+        by_left, by_right = (random_signs((f.shape[2], width), dtype, generator) for f in (self._left, self._right))
+        image = torch.zeros(shape, dtype=dtype, device=self._left.device)
+        for left, right in zip(self._left, self._right, strict=True):
+            image.addcmul_(left @ by_left, right @ by_right)
+        return image / width**0.5
+
     @property
     def multiplications(self) -> tuple[int, int]:
         (m, _, out), width = self._left.shape, self._right.shape[2]
@@ -236,6 +251,9 @@ class StackedRows(GradientRows):
 
     def written_out(self) -> Tensor:
         return torch.cat([part.written_out() for part in self._slices], 1)
+
+    def sketched(self, width: int, generator: torch.Generator) -> Tensor:
+        return torch.stack([part.sketched(width, generator) for part in self._slices]).sum(0)
 
     @property
     def multiplications(self) -> tuple[int, int]:

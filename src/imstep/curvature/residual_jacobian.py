@@ -64,6 +64,13 @@ class JacobianRows(RowMatrix):
         parts = zip(self._parts, self._sizes, strict=True)
         return torch.cat([empty(n) if part is None else part.written_out() for part, n in parts], 1)
 
+    def sketched(self, width: int, generator: torch.Generator) -> Tensor:
+        image = torch.zeros(self.shape[0], width, dtype=F64, device=self.device)
+        for part in self._parts:
+            if part is not None:
+                image += part.sketched(width, generator)
+        return image
+
     def in_units(self, units: Tensor) -> RowMatrix:
         """J D⁻¹ for D (n,) > 0; as compact as J where D has one entry for each parameter."""
         pieces = units.split(self._sizes)

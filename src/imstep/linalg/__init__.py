@@ -50,6 +50,7 @@ from imstep.linalg.result import KrylovResult, KrylovStatus
 from imstep.linalg.ridge import RidgeLeastSquares
 from imstep.linalg.saddle_free import saddle_free
 from imstep.linalg.sketched_newton import sketched_newton
+from imstep.linalg.sketched_rows import sketched_rows
 from imstep.linalg.steihaug import steihaug_toint
 from imstep.linalg.stopping import (
     BestRate,
@@ -154,6 +155,7 @@ __all__ = [
     "saddle_free",
     "self_scaled_update",
     "sketched_newton",
+    "sketched_rows",
     "smallest_eigenpair",
     "sr1_update",
     "steihaug_toint",

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from imstep.linalg.condensed import in_all_rows
-from imstep.linalg.gram import BLOCK, KeptColumns, RowMatrix
-from imstep.linalg.gram_factor import FIRST, LEAST
+from imstep.linalg.gram import BLOCK, GramMatrix, KeptColumns, RowMatrix
+from imstep.linalg.gram_factor import FIRST, LEAST, GramFactor
 from imstep.linalg.gram_factorisation import DenseFactorisation, Factorisation, StepSpace, gram_space
 from imstep.linalg.iterative import IterativeLeastSquares
 from imstep.linalg.normal import NormalEquations
 from imstep.linalg.partial_cholesky import partial_cholesky
-from imstep.linalg.partial_qr import RowLeastSquares, partial_qr
+from imstep.linalg.partial_qr import ROUNDING, RowLeastSquares, partial_qr
 from imstep.linalg.reduced import DenseLeastSquares, ReducedLeastSquares
+from imstep.linalg.sketched_rows import sketched_rows
 from imstep.linalg.thin import ThinLeastSquares
 from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
+
+_SOUND = 1e-9
+"""Of the trace of JJᵀ: what columns can leave that rounding has not spoilt."""
+
+_MORE = 3
+"""Times the rows that would do if each took as much of what is left as a column does on average: up to so many."""
+
+_NARROW = 1 / 4
+"""Rows, over columns of J, up to which they are looked for in a sketch: it has five quarters as many columns."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,15 @@ class PivotedQR(Factorisation):
 
         Source: our choice.
         """
-        return min(size // 2, count**2 // (2 * size)) if size else 0
+        return min(size // 2, count // 3, int(count**1.5 / size**0.5)) if size else 0
 
     def of(self, jacobian: RowMatrix, tolerance: float, draw: int) -> StepSpace:
         rows, rotation = jacobian.condensed()
         most = self.few(*rows.shape) if self.most is None else self.most
-        found = partial_qr(rows.written_out(), tolerance, most=most)
+        if most <= _NARROW * rows.shape[1]:
+            found = sketched_rows(rows, tolerance, most=most, draw=draw)
+        else:
+            found = partial_qr(rows.written_out(), tolerance, most=most)
         if not found.remainder <= tolerance:
             return _whole(jacobian).of(jacobian, tolerance, draw)
         reduced = RowLeastSquares(found)
@@ -185,19 +199,36 @@ class ByShape(Factorisation):
         numbers = 2 * count * size + 6 * size**2 if size <= count else 3 * count**2
         if 8 * numbers > self.memory:
             return SketchedFactorisation().of(jacobian, tolerance, draw)
-        gram = KeptColumns(jacobian.gram())
-        if tolerance >= LEAST * jacobian.squared_norm():
+        gram, trace, found = KeptColumns(jacobian.gram()), jacobian.squared_norm(), None
+        spoilt = tolerance < LEAST * trace
+        if not spoilt:
             # About what costs as much as QR factors of J, or Cholesky's factorisation of K.
-            most = min(round(count / 3), size // 2)
-            found = partial_cholesky(gram, tolerance, most=most)
+            found = partial_cholesky(gram, tolerance, most=min(round(count / 3), size // 2))
             if found.remainder <= tolerance:
                 return gram_space(jacobian, ReducedLeastSquares(found))
             if size <= count:
                 return NormalEquations().of(jacobian, tolerance, draw)
-        worthwhile = PivotedQR.few(count, size) >= FIRST and count * size * min(count, size) >= self.large
-        if worthwhile and 16 * count * size <= self.memory:
-            return PivotedQR().of(jacobian, tolerance, draw)
+        if rows := self._few_rows(gram, size, trace, tolerance, found):
+            return PivotedQR(most=rows).of(jacobian, tolerance, draw)
         if size <= count:
             return ThinFactorisation().of(jacobian, tolerance, draw)
         return gram_space(jacobian, DenseLeastSquares(gram))
 
+    def _few_rows(self, gram: GramMatrix, size: int, trace: float, tolerance: float, found: GramFactor | None) -> int:
+        """Up to how many rows of J to look for; 0 where that is not worth it.
+
+        As where J has fewer rows than columns and columns of J Jᵀ, ``found`` or else looked for here, leave much even
+        before rounding spoils them.
+        """
+        count = gram.size
+        most = PivotedQR.few(count, size)
+        if most < FIRST or count * size * min(count, size) < self.large or 16 * count * size > self.memory:
+            return 0
+        if size <= count:
+            return most
+        decades = math.log(max(tolerance / trace, ROUNDING))
+        if found is None:
+            found = partial_cholesky(gram, _SOUND * trace, most=int(most * math.log(_SOUND) / decades))
+        if found.remainder > _SOUND * trace:
+            return 0
+        return min(most, round(_MORE * found.rank * decades / math.log(found.remainder / trace)))

@@ -12,6 +12,7 @@ from imstep.linalg.arguments import check_not_negative
 from imstep.linalg.explicit import DiagonalOperator
 from imstep.linalg.operator import LinearOperator
 from imstep.linalg.precision import full_precision
+from imstep.linalg.random_maps import random_signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,7 @@ def hutchinson_diagonal(
     squares = total.clone()
     for start in range(0, probes, block):
         shape = (operator.size, min(block, probes - start))
-        bits = torch.randint(2, shape, generator=generator, device=generator.device)
-        signs = operator.held((2 * bits - 1).to(total).mT).mT
+        signs = operator.held(random_signs(shape, total.dtype, generator).mT.to(total)).mT
         samples = signs * operator.matmat(signs)
         total += samples.sum(dim=1)
         squares += (samples**2).sum(dim=1)

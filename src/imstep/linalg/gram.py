@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imstep.linalg.operator import LinearOperator
+from imstep.linalg.random_maps import sketch
 
 BLOCK = 2**24
 """Entries of rows that are written out at a time: 128 MB."""
@@ -163,6 +164,10 @@ class RowMatrix(LinearOperator):
     @abstractmethod
     def written_out(self) -> Tensor:
         """J itself, (N, n); not to be written to."""
+
+    def sketched(self, width: int, generator: torch.Generator) -> Tensor:
+        """J Ω, (N, width), for a random Ω with E ΩΩᵀ = I."""
+        return sketch(self.written_out(), width, generator)
 
     def normal(self, vector: Tensor) -> Tensor:
         """JᵀJ v, (n,)."""

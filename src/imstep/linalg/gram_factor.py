@@ -105,13 +105,14 @@ def grow(
 def next_block(taken: int, last: int, before: float, after: float, tolerance: float, most: int) -> int:
     """How many vectors the next block has, after ``taken``, of which the ``last`` few left ``after`` of ``before``.
 
-    At most half of those taken, and no more than are to be expected; more than ``most`` where these are far too many.
+    At most half of those taken, no more than are to be expected, and no more than there may be; but more than ``most``
+    where what is to be expected is far too many.
     """
     count = max(FIRST, int(_GROWTH * taken))
     if not tolerance < after < before:
         return count
     needed = _needed(before, after, last, tolerance)
-    return needed if taken + needed > _HOPELESS * most else max(_LEAST, min(count, needed))
+    return needed if taken + needed > _HOPELESS * most else max(_LEAST, min(count, needed, most - taken))
 
 
 def _needed(before: float, after: float, count: int, tolerance: float) -> int:

@@ -15,7 +15,7 @@ from imstep.linalg.partial_cholesky import CANDIDATES, greedy_pivots, spread
 from imstep.linalg.precision import full_precision
 from imstep.linalg.triangular import BlockQR, TriangularLeastSquares
 
-_LEAST = 1e-29
+ROUNDING = 1e-29
 """Of the squared norm: what may be left over at least, since rounding leaves about 1e-32 of it times the columns."""
 _ANEW = 1e-13
 """Of the squared norm of J, or of what was left of it last: from there on what is left is computed anew."""
@@ -29,11 +29,26 @@ class RowFactor:
         factor: F, (N, k).
         basis: W, (n, k).
         remainder: ‖J - F Wᵀ‖².
+        pivots: the rows of J that W is made of, (k,).
     """
 
     factor: Tensor
     basis: Tensor
     remainder: float
+    pivots: Tensor
+
+    def shortened(self, allowed: Tensor) -> RowFactor:
+        """By the first rows alone, as few as leave no more than is allowed; of each number of them from 0 to k, (k+1,).
+
+        W comes from the rows by Gram and Schmidt's process, in order.
+        """
+        energies = torch.cat([self.factor.square().sum(0), self.factor.new_tensor([self.remainder])])
+        left = energies.flip(0).cumsum(0).flip(0)
+        enough = (left <= allowed.to(left)).nonzero()
+        if not len(enough):
+            return self
+        k = int(enough[0])
+        return RowFactor(self.factor[:, :k], self.basis[:, :k], float(left[k]), self.pivots[:k])
 
 
 @full_precision
@@ -67,14 +82,16 @@ def partial_qr(matrix: Tensor, tolerance: float, *, most: int = sys.maxsize) -> 
     check_not_negative(tolerance=tolerance)
     left, squares = matrix, torch.linalg.vector_norm(matrix, dim=1).square()
     remainder = at_last = float(squares.sum())
-    tolerance, count, size = max(tolerance, _LEAST * remainder), FIRST, min(matrix.shape)
+    tolerance, count, size = max(tolerance, ROUNDING * remainder), FIRST, min(matrix.shape)
     factor, basis, known = matrix[:, :0], matrix.new_zeros(matrix.shape[1], 0), 0
+    chosen = torch.zeros(0, dtype=torch.long, device=matrix.device)
     met = basis.new_zeros(len(basis), dtype=torch.bool)  # an entry that nothing depends on stays where it is
     while remainder > tolerance and (taken := len(basis.mT)) < size and min(taken + count, size) <= most:
         index = spread(squares, CANDIDATES * count)
         rows = torch.addmm(left[index], factor[index, known:], basis[:, known:].mT, alpha=-1)
         pivots = greedy_pivots(rows @ rows.mT, min(count, size - taken))
         new, met = rows[pivots].mT, met | matrix[index[pivots]].any(0)
+        chosen = torch.cat([chosen, index[pivots]])
         for _ in range(2):  # a small row is orthogonal to the basis only as far as rounding of the whole row allows
             new = torch.linalg.qr(torch.addmm(new, basis, basis.mT @ new, alpha=-1)).Q
         new = new * met[:, None]
@@ -87,7 +104,7 @@ def partial_qr(matrix: Tensor, tolerance: float, *, most: int = sys.maxsize) -> 
             known, squares = len(basis.mT), torch.linalg.vector_norm(left, dim=1).square()
             remainder = at_last = float(squares.sum())
         count = next_block(len(basis.mT), new.shape[1], before, remainder, tolerance, most)
-    return RowFactor(factor, basis, remainder)
+    return RowFactor(factor, basis, remainder, chosen).shortened(torch.full((len(chosen) + 1,), tolerance))
 
 
 class RowLeastSquares(TriangularLeastSquares):

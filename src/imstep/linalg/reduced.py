@@ -169,7 +169,9 @@ class ShiftedInverse:
     def __call__(self, vector: Tensor, shift: float) -> Tensor:
         if shift != self._shift:
             self._shift, self._factor = shift, _shifted_cholesky(self._matrix, shift)
-        return torch.cholesky_solve(vector[:, None], self._factor)[:, 0]
+        lower = self._factor  # torch.cholesky_solve would copy it
+        half = torch.linalg.solve_triangular(lower, vector[:, None], upper=False)
+        return torch.linalg.solve_triangular(lower.mT, half, upper=True)[:, 0]
 
 
 def _shifted_cholesky(matrix: Tensor, shift: float) -> Tensor:

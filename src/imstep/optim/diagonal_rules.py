@@ -12,6 +12,7 @@ from imstep.curvature.hessian import hessian_of
 from imstep.curvature.parameters import ParameterVector
 from imstep.curvature.pieces import Linearised
 from imstep.curvature.sampled_diagonal import sampled_diagonal
+from imstep.linalg.random_maps import random_signs
 from imstep.optim.record import Cost
 
 
@@ -197,8 +198,7 @@ class SophiaG(SophiaH):
 
 def _probed(point: Linearised, parameters: ParameterVector, generator: torch.Generator) -> Tensor:
     """z * H z with random signs z."""
-    bits = torch.randint(2, (parameters.size,), generator=generator, device=generator.device)
-    signs = (2 * bits - 1).to(point.gradient)
+    signs = random_signs((parameters.size,), point.gradient.dtype, generator).to(point.gradient)
     return signs * (hessian_of(point, parameters) @ signs)
 
 

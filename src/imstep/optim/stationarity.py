@@ -13,6 +13,7 @@ from imstep.curvature.linearisation import Linearisation
 from imstep.curvature.operators import TapeOperator
 from imstep.curvature.parameters import ParameterVector
 from imstep.linalg import LinearOperator, ProgressStall, RelativeResidual, conjugate_gradient
+from imstep.linalg.random_maps import random_signs
 from imstep.optim.direction import Direction, Escape, escape_direction
 
 MATRIX_LIMIT = 100
@@ -149,7 +150,7 @@ def _by_products(
 ) -> Stationarity:
     eps, norm = torch.finfo(gradient.dtype).eps, float(gradient.norm())
     escape = escape_direction(operator, gradient, seed)
-    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
+    signs = random_signs(x.shape, x.dtype, torch.Generator().manual_seed(seed)).to(x)
     at_rounding = norm <= eps * float((operator @ (x * signs)).norm())
     decrease = step = 0.0
     if not at_rounding:

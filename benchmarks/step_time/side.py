@@ -167,7 +167,7 @@ def _products(closure: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
 
 
 def main() -> None:
-    """For each line that is read, the name of a part: its seconds of this thread's processor time, and a step's loss."""
+    """For each line that is read, the name of a part: its seconds of this thread's processor, and a step's loss."""
     found = parts(sys.argv[1])
     print(*found, flush=True)
     for line in sys.stdin:

@@ -65,16 +65,18 @@ class ThinFactorisation(Factorisation):
 
 @dataclass(frozen=True)
 class PivotedQR(Factorisation):
-    """Few rows of J, written out, as many as the tolerance asks for, or else all: :func:`partial_qr`.
+    """Few rows of J, written out, as many as the tolerance asks for, or else all.
 
-    What they leave is known to the square of rounding, where columns of J Jᵀ, of which as few would do, are cheaper but
-    soon spoilt. Where few do not do, it is as :class:`ThinFactorisation`, or as :class:`DenseFactorisation` where J has
+    By :func:`sketched_rows` where J has four times as many columns as they may be, else by :func:`partial_qr`. What
+    they leave is known to the square of rounding, where columns of J Jᵀ, of which as few would do, are cheaper but soon
+    spoilt. Where few do not do, it is as :class:`ThinFactorisation`, or as :class:`DenseFactorisation` where J has
     fewer rows than columns.
 
     Args:
         most: rows up to which they are few, >= 0; None for :meth:`few`.
 
-    Cost: with k rows 2 N n k to 4 N n k operations, 4 k³/3 for each λ, and up to 2 N n + 6 k² numbers.
+    Cost: with k rows 2 N n k to 4 N n k operations, 4 k³/3 for each λ, and up to 2 N n + 6 k² numbers; of wide J about
+        4 n k² and 4 N k² operations, and n k + N k numbers.
 
     Example:
         >>> import torch

@@ -25,8 +25,6 @@ from benchmarks.step_time.side import TASKS
 NAME = "step-time"
 WARM = 12  # steps before measuring: what is remembered from step to step has settled then
 CALLS = 16
-WHOLE = {"poisson-2d": 80, "convection-forward": 160}
-"""Steps of whole runs, from the start to where the loss hardly falls: late steps factorise more than early ones."""
 PARTS = ("gradient", "record", "replay", "step")
 SIDE = Path(__file__).with_name("side.py")
 HERE = SIDE.parents[2]
@@ -41,16 +39,11 @@ class Side:
         self._process = subprocess.Popen(command, env=settings, stdin=pipe, stdout=pipe, text=True)
         self.parts = self._line().split()
 
-    def call(self, part: str) -> tuple[float, float]:
-        """Seconds of a call, and the loss of a step."""
-        assert self._process.stdin is not None
-        print(part, file=self._process.stdin, flush=True)
-        seconds, loss = map(float, self._line().split())
-        return seconds, loss
-
     def seconds(self, part: str) -> float:
         """Of one call."""
-        return self.call(part)[0]
+        assert self._process.stdin is not None
+        print(part, file=self._process.stdin, flush=True)
+        return float(self._line())
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -78,30 +71,10 @@ def run(task: str, checkouts: dict[str, Path], warm: int = WARM, calls: int = CA
     return row
 
 
-def run_whole(task: str, checkouts: dict[str, Path]) -> Row:
-    """Seconds of all steps of a run, and the median loss of the last ten, on all sides."""
-    sides = {name: Side(checkout, task) for name, checkout in checkouts.items()}
-    made: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(WHOLE[task]):
-        for name, side in sides.items():
-            made[name].append(side.call("step"))
-    row: Row = {}
-    for name, side in sides.items():
-        side.close()
-        row[f"seconds, {name}"] = sum(seconds for seconds, _ in made[name])
-        row[f"loss, {name}"] = statistics.median(loss for _, loss in made[name][-10:])
-    return row
-
-
-def whole_name(task: str) -> str:
-    return f"{task}, {WHOLE[task]} steps"
-
-
 def text_of(record: dict[str, Any]) -> str:
-    """The tables of the page: milliseconds, and gradients of the same side; and whole runs."""
+    """The table of the page: milliseconds, and gradients of the same side."""
     rows = []
-    for task in TASKS:
-        row = record["runs"][task]
+    for task, row in record["runs"].items():
         cells = [task, *(f"{row[f'gradient, {side}']:.3g}" for side in ("before", "now"))]
         for part in ("record", "replay", "step"):
             for side in ("before", "now"):
@@ -112,14 +85,7 @@ def text_of(record: dict[str, Any]) -> str:
         rows.append([*cells, f"{sum(first):.1f}" if first else "", ratio])
     head = ["task", *(f"{part}, {side}" for part in PARTS for side in ("before", "now"))]
     head += ["first product, gradients", "step, now over before"]
-    whole = []
-    for name in map(whole_name, WHOLE):
-        row = record["runs"][name]
-        before, now = row["seconds, before"], row["seconds, now"]
-        losses = (f"{row[f'loss, {side}']:.1e}" for side in ("before", "now"))
-        whole.append([name, f"{before:.3g}", f"{now:.3g}", f"{now / before:.2f}", *losses])
-    head_of_whole = ["whole run", "seconds, before", "seconds, now", "now over before", "loss, before", "loss, now"]
-    return "\n\n".join([table(head, rows), table(head_of_whole, whole)])
+    return table(head, rows)
 
 
 def main() -> None:
@@ -139,9 +105,7 @@ def main() -> None:
     version = subprocess.run(
         ["git", "-C", str(options.against), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    checkouts = {"before": options.against.resolve(), "now": HERE}
-    runs = {task: partial(run, task, checkouts) for task in TASKS}
-    runs |= {whole_name(task): partial(run_whole, task, checkouts) for task in WHOLE}
+    runs = {task: partial(run, task, {"before": options.against.resolve(), "now": HERE}) for task in TASKS}
     show(NAME, "residual-space", text_of(complete(NAME, {"before": version}, runs)))
 
 

@@ -141,7 +141,7 @@ TASKS = (*STEPS, *SUBJECTS)
 """Steps, and the models of `benchmarks.products`, of which a step has no fixed number of products."""
 
 
-def parts(name: str) -> dict[str, Callable[[], Any]]:
+def parts(name: str) -> dict[str, Callable[[], object]]:
     """What to measure: a step, a gradient and, for a Hessian, its record and a product."""
     torch.set_num_threads(1)
     if name in SUBJECTS:
@@ -167,14 +167,13 @@ def _products(closure: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
 
 
 def main() -> None:
-    """For each line that is read, the name of a part: its seconds of this thread's processor, and a step's loss."""
+    """For each line that is read, the name of a part, its seconds of this thread's processor time."""
     found = parts(sys.argv[1])
     print(*found, flush=True)
     for line in sys.stdin:
-        name, start = line.strip(), time.thread_time()
-        value = found[name]()
-        seconds = time.thread_time() - start
-        print(seconds, float(value) if name == "step" else math.nan, flush=True)
+        run, start = found[line.strip()], time.thread_time()
+        run()
+        print(time.thread_time() - start, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def sketched_rows(jacobian: RowMatrix, tolerance: float, *, most: int, draw: int
 
     Returns:
         As :func:`partial_qr`; the remainder is an estimate. C has been fitted to p columns of a sketch by k numbers a
-        row, so that what is left of J is (1 - k/p)⁻² times what is left of Y; of 12 measured within a tenth.
+        row, so that what is left of J is (1 - k/p)⁻² times what is left of Y; within an eighth in 44 cases.
 
     Raises:
         ValueError: the tolerance is negative or not finite.

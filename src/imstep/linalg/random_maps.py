@@ -9,6 +9,8 @@ from torch import Tensor
 
 _SHORT = 128
 """Entries of a row up to which its products with signs cost no more than its Fourier transform."""
+_AT_ONCE = 2**22
+"""Entries that are transformed at a time: 32 MB."""
 
 
 def random_signs(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -34,6 +36,7 @@ def sketch(rows: Tensor, width: int, generator: torch.Generator) -> Tensor:
     if size <= _SHORT:
         return rows @ random_signs((size, width), rows.dtype, generator) / width**0.5
     length = 1 << (max(size, width + 3) - 1).bit_length()
-    found = torch.fft.rfft(rows * random_signs((size,), rows.dtype, generator), n=length)
+    signs = random_signs((size,), rows.dtype, generator)
     chosen = 1 + torch.randperm(length // 2 - 1, generator=generator, device=generator.device)[: (width + 1) // 2]
-    return torch.view_as_real(found[:, chosen]).flatten(1)[:, :width] * (2 / width) ** 0.5
+    found = [torch.fft.rfft(block * signs, n=length)[:, chosen] for block in rows.split(max(1, _AT_ONCE // length))]
+    return torch.view_as_real(torch.cat(found)).flatten(1)[:, :width] * (2 / width) ** 0.5

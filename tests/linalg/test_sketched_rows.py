@@ -101,6 +101,17 @@ def test_few_rows_are_chosen_where_few_columns_do_above_rounding(decades: float,
     assert ByShape(large=0).of(DenseRows(J), tolerance, draw=0).reduced.kind == kind
 
 
+def test_rows_of_an_exact_rank_are_few() -> None:
+    """Columns leave nothing, or rounding; so do rows, as many as J has directions and hardly more."""
+    for rows in (
+        normal(300, 3) @ normal(3, 1500, seed=1),
+        torch.eye(300, 1500, dtype=F64) * (torch.arange(300) < 3)[:, None],
+    ):
+        space = ByShape(large=0).of(DenseRows(rows), 1e-20 * float(rows.square().sum()), draw=0)
+        u = space.reduced.solve(rows.sum(1), torch.zeros(space.reduced.rank, dtype=F64), 1e-12)
+        torch.testing.assert_close(rows @ space.vector(u), -rows.sum(1), rtol=1e-6, atol=1e-8)
+
+
 PARTS: list[Callable[[], GradientRows]] = [
     lambda: PlainRows(normal(4, 30)),
     lambda: PlainRows(normal(4, 700)),

@@ -228,9 +228,9 @@ class ByShape(Factorisation):
             return 0
         if size <= count:
             return most
-        decades = math.log(max(tolerance / trace, ROUNDING))
+        decades_of = lambda left: math.log(max(left / trace, ROUNDING))
         if found is None:
-            found = partial_cholesky(gram, _SOUND * trace, most=int(most * math.log(_SOUND) / decades))
+            found = partial_cholesky(gram, _SOUND * trace, most=int(most * math.log(_SOUND) / decades_of(tolerance)))
         if found.remainder > _SOUND * trace:
             return 0
-        return min(most, round(_MORE * found.rank * decades / math.log(found.remainder / trace)))
+        return min(most, round(_MORE * found.rank * decades_of(tolerance) / decades_of(found.remainder)))

@@ -38,7 +38,7 @@ class RowFactor:
     pivots: Tensor
 
     def shortened(self, allowed: Tensor) -> RowFactor:
-        """By the first rows alone, as few as leave no more than is allowed; of each number of them from 0 to k, (k+1,).
+        """By the first rows alone, as few as leave no more than is allowed; of each number of them from 0 to k, (k+1,), or of all.
 
         W comes from the rows by Gram and Schmidt's process, in order.
         """
@@ -104,7 +104,7 @@ def partial_qr(matrix: Tensor, tolerance: float, *, most: int = sys.maxsize) -> 
             known, squares = len(basis.mT), torch.linalg.vector_norm(left, dim=1).square()
             remainder = at_last = float(squares.sum())
         count = next_block(len(basis.mT), new.shape[1], before, remainder, tolerance, most)
-    return RowFactor(factor, basis, remainder, chosen).shortened(torch.full((len(chosen) + 1,), tolerance))
+    return RowFactor(factor, basis, remainder, chosen).shortened(squares.new_tensor(tolerance))
 
 
 class RowLeastSquares(TriangularLeastSquares):

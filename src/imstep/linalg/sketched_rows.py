@@ -55,11 +55,11 @@ def sketched_rows(jacobian: RowMatrix, tolerance: float, *, most: int, draw: int
     generator = torch.Generator(device=jacobian.device).manual_seed(draw)
     sketch = jacobian.sketched(width, generator)
     tolerance = max(tolerance, _LEAST * float(torch.linalg.vector_norm(sketch)) ** 2)
-    found = partial_qr(sketch, tolerance * (1 - most / width) ** 2, most=most)
-    fitted = lambda found: (1 - torch.arange(len(found.pivots) + 1) / width) ** 2
-    found = found.shortened(tolerance * fitted(found))
+    fitted = lambda rows: (1 - rows / width) ** 2
+    found = partial_qr(sketch, tolerance * fitted(most), most=most)
+    found = found.shortened(tolerance * fitted(torch.arange(len(found.pivots) + 1, dtype=torch.float64)))
     rows = jacobian.rows(found.pivots).written_out()
     basis, triangle = torch.linalg.qr(rows.mT)
     basis = basis * rows.any(0)[:, None]  # an entry that nothing depends on stays where it is
     factor = found.factor @ torch.linalg.solve(found.factor[found.pivots], triangle.mT)
-    return RowFactor(factor, basis, found.remainder / float(fitted(found)[-1]), found.pivots)
+    return RowFactor(factor, basis, found.remainder / fitted(len(found.pivots)), found.pivots)

@@ -38,7 +38,7 @@ class RowFactor:
     pivots: Tensor
 
     def shortened(self, allowed: Tensor) -> RowFactor:
-        """By the first rows alone, as few as leave no more than is allowed; of each number of them from 0 to k, (k+1,), or of all.
+        """By the first rows alone, as few as leave no more than is allowed, by their number from 0 to k, (k+1,), or ().
 
         W comes from the rows by Gram and Schmidt's process, in order.
         """

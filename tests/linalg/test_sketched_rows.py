@@ -78,6 +78,8 @@ def test_ends_of_what_can_be_taken() -> None:
     torch.testing.assert_close(found.factor @ found.basis.mT, rank_three)
     nothing = sketched_rows(DenseRows(torch.zeros(5, 400, dtype=F64)), 0.0, most=5)
     assert (nothing.factor.shape, nothing.basis.shape, nothing.remainder) == ((5, 0), (400, 0), 0.0)
+    assert sketched_rows(DenseRows(rank_three), 0.0, most=5).pivots.numel() == 3  # of fewer than a block
+    assert sketched_rows(DenseRows(rank_three), 0.0, most=0).pivots.numel() == 0
     flat = sketched_rows(DenseRows(graded(200, 900, decades=0.1)), 1e-10, most=50)
     assert flat.remainder > 1e-10
     with pytest.raises(ValueError, match="tolerance"):

@@ -82,7 +82,7 @@ def partial_qr(matrix: Tensor, tolerance: float, *, most: int = sys.maxsize) -> 
     check_not_negative(tolerance=tolerance)
     left, squares = matrix, torch.linalg.vector_norm(matrix, dim=1).square()
     remainder = at_last = float(squares.sum())
-    tolerance, count, size = max(tolerance, ROUNDING * remainder), FIRST, min(matrix.shape)
+    tolerance, count, size = max(tolerance, ROUNDING * remainder), max(1, min(FIRST, most)), min(matrix.shape)
     factor, basis, known = matrix[:, :0], matrix.new_zeros(matrix.shape[1], 0), 0
     chosen = torch.zeros(0, dtype=torch.long, device=matrix.device)
     met = basis.new_zeros(len(basis), dtype=torch.bool)  # an entry that nothing depends on stays where it is

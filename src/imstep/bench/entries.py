@@ -69,7 +69,6 @@ _PRODUCTS = Range(1, 32, whole=True)
 """Of a step of ours, tuned as the peers' rates are from batches of 256 on: how many pay depends on the batch. Smaller
 ones have those of the configuration."""
 _SWEEP = ("adamw", "muon", "soap", PUBLIC_SOAP)
-_LONG = ("addition-150", "multiplication-150")
 
 
 def _recurrent(task: str, gradient: float, budget: float, trial: float, batch_size: int | None = 100) -> Entry:
@@ -132,6 +131,8 @@ _ALL = (
     Entry("curves-autoencoder", "curves-autoencoder-full", budget=150, trial=50, examples=2000, gradient=0.24),
     _recurrent("addition-80", 0.25, 350, 45),
     _recurrent("multiplication-80", 0.25, 350, 45),
+    _recurrent("addition-150", 0.4, 350, 45),
+    _recurrent("multiplication-150", 0.4, 350, 45),
     _recurrent("temporal-order-80", 0.25, 150, 40),
     _recurrent("memory-20bit-80", 0.3, 200, 45),
     _recurrent("memory-5bit-200", 0.06, 800, 150, None),
@@ -157,7 +158,7 @@ _ALL = (
     Entry("butane-forces", budget=1000, trial=300, gradient=0.006),
 )  # fmt: skip
 ENTRIES: dict[str, Entry] = {entry.label: entry for entry in _ALL}
-"""The entries of the bench by name, each about two hours at most."""
+"""The entries of the bench by name, each four hours at most."""
 
 
 def _longer(label: str, **fields: Any) -> Entry:
@@ -172,7 +173,8 @@ _AT_LENGTH = (
     _longer("curves-autoencoder-full", budget=200, trial=50, examples=5000, gradient=0.6),
     *(
         replace(entry, budget=max(600, 2 * entry.budget), trial=150, sides=(*_RECURRENT, "kfac"))
-        for entry in (*(e for e in _ALL if e.until_solved), *(_recurrent(task, 0.5, 300, 150) for task in _LONG))
+        for entry in _ALL
+        if entry.until_solved
     ),
     _longer("silverbox", budget=1500, trial=500),
     _longer("picture-sines", seconds=120, trial=150),

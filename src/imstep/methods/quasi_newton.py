@@ -87,7 +87,7 @@ def block_bfgs(
 def enriched_newton(
     params: Iterable[Any], pairs: int = 30, **options: Unpack[NewtonKrylovOptions]
 ) -> NewtonKrylov:
-    """Newton-Krylov steps, and L-BFGS steps between them while these lower the loss faster for their price.
+    """Newton-Krylov steps, and L-BFGS steps after any of them while these lower the loss faster for their price.
 
     Args:
         params: parameters or parameter groups.
@@ -97,7 +97,7 @@ def enriched_newton(
 
     Source: Morales and Nocedal, Comput. Optim. Appl. 21 (2002), 143-154; what is ours: :class:`QuasiNewtonSteps`.
     """
-    configuration: NewtonKrylovOptions = {"between": QuasiNewtonSteps(pairs)}
+    configuration: NewtonKrylovOptions = {"between": QuasiNewtonSteps(pairs, always=True)}
     configuration.update(options)
     return NewtonKrylov(params, **configuration)
 

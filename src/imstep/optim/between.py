@@ -24,15 +24,16 @@ class QuasiNewtonSteps:
         d = -H g,   H by L-BFGS over the last steps of either kind
 
     A Newton step pays many products for a direction. Where its model holds nearby only, most of them are wasted, and
-    many short steps at a gradient each come further. After a Newton step they follow as long as each lowers the loss
-    by no less per gradient-equivalent than that did, and together they spend no more than it. Then the next Newton step
-    judges them: if they did better, the next ones may spend twice as much; if not, they wait for a Newton step, and
-    twice as many after each failure in a row.
+    many short steps at a gradient each come further. After a Newton step whose solve a disturbing direction has ended
+    they follow as long as each lowers the loss by no less per gradient-equivalent than that did, and together they
+    spend no more than it. Then the next Newton step judges them: if they did better, the next ones may spend twice as
+    much; if not, they wait for a Newton step, and twice as many after each failure in a row.
 
     Only steps that go on where the last one ended, on the same function, can be such steps: those on the full batch.
 
     Args:
-        pairs: how many steps H knows, >= 1: two vectors of memory for each.
+        pairs: how many steps H knows, >= 1: two vectors of memory for each, from the first disturbing direction on.
+        always: whether they may follow any Newton step, and H learns from the start.
         trials: step lengths that are tried, >= 1.
         longest_wait: most Newton steps before they are tried again, >= 1.
 
@@ -42,7 +43,8 @@ class QuasiNewtonSteps:
         to go from one to the other is our choice.
     """
 
-    pairs: int = 30
+    pairs: int = 10
+    always: bool = False
     trials: int = 3
     longest_wait: int = 8
 
@@ -74,11 +76,12 @@ class EnrichedAttempt(Attempt):
             self._parameters.restore(self._snapshot)
         record, memory = super()._run()
         same = record.finite and self._goes_on(record.loss)
-        if record.finite:
-            self._learn(same)
         fall, cost = record.loss - record.new_loss, record.cost.gradient_equivalents
+        wanted = self._between.always or (record.status is not None and record.status.disturbing)
         longest = self._between.longest_wait
-        between = self._memory.between.after_newton(fall, cost, same and record.accepted, longest)
+        between = self._memory.between.after_newton(fall, cost, same and record.accepted, wanted, longest)
+        if record.finite and between.wanted:
+            self._learn(same)
         memory = replace(memory, between=between)
         return replace(record, cost=record.cost + spent), memory
 

@@ -33,7 +33,8 @@ class BetweenHistory:
         share: how much they may spend, as a multiple of ``cost``.
         wait: Newton steps until the next quasi-Newton step.
         failures: runs of them in a row that have done worse than the Newton step behind them.
-        same: whether the last step went on where the one before had ended, and was accepted.
+        same: whether one may follow the last step, which went on where the one before had ended and was accepted.
+        wanted: whether a Newton step has wanted one.
     """
 
     fall: float = math.inf
@@ -44,15 +45,17 @@ class BetweenHistory:
     wait: int = 1
     failures: int = 0
     same: bool = False
+    wanted: bool = False
 
     @property
     def due(self) -> bool:
         """Whether the next step is to be tried as a quasi-Newton step."""
         return self.same and self.wait == 0
 
-    def after_newton(self, fall: float, cost: float, same: bool, longest: int) -> BetweenHistory:
+    def after_newton(self, fall: float, cost: float, same: bool, wanted: bool, longest: int) -> BetweenHistory:
         """After a Newton step, which judges the steps before it: twice as many next time, or a longer wait."""
-        last = replace(self, fall=fall, cost=cost, gain=0.0, spent=0.0, same=same)
+        last = replace(self, fall=fall, cost=cost, gain=0.0, spent=0.0, same=same and wanted)
+        last = replace(last, wanted=self.wanted or wanted)
         if self.spent == 0:
             return replace(last, wait=max(self.wait - 1, 0))
         if self.gain * cost > fall * self.spent:

@@ -152,7 +152,7 @@ def _optimizer(
             f'method "{method}" takes no bounds. Use method="least-squares" for sums of squares, or write the bounded '
             "entries as smooth functions of free ones, such as lower + (upper - lower) * y.sigmoid()."
         )
-    return NewtonKrylov([x], **{"step": Armijo(forward=2.0), "max_trials": 30, **options})
+    return NewtonKrylov([x], **{"step": Armijo(forward=2.0), "max_trials": 30, "between": None, **options})
 
 
 class _Run:

@@ -57,6 +57,10 @@ class NewtonKrylovOptions(TypedDict, total=False):
     process_group: ProcessGroup | None
 
 
+BETWEEN = QuasiNewtonSteps()
+"""The default."""
+
+
 class NewtonKrylov(StepwiseOptimizer):
     """Newton's method with Krylov solves, safeguarded by monitoring the Taylor error; no step size to set.
 
@@ -93,8 +97,8 @@ class NewtonKrylov(StepwiseOptimizer):
         variance_every: steps between two measurements of the gradient's variance, for :class:`GrowingBatches`, >= 1; 0
             for none. Each is a backward pass.
         variance_reduction: of the batches' gradients, by a snapshot and all data, as in SVRG; None for none.
-        between: quasi-Newton steps between Newton steps where these hold nearby only, such as ``QuasiNewtonSteps()``,
-            on a loss that stays the same from step to step; None for none.
+        between: quasi-Newton steps between Newton steps where these hold nearby only, in one process and on a loss that
+            stays the same from step to step; by default with the default curvature and solver; None for none.
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
@@ -146,7 +150,7 @@ class NewtonKrylov(StepwiseOptimizer):
         average: Averaging | None = None,
         variance_every: int = 0,
         variance_reduction: VarianceReduction | None = None,
-        between: QuasiNewtonSteps | None = None,
+        between: QuasiNewtonSteps | None = BETWEEN,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._processes = Processes.of(process_group)
@@ -155,6 +159,8 @@ class NewtonKrylov(StepwiseOptimizer):
                 "variance_reduction is for one process: it would take gradients that other processes do not know of. "
                 "Leave process_group or variance_reduction out."
             )
+        if between is BETWEEN and not (self._processes is curvature is solver is None):
+            between = None
         if between is not None and self._processes is not None:
             raise ValueError("between is for one process. Leave process_group or between out.")
         self._reduction = variance_reduction
@@ -219,6 +225,7 @@ class NewtonKrylov(StepwiseOptimizer):
             "forcing": FixedProducts(2),
             "damping": LevenbergMarquardt(floor=1e-4),
             "preconditioning": Kronecker(every=10),
+            "between": None,
         }
         configuration.update(options)
         return cls(params, **configuration)
@@ -288,6 +295,11 @@ class NewtonKrylov(StepwiseOptimizer):
         if self._reduction is not None:
             parts["variance_reduction"] = self._reduction.state_dict()
         return parts
+
+    def _load_entry(self, entry: dict[str, Any]) -> None:
+        if (none := _secants(self._between, self._parameters)) is not None:  # a state of several processes has none
+            entry = {"secants": none.state_dict(), **entry}
+        super()._load_entry(entry)
 
     def _load_parts(self, parts: dict[str, Any]) -> None:
         self._preconditioner.load_state_dict(parts["preconditioner"])

@@ -11,7 +11,6 @@ from imstep.optim import (
     ExactHessian,
     ExponentialAverage,
     FixedProducts,
-    GaussNewtonFirst,
     NewtonKrylov,
     NoPreconditioning,
 )
@@ -81,10 +80,10 @@ def make_newton_krylov(
     structural = _structural(problem, options, process_group)
     optimizer = NewtonKrylov(
         problem.parameters,
-        curvature=ExactHessian() if options["hessian"] else GaussNewtonFirst(),
+        curvature=ExactHessian() if options["hessian"] else None,  # None for the default
         step=TaylorMonitor(theta=options["theta"]),
         damping=LevenbergMarquardt(initial=options["damping"]),
-        preconditioning=None if options["kronecker"] else NoPreconditioning(),  # None for the default
+        preconditioning=None if options["kronecker"] else NoPreconditioning(),
         process_group=process_group,
         **shared(NewtonKrylov, options),
     )

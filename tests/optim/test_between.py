@@ -84,7 +84,6 @@ def test_nothing_is_learnt_where_no_direction_disturbs() -> None:
     model = network()
     optimizer = NewtonKrylov(model.parameters())
     descend(optimizer, lambda: F.cross_entropy(model(X), LABELS), 60)
-    assert optimizer.state_dict()["state"] is not None
     assert optimizer._secants.state_dict() == {"at": None, "at_gradient": None, "secants": []}
 
 

@@ -19,7 +19,6 @@ def on_hessian(params: Iterable[Any], method: NewtonKrylovOptions, options: Newt
         "forcing": ResidualForcing(),
         "damping": NoDamping(),
         "preconditioning": NoPreconditioning(),
-        "between": None,
     }
     configuration.update(method)
     configuration.update(options)

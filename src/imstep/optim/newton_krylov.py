@@ -225,7 +225,6 @@ class NewtonKrylov(StepwiseOptimizer):
             "forcing": FixedProducts(2),
             "damping": LevenbergMarquardt(floor=1e-4),
             "preconditioning": Kronecker(every=10),
-            "between": None,
         }
         configuration.update(options)
         return cls(params, **configuration)

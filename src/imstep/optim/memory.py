@@ -54,8 +54,8 @@ class BetweenHistory:
 
     def after_newton(self, fall: float, cost: float, same: bool, wanted: bool, longest: int) -> BetweenHistory:
         """After a Newton step, which judges the steps before it: twice as many next time, or a longer wait."""
-        last = replace(self, fall=fall, cost=cost, gain=0.0, spent=0.0, same=same and wanted)
-        last = replace(last, wanted=self.wanted or wanted)
+        met = {"same": same and wanted, "wanted": self.wanted or wanted}
+        last = replace(self, fall=fall, cost=cost, gain=0.0, spent=0.0, **met)
         if self.spent == 0:
             return replace(last, wait=max(self.wait - 1, 0))
         if self.gain * cost > fall * self.spent:

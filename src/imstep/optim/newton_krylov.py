@@ -98,7 +98,8 @@ class NewtonKrylov(StepwiseOptimizer):
             for none. Each is a backward pass.
         variance_reduction: of the batches' gradients, by a snapshot and all data, as in SVRG; None for none.
         between: quasi-Newton steps between Newton steps where these hold nearby only, in one process and on a loss that
-            stays the same from step to step; by default with the default curvature and solver; None for none.
+            stays the same from step to step; by default with the default curvature and solver and without a process
+            group; None for none.
         process_group: of ``torch.distributed``, whose processes hold the same parameters and evaluate each a part of
             the batch: a step is then the step on all parts together. All take the same steps, and each passes its own
             part: a plain closure counts the same in every process, as in ``DistributedDataParallel``; a
@@ -159,7 +160,7 @@ class NewtonKrylov(StepwiseOptimizer):
                 "variance_reduction is for one process: it would take gradients that other processes do not know of. "
                 "Leave process_group or variance_reduction out."
             )
-        if between is BETWEEN and not (self._processes is curvature is solver is None):
+        if between is BETWEEN and not (process_group is curvature is solver is None):
             between = None
         if between is not None and self._processes is not None:
             raise ValueError("between is for one process. Leave process_group or between out.")
